@@ -1,0 +1,51 @@
+# Everything starts from Python 3.11 or newer and make: each target sets up .venv when it is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := demo-output
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test chaos lint format type bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+
+setup: $(STAMP)  ## create .venv with everything in it
+
+# uv is several times faster than pip; where it cannot reach what pip is set up for, pip does it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.12 ..."; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); a few minutes the first time"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt uv
+	@$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[dev]' \
+		|| $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## draw a catalog, train a backbone, classify it with the real job
+	@$(BIN)/python examples/demo.py --output $(DEMO)
+
+test: $(STAMP)  ## unit, contract, integration and repository tests
+	@$(BIN)/python -m pytest -m 'not chaos and not gpu'
+
+chaos: $(STAMP)  ## the long tests that kill things
+	@$(BIN)/python -m pytest -m chaos tests/chaos
+
+lint: $(STAMP)  ## style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## mend the style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+type: $(STAMP)  ## types
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## this job beside Ray's documented example, on the same images
+	@$(BIN)/python -m benchmarks.run
+
+clean:  ## remove what the demo and the tests left; keeps .venv
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,159 @@
+"""What a person sees of a job: a progress bar on a terminal, log lines elsewhere, a closing summary."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from batchcls.models.bundle import Bundle
+from batchcls.schema import REASONS, Reason
+
+_logger = logging.getLogger(__name__)
+_BAR_SECONDS = 0.5
+
+
+class Seen(Protocol):
+    """What a job can say of itself while it runs."""
+
+    @property
+    def rows(self) -> int:
+        """Rows answered or failed so far."""
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Failed rows so far, by reason."""
+
+
+def set_up_logging(console: Console) -> None:
+    """Log to stderr: short and coloured on a terminal, with time and level elsewhere."""
+    if console.is_terminal:
+        handler: logging.Handler = RichHandler(
+            console=console, show_path=False, show_level=False, markup=False
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = logging.getLogger("batchcls")
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+@contextmanager
+def watching(
+    look: Callable[[], Seen], rows: int, console: Console, interval_seconds: float
+) -> Iterator[None]:
+    """Show the progress of what runs inside the block.
+
+    Args:
+        look: how far it is; called from a thread of its own.
+        rows: how many rows there are in all.
+        console: where to; a terminal gets a bar, anything else a log line every `interval_seconds`.
+        interval_seconds: seconds between log lines.
+    """
+    ended = threading.Event()
+    show = _bar if console.is_terminal else _lines
+    thread = threading.Thread(target=show, args=(look, rows, console, interval_seconds, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=10.0)
+
+
+def _observe(look: Callable[[], Seen]) -> Seen | None:
+    try:
+        return look()
+    except Exception as error:  # noqa: BLE001 - watching must not end what is watched
+        _logger.debug("no progress figures this time: %s", error)
+        return None
+
+
+def _bar(look: Callable[[], Seen], rows: int, console: Console, _: float, ended: threading.Event) -> None:
+    columns = (
+        TextColumn("classify"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} images/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("rows", total=rows, rate="-", failed="")
+        meter = _Meter()
+        while not ended.wait(_BAR_SECONDS):
+            if (seen := _observe(look)) is not None:
+                rate = meter.rate(seen.rows)
+                progress.update(
+                    task, completed=seen.rows, rate=f"{rate:.1f}" if rate else "-", failed=_failed(seen)
+                )
+
+
+def _lines(
+    look: Callable[[], Seen], rows: int, _: Console, interval_seconds: float, ended: threading.Event
+) -> None:
+    meter = _Meter()
+    while not ended.wait(interval_seconds):
+        if (seen := _observe(look)) is not None:
+            rate = meter.rate(seen.rows)
+            left = f", {(rows - seen.rows) / rate:.0f} s left" if rate else ""
+            failed = f", {_failed(seen)}" if seen.failures else ""
+            _logger.info("%d of %d rows, %.1f images/s%s%s", seen.rows, rows, rate, left, failed)
+
+
+class _Meter:
+    """Rows per second since the first row was seen, start-up left out."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def rate(self, rows: int) -> float:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, rows) if rows else None
+            return 0.0
+        started, before = self._first
+        return (rows - before) / (now - started) if now > started else 0.0
+
+
+def _failed(seen: Seen) -> str:
+    return " ".join(f"{reason}={count}" for reason, count in seen.failures.most_common(4))
+
+
+def counts_table(predicted: int, failures: Counter[str]) -> Table:
+    """Rows by status and reason, each reason with its meaning."""
+    table = Table("status", "reason", "rows", "meaning", box=None, pad_edge=False, header_style="bold")
+    table.add_row("predicted", "", str(predicted), "")
+    for reason, count in failures.most_common():
+        table.add_row("quarantined", reason, str(count), REASONS[Reason(reason)].meaning)
+    return table
+
+
+def bundle_line(bundle: Bundle) -> str:
+    """What a bundle is, in one line."""
+    config = bundle.config
+    preprocessing = config.preprocessing
+    return (
+        f"{config.source}:{config.architecture}, weights {config.weights.kind} {config.weights.name}, "
+        f"{len(config.labels)} classes, {preprocessing.input_width} x {preprocessing.input_height} pixels "
+        f"{preprocessing.interpolation}, embedding of {config.embedding_dimension}, "
+        f"fingerprint {bundle.fingerprint[:12]}"
+    )

@@ -1,0 +1,53 @@
+"""The errors of batchcls and the exit codes they end a job with.
+
+    BatchclsError                      1  unexpected: a promise of this program did not hold
+    |- InputError                      2  bad configuration or input; nothing was written
+    |- PublishRefused                  3  committed, but a gate refused the publish
+    |- BudgetExceeded                  4  too many rows failed; not committed, resumable
+    `- ReconciliationError             1  rows do not add up; not committed
+
+Third-party exceptions are translated at the edge where they arise (storage, manifest, fetch,
+decode, weights), with the thing that was wrong and the remedy in the message. A failing *row*
+is not an exception that leaves its stage: it becomes a `schema.Failure`.
+"""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a job's process returns; the contract with cron, Kubernetes and shell scripts."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    BAD_INPUT = 2
+    PUBLISH_REFUSED = 3
+    BUDGET_EXCEEDED = 4
+    INTERRUPTED = 130
+
+
+class BatchclsError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = ExitCode.UNEXPECTED
+
+
+class InputError(BatchclsError):
+    """The configuration or an input is wrong; the message names the thing and the remedy."""
+
+    exit_code = ExitCode.BAD_INPUT
+
+
+class PublishRefused(BatchclsError):  # noqa: N818 - a verdict, not a fault
+    """The run is committed and readable, but a gate keeps it from being published."""
+
+    exit_code = ExitCode.PUBLISH_REFUSED
+
+
+class BudgetExceeded(BatchclsError):  # noqa: N818 - a verdict, not a fault
+    """More rows failed than the job was told to accept; nothing was committed."""
+
+    exit_code = ExitCode.BUDGET_EXCEEDED
+
+
+class ReconciliationError(BatchclsError):
+    """The written rows are not exactly the manifest's rows; nothing was committed."""

@@ -1,0 +1,114 @@
+"""Null and repeated ids of a manifest: which rows cannot be told apart by their id.
+
+Ids are streamed through DuckDB, which counts them exactly and spills to disk when they do not fit
+its memory limit, so the driver's memory does not grow with the manifest.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchcls.errors import InputError
+from batchcls.manifest import Manifest
+from batchcls.schema import Failure, Reason
+from batchcls.storage import Storage, explain, redact_uri
+
+_BATCH_ROWS = 131_072
+_MEMORY_LIMIT = "1GB"
+_NAMED_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class BadIds:
+    """Row numbers, ascending, whose id is null, and whose id an earlier row has."""
+
+    null: npt.NDArray[np.int64]
+    repeated: npt.NDArray[np.int64]
+
+    def between(self, start: int, stop: int) -> dict[int, Failure]:
+        """The failures among the rows `start..stop-1`, by row number."""
+        failures: dict[int, Failure] = {}
+        for rows, reason, detail in (
+            (self.null, Reason.NULL_ID, "the id is null"),
+            (self.repeated, Reason.DUPLICATE_ID, "an earlier row has this id"),
+        ):
+            first, last = np.searchsorted(rows, (start, stop))
+            failures.update((int(row), Failure(reason, detail)) for row in rows[first:last])
+        return failures
+
+
+def find_bad_ids(manifest: Manifest, storage: Storage) -> BadIds:
+    """Walk over the id column of the whole snapshot.
+
+    Raises:
+        InputError: not one row has an id of its own; the first ten are named.
+    """
+    null: list[npt.NDArray[np.int64]] = []
+
+    def ids() -> Iterator[pa.RecordBatch]:
+        for rows, values in _id_batches(manifest, storage):
+            is_null = values.is_null().to_numpy(zero_copy_only=False)
+            if is_null.any():
+                null.append(rows[is_null])
+            yield pa.record_batch({"id": values})
+
+    repeated_ids = _repeated(pa.RecordBatchReader.from_batches(pa.schema({"id": pa.string()}), ids()))
+    repeated = _later_rows(manifest, storage, repeated_ids) if len(repeated_ids) else np.empty(0, np.int64)
+    bad = BadIds(np.concatenate([np.empty(0, np.int64), *null]), repeated)
+    if len(bad.null) + len(bad.repeated) >= manifest.rows:
+        raise InputError(_nothing_left(manifest, bad))
+    return bad
+
+
+def _repeated(reader: pa.RecordBatchReader) -> pa.Array:
+    with duckdb.connect(config={"memory_limit": _MEMORY_LIMIT}) as connection:
+        connection.register("ids", reader)
+        connection.execute("SELECT id FROM ids WHERE id IS NOT NULL GROUP BY id HAVING count(*) > 1")
+        found = [value for (value,) in connection.fetchall()]
+    return pa.array(found, pa.string())
+
+
+def _later_rows(manifest: Manifest, storage: Storage, repeated: pa.Array) -> npt.NDArray[np.int64]:
+    """Second walk, only when there are repeated ids: all their rows but the first of each."""
+    rows_found: list[int] = []
+    seen: set[str] = set()
+    for rows, values in _id_batches(manifest, storage):
+        hits = pc.is_in(values, value_set=repeated).to_numpy(zero_copy_only=False)
+        for row, value in zip(rows[hits].tolist(), values.filter(pa.array(hits)).to_pylist(), strict=True):
+            if value in seen:
+                rows_found.append(row)
+            seen.add(value)
+    return np.array(rows_found, np.int64)
+
+
+def _id_batches(manifest: Manifest, storage: Storage) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
+    """Row numbers and ids of the snapshot, in order, a batch at a time; no other column is read."""
+    for file in manifest.files:
+        row = file.first_row
+        if row >= manifest.rows:
+            return
+        filesystem, path = storage.arrow_filesystem(file.uri)
+        with explain(file.uri), pq.ParquetFile(filesystem.open_input_file(path)) as parquet:
+            for batch in _batches(parquet, manifest.columns.item_id, file.uri):
+                values = batch.column(0).cast(pa.string()).slice(0, max(0, manifest.rows - row))
+                yield np.arange(row, row + len(values), dtype=np.int64), values
+                row += len(values)
+
+
+def _batches(parquet: pq.ParquetFile, column: str, uri: str) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from parquet.iter_batches(_BATCH_ROWS, columns=[column])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{redact_uri(uri)}: column {column} cannot be read: {error}") from None
+
+
+def _nothing_left(manifest: Manifest, bad: BadIds) -> str:
+    named = list(bad.between(0, manifest.rows).items())
+    first = ", ".join(f"row {row}: {failure.reason}" for row, failure in sorted(named)[:_NAMED_ROWS])
+    return f"all {manifest.rows} rows of the manifest are bad, nothing to classify; the first: {first}"

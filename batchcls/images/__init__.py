@@ -1,0 +1,1 @@
+"""Bytes to pixels: fetch, decode, transform. Knows no model and no Ray."""

@@ -1,0 +1,133 @@
+"""URI -> bytes or Failure: address rules, time limit, size limit, counted attempts.
+
+This is one of the two places where any exception becomes a row's failure. A worker calls `fetch`
+from as many threads as it wants requests at once.
+"""
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from batchcls.errors import InputError
+from batchcls.images.addresses import INDIRECT_SCHEMES, AddressPolicy
+from batchcls.images.http import HttpClient
+from batchcls.images.objects import ObjectReader
+from batchcls.images.retry import Backoff, attempt_error, refusal, short_body, too_large
+from batchcls.schema import Failure, Reason
+from batchcls.storage import local_path, redact_options, redact_uri, scheme
+from batchcls.uris import LOCAL
+
+logger = logging.getLogger(__name__)
+
+_HTTP_SCHEMES = frozenset({"http", "https"})
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPolicy:
+    """What may be read, and how hard to try.
+
+    `timeout_seconds` holds for one attempt, from the connection to the last byte, over http(s) and
+    s3. `storage_options` may hold credentials and are left out of the representation.
+    """
+
+    addresses: AddressPolicy = field(default_factory=AddressPolicy)
+    timeout_seconds: float = 30.0
+    max_bytes: int = 50 * 1024 * 1024
+    max_attempts: int = 5
+    storage_options: Mapping[str, object] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_seconds", "max_bytes", "max_attempts"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be more than 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """One image's bytes, or why there are none; exactly one of `data` and `failure` is None.
+
+    `n_bytes` is the size of the stored image where it is known, also when it was too large to read.
+    """
+
+    data: bytes | None
+    failure: Failure | None
+    attempts: int
+    n_bytes: int | None
+
+
+class Fetcher:
+    """Fetches images by URI; thread-safe, blocking, and never raises for a row's own fault.
+
+    `pause` waits between attempts; a test hands in its own to see the pauses without living them.
+    """
+
+    def __init__(
+        self,
+        policy: FetchPolicy,
+        backoff: Backoff | None = None,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._policy = policy
+        self._backoff = backoff or Backoff()
+        self._pause = pause
+        self._http = HttpClient(policy.addresses, policy.timeout_seconds, policy.max_bytes)
+        self._objects = ObjectReader(policy.storage_options, policy.timeout_seconds, policy.max_bytes)
+
+    def __repr__(self) -> str:
+        return f"Fetcher({self._policy}, {redact_options(self._policy.storage_options)})"
+
+    def fetch(self, uri: str) -> Fetched:
+        """The bytes at an absolute URI or local path, after at most `max_attempts` attempts."""
+        attempts = 0
+        while True:
+            attempts += 1
+            try:
+                data = self._read(uri)
+                return Fetched(data, None, attempts, len(data))
+            except Exception as error:  # noqa: BLE001 - the row boundary: a row's fault ends no job
+                failed = attempt_error(error)
+            if not failed.transient or attempts >= self._policy.max_attempts:
+                logger.debug("%s: %s after %d attempts", redact_uri(uri), failed.failure, attempts)
+                return Fetched(None, failed.failure, attempts, failed.n_bytes)
+            self._pause(self._backoff.pause_seconds(attempts, failed.retry_after_seconds))
+
+    def _read(self, uri: str) -> bytes:
+        name = scheme(uri)
+        if name == LOCAL:
+            return self._read_local(uri)
+        if name in _HTTP_SCHEMES:
+            return self._http.get(uri)
+        if name in INDIRECT_SCHEMES:
+            raise refusal(Reason.UNSUPPORTED_SCHEME, f"{name}:// opens other addresses inside")
+        self._policy.addresses.check_scheme(name)
+        return self._objects.get(uri)
+
+    def _read_local(self, uri: str) -> bytes:
+        try:
+            path = local_path(uri)
+        except InputError:
+            raise refusal(Reason.FORBIDDEN_URI, "a file:// URI with a host") from None
+        resolved = self._policy.addresses.check_path(path)
+        # Non-blocking, since opening a FIFO would wait for a writer that never comes. A confined
+        # path has no links left; one that appears in the meantime must not be followed.
+        no_links = os.O_NOFOLLOW if self._policy.addresses.allow_roots else 0
+        descriptor = os.open(resolved, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | no_links)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise refusal(Reason.FORBIDDEN_URI, "this is no regular file")
+            if status.st_size > self._policy.max_bytes:
+                raise too_large(status.st_size, self._policy.max_bytes)
+            data = file.read(self._policy.max_bytes + 1)
+        return self._checked(data, status.st_size)
+
+    def _checked(self, data: bytes, expected: int) -> bytes:
+        """A file may grow or shrink while it is read, and those of the kernel claim to be empty."""
+        if len(data) > self._policy.max_bytes:
+            raise too_large(None, self._policy.max_bytes)
+        if len(data) < expected:
+            raise short_body(len(data), expected)
+        return data

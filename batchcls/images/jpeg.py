@@ -1,0 +1,146 @@
+"""The markers of a JPEG: its frame, and whether its scans bring the whole picture.
+
+libjpeg fills what is missing without an error: data that ends early (with an end marker behind
+it) leaves the rest of the picture grey, a missing scan of a progressive picture leaves it coarse.
+What can be told of that from the markers, at the price of a search for 0xFF, is told here.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from batchcls.images.formats import DecodeError, Format, Header, JpegFrame, checked_header, unpack
+from batchcls.schema import Reason
+
+_START_OF_SCAN = 0xDA
+_END_OF_IMAGE = 0xD9
+_APPLICATION_1 = 0xE1
+_APPLICATION_14 = 0xEE
+# SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which lie between them.
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_DECODED_FRAMES = frozenset({0, 1, 2, 9, 10})
+# TEM, RST0 to RST7 and SOI stand alone; every other marker is followed by a length.
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+# In coded data 0xFF00 is a byte, 0xFFD0 to 0xFFD7 restart the decoder and 0xFFFF is padding.
+_NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+# An encoder writes about ten scans. Thousands of empty ones in a small file keep a decoder busy for hours.
+_MAX_SCANS = 100
+_COEFFICIENTS = 64
+
+
+class Segment(NamedTuple):
+    """One marker: its code, where its 0xFF stands, and where the bytes after its length lie."""
+
+    marker: int
+    offset: int
+    start: int
+    end: int
+
+
+def _segments(data: bytes, offset: int) -> Iterator[Segment]:
+    """Markers from `offset` on, coded data and stray bytes between them skipped, up to the end marker."""
+    while (found := _NEXT_MARKER.search(data, offset)) is not None:
+        marker = data[found.end() - 1]
+        if marker in _WITHOUT_LENGTH:
+            offset = found.end()
+            continue
+        if marker == _END_OF_IMAGE:
+            yield Segment(marker, found.start(), found.end(), found.end())
+            return
+        (length,) = unpack(">H", data, found.end())
+        offset = found.end() + max(length, 2)
+        if offset > len(data):
+            break
+        yield Segment(marker, found.start(), found.end() + 2, offset)
+    raise DecodeError(Reason.TRUNCATED, "the JPEG ends before its end marker")
+
+
+def read_jpeg(data: bytes) -> Header:
+    """Size and coding of a JPEG.
+
+    Raises:
+        DecodeError: truncated, corrupt, or unsupported_format for lossless, hierarchical and
+            12-bit JPEG, a number of components other than 1, 3 and 4, and a height given later.
+    """
+    frame: Segment | None = None
+    adobe_transform = None
+    has_application_1 = False
+    for segment in _segments(data, 2):
+        if segment.marker in (_START_OF_SCAN, _END_OF_IMAGE):
+            if frame is None:
+                raise DecodeError(Reason.CORRUPT, "the JPEG has no frame header before its data")
+            if segment.marker == _END_OF_IMAGE:
+                raise DecodeError(Reason.CORRUPT, "the JPEG has no picture data")
+            return _header(data, frame, adobe_transform, has_application_1, segment.offset)
+        if segment.marker in _START_OF_FRAME:
+            frame = frame or segment
+        elif segment.marker == _APPLICATION_1:
+            has_application_1 = True
+        elif segment.marker == _APPLICATION_14 and data[segment.start : segment.start + 5] == b"Adobe":
+            (adobe_transform,) = unpack(">B", data, segment.start + 11)
+    raise AssertionError("_segments ends with the end marker or with an error")
+
+
+def _header(
+    data: bytes, segment: Segment, adobe_transform: int | None, has_application_1: bool, scan_offset: int
+) -> Header:
+    precision, height, width, count = unpack(">BHHB", data, segment.start)
+    kind = segment.marker - 0xC0
+    if kind not in _DECODED_FRAMES:
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of kind SOF{kind} (lossless or hierarchical)")
+    if precision != 8:
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of {precision} bits a sample")
+    if count not in (1, 3, 4):
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of {count} components")
+    if height == 0:
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, "JPEG that gives its height after the picture (DNL)")
+    if segment.end < segment.start + 6 + 3 * count:
+        raise DecodeError(Reason.CORRUPT, "the JPEG's frame header is too short")
+    ids = tuple(data[segment.start + 6 : segment.start + 6 + 3 * count : 3])
+    frame = JpegFrame(kind, precision, ids, adobe_transform, has_application_1, scan_offset)
+    return checked_header(Format.JPEG, width, height, jpeg=frame)
+
+
+def has_several_scans(data: bytes, frame: JpegFrame) -> bool:
+    """Whether the picture comes in more than one scan, so that one of them can be missing."""
+    (components_in_scan,) = unpack(">B", data, frame.scan_offset + 4)
+    return frame.is_progressive or components_in_scan < len(frame.component_ids)
+
+
+def scans_are_complete(data: bytes, frame: JpegFrame) -> bool:
+    """Whether the scans together bring every coefficient of every component to its last bit.
+
+    Raises:
+        DecodeError: truncated without an end marker; corrupt with more than 100 scans.
+    """
+    missing_bits = {component: [_COEFFICIENTS] * _COEFFICIENTS for component in frame.component_ids}
+    for scan in _scans(data, frame):
+        count = data[scan.start]
+        first, last, bits = unpack(">BBB", data, scan.start + 1 + 2 * count)
+        for component in data[scan.start + 1 : scan.start + 1 + 2 * count : 2]:
+            if component in missing_bits and first <= last < _COEFFICIENTS:
+                missing_bits[component][first : last + 1] = [bits & 0x0F] * (last + 1 - first)
+    return not any(any(bits) for bits in missing_bits.values())
+
+
+def _scans(data: bytes, frame: JpegFrame) -> Iterator[Segment]:
+    scans = 0
+    for segment in _segments(data, frame.scan_offset):
+        if segment.marker == _START_OF_SCAN:
+            scans += 1
+            if scans > _MAX_SCANS:
+                raise DecodeError(Reason.CORRUPT, f"the JPEG has more than {_MAX_SCANS} scans")
+            yield segment
+
+
+def end_of_coded_data(data: bytes, frame: JpegFrame) -> tuple[int, bool]:
+    """Where the coded data of the last scan ends, and whether an end marker ends it.
+
+    Raises:
+        DecodeError: as `scans_are_complete`.
+    """
+    *_, last = _scans(data, frame)
+    found = _NEXT_MARKER.search(data, last.end)
+    if found is None:
+        raise DecodeError(Reason.TRUNCATED, "the JPEG ends before its end marker")
+    return found.start(), data[found.end() - 1] == _END_OF_IMAGE

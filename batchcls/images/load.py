@@ -1,0 +1,204 @@
+"""Rows of a manifest -> Arrow blocks with pixels: fetch, decode and transform, row in, row out.
+
+Many rows are in flight at once, so that the latency of storage hides behind decoding, while only as
+many decode as there are cores for it. Blocks come out in row order with a fixed number of rows,
+whatever fails and whatever is slow: a replayed task must yield the same blocks (docs/architecture.md).
+"""
+
+import hashlib
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from batchcls.images.addresses import resolve_uri
+from batchcls.images.decode import DecodeLimits, decode
+from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
+from batchcls.images.formats import DecodeError
+from batchcls.images.transform import Transform, normalize
+from batchcls.preprocessing import Preprocessing
+from batchcls.schema import (
+    DECODE_SECONDS,
+    FETCH_SECONDS,
+    IMAGE,
+    ITEM_ID,
+    PIXELS,
+    ROW,
+    URI,
+    Failure,
+    Reason,
+    loaded_schema,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSettings:
+    """All that a load task needs beside its rows.
+
+    `normalize` says whether pixels leave as uint8 ("engine") or as normalised float32 ("worker").
+    """
+
+    base: str
+    kept: tuple[pa.Field, ...]
+    fetch: FetchPolicy
+    limits: DecodeLimits
+    preprocessing: Preprocessing
+    normalize: Literal["engine", "worker"]
+    fetch_threads: int
+    decode_threads: int
+    block_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What became of one row; `pixels` is H x W x 3 in C order, or None with a failure."""
+
+    pixels: np.ndarray[Any, Any] | None = None
+    failure: Failure | None = None
+    width: int | None = None
+    height: int | None = None
+    content_hash: str | None = None
+    n_bytes: int | None = None
+    attempts: int = 0
+    fetch_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class Loader:
+    """Loads rows with a pool of threads; one per worker process."""
+
+    def __init__(self, settings: LoadSettings) -> None:
+        # The cores belong to the decode threads; torch's own pool would take them a second time.
+        torch.set_num_threads(1)
+        pa.set_cpu_count(1)
+        self._settings = settings
+        self._fetcher = Fetcher(settings.fetch)
+        self._transform = Transform(settings.preprocessing)
+        self._pool = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="load")
+        self._decoding = threading.Semaphore(settings.decode_threads)
+
+    def load(self, tables: Iterator[pa.Table], rejected: Mapping[int, Failure]) -> Iterator[pa.Table]:
+        """Yield one block per table of rows, in order, of `schema.loaded_schema`.
+
+        Args:
+            tables: rows as `manifest.FragmentReader` gives them.
+            rejected: rows that have failed before they are fetched, by row number.
+        """
+        waiting: deque[tuple[pa.Table, list[Future[_Row]]]] = deque()
+        in_flight = 0
+        for table in tables:
+            waiting.append(
+                (table, [self._pool.submit(self._load_row, *row) for row in _rows(table, rejected)])
+            )
+            in_flight += table.num_rows
+            # One table is always ahead of the one being waited for, and enough rows for every thread.
+            while len(waiting) > 1 and in_flight - waiting[0][0].num_rows >= self._settings.fetch_threads:
+                in_flight -= waiting[0][0].num_rows
+                yield self._block(*waiting.popleft())
+        while waiting:
+            yield self._block(*waiting.popleft())
+
+    def _load_row(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
+        if rejected is not None:
+            return _Row(failure=rejected)
+        if image is None and uri is None:
+            return _Row(failure=Failure(Reason.NO_IMAGE, "uri and image are null"))
+        started = time.perf_counter()
+        if image is not None:
+            fetched = Fetched(data=image, failure=None, attempts=1, n_bytes=len(image))
+        else:
+            assert uri is not None
+            fetched = self._fetcher.fetch(resolve_uri(uri, self._settings.base))
+        fetch_seconds = time.perf_counter() - started
+        if fetched.data is None:
+            return _Row(
+                failure=fetched.failure,
+                n_bytes=fetched.n_bytes,
+                attempts=fetched.attempts,
+                fetch_seconds=fetch_seconds,
+            )
+        with self._decoding:
+            return self._decode_row(fetched.data, fetched.attempts, fetch_seconds)
+
+    def _decode_row(self, data: bytes, attempts: int, fetch_seconds: float) -> _Row:
+        started = time.perf_counter()
+        known: dict[str, Any] = {
+            "content_hash": hashlib.sha256(data).hexdigest(),
+            "n_bytes": len(data),
+            "attempts": attempts,
+            "fetch_seconds": fetch_seconds,
+        }
+        try:
+            decoded = decode(data, self._settings.limits)
+        except DecodeError as error:
+            return _Row(failure=error.failure, decode_seconds=time.perf_counter() - started, **known)
+        pixels = self._transform(decoded.pixels)
+        if self._settings.normalize == "worker":
+            pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
+        return _Row(
+            pixels=pixels,
+            width=decoded.width,
+            height=decoded.height,
+            decode_seconds=time.perf_counter() - started,
+            **known,
+        )
+
+    def _block(self, table: pa.Table, futures: list[Future[_Row]]) -> pa.Table:
+        rows = [future.result() for future in futures]
+        schema = loaded_schema(self._settings.kept)
+        failures = [row.failure for row in rows]
+        columns: dict[str, Any] = {name: table.column(name) for name in (ROW, ITEM_ID, URI)}
+        columns |= {field.name: table.column(field.name) for field in self._settings.kept}
+        columns |= {
+            name: [getattr(row, name) for row in rows]
+            for name in (
+                "width",
+                "height",
+                "content_hash",
+                "n_bytes",
+                "attempts",
+                FETCH_SECONDS,
+                DECODE_SECONDS,
+            )
+        }
+        columns["reason"] = [failure and failure.reason.value for failure in failures]
+        columns["detail"] = [failure and failure.detail for failure in failures]
+        columns[PIXELS] = pack_pixels([row.pixels for row in rows])
+        return pa.table(
+            {field.name: _typed(columns[field.name], field.type) for field in schema}, schema=schema
+        )
+
+
+def pack_pixels(images: list[np.ndarray[Any, Any] | None]) -> pa.Array:
+    """Images of one shape -> a large_binary array whose value buffer is their stack, without gaps.
+
+    A None becomes a null of zero bytes.
+    """
+    sizes = np.array([0 if image is None else image.nbytes for image in images], np.int64)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    values = np.empty(int(offsets[-1]), np.uint8)
+    for image, start, stop in zip(images, offsets[:-1], offsets[1:], strict=True):
+        if image is not None:
+            values[start:stop] = np.ascontiguousarray(image).view(np.uint8).reshape(-1)
+    present = np.packbits(sizes > 0, bitorder="little")
+    buffers = [pa.py_buffer(present), pa.py_buffer(offsets), pa.py_buffer(values)]
+    return pa.Array.from_buffers(pa.large_binary(), len(images), buffers)
+
+
+def _typed(values: Any, kind: pa.DataType) -> Any:
+    return pa.array(values, kind) if isinstance(values, list) else values
+
+
+def _rows(
+    table: pa.Table, rejected: Mapping[int, Failure]
+) -> Iterator[tuple[str | None, bytes | None, Failure | None]]:
+    columns = (table.column(name).to_pylist() for name in (ROW, URI, IMAGE))
+    for row, uri, image in zip(*columns, strict=True):
+        yield uri, image, rejected.get(row)

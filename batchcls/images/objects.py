@@ -1,0 +1,93 @@
+"""Images in object stores and in every other filesystem that fsspec knows.
+
+For `s3://` one object costs one GET. It goes to botocore's client directly, since s3fs would ask
+for the size first, and would repeat failures by itself, uncounted; the filesystem object still
+provides the client, so that options and credentials are read in one place.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from batchcls.images import background
+from batchcls.images.retry import short_body, too_large
+from batchcls.storage import Storage, scheme
+
+_S3_SCHEMES = frozenset({"s3", "s3a"})
+_CONNECTIONS = 128
+_PIECE_BYTES = 1 << 18
+
+
+class ObjectReader:
+    """Blocking reads from any number of threads, over one filesystem object a scheme and process."""
+
+    def __init__(self, options: Mapping[str, object], timeout_seconds: float, max_bytes: int) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._max_bytes = max_bytes
+        self._storage = Storage(options)
+        self._s3_storage = Storage(_one_attempt_options(options, timeout_seconds))
+
+    def get(self, uri: str) -> bytes:
+        """The object at `uri`, complete.
+
+        Raises:
+            AttemptError: too many bytes, or fewer than the store named.
+            UnsupportedSchemeError: nothing installed speaks the scheme.
+            Exception: what the store's client raises; see `retry.attempt_error`.
+        """
+        if scheme(uri) in _S3_SCHEMES:
+            filesystem, path = self._s3_storage.filesystem(uri)
+            return background.run(self._get_s3(filesystem, path), self._timeout_seconds)
+        filesystem, path = self._storage.filesystem(uri)
+        # Time limits of these filesystems are their own: fsspec has no common one.
+        with filesystem.open(path, "rb") as file:
+            data: bytes = file.read(self._max_bytes + 1)
+        if len(data) > self._max_bytes:
+            raise too_large(None, self._max_bytes)
+        return data
+
+    async def _get_s3(self, filesystem: Any, path: str) -> bytes:
+        bucket, key, version = filesystem.split_path(path)
+        await filesystem.set_session()
+        client = await filesystem.get_s3(bucket)
+        request = {"Bucket": bucket, "Key": key, **_extra_parameters(filesystem, client)}
+        if version:
+            request["VersionId"] = version
+        response = await client.get_object(**request)
+        expected = response.get("ContentLength")
+        async with response["Body"] as body:
+            if expected is not None and expected > self._max_bytes:
+                raise too_large(expected, self._max_bytes)
+            data = await self._body(body)
+        if expected is not None and len(data) != expected:
+            raise short_body(len(data), expected)
+        return data
+
+    async def _body(self, body: Any) -> bytes:
+        data = bytearray()
+        async for piece in body.iter_chunks(_PIECE_BYTES):
+            data += piece
+            if len(data) > self._max_bytes:
+                raise too_large(None, self._max_bytes)
+        return bytes(data)
+
+
+def _extra_parameters(filesystem: Any, client: Any) -> dict[str, object]:
+    """What the storage options add to each request, such as `requester_pays` or a customer's key."""
+    given = {**filesystem.s3_additional_kwargs, **filesystem.req_kw}
+    if not given:
+        return {}
+    known = client.meta.service_model.operation_model("GetObject").input_shape.members
+    return {name: value for name, value in given.items() if name in known}
+
+
+def _one_attempt_options(options: Mapping[str, object], timeout_seconds: float) -> dict[str, object]:
+    """The job's options with botocore's own repeats off: attempts are counted by the fetcher."""
+    given = options.get("config_kwargs", {})
+    config = {
+        "connect_timeout": timeout_seconds,
+        "read_timeout": timeout_seconds,
+        "max_pool_connections": _CONNECTIONS,
+        **(given if isinstance(given, Mapping) else {}),
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+    }
+    return {**options, "config_kwargs": config}

@@ -1,0 +1,88 @@
+"""A Pillow image of any mode to RGB, with the orientation that belongs to it."""
+
+import io
+import struct
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from batchcls.images.formats import DecodeError, Format, Header
+from batchcls.schema import Reason
+
+_PLUGINS: dict[Format, type[ImageFile.ImageFile]] = {
+    Format.JPEG: JpegImageFile,
+    Format.PNG: PngImageFile,
+    Format.WEBP: WebPImageFile,
+    Format.GIF: GifImageFile,
+    Format.BMP: BmpImageFile,
+    Format.TIFF: TiffImageFile,
+}
+# 32-bit samples and L*a*b* have no agreed range to bring down to 0..255.
+_WITHOUT_RANGE = frozenset({"I", "F", "LAB"})
+# What Pillow raises on an EXIF block that is damaged or a text that only claims to be one.
+_EXIF_ERRORS = (SyntaxError, ValueError, KeyError, TypeError, IndexError, OSError, struct.error)
+
+
+def open_unloaded(data: bytes, header: Header, max_pixels: int) -> ImageFile.ImageFile:
+    """Open with the plugin of the format that the content has, pixels not yet decoded.
+
+    Going to the plugin leaves out `Image.open`, which guesses the format again, imports every
+    plugin there is and has a pixel limit of its own. Three plugins ask for that limit too: it is
+    raised to `max_pixels` where it is lower, and never lowered, so threads do not disturb each other.
+
+    Raises:
+        DecodeError: corrupt, where Pillow reads another size than `header` does: the limit was
+            held against the header, so the two must agree before anything is allocated.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    image = _PLUGINS[header.format](io.BytesIO(data))
+    # A TIFF's plugin exchanges the sides at once where the orientation asks for it.
+    if sorted(image.size) != sorted((header.width, header.height)):
+        raise DecodeError(Reason.CORRUPT, f"the {header.format} header contradicts itself about the size")
+    return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8 of a loaded image; 1 where there is none or it cannot be read.
+
+    Damaged metadata costs a picture nothing but its orientation, as in every viewer.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _EXIF_ERRORS:
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Pixels of a loaded image as writable uint8 H x W x 3, transparency on white.
+
+    Raises:
+        DecodeError: unsupported_format for samples without a range (32-bit, float, L*a*b*).
+    """
+    if image.mode in _WITHOUT_RANGE:
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"samples of mode {image.mode} have no range to scale")
+    if image.mode.startswith("I;16"):
+        return _from_16_bit_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))
+
+
+def _from_16_bit_grey(image: Image.Image) -> np.ndarray:
+    """The upper 8 bits, as Pillow does for 16-bit colour; its own conversion of grey clips instead."""
+    samples = np.asarray(image)
+    grey = (samples >> 8).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[samples == transparent] = 255
+    return np.repeat(grey[:, :, np.newaxis], 3, axis=2)

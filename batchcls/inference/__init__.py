@@ -1,0 +1,1 @@
+"""Batch of pixels in, Arrow table of answers out. Knows no Ray."""

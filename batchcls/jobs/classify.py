@@ -1,0 +1,223 @@
+"""`python -m batchcls.jobs.classify`: manifest -> predictions and embeddings, published."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from batchcls.config import ClassifyConfig
+from batchcls.console import bundle_line, counts_table, watching
+from batchcls.errors import ExitCode
+from batchcls.identity import BadIds, find_bad_ids
+from batchcls.images.addresses import AddressPolicy
+from batchcls.images.decode import DecodeLimits
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.load import LoadSettings
+from batchcls.inference.predictor import PredictSettings
+from batchcls.jobs.command import Command, main
+from batchcls.manifest import Manifest, open_manifest
+from batchcls.models.bundle import Bundle
+from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
+from batchcls.pipeline import Run, Work
+from batchcls.placement import Placement, place
+from batchcls.runs.commit import Totals, check_budget, commit, reconcile
+from batchcls.runs.layout import new_run_id
+from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runs.plan import Plan, claim
+from batchcls.runs.publish import publish
+from batchcls.runtime import nodes, ray_session, wait_for
+from batchcls.schema import EMBEDDING_TYPES
+from batchcls.storage import Storage, explain, is_remote, join, redact_uri
+
+_logger = logging.getLogger(__name__)
+
+_EXAMPLES = """examples:
+  python -m batchcls.jobs.classify --manifest catalog.parquet --model timm:mobilenetv3_large_100 --output out
+  python -m batchcls.jobs.classify --config jobs/classify.toml
+  python -m batchcls.jobs.classify --manifest s3://shop/catalog/ --model s3://shop/models/v7 --output s3://shop/out
+
+exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written;
+            3 committed, a gate refused the publish; 4 error budget exceeded, not committed
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What was asked for, opened and checked."""
+
+    manifest: Manifest
+    bad_ids: BadIds
+    bundle: Bundle
+    storage: Storage
+
+
+def classify(config: ClassifyConfig, console: Console) -> ExitCode:
+    """Run the job from manifest to publish; errors leave as `errors.BatchclsError`."""
+    started = time.perf_counter()
+    inputs = _open_inputs(config)
+    with ray_session(config.ray_address):
+        placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
+        for reason in placement.reasons:
+            _logger.info(reason)
+        plan = _plan(config, inputs, placement)
+        with explain(config.output):
+            folder = claim(plan, config.output, inputs.storage)
+        _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
+        work = _work(config, inputs, placement, folder)
+        receipts, measured = _execute(work, console, config.log_interval_seconds)
+    measured["seconds_total"] = round(time.perf_counter() - started, 3)
+    totals = reconcile(receipts, inputs.manifest.rows)
+    check_budget(totals, config.max_failed_fraction)
+    with explain(folder):
+        commit(plan, receipts, totals, measured, inputs.storage, folder)
+    _summarize(totals, measured, folder)
+    _publish(config, plan, inputs.storage)
+    return ExitCode.DONE
+
+
+def _open_inputs(config: ClassifyConfig) -> _Inputs:
+    storage = Storage(config.storage_options)
+    manifest = open_manifest(
+        config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
+    )
+    _logger.info("manifest: %d rows in %d file(s)", manifest.rows, len(manifest.files))
+    bad_ids = find_bad_ids(manifest, storage)
+    if len(bad_ids.null) or len(bad_ids.repeated):
+        _logger.warning("manifest: %d null and %d repeated ids", len(bad_ids.null), len(bad_ids.repeated))
+    choices = ModelChoices(
+        weights=config.weights,
+        labels=config.labels,
+        arguments=parse_model_arguments(config.model_args or ""),
+        allow_random=config.allow_random_weights,
+    )
+    bundle = resolve_model(config.model, choices, storage)
+    _logger.info("model: %s", bundle_line(bundle))
+    return _Inputs(manifest, bad_ids, bundle, storage)
+
+
+def _place(config: ClassifyConfig, inputs: _Inputs) -> Placement:
+    manifest = inputs.manifest
+    remote = manifest.columns.uri is not None and is_remote(manifest.base)
+    return place(config, nodes(), manifest.rows, remote_images=remote)
+
+
+def _plan(config: ClassifyConfig, inputs: _Inputs, placement: Placement) -> Plan:
+    manifest, bundle = inputs.manifest, inputs.bundle
+    unpublishable = []
+    if not bundle.publishable:
+        unpublishable.append("the weights are random")
+    if config.limit is not None:
+        unpublishable.append(f"--limit {config.limit}: a part of the manifest only")
+    return Plan(
+        run_id=config.run_id or new_run_id(),
+        config=config.redacted(),
+        manifest={
+            "uri": redact_uri(config.manifest),
+            "fingerprint": manifest.fingerprint,
+            "rows": manifest.rows,
+            "files": len(manifest.files),
+        },
+        model={
+            "fingerprint": bundle.fingerprint,
+            "source": bundle.config.source,
+            "architecture": bundle.config.architecture,
+            "classes": len(bundle.config.labels),
+            "preprocessing": bundle.config.preprocessing.model_dump(mode="json"),
+            "weights": bundle.config.weights.model_dump(mode="json"),
+        },
+        placement=placement.as_json(),
+        unpublishable=unpublishable,
+    )
+
+
+def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, folder: str) -> Work:
+    kept = inputs.manifest.columns.kept
+    bundle = inputs.bundle.config
+    embedding = EMBEDDING_TYPES[config.embedding_dtype]
+    load = LoadSettings(
+        base=inputs.manifest.base,
+        kept=kept,
+        fetch=FetchPolicy(
+            addresses=AddressPolicy(tuple(config.allow_root), config.allow_private_addresses),
+            timeout_seconds=config.fetch_timeout_seconds,
+            max_bytes=config.max_image_bytes,
+            max_attempts=config.fetch_attempts,
+            storage_options=config.storage_options,
+        ),
+        limits=DecodeLimits(config.max_image_pixels, config.min_image_side_pixels),
+        preprocessing=bundle.preprocessing,
+        normalize=config.normalize,
+        fetch_threads=placement.fetch_threads,
+        decode_threads=placement.decode_threads,
+        block_rows=placement.block_rows,
+    )
+    predict = PredictSettings(
+        labels=tuple(bundle.labels),
+        top_k=config.top_k,
+        embedding=embedding,
+        embedding_dimension=bundle.embedding_dimension,
+        input_shape=bundle.preprocessing.shape,
+        normalize=config.normalize,
+        batch_size=placement.batch_size,
+        kept=kept,
+    )
+    return Work(
+        manifest=inputs.manifest,
+        bad_ids=inputs.bad_ids,
+        load=load,
+        predict=predict,
+        bundle=inputs.bundle,
+        precision=config.precision,
+        writer=PartWriter(folder, inputs.storage, kept, embedding, bundle.embedding_dimension),
+        placement=placement,
+        storage=inputs.storage,
+        no_progress_timeout_seconds=config.no_progress_timeout_seconds,
+    )
+
+
+def _execute(work: Work, console: Console, interval_seconds: float) -> tuple[list[Receipt], dict[str, Any]]:
+    rows = work.manifest.rows
+    run = Run(work)
+    started = time.perf_counter()
+    with watching(run.progress, rows, console, interval_seconds):
+        receipts = run.execute()
+    seconds = time.perf_counter() - started
+    measured = {
+        "seconds_pipeline": round(seconds, 3),
+        "images_per_second": round(rows / seconds, 2),
+        "engines": dict(run.progress().engines),
+    }
+    return receipts, measured
+
+
+def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
+    """The closing words, on stdout: what a person or a log reader wants to find last."""
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(counts_table(totals.predicted, totals.failures))
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.stage_seconds.items())
+    out.print(
+        f"{totals.rows} rows in {measured['seconds_total']:.1f} s "
+        f"({measured['images_per_second']:.1f} images/s in the pipeline)"
+    )
+    out.print(f"work in seconds, all workers: {stages}")
+    out.print(f"results: {redact_uri(folder)}")
+
+
+def _publish(config: ClassifyConfig, plan: Plan, storage: Storage) -> None:
+    out = Console(highlight=False, soft_wrap=True)
+    if plan.unpublishable:
+        out.print(f"not published: {'; '.join(plan.unpublishable)}")
+    elif not config.publish:
+        out.print("not published: --no-publish")
+    else:
+        with explain(config.output):
+            publish(config.output, plan.run_id, storage)
+        out.print(f"published: {redact_uri(join(config.output, 'current.json'))}")
+
+
+COMMANDS = (Command("classify", ClassifyConfig, classify, _EXAMPLES),)
+
+if __name__ == "__main__":
+    main("classify", COMMANDS)

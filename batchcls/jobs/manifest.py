@@ -1,0 +1,101 @@
+"""`python -m batchcls.jobs.manifest`: make a manifest from pictures, or validate one."""
+
+import logging
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from batchcls.config import ManifestCheckConfig, ManifestFromFolderConfig
+from batchcls.errors import ExitCode, InputError
+from batchcls.identity import find_bad_ids
+from batchcls.jobs.command import Command, main
+from batchcls.manifest import open_manifest
+from batchcls.storage import FileInfo, Storage, explain, is_remote, redact_uri
+
+_logger = logging.getLogger(__name__)
+
+_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_ROW_GROUP_ROWS = 65_536
+_LARGE_ROW_GROUP_ROWS = 262_144
+
+_FROM_FOLDER_EXAMPLES = """examples:
+  python -m batchcls.jobs.manifest from-folder photos/ --output catalog.parquet
+  python -m batchcls.jobs.manifest from-folder s3://shop/photos --output s3://shop/catalog.parquet --labels-from-folders
+"""
+_CHECK_EXAMPLES = """examples:
+  python -m batchcls.jobs.manifest check catalog.parquet
+  python -m batchcls.jobs.manifest check 's3://shop/catalog/*.parquet' --id-column sku --keep shop,price
+"""
+
+
+def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
+    """Write a manifest of every picture below a folder: item_id is the path below it."""
+    del console
+    storage = Storage(config.storage_options)
+    with explain(config.folder):
+        found = storage.list_files(config.folder)
+    pictures = [info for info in found if info.uri.lower().endswith(_SUFFIXES)]
+    if not pictures:
+        raise InputError(f"no pictures ({', '.join(_SUFFIXES)}) below {redact_uri(config.folder)}")
+    table = _table(pictures, config)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+    with explain(config.output):
+        storage.write_whole(config.output, sink.getvalue().to_pybytes())
+    _logger.info("%s: %d pictures", redact_uri(config.output), table.num_rows)
+    return ExitCode.DONE
+
+
+def _table(pictures: list[FileInfo], config: ManifestFromFolderConfig) -> pa.Table:
+    # Local uris are made absolute, so that the manifest may lie anywhere.
+    root = config.folder.rstrip("/")
+    names = [info.uri.removeprefix(root).lstrip("/") for info in pictures]
+    remote = is_remote(config.folder)
+    uris = [info.uri if remote else str(Path(info.uri).absolute()) for info in pictures]
+    columns = {
+        "item_id": pa.array(names, pa.string()),
+        "uri": pa.array(uris, pa.string()),
+        "version": pa.array([info.etag for info in pictures], pa.string()),
+    }
+    if config.labels_from_folders:
+        parents = [str(PurePosixPath(name).parent) for name in names]
+        columns["label"] = pa.array([None if parent == "." else parent for parent in parents], pa.string())
+    return pa.table(columns)
+
+
+def check(config: ManifestCheckConfig, console: Console) -> ExitCode:
+    """Validate a manifest as the main job would, and say what is in it."""
+    del console
+    storage = Storage(config.storage_options)
+    manifest = open_manifest(config.manifest, storage, id_column=config.id_column, keep=config.keep)
+    bad = find_bad_ids(manifest, storage)
+    largest = max(rows for file in manifest.files for rows in file.row_groups)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in (
+        ("files", f"{len(manifest.files)}"),
+        ("rows", f"{manifest.rows}"),
+        ("images", " and ".join(name for name in (manifest.columns.uri, manifest.columns.image) if name)),
+        ("relative uris start at", redact_uri(manifest.base)),
+        ("null ids", f"{len(bad.null)}"),
+        ("repeated ids", f"{len(bad.repeated)}"),
+        ("largest row group", f"{largest} rows"),
+        ("fingerprint", manifest.fingerprint),
+    ):
+        table.add_row(name, value)
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(table)
+    if largest > _LARGE_ROW_GROUP_ROWS:
+        out.print(f"hint: row groups of at most {_ROW_GROUP_ROWS} rows are read faster by many tasks")
+    return ExitCode.DONE
+
+
+COMMANDS = (
+    Command("from-folder", ManifestFromFolderConfig, from_folder, _FROM_FOLDER_EXAMPLES, ("folder",)),
+    Command("check", ManifestCheckConfig, check, _CHECK_EXAMPLES, ("manifest",)),
+)
+
+if __name__ == "__main__":
+    main("manifest", COMMANDS)

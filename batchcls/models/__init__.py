@@ -1,0 +1,1 @@
+"""What a backbone is: sources, weights, bundles, engines. Knows no Ray."""

@@ -1,0 +1,106 @@
+"""Class names, in the order of a classifier's outputs: from a file, or those of ImageNet."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from torchvision.models import ResNet18_Weights
+
+from batchcls.errors import InputError
+from batchcls.storage import Storage, explain, redact_uri
+
+Labels = tuple[str, ...]
+
+IMAGENET_CLASSES = 1000
+
+
+def read_labels(uri: str, storage: Storage) -> Labels:
+    """Labels of a file: a JSON list in `*.json`, otherwise UTF-8 text with one label a line.
+
+    Raises:
+        InputError: the file is not there or not of that form, or a label is empty or repeated;
+            the message names the line (or the place in the list).
+    """
+    name = redact_uri(uri)
+    with explain(uri):
+        data = storage.read_bytes(uri)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--labels {name} is not UTF-8 ({error}); save it as UTF-8") from error
+    if uri.lower().endswith(".json"):
+        return _checked(_json_list(text, name), f"--labels {name}, item")
+    return _checked([line.strip() for line in text.splitlines()], f"--labels {name}, line")
+
+
+def check_labels(labels: Sequence[str], where: str) -> Labels:
+    """The labels as a tuple.
+
+    Raises:
+        InputError: there is none, or one is empty or repeated.
+    """
+    return _checked(labels, f"{where}, label")
+
+
+def known_labels(classes: int) -> Labels | None:
+    """Labels of the public label set with that many classes, or None if there is no such set.
+
+    1000 is ImageNet; 11,221, 11,821, 21,841, 21,842 and 21,843 are its larger relatives.
+    """
+    if classes == IMAGENET_CLASSES:
+        return imagenet_labels()
+    subset = infer_imagenet_subset({"num_classes": classes})
+    return None if subset is None else _synset_labels(subset)
+
+
+@cache
+def imagenet_labels() -> Labels:
+    """The 1000 names of ImageNet, each one different; the index is the rank of the wnid."""
+    info: Any = ImageNetInfo()
+    return distinct(ResNet18_Weights.DEFAULT.meta["categories"], info.label_names())
+
+
+@cache
+def _synset_labels(subset: str) -> Labels:
+    info: Any = ImageNetInfo(subset)
+    return distinct(info.label_descriptions(), info.label_names())
+
+
+def distinct(names: Sequence[str], identifiers: Sequence[str]) -> Labels:
+    """Names made unique: one that stands for several classes gets its identifier in brackets.
+
+    Two classes called crane become `crane (n02012849)` and `crane (n03126707)`.
+    """
+    times = Counter(names)
+    return tuple(
+        name if times[name] == 1 else f"{name} ({identifier})"
+        for name, identifier in zip(names, identifiers, strict=True)
+    )
+
+
+def _json_list(text: str, name: str) -> list[str]:
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--labels {name} is not JSON ({error})") from error
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise InputError(f'--labels {name} must hold a JSON list of strings, such as ["mug", "plate"]')
+    return items
+
+
+def _checked(labels: Sequence[str], where: str) -> Labels:
+    if not labels:
+        raise InputError(f"{where} 1: there is no label; a classifier needs one for each class")
+    first: dict[str, int] = {}
+    for number, label in enumerate(labels, start=1):
+        if not label.strip():
+            raise InputError(f"{where} {number}: the label is empty; each class needs a name")
+        if label in first:
+            raise InputError(
+                f"{where} {number}: {label!r} stands in {first[label]} already; make each label different"
+            )
+        first[label] = number
+    return tuple(labels)

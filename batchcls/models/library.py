@@ -1,0 +1,149 @@
+"""What a library of architectures must answer, and the words that are shared between libraries."""
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from batchcls.errors import InputError
+from batchcls.models.weights import State
+from batchcls.preprocessing import Interpolation, Preprocessing
+
+SourceName = Literal["timm", "torchvision"]
+ArgumentValue = bool | int | float | str | None
+Arguments = Mapping[str, ArgumentValue]
+
+_PROBE_SECONDS = 10.0
+_INITIALISATION_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """An architecture: library, name in that library (perhaps with a tag), extra arguments."""
+
+    source: SourceName
+    architecture: str
+    arguments: Arguments = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.architecture}"
+
+
+class PreprocessingOverrides(BaseModel):
+    """What a user says about the preprocessing of weights whose own record is another or missing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R, G, B in 0..1.")
+    std: tuple[float, float, float] | None = Field(
+        default=None, description="Standard deviation of R, G, B in 0..1."
+    )
+    input_size: int | None = Field(default=None, gt=0, description="Side of the square input in pixels.")
+    crop_pct: float | None = Field(
+        default=None, gt=0, le=1, description="Side of the crop divided by the short side after the resize."
+    )
+    interpolation: Interpolation | None = Field(default=None, description="Resampling filter.")
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """Downloaded weights: the architecture with the full tag they carry, and their state."""
+
+    architecture: str
+    state: State
+
+
+class Library(Protocol):
+    """A source of architectures. Architecture names are checked before any other call."""
+
+    def names(self) -> Sequence[str]:
+        """Names of all architectures, without tags."""
+
+    def check(self, architecture: str) -> bool:
+        """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""
+
+    def complete(self, spec: ModelSpec) -> ModelSpec:
+        """The spec with the arguments that the weights' own configuration asks for."""
+
+    def build(self, spec: ModelSpec, classes: int | None) -> nn.Module:
+        """The architecture with random weights; None classes: as many as its weights have."""
+
+    def classifiers(self, model: nn.Module) -> tuple[str, ...]:
+        """Paths of the modules, almost always one, that turn features into logits."""
+
+    def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
+        """The record that belongs to the architecture's published weights, with overrides applied."""
+
+    def adapt(self, spec: ModelSpec, state: State) -> State:
+        """A published state under the names that `build` uses, without heads used in training only."""
+
+    def pretrained(self, spec: ModelSpec) -> Pretrained:
+        """Download the published weights. Raises InputError where that is not possible."""
+
+
+def make_preprocessing(
+    where: str, values: Mapping[str, object], chosen: PreprocessingOverrides
+) -> Preprocessing:
+    """A record from a library's values and a user's colours and filter; sizes are settled before.
+
+    Raises:
+        InputError: the values do not make sense together, or are of a kind that is not known here.
+    """
+    overridden = chosen.model_dump(include={"mean", "std", "interpolation"}, exclude_none=True)
+    try:
+        return Preprocessing.model_validate({**values, **overridden})
+    except ValidationError as error:
+        problem = "; ".join(str(item["msg"]) for item in error.errors())
+        raise InputError(
+            f"preprocessing of {where}: {problem}; change it with --input-size, --crop-pct, --mean, --std or "
+            "--interpolation"
+        ) from error
+
+
+def refuse_reserved(spec: ModelSpec, reserved: Mapping[str, str]) -> None:
+    """Refuse arguments that are settled elsewhere. `reserved`: name -> what to do instead."""
+    for name in spec.arguments:
+        if name in reserved:
+            raise InputError(f"--model-args {name} of {spec}: {reserved[name]}")
+
+
+def bad_arguments(spec: ModelSpec, error: Exception) -> InputError:
+    """The error for an architecture that could not be built."""
+    given = ", ".join(f"{k}={v}" for k, v in spec.arguments.items()) or "none"
+    return InputError(f"{spec} cannot be built ({error}); check --model-args, given are: {given}")
+
+
+def no_download(spec: ModelSpec, error: Exception) -> InputError:
+    """The error for weights that cannot be downloaded."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InputError(
+        f"the pretrained weights of {spec} cannot be downloaded ({reason}); "
+        "pass --weights FILE.safetensors, or as --model a bundle made where there is a network"
+    )
+
+
+def require_reachable(url: str) -> None:
+    """Raise OSError if nobody answers at `url` within seconds.
+
+    The libraries' own downloads retry for most of a minute before they say so. Any HTTP status
+    counts as an answer: what the server thinks of the request is the download's business.
+    """
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return
+
+
+@contextmanager
+def repeatable_initialisation() -> Iterator[None]:
+    """The same random weights each time, and the caller's random numbers left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_INITIALISATION_SEED)
+        yield

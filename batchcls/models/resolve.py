@@ -1,0 +1,198 @@
+"""`--model BUNDLE|timm:NAME|torchvision:NAME`, with what goes with it, becomes a bundle."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from batchcls.errors import InputError
+from batchcls.models.backbone import Backbone
+from batchcls.models.bundle import Bundle, BundleConfig, OriginKind, WeightsOrigin
+from batchcls.models.labels import Labels, known_labels, read_labels
+from batchcls.models.library import Arguments, ArgumentValue, ModelSpec, PreprocessingOverrides
+from batchcls.models.sources import find_model, is_library_name, library_of
+from batchcls.models.weights import State, load_strictly, read_weights, sha256_hex, to_safetensors
+from batchcls.storage import Storage, redact_uri
+
+_ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
+_WORDS: Mapping[str, ArgumentValue] = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoices:
+    """What a user may say beside `--model`; a bundle, being complete, takes none of it."""
+
+    weights: str | None = None
+    labels: str | None = None
+    arguments: Arguments = field(default_factory=dict)
+    overrides: PreprocessingOverrides = field(default_factory=PreprocessingOverrides)
+    allow_random: bool = False
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    spec: ModelSpec
+    model: nn.Module
+    weights: bytes
+    kind: OriginKind
+    name: str
+    classes: int
+
+
+def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
+    """The bundle behind `--model`.
+
+    A folder is read. A library's name is built, with the weights of a file (`choices.weights`), or
+    random ones if allowed, or else the library's published ones, downloaded.
+
+    Raises:
+        InputError: anything named is missing, unknown or does not fit; the message has the remedy.
+    """
+    if not is_library_name(model):
+        _refuse_choices(choices)
+        return Bundle.load(model, storage)
+    spec = find_model(model, choices.arguments)
+    labels = read_labels(choices.labels, storage) if choices.labels is not None else None
+    if choices.weights is not None:
+        loaded = _from_file(spec, choices.weights, storage)
+    elif choices.allow_random:
+        loaded = _random(spec, labels)
+    else:
+        loaded = _published(spec)
+    return _bundle(loaded, _fitting_labels(loaded, labels), choices)
+
+
+def parse_model_arguments(text: str) -> dict[str, ArgumentValue]:
+    """`key=value,key=value` with typed values: true, false, none, 3, 0.5, same.
+
+    A value in quotes stays text.
+
+    Raises:
+        InputError: a part has no `=`, no proper name, or a name is repeated.
+    """
+    arguments: dict[str, ArgumentValue] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not _ARGUMENT_NAME.fullmatch(name):
+            raise InputError(f"--model-args: {part!r} is not key=value, as in pad_type=same,drop_rate=0.1")
+        if name in arguments:
+            raise InputError(f"--model-args: {name} is given twice; give it once")
+        arguments[name] = _typed(value)
+    return arguments
+
+
+def _typed(text: str) -> ArgumentValue:
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    readers: tuple[Callable[[str], ArgumentValue], ...] = (int, float)
+    for reader in readers:
+        try:
+            return reader(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _refuse_choices(choices: ModelChoices) -> None:
+    given = {
+        "--weights": choices.weights,
+        "--labels": choices.labels,
+        "--model-args": choices.arguments,
+        "--allow-random-weights": choices.allow_random,
+        "--mean, --std, --input-size, --crop-pct or --interpolation": choices.overrides.model_fields_set,
+    }
+    refused = [name for name, value in given.items() if value]
+    if refused:
+        raise InputError(
+            f"{', '.join(refused)}: --model is a bundle, which brings its own; leave that out, or name "
+            "timm:NAME or torchvision:NAME as --model"
+        )
+
+
+def _from_file(spec: ModelSpec, uri: str, storage: Storage) -> _Loaded:
+    name = redact_uri(uri)
+    library = library_of(spec)
+    state, data = read_weights(uri, storage)
+    adapted = library.adapt(spec, state)
+    if adapted.keys() != state.keys():
+        data = to_safetensors(adapted)
+    model = library.build(spec, None)
+    classifiers = library.classifiers(model)
+    classes = _classes_in(adapted, classifiers, name)
+    if classes != _count_classes(model.state_dict(), classifiers):
+        model = library.build(spec, classes)
+    load_strictly(model, adapted, name)
+    return _Loaded(spec, model, data, "file", name.rpartition("/")[2], classes)
+
+
+def _classes_in(state: State, classifiers: tuple[str, ...], name: str) -> int:
+    classes = _count_classes(state, classifiers)
+    if classes is None:
+        raise InputError(
+            f"{name} holds no classifier ({' or '.join(classifiers) or 'the architecture names none'}); check "
+            "the architecture's name, or take weights that were trained to classify"
+        )
+    return classes
+
+
+def _count_classes(state: State, classifiers: tuple[str, ...]) -> int | None:
+    """Rows of the first classifier's weight; None if the state holds no classifier."""
+    weights = (state.get(f"{path}.weight") for path in classifiers)
+    return next((int(weight.shape[0]) for weight in weights if weight is not None), None)
+
+
+def _random(spec: ModelSpec, labels: Labels | None) -> _Loaded:
+    library = library_of(spec)
+    model = library.build(spec, len(labels) if labels else None)
+    classes = _classes_in(model.state_dict(), library.classifiers(model), str(spec))
+    return _Loaded(spec, model, to_safetensors(model.state_dict()), "random", "random", classes)
+
+
+def _published(spec: ModelSpec) -> _Loaded:
+    library = library_of(spec)
+    found = library.pretrained(spec)
+    spec = ModelSpec(spec.source, found.architecture, spec.arguments)
+    model = library.build(spec, None)
+    load_strictly(model, found.state, str(spec))
+    classes = _classes_in(found.state, library.classifiers(model), str(spec))
+    return _Loaded(spec, model, to_safetensors(found.state), "pretrained", str(spec), classes)
+
+
+def _fitting_labels(loaded: _Loaded, labels: Labels | None) -> Labels:
+    if labels is None:
+        labels = known_labels(loaded.classes)
+    if labels is None:
+        raise InputError(
+            f"the weights of {loaded.spec} tell {loaded.classes} classes apart and nobody says what they are "
+            "called; pass --labels FILE with one name a line, in the order of the classes"
+        )
+    if len(labels) != loaded.classes:
+        raise InputError(
+            f"--labels has {len(labels)} names, the weights of {loaded.spec} tell {loaded.classes} classes "
+            "apart; pass the list that belongs to these weights"
+        )
+    return labels
+
+
+def _bundle(loaded: _Loaded, labels: Labels, choices: ModelChoices) -> Bundle:
+    spec = loaded.spec
+    library = library_of(spec)
+    preprocessing = library.preprocessing(spec, choices.overrides)
+    size = (preprocessing.input_height, preprocessing.input_width)
+    backbone = Backbone(loaded.model, library.classifiers(loaded.model), size)
+    config = BundleConfig(
+        source=spec.source,
+        architecture=spec.architecture,
+        arguments=dict(spec.arguments),
+        labels=labels,
+        preprocessing=preprocessing,
+        embedding_dimension=backbone.dimension,
+        weights=WeightsOrigin(kind=loaded.kind, name=loaded.name, sha256=sha256_hex(loaded.weights)),
+        lineage=dict(choices.lineage),
+    )
+    return Bundle(config, loaded.weights)

@@ -1,0 +1,144 @@
+"""The library timm: its architectures, its configurations, its weights."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import huggingface_hub
+import timm
+from timm.data.config import resolve_data_config
+from torch import nn
+
+from batchcls.errors import InputError
+from batchcls.models.library import (
+    ModelSpec,
+    PreprocessingOverrides,
+    Pretrained,
+    bad_arguments,
+    make_preprocessing,
+    no_download,
+    refuse_reserved,
+    repeatable_initialisation,
+    require_reachable,
+)
+from batchcls.models.weights import State
+from batchcls.preprocessing import Preprocessing
+
+_RESERVED = {
+    "num_classes": "the number of classes follows from the weights, or from --labels; leave it out",
+    "in_chans": "images here have three channels; leave it out",
+    "features_only": "a classifier is needed; leave it out",
+    "pretrained": "weights are downloaded when --weights is not given; leave it out",
+    "pretrained_cfg": "name the tag in --model instead, as in timm:NAME.TAG",
+    "pretrained_cfg_overlay": "use --mean, --std, --input-size, --crop-pct, --interpolation",
+    "checkpoint_path": "use --weights FILE",
+    "cache_dir": "set HF_HOME in the environment instead",
+}
+
+_TRAINING_HEADS = {"inception_v3": "AuxLogits."}
+_HUB_FILE = "model.safetensors"
+
+
+class TimmLibrary:
+    """`timm:NAME` and `timm:NAME.TAG`."""
+
+    def names(self) -> Sequence[str]:
+        """Names of all architectures, without tags."""
+        return list(timm.list_models())
+
+    def check(self, architecture: str) -> bool:
+        """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""
+        base, _, tag = architecture.partition(".")
+        if not timm.is_model(base):
+            return False
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
+        if tag and tag not in tags:
+            raise InputError(
+                f"timm:{base} has no weights tagged {tag!r}; it has {', '.join(sorted(tags)) or 'none'}"
+            )
+        return True
+
+    def complete(self, spec: ModelSpec) -> ModelSpec:
+        """The spec itself: timm keeps what its weights ask for under the name and tag."""
+        return spec
+
+    def build(self, spec: ModelSpec, classes: int | None) -> nn.Module:
+        """The architecture with random weights; None classes: as many as its weights have."""
+        return _create(spec, pretrained=False, num_classes=classes)
+
+    def classifiers(self, model: nn.Module) -> tuple[str, ...]:
+        """Paths of the modules, almost always one, that turn features into logits."""
+        configuration: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+        named = configuration.get("classifier") or ()
+        return (named,) if isinstance(named, str) else tuple(named)
+
+    def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
+        """What timm's own evaluation does with the architecture's published weights."""
+        resolve: Any = resolve_data_config
+        found = resolve(_data_arguments(spec, overrides), _configuration(spec).to_dict())
+        _, height, width = found["input_size"]
+        values = {
+            "input_height": height,
+            "input_width": width,
+            "resize_height": math.floor(height / found["crop_pct"]),
+            "resize_width": math.floor(width / found["crop_pct"]),
+            **{name: found[name] for name in ("crop_mode", "interpolation", "mean", "std")},
+        }
+        return make_preprocessing(str(spec), values, overrides)
+
+    def adapt(self, spec: ModelSpec, state: State) -> State:
+        """A published state without the head that is used in training only."""
+        head = _TRAINING_HEADS.get(spec.architecture.partition(".")[0])
+        return state if head is None else {k: v for k, v in state.items() if not k.startswith(head)}
+
+    def pretrained(self, spec: ModelSpec) -> Pretrained:
+        """Download the published weights through timm, or take them from its cache.
+
+        Raises:
+            InputError: there are none, they hold no classifier, or the network does not answer.
+        """
+        configuration = _configuration(spec)
+        if not configuration.has_weights:
+            raise InputError(f"{spec} has no published weights; pass --weights FILE.safetensors")
+        if configuration.num_classes == 0:
+            raise InputError(f"the published weights of {spec} hold no classifier; choose another tag")
+        try:
+            model = _create(spec, pretrained=True, **_hub_source(configuration.hf_hub_id))
+        except OSError as error:
+            raise no_download(spec, error) from error
+        name = f"{configuration.architecture}.{configuration.tag}".rstrip(".")
+        return Pretrained(name, dict(model.state_dict()))
+
+
+def _configuration(spec: ModelSpec) -> Any:
+    return timm.models.get_pretrained_cfg(spec.architecture) or timm.models.PretrainedCfg()
+
+
+def _create(spec: ModelSpec, **options: object) -> nn.Module:
+    refuse_reserved(spec, _RESERVED)
+    create: Any = timm.create_model
+    try:
+        with repeatable_initialisation():
+            model: nn.Module = create(spec.architecture, **options, **spec.arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise bad_arguments(spec, error) from error
+    return model
+
+
+def _data_arguments(spec: ModelSpec, overrides: PreprocessingOverrides) -> dict[str, object]:
+    """What timm's resolution takes from the user: an `img_size` of the network is one of the input."""
+    side = overrides.input_size or spec.arguments.get("img_size")
+    return {"crop_pct": overrides.crop_pct, "input_size": None if side is None else (3, side, side)}
+
+
+def _hub_source(repository: str | None) -> dict[str, object]:
+    """Options that make timm load a cached file without asking the hub; raises OSError offline."""
+    if not repository:
+        return {}
+    cached = huggingface_hub.try_to_load_from_cache(repository, _HUB_FILE)
+    if isinstance(cached, str):
+        return {"pretrained_cfg_overlay": {"file": cached}}
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set and the weights are not in the cache")
+    require_reachable(f"{huggingface_hub.constants.ENDPOINT}/{repository}/resolve/main/{_HUB_FILE}")
+    return {}

@@ -1,0 +1,185 @@
+"""How many tasks and actors, how large, with how many threads: arithmetic over what the cluster has.
+
+Nothing here starts anything. Every number is derived once, shown with its reason, and can be set by
+a flag; what cannot be scheduled is refused before a row is read (a pool that holds every CPU makes
+Ray wait without a word).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from batchcls.config import ClassifyConfig
+from batchcls.errors import InputError
+
+# Measured rates that the defaults follow from: docs/log.md, "Where the defaults come from".
+_CPU_BATCH = 16
+_GPU_BATCH = 128
+_CPU_BLOCK_ROWS = 64
+_MAX_THREADS_PER_ACTOR = 16
+_LOAD_CPU_SHARE = 4  # one CPU in four loads, on nodes without a GPU
+_FRAGMENT_ROWS = 1024
+_TASK_CPU = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What Ray may use of one node."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The shape of a run. CPUs and GPUs are what Ray sets aside; threads are what really runs."""
+
+    device: str
+    num_actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    threads_per_actor: int
+    load_tasks: int
+    cpus_per_load_task: float
+    fetch_threads: int
+    decode_threads: int
+    batch_size: int
+    block_rows: int
+    fragment_rows: int
+    rows_per_file: int
+    reasons: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers, for plan.json."""
+        values = asdict(self)
+        values.pop("reasons")
+        return values
+
+
+def place(config: ClassifyConfig, nodes: Sequence[Node], rows: int, *, remote_images: bool) -> Placement:
+    """Derive the shape of a run on these nodes.
+
+    Raises:
+        InputError: what is asked for cannot be scheduled; the message says what to change.
+    """
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    device = _device(config, gpus)
+    actors, cpus_per_actor, gpus_per_actor = _actors(config, nodes, device)
+    load_cpu = _TASK_CPU if cpus - actors * cpus_per_actor >= _TASK_CPU else 0.5
+    load_tasks = _or(config.load_tasks, max(1, int((cpus - actors * cpus_per_actor) / load_cpu)))
+    threads = _threads(nodes, actors, device)
+    batch = _or(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
+    block = batch if device == "cuda" else max(batch, _CPU_BLOCK_ROWS // batch * batch)
+    spread = max(block, -(-rows // (4 * load_tasks)))
+    fragment = _or(config.fragment_rows, min(_FRAGMENT_ROWS, -(-spread // block) * block))
+    rows_per_file = _or(config.rows_per_file, min(20_000, max(512, rows // 200)))
+    fetch_threads = _or(config.fetch_threads, 32 if remote_images else 4)
+    reasons = (
+        f"cluster: {len(nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs",
+        f"predict: {actors} actor(s) x {cpus_per_actor:g} CPU, {gpus_per_actor:g} GPU on {device}, "
+        f"{threads} thread(s) each, batches of {batch}",
+        f"load: {load_tasks} task(s) x {load_cpu:g} CPU = the {cpus:g} CPUs less {actors} x {cpus_per_actor:g}; "
+        f"{fetch_threads} images in flight each, fragments of {fragment} rows, blocks of {block}",
+        f"write: files of {rows_per_file} rows or more",
+    )
+    placement = Placement(
+        device=device,
+        num_actors=actors,
+        cpus_per_actor=cpus_per_actor,
+        gpus_per_actor=gpus_per_actor,
+        threads_per_actor=threads,
+        load_tasks=load_tasks,
+        cpus_per_load_task=load_cpu,
+        fetch_threads=fetch_threads,
+        decode_threads=1,
+        batch_size=batch,
+        block_rows=block,
+        fragment_rows=fragment,
+        rows_per_file=rows_per_file,
+        reasons=reasons,
+    )
+    _refuse_what_cannot_start(placement, nodes)
+    return placement
+
+
+def _device(config: ClassifyConfig, gpus: float) -> str:
+    if config.device == "auto":
+        return "cuda" if gpus > 0 and config.gpus_per_actor != 0 else "cpu"
+    if config.device == "cuda" and gpus == 0:
+        raise InputError("--device cuda: the cluster has no GPU; use --device auto or cpu, or add a GPU node")
+    return config.device
+
+
+def _actors(config: ClassifyConfig, nodes: Sequence[Node], device: str) -> tuple[int, float, float]:
+    """Number of actors, CPUs and GPUs of each.
+
+    On GPUs: one actor per GPU, and no CPU, which decoding needs more. On CPUs: one actor per node,
+    which leaves a quarter of the node's CPUs, at least one, for loading.
+    """
+    if device == "cuda":
+        share = 1.0 if config.gpus_per_actor == "auto" else float(config.gpus_per_actor)
+        if share <= 0:
+            raise InputError("--gpus-per-actor 0 with --device cuda: an actor needs a share of a GPU")
+        per_node = [int(node.gpus / share) for node in nodes]
+        cpus = 0.0 if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
+        return _or(config.num_actors, max(1, sum(per_node))), cpus, share
+    smallest = min((node.cpus for node in nodes if node.cpus >= 1), default=0.0)
+    if smallest == 0:
+        raise InputError(
+            "the cluster has no node with a CPU for tasks; start nodes with --num-cpus 1 or more"
+        )
+    left_for_actor = smallest - max(1.0, smallest // _LOAD_CPU_SHARE)
+    cpus = (
+        max(0.4, float(left_for_actor)) if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
+    )
+    if cpus > 1 and config.cpus_per_actor == "auto":
+        cpus = float(int(cpus))
+    per_node = [
+        int(node.cpus // cpus) if config.cpus_per_actor != "auto" else 1 for node in nodes if node.cpus >= 1
+    ]
+    fitting = max(1, sum(per_node) - (1 if sum(per_node) * cpus >= sum(n.cpus for n in nodes) else 0))
+    return _or(config.num_actors, fitting), cpus, 0.0
+
+
+def _threads(nodes: Sequence[Node], actors: int, device: str) -> int:
+    """Threads of an actor's network: all cores of the node, shared among its actors.
+
+    More than the CPUs set aside, since a load task of a CPU-bound run waits most of the time.
+    """
+    if device == "cuda":
+        return 1
+    with_cpus = [node for node in nodes if node.cpus >= 1]
+    per_node = -(-actors // len(with_cpus))
+    return max(1, min(_MAX_THREADS_PER_ACTOR, int(min(node.cpus for node in with_cpus) // per_node)))
+
+
+def _refuse_what_cannot_start(placement: Placement, nodes: Sequence[Node]) -> None:
+    """Actors are placed before tasks: when they hold every CPU, nothing would ever be loaded."""
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    held = placement.num_actors * placement.cpus_per_actor
+    places = sum(_fitting(node, placement) for node in nodes)
+    if places < placement.num_actors:
+        raise InputError(
+            f"{placement.num_actors} actor(s) of {placement.cpus_per_actor:g} CPU and {placement.gpus_per_actor:g} "
+            f"GPU do not fit: the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; "
+            "lower --num-actors, --cpus-per-actor or --gpus-per-actor, or add nodes"
+        )
+    if cpus - held < placement.cpus_per_load_task:
+        raise InputError(
+            f"{placement.num_actors} actor(s) x {placement.cpus_per_actor:g} CPU would hold {held:g} of {cpus:g} CPUs "
+            f"and leave none for loading images ({placement.cpus_per_load_task:g} is needed); lower --num-actors or "
+            "--cpus-per-actor"
+        )
+
+
+def _fitting(node: Node, placement: Placement) -> int:
+    limits = [
+        int(have / need)
+        for have, need in ((node.cpus, placement.cpus_per_actor), (node.gpus, placement.gpus_per_actor))
+        if need > 0
+    ]
+    return min(limits, default=placement.num_actors)
+
+
+def _or(value: Any, default: int) -> int:
+    return default if value == "auto" else int(value)

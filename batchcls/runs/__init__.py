@@ -1,0 +1,1 @@
+"""What a run is on storage: plan, parts, commit, publish. Knows no Ray."""

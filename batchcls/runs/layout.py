@@ -1,0 +1,29 @@
+"""Names of the folders and files of an output folder; the contract with readers.
+
+OUTPUT/current.json
+OUTPUT/runs/RUN_ID/plan.json            first
+                   predictions/*.parquet
+                   quarantine/*.parquet
+                   run.json             last, the commit record
+"""
+
+import secrets
+from datetime import UTC, datetime
+
+from batchcls.storage import join
+
+PLAN = "plan.json"
+RUN = "run.json"
+CURRENT = "current.json"
+PREDICTIONS = "predictions"
+QUARANTINE = "quarantine"
+
+
+def new_run_id(now: datetime | None = None) -> str:
+    """A name that sorts by time and does not meet another one: 20261122-033000-4f2a."""
+    return f"{now or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def run_folder(output: str, run_id: str) -> str:
+    """URI of a run's folder."""
+    return join(output, "runs", run_id)

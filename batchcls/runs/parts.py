@@ -1,0 +1,117 @@
+"""Whole Parquet files of a run, and the receipts that say what is in them."""
+
+import hashlib
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchcls.runs.layout import PREDICTIONS, QUARANTINE
+from batchcls.runs.ledger import RowRanges
+from batchcls.schema import (
+    DECODE_SECONDS,
+    FETCH_SECONDS,
+    PREDICT_SECONDS,
+    REASONS,
+    ROW,
+    predictions_schema,
+    quarantine_schema,
+)
+from batchcls.storage import Storage, join
+
+COMPUTED = "computed"
+_ROW_GROUP_ROWS = 16_384
+_STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_SECONDS}
+
+
+@dataclass(frozen=True, slots=True)
+class PartFile:
+    """A written file: `path` is relative to the run's folder, `digest` is SHA-256 in hex."""
+
+    path: str
+    kind: Literal["predictions", "quarantine"]
+    rows: int
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one write task has put on storage.
+
+    `seconds` is work by stage, summed over rows; `image_bytes` what was fetched.
+    """
+
+    files: tuple[PartFile, ...]
+    ranges: RowRanges
+    predicted: int
+    failures: Counter[str]
+    seconds: dict[str, float]
+    image_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartWriter:
+    """Writes classified blocks into a run's folder; picklable, for write tasks."""
+
+    folder: str
+    storage: Storage
+    kept: tuple[pa.Field, ...]
+    embedding: pa.DataType | None
+    embedding_dimension: int
+
+    def write(self, blocks: Sequence[pa.Table]) -> Receipt:
+        """Write the rows of some blocks as one predictions and one quarantine file, each whole.
+
+        The name is new each time, so a repeated task cannot touch what an earlier one wrote; only
+        the receipt that the driver gets makes a file part of the run.
+
+        Raises:
+            ValueError: a row is there twice.
+            OSError: storage refused; nothing half-written is left under the file's name.
+        """
+        table = pa.concat_tables(blocks).sort_by(ROW)
+        failed = table.column("reason").is_valid()
+        name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}.parquet"
+        good = table.filter(pc.invert(failed))
+        bad = table.filter(failed)
+        files = [
+            self._put(folder, name, rows)
+            for folder, rows in ((PREDICTIONS, self._predictions(good)), (QUARANTINE, _quarantine(bad)))
+            if rows.num_rows
+        ]
+        return Receipt(
+            files=tuple(files),
+            ranges=RowRanges.of(table.column(ROW).to_numpy()),
+            predicted=good.num_rows,
+            failures=Counter(bad.column("reason").to_pylist()),
+            seconds={stage: float(pc.sum(table.column(name)).as_py()) for stage, name in _STAGES.items()},
+            image_bytes=pc.sum(table.column("n_bytes")).as_py() or 0,
+        )
+
+    def _predictions(self, table: pa.Table) -> pa.Table:
+        origin = pa.array(np.full(table.num_rows, COMPUTED, object), pa.string())
+        table = table.append_column("origin", origin)
+        schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension)
+        return table.select(schema.names).cast(schema)
+
+    def _put(self, folder: str, name: str, table: pa.Table) -> PartFile:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
+        data = sink.getvalue().to_pybytes()
+        path = f"{folder}/{name}"
+        self.storage.write_whole(join(self.folder, path), data)
+        kind: Literal["predictions", "quarantine"] = "predictions" if folder == PREDICTIONS else "quarantine"
+        return PartFile(path, kind, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _quarantine(table: pa.Table) -> pa.Table:
+    stages = [REASONS[reason].stage.value for reason in table.column("reason").to_pylist()]
+    schema = quarantine_schema()
+    return table.append_column("stage", pa.array(stages, pa.string())).select(schema.names).cast(schema)

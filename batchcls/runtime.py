@@ -1,0 +1,91 @@
+"""Starting or joining Ray, without its noise, and what the cluster has."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import ray
+
+from batchcls.errors import InputError
+from batchcls.placement import Node
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
+
+_QUIET_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # The core worker's remarks on every actor pool (ray issue 53727) and its like.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # From 2.60 on Ray would not set CUDA_VISIBLE_DEVICES="" for actors without a GPU; that is what
+    # we want, and saying so silences the warning.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextmanager
+def ray_session(address: str) -> Iterator[None]:
+    """Join the cluster at `address`, or start one here and end it afterwards.
+
+    Args:
+        address: "auto" joins what RAY_ADDRESS or this machine offers and else starts Ray here;
+            "local" always starts it here; HOST:PORT joins that cluster.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    for name, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    target = {"auto": None, "local": "local"}.get(address, address)
+    try:
+        ray.init(
+            address=target,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise InputError(
+            f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)}); start one with "
+            "cluster/local.sh up, or use --ray-address local"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Node]:
+    """The living nodes of the cluster, with the CPUs and GPUs that Ray may use of each."""
+    return [
+        Node(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def wait_for(attempt: Callable[[], T], seconds: float) -> T:
+    """Try until the cluster has grown enough for `attempt` or the time is over.
+
+    Raises:
+        InputError: the last one that `attempt` raised.
+    """
+    deadline = time.monotonic() + seconds
+    told = False
+    while True:
+        try:
+            return attempt()
+        except InputError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                _logger.info("waiting up to %.0f s for nodes: %s", seconds, error)
+                told = True
+            time.sleep(1.0)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

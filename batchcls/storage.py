@@ -1,0 +1,265 @@
+"""The one seam to local disk, `s3://` and every other scheme that fsspec speaks.
+
+Whole files in, whole files out: a reader never sees half of what `write_whole` writes. Listings
+are always fresh. What goes wrong is translated by `explain`, which the callers put around a step.
+"""
+
+import inspect
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.fs
+from fsspec.registry import get_filesystem_class
+
+from batchcls.errors import InputError
+from batchcls.local_files import walk, write_local
+from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
+from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
+
+__all__ = [
+    "FileInfo",
+    "Storage",
+    "UnsupportedSchemeError",
+    "error_code",
+    "explain",
+    "is_remote",
+    "join",
+    "local_path",
+    "redact_options",
+    "redact_uri",
+    "scheme",
+]
+
+_S3_SCHEMES = frozenset({"s3", "s3a"})
+
+# botocore repeats 429, 5xx and lost connections; s3fs repeats whole reads on top, so it is kept low.
+_S3_CONFIG = {
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "max_pool_connections": 64,
+    "retries": {"mode": "standard", "total_max_attempts": 4},
+}
+_S3FS_ATTEMPTS = 2
+_S3_PART_BYTES = 16 << 20
+
+_CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict"})
+
+_filesystems: dict[tuple[int, int, str, str], Any] = {}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class FileInfo:
+    """One file of a listing: where it is, its size in bytes, and the store's ETag if it has one."""
+
+    uri: str
+    size: int
+    etag: str | None
+
+
+class Storage:
+    """Reads and writes files by URI or local path; cheap to make, picklable, safe in many threads.
+
+    `storage_options` go to every filesystem that is not local, in fsspec's spelling
+    (`endpoint_url`, `anon`, `key`, ...), and `region_name` for S3. What they do not say comes from
+    the usual AWS chain. They may hold credentials: the representation shows only harmless ones.
+    """
+
+    def __init__(self, storage_options: Mapping[str, object] | None = None) -> None:
+        self._options = dict(storage_options or {})
+
+    def __repr__(self) -> str:
+        return f"Storage({redact_options(self._options)})"
+
+    def filesystem(self, uri: str) -> tuple[Any, str]:
+        """The fsspec filesystem for `uri` and the path inside it.
+
+        An asynchronous filesystem (s3, gcs, abfs) is one object a scheme, options and process, and
+        serves any number of threads; others are not made for threads and get one object each.
+
+        Raises:
+            UnsupportedSchemeError: nothing installed speaks the scheme.
+            InputError: the filesystem refuses the storage options.
+        """
+        name = scheme(uri)
+        if name == LOCAL:
+            return fsspec.filesystem(LOCAL), local_path(uri)
+        kind = _filesystem_class(name, uri)
+        uri = name + uri[len(name) :]
+        options = {**kind._get_kwargs_from_urls(uri), **self._options}
+        owner = 0 if kind.async_impl else threading.get_ident()
+        key = (os.getpid(), owner, name, json.dumps(options, sort_keys=True, default=repr))
+        if key not in _filesystems:
+            # No lock, which a fork could leave held: a second object made by a race is dropped.
+            _filesystems.setdefault(key, _make_filesystem(name, kind, options))
+        return _filesystems[key], str(kind._strip_protocol(uri))
+
+    def arrow_filesystem(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+        """A pyarrow filesystem and the path in it, for reading Parquet by range."""
+        if not is_remote(uri):
+            return pyarrow.fs.LocalFileSystem(), local_path(uri)
+        filesystem, path = self.filesystem(uri)
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
+
+    def read_bytes(self, uri: str) -> bytes:
+        """The whole file. Raises FileNotFoundError, PermissionError and what the store's client raises."""
+        if not is_remote(uri):
+            return Path(local_path(uri)).read_bytes()
+        filesystem, path = self.filesystem(uri)
+        # One GET: s3fs would ask for the size first, and a refused HEAD carries no error code.
+        single = {"max_concurrency": 1} if scheme(uri) in _S3_SCHEMES else {}
+        return bytes(filesystem.cat_file(path, **single))
+
+    def write_whole(self, uri: str, data: bytes) -> None:
+        """Write or replace a file; readers see the old one or the new one, never a part.
+
+        Local parents are made, and the data is on disk when this returns. A write that fails
+        leaves nothing behind. Raises OSError, and what the store's client raises.
+        """
+        if not is_remote(uri):
+            write_local(local_path(uri), data, os.replace)
+            return
+        filesystem, path = self.filesystem(uri)
+        parts = {"chunksize": _S3_PART_BYTES} if scheme(uri) in _S3_SCHEMES else {}
+        filesystem.pipe_file(path, data, **parts)
+
+    def create_exclusive(self, uri: str, data: bytes) -> None:
+        """Write a file that must not exist yet: of any number of writers at once, one wins.
+
+        A writer whose answer is lost on the way and who asks again finds its own file and loses
+        too, so `data` should name the writer. S3 needs a server that knows `If-None-Match`.
+
+        Raises:
+            FileExistsError: the file is there already; it is untouched.
+        """
+        if not is_remote(uri):
+            write_local(local_path(uri), data, os.link)
+            return
+        filesystem, path = self.filesystem(uri)
+        # Completing a multipart upload ignores the condition on some servers: one PUT always.
+        single = {"chunksize": len(data) + 1} if scheme(uri) in _S3_SCHEMES else {}
+        try:
+            filesystem.pipe_file(path, data, mode="create", **single)
+        except OSError as error:
+            if error_code(error) in _CONFLICT_CODES:
+                raise FileExistsError(f"{redact_uri(uri)} exists already") from None
+            raise
+
+    def exists(self, uri: str) -> bool:
+        """Whether there is a file or folder. A refusal is raised, never answered with False."""
+        if is_remote(uri):
+            filesystem, path = self.filesystem(uri)
+            filesystem.invalidate_cache()
+            return bool(filesystem.exists(path))
+        try:
+            Path(local_path(uri)).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def size(self, uri: str) -> int:
+        """Bytes in the file. Raises FileNotFoundError if there is none."""
+        if not is_remote(uri):
+            return Path(local_path(uri)).stat().st_size
+        filesystem, path = self.filesystem(uri)
+        filesystem.invalidate_cache()
+        return int(filesystem.size(path))
+
+    def list_files(self, uri_prefix: str, suffix: str | tuple[str, ...] = "") -> list[FileInfo]:
+        """Files in a folder and below whose names end with `suffix`, sorted by URI, always fresh.
+
+        A folder that is not there is empty, as in an object store; a file lists itself. Symbolic
+        links to folders are not followed. Raises FileNotFoundError for a bucket that is not there.
+        """
+        if not is_remote(uri_prefix):
+            return _local_infos(walk(Path(local_path(uri_prefix))), suffix)
+        filesystem, path = self.filesystem(uri_prefix)
+        filesystem.invalidate_cache()
+        return _remote_infos(filesystem, scheme(uri_prefix), filesystem.find(path, detail=True), suffix)
+
+    def glob(self, pattern: str) -> list[FileInfo]:
+        """Files that match a pattern with `*`, `?`, `[...]` and `**`, sorted by URI, always fresh."""
+        filesystem, path = self.filesystem(pattern)
+        filesystem.invalidate_cache()
+        found = filesystem.glob(path, detail=True)
+        if not is_remote(pattern):
+            return _local_infos((Path(name) for name in found), "")
+        return _remote_infos(filesystem, scheme(pattern), found, "")
+
+
+def _filesystem_class(name: str, uri: str) -> Any:
+    try:
+        return get_filesystem_class(name)
+    except ValueError:
+        raise UnsupportedSchemeError(
+            f"{redact_uri(uri)}: no filesystem speaks '{name}://'; use a local path, s3:// or "
+            "another scheme that fsspec knows"
+        ) from None
+    except ImportError as error:
+        raise UnsupportedSchemeError(
+            f"{redact_uri(uri)}: a package for '{name}://' is missing: {error}"
+        ) from None
+
+
+def _make_filesystem(name: str, kind: Any, options: dict[str, object]) -> Any:
+    if name in _S3_SCHEMES:
+        options = _s3_options(kind, options)
+    try:
+        filesystem = kind(**options, skip_instance_cache=True)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"storage options for '{name}://' do not fit ({type(error).__name__}): given are "
+            f"{', '.join(sorted(options)) or 'none'}"
+        ) from None
+    if name in _S3_SCHEMES:
+        filesystem.retries = _S3FS_ATTEMPTS
+    return filesystem
+
+
+def _s3_options(kind: Any, given: Mapping[str, object]) -> dict[str, object]:
+    """Our defaults under the given options; unknown ones are refused here, not at the first request."""
+    options: dict[str, Any] = {"use_listings_cache": False, **given}
+    region = options.pop("region_name", None)
+    if region is not None:
+        options["client_kwargs"] = {"region_name": region, **options.get("client_kwargs", {})}
+    options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
+    known = {*inspect.signature(kind.__init__).parameters, "profile", "use_listings_cache", "region_name"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        names = ", ".join(sorted(known - {"self", "kwargs"}))
+        raise InputError(f"unknown storage options for s3: {', '.join(unknown)}; known are {names}")
+    return options
+
+
+def _local_infos(paths: Iterable[Path], suffix: str | tuple[str, ...]) -> list[FileInfo]:
+    wanted = (path for path in paths if path.name.endswith(suffix) and path.is_file())
+    return sorted(FileInfo(str(path), path.stat().st_size, None) for path in wanted)
+
+
+def _remote_infos(
+    filesystem: Any, name: str, entries: Mapping[str, Mapping[str, Any]], suffix: str | tuple[str, ...]
+) -> list[FileInfo]:
+    # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
+    files = {
+        path: entry
+        for path, entry in entries.items()
+        if entry["type"] == "file" and not path.endswith("/") and path.endswith(suffix)
+    }
+    return sorted(
+        FileInfo(_full_uri(filesystem, name, path), int(entry["size"] or 0), _etag(entry))
+        for path, entry in files.items()
+    )
+
+
+def _full_uri(filesystem: Any, name: str, path: str) -> str:
+    return f"{name}://{path}" if name in _S3_SCHEMES else str(filesystem.unstrip_protocol(path))
+
+
+def _etag(entry: Mapping[str, Any]) -> str | None:
+    value = entry.get("ETag") or entry.get("etag")
+    return str(value).strip('"') if value else None

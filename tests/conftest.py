@@ -1,0 +1,84 @@
+"""Fixtures that every tier of tests shares: pictures drawn by code, the shared folder, a real S3 server."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real photographs, weights and the S3 server, beside the repository."""
+    folder = REPOSITORY.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("the folder ../shared with real images and weights is not here")
+    return folder
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running S3 server on loopback: its environment and one bucket to work in."""
+
+    endpoint_url: str
+    environment: dict[str, str]
+    bucket: str
+
+
+@pytest.fixture(scope="session")
+def _s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    scripts = REPOSITORY.parent / "shared" / "s3"
+    if not (scripts / "start.sh").is_file():
+        pytest.skip("the S3 server's scripts in ../shared/s3 are not here")
+    folder = tmp_path_factory.mktemp("s3") / "server"
+    started = subprocess.run([scripts / "start.sh", folder], capture_output=True, text=True, check=False)
+    if started.returncode != 0:
+        pytest.skip(f"the S3 server does not start here: {started.stderr.strip()[-300:]}")
+    environment = {}
+    for line in started.stdout.splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        environment[name] = shlex.split(value)[0]
+    try:
+        yield environment
+    finally:
+        subprocess.run([scripts / "stop.sh", folder], check=True)
+
+
+@pytest.fixture
+def s3(
+    _s3_process: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> S3Server:
+    """The S3 server with its credentials in this test's environment and a bucket of the test's own."""
+    import hashlib
+
+    import s3fs
+
+    for name, value in _s3_process.items():
+        monkeypatch.setenv(name, value)
+    bucket = "test-" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    client = s3fs.S3FileSystem(
+        endpoint_url=_s3_process["S3_ENDPOINT_URL"],
+        key=_s3_process["AWS_ACCESS_KEY_ID"],
+        secret=_s3_process["AWS_SECRET_ACCESS_KEY"],
+        skip_instance_cache=True,
+    )
+    if not client.exists(bucket):
+        client.mkdir(bucket)
+    return S3Server(_s3_process["S3_ENDPOINT_URL"], dict(_s3_process), bucket)
+
+
+@pytest.fixture(scope="session")
+def clean_environment() -> dict[str, str]:
+    """The environment for a subprocess: ours, without anything that points at a Ray cluster or a store."""
+    dropped = ("RAY_", "AWS_", "S3_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment["RAY_USAGE_STATS_ENABLED"] = "0"
+    return environment

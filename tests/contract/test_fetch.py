@@ -1,0 +1,204 @@
+"""What a fetch answers for local files and other schemes, whatever lies there."""
+
+import os
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from batchcls.errors import InputError
+from batchcls.images.addresses import AddressPolicy
+from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
+from batchcls.images.retry import Backoff
+from batchcls.schema import Failure, Reason
+
+
+def failure(fetched: Fetched) -> tuple[Reason, str, int]:
+    assert fetched.data is None
+    assert isinstance(fetched.failure, Failure)
+    return fetched.failure.reason, fetched.failure.detail, fetched.attempts
+
+
+def test_a_file_is_read_by_path_and_by_file_uri(tmp_path: Path) -> None:
+    (tmp_path / "a b.jpg").write_bytes(b"pixels")
+    fetcher = Fetcher(FetchPolicy())
+    for uri in (f"{tmp_path}/a b.jpg", f"file://{tmp_path}/a%20b.jpg"):
+        assert fetcher.fetch(uri) == Fetched(b"pixels", None, 1, 6)
+
+
+def test_an_empty_file_is_data_for_the_decoder_to_judge(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    assert Fetcher(FetchPolicy()).fetch(f"{tmp_path}/a.jpg") == Fetched(b"", None, 1, 0)
+
+
+def test_the_limit_is_the_last_size_that_passes_and_a_larger_file_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "fits").write_bytes(b"x" * 100)
+    with (tmp_path / "huge").open("wb") as sparse:
+        sparse.truncate(10**12)
+    fetcher = Fetcher(FetchPolicy(max_bytes=100))
+    assert fetcher.fetch(f"{tmp_path}/fits").n_bytes == 100
+    huge = fetcher.fetch(f"{tmp_path}/huge")
+    assert failure(huge) == (Reason.TOO_LARGE, "1000000000000 bytes, the limit is 100", 1)
+    assert huge.n_bytes == 10**12
+
+
+def test_a_file_that_lies_about_its_size_is_still_limited() -> None:
+    endless = Fetcher(FetchPolicy(max_bytes=10)).fetch("/proc/self/environ")
+    assert failure(endless)[0] is Reason.TOO_LARGE
+
+
+def test_a_missing_file_is_asked_for_once(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    fetcher = Fetcher(FetchPolicy())
+    for path in ("none.jpg", "file/below.jpg"):
+        assert failure(fetcher.fetch(f"{tmp_path}/{path}"))[::2] == (Reason.NOT_FOUND, 1)
+
+
+def test_what_is_no_regular_file_is_refused_and_nothing_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        fetcher = Fetcher(FetchPolicy())
+        for path in (tmp_path / "fifo", tmp_path / "socket", tmp_path, "/dev/zero"):
+            assert failure(fetcher.fetch(str(path)))[::2] == (Reason.FORBIDDEN_URI, 1)
+
+
+def test_a_path_outside_of_the_allowed_roots_is_refused_however_it_is_written(tmp_path: Path) -> None:
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    (allowed / "a.jpg").write_bytes(b"a")
+    (tmp_path / "secret").write_bytes(b"secret")
+    (allowed / "link.jpg").symlink_to(tmp_path / "secret")
+    fetcher = Fetcher(FetchPolicy(addresses=AddressPolicy(allow_roots=(str(allowed),))))
+    assert fetcher.fetch(f"{allowed}/a.jpg").data == b"a"
+    for uri in (
+        f"{allowed}/../secret",
+        f"file://{allowed}/%2e%2e/secret",
+        f"file://localhost{allowed}/..%2Fsecret",
+        f"local://{tmp_path}/secret",
+        f"{allowed}/link.jpg",
+        f"{tmp_path}/secret",
+        f"{allowed}/a.jpg\0",
+        f"file://{allowed}/a.jpg%00",
+        "file://fileserver/share/a.jpg",
+    ):
+        assert failure(fetcher.fetch(uri))[::2] == (Reason.FORBIDDEN_URI, 1), uri
+
+
+def test_a_filesystem_that_would_open_another_address_inside_is_not_supported(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    fetcher = Fetcher(FetchPolicy())
+    for uri in (
+        f"filecache::file://{tmp_path}/secret",
+        f"simplecache::file://{tmp_path}/secret",
+        f"zip://a::file://{tmp_path}/secret",
+        f"asynclocal://{tmp_path}/secret",
+        f"dir://{tmp_path}/secret",
+        "simplecache::http://169.254.169.254/latest",
+    ):
+        assert failure(fetcher.fetch(uri))[::2] == (Reason.UNSUPPORTED_SCHEME, 1), uri
+
+
+def test_a_host_that_cannot_be_checked_is_refused() -> None:
+    for uri in ("ftp://10.0.0.1/a.jpg", "sftp://10.0.0.1/a.jpg", "webhdfs://10.0.0.1/a.jpg"):
+        assert failure(Fetcher(FetchPolicy()).fetch(uri))[::2] == (Reason.FORBIDDEN_URI, 1)
+
+
+def test_an_unknown_scheme_is_not_supported_and_shows_nothing_of_the_uri() -> None:
+    reason, detail, attempts = failure(Fetcher(FetchPolicy()).fetch("nosuch://ada:password@host/a?token=t"))
+    assert (reason, attempts) == (Reason.UNSUPPORTED_SCHEME, 1)
+    assert "password" not in detail
+    assert "token" not in detail
+
+
+def test_any_other_scheme_of_fsspec_is_read_and_limited() -> None:
+    fsspec.filesystem("memory").pipe("/test-fetch/a.jpg", b"x" * 100)
+    assert Fetcher(FetchPolicy()).fetch("memory://test-fetch/a.jpg") == Fetched(b"x" * 100, None, 1, 100)
+    small = Fetcher(FetchPolicy(max_bytes=99))
+    assert failure(small.fetch("memory://test-fetch/a.jpg"))[0] is Reason.TOO_LARGE
+    assert failure(small.fetch("memory://test-fetch/none.jpg"))[0] is Reason.NOT_FOUND
+
+
+class Unready(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """A filesystem of the tests that fails as it is told, and counts."""
+
+    protocol = "unready"
+    failures: tuple[BaseException, ...] = ()
+    opened = 0
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: object) -> object:
+        kind = type(self)
+        kind.opened += 1
+        if kind.opened <= len(kind.failures):
+            raise kind.failures[kind.opened - 1]
+        return Path(__file__).open("rb")
+
+
+@pytest.fixture
+def unready() -> type[Unready]:
+    fsspec.register_implementation("unready", Unready, clobber=True)
+    Unready.opened = 0
+    return Unready
+
+
+def test_attempts_are_bounded_counted_and_apart(unready: type[Unready]) -> None:
+    unready.failures = (ConnectionResetError("secret"),) * 9
+    pauses: list[float] = []
+    backoff = Backoff(base_seconds=1.0, ceiling_seconds=2.0)
+    fetched = Fetcher(FetchPolicy(max_attempts=4), backoff, pauses.append).fetch("unready://a")
+    assert failure(fetched) == (Reason.FETCH_FAILED, "ConnectionResetError", 4)
+    assert unready.opened == 4
+    assert [pause <= ceiling for pause, ceiling in zip(pauses, (1.0, 2.0, 2.0), strict=True)] == [True] * 3
+
+
+def test_an_attempt_that_succeeds_ends_the_attempts(unready: type[Unready]) -> None:
+    unready.failures = (TimeoutError(), ConnectionResetError())
+    fetched = Fetcher(FetchPolicy(), pause=lambda seconds: None).fetch("unready://a")
+    assert fetched == Fetched(Path(__file__).read_bytes(), None, 3, Path(__file__).stat().st_size)
+
+
+def test_a_programming_error_becomes_a_failed_row_with_its_type_and_is_not_repeated(
+    unready: type[Unready],
+) -> None:
+    unready.failures = (ZeroDivisionError("secret"),)
+    assert failure(Fetcher(FetchPolicy()).fetch("unready://a")) == (
+        Reason.FETCH_FAILED,
+        "ZeroDivisionError",
+        1,
+    )
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_an_order_to_stop_is_never_a_failed_row(unready: type[Unready], stop: type[BaseException]) -> None:
+    unready.failures = (stop(),)
+    with pytest.raises(stop):
+        Fetcher(FetchPolicy()).fetch("unready://a")
+
+
+def test_one_fetcher_serves_many_threads(tmp_path: Path) -> None:
+    for number in range(64):
+        (tmp_path / str(number)).write_bytes(str(number).encode() * 1000)
+    fetcher, start = Fetcher(FetchPolicy()), threading.Barrier(64)
+
+    def fetch(number: int) -> bytes | None:
+        start.wait()
+        return fetcher.fetch(f"{tmp_path}/{number}").data
+
+    with ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(fetch, range(64))) == [str(number).encode() * 1000 for number in range(64)]
+
+
+@pytest.mark.parametrize("name", ["timeout_seconds", "max_bytes", "max_attempts"])
+def test_a_limit_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be more than 0, not 0"):
+        FetchPolicy(**{name: 0})
+
+
+def test_credentials_are_in_no_representation() -> None:
+    policy = FetchPolicy(storage_options={"secret": "SECRET", "endpoint_url": "http://store"})
+    assert "SECRET" not in repr(policy)
+    assert "SECRET" not in repr(Fetcher(policy))
+    assert "http://store" in repr(Fetcher(policy))

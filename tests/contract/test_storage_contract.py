@@ -1,0 +1,205 @@
+"""The same promises of the storage seam, on local disk and on a real S3 server."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchcls.errors import InputError
+from batchcls.storage import Storage, explain, join
+
+if TYPE_CHECKING:
+    from tests.conftest import S3Server
+
+SECRET = "WrongSecretThatMustNeverBeShown"
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder to work in that no other test uses."""
+    if request.param == "local":
+        return str(tmp_path)
+    s3: S3Server = request.getfixturevalue("s3")
+    return f"s3://{s3.bucket}/folder"
+
+
+@pytest.fixture
+def storage(root: str, request: pytest.FixtureRequest) -> Storage:
+    if not root.startswith("s3"):
+        return Storage()
+    return Storage({"endpoint_url": request.getfixturevalue("s3").endpoint_url})
+
+
+def test_what_is_written_is_read_and_replaced(storage: Storage, root: str) -> None:
+    uri = join(root, "runs", "a b+%20.json")
+    assert not storage.exists(uri)
+    for data in (b"old", b"newer", b""):
+        storage.write_whole(uri, data)
+        assert storage.read_bytes(uri) == data
+        assert storage.size(uri) == len(data)
+    assert storage.exists(uri)
+
+
+def test_a_missing_file_is_not_found(storage: Storage, root: str) -> None:
+    for ask in (storage.read_bytes, storage.size):
+        with pytest.raises(FileNotFoundError):
+            ask(join(root, "none"))
+
+
+def test_of_many_exclusive_writers_exactly_one_wins(storage: Storage, root: str) -> None:
+    uri, start = join(root, "lock"), threading.Barrier(8)
+
+    def write(writer: int) -> int | None:
+        start.wait()
+        try:
+            storage.create_exclusive(uri, f"writer {writer}".encode())
+        except FileExistsError:
+            return None
+        return writer
+
+    with ThreadPoolExecutor(8) as pool:
+        winners = [writer for writer in pool.map(write, range(8)) if writer is not None]
+    assert len(winners) == 1
+    assert storage.read_bytes(uri) == f"writer {winners[0]}".encode()
+
+
+def test_a_listing_is_recursive_sorted_complete_and_fresh(storage: Storage, root: str) -> None:
+    assert storage.list_files(root) == []
+    uris = [join(root, name) for name in ("a.parquet", "b/1.parquet", "b/2.parquet")]
+    for uri in (*reversed(uris), join(root, "b/1.json"), root + "2/outside.parquet"):
+        storage.write_whole(uri, b"1234")
+    listed = storage.list_files(root, ".parquet")
+    assert [info.uri for info in listed] == uris
+    assert {info.size for info in listed} == {4}
+    Storage(storage._options).write_whole(join(root, "b/3.parquet"), b"12345")
+    assert [info.size for info in storage.list_files(root, ".parquet")] == [4, 4, 4, 5]
+    assert [info.uri for info in storage.list_files(uris[0])] == uris[:1]
+    assert [info.uri for info in storage.glob(join(root, "b/[12].parquet"))] == uris[1:]
+    assert [info.uri for info in storage.glob(join(root, "**/1.parquet"))] == uris[1:2]
+
+
+def test_arrow_reads_parquet_by_range(storage: Storage, root: str) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"x": range(1000), "y": range(1000)}), sink, row_group_size=100)
+    uri = join(root, "t.parquet")
+    storage.write_whole(uri, sink.getvalue().to_pybytes())
+    filesystem, path = storage.arrow_filesystem(uri)
+    with filesystem.open_input_file(path) as file:
+        group = pq.ParquetFile(file).read_row_group(3, columns=["y"])
+    assert group.column("y").to_pylist() == list(range(300, 400))
+
+
+def test_a_large_file_goes_up_in_parts_and_appears_whole(s3: S3Server) -> None:
+    storage, uri = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}/large"
+    data = bytes(range(256)) * 140_000
+    storage.write_whole(uri, data)
+    (info,) = storage.list_files(uri)
+    assert info.size == len(data)
+    assert info.etag is not None
+    assert "-" in info.etag
+    assert storage.read_bytes(uri) == data
+
+
+def test_an_etag_changes_with_the_content(s3: S3Server) -> None:
+    storage, uri = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}/tagged"
+    tags = []
+    for data in (b"one", b"two", b"one"):
+        storage.write_whole(uri, data)
+        tags.append(storage.list_files(uri)[0].etag)
+    assert tags[0] == tags[2] != tags[1]
+
+
+Ask = Callable[[Storage, str], object]
+ASKS: dict[str, Ask] = {
+    "read": lambda storage, uri: storage.read_bytes(uri),
+    "list": lambda storage, uri: storage.list_files(uri),
+    "write": lambda storage, uri: storage.write_whole(uri, b"x"),
+    "create": lambda storage, uri: storage.create_exclusive(uri, b"x"),
+}
+
+
+def explained(storage: Storage, uri: str, ask: Ask) -> str:
+    with pytest.raises(InputError) as raised, explain(uri):
+        ask(storage, uri)
+    message = str(raised.value)
+    assert "\n" not in message
+    assert message.startswith(f"{uri}: ")
+    assert raised.value.__cause__ is None
+    return message
+
+
+@pytest.mark.parametrize(
+    ("credentials", "code", "remedy"),
+    [
+        ({"key": "WRONGKEY", "secret": SECRET}, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
+        ({"key": "RIGHT", "secret": SECRET}, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
+        ({"anon": True}, "AccessDenied", "rights"),
+    ],
+)
+def test_wrong_credentials_are_explained_with_code_and_remedy_and_never_shown(
+    s3: S3Server, credentials: dict[str, object], code: str, remedy: str
+) -> None:
+    right = s3.environment["AWS_ACCESS_KEY_ID"]
+    if credentials.get("key") == "RIGHT":
+        credentials = {**credentials, "key": right}
+    storage = Storage({"endpoint_url": s3.endpoint_url, **credentials})
+    secrets = (SECRET, "WRONGKEY", right, s3.environment["AWS_SECRET_ACCESS_KEY"])
+    for name, ask in ASKS.items():
+        message = explained(storage, f"s3://{s3.bucket}/a", ask)
+        assert message.endswith(f"({code})"), name
+        assert remedy in message
+        assert not any(secret in message + repr(storage) for secret in secrets)
+
+
+def test_a_question_that_carries_no_code_back_is_explained_by_its_status(s3: S3Server) -> None:
+    storage = Storage({"endpoint_url": s3.endpoint_url, "anon": True})
+    assert "rights" in explained(storage, f"s3://{s3.bucket}/a", lambda storage, uri: storage.exists(uri))
+
+
+def test_a_missing_bucket_is_explained(s3: S3Server) -> None:
+    storage = Storage({"endpoint_url": s3.endpoint_url})
+    for name, ask in ASKS.items():
+        message = explained(storage, "s3://no-such-bucket-here/folder", ask)
+        assert message.endswith("no such bucket; create it or correct its name (NoSuchBucket)"), name
+
+
+def test_a_missing_object_and_an_impossible_bucket_are_explained(s3: S3Server) -> None:
+    storage = Storage({"endpoint_url": s3.endpoint_url})
+    assert "check the path (NoSuchKey)" in explained(storage, f"s3://{s3.bucket}/none", ASKS["read"])
+    assert "correct the URI" in explained(storage, "s3://A Bucket/none", ASKS["read"])
+
+
+def test_an_endpoint_where_nobody_listens_is_explained(s3: S3Server) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        one_attempt = {"retries": {"total_max_attempts": 1}}
+        storage = Storage({"endpoint_url": endpoint, "config_kwargs": one_attempt})
+        message = explained(storage, "s3://bucket/a", ASKS["read"])
+    assert "check the endpoint (AWS_ENDPOINT_URL)" in message
+    assert message.endswith("(EndpointConnectionError)")
+
+
+def test_no_credentials_at_all_are_explained(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    storage = Storage({"endpoint_url": s3.endpoint_url, "default_block_size": 1 << 20})
+    message = explained(storage, f"s3://{s3.bucket}/a", ASKS["read"])
+    assert "no credentials found; set AWS_ACCESS_KEY_ID" in message
+
+
+def test_a_local_folder_without_rights_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = explained(Storage(), f"{tmp_path}/file/below", ASKS["write"])
+    assert "a part of this path is a file" in message or "it is there already" in message

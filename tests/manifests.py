@@ -1,0 +1,27 @@
+"""Manifests that tests write."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write_manifest(
+    path: Path,
+    item_ids: Sequence[str | None],
+    *,
+    uris: Sequence[str | None] | None = None,
+    row_group_size: int | None = None,
+    **columns: Any,
+) -> Path:
+    """A manifest with these ids; uris are made up where none are given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {
+        "item_id": pa.array(item_ids, pa.string()),
+        "uri": pa.array(uris or [f"{i}.jpg" for i in range(len(item_ids))], pa.string()),
+        **columns,
+    }
+    pq.write_table(pa.table(data), path, row_group_size=row_group_size)
+    return path
