@@ -41,6 +41,11 @@ def ray_session(address: str) -> Iterator[None]:
     for name, value in _QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     target = {"auto": None, "local": "local"}.get(address, address)
+    if target is None and os.environ.get("RAY_ADDRESS", "").startswith("http"):
+        raise InputError(
+            "RAY_ADDRESS is a dashboard; send the job there with `ray job submit --working-dir . -- python -m "
+            "batchcls.jobs...`, or use --ray-address local or HOST:PORT"
+        )
     try:
         ray.init(
             address=target,

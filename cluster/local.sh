@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Ray cluster of one machine, with its dashboard, on loopback, behind a token.
+# A Ray cluster of one machine behind a token of its own, with its dashboard on loopback.
 #
 #   eval "$(cluster/local.sh up)"    starts it and prints `export` lines; again: same cluster, same lines
 #   cluster/local.sh status          says whether it runs; exit code 0 if so, 3 if not
@@ -100,7 +100,7 @@ start_head() {
   echo "${BATCHCLS_CLUSTER_DASHBOARD_PORT:-${ports[1]}}" >"$state/dashboard_port"
   options=(
     --head --disable-usage-stats --log-style record --log-color false
-    --node-ip-address 127.0.0.1 --port "${ports[0]}"
+    --port "${ports[0]}"
     --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port "$(cat "$state/dashboard_port")"
     --dashboard-agent-listen-port "${ports[2]}" --dashboard-agent-grpc-port "${ports[3]}"
     --metrics-export-port "${ports[4]}" --ray-client-server-port "${ports[5]}"
@@ -133,11 +133,13 @@ wait_for_jobs() {
 write_environment() {
   local http
   http=http://127.0.0.1:$(cat "$state/dashboard_port")
+  # Two addresses: `ray job` wants the dashboard's, and ray.init() refuses that one.
   cat >"$state/env.new" <<EOF
-export RAY_ADDRESS=$http
+export RAY_API_SERVER_ADDRESS=$http
+export RAY_ADDRESS=127.0.0.1:$(cat "$state/port")
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$(printf %q "$state/token")
-# Dashboard: $http (it asks for the token). For a driver outside of a job: 127.0.0.1:$(cat "$state/port")
+# The dashboard is at $http and asks for the token in that file. To submit a job:
 # ray job submit --working-dir . -- python -m batchcls.jobs.classify --config jobs/classify.toml
 EOF
   mv -- "$state/env.new" "$state/env"

@@ -3,12 +3,15 @@
     python examples/train_backbone.py --catalog demo-output/drawn --output demo-output/weights
 
 Reads `train.parquet`, keeps a tenth of the pictures out to measure with, and writes
-`model.safetensors` and `labels.txt`. A plain loop: AdamW, one-cycle, flips, random crops, changes of
+`model.safetensors`, `labels.txt` and `bundle_arguments.json`, the arguments of the command that makes
+a bundle of them, which is also printed. A plain loop: AdamW, one-cycle, flips, random crops, changes of
 light. The number of epochs is fixed, so the result depends on the seed and not on the machine's
 speed. For a shop's own categories, start from pretrained weights instead.
 """
 
 import argparse
+import json
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +20,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import timm
 import torch
-from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from batchcls.images.decode import DecodeLimits, decode
+from batchcls.images.transform import Transform
+from batchcls.preprocessing import Preprocessing
+
 ARCHITECTURE = "test_resnet"  # a ResNet of 0.4 million weights; learns from 1000 pictures in a minute
-# What the loop below does to a picture, and so what the bundle has to repeat: the short side to
-# RESIZE_PIXELS, the centre INPUT_PIXELS square, /255, minus MEAN, divided by STD.
-INPUT_PIXELS = 112
-RESIZE_PIXELS = 128
+RESIZE_PIXELS, INPUT_PIXELS = 128, 112
 MEAN = STD = 0.5
+# What the network is trained and measured with, and so what the bundle has to repeat.
+PREPROCESSING = Preprocessing(
+    input_height=INPUT_PIXELS,
+    input_width=INPUT_PIXELS,
+    resize_height=RESIZE_PIXELS,
+    resize_width=RESIZE_PIXELS,
+    interpolation="bilinear",
+    mean=(MEAN, MEAN, MEAN),
+    std=(STD, STD, STD),
+)
 
 BATCH_ROWS = 32
 PEAK_LEARNING_RATE = 4e-3
@@ -50,28 +63,22 @@ class Pictures:
         return Pictures(self.pixels[rows], self.targets[rows])
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """RESIZE_PIXELS x RESIZE_PIXELS x 3, uint8: upright, on white, short side resized, centre kept."""
-    with Image.open(path) as stored:
-        upright = ImageOps.exif_transpose(stored)
-    if upright.mode in ("RGBA", "P"):
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    picture = upright.convert("RGB")
-    ratio = RESIZE_PIXELS / min(picture.size)
-    picture = picture.resize((round(picture.width * ratio), round(picture.height * ratio)), Image.Resampling.BILINEAR)
-    left, top = (picture.width - RESIZE_PIXELS) // 2, (picture.height - RESIZE_PIXELS) // 2
-    return np.asarray(picture.crop((left, top, left + RESIZE_PIXELS, top + RESIZE_PIXELS)))
-
-
 def read_pictures(manifest: Path) -> tuple[Pictures, list[str]]:
-    """All pictures of a labelled manifest, and the class names in the order of their indices."""
+    """All pictures of a labelled manifest, and the class names in the order of their indices.
+
+    They are decoded and resized by the functions of the classifying job, so that the network learns
+    from the pixels that it will be asked about.
+    """
+    transform = Transform(
+        PREPROCESSING.model_copy(update={"input_height": RESIZE_PIXELS, "input_width": RESIZE_PIXELS})
+    )
     table = pq.read_table(manifest, columns=["uri", "label"])
+    files = [manifest.parent / uri for uri in table["uri"].to_pylist()]
+    pixels = np.stack([transform(decode(file.read_bytes(), DecodeLimits()).pixels) for file in files])
     names = table["label"].to_pylist()
     labels = sorted(set(names))
-    stacked = np.stack([read_picture(manifest.parent / uri) for uri in table["uri"].to_pylist()])
     targets = torch.tensor([labels.index(name) for name in names])
-    return Pictures(torch.from_numpy(stacked).permute(0, 3, 1, 2), targets), labels
+    return Pictures(torch.from_numpy(pixels).permute(0, 3, 1, 2), targets), labels
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -98,7 +105,10 @@ def augment(pixels: Tensor) -> Tensor:
 
 
 def train_epoch(
-    model: nn.Module, train: Pictures, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler
+    model: nn.Module,
+    train: Pictures,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> float:
     """One pass over the training pictures in random order; the mean loss."""
     model.train()
@@ -143,22 +153,25 @@ def train_backbone(pictures: Pictures, classes: int, epochs: int, seed: int) -> 
         loss = train_epoch(model, train, optimizer, schedule)
         accuracy = measure_accuracy(model, held_out)
         seconds = time.monotonic() - started
-        print(f"epoch {epoch:2d}/{epochs}  loss {loss:.3f}  held-out accuracy {accuracy:6.1%}  {seconds:5.1f} s", flush=True)
+        print(
+            f"epoch {epoch:2d}/{epochs}  loss {loss:.3f}  held-out accuracy {accuracy:6.1%}  {seconds:5.1f} s",
+            flush=True,
+        )
     return model
 
 
-def write_weights(model: nn.Module, labels: list[str], output: Path) -> str:
-    """Writes model.safetensors and labels.txt; returns the command that makes a bundle of them."""
+def write_weights(model: nn.Module, labels: list[str], output: Path) -> list[str]:
+    """Writes the weights and class names; returns what `bundle create` has to be told of them."""
     output.mkdir(parents=True, exist_ok=True)
     weights, names = output / "model.safetensors", output / "labels.txt"
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, weights)
-    names.write_text("".join(f"{label}\n" for label in labels))
-    three = ",".join
-    return (
-        f"python -m batchcls.jobs.bundle create --model timm:{ARCHITECTURE} --weights {weights} --labels {names}"
-        f" --mean {three([str(MEAN)] * 3)} --std {three([str(STD)] * 3)} --input-size {INPUT_PIXELS}"
-        f" --crop-pct {INPUT_PIXELS / RESIZE_PIXELS} --interpolation bilinear --output {output.parent / 'bundle'}"
-    )
+    names.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    return [
+        *("--model", f"timm:{ARCHITECTURE}", "--weights", str(weights), "--labels", str(names)),
+        *("--mean", ",".join([str(MEAN)] * 3), "--std", ",".join([str(STD)] * 3)),
+        *("--input-size", str(INPUT_PIXELS), "--crop-pct", str(INPUT_PIXELS / RESIZE_PIXELS)),
+        *("--interpolation", PREPROCESSING.interpolation),
+    ]
 
 
 def main() -> None:
@@ -171,7 +184,10 @@ def main() -> None:
     arguments = parser.parse_args()
     pictures, labels = read_pictures(arguments.catalog / "train.parquet")
     model = train_backbone(pictures, len(labels), arguments.epochs, arguments.seed)
-    print(write_weights(model, labels, arguments.output))
+    told = write_weights(model, labels, arguments.output)
+    (arguments.output / "bundle_arguments.json").write_text(json.dumps(told), encoding="utf-8")
+    bundle = arguments.output.parent / "bundle"
+    print(shlex.join(["python", "-m", "batchcls.jobs.bundle", "create", *told, "--output", str(bundle)]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ not belong together is found out when it is read. The fingerprint covers both fi
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -19,7 +19,7 @@ from batchcls.models.library import ArgumentValue, ModelSpec, SourceName
 from batchcls.models.sources import find_model, library_of
 from batchcls.models.weights import from_safetensors, load_strictly, sha256_hex
 from batchcls.preprocessing import Preprocessing
-from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage import Storage, error_code, explain, join, redact_uri
 
 CONFIG_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -86,7 +86,7 @@ class Bundle:
     """A model, complete: its record and the bytes of its safetensors file, which belong together."""
 
     config: BundleConfig
-    weights: bytes
+    weights: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
         found = sha256_hex(self.weights)
@@ -116,12 +116,15 @@ class Bundle:
         """
         record_uri = join(uri, CONFIG_FILE)
         with explain(record_uri):
-            if not storage.exists(record_uri):
+            try:
+                record = storage.read_bytes(record_uri)
+            except FileNotFoundError as error:
+                if error_code(error) == "NoSuchBucket":
+                    raise
                 raise InputError(
                     f"{redact_uri(uri)} is no bundle: it holds no {CONFIG_FILE}; --model takes a folder made "
                     "by `python -m batchcls.jobs.bundle create`, timm:NAME or torchvision:NAME"
-                )
-            record = storage.read_bytes(record_uri)
+                ) from None
         config = _parse_config(record, redact_uri(record_uri))
         weights_uri = join(uri, WEIGHTS_FILE)
         with explain(weights_uri):

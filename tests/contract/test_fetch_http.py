@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def status(self, argument: str) -> None:
-        self.answer(int(argument), b"an answer for people", Set_Cookie="id=1")
+        self.answer(int(argument), b"an answer for people", Set_Cookie="id=1; Path=/")
 
     def image(self, argument: str) -> None:
         self.answer(200, BODY)

@@ -6,6 +6,8 @@ from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
 from batchcls.models.sources import find_model, library_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = 7
 
 # One architecture for each way in which the libraries end a classifier, with a small input.
@@ -114,7 +116,8 @@ def test_answers_do_not_depend_on_the_rest_of_the_batch_and_statistics_stay():
     images = _images(4, 64)
     together, _ = backbone(images)
     alone, _ = backbone(images[:1])
-    torch.testing.assert_close(alone, together[:1], rtol=1e-4, atol=1e-6)
+    scale = float(together.abs().max())
+    torch.testing.assert_close(alone, together[:1], rtol=0, atol=1e-4 * scale)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 

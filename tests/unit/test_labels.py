@@ -65,7 +65,12 @@ def test_imagenet_has_a_thousand_different_names_in_the_order_of_wnids():
     labels, wnids = imagenet_labels(), ImageNetInfo().label_names()
     assert len(labels) == len(set(labels)) == 1000
     assert wnids == sorted(wnids)
-    assert (labels[0], labels[134], labels[517], labels[999]) == ("tench", "crane bird", "crane", "toilet tissue")
+    assert (labels[0], labels[134], labels[517], labels[999]) == (
+        "tench",
+        "crane bird",
+        "crane",
+        "toilet tissue",
+    )
 
 
 @pytest.mark.parametrize("classes", [1000, 11_221, 11_821, 21_841, 21_842, 21_843])

@@ -11,6 +11,8 @@ from batchcls.models.library import ModelSpec, PreprocessingOverrides
 from batchcls.models.sources import LIBRARIES, find_model, is_library_name, library_of
 from batchcls.models.weights import load_strictly
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NOTHING = PreprocessingOverrides()
 
 
@@ -31,7 +33,9 @@ def test_a_librarys_name_is_told_from_a_folder(text):
 
 
 def test_an_unknown_name_gets_close_ones_of_both_libraries():
-    with pytest.raises(InputError, match=r"no model timm:resnt18; did you mean.*timm:resnet18.*torchvision:resnet18"):
+    with pytest.raises(
+        InputError, match=r"no model timm:resnt18; did you mean.*timm:resnet18.*torchvision:resnet18"
+    ):
         find_model("timm:resnt18", {})
 
 
@@ -55,7 +59,9 @@ def test_an_unknown_tag_gets_the_tags_that_are_there(name, tag):
         find_model(name, {})
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_lite0", "vit_tiny_patch16_224", "tf_efficientnetv2_b0.in1k"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv2_100", "efficientnet_lite0", "vit_tiny_patch16_224", "tf_efficientnetv2_b0.in1k"]
+)
 def test_timm_preprocessing_is_what_timm_itself_does_in_evaluation(name):
     ours = _preprocessing(f"timm:{name}")
     theirs = resolve_model_data_config(timm.create_model(name))
@@ -71,7 +77,9 @@ def test_timm_squash_keeps_its_mode():
     assert _preprocessing("timm:dm_nfnet_f0").crop_mode == "squash"
 
 
-@pytest.mark.parametrize(("name", "resize"), [("resnet50", 232), ("resnet50.IMAGENET1K_V1", 256), ("inception_v3", 342)])
+@pytest.mark.parametrize(
+    ("name", "resize"), [("resnet50", 232), ("resnet50.IMAGENET1K_V1", 256), ("inception_v3", 342)]
+)
 def test_torchvision_preprocessing_is_the_preset_of_the_tag(name, resize):
     ours = _preprocessing(f"torchvision:{name}")
     base, _, tag = name.partition(".")
@@ -99,13 +107,25 @@ def test_every_architecture_of_a_library_has_a_preprocessing(source):
 @pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:squeezenet1_1"])
 def test_what_the_user_says_wins_over_the_record(name):
     ours = _preprocessing(
-        name, mean=(0.5, 0.5, 0.5), std=(0.4, 0.5, 0.6), input_size=192, crop_pct=0.75, interpolation="bicubic"
+        name,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.4, 0.5, 0.6),
+        input_size=192,
+        crop_pct=0.75,
+        interpolation="bicubic",
     )
     assert (ours.mean, ours.std, ours.interpolation) == ((0.5, 0.5, 0.5), (0.4, 0.5, 0.6), "bicubic")
-    assert (ours.input_height, ours.input_width, ours.resize_height, ours.resize_width) == (192, 192, 256, 256)
+    assert (ours.input_height, ours.input_width, ours.resize_height, ours.resize_width) == (
+        192,
+        192,
+        256,
+        256,
+    )
 
 
-@pytest.mark.parametrize(("name", "resize"), [("timm:mobilenetv2_100", 219), ("torchvision:squeezenet1_1", 219)])
+@pytest.mark.parametrize(
+    ("name", "resize"), [("timm:mobilenetv2_100", 219), ("torchvision:squeezenet1_1", 219)]
+)
 def test_another_input_size_keeps_the_share_of_the_crop(name, resize):
     ours = _preprocessing(name, input_size=192)
     assert (ours.input_height, ours.resize_height) == (192, resize)
@@ -155,7 +175,9 @@ def test_arguments_reach_the_architecture():
 def test_heads_that_only_training_uses_are_off_and_dropped_from_published_weights(name):
     spec = find_model(f"torchvision:{name}", {})
     library = library_of(spec)
-    published = torchvision_models.get_model(name, weights=None, init_weights=False, aux_logits=True).state_dict()
+    published = torchvision_models.get_model(
+        name, weights=None, init_weights=False, aux_logits=True
+    ).state_dict()
     adapted = library.adapt(spec, dict(published))
     assert len(adapted) < len(published)
     load_strictly(library.build(spec, None), adapted, name)
@@ -167,9 +189,10 @@ def test_old_names_in_densenet_files_are_translated():
     library = library_of(spec)
     model = library.build(spec, 2)
     old = {
-        key.replace(".norm1.", ".norm.1.").replace(".norm2.", ".norm.2.").replace(".conv1.", ".conv.1.").replace(
-            ".conv2.", ".conv.2."
-        ): value
+        key.replace(".norm1.", ".norm.1.")
+        .replace(".norm2.", ".norm.2.")
+        .replace(".conv1.", ".conv.1.")
+        .replace(".conv2.", ".conv.2."): value
         for key, value in model.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }

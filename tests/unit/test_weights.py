@@ -88,9 +88,7 @@ def test_the_prefix_of_data_parallel_training_is_taken_off():
     assert read.keys() == state.keys()
 
 
-@pytest.mark.parametrize(
-    "save", [_saved, partial(pickle.dumps, protocol=2)], ids=["torch.save", "pickle"]
-)
+@pytest.mark.parametrize("save", [_saved, partial(pickle.dumps, protocol=2)], ids=["torch.save", "pickle"])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, save):
     made = tmp_path / "made-by-the-pickle"
     (tmp_path / "evil.pth").write_bytes(save({"state_dict": _RunsOnLoad(made)}))

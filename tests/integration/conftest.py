@@ -1,0 +1,123 @@
+"""One real Ray cluster for all integration tests, and the job as a function of its arguments."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
+
+from batchcls.jobs import bundle, classify
+from batchcls.jobs.command import run
+from tests.conftest import REPOSITORY
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Addresses of a running cluster and the environment that its clients need."""
+
+    address: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Iterator[Cluster]:
+    state = tmp_path_factory.mktemp("cluster")
+    environment = clean_environment | {"BATCHCLS_CLUSTER_DIR": str(state)}
+    script = REPOSITORY / "cluster" / "local.sh"
+    try:
+        subprocess.run([script, "up"], env=environment, check=True, capture_output=True, text=True)
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state / "token")}
+        dashboard = f"http://127.0.0.1:{(state / 'dashboard_port').read_text().strip()}"
+        address = f"127.0.0.1:{(state / 'port').read_text().strip()}"
+        yield Cluster(address, clean_environment | token | {"RAY_API_SERVER_ADDRESS": dashboard})
+    finally:
+        subprocess.run([script, "down"], env=environment, check=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left behind."""
+
+    exit_code: int
+    log: str
+    output: Path
+
+    @property
+    def folder(self) -> Path:
+        (found,) = (self.output / "runs").iterdir()
+        return found
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return json.loads((self.folder / "run.json").read_text())
+
+    @property
+    def predictions(self) -> pa.Table:
+        return pq.read_table(self.folder / "predictions").sort_by("row")
+
+    @property
+    def quarantine(self) -> pa.Table:
+        return pq.read_table(self.folder / "quarantine").sort_by("row")
+
+
+@pytest.fixture
+def job(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Run the main job in this process, on the cluster of the tests."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    reset_auth_token_state()  # Ray read both when it was imported
+
+    def run_job(*arguments: str, output: str | Path | None = None) -> Outcome:
+        capfd.readouterr()
+        place = output or tmp_path / "output"
+        given = [*arguments, "--output", str(place), "--ray-address", cluster.address]
+        exit_code = run("classify", classify.COMMANDS, given)
+        captured = capfd.readouterr()
+        return Outcome(exit_code, captured.err + captured.out, Path(str(place)))
+
+    return run_job
+
+
+@pytest.fixture(scope="session")
+def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`bundle create` with these arguments; gives the folder."""
+
+    def make(*arguments: str) -> str:
+        folder = str(tmp_path_factory.mktemp("bundle") / "model")
+        assert run("bundle", bundle.COMMANDS, ["create", *arguments, "--output", folder]) == 0
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, make_bundle: Callable[..., str]) -> str:
+    """A small network with seeded weights of our own and ten labels, for tests that do not ask what it says."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), folder / "tiny.safetensors")
+    (folder / "labels.txt").write_text("".join(f"label {i}\n" for i in range(10)))
+    return make_bundle(
+        *("--model", "timm:test_resnet", "--weights", str(folder / "tiny.safetensors")),
+        *("--labels", str(folder / "labels.txt"), "--input-size", "64", "--crop-pct", "0.9"),
+        *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--interpolation", "bilinear"),
+    )
+
+
+def rss_bytes(pid: int = 0) -> int:
+    """Resident memory of a process."""
+    pages = int(Path(f"/proc/{pid or os.getpid()}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

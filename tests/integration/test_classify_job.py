@@ -1,0 +1,323 @@
+"""The main job's promises that hold for any model: rows, tables, exit codes, deaths."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchcls.schema import TOP_K_TYPE
+from tests.conftest import REPOSITORY
+from tests.drawing import draw, encode
+from tests.integration.conftest import Cluster, Outcome
+
+Job = Callable[..., Outcome]
+
+
+def write_catalog(folder: Path, images: int, broken: tuple[int, ...] = (), inline: bool = False) -> str:
+    """A manifest of drawn pictures; those in `broken` are cut."""
+    folder.mkdir(exist_ok=True)
+    files = []
+    for number in range(images):
+        data = encode(draw(number, 90, 70), "JPEG")
+        files.append(data[: len(data) // 2] if number in broken else data)
+    columns = {"item_id": [f"item-{n}" for n in range(images)], "shop": [n % 3 for n in range(images)]}
+    if inline:
+        columns["image"] = files
+    else:
+        for number, data in enumerate(files):
+            (folder / f"{number}.jpg").write_bytes(data)
+        columns["uri"] = [f"{n}.jpg" for n in range(images)]
+    path = folder / "manifest.parquet"
+    pq.write_table(pa.table(columns), path, row_group_size=max(1, images // 3))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_catalog(tmp_path_factory.mktemp("catalog"), 150, broken=(0, 77, 149))
+
+
+@pytest.fixture
+def finished(job: Job, tiny_bundle: str, catalog: str) -> Outcome:
+    outcome = job(
+        "--manifest", catalog, "--model", tiny_bundle, "--keep", "shop", "--max-failed-fraction", "0.1"
+    )
+    assert outcome.exit_code == 0, outcome.log
+    return outcome
+
+
+def test_files_are_read_by_arrow_pandas_duckdb_and_polars_with_the_contract_s_types(finished: Outcome):
+    files = f"{finished.folder}/predictions/*.parquet"
+    table = finished.predictions
+    assert table.schema.field("top_k").type == TOP_K_TYPE
+    assert table.schema.field("embedding").type == pa.list_(
+        pa.float16(), table.schema.field("embedding").type.list_size
+    )
+    assert table.schema.field("row").type == pa.int64()
+    assert table.column("shop").to_pylist() == [row % 3 for row in table.column("row").to_pylist()]
+    rows = table.column("row").to_pylist()
+    assert rows == [row for row in range(150) if row not in (0, 77, 149)]
+
+    frame = pd.read_parquet(finished.folder / "predictions").sort_values("row")
+    assert frame["label"].tolist() == table.column("label").to_pylist()
+    assert frame["embedding"].iloc[0].dtype == np.float16
+
+    relation = duckdb.sql(
+        f"SELECT row, label, top_k[1].label, top_k[1].probability, embedding FROM '{files}' ORDER BY row"
+    )
+    fetched = relation.fetchall()
+    assert [r[1] for r in fetched] == [r[2] for r in fetched] == table.column("label").to_pylist()
+    assert len(fetched[0][4]) == table.schema.field("embedding").type.list_size
+
+    lazy = polars.scan_parquet(files).sort("row").collect()
+    assert lazy["label"].to_list() == table.column("label").to_pylist()
+    assert lazy["top_k"].to_list()[0][0]["label"] == table.column("label")[0].as_py()
+    assert np.allclose(
+        np.array(lazy["embedding"].to_list()[0], np.float32), table.column("embedding")[0].as_py(), atol=1e-3
+    )
+
+
+def test_the_record_adds_up_and_readers_find_it(finished: Outcome):
+    record = finished.record
+    assert record["counts"]["rows"] == 150
+    assert record["counts"]["quarantined_by_reason"] == {"truncated": 3}
+    assert sum(file["rows"] for file in record["files"]) == 150
+    assert set(record["stage_seconds"]) == {"fetch", "decode", "predict"}
+    assert record["measured"]["images_per_second"] > 0
+    assert (finished.output / "current.json").exists()
+    assert "truncated" in finished.log
+    assert finished.quarantine.column("row").to_pylist() == [0, 77, 149]
+    for name in ("content_hash", "n_bytes", "attempts", "detail"):
+        assert finished.quarantine.column(name).null_count == 0
+
+
+def test_normalising_in_the_load_task_gives_the_same_answers(
+    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
+):
+    arguments = (
+        "--manifest",
+        catalog,
+        "--model",
+        tiny_bundle,
+        "--max-failed-fraction",
+        "0.1",
+        "--embedding-dtype",
+        "float32",
+    )
+    engine = job(*arguments, "--normalize", "engine", output=tmp_path / "a").predictions
+    worker = job(*arguments, "--normalize", "worker", output=tmp_path / "b").predictions
+    assert engine.column("label").equals(worker.column("label"))
+    a, b = (np.array(t.column("embedding").to_pylist()) for t in (engine, worker))
+    assert np.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_answers_do_not_depend_on_how_rows_are_batched(
+    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
+):
+    arguments = (
+        "--manifest",
+        catalog,
+        "--model",
+        tiny_bundle,
+        "--max-failed-fraction",
+        "0.1",
+        "--embedding-dtype",
+        "float32",
+    )
+    one = job(*arguments, "--batch-size", "1", "--fragment-rows", "37", output=tmp_path / "a").predictions
+    many = job(*arguments, "--batch-size", "50", "--rows-per-file", "10", output=tmp_path / "b").predictions
+    assert one.column("item_id").equals(many.column("item_id"))
+    assert one.column("label").equals(many.column("label"))
+    a, b = (np.array(t.column("embedding").to_pylist()) for t in (one, many))
+    assert np.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_inline_images_and_bad_ids_are_accounted_for(job: Job, tiny_bundle: str, tmp_path: Path):
+    source = pq.read_table(write_catalog(tmp_path / "inline", 30, inline=True))
+    ids = source.column("item_id").to_pylist()
+    ids[3], ids[9] = None, ids[8]
+    images = source.column("image").to_pylist()
+    images[5] = None
+    table = pa.table({"sku": pa.array(ids), "image": pa.array(images, pa.binary())})
+    pq.write_table(table, tmp_path / "m.parquet")
+    outcome = job(
+        *("--manifest", str(tmp_path / "m.parquet"), "--model", tiny_bundle),
+        *("--id-column", "sku", "--max-failed-fraction", "0.5"),
+    )
+    assert outcome.exit_code == 0, outcome.log
+    found = zip(
+        *(outcome.quarantine.column(name).to_pylist() for name in ("row", "reason", "stage")), strict=True
+    )
+    assert list(found) == [
+        (3, "null_id", "manifest"),
+        (5, "no_image", "manifest"),
+        (9, "duplicate_id", "manifest"),
+    ]
+    assert outcome.predictions.num_rows == 27
+
+
+def test_too_many_failures_end_with_4_and_nothing_committed(job: Job, tiny_bundle: str, catalog: str):
+    outcome = job("--manifest", catalog, "--model", tiny_bundle, "--max-failed-fraction", "0.001")
+    assert outcome.exit_code == 4
+    assert "3 of 150 rows failed (2.00%)" in outcome.log
+    assert "truncated 3" in outcome.log
+    assert not (outcome.folder / "run.json").exists()
+    assert not (outcome.output / "current.json").exists()
+
+
+def test_a_trial_is_committed_and_not_published(job: Job, tiny_bundle: str, catalog: str):
+    outcome = job(
+        "--manifest", catalog, "--model", tiny_bundle, "--limit", "20", "--max-failed-fraction", "1"
+    )
+    assert outcome.exit_code == 0
+    assert outcome.record["counts"]["rows"] == 20
+    assert "not published: --limit 20" in outcome.log
+    assert not (outcome.output / "current.json").exists()
+
+
+def test_random_weights_are_never_published(job: Job, catalog: str):
+    outcome = job(
+        *("--manifest", catalog, "--model", "timm:test_resnet", "--allow-random-weights"),
+        *("--max-failed-fraction", "1", "--limit", "20"),
+    )
+    assert outcome.exit_code == 0, outcome.log
+    assert "the weights are random" in outcome.log
+    assert not (outcome.output / "current.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--manifest", "nowhere.parquet"], ["nowhere.parquet"]),
+        (["--model", "timm:no_such_network"], ["no_such_network"]),
+        (["--model", "nowhere"], ["nowhere", "bundle"]),
+        (["--id-column", "sku"], ["sku", "missing"]),
+        (
+            ["--num-actors", "2", "--cpus-per-actor", "1", "--wait-for-cluster-seconds", "0"],
+            ["leave none for loading"],
+        ),
+        (["--output", "/proc/nowhere"], ["/proc/nowhere"]),
+    ],
+)
+def test_bad_input_ends_with_2_one_line_and_nothing_written(
+    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, arguments: list[str], words: list[str]
+):
+    given = {"--manifest": catalog, "--model": tiny_bundle}
+    given.update(zip(arguments[::2], arguments[1::2], strict=True))
+    output = given.pop("--output", str(tmp_path / "output"))
+    outcome = job(*(part for pair in given.items() for part in pair), output=output)
+    assert outcome.exit_code == 2
+    errors = [line for line in outcome.log.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    for word in words:
+        assert word in errors[0]
+    assert "Traceback" not in outcome.log
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_run_id_is_not_used_twice(job: Job, tiny_bundle: str, catalog: str):
+    arguments = (
+        "--manifest",
+        catalog,
+        "--model",
+        tiny_bundle,
+        "--max-failed-fraction",
+        "1",
+        "--run-id",
+        "night",
+    )
+    assert job(*arguments).exit_code == 0
+    second = job(*arguments)
+    assert second.exit_code == 2
+    assert "night is committed" in second.log
+
+
+def children_named(name: str, root: int) -> list[int]:
+    """Processes of our own cluster by their title."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if name in title and int(entry.name) != root:
+                found.append(int(entry.name))
+    return found
+
+
+def start_job(cluster: Cluster, output: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
+    command = [sys.executable, "-m", "batchcls.jobs.classify", *arguments, "--output", str(output)]
+    command += ["--log-interval-seconds", "0.2"]
+    return subprocess.Popen(
+        command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def until_line(process: subprocess.Popen[str], words: str) -> str:
+    """Read the job's log up to the first line with these words."""
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if words in line:
+            return seen
+    raise AssertionError(f"the job ended before it said {words!r}:\n{seen}")
+
+
+@pytest.fixture(scope="module")
+def long_catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_catalog(tmp_path_factory.mktemp("long"), 3000)
+
+
+def test_ctrl_c_ends_with_130_and_commits_nothing(
+    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+):
+    process = start_job(cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle)
+    until_line(process, "of 3000 rows")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "out").rglob("run.json"))
+
+
+@pytest.mark.parametrize("victim", ["ray::MapWorker", "ray::ReadImages"])
+def test_a_killed_worker_costs_no_row(
+    victim: str, cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+):
+    process = start_job(
+        cluster,
+        tmp_path / "out",
+        "--manifest",
+        long_catalog,
+        "--model",
+        tiny_bundle,
+        "--rows-per-file",
+        "300",
+    )
+    until_line(process, "of 3000 rows")
+    deadline = time.monotonic() + 60
+    while not (found := children_named(victim, process.pid)):
+        assert time.monotonic() < deadline, f"no process named {victim}"
+        os.sched_yield()
+    os.kill(found[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    rows = (
+        pq.read_table(next((tmp_path / "out" / "runs").iterdir()) / "predictions").column("row").to_pylist()
+    )
+    assert sorted(rows) == list(range(3000))

@@ -1,0 +1,131 @@
+"""The predictor on blocks as load makes them, with an engine that can be checked by hand."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from batchcls.images.load import pack_pixels
+from batchcls.inference.predictor import Predictor, PredictSettings
+from batchcls.models.engines import Answer
+from batchcls.schema import loaded_schema
+
+SHAPE = (2, 2, 3)
+
+
+@dataclass
+class MeanEngine:
+    """Class = mean of the pixels; embedding = (mean, red of the first pixel). An image of 255s gives NaN."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    largest_batch: int = 0
+
+    def answer(self, pixels: np.ndarray[Any, Any]) -> Answer:
+        self.largest_batch = max(self.largest_batch, len(pixels))
+        means = pixels.reshape(len(pixels), -1).astype(np.float32).mean(axis=1)
+        logits = -np.abs(np.arange(10, dtype=np.float32)[None] - means[:, None])
+        logits[means == 255] = np.nan
+        return Answer(logits, np.stack([means, pixels[:, 0, 0, 0].astype(np.float32)], axis=1))
+
+
+def settings(normalize: Literal["engine", "worker"] = "engine", batch_size: int = 4) -> PredictSettings:
+    labels = tuple(str(i) for i in range(10))
+    return PredictSettings(
+        labels, 3, pa.float32(), 2, SHAPE, normalize, batch_size, (pa.field("shop", pa.string()),)
+    )
+
+
+def block(values: list[int | None], dtype: type[np.generic] = np.uint8, first_row: int = 0) -> pa.Table:
+    """One image a value, all its pixels of that value; None is a failed row."""
+    images = [None if v is None else np.full(SHAPE, v, dtype) for v in values]
+    n = len(values)
+    columns = {
+        "row": pa.array(range(first_row, first_row + n), pa.int64()),
+        "item_id": pa.array([f"id{first_row + i}" for i in range(n)]),
+        "uri": pa.nulls(n, pa.string()),
+        "shop": pa.array([f"s{i}" for i in range(n)]),
+        "width": pa.nulls(n, pa.int32()),
+        "height": pa.nulls(n, pa.int32()),
+        "content_hash": pa.nulls(n, pa.string()),
+        "n_bytes": pa.nulls(n, pa.int64()),
+        "attempts": pa.array([1] * n, pa.int32()),
+        "reason": pa.array(["truncated" if v is None else None for v in values], pa.string()),
+        "detail": pa.array([None] * n, pa.string()),
+        "fetch_seconds": pa.array([0.0] * n, pa.float32()),
+        "decode_seconds": pa.array([0.0] * n, pa.float32()),
+        "pixels": pack_pixels(images),
+    }
+    return pa.table(columns, schema=loaded_schema((pa.field("shop", pa.string()),)))
+
+
+def labels(table: pa.Table) -> list[str | None]:
+    return table.column("label").to_pylist()
+
+
+def test_every_answer_stays_with_its_row_between_failed_ones():
+    answered = Predictor(MeanEngine(), settings())(block([None, 3, None, 7, 1, None]))
+    assert labels(answered) == [None, "3", None, "7", "1", None]
+    assert answered.column("embedding").to_pylist() == [None, [3, 3], None, [7, 7], [1, 1], None]
+    assert answered.column("item_id").to_pylist() == [f"id{i}" for i in range(6)]
+    assert answered.schema.equals(settings().output_schema)
+
+
+def test_a_block_of_several_chunks_and_slices_is_read_right():
+    joined = pa.concat_tables(
+        [block([1, None, 2]), block([None, 5], first_row=3), block([6, 7, 8], first_row=5)]
+    )
+    answered = Predictor(MeanEngine(), settings())(joined.slice(1, 6))
+    assert labels(answered) == [None, "2", None, "5", "6", "7"]
+
+
+def test_the_network_sees_no_more_than_a_batch_at_once():
+    engine = MeanEngine()
+    answered = Predictor(engine, settings(batch_size=4))(block([i % 9 for i in range(11)]))
+    assert engine.largest_batch == 4
+    assert labels(answered) == [str(i % 9) for i in range(11)]
+
+
+def test_a_block_without_one_good_image_passes_through():
+    answered = Predictor(MeanEngine(), settings())(block([None, None]))
+    assert labels(answered) == [None, None]
+    assert answered.column("reason").to_pylist() == ["truncated", "truncated"]
+
+
+def test_answers_that_are_not_finite_fail_their_row_only():
+    answered = Predictor(MeanEngine(), settings())(block([2, 255, None, 4]))
+    assert labels(answered) == ["2", None, None, "4"]
+    assert answered.column("reason").to_pylist() == [None, "non_finite", "truncated", None]
+
+
+def test_normalised_pixels_travel_as_float32():
+    answered = Predictor(MeanEngine(), settings("worker"))(block([2, None, 4], np.float32))
+    assert labels(answered) == ["2", None, "4"]
+
+
+def test_pixels_are_read_in_place():
+    table = block([1, 2])
+    seen: list[int] = []
+
+    class Watching(MeanEngine):
+        def answer(self, pixels: np.ndarray[Any, Any]) -> Answer:
+            seen.append(pixels.__array_interface__["data"][0])
+            return super().answer(pixels)
+
+    Predictor(Watching(), settings())(table)
+    assert seen == [table.column("pixels").chunk(0).buffers()[2].address]
+
+
+def test_without_an_embedding_column_none_is_written():
+    wanted = settings()
+    bare = PredictSettings(wanted.labels, 3, None, 2, SHAPE, "engine", 4, wanted.kept)
+    assert "embedding" not in Predictor(MeanEngine(), bare)(block([1])).column_names
+
+
+@pytest.mark.parametrize("images", [[], [None], [np.zeros(SHAPE, np.uint8)]])
+def test_packed_pixels_have_no_gaps(images: list[Any]):
+    packed = pack_pixels(images)
+    packed.validate(full=True)
+    assert packed.null_count == sum(image is None for image in images)
