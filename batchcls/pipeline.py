@@ -35,7 +35,6 @@ from batchcls.storage import Storage
 _TASK_RETRIES = 3
 _ACTOR_RESTARTS = 10
 _TASKS_IN_FLIGHT_PER_ACTOR = 4
-_EXTRA_IO_ERRORS = ["timed out", "Connection reset", "InternalError", "500", "502", "504"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,6 @@ class Run:
         context.print_on_execution_start = False
         context.max_errored_blocks = 0
         context.execution_no_progress_timeout_s = self._work.no_progress_timeout_seconds
-        context.retried_io_errors = [*context.retried_io_errors, *_EXTRA_IO_ERRORS]
         # One yielded block stays one block: just below its size, so that it is neither joined
         # with the next one nor cut (a joined block is copied by the reader).
         height, width, channels = self._work.predict.input_shape

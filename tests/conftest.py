@@ -40,14 +40,17 @@ def _s3_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     started = subprocess.run([scripts / "start.sh", folder], capture_output=True, text=True, check=False)
     if started.returncode != 0:
         pytest.skip(f"the S3 server does not start here: {started.stderr.strip()[-300:]}")
-    environment = {}
-    for line in started.stdout.splitlines():
-        name, _, value = line.removeprefix("export ").partition("=")
-        environment[name] = shlex.split(value)[0]
     try:
-        yield environment
+        yield dict(_exports(started.stdout))
     finally:
         subprocess.run([scripts / "stop.sh", folder], check=True)
+
+
+def _exports(script: str) -> Iterator[tuple[str, str]]:
+    for line in script.splitlines():
+        if line.startswith("export "):
+            name, _, value = line.removeprefix("export ").partition("=")
+            yield name, shlex.split(value)[0]
 
 
 @pytest.fixture

@@ -1,0 +1,131 @@
+"""Manifest, images, bundle and output on a real S3 server; the cluster is one of the job's own."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+
+from batchcls.jobs import classify, manifest
+from batchcls.jobs.command import run
+from tests.conftest import S3Server
+from tests.drawing import draw, encode
+
+IMAGES = 60
+BROKEN = (7, 31)
+
+
+@dataclass(frozen=True)
+class Store:
+    """The server with a catalog on it."""
+
+    server: S3Server
+    client: s3fs.S3FileSystem
+    manifest: str
+    output: str
+
+
+@pytest.fixture
+def store(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    client = s3fs.S3FileSystem(endpoint_url=s3.endpoint_url, skip_instance_cache=True)
+    for number in range(IMAGES):
+        data = encode(draw(number, 80, 60), "JPEG")
+        client.pipe_file(f"{s3.bucket}/photos/{number:03d}.jpg", data[:200] if number in BROKEN else data)
+    place = f"s3://{s3.bucket}/catalog.parquet"
+    assert (
+        run("manifest", manifest.COMMANDS, ["from-folder", f"s3://{s3.bucket}/photos", "--output", place])
+        == 0
+    )
+    return Store(s3, client, place, f"s3://{s3.bucket}/out")
+
+
+def classify_there(store: Store, model: str, *arguments: str) -> int:
+    given = [
+        "--manifest",
+        store.manifest,
+        "--output",
+        store.output,
+        "--model",
+        model,
+        "--ray-address",
+        "local",
+    ]
+    return run("classify", classify.COMMANDS, [*given, *arguments])
+
+
+def test_a_run_from_s3_to_s3(store: Store, tiny_bundle: str, capfd: pytest.CaptureFixture[str]):
+    for file in Path(tiny_bundle).iterdir():
+        store.client.put_file(str(file), f"{store.server.bucket}/models/v1/{file.name}")
+    code = classify_there(store, f"s3://{store.server.bucket}/models/v1", "--max-failed-fraction", "0.1")
+    log = "".join(capfd.readouterr())
+    assert code == 0, log
+    bucket = store.server.bucket
+    current = json.loads(store.client.cat_file(f"{bucket}/out/current.json"))
+    record = json.loads(store.client.cat_file(f"{bucket}/out/{current['path']}/run.json"))
+    assert record["counts"]["quarantined_by_reason"] == {"truncated": len(BROKEN)}
+    rows = []
+    for file in record["files"]:
+        with store.client.open(f"{bucket}/out/{current['path']}/{file['path']}") as opened:
+            rows += pq.read_table(opened).column("row").to_pylist()
+    assert sorted(rows) == list(range(IMAGES))
+    secret = store.server.environment["AWS_SECRET_ACCESS_KEY"]
+    plan = store.client.cat_file(f"{bucket}/out/{current['path']}/plan.json").decode()
+    assert secret not in log + plan + json.dumps(record)
+
+
+def test_credentials_of_the_options_never_show(
+    store: Store, tiny_bundle: str, capfd: pytest.CaptureFixture[str], monkeypatch
+):
+    environment = store.server.environment
+    key, secret = environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"]
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    options = json.dumps({"key": key, "secret": secret, "endpoint_url": store.server.endpoint_url})
+    code = classify_there(
+        store, tiny_bundle, "--max-failed-fraction", "0.1", "--storage-options", options, "--limit", "40"
+    )
+    log = "".join(capfd.readouterr())
+    assert code == 0, log
+    (plan,) = store.client.glob(f"{store.server.bucket}/out/runs/*/plan.json")
+    text = store.client.cat_file(plan).decode()
+    assert store.server.endpoint_url in text
+    for hidden in (key, secret):
+        assert hidden not in log + text
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("wrong secret", ["SignatureDoesNotMatch"]),
+        ("unknown key", ["InvalidAccessKeyId"]),
+        ("no bucket for the manifest", ["no-such-bucket"]),
+        ("no bucket for the output", ["no-such-bucket"]),
+        ("nobody listens", ["does not answer", "endpoint"]),
+    ],
+)
+def test_a_store_that_refuses_ends_with_2_and_one_line(
+    store: Store, tiny_bundle: str, capfd: pytest.CaptureFixture[str], case: str, words: list[str]
+):
+    environment = store.server.environment
+    options = {"key": environment["AWS_ACCESS_KEY_ID"], "secret": environment["AWS_SECRET_ACCESS_KEY"]}
+    changes: dict[str, Callable[[], list[str]]] = {
+        "wrong secret": lambda: ["--storage-options", json.dumps(options | {"secret": "not-the-secret"})],
+        "unknown key": lambda: ["--storage-options", json.dumps(options | {"key": "NOBODYSKEY"})],
+        "no bucket for the manifest": lambda: ["--manifest", "s3://no-such-bucket/catalog.parquet"],
+        "no bucket for the output": lambda: ["--output", "s3://no-such-bucket/out"],
+        "nobody listens": lambda: ["--storage-options", json.dumps({"endpoint_url": "http://127.0.0.1:9"})],
+    }
+    capfd.readouterr()
+    code = classify_there(store, tiny_bundle, *changes[case]())
+    log = "".join(capfd.readouterr())
+    assert code == 2, log
+    (line,) = [line for line in log.splitlines() if "error:" in line]
+    for word in words:
+        assert word in line
+    assert "Traceback" not in log
+    assert "not-the-secret" not in log
+    assert not store.client.exists(store.output)
