@@ -84,26 +84,30 @@ take_down() {
 }
 
 # --- up ---------------------------------------------------------------------------
-take_free_ports() { # prints N free ports of loopback
+take_ports() { # prints five free ports of loopback and one for the dashboard: $1, or a free one if empty
   "$python" -c '
 import socket, sys
-held = [socket.socket() for _ in range(int(sys.argv[1]))]
-for one in held:
-    one.bind(("127.0.0.1", 0))
-print(*(one.getsockname()[1] for one in held))' "$1"
+held = [socket.socket() for _ in range(6)]
+for one, port in zip(held, [0] * 5 + [int(sys.argv[1] or 0)]):
+    if port:  # a given port may have old connections in TIME_WAIT
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.bind(("127.0.0.1", port))
+print(*(one.getsockname()[1] for one in held))' "$1" 2>/dev/null
 }
 
 start_head() {
   local ports options
-  read -r -a ports < <(take_free_ports 6)
+  # Ray would quietly take the next port where the wanted one is taken.
+  read -r -a ports < <(take_ports "${BATCHCLS_CLUSTER_DASHBOARD_PORT:-}") ||
+    { say "no free port${BATCHCLS_CLUSTER_DASHBOARD_PORT:+, or $BATCHCLS_CLUSTER_DASHBOARD_PORT is taken}"; return 1; }
   echo "${ports[0]}" >"$state/port"
-  echo "${BATCHCLS_CLUSTER_DASHBOARD_PORT:-${ports[1]}}" >"$state/dashboard_port"
+  echo "${ports[5]}" >"$state/dashboard_port"
   options=(
     --head --disable-usage-stats --log-style record --log-color false
     --port "${ports[0]}"
     --include-dashboard true --dashboard-host 127.0.0.1 --dashboard-port "$(cat "$state/dashboard_port")"
-    --dashboard-agent-listen-port "${ports[2]}" --dashboard-agent-grpc-port "${ports[3]}"
-    --metrics-export-port "${ports[4]}" --ray-client-server-port "${ports[5]}"
+    --dashboard-agent-listen-port "${ports[1]}" --dashboard-agent-grpc-port "${ports[2]}"
+    --metrics-export-port "${ports[3]}" --ray-client-server-port "${ports[4]}"
     --num-cpus "${BATCHCLS_CLUSTER_CPUS:-2}"
     --object-store-memory "${BATCHCLS_CLUSTER_OBJECT_STORE_BYTES:-1000000000}"
     --temp-dir "$(cat "$state/temporary")"
@@ -149,8 +153,10 @@ bring_up() {
   started=
   finish() {
     [[ -z $started ]] || return 0
-    say "failed; the last lines of Ray's start:"
-    tail -n 12 -- "$state/start.log" >&2 2>/dev/null || true
+    if [[ -s $state/start.log ]]; then
+      say "failed; the last lines of Ray's start:"
+      tail -n 12 -- "$state/start.log" >&2
+    fi
     take_down
   }
   trap finish EXIT
@@ -159,7 +165,7 @@ bring_up() {
   "$python" -c 'import uuid; print(uuid.uuid4())' >"$state/id"
   # Not inside the state folder: Ray's sockets live in there, and a socket's path has at most 107 bytes.
   mktemp -d "/tmp/batchcls-XXXXXX" >"$state/temporary"
-  start_head || { say "ray start failed"; exit 1; }
+  start_head || { say "the cluster does not start"; exit 1; }
   wait_for_jobs || { say "the cluster takes no jobs after 2 minutes"; exit 1; }
   write_environment
   started=yes
