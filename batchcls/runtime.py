@@ -2,6 +2,9 @@
 
 import logging
 import os
+import re
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +21,8 @@ _logger = logging.getLogger(__name__)
 
 _QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # The core worker's remarks on every actor pool (ray issue 53727) and its like.
+    # The core worker's remarks on every actor pool (ray issue 53727) and its like; set it to "info"
+    # to have them, and the local daemons' log files, back.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     # From 2.60 on Ray would not set CUDA_VISIBLE_DEVICES="" for actors without a GPU; that is what
@@ -47,11 +51,8 @@ def ray_session(address: str) -> Iterator[None]:
             "batchcls.jobs...`, or use --ray-address local or HOST:PORT"
         )
     try:
-        ray.init(
-            address=target,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _without_native_log_lines():
+            ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise InputError(
             f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)}); start one with "
@@ -90,6 +91,29 @@ def wait_for(attempt: Callable[[], T], seconds: float) -> T:
                 _logger.info("waiting up to %.0f s for nodes: %s", seconds, error)
                 told = True
             time.sleep(1.0)
+
+
+_NATIVE_LOG_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] .*\.cc:\d+:.*\n")
+
+
+@contextmanager
+def _without_native_log_lines() -> Iterator[None]:
+    """Keep what Ray's C++ side logs to file descriptor 2 while it starts; all other text is passed on.
+
+    It announces its own log level there, whatever that level is.
+    """
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown, 2)
+            kept.seek(0)
+            os.write(shown, _NATIVE_LOG_LINE.sub(b"", kept.read()))
+            os.close(shown)
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,8 +43,10 @@ class LoadSettings:
     """All that a load task needs beside its rows.
 
     `normalize` says whether pixels leave as uint8 ("engine") or as normalised float32 ("worker").
+    `run_id` tells the settings of one run from those of another in a process that serves both.
     """
 
+    run_id: str
     base: str
     kept: tuple[pa.Field, ...]
     fetch: FetchPolicy

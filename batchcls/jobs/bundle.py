@@ -13,7 +13,7 @@ from batchcls.models.library import PreprocessingOverrides
 from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
 from batchcls.storage import Storage, explain, redact_uri
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("batchcls.jobs.bundle")  # __name__ is __main__ here
 
 _CREATE_EXAMPLES = """examples:
   python -m batchcls.jobs.bundle create --model timm:mobilenetv3_large_100 --output models/v1

@@ -20,10 +20,11 @@ from batchcls.jobs.command import Command, main
 from batchcls.manifest import Manifest, open_manifest
 from batchcls.models.bundle import Bundle
 from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
-from batchcls.pipeline import Run, Work
+from batchcls.pipeline.graph import Run, Work
+from batchcls.pipeline.load_stage import LoadStage
 from batchcls.placement import Placement, place
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile
-from batchcls.runs.layout import new_run_id
+from batchcls.runs.layout import new_run_id, run_folder
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.plan import Plan, claim
 from batchcls.runs.publish import publish
@@ -31,7 +32,7 @@ from batchcls.runtime import nodes, ray_session, wait_for
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage import Storage, explain, is_remote, join, redact_uri
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("batchcls.jobs.classify")  # __name__ is __main__ here
 
 _EXAMPLES = """examples:
   python -m batchcls.jobs.classify --manifest catalog.parquet --model timm:mobilenetv3_large_100 --output out
@@ -65,7 +66,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
         with explain(config.output):
             folder = claim(plan, config.output, inputs.storage)
         _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
-        work = _work(config, inputs, placement, folder)
+        work = _work(config, inputs, placement, plan.run_id)
         receipts, measured = _execute(work, console, config.log_interval_seconds)
     measured["seconds_total"] = round(time.perf_counter() - started, 3)
     totals = reconcile(receipts, inputs.manifest.rows)
@@ -132,11 +133,12 @@ def _plan(config: ClassifyConfig, inputs: _Inputs, placement: Placement) -> Plan
     )
 
 
-def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, folder: str) -> Work:
+def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id: str) -> Work:
     kept = inputs.manifest.columns.kept
     bundle = inputs.bundle.config
     embedding = EMBEDDING_TYPES[config.embedding_dtype]
     load = LoadSettings(
+        run_id=run_id,
         base=inputs.manifest.base,
         kept=kept,
         fetch=FetchPolicy(
@@ -166,13 +168,14 @@ def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, folder:
     return Work(
         manifest=inputs.manifest,
         bad_ids=inputs.bad_ids,
-        load=load,
+        load=LoadStage(inputs.manifest.columns, inputs.storage, load),
         predict=predict,
         bundle=inputs.bundle,
         precision=config.precision,
-        writer=PartWriter(folder, inputs.storage, kept, embedding, bundle.embedding_dimension),
+        writer=PartWriter(
+            run_folder(config.output, run_id), inputs.storage, kept, embedding, bundle.embedding_dimension
+        ),
         placement=placement,
-        storage=inputs.storage,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
     )
 

@@ -40,9 +40,9 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
         command, settings = _parse(job, commands, arguments)
         return command.action(settings, console)
     except BatchclsError as error:
-        _logger.error(
-            "%s: %s", "not published" if error.exit_code == ExitCode.PUBLISH_REFUSED else "error", error
-        )
+        if error.exit_code == ExitCode.UNEXPECTED:
+            _logger.exception("where it came from:")
+        _logger.error("error: %s", error)  # noqa: TRY400 - the last line is the one for people
         return error.exit_code
     except KeyboardInterrupt:
         _logger.error("interrupted; nothing was committed")  # noqa: TRY400

@@ -15,7 +15,7 @@ from batchcls.jobs.command import Command, main
 from batchcls.manifest import open_manifest
 from batchcls.storage import FileInfo, Storage, explain, is_remote, redact_uri
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("batchcls.jobs.manifest")  # __name__ is __main__ here
 
 _SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _ROW_GROUP_ROWS = 65_536

@@ -1,0 +1,75 @@
+"""Fragments of the manifest as Ray Data read tasks whose blocks hold decoded images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+from ray.data import DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from batchcls.images.load import Loader, LoadSettings
+from batchcls.manifest import Columns, Fragment, FragmentReader
+from batchcls.schema import Failure
+from batchcls.storage import Storage
+
+if TYPE_CHECKING:  # a load worker needs no DuckDB
+    from batchcls.identity import BadIds
+
+
+@dataclass(frozen=True)
+class LoadStage:
+    """What all load tasks of a run share; travels inside each of them."""
+
+    columns: Columns
+    storage: Storage
+    settings: LoadSettings
+
+
+class Images(Datasource):
+    """One read task a fragment."""
+
+    def __init__(self, fragments: Sequence[Fragment], bad_ids: "BadIds", stage: LoadStage) -> None:
+        self._fragments = fragments
+        self._bad_ids = bad_ids
+        self._stage = stage
+
+    def get_name(self) -> str:
+        """The stage's name in Ray's own logs and dashboard."""
+        return "Images"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown before the images are read."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        """The fragments as they were cut, whatever parallelism Ray would like."""
+        del parallelism, per_task_row_limit, data_context
+        return [self._read_task(fragment) for fragment in self._fragments]
+
+    def _read_task(self, fragment: Fragment) -> ReadTask:
+        rejected = self._bad_ids.between(fragment.first_row, fragment.first_row + fragment.rows)
+        metadata = BlockMetadata(num_rows=fragment.rows, size_bytes=None, input_files=None, exec_stats=None)
+        return ReadTask(partial(_load_fragment, self._stage, fragment, rejected), metadata)
+
+
+# The connections, threads and decoded row group of this worker process, for one run at a time.
+_open: dict[str, tuple[Loader, FragmentReader]] = {}
+
+
+def _load_fragment(
+    stage: LoadStage, fragment: Fragment, rejected: Mapping[int, Failure]
+) -> Iterator[pa.Table]:
+    loader, reader = _resources(stage)
+    yield from loader.load(reader.read(fragment, stage.settings.block_rows), rejected)
+
+
+def _resources(stage: LoadStage) -> tuple[Loader, FragmentReader]:
+    run_id = stage.settings.run_id
+    if run_id not in _open:
+        _open.clear()
+        _open[run_id] = (Loader(stage.settings), FragmentReader(stage.columns, stage.storage))
+    return _open[run_id]

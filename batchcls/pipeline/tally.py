@@ -1,0 +1,35 @@
+"""A small actor that adds up what the predict actors report, so that the driver can show it."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What has been answered so far; only for people, the figures of the run come from receipts."""
+
+    rows: int
+    failures: Counter[str]
+    engines: Counter[str]
+
+
+class Tally:
+    """Counts rows, failures by reason, and the engines that have started."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._failures: Counter[str] = Counter()
+        self._engines: Counter[str] = Counter()
+
+    def started(self, engine: str) -> None:
+        """An actor is ready; `engine` says with what."""
+        self._engines[engine] += 1
+
+    def add(self, rows: int, failures: Counter[str]) -> None:
+        """A block is answered."""
+        self._rows += rows
+        self._failures.update(failures)
+
+    def progress(self) -> Progress:
+        """The sums so far."""
+        return Progress(self._rows, self._failures, self._engines)
