@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint format type bench clean
+.PHONY: help setup demo test chaos lint format type bench docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -46,6 +46,9 @@ type: $(STAMP)  ## types
 
 bench: $(STAMP)  ## this job beside Ray's documented example, on the same images
 	@$(BIN)/python -m benchmarks.run
+
+docs: $(STAMP)  ## write docs/flags.md anew from the settings
+	@COLUMNS=100 $(BIN)/python docs/make_flags.py
 
 clean:  ## remove what the demo and the tests left; keeps .venv
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,6 +1,7 @@
 """What a person sees of a job: a progress bar on a terminal, log lines elsewhere, a closing summary."""
 
 import logging
+import sys
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,11 @@ class Seen(Protocol):
     @property
     def failures(self) -> Counter[str]:
         """Failed rows so far, by reason."""
+
+
+def results_console() -> Console:
+    """Where a job prints its results: stdout, unfolded where it is no terminal."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def set_up_logging(console: Console) -> None:

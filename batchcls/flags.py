@@ -30,7 +30,7 @@ def add_settings(
 ) -> None:
     """Add one flag per field of `settings` to the parser, and --config FILE.toml."""
     parser.add_argument("--config", metavar="FILE.toml", help="Read settings from a TOML file; flags win.")
-    for name, field in settings.model_fields.items():
+    for name, field in _own_fields_first(settings):
         options: dict[str, Any] = {"help": _help(field), "default": argparse.SUPPRESS}
         if name in positional:
             parser.add_argument(name, metavar=name.upper(), nargs="?", **options)
@@ -42,6 +42,12 @@ def add_settings(
             parser.add_argument(flag, dest=name, action="append", metavar="A,B", **options)
         else:
             parser.add_argument(flag, dest=name, metavar=_metavar(field.annotation, name), **options)
+
+
+def _own_fields_first(settings: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
+    """A class's own settings before those it shares with other jobs, as a reader of --help looks for them."""
+    fields = settings.model_fields
+    return sorted(fields.items(), key=lambda item: item[0] not in settings.__annotations__)
 
 
 def read_settings(settings: type[Settings], namespace: argparse.Namespace) -> Settings:

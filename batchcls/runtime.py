@@ -52,7 +52,12 @@ def ray_session(address: str) -> Iterator[None]:
         )
     try:
         with _without_native_log_lines():
-            ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=target,
+                include_dashboard=False if target == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise InputError(
             f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)}); start one with "

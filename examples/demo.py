@@ -7,6 +7,7 @@ Every step is a command that could be typed, and is shown as one. Nothing is dow
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,8 +19,8 @@ import duckdb
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-CONSOLE = Console(highlight=False, soft_wrap=True)
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
+CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 # A few of the drawn files are broken on purpose, more than a shop would accept.
 MAX_FAILED_FRACTION = "0.05"
 
@@ -112,18 +113,18 @@ def report(output: Path, seconds: float) -> None:
 
 def accuracy(run: Path, manifest: Path) -> tuple[int, int]:
     """How many of the labelled pictures that have a prediction got their own label, and how many there are."""
-    found = duckdb.sql(
+    found = duckdb.execute(
         f"""SELECT count(*) FILTER (WHERE p.label = m.label), count(*)
             FROM '{run}/predictions/*.parquet' p JOIN '{manifest}' m USING (item_id)
             WHERE m.label IS NOT NULL"""
-    ).fetchone()
-    assert found is not None
-    return int(found[0]), int(found[1])
+    ).fetchall()
+    ((right, labelled),) = found
+    return int(right), int(labelled)
 
 
 def quarantine(run: Path) -> Table:
     """The rows that have no prediction, and why."""
-    rows = duckdb.sql(
+    rows = duckdb.execute(
         f"SELECT row, item_id, uri, reason, detail FROM '{run}/quarantine/*.parquet' ORDER BY row"
     ).fetchall()
     table = Table("row", "item_id", "uri", "reason", "detail", box=None, pad_edge=False, header_style="bold")

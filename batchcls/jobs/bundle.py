@@ -5,7 +5,7 @@ import logging
 from rich.console import Console
 
 from batchcls.config import BundleCreateConfig, BundleInspectConfig
-from batchcls.console import bundle_line
+from batchcls.console import bundle_line, results_console
 from batchcls.errors import ExitCode
 from batchcls.jobs.command import Command, main
 from batchcls.models.bundle import Bundle
@@ -51,7 +51,7 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
     """Print what a bundle holds, after checking that it is whole."""
     del console
     bundle = Bundle.load(config.bundle, Storage(config.storage_options))
-    out = Console(highlight=False, soft_wrap=True)
+    out = results_console()
     out.print(bundle_line(bundle))
     out.print(f"fingerprint {bundle.fingerprint}")
     shown = bundle.config.model_dump(mode="json", exclude={"labels", "category_paths"})

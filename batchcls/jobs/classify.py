@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from batchcls.config import ClassifyConfig
-from batchcls.console import bundle_line, counts_table, watching
+from batchcls.console import bundle_line, counts_table, results_console, watching
 from batchcls.errors import ExitCode
 from batchcls.identity import BadIds, find_bad_ids
 from batchcls.images.addresses import AddressPolicy
@@ -197,7 +197,7 @@ def _execute(work: Work, console: Console, interval_seconds: float) -> tuple[lis
 
 def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
     """The closing words, on stdout: what a person or a log reader wants to find last."""
-    out = Console(highlight=False, soft_wrap=True)
+    out = results_console()
     out.print(counts_table(totals.predicted, totals.failures))
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.stage_seconds.items())
     out.print(
@@ -209,7 +209,7 @@ def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
 
 
 def _publish(config: ClassifyConfig, plan: Plan, storage: Storage) -> None:
-    out = Console(highlight=False, soft_wrap=True)
+    out = results_console()
     if plan.unpublishable:
         out.print(f"not published: {'; '.join(plan.unpublishable)}")
     elif not config.publish:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcls.config import ManifestCheckConfig, ManifestFromFolderConfig
+from batchcls.console import results_console
 from batchcls.errors import ExitCode, InputError
 from batchcls.identity import find_bad_ids
 from batchcls.jobs.command import Command, main
@@ -85,7 +86,7 @@ def check(config: ManifestCheckConfig, console: Console) -> ExitCode:
         ("fingerprint", manifest.fingerprint),
     ):
         table.add_row(name, value)
-    out = Console(highlight=False, soft_wrap=True)
+    out = results_console()
     out.print(table)
     if largest > _LARGE_ROW_GROUP_ROWS:
         out.print(f"hint: row groups of at most {_ROW_GROUP_ROWS} rows are read faster by many tasks")

@@ -288,7 +288,7 @@ def test_ctrl_c_ends_with_130_and_commits_nothing(
     process = start_job(cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle)
     until_line(process, "of 3000 rows")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     assert "interrupted" in err
     assert "Traceback" not in err
@@ -315,7 +315,7 @@ def test_a_killed_worker_costs_no_row(
         assert time.monotonic() < deadline, f"no process named {victim}"
         os.sched_yield()
     os.kill(found[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     rows = (
         pq.read_table(next((tmp_path / "out" / "runs").iterdir()) / "predictions").column("row").to_pylist()

@@ -37,8 +37,11 @@ def test_flags_win_over_the_file(tmp_path: Path):
 
 def test_values_are_typed(tmp_path: Path):
     config = parse(
-        [*REQUIRED, "--batch-size", "auto", "--num-actors", "3", "--keep", "price,shop", "--keep", "size"]
-        + ["--storage-options", '{"anon": true}', "--no-publish", "--cpus-per-actor", "0.5"]
+        [
+            *REQUIRED,
+            *("--batch-size", "auto", "--num-actors", "3", "--keep", "price,shop", "--keep", "size"),
+            *("--storage-options", '{"anon": true}', "--no-publish", "--cpus-per-actor", "0.5"),
+        ]
     )
     assert isinstance(config, ClassifyConfig)
     assert (config.batch_size, config.num_actors, config.cpus_per_actor) == ("auto", 3, 0.5)

@@ -1,0 +1,139 @@
+"""The rules of the house (docs/architecture.md), held for every file of the package."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchcls.jobs import bundle, classify, manifest
+from batchcls.schema import REASONS, Reason
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "batchcls"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Rooms from the top down; a room imports from itself and from rooms below it.
+ROOMS = (
+    ("jobs",),
+    ("console", "pipeline"),
+    ("runtime",),
+    ("placement", "runs", "inference"),
+    ("images", "models", "identity"),
+    ("manifest", "config", "flags"),
+    ("storage", "storage_errors", "local_files", "uris"),
+    ("preprocessing", "schema", "errors"),
+)
+HEIGHT = {room: height for height, rooms in enumerate(reversed(ROOMS)) for room in rooms}
+MAY_IMPORT_RAY = ("pipeline", "runtime", "jobs")
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.append(node.module or "")
+    return found
+
+
+def test_every_module_has_a_room():
+    assert len(MODULES) > 40
+    assert {room_of(path) for path in MODULES} - {"__init__"} == set(HEIGHT)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_downwards_and_ray_stays_in_its_rooms(path: Path):
+    room = room_of(path)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "ray":
+            assert room in MAY_IMPORT_RAY
+        if top == "batchcls" and rest and room != "__init__" and rest[0] != room:
+            assert HEIGHT[rest[0]] <= HEIGHT[room], f"{room} imports {rest[0]}"
+            assert {room, rest[0]} != {"images", "models"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_hold_one_idea_and_say_which(path: Path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert len(text.splitlines()) <= 350
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_broad_except_stands_only_where_it_has_a_reason(path: Path):
+    allowed = {"images/fetch.py", "images/decode.py", "console.py", "jobs/command.py"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            names = ast.unparse(node.type) if node.type else "bare"
+            passed_on = isinstance(node.body[-1], ast.Raise)
+            if names in ("bare", "Exception", "BaseException") and not passed_on:
+                assert str(path.relative_to(PACKAGE)) in allowed, f"{path}:{node.lineno}"
+
+
+def test_importing_does_nothing_and_tests_are_not_needed():
+    """In a fresh process: no output, no thread, no folder, no development package."""
+    code = (
+        "import sys, threading, importlib\n"
+        f"for name in {[_module(path) for path in MODULES]!r}: importlib.import_module(name)\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+        "assert not {'pytest', 'hypothesis', 'polars'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def test_every_reason_has_a_stage_and_a_meaning():
+    assert set(REASONS) == set(Reason)
+
+
+def test_no_file_names_a_registry_or_a_machine():
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tracked.returncode != 0:
+        pytest.skip("not a git checkout")
+    bad = re.compile(
+        r"index-url|find-links|https?://[^\s\"']*(pypi|pythonhosted)[^\s]*|"
+        + re.escape(str(REPOSITORY.parent) + "/")
+    )
+    for name in tracked.stdout.split():
+        path = REPOSITORY / name
+        if path != Path(__file__) and path.is_file() and path.stat().st_size < 1_000_000:
+            assert not bad.search(path.read_text(errors="replace")), name
+
+
+def test_every_command_has_help_with_examples():
+    for module in (classify, manifest, bundle):
+        for command in module.COMMANDS:
+            assert "examples:" in command.examples
+            assert command.settings.__doc__
+            assert module.__name__ in command.examples
+
+
+def test_every_flag_is_in_the_reference():
+    reference = (REPOSITORY / "docs" / "flags.md").read_text()
+    for module in (classify, manifest, bundle):
+        for command in module.COMMANDS:
+            for name in command.settings.model_fields:
+                assert name.replace("_", "-") in reference, f"run `make docs`: {name} is missing"

@@ -1,0 +1,159 @@
+"""Rows in, rows out: order, blocks and failures of the load stage, on files of a real disk."""
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from batchcls.images.addresses import AddressPolicy
+from batchcls.images.decode import DecodeLimits
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.load import Loader, LoadSettings
+from batchcls.preprocessing import Preprocessing
+from batchcls.schema import Failure, Reason, loaded_schema
+from tests.drawing import draw, encode
+
+SMALL = Preprocessing(
+    input_height=8,
+    input_width=8,
+    resize_height=8,
+    resize_width=8,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+)
+
+
+def settings(base: Path, **changes: object) -> LoadSettings:
+    values: dict[str, object] = {
+        "run_id": "test",
+        "base": str(base),
+        "kept": (pa.field("shop", pa.string()),),
+        "fetch": FetchPolicy(addresses=AddressPolicy(allow_private_addresses=True)),
+        "limits": DecodeLimits(),
+        "preprocessing": SMALL,
+        "normalize": "engine",
+        "fetch_threads": 4,
+        "decode_threads": 2,
+        "block_rows": 4,
+    }
+    return LoadSettings(**(values | changes))  # type: ignore[arg-type]
+
+
+def tables(
+    uris: list[str | None], rows_per_table: int = 4, images: list[bytes | None] | None = None
+) -> Iterator[pa.Table]:
+    table = pa.table(
+        {
+            "row": pa.array(range(100, 100 + len(uris)), pa.int64()),
+            "item_id": [f"id{n}" for n in range(len(uris))],
+            "uri": pa.array(uris, pa.string()),
+            "image": pa.array(images or [None] * len(uris), pa.binary()),
+            "shop": pa.array([f"s{n}" for n in range(len(uris))]),
+        }
+    )
+    return (table.slice(start, rows_per_table) for start in range(0, len(uris), rows_per_table))
+
+
+def grey(value: int) -> bytes:
+    from PIL import Image
+
+    return encode(Image.new("RGB", (20, 10), (value, value, value)), "PNG")
+
+
+def pixels(block: pa.Table) -> list[np.ndarray | None]:
+    found = block.column("pixels").to_pylist()
+    return [None if data is None else np.frombuffer(data, np.uint8).reshape(8, 8, 3) for data in found]
+
+
+def test_blocks_hold_the_rows_of_their_table_in_order_with_their_own_pixels(tmp_path: Path):
+    for value in range(10):
+        (tmp_path / f"{value}.png").write_bytes(grey(value * 20))
+    blocks = list(Loader(settings(tmp_path)).load(tables([f"{v}.png" for v in range(10)]), {}))
+    assert [block.num_rows for block in blocks] == [4, 4, 2]
+    joined = pa.concat_tables(blocks)
+    assert joined.schema.equals(loaded_schema((pa.field("shop", pa.string()),)))
+    assert joined.column("row").to_pylist() == list(range(100, 110))
+    assert joined.column("shop").to_pylist() == [f"s{n}" for n in range(10)]
+    for value, image in enumerate(p for block in blocks for p in pixels(block)):
+        assert image is not None
+        assert (image == value * 20).all()
+
+
+def test_a_failed_row_keeps_its_place_and_says_what_is_known(tmp_path: Path):
+    data = grey(50)
+    (tmp_path / "good.png").write_bytes(data)
+    (tmp_path / "cut.png").write_bytes(data[:40])
+    (tmp_path / "empty.png").write_bytes(b"")
+    uris = ["good.png", "cut.png", "missing.png", "empty.png", None, "good.png"]
+    rejected = {105: Failure(Reason.DUPLICATE_ID, "an earlier row has this id")}
+    (block,) = Loader(settings(tmp_path)).load(tables(uris, 10), rejected)
+    expected = [None, "truncated", "not_found", "empty", "no_image", "duplicate_id"]
+    assert block.column("reason").to_pylist() == expected
+    assert [image is None for image in pixels(block)] == [False, True, True, True, True, True]
+    assert block.column("content_hash").to_pylist()[:3] == [
+        hashlib.sha256(data).hexdigest(),
+        hashlib.sha256(data[:40]).hexdigest(),
+        None,
+    ]
+    assert block.column("attempts").to_pylist() == [1, 1, 1, 1, 0, 0]
+    assert block.column("width").to_pylist()[0] == 20
+
+
+def test_inline_bytes_come_before_the_uri(tmp_path: Path):
+    (block,) = Loader(settings(tmp_path)).load(tables(["missing.png", None], images=[grey(9), grey(7)]), {})
+    assert [int(image[0, 0, 0]) for image in pixels(block) if image is not None] == [9, 7]
+
+
+def test_normalised_pixels_are_float32(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(grey(255))
+    (block,) = Loader(settings(tmp_path, normalize="worker")).load(tables(["a.png"]), {})
+    values = np.frombuffer(block.column("pixels")[0].as_py(), np.float32)
+    assert values.shape == (8 * 8 * 3,)
+    assert np.allclose(values, (1 - 0.5) / 0.25)
+
+
+def test_many_requests_are_in_flight_at_once(tmp_path: Path):
+    """The server answers nobody before eight requests have come: one at a time would never end."""
+    together = threading.Barrier(8)
+    body = grey(30)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            together.wait(timeout=30)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        uris: list[str | None] = [f"http://127.0.0.1:{server.server_port}/{n}.png" for n in range(16)]
+        blocks = list(Loader(settings(tmp_path, fetch_threads=8)).load(tables(uris, 4), {}))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert [reason for block in blocks for reason in block.column("reason").to_pylist()] == [None] * 16
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_blocks_do_not_depend_on_the_number_of_threads(tmp_path: Path, threads: int):
+    for n in range(23):
+        data = encode(draw(n, 30, 30), "JPEG")
+        (tmp_path / f"{n}.jpg").write_bytes(data if n % 5 else data[:100])
+    uris: list[str | None] = [f"{n}.jpg" for n in range(23)]
+    blocks = list(Loader(settings(tmp_path, fetch_threads=threads)).load(tables(uris, 4), {}))
+    one = list(Loader(settings(tmp_path, fetch_threads=1, decode_threads=1)).load(tables(uris, 4), {}))
+    timings = ["fetch_seconds", "decode_seconds"]
+    for block, expected in zip(blocks, one, strict=True):
+        assert block.drop_columns(timings).equals(expected.drop_columns(timings))
