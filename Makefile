@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint format type bench docs clean
+.PHONY: help setup demo test gpu lint format type bench docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -28,10 +28,10 @@ demo: $(STAMP)  ## draw a catalog, train a backbone, classify it with the real j
 	@$(BIN)/python examples/demo.py --output $(DEMO)
 
 test: $(STAMP)  ## unit, contract, integration and repository tests
-	@$(BIN)/python -m pytest -m 'not chaos and not gpu'
+	@$(BIN)/python -m pytest -m 'not gpu'
 
-chaos: $(STAMP)  ## the long tests that kill things
-	@$(BIN)/python -m pytest -m chaos tests/chaos
+gpu: $(STAMP)  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu
 
 lint: $(STAMP)  ## style
 	@$(BIN)/ruff check .

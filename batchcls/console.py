@@ -119,10 +119,18 @@ def _lines(
     meter = _Meter()
     while not ended.wait(interval_seconds):
         if (seen := _observe(look)) is not None:
-            rate = meter.rate(seen.rows)
-            left = f", {(rows - seen.rows) / rate:.0f} s left" if rate else ""
-            failed = f", {_failed(seen)}" if seen.failures else ""
-            _logger.info("%d of %d rows, %.1f images/s%s%s", seen.rows, rows, rate, left, failed)
+            _logger.info(_line(seen, rows, meter.rate(seen.rows)))
+
+
+def _line(seen: Seen, rows: int, rate: float) -> str:
+    if not seen.rows:
+        return f"0 of {rows} rows, workers are starting"
+    parts = [f"{seen.rows} of {rows} rows"]
+    if rate:
+        parts += [f"{rate:.1f} images/s", f"{(rows - seen.rows) / rate:.0f} s left"]
+    if seen.failures:
+        parts.append(_failed(seen))
+    return ", ".join(parts)
 
 
 class _Meter:

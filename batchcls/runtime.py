@@ -25,8 +25,8 @@ _QUIET_ENVIRONMENT = {
     # to have them, and the local daemons' log files, back.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # From 2.60 on Ray would not set CUDA_VISIBLE_DEVICES="" for actors without a GPU; that is what
-    # we want, and saying so silences the warning.
+    # Ray's coming behaviour, chosen now to silence its announcement: workers without a GPU keep
+    # CUDA_VISIBLE_DEVICES as it is. Load tasks never touch a GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

@@ -1,8 +1,9 @@
 """`python -m batchcls.jobs.classify`: manifest -> predictions and embeddings, published."""
 
 import logging
+import platform
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -68,8 +69,13 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
         _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
         work = _work(config, inputs, placement, plan.run_id)
         receipts, measured = _execute(work, console, config.log_interval_seconds)
-    measured["seconds_total"] = round(time.perf_counter() - started, 3)
     totals = reconcile(receipts, inputs.manifest.rows)
+    measured["seconds_total"] = round(time.perf_counter() - started, 3)
+    measured["images_per_second_of_work"] = {
+        stage: round(totals.rows / seconds, 1)
+        for stage, seconds in totals.stage_seconds.items()
+        if seconds > 0
+    }
     check_budget(totals, config.max_failed_fraction)
     with explain(folder):
         commit(plan, receipts, totals, measured, inputs.storage, folder)
@@ -191,6 +197,7 @@ def _execute(work: Work, console: Console, interval_seconds: float) -> tuple[lis
         "seconds_pipeline": round(seconds, 3),
         "images_per_second": round(rows / seconds, 2),
         "engines": dict(run.progress().engines),
+        "hardware": {"nodes": [asdict(node) for node in nodes()], "driver": platform.platform()},
     }
     return receipts, measured
 

@@ -98,7 +98,8 @@ class Run:
             return loaded.map_batches(
                 PredictActor,
                 fn_constructor_args=(ray.put(work.bundle), work.predict, shape, work.precision, self._tally),
-                batch_size=None,
+                # Whole blocks. For actors with a GPU Ray insists on a number, which is a block's.
+                batch_size=shape.block_rows if shape.gpus_per_actor else None,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(
                     size=shape.num_actors, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT_PER_ACTOR

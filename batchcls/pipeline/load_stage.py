@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import ray
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # a load worker needs no DuckDB
 
 @dataclass(frozen=True)
 class LoadStage:
-    """What all load tasks of a run share; travels inside each of them."""
+    """What all load tasks of a run share; put into the object store once."""
 
     columns: Columns
     storage: Storage
@@ -33,7 +34,8 @@ class Images(Datasource):
     def __init__(self, fragments: Sequence[Fragment], bad_ids: "BadIds", stage: LoadStage) -> None:
         self._fragments = fragments
         self._bad_ids = bad_ids
-        self._stage = stage
+        self._run_id = stage.settings.run_id
+        self._stage = ray.put(stage)
 
     def get_name(self) -> str:
         """The stage's name in Ray's own logs and dashboard."""
@@ -53,23 +55,32 @@ class Images(Datasource):
     def _read_task(self, fragment: Fragment) -> ReadTask:
         rejected = self._bad_ids.between(fragment.first_row, fragment.first_row + fragment.rows)
         metadata = BlockMetadata(num_rows=fragment.rows, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(partial(_load_fragment, self._stage, fragment, rejected), metadata)
+        return ReadTask(partial(_load_fragment, self._run_id, self._stage, fragment, rejected), metadata)
 
 
-# The connections, threads and decoded row group of this worker process, for one run at a time.
-_open: dict[str, tuple[Loader, FragmentReader]] = {}
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """The connections, threads and decoded row group of a worker process."""
+
+    loader: Loader
+    reader: FragmentReader
+    block_rows: int
+
+
+_workers: dict[str, _Worker] = {}
+"""By run id, one at a time: a process serves many fragments of a run, and sometimes a later run."""
 
 
 def _load_fragment(
-    stage: LoadStage, fragment: Fragment, rejected: Mapping[int, Failure]
+    run_id: str, stage: "ray.ObjectRef[LoadStage]", fragment: Fragment, rejected: Mapping[int, Failure]
 ) -> Iterator[pa.Table]:
-    loader, reader = _resources(stage)
-    yield from loader.load(reader.read(fragment, stage.settings.block_rows), rejected)
-
-
-def _resources(stage: LoadStage) -> tuple[Loader, FragmentReader]:
-    run_id = stage.settings.run_id
-    if run_id not in _open:
-        _open.clear()
-        _open[run_id] = (Loader(stage.settings), FragmentReader(stage.columns, stage.storage))
-    return _open[run_id]
+    if run_id not in _workers:
+        shared: LoadStage = ray.get(stage)
+        _workers.clear()
+        _workers[run_id] = _Worker(
+            Loader(shared.settings),
+            FragmentReader(shared.columns, shared.storage),
+            shared.settings.block_rows,
+        )
+    worker = _workers[run_id]
+    yield from worker.loader.load(worker.reader.read(fragment, worker.block_rows), rejected)

@@ -10,7 +10,7 @@ from typing import Any
 from batchcls.errors import BudgetExceeded, ReconciliationError
 from batchcls.runs.layout import RUN
 from batchcls.runs.ledger import balance
-from batchcls.runs.parts import Receipt
+from batchcls.runs.parts import NAMED_FAILURES, Receipt
 from batchcls.runs.plan import Plan
 from batchcls.storage import Storage, join
 
@@ -24,6 +24,7 @@ class Totals:
     failures: Counter[str]
     stage_seconds: dict[str, float]
     image_bytes: int
+    first_failed: tuple[tuple[int, str], ...]
 
     @property
     def quarantined(self) -> int:
@@ -55,7 +56,8 @@ def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
     for receipt in receipts:
         seconds.update(receipt.seconds)
     image_bytes = sum(receipt.image_bytes for receipt in receipts)
-    return Totals(rows, predicted, failures, dict(seconds), image_bytes)
+    first_failed = sorted(pair for receipt in receipts for pair in receipt.first_failed)[:NAMED_FAILURES]
+    return Totals(rows, predicted, failures, dict(seconds), image_bytes, tuple(first_failed))
 
 
 def check_budget(totals: Totals, max_failed_fraction: float) -> None:
@@ -66,9 +68,10 @@ def check_budget(totals: Totals, max_failed_fraction: float) -> None:
     """
     if totals.failed_fraction > max_failed_fraction:
         reasons = ", ".join(f"{reason} {count}" for reason, count in totals.failures.most_common())
+        first = ", ".join(f"row {row} {reason}" for row, reason in totals.first_failed)
         raise BudgetExceeded(
             f"{totals.quarantined} of {totals.rows} rows failed ({totals.failed_fraction:.2%}), more than "
-            f"--max-failed-fraction {totals.rows and max_failed_fraction:.2%} allows: {reasons}; not committed"
+            f"--max-failed-fraction {max_failed_fraction:.2%} allows: {reasons}; the first: {first}; not committed"
         )
 
 

@@ -26,6 +26,7 @@ from batchcls.schema import (
 from batchcls.storage import Storage, join
 
 COMPUTED = "computed"
+NAMED_FAILURES = 10
 _ROW_GROUP_ROWS = 16_384
 _STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_SECONDS}
 
@@ -45,7 +46,8 @@ class PartFile:
 class Receipt:
     """What one write task has put on storage.
 
-    `seconds` is work by stage, summed over rows; `image_bytes` what was fetched.
+    `seconds` is work by stage, summed over rows; `image_bytes` what was fetched; `first_failed` the
+    lowest failed row numbers with their reasons, a few of them.
     """
 
     files: tuple[PartFile, ...]
@@ -54,6 +56,7 @@ class Receipt:
     failures: Counter[str]
     seconds: dict[str, float]
     image_bytes: int
+    first_failed: tuple[tuple[int, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,7 @@ class PartWriter:
             failures=Counter(bad.column("reason").to_pylist()),
             seconds={stage: float(pc.sum(table.column(name)).as_py()) for stage, name in _STAGES.items()},
             image_bytes=pc.sum(table.column("n_bytes")).as_py() or 0,
+            first_failed=_first(bad),
         )
 
     def _predictions(self, table: pa.Table) -> pa.Table:
@@ -109,6 +113,11 @@ class PartWriter:
         self.storage.write_whole(join(self.folder, path), data)
         kind: Literal["predictions", "quarantine"] = "predictions" if folder == PREDICTIONS else "quarantine"
         return PartFile(path, kind, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _first(failed: pa.Table) -> tuple[tuple[int, str], ...]:
+    first = failed.slice(0, NAMED_FAILURES)
+    return tuple(zip(first.column(ROW).to_pylist(), first.column("reason").to_pylist(), strict=True))
 
 
 def _quarantine(table: pa.Table) -> pa.Table:

@@ -321,3 +321,28 @@ def test_a_killed_worker_costs_no_row(
         pq.read_table(next((tmp_path / "out" / "runs").iterdir()) / "predictions").column("row").to_pylist()
     )
     assert sorted(rows) == list(range(3000))
+
+
+def test_a_gpu_that_ray_promises_and_torch_does_not_find_is_said(
+    tiny_bundle: str, catalog: str, tmp_path: Path, clean_environment: dict[str, str]
+):
+    """The graph for GPUs is built, scheduled and started for real; only the device is missing."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU; tests marked gpu cover it")
+    state = tmp_path / "cluster"
+    environment = clean_environment | {"BATCHCLS_CLUSTER_DIR": str(state), "BATCHCLS_CLUSTER_GPUS": "1"}
+    script = REPOSITORY / "cluster" / "local.sh"
+    subprocess.run([script, "up"], env=environment, check=True, capture_output=True)
+    try:
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state / "token")}
+        address = f"127.0.0.1:{(state / 'port').read_text().strip()}"
+        promised = Cluster(address, clean_environment | token)
+        process = start_job(promised, tmp_path / "out", "--manifest", catalog, "--model", tiny_bundle)
+        _, err = process.communicate(timeout=200)
+    finally:
+        subprocess.run([script, "down"], env=environment, check=True)
+    assert "1 actor(s) x 0 CPU, 1 GPU on cuda" in err
+    assert process.returncode == 1
+    assert "PyTorch finds no GPU" in err.splitlines()[-1]

@@ -105,7 +105,7 @@ def test_too_many_failures_name_figure_limit_and_reason(tmp_path: Path):
     check_budget(totals, 0.125)
     with pytest.raises(BudgetExceeded) as caught:
         check_budget(totals, 0.1)
-    for word in ("1 of 8", "12.50%", "10.00%", "truncated 1"):
+    for word in ("1 of 8", "12.50%", "10.00%", "truncated 1", "row 1 truncated"):
         assert word in str(caught.value)
 
 

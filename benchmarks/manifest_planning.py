@@ -1,0 +1,69 @@
+"""How long a large manifest takes to plan, and whether the driver's memory follows its width.
+
+    python -m benchmarks.manifest_planning --rows 1000000
+
+Each measurement is a process of its own: footers, fragments, and the walk over the ids.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_PLAN = """
+import resource, sys, time
+from batchcls.identity import find_bad_ids
+from batchcls.manifest import open_manifest
+from batchcls.storage import Storage
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+manifest = open_manifest(sys.argv[1], Storage())
+opened = time.perf_counter()
+bad = find_bad_ids(manifest, Storage())
+walked = time.perf_counter()
+fragments = sum(1 for _ in manifest.fragments(1024))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(f"{manifest.rows} rows: footers {opened - started:.2f} s, ids {walked - opened:.2f} s, "
+      f"{fragments} fragments, {len(bad.repeated)} repeated, peak memory +{(after - before) / 1024:.0f} MiB")
+"""
+
+
+def write(path: Path, rows: int, width_bytes: int) -> None:
+    """A manifest with one repeated id and a column of `width_bytes` random bytes a row."""
+    random = np.random.default_rng(0)
+    with pq.ParquetWriter(
+        path, pa.schema([("item_id", pa.string()), ("uri", pa.string()), ("blob", pa.binary())])
+    ) as out:
+        for start in range(0, rows, 100_000):
+            count = min(100_000, rows - start)
+            ids = [f"sku-{start + n:012d}" for n in range(count)]
+            if start + count == rows:
+                ids[-1] = "sku-000000000000"
+            blob = random.bytes(width_bytes * count)
+            cut = [blob[n * width_bytes : (n + 1) * width_bytes] for n in range(count)]
+            uris = [f"s3://shop/photos/{item}.jpg" for item in ids]
+            out.write_table(pa.table({"item_id": ids, "uri": uris, "blob": pa.array(cut, pa.binary())}))
+
+
+def main() -> None:
+    """Plan a narrow, a wide and, for the growth, a larger manifest."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    rows = parser.parse_args().rows
+    for factor, width in ((1, 0), (1, 1000), (4, 0)):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "manifest.parquet"
+            write(path, rows * factor, width)
+            done = subprocess.run(
+                [sys.executable, "-c", _PLAN, str(path)], capture_output=True, text=True, check=True
+            )
+            print(f"{width} more bytes a row: {done.stdout.strip()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
