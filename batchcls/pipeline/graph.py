@@ -1,6 +1,7 @@
 """The three stages joined into one graph, with bounds on every retry."""
 
 import logging
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -127,12 +128,21 @@ class Run:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
+_ERROR_LINE = re.compile(
+    r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt): \S.*$", re.MULTILINE
+)
+
+
 def _cause(error: BaseException) -> str:
-    """The innermost message: Ray wraps a worker's error in its own, with whole tracebacks as text."""
-    found = ""
+    """The line that says what went wrong in a worker.
+
+    Ray wraps a worker's exception in its own, whole tracebacks and advice in their texts; the last
+    line of the innermost text that names an exception is the one that was raised.
+    """
+    found = type(error).__name__
     inner: Any = error
     while isinstance(inner, BaseException):
-        lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-        found = lines[-1] if lines else found
+        named = _ERROR_LINE.findall(str(inner))
+        found = named[-1] if named else found
         inner = getattr(inner, "cause", None) or inner.__cause__
-    return found or type(error).__name__
+    return found
