@@ -86,6 +86,9 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
 
 def _open_inputs(config: ClassifyConfig) -> _Inputs:
     storage = Storage(config.storage_options)
+    with explain(config.output):
+        # Keys, bucket and network of the output are tried before anything costs time.
+        storage.list_files(run_folder(config.output, config.run_id or "none"))
     manifest = open_manifest(
         config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
     )

@@ -1,9 +1,10 @@
 """One real Ray cluster for all integration tests, and the job as a function of its arguments."""
 
+import io
 import json
-import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,24 +68,31 @@ class Outcome:
         return pq.read_table(self.folder / "quarantine").sort_by("row")
 
 
+@pytest.fixture(scope="session")
+def run_job(cluster: Cluster) -> Callable[..., Outcome]:
+    """Run the main job in this process, on the cluster of the tests; a job costs its workers' start."""
+
+    def run_on_cluster(*arguments: str, output: str | Path) -> Outcome:
+        given = [*arguments, "--output", str(output), "--ray-address", cluster.address]
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                patch.setenv(name, cluster.environment[name])
+            reset_auth_token_state()  # Ray read both when it was imported
+            exit_code = run("classify", classify.COMMANDS, given)
+        return Outcome(exit_code, said.getvalue(), Path(str(output)))
+
+    return run_on_cluster
+
+
 @pytest.fixture
-def job(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
-    """Run the main job in this process, on the cluster of the tests."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.setenv(name, cluster.environment[name])
-    reset_auth_token_state()  # Ray read both when it was imported
+def job(run_job: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Outcome]:
+    """The main job with this test's own output folder."""
 
-    def run_job(*arguments: str, output: str | Path | None = None) -> Outcome:
-        capfd.readouterr()
-        place = output or tmp_path / "output"
-        given = [*arguments, "--output", str(place), "--ray-address", cluster.address]
-        exit_code = run("classify", classify.COMMANDS, given)
-        captured = capfd.readouterr()
-        return Outcome(exit_code, captured.err + captured.out, Path(str(place)))
+    def run_here(*arguments: str, output: str | Path | None = None) -> Outcome:
+        return run_job(*arguments, output=output or tmp_path / "output")
 
-    return run_job
+    return run_here
 
 
 @pytest.fixture(scope="session")
@@ -115,9 +123,3 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, make_bundle: Callable[
         *("--labels", str(folder / "labels.txt"), "--input-size", "64", "--crop-pct", "0.9"),
         *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--interpolation", "bilinear"),
     )
-
-
-def rss_bytes(pid: int = 0) -> int:
-    """Resident memory of a process."""
-    pages = int(Path(f"/proc/{pid or os.getpid()}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
