@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.jobs import classify, manifest
 from batchcls.jobs.command import run
@@ -30,7 +31,9 @@ class Store:
 
 @pytest.fixture
 def store(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    # The job starts a cluster of its own here; Ray may still remember the token of the tests' cluster.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    reset_auth_token_state()
     client = s3fs.S3FileSystem(
         endpoint_url=s3.endpoint_url,
         key=s3.environment["AWS_ACCESS_KEY_ID"],
