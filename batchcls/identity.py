@@ -1,7 +1,7 @@
 """Null and repeated ids of a manifest: which rows cannot be told apart by their id.
 
-Ids are streamed through DuckDB, which counts them exactly and spills to disk when they do not fit
-its memory limit, so the driver's memory does not grow with the manifest.
+Ids are streamed through DuckDB, which counts them exactly and spills to disk when they do not fit in
+its memory limit, so the driver needs no more than that however many rows the manifest has.
 """
 
 from collections.abc import Iterator
@@ -68,6 +68,7 @@ def find_bad_ids(manifest: Manifest, storage: Storage) -> BadIds:
 
 def _repeated(reader: pa.RecordBatchReader) -> pa.Array:
     with duckdb.connect(config={"memory_limit": _MEMORY_LIMIT}) as connection:
+        connection.execute("SET enable_progress_bar = false")
         connection.register("ids", reader)
         connection.execute("SELECT id FROM ids WHERE id IS NOT NULL GROUP BY id HAVING count(*) > 1")
         found = [value for (value,) in connection.fetchall()]

@@ -16,18 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 _PLAN = """
-import resource, sys, time
+import sys, time
 from batchcls.identity import find_bad_ids
 from batchcls.manifest import open_manifest
 from batchcls.storage import Storage
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_kib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak_kib()
 started = time.perf_counter()
 manifest = open_manifest(sys.argv[1], Storage())
 opened = time.perf_counter()
 bad = find_bad_ids(manifest, Storage())
 walked = time.perf_counter()
 fragments = sum(1 for _ in manifest.fragments(1024))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak_kib()
 print(f"{manifest.rows} rows: footers {opened - started:.2f} s, ids {walked - opened:.2f} s, "
       f"{fragments} fragments, {len(bad.repeated)} repeated, peak memory +{(after - before) / 1024:.0f} MiB")
 """

@@ -28,8 +28,8 @@ from batchcls.runs.parts import PartWriter, Receipt
 _TASK_RETRIES = 3
 _ACTOR_RESTARTS = 10
 _TASKS_IN_FLIGHT_PER_ACTOR = 4
-# libgomp's threads spin while they wait; on cores they share with load tasks that costs more than
-# the work itself (docs/log.md).
+# libgomp's threads spin while they wait, on cores that they share with load tasks (docs/log.md,
+# "Negative").
 _ACTOR_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
