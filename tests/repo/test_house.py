@@ -114,8 +114,7 @@ def test_no_file_names_a_registry_or_a_machine():
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
     bad = re.compile(
-        r"index-url|find-links|https?://[^\s\"']*(pypi|pythonhosted)[^\s]*|"
-        + re.escape(str(REPOSITORY.parent) + "/")
+        r"index-url|find-links|https?://[^\s\"']*(/simple\b|\.whl)|" + re.escape(str(REPOSITORY.parent) + "/")
     )
     for name in tracked.stdout.split():
         path = REPOSITORY / name
