@@ -223,6 +223,15 @@ def children_named(name: str, root: int) -> list[int]:
     return found
 
 
+def kill_one(name: str, root: int) -> None:
+    """SIGKILL for the first process with this title, as soon as there is one."""
+    deadline = time.monotonic() + 60
+    while not (found := children_named(name, root)):
+        assert time.monotonic() < deadline, f"no process named {name}"
+        os.sched_yield()
+    os.kill(found[0], signal.SIGKILL)
+
+
 def start_job(cluster: Cluster, output: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
     command = [sys.executable, "-m", "batchcls.jobs.classify", *arguments, "--output", str(output)]
@@ -273,14 +282,10 @@ def test_killed_workers_cost_no_row(cluster: Cluster, tiny_bundle: str, long_cat
         "--rows-per-file",
         "300",
     )
-    until_line(process, " of 3000 rows,")
+    until_line(process, "INFO run ")
+    kill_one("ray::ReadImages", process.pid)
     until_line(process, "images/s")
-    for victim in ("ray::MapWorker", "ray::ReadImages"):
-        deadline = time.monotonic() + 60
-        while not (found := children_named(victim, process.pid)):
-            assert time.monotonic() < deadline, f"no process named {victim}"
-            os.sched_yield()
-        os.kill(found[0], signal.SIGKILL)
+    kill_one("ray::MapWorker", process.pid)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     rows = (
