@@ -2,9 +2,10 @@
 
     BatchclsError                      1  unexpected: a promise of this program did not hold
     |- InputError                      2  bad configuration or input; nothing was written
-    |- PublishRefused                  3  committed, but a gate refused the publish
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
     `- ReconciliationError             1  rows do not add up; not committed
+
+Exit code 3, committed and refused by a gate, is kept for the gates of the publish.
 
 Third-party exceptions are translated at the edge where they arise (storage, manifest, fetch,
 decode, weights), with the thing that was wrong and the remedy in the message. A failing *row*
@@ -35,12 +36,6 @@ class InputError(BatchclsError):
     """The configuration or an input is wrong; the message names the thing and the remedy."""
 
     exit_code = ExitCode.BAD_INPUT
-
-
-class PublishRefused(BatchclsError):  # noqa: N818 - a verdict, not a fault
-    """The run is committed and readable, but a gate keeps it from being published."""
-
-    exit_code = ExitCode.PUBLISH_REFUSED
 
 
 class BudgetExceeded(BatchclsError):  # noqa: N818 - a verdict, not a fault
