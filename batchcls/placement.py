@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from batchcls.config import ClassifyConfig
+from batchcls.config.classify import ClassifyConfig
 from batchcls.errors import InputError
 
 # Measured rates that the defaults follow from: docs/log.md, "Where the defaults come from".

@@ -4,7 +4,7 @@ import logging
 
 from rich.console import Console
 
-from batchcls.config import BundleCreateConfig, BundleInspectConfig
+from batchcls.config.bundle import BundleCreateConfig, BundleInspectConfig
 from batchcls.console import bundle_line, results_console
 from batchcls.errors import ExitCode
 from batchcls.jobs.command import Command, main

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from batchcls.config import ClassifyConfig
+from batchcls.config.classify import ClassifyConfig
 from batchcls.console import bundle_line, counts_table, results_console, watching
 from batchcls.errors import ExitCode
 from batchcls.identity import BadIds, find_bad_ids

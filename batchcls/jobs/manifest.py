@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from batchcls.config import ManifestCheckConfig, ManifestFromFolderConfig
+from batchcls.config.manifest import ManifestCheckConfig, ManifestFromFolderConfig
 from batchcls.console import results_console
 from batchcls.errors import ExitCode, InputError
 from batchcls.identity import find_bad_ids

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.config import BundleCreateConfig, ClassifyConfig, JobConfig
+from batchcls.config.bundle import BundleCreateConfig
+from batchcls.config.classify import ClassifyConfig
+from batchcls.config.common import JobConfig
 from batchcls.errors import InputError
 from batchcls.flags import add_settings, parser_for, read_settings
 

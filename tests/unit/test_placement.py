@@ -1,6 +1,6 @@
 import pytest
 
-from batchcls.config import ClassifyConfig
+from batchcls.config.classify import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.placement import Node, Placement, place
 

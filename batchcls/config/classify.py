@@ -1,59 +1,15 @@
-"""The settings of every job: one field, one sentence of help, one check.
-
-`batchcls.flags` turns each class into a command line and reads it from TOML, so a name stands here
-and nowhere else.
-"""
+"""Settings of the main job."""
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
+from batchcls.config.common import Auto, AutoOrCount, FetchSettings
 from batchcls.schema import RESERVED_COLUMNS
 from batchcls.storage import redact_options, redact_uri
 
-Auto = Literal["auto"]
-AutoOrCount = Auto | Annotated[int, Field(ge=1)]
-
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class JobConfig(BaseModel):
-    """What all jobs' settings have in common: frozen, and no name that is not declared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class FetchSettings(JobConfig):
-    """How images and tables are read; shared by every job that reads them."""
-
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict,
-        description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
-        "Credentials come from the usual AWS chain and are better left out of here.",
-    )
-    allow_root: list[str] = Field(
-        default_factory=list,
-        description="Local images are read below these folders only; repeat or separate by commas. "
-        "Empty: any local path.",
-    )
-    allow_private_addresses: bool = Field(
-        default=False,
-        description="Let http(s) images come from private, loopback and link-local addresses.",
-    )
-    fetch_timeout_seconds: float = Field(default=30.0, gt=0, description="Longest one request may take.")
-    fetch_attempts: int = Field(
-        default=5, ge=1, le=20, description="Requests per image at most; only transient faults are repeated."
-    )
-    max_image_bytes: int = Field(default=50 * 2**20, ge=1, description="Larger image files go to quarantine.")
-    max_image_pixels: int = Field(
-        default=89_478_485,
-        ge=1,
-        description="Images whose header promises more go to quarantine, unread; a quarter of a GiB of RGB.",
-    )
-    min_image_side_pixels: int = Field(
-        default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
-    )
 
 
 class ClassifyConfig(FetchSettings):
@@ -185,73 +141,3 @@ class ClassifyConfig(FetchSettings):
             if values[name] is not None:
                 values[name] = redact_uri(values[name])
         return values
-
-
-class ManifestFromFolderConfig(JobConfig):
-    """Make a manifest from a folder of pictures."""
-
-    folder: str = Field(
-        min_length=1, description="Folder with pictures, local or s3://, searched at any depth."
-    )
-    output: str = Field(min_length=1, description="Parquet file to write.")
-    labels_from_folders: bool = Field(
-        default=False, description="Fill the column label with the path of the folder a picture lies in."
-    )
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
-    )
-
-
-class ManifestCheckConfig(JobConfig):
-    """Validate a manifest and say what is in it."""
-
-    manifest: str = Field(min_length=1, description="Parquet file, folder or glob, local or s3://.")
-    id_column: str = Field(default="item_id", min_length=1, description="The column with unique ids.")
-    keep: list[str] = Field(
-        default_factory=list, description="Columns that the job would pass through, by commas."
-    )
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
-    )
-
-
-class BundleCreateConfig(JobConfig):
-    """Make a bundle from a name of timm or torchvision and bare weights."""
-
-    model: str = Field(min_length=1, description="timm:NAME or torchvision:NAME.")
-    output: str = Field(min_length=1, description="Folder to write, local or s3://.")
-    model_args: str | None = Field(
-        default=None, description="Arguments of the architecture as key=value,key=value."
-    )
-    weights: str | None = Field(
-        default=None,
-        description=".safetensors or .pth file; without it the library's pretrained weights are downloaded.",
-    )
-    labels: str | None = Field(
-        default=None, description="Class names in order, one a line; default for 1000: ImageNet's."
-    )
-    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R,G,B in 0..1.")
-    std: tuple[float, float, float] | None = Field(
-        default=None, description="Standard deviation of R,G,B in 0..1."
-    )
-    input_size: int | None = Field(
-        default=None, ge=16, le=4096, description="Side of the network's input in pixels."
-    )
-    crop_pct: float | None = Field(
-        default=None, gt=0, le=1, description="Input size divided by the resize size, e.g. 0.875."
-    )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        default=None, description="Resampling filter."
-    )
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
-    )
-
-
-class BundleInspectConfig(JobConfig):
-    """Say what a bundle holds."""
-
-    bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
-    )

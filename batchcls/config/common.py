@@ -1,0 +1,46 @@
+"""What the settings of several jobs have in common."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+AutoOrCount = Auto | Annotated[int, Field(ge=1)]
+
+
+class JobConfig(BaseModel):
+    """What all jobs' settings have in common: frozen, and no name that is not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FetchSettings(JobConfig):
+    """How images and tables are read; shared by every job that reads them."""
+
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
+        "Credentials come from the usual AWS chain and are better left out of here.",
+    )
+    allow_root: list[str] = Field(
+        default_factory=list,
+        description="Local images are read below these folders only; repeat or separate by commas. "
+        "Empty: any local path.",
+    )
+    allow_private_addresses: bool = Field(
+        default=False,
+        description="Let http(s) images come from private, loopback and link-local addresses.",
+    )
+    fetch_timeout_seconds: float = Field(default=30.0, gt=0, description="Longest one request may take.")
+    fetch_attempts: int = Field(
+        default=5, ge=1, le=20, description="Requests per image at most; only transient faults are repeated."
+    )
+    max_image_bytes: int = Field(default=50 * 2**20, ge=1, description="Larger image files go to quarantine.")
+    max_image_pixels: int = Field(
+        default=89_478_485,
+        ge=1,
+        description="Images whose header promises more go to quarantine, unread; a quarter of a GiB of RGB.",
+    )
+    min_image_side_pixels: int = Field(
+        default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
+    )
