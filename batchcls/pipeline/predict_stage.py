@@ -7,8 +7,8 @@ import pyarrow as pa
 import ray
 
 from batchcls.inference.predictor import Predictor, PredictSettings
-from batchcls.models.bundle import Bundle, build_backbone
-from batchcls.models.engines.torch_eager import TorchEager, choose_device_and_precision
+from batchcls.models.bundle import Bundle
+from batchcls.models.engines.start import describe, start_engine
 from batchcls.placement import Placement
 
 
@@ -25,17 +25,10 @@ class PredictActor:
     ) -> None:
         # One copy of the weights a node, in its object store, however many actors there are.
         bundle: Bundle = ray.get(shared)
-        device, precision = choose_device_and_precision(shape.device, precision)
-        engine = TorchEager(
-            build_backbone(bundle),
-            bundle.config.preprocessing,
-            device=device,
-            precision=precision,
-            threads=shape.threads_per_actor,
-        )
+        engine = start_engine(bundle, shape.device, precision, shape.threads_per_actor)
         self._predictor = Predictor(engine, settings)
         self._tally = tally
-        tally.started.remote(f"torch {engine.precision} on {engine.device}")
+        tally.started.remote(describe(engine))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Block of `schema.loaded_schema` -> block of `schema.classified_schema`."""

@@ -1,10 +1,12 @@
 """A backbone on a device: a batch of pixels in, logits and embeddings out, all of it numpy."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+EngineName = Literal["torch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class Answer:
 class Engine(Protocol):
     """Something that runs a backbone. Not made for use by several threads at once."""
 
+    name: EngineName
     device: str
     precision: str
 

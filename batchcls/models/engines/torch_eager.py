@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.engines import Answer
+from batchcls.models.engines import Answer, EngineName
 from batchcls.preprocessing import Preprocessing
 
 _DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +50,8 @@ class TorchEager:
     Pixels are copied once into a buffer of the engine's own, which is page-locked when a GPU reads
     it, so an array that must not be written to (a block in shared memory) is fine.
     """
+
+    name: EngineName = "torch"
 
     def __init__(
         self, backbone: Backbone, preprocessing: Preprocessing, device: str, precision: str, threads: int
