@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu lint format type bench docs clean
+.PHONY: help setup demo test gpu long lint format type bench docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -28,10 +28,13 @@ demo: $(STAMP)  ## draw a catalog, train a backbone, classify it with the real j
 	@$(BIN)/python examples/demo.py --output $(DEMO)
 
 test: $(STAMP)  ## unit, contract, integration and repository tests
-	@$(BIN)/python -m pytest -m 'not gpu'
+	@$(BIN)/python -m pytest -m 'not gpu and not long'
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
+
+long: $(STAMP)  ## the long tests: every backbone of the zoo through the real job, ten crops, accuracies
+	@$(BIN)/python -m pytest -m long -s
 
 lint: $(STAMP)  ## style
 	@$(BIN)/ruff check .
@@ -47,8 +50,9 @@ type: $(STAMP)  ## types
 bench: $(STAMP)  ## this job beside Ray's documented example, on the same images
 	@$(BIN)/python -m benchmarks.run
 
-docs: $(STAMP)  ## write docs/flags.md anew from the settings
+docs: $(STAMP)  ## write docs/flags.md and the table of docs/zoo.md anew
 	@COLUMNS=100 $(BIN)/python docs/make_flags.py
+	@$(BIN)/python docs/make_zoo.py
 
 clean:  ## remove what the demo and the tests left; keeps .venv
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -19,10 +19,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
-
-from batchcls.models.bundle import Bundle
-from batchcls.schema import REASONS, Reason
 
 _logger = logging.getLogger(__name__)
 _BAR_SECONDS = 0.5
@@ -150,24 +146,3 @@ class _Meter:
 
 def _failed(seen: Seen) -> str:
     return " ".join(f"{reason}={count}" for reason, count in seen.failures.most_common(4))
-
-
-def counts_table(predicted: int, failures: Counter[str]) -> Table:
-    """Rows by status and reason, each reason with its meaning."""
-    table = Table("status", "reason", "rows", "meaning", box=None, pad_edge=False, header_style="bold")
-    table.add_row("predicted", "", str(predicted), "")
-    for reason, count in failures.most_common():
-        table.add_row("quarantined", reason, str(count), REASONS[Reason(reason)].meaning)
-    return table
-
-
-def bundle_line(bundle: Bundle) -> str:
-    """What a bundle is, in one line."""
-    config = bundle.config
-    preprocessing = config.preprocessing
-    return (
-        f"{config.source}:{config.architecture}, weights {config.weights.kind} {config.weights.name}, "
-        f"{len(config.labels)} classes, {preprocessing.input_width} x {preprocessing.input_height} pixels "
-        f"{preprocessing.interpolation}, embedding of {config.embedding_dimension}, "
-        f"fingerprint {bundle.fingerprint[:12]}"
-    )

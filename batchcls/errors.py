@@ -3,7 +3,8 @@
     BatchclsError                      1  unexpected: a promise of this program did not hold
     |- InputError                      2  bad configuration or input; nothing was written
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
-    `- ReconciliationError             1  rows do not add up; not committed
+    |- ReconciliationError             1  rows do not add up; not committed
+    `- GoldenMismatch                  1  a network does not answer as its bundle says; nothing classified
 
 Exit code 3, committed and refused by a gate, is kept for the gates of the publish.
 
@@ -46,3 +47,7 @@ class BudgetExceeded(BatchclsError):  # noqa: N818 - a verdict, not a fault
 
 class ReconciliationError(BatchclsError):
     """The written rows are not exactly the manifest's rows; nothing was committed."""
+
+
+class GoldenMismatch(BatchclsError):  # noqa: N818 - a verdict, not a fault
+    """A running network does not give the golden answers of its bundle; nothing was classified."""

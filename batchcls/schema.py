@@ -131,9 +131,9 @@ _LOADED = [
 def loaded_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
     """Schema of a block between load and predict.
 
-    `pixels` holds the raw bytes of one image a row (uint8 or float32, H x W x 3, C order) and is
-    null in a failed row, so the column's value buffer is exactly the N x H x W x 3 array of the
-    good rows and the predictor reads it without a copy.
+    `pixels` holds the raw bytes of one image a row (uint8 or float32, H x W x 3, C order; five such
+    crops where `--tta` asks for them) and is null in a failed row, so the column's value buffer is
+    exactly the N x H x W x 3 array of the good rows and the predictor reads it without a copy.
     """
     return pa.schema([*_IDENTITY, *kept, *_LOADED, pa.field(PIXELS, pa.large_binary())])
 

@@ -1,16 +1,26 @@
-"""Settings of the job that makes bundles and looks into them."""
+"""Settings of the job that makes bundles, looks into them, tests and exports them."""
 
 from typing import Any, Literal
 
 from pydantic import Field
 
-from batchcls.config.common import JobConfig
+from batchcls.config.common import TAP_PATTERN, JobConfig
 
 
-class BundleCreateConfig(JobConfig):
-    """Make a bundle from a name of timm or torchvision and bare weights."""
+class StoreSettings(JobConfig):
+    """What all commands about bundles on a store need."""
 
-    model: str = Field(min_length=1, description="timm:NAME or torchvision:NAME.")
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict, description="JSON object for non-local storage."
+    )
+
+
+class BundleCreateConfig(StoreSettings):
+    """Make a bundle from a name of the zoo, timm or torchvision and weights."""
+
+    model: str = Field(
+        min_length=1, description="A name of the zoo, timm:NAME or torchvision:NAME, perhaps with a tag."
+    )
     output: str = Field(min_length=1, description="Folder to write, local or s3://.")
     model_args: str | None = Field(
         default=None, description="Arguments of the architecture as key=value,key=value."
@@ -21,6 +31,28 @@ class BundleCreateConfig(JobConfig):
     )
     labels: str | None = Field(
         default=None, description="Class names in order, one a line; default for 1000: ImageNet's."
+    )
+    category_paths: str | None = Field(
+        default=None, description="Paths of the labels in a tree of categories, one a/b/c a line."
+    )
+    new_head: bool = Field(
+        default=False,
+        description="Replace the classifier by an untrained one for --labels, to be fine-tuned; such a bundle "
+        "is never published.",
+    )
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="Dropout in front of the classifier in later training."
+    )
+    trainable: list[str] = Field(
+        default=["*"],
+        description="Parameters that later training changes: glob patterns over their names, by commas, such "
+        "as layer4.*,fc.*; all others stay frozen.",
+    )
+    embedding_tap: str = Field(
+        default="pooled",
+        pattern=TAP_PATTERN,
+        description="Where the embedding is taken: pooled, in front of the classifier, or stage1, stage2, ...: "
+        "that stage's feature map, averaged over space.",
     )
     mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R,G,B in 0..1.")
     std: tuple[float, float, float] | None = Field(
@@ -35,15 +67,37 @@ class BundleCreateConfig(JobConfig):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
         default=None, description="Resampling filter."
     )
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
-    )
 
 
-class BundleInspectConfig(JobConfig):
+class BundleInspectConfig(StoreSettings):
     """Say what a bundle holds."""
 
     bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
-    storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
+
+
+class BundleTestConfig(StoreSettings):
+    """Hold a bundle's network against its golden answers, on this machine."""
+
+    bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the network runs.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="Arithmetic of the network; auto: bf16 on a GPU that has it, else fp32."
     )
+
+
+class BundleExportConfig(StoreSettings):
+    """Write a bundle's network as a program that other runtimes load: pixels in, logits and embedding out."""
+
+    bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
+    output: str = Field(min_length=1, description="Folder to write, local or s3://.")
+    format: Literal["onnx", "torch-export"] = Field(
+        default="onnx",
+        description="onnx: for ONNX Runtime, TensorRT, OpenVINO and others; torch-export: for "
+        "torch.export.load and ExecuTorch.",
+    )
+
+
+class BundleZooConfig(JobConfig):
+    """Print the zoo: every backbone with a short name, and what is known of it."""
+
+    name: str | None = Field(default=None, description="One backbone, with all its published weights.")

@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchcls.config.common import Auto, AutoOrCount, FetchSettings
+from batchcls.config.common import TAP_PATTERN, Auto, AutoOrCount, FetchSettings
 from batchcls.schema import RESERVED_COLUMNS
 from batchcls.storage import redact_options, redact_uri
+from batchcls.views import AugmentationName
 
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -21,17 +22,31 @@ class ClassifyConfig(FetchSettings):
     )
     output: str = Field(min_length=1, description="Folder for runs/ and current.json, local or s3://.")
     model: str = Field(
-        min_length=1, description="A bundle's folder (local or s3://), timm:NAME or torchvision:NAME."
+        min_length=1,
+        description="A bundle's folder (local or s3://), a name of the zoo (`bundle zoo`), timm:NAME or "
+        "torchvision:NAME, perhaps with a tag: resnet50.IMAGENET1K_V1.",
     )
     weights: str | None = Field(
         default=None,
-        description="Weights for timm:NAME or torchvision:NAME, a .safetensors file, local or s3://.",
+        description="Weights for a named architecture, a .safetensors file, local or s3://.",
     )
     labels: str | None = Field(
         default=None, description="Class names in order, one a line; default for 1000 classes: ImageNet's."
     )
     model_args: str | None = Field(
         default=None, description="Arguments of the architecture as key=value,key=value."
+    )
+    embedding_tap: str = Field(
+        default="pooled",
+        pattern=TAP_PATTERN,
+        description="Where a named architecture's embedding is taken: pooled, in front of the classifier, or "
+        "stage1, stage2, ...: that stage's feature map, averaged over space. A bundle has its own.",
+    )
+    model_fingerprint: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{12,64}$",
+        description="First digits of the fingerprint (`bundle inspect`) that the model must have; pins a "
+        "nightly run to one model.",
     )
     allow_random_weights: bool = Field(
         default=False, description="Load tests only: run without weights. Such a run is never published."
@@ -45,6 +60,12 @@ class ClassifyConfig(FetchSettings):
     top_k: int = Field(default=5, ge=1, le=1000, description="Classes per image in the column top_k.")
     embedding_dtype: Literal["float16", "float32", "none"] = Field(
         default="float16", description="Type of the embedding column; none leaves it out."
+    )
+    l2_normalize: bool = Field(default=False, description="Give every embedding the length 1.")
+    tta: AugmentationName = Field(
+        default="none",
+        description="Test-time augmentation: answer several views of an image and average. hflip costs twice "
+        "the time of the network, five-crop five times, ten-crop (corners and centre, flipped too) ten times.",
     )
     engine: Literal["auto", "torch"] = Field(default="auto", description="What runs the network.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(

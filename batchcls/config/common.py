@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
 
+TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"
+
 
 class JobConfig(BaseModel):
     """What all jobs' settings have in common: frozen, and no name that is not declared."""

@@ -36,6 +36,7 @@ from batchcls.schema import (
     Reason,
     loaded_schema,
 )
+from batchcls.views import Views
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class LoadSettings:
     fetch: FetchPolicy
     limits: DecodeLimits
     preprocessing: Preprocessing
+    views: Views
     normalize: Literal["engine", "worker"]
     fetch_threads: int
     decode_threads: int
@@ -60,7 +62,7 @@ class LoadSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What became of one row; `pixels` is H x W x 3 in C order, or None with a failure."""
+    """What became of one row; `pixels` is H x W x 3 or 5 x H x W x 3 in C order, or None with a failure."""
 
     pixels: np.ndarray[Any, Any] | None = None
     failure: Failure | None = None
@@ -82,7 +84,7 @@ class Loader:
         pa.set_cpu_count(1)
         self._settings = settings
         self._fetcher = Fetcher(settings.fetch)
-        self._transform = Transform(settings.preprocessing)
+        self._transform = Transform(settings.preprocessing, settings.views)
         self._pool = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="load")
         self._decoding = threading.Semaphore(settings.decode_threads)
 

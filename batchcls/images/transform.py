@@ -6,6 +6,8 @@ filters run on uint8 in torch's vectorised kernel, which reads H x W x 3 memory 
 from Pillow's by one level at most (bilinear) or two (bicubic, lanczos).
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from PIL import Image
@@ -13,6 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from batchcls.preprocessing import Preprocessing
+from batchcls.views import Views
 
 _IN_TORCH = {
     "bilinear": InterpolationMode.BILINEAR,
@@ -25,18 +28,27 @@ _MAX_ASPECT_RATIO = 32
 
 
 class Transform:
-    """Resize and crop of one set of weights; stateless after construction, safe to share between threads."""
+    """Resize and crop of one set of weights; stateless after construction, safe to share between threads.
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    `views` says whether the centre alone is cropped or the four corners before it, too.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, views: Views | None = None) -> None:
         self._preprocessing = preprocessing
+        self._crops = 1 if views is None else views.crops
         self._fill = np.array([round(255 * mean) for mean in preprocessing.mean], dtype=np.uint8)
 
     def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        """Resize and crop uint8 3 x H x W to C-contiguous uint8 input_height x input_width x 3."""
+        """Resize and crop uint8 3 x H x W to C-contiguous uint8 input_height x input_width x 3.
+
+        With five crops the result has them in front: 5 x input_height x input_width x 3.
+        """
         if self._preprocessing.crop_mode == "center":
             pixels = _without_far_ends(pixels)
         height, width = pixels.shape[1:]
-        return self._crop_or_pad(self._resize(pixels, _resized(height, width, self._preprocessing)))
+        resized = self._resize(pixels, _resized(height, width, self._preprocessing))
+        centre = self._crop_or_pad(resized)
+        return centre if self._crops == 1 else np.stack([*self._corners(resized), centre])
 
     def _resize(self, pixels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
         """H x W x 3, possibly a view of `pixels`."""
@@ -48,6 +60,12 @@ class Transform:
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         # torch's "nearest" takes other pixels than Pillow's, which is what weights were trained with.
         return np.asarray(image.resize(size[::-1], Image.Resampling.NEAREST))
+
+    def _corners(self, hwc: np.ndarray) -> Iterator[np.ndarray]:
+        height, width, _ = self._preprocessing.shape
+        for rows in (slice(height), slice(hwc.shape[0] - height, None)):
+            for columns in (slice(width), slice(hwc.shape[1] - width, None)):
+                yield hwc[rows, columns]
 
     def _crop_or_pad(self, hwc: np.ndarray) -> np.ndarray:
         rows, to_rows = _window(hwc.shape[0], self._preprocessing.input_height)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchcls.inference.average import Averaged, Floats, average
 from batchcls.inference.topk import TopK, embedding_column
 from batchcls.models.engines import Answer, Engine
 from batchcls.schema import (
@@ -19,6 +20,7 @@ from batchcls.schema import (
     answer_fields,
     classified_schema,
 )
+from batchcls.views import Views
 
 _INPUT_TYPES: dict[str, type[np.generic]] = {"engine": np.uint8, "worker": np.float32}
 
@@ -27,13 +29,16 @@ _INPUT_TYPES: dict[str, type[np.generic]] = {"engine": np.uint8, "worker": np.fl
 class PredictSettings:
     """What the predictor needs beside an engine.
 
-    `embedding` is halffloat, float or None for no column; `input_shape` is H, W, C of an image.
+    `embedding` is halffloat, float or None for no column; `input_shape` is H, W, C of a crop;
+    `batch_size` counts inputs of a forward pass, so an image with ten views counts ten times.
     """
 
     labels: tuple[str, ...]
     top_k: int
     embedding: pa.DataType | None
     embedding_dimension: int
+    l2_normalize: bool
+    views: Views
     input_shape: tuple[int, int, int]
     normalize: Literal["engine", "worker"]
     batch_size: int
@@ -72,38 +77,48 @@ class Predictor:
         pixels = self._pixels(batch.column(PIXELS))
         rest = batch.drop_columns([PIXELS])
         good = np.flatnonzero(batch.column(PIXELS).is_valid().to_numpy(zero_copy_only=False))
-        answer = self._answer(pixels)
-        finite = np.isfinite(answer.logits).all(axis=1) & np.isfinite(answer.embedding).all(axis=1)
+        found = self._answer(pixels)
+        finite = found.finite
         if not finite.all():
             rest = _fail(rest, good[~finite])
         # Row r of the batch takes the answer places[r]; a failed row takes a null.
         places = np.full(batch.num_rows, -1, np.int64)
         places[good[finite]] = np.arange(int(finite.sum()))
         taken = pa.array(places, mask=places < 0)
-        answers = self._columns(answer.logits[finite], answer.embedding[finite])
+        answers = self._columns(found.probabilities[finite], found.embedding[finite])
         fields = answer_fields(self._settings.embedding, self._settings.embedding_dimension)
         for field in fields:
             rest = rest.append_column(field, answers[field.name].take(taken))
         return rest
 
-    def _columns(
-        self, logits: npt.NDArray[np.float32], embedding: npt.NDArray[np.float32]
-    ) -> dict[str, pa.Array]:
-        columns = self._top_k.columns(logits)
+    def _columns(self, probabilities: Floats, embedding: Floats) -> dict[str, pa.Array]:
+        columns = self._top_k.columns(probabilities)
         if self._settings.embedding is not None:
             columns["embedding"] = embedding_column(embedding, self._settings.embedding)
         return columns
 
     def _pixels(self, column: pa.Array) -> npt.NDArray[np.generic]:
-        """The good rows' pixels as N x H x W x 3, read from Arrow's buffer without a copy."""
+        """All crops of the good rows as N x H x W x 3, read from Arrow's buffer without a copy."""
         _, offset_buffer, values = column.buffers()
         offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
         kind = _INPUT_TYPES[self._settings.normalize]
         data = np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]] if values else np.empty(0, np.uint8)
         return data.view(kind).reshape(-1, *self._settings.input_shape)
 
-    def _answer(self, pixels: npt.NDArray[np.generic]) -> Answer:
-        """Forward passes of at most `batch_size` images."""
+    def _answer(self, pixels: npt.NDArray[np.generic]) -> Averaged:
+        """Answers to all views, averaged for each image."""
+        views = self._settings.views
+        seen = [pixels, pixels[:, :, ::-1]] if views.flips else [pixels]
+        passes = [self._forward(view) for view in seen]
+        # Views of an image stand next to each other: its crops, and of each crop both flips.
+        answer = Answer(
+            np.stack([one.logits for one in passes], axis=1).reshape(-1, passes[0].logits.shape[1]),
+            np.stack([one.embedding for one in passes], axis=1).reshape(-1, passes[0].embedding.shape[1]),
+        )
+        return average(answer, views.count, l2_normalize=self._settings.l2_normalize)
+
+    def _forward(self, pixels: npt.NDArray[np.generic]) -> Answer:
+        """Forward passes of at most `batch_size` inputs."""
         size = self._settings.batch_size
         if len(pixels) == 0:
             return Answer(

@@ -1,4 +1,4 @@
-"""Logits -> the best classes with their names and probabilities, as Arrow arrays.
+"""Probabilities -> the best classes with their names and probabilities, as Arrow arrays.
 
 Letters in this room: N images, K classes, D embedding dimension, T the k of top-k.
 """
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from batchcls.schema import TOP_K_TYPE
 
@@ -23,14 +22,13 @@ class TopK:
         self._labels = pa.array(labels, pa.string())
         self._k = min(k, len(labels))
 
-    def columns(self, logits: Floats) -> dict[str, pa.Array]:
-        """Columns label, probability and top_k for N x K finite logits.
+    def columns(self, probabilities: Floats) -> dict[str, pa.Array]:
+        """Columns label, probability and top_k for N x K probabilities in 0..1, the best first.
 
-        Probabilities are the softmax in float32, in 0..1, the best first. Of equal ones the lower
-        class index comes first, so that an answer does not depend on the library's sort.
+        Of equal ones the lower class index comes first, so that an answer does not depend on the
+        library's sort.
         """
-        probabilities = torch.softmax(torch.from_numpy(logits), dim=1)
-        best, indices = _best(probabilities.numpy(), self._k)
+        best, indices = _best(probabilities, self._k)
         names = self._labels.take(pa.array(indices.reshape(-1)))
         offsets = pa.array(np.arange(0, indices.size + 1, self._k, dtype=np.int32))
         structs = pa.StructArray.from_arrays(

@@ -1,32 +1,62 @@
-"""`python -m batchcls.jobs.bundle`: make a bundle from bare weights, or look into one."""
+"""`python -m batchcls.jobs.bundle`: make a bundle, look into it, test it, export it; the zoo."""
 
+import json
 import logging
+import time
 
+import torch
 from rich.console import Console
 
-from batchcls.config.bundle import BundleCreateConfig, BundleInspectConfig
-from batchcls.console import bundle_line, results_console
-from batchcls.errors import ExitCode
+from batchcls.config.bundle import (
+    BundleCreateConfig,
+    BundleExportConfig,
+    BundleInspectConfig,
+    BundleTestConfig,
+    BundleZooConfig,
+)
+from batchcls.console import results_console
+from batchcls.errors import ExitCode, InputError
+from batchcls.inference.self_test import check_program, start_tested_engine, with_golden
 from batchcls.jobs.command import Command, main
-from batchcls.models.bundle import Bundle
+from batchcls.models.bundle import Bundle, build_backbone, build_model
+from batchcls.models.engines.start import describe
+from batchcls.models.export import FILE_NAMES, describe_program, export_program, load_program
 from batchcls.models.library import PreprocessingOverrides
 from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
-from batchcls.storage import Storage, explain, redact_uri
+from batchcls.models.sources import suggestions
+from batchcls.models.trainable import mark_trainable
+from batchcls.models.zoo import find_record, zoo_records
+from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.tables import bundle_line, record_table, zoo_table
 
 _logger = logging.getLogger("batchcls.jobs.bundle")  # __name__ is __main__ here
 
 _CREATE_EXAMPLES = """examples:
-  python -m batchcls.jobs.bundle create --model timm:mobilenetv3_large_100 --output models/v1
+  python -m batchcls.jobs.bundle create --model mobilenet_v3_large --output models/v1
   python -m batchcls.jobs.bundle create --model timm:resnet18 --weights shop.safetensors --labels shop.txt \\
       --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --input-size 224 --crop-pct 0.875 --interpolation bilinear --output models/v2
+  python -m batchcls.jobs.bundle create --model resnet50 --new-head --labels shop.txt --dropout 0.2 \\
+      --trainable 'layer4.*,fc.*' --output models/to-train
 """
 _INSPECT_EXAMPLES = """examples:
   python -m batchcls.jobs.bundle inspect models/v1
 """
+_TEST_EXAMPLES = """examples:
+  python -m batchcls.jobs.bundle test models/v1
+  python -m batchcls.jobs.bundle test s3://shop/models/v7 --precision bf16
+"""
+_EXPORT_EXAMPLES = """examples:
+  python -m batchcls.jobs.bundle export models/v1 --output exported        # exported/model.onnx
+  python -m batchcls.jobs.bundle export models/v1 --output exported --format torch-export
+"""
+_ZOO_EXAMPLES = """examples:
+  python -m batchcls.jobs.bundle zoo
+  python -m batchcls.jobs.bundle zoo resnet50
+"""
 
 
 def create(config: BundleCreateConfig, console: Console) -> ExitCode:
-    """Build the model once, strictly, and write it as a bundle."""
+    """Build the model once, strictly, ask it for its golden answers, and write it as a bundle."""
     del console
     storage = Storage(config.storage_options)
     given = {
@@ -37,10 +67,15 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
     choices = ModelChoices(
         weights=config.weights,
         labels=config.labels,
+        category_paths=config.category_paths,
+        tap=config.embedding_tap,
+        new_head=config.new_head,
+        dropout=config.dropout,
+        trainable=tuple(config.trainable),
         arguments=parse_model_arguments(config.model_args or ""),
         overrides=PreprocessingOverrides(**given),
     )
-    bundle = resolve_model(config.model, choices, storage)
+    bundle = with_golden(resolve_model(config.model, choices, storage))
     with explain(config.output):
         bundle.save(config.output, storage)
     _logger.info("%s: %s", redact_uri(config.output), bundle_line(bundle))
@@ -54,14 +89,77 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
     out = results_console()
     out.print(bundle_line(bundle))
     out.print(f"fingerprint {bundle.fingerprint}")
-    shown = bundle.config.model_dump(mode="json", exclude={"labels", "category_paths"})
-    out.print_json(data=shown | {"labels": f"{len(bundle.config.labels)} labels"})
+    trainable = mark_trainable(build_model(bundle), bundle.config.trainable)
+    out.print(f"{trainable.parameters:,} of {trainable.of:,} parameters are trainable")
+    shown = bundle.config.model_dump(mode="json", exclude={"labels", "category_paths", "golden"})
+    golden = bundle.config.golden
+    out.print_json(
+        data=shown
+        | {"labels": f"{len(bundle.config.labels)} labels"}
+        | {"category_paths": f"{len(bundle.config.category_paths or ())} paths"}
+        | {"golden": f"answers to {len(golden.answers) if golden else 0} drawn images"}
+    )
+    return ExitCode.DONE
+
+
+def test(config: BundleTestConfig, console: Console) -> ExitCode:
+    """Load the bundle as an actor would, and say how far its answers are from the golden ones."""
+    del console
+    bundle = Bundle.load(config.bundle, Storage(config.storage_options))
+    out = results_console()
+    out.print(bundle_line(bundle))
+    started = time.perf_counter()
+    engine, found = start_tested_engine(bundle, config.device, config.precision, torch.get_num_threads())
+    out.print(
+        f"passed on {describe(engine)} in {time.perf_counter() - started:.1f} s: probabilities off by at most "
+        f"{found.probability:.2g}, embeddings by {found.distance:.2g} of their spread"
+    )
+    return ExitCode.DONE
+
+
+def export(config: BundleExportConfig, console: Console) -> ExitCode:
+    """Write the network as a program, after the program has given the golden answers."""
+    del console
+    storage = Storage(config.storage_options)
+    bundle = Bundle.load(config.bundle, storage)
+    preprocessing = bundle.config.preprocessing
+    data = export_program(build_backbone(bundle), preprocessing, config.format)
+    found = check_program(bundle.config, load_program(data, config.format))
+    _logger.info("the exported program gives the golden answers (embeddings off by %.2g)", found.distance)
+    description = describe_program(bundle, config.format)
+    files = {
+        FILE_NAMES[config.format]: data,
+        "model.json": (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
+        "labels.txt": "".join(f"{label}\n" for label in bundle.config.labels).encode(),
+    }
+    for name, content in files.items():
+        with explain(config.output):
+            storage.write_whole(join(config.output, name), content)
+        _logger.info("%s: %.1f MiB", redact_uri(join(config.output, name)), len(content) / 2**20)
+    return ExitCode.DONE
+
+
+def zoo(config: BundleZooConfig, console: Console) -> ExitCode:
+    """Print the zoo, or all that is known of one backbone."""
+    del console
+    out = results_console()
+    if config.name is None:
+        out.print(zoo_table(zoo_records()))
+        out.print("top-1 on ImageNet-1k of the default weights; `bundle zoo NAME` shows the others")
+        return ExitCode.DONE
+    record = find_record(config.name)
+    if record is None:
+        raise InputError(f"the zoo has no {config.name}{suggestions(config.name)}")
+    out.print(record_table(record))
     return ExitCode.DONE
 
 
 COMMANDS = (
     Command("create", BundleCreateConfig, create, _CREATE_EXAMPLES),
     Command("inspect", BundleInspectConfig, inspect, _INSPECT_EXAMPLES, ("bundle",)),
+    Command("test", BundleTestConfig, test, _TEST_EXAMPLES, ("bundle",)),
+    Command("export", BundleExportConfig, export, _EXPORT_EXAMPLES, ("bundle",)),
+    Command("zoo", BundleZooConfig, zoo, _ZOO_EXAMPLES, ("name",)),
 )
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ from typing import Any
 from rich.console import Console
 
 from batchcls.config.classify import ClassifyConfig
-from batchcls.console import bundle_line, counts_table, results_console, watching
-from batchcls.errors import ExitCode
+from batchcls.console import results_console, watching
+from batchcls.errors import ExitCode, InputError
 from batchcls.identity import BadIds, find_bad_ids
 from batchcls.images.addresses import AddressPolicy
 from batchcls.images.decode import DecodeLimits
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load import LoadSettings
 from batchcls.inference.predictor import PredictSettings
+from batchcls.inference.self_test import with_golden
 from batchcls.jobs.command import Command, main
 from batchcls.manifest import Manifest, open_manifest
 from batchcls.models.bundle import Bundle
@@ -32,6 +33,8 @@ from batchcls.runs.publish import publish
 from batchcls.runtime import nodes, ray_session, wait_for
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage import Storage, explain, is_remote, join, redact_uri
+from batchcls.tables import bundle_line, counts_table
+from batchcls.views import Views, views_of
 
 _logger = logging.getLogger("batchcls.jobs.classify")  # __name__ is __main__ here
 
@@ -52,6 +55,7 @@ class _Inputs:
     manifest: Manifest
     bad_ids: BadIds
     bundle: Bundle
+    views: Views
     storage: Storage
 
 
@@ -100,11 +104,35 @@ def _open_inputs(config: ClassifyConfig) -> _Inputs:
         weights=config.weights,
         labels=config.labels,
         arguments=parse_model_arguments(config.model_args or ""),
+        tap=config.embedding_tap,
         allow_random=config.allow_random_weights,
     )
     bundle = resolve_model(config.model, choices, storage)
+    if bundle.config.golden is None:
+        bundle = with_golden(bundle)
     _logger.info("model: %s", bundle_line(bundle))
-    return _Inputs(manifest, bad_ids, bundle, storage)
+    _require_fingerprint(config, bundle)
+    _logger.info("embedding: %s", _embedding_line(config, bundle))
+    return _Inputs(manifest, bad_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage)
+
+
+def _require_fingerprint(config: ClassifyConfig, bundle: Bundle) -> None:
+    wanted = config.model_fingerprint
+    if wanted is not None and not bundle.fingerprint.startswith(wanted):
+        raise InputError(
+            f"--model-fingerprint {wanted}: {redact_uri(config.model)} has {bundle.fingerprint}; it is another "
+            "model than the one this job is pinned to"
+        )
+
+
+def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
+    """What the embedding column will hold."""
+    if config.embedding_dtype == "none":
+        return "not written"
+    length = ", of length 1" if config.l2_normalize else ""
+    views = f", mean of the views of {config.tta}" if config.tta != "none" else ""
+    made = f"{bundle.config.embedding_dimension} x {config.embedding_dtype}"
+    return f"{bundle.config.embedding_tap}, {made}{views}{length}"
 
 
 def _place(config: ClassifyConfig, inputs: _Inputs) -> Placement:
@@ -117,7 +145,7 @@ def _plan(config: ClassifyConfig, inputs: _Inputs, placement: Placement) -> Plan
     manifest, bundle = inputs.manifest, inputs.bundle
     unpublishable = []
     if not bundle.publishable:
-        unpublishable.append("the weights are random")
+        unpublishable.append("the weights are random, or the head was never trained")
     if config.limit is not None:
         unpublishable.append(f"--limit {config.limit}: a part of the manifest only")
     return Plan(
@@ -135,6 +163,7 @@ def _plan(config: ClassifyConfig, inputs: _Inputs, placement: Placement) -> Plan
             "architecture": bundle.config.architecture,
             "classes": len(bundle.config.labels),
             "preprocessing": bundle.config.preprocessing.model_dump(mode="json"),
+            "embedding_tap": bundle.config.embedding_tap,
             "weights": bundle.config.weights.model_dump(mode="json"),
         },
         placement=placement.as_json(),
@@ -159,6 +188,7 @@ def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id:
         ),
         limits=DecodeLimits(config.max_image_pixels, config.min_image_side_pixels),
         preprocessing=bundle.preprocessing,
+        views=inputs.views,
         normalize=config.normalize,
         fetch_threads=placement.fetch_threads,
         decode_threads=placement.decode_threads,
@@ -169,6 +199,8 @@ def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id:
         top_k=config.top_k,
         embedding=embedding,
         embedding_dimension=bundle.embedding_dimension,
+        l2_normalize=config.l2_normalize,
+        views=inputs.views,
         input_shape=bundle.preprocessing.shape,
         normalize=config.normalize,
         batch_size=placement.batch_size,
@@ -196,10 +228,12 @@ def _execute(work: Work, console: Console, interval_seconds: float) -> tuple[lis
     with watching(run.progress, rows, console, interval_seconds):
         receipts = run.execute()
     seconds = time.perf_counter() - started
+    seen = run.progress()
     measured = {
         "seconds_pipeline": round(seconds, 3),
         "images_per_second": round(rows / seconds, 2),
-        "engines": dict(run.progress().engines),
+        "engines": dict(seen.engines),
+        "peak_memory_mib_of_an_actor": round(seen.peak_memory_mib, 1),
         "hardware": {"nodes": [asdict(node) for node in nodes()], "driver": platform.platform()},
     }
     return receipts, measured

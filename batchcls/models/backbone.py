@@ -5,7 +5,8 @@ Letters: N images, H x W pixels, K classes, D values of an embedding, F a networ
 A classifier is cut in front of its last layer: *trunk* (image -> F), *pool* (F -> embedding) and
 *head* (F -> logits). In nearly every network F is the embedding itself and the head one linear
 layer. The cut is proven on a random image when a backbone is made: it must give the logits of the
-intact network, or there is no backbone.
+intact network, or there is no backbone. An embedding may be tapped from a stage in the middle of the
+network instead (taps.py); the cut and its proof stay the same.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from batchcls.errors import InputError
+from batchcls.models.taps import Stage, Tap, random_image, run_intact
 
 _TOLERANCE = 1e-4
 _PROBE_SEEDS = (0, 1)
@@ -38,29 +40,39 @@ class Backbone(nn.Module):
     classes: int
     dimension: int
 
-    def __init__(self, model: nn.Module, classifiers: tuple[str, ...], input_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        classifiers: tuple[str, ...],
+        input_size: tuple[int, int],
+        tap: Stage | None = None,
+    ) -> None:
         """Cut `model`, which is taken over and changed in place.
 
         Args:
             model: an image classifier, float N,3,H,W -> N,K, with its weights loaded.
             classifiers: paths of the modules in it that turn features into logits.
             input_size: an H, W that the network takes; the cut is proven at it.
+            tap: the stage that gives the embedding; None: it is what the classifier reads, pooled.
 
         Raises:
-            InputError: the network does not take this size, or cannot be cut.
+            InputError: the network does not take this size, cannot be cut, or has no such stage.
         """
         super().__init__()
         model.eval().requires_grad_(False)
-        first, second = (_probe(seed, input_size) for seed in _PROBE_SEEDS)
+        first, second = (random_image(input_size, seed) for seed in _PROBE_SEEDS)
         name = type(model).__name__
         with torch.no_grad():
             expected = _intact_answer(model, second, name)
+            self._tap = None if tap is None else Tap(model, tap)
             cut = _cut(model, classifiers, first)
             self.trunk, self.pool, self.head = cut.trunk, cut.pool, cut.head
             self.train(False)
             logits, embedding = self._answer_or_refuse(second, name)
         _require_equal(logits, expected, name)
         self.classes, self.dimension = logits.shape[1], embedding.shape[1]
+        if tap is not None and tap.channels != self.dimension:
+            raise InputError(f"{tap.name} of {name} has {self.dimension} channels, and not {tap.channels}")
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in evaluation mode. Raises RuntimeError when asked to train."""
@@ -78,7 +90,8 @@ class Backbone(nn.Module):
         features = self.trunk(images)
         with torch.autocast(images.device.type, enabled=False):
             features = features.float()
-            return self.head(features), self.pool(features)
+            embedding = self.pool(features) if self._tap is None else self._tap.take()
+            return self.head(features), embedding
 
     def _answer_or_refuse(self, images: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         try:
@@ -90,20 +103,8 @@ class Backbone(nn.Module):
         return logits, embedding
 
 
-def _probe(seed: int, input_size: tuple[int, int]) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, 3, *input_size, generator=generator)
-
-
 def _intact_answer(model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
-    height, width = images.shape[2:]
-    try:
-        logits: torch.Tensor = model(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"{name} does not take images of {height} x {width} pixels ({error}); check --input-size "
-            "and --model-args"
-        ) from error
+    logits = run_intact(model, images)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise InputError(f"{name} is no classifier: it does not answer with one row of logits an image")
     return logits.float()

@@ -11,19 +11,24 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
 
-from batchcls.errors import InputError
+from batchcls.config.common import TAP_PATTERN
+from batchcls.errors import GoldenMismatch, InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.labels import check_labels
+from batchcls.models.golden import Golden
+from batchcls.models.labels import check_labels, labels_digest
 from batchcls.models.library import ArgumentValue, ModelSpec, SourceName
 from batchcls.models.sources import find_model, library_of
+from batchcls.models.taps import find_tap
+from batchcls.models.trainable import mark_trainable
 from batchcls.models.weights import from_safetensors, load_strictly, sha256_hex
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage import Storage, error_code, explain, join, redact_uri
 
 CONFIG_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 OriginKind = Literal["file", "pretrained", "trained", "random"]
 
@@ -46,7 +51,7 @@ class BundleConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = Field(default=1, description="Version of this record.")
+    format_version: Literal[2] = Field(default=2, description="Version of this record.")
     source: SourceName = Field(description="Library that builds the architecture.")
     architecture: str = Field(description="Name in that library, with its tag if it has one.")
     arguments: dict[str, ArgumentValue] = Field(
@@ -57,11 +62,31 @@ class BundleConfig(BaseModel):
         default=None, description="For each label, its path in the shop's tree of categories."
     )
     preprocessing: Preprocessing = Field(description="How an image becomes the network's input.")
-    embedding_tap: Literal["pooled"] = Field(
-        default="pooled", description="Where the embedding is taken: pooled, in front of the classifier."
+    embedding_tap: str = Field(
+        default="pooled",
+        pattern=TAP_PATTERN,
+        description="Where the embedding is taken: pooled, in front of the classifier, or stageN, the mean "
+        "over space of the N-th stage's feature map.",
     )
     embedding_dimension: int = Field(gt=0, description="Values in an embedding.")
     weights: WeightsOrigin = Field(description="Where the weights come from.")
+    untrained_head: bool = Field(
+        default=False, description="The head is new and knows nothing yet: to be trained, never published."
+    )
+    dropout: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Dropout in front of the classifier while it is trained further.",
+    )
+    trainable: tuple[str, ...] = Field(
+        default=("*",),
+        min_length=1,
+        description="Which parameters training changes, as glob patterns over their names.",
+    )
+    golden: Golden | None = Field(
+        default=None, description="What the network says about a few drawn images; None while it is made."
+    )
     lineage: dict[str, Any] = Field(
         default_factory=dict, description="What is known of how it was made; JSON values."
     )
@@ -73,12 +98,24 @@ class BundleConfig(BaseModel):
             raise ValueError(
                 f"category_paths has {len(self.category_paths)} entries for {len(self.labels)} labels"
             )
+        if self.golden is not None and self.golden.labels_sha256 != labels_digest(self.labels):
+            raise ValueError(
+                "the labels are not those, or not in the order, that its golden answers were made with"
+            )
         return self
 
     @property
     def spec(self) -> ModelSpec:
         """The architecture."""
         return ModelSpec(self.source, self.architecture, self.arguments)
+
+    def require_golden(self, drawing: int) -> Golden:
+        """The golden answers. Raises GoldenMismatch if there are none, or of other drawings."""
+        if self.golden is None or self.golden.drawing != drawing:
+            raise GoldenMismatch(
+                f"{CONFIG_FILE} has no golden answers that this program can check; create the bundle anew"
+            )
+        return self.golden
 
 
 @dataclass(frozen=True)
@@ -89,6 +126,21 @@ class Bundle:
     weights: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
+        self._require_weights()
+
+    def verify(self, fingerprint: str) -> None:
+        """Hash everything once more, after a transfer.
+
+        Raises:
+            InputError: it is not the bundle of that fingerprint.
+        """
+        self._require_weights()
+        if self.fingerprint != fingerprint:
+            raise InputError(
+                f"the bundle's fingerprint is {self.fingerprint} and should be {fingerprint}; this is another model"
+            )
+
+    def _require_weights(self) -> None:
         found = sha256_hex(self.weights)
         if found != self.config.weights.sha256:
             raise InputError(
@@ -104,8 +156,8 @@ class Bundle:
 
     @property
     def publishable(self) -> bool:
-        """False for random weights."""
-        return self.config.weights.kind != "random"
+        """False for random weights and for a head that was never trained."""
+        return self.config.weights.kind != "random" and not self.config.untrained_head
 
     @classmethod
     def load(cls, uri: str, storage: Storage) -> "Bundle":
@@ -142,6 +194,22 @@ class Bundle:
                 storage.write_whole(join(uri, name), data)
 
 
+def build_model(bundle: Bundle) -> nn.Module:
+    """The bundle's network as its library builds it, with its weights; to be trained, cut or counted.
+
+    Parameters that the bundle does not call trainable are frozen.
+
+    Raises:
+        InputError: the library does not know the architecture (any more), or the weights do not fit.
+    """
+    config = bundle.config
+    spec = find_model(str(config.spec), config.arguments)
+    model = library_of(spec).build(spec, len(config.labels), config.dropout)
+    load_strictly(model, from_safetensors(bundle.weights, WEIGHTS_FILE), WEIGHTS_FILE)
+    mark_trainable(model, config.trainable)
+    return model
+
+
 def build_backbone(bundle: Bundle) -> Backbone:
     """The bundle's network with its weights, cut into logits and embedding, in evaluation mode.
 
@@ -150,12 +218,12 @@ def build_backbone(bundle: Bundle) -> Backbone:
             embedding do not fit it.
     """
     config = bundle.config
-    spec = find_model(f"{config.source}:{config.architecture}", config.arguments)
+    spec = config.spec
     library = library_of(spec)
-    model = library.build(spec, len(config.labels))
-    load_strictly(model, from_safetensors(bundle.weights, WEIGHTS_FILE), WEIGHTS_FILE)
+    model = build_model(bundle)
     size = (config.preprocessing.input_height, config.preprocessing.input_width)
-    backbone = Backbone(model, library.classifiers(model), size)
+    tap = find_tap(spec, model, library, config.embedding_tap, size)
+    backbone = Backbone(model, library.classifiers(model), size, tap)
     if backbone.dimension != config.embedding_dimension:
         raise InputError(
             f"the embedding of {spec} has {backbone.dimension} values, {CONFIG_FILE} says "

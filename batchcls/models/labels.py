@@ -1,5 +1,6 @@
 """Class names, in the order of a classifier's outputs: from a file, or those of ImageNet."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from batchcls.errors import InputError
 from batchcls.storage import Storage, explain, redact_uri
 
 Labels = tuple[str, ...]
+CategoryPaths = tuple[tuple[str, ...], ...]
 
 IMAGENET_CLASSES = 1000
 
@@ -34,6 +36,31 @@ def read_labels(uri: str, storage: Storage) -> Labels:
     if uri.lower().endswith(".json"):
         return _checked(_json_list(text, name), f"--labels {name}, item")
     return _checked([line.strip() for line in text.splitlines()], f"--labels {name}, line")
+
+
+def read_category_paths(uri: str, labels: Labels, storage: Storage) -> CategoryPaths:
+    """Paths of the labels in a tree of categories: UTF-8 text, one `a/b/c` a line, in the labels' order.
+
+    Raises:
+        InputError: the file cannot be read, has another number of lines than there are labels, or a
+            path is empty or has an empty part; the message names the line.
+    """
+    name = redact_uri(uri)
+    with explain(uri):
+        data = storage.read_bytes(uri)
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--category-paths {name} is not UTF-8 ({error}); save it as UTF-8") from error
+    if len(lines) != len(labels):
+        raise InputError(
+            f"--category-paths {name} has {len(lines)} lines for {len(labels)} labels; write one path a label"
+        )
+    paths = tuple(tuple(part.strip() for part in line.split("/")) for line in lines)
+    for number, path in enumerate(paths, start=1):
+        if not all(path):
+            raise InputError(f"--category-paths {name}, line {number}: a part of the path is empty; name it")
+    return paths
 
 
 def check_labels(labels: Sequence[str], where: str) -> Labels:
@@ -104,3 +131,8 @@ def _checked(labels: Sequence[str], where: str) -> Labels:
             )
         first[label] = number
     return tuple(labels)
+
+
+def labels_digest(labels: Sequence[str]) -> str:
+    """sha256 over the labels in their order, in lower-case hexadecimal."""
+    return hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()

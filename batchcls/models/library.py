@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from batchcls.errors import InputError
+from batchcls.models.taps import Stage
 from batchcls.models.weights import State
 from batchcls.preprocessing import Interpolation, Preprocessing
 
@@ -71,11 +72,30 @@ class Library(Protocol):
     def complete(self, spec: ModelSpec) -> ModelSpec:
         """The spec with the arguments that the weights' own configuration asks for."""
 
-    def build(self, spec: ModelSpec, classes: int | None) -> nn.Module:
-        """The architecture with random weights; None classes: as many as its weights have."""
+    def build(self, spec: ModelSpec, classes: int | None, dropout: float | None = None) -> nn.Module:
+        """The architecture with random weights.
+
+        Args:
+            spec: the architecture.
+            classes: outputs of the classifier; None: as many as its published weights have.
+            dropout: share (0..1) of the classifier's inputs that is dropped in training; None: what
+                the architecture has by itself. Names and values of a state do not depend on it.
+
+        Raises:
+            InputError: the arguments do not fit the architecture, or dropout is no share.
+        """
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
         """Paths of the modules, almost always one, that turn features into logits."""
+
+    def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[Stage, ...]:
+        """The stages of an intact network for images of H, W, from the image upwards.
+
+        The network's mode and statistics stay as they are. Empty where it has no feature maps.
+
+        Raises:
+            InputError: the network does not take this size.
+        """
 
     def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
         """The record that belongs to the architecture's published weights, with overrides applied."""

@@ -1,20 +1,34 @@
-"""`--model BUNDLE|timm:NAME|torchvision:NAME`, with what goes with it, becomes a bundle."""
+"""`--model BUNDLE|NAME|timm:NAME|torchvision:NAME`, with what goes with it, becomes a bundle."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.bundle import Bundle, BundleConfig, OriginKind, WeightsOrigin
-from batchcls.models.labels import Labels, known_labels, read_labels
+from batchcls.models.bundle import CONFIG_FILE, Bundle, BundleConfig, OriginKind, WeightsOrigin
+from batchcls.models.heads import with_new_head
+from batchcls.models.labels import CategoryPaths, Labels, known_labels, read_category_paths, read_labels
 from batchcls.models.library import Arguments, ArgumentValue, ModelSpec, PreprocessingOverrides
-from batchcls.models.sources import find_model, is_library_name, library_of
-from batchcls.models.weights import State, load_strictly, read_weights, sha256_hex, to_safetensors
-from batchcls.storage import Storage, redact_uri
+from batchcls.models.sources import find_model, find_name, is_model_name, library_of
+from batchcls.models.taps import find_tap
+from batchcls.models.trainable import mark_trainable
+from batchcls.models.weights import (
+    State,
+    from_safetensors,
+    load_strictly,
+    read_weights,
+    sha256_hex,
+    to_safetensors,
+)
+from batchcls.models.zoo import tag_notes
+from batchcls.storage import Storage, join, redact_uri
+
+_logger = logging.getLogger(__name__)
 
 _ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS: Mapping[str, ArgumentValue] = {"true": True, "false": False, "none": None}
@@ -26,6 +40,11 @@ class ModelChoices:
 
     weights: str | None = None
     labels: str | None = None
+    category_paths: str | None = None
+    tap: str = "pooled"
+    new_head: bool = False
+    dropout: float | None = None
+    trainable: tuple[str, ...] = ("*",)
     arguments: Arguments = field(default_factory=dict)
     overrides: PreprocessingOverrides = field(default_factory=PreprocessingOverrides)
     allow_random: bool = False
@@ -40,6 +59,7 @@ class _Loaded:
     kind: OriginKind
     name: str
     classes: int
+    new_head: bool = False
 
 
 def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
@@ -51,7 +71,7 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
     Raises:
         InputError: anything named is missing, unknown or does not fit; the message has the remedy.
     """
-    if not is_library_name(model):
+    if not _is_name(model, storage):
         _refuse_choices(choices)
         return Bundle.load(model, storage)
     spec = find_model(model, choices.arguments)
@@ -62,7 +82,23 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
         loaded = _random(spec, labels)
     else:
         loaded = _published(spec)
-    return _bundle(loaded, _fitting_labels(loaded, labels), choices)
+    if choices.new_head:
+        loaded = _with_new_head(loaded, labels, choices.dropout)
+    labels = _fitting_labels(loaded, labels)
+    paths = choices.category_paths and read_category_paths(choices.category_paths, labels, storage)
+    return _bundle(loaded, labels, paths or None, choices)
+
+
+def _is_name(model: str, storage: Storage) -> bool:
+    """Whether `model` is an architecture's name. Raises InputError if it may be a bundle as well."""
+    if not is_model_name(model):
+        return False
+    if find_name(model) is not None and storage.exists(join(model, CONFIG_FILE)):
+        raise InputError(
+            f"--model {model}: there is a bundle in the folder {model} and an architecture of that name; write "
+            f"./{model} for the bundle or {find_name(model)} for the architecture"
+        )
+    return True
 
 
 def parse_model_arguments(text: str) -> dict[str, ArgumentValue]:
@@ -104,13 +140,14 @@ def _refuse_choices(choices: ModelChoices) -> None:
         "--labels": choices.labels,
         "--model-args": choices.arguments,
         "--allow-random-weights": choices.allow_random,
+        "--embedding-tap": choices.tap != "pooled",
         "--mean, --std, --input-size, --crop-pct or --interpolation": choices.overrides.model_fields_set,
     }
     refused = [name for name, value in given.items() if value]
     if refused:
         raise InputError(
             f"{', '.join(refused)}: --model is a bundle, which brings its own; leave that out, or name "
-            "timm:NAME or torchvision:NAME as --model"
+            "an architecture as --model"
         )
 
 
@@ -154,6 +191,10 @@ def _random(spec: ModelSpec, labels: Labels | None) -> _Loaded:
 
 
 def _published(spec: ModelSpec) -> _Loaded:
+    notes = tag_notes(spec)
+    _logger.info("weights of %s: %s", spec, notes.line)
+    if notes.warning is not None:
+        _logger.warning("weights of %s: %s", spec, notes.warning)
     library = library_of(spec)
     found = library.pretrained(spec)
     spec = ModelSpec(spec.source, found.architecture, spec.arguments)
@@ -161,6 +202,17 @@ def _published(spec: ModelSpec) -> _Loaded:
     load_strictly(model, found.state, str(spec))
     classes = _classes_in(found.state, library.classifiers(model), str(spec))
     return _Loaded(spec, model, to_safetensors(found.state), "pretrained", str(spec), classes)
+
+
+def _with_new_head(loaded: _Loaded, labels: Labels | None, dropout: float | None) -> _Loaded:
+    """The same body under a new, untrained classifier for these labels."""
+    if labels is None:
+        raise InputError("--new-head needs --labels FILE: the classes that the new head is to tell apart")
+    state = from_safetensors(loaded.weights, loaded.name)
+    model = with_new_head(library_of(loaded.spec), loaded.spec, state, len(labels), dropout)
+    return replace(
+        loaded, model=model, weights=to_safetensors(model.state_dict()), classes=len(labels), new_head=True
+    )
 
 
 def _fitting_labels(loaded: _Loaded, labels: Labels | None) -> Labels:
@@ -174,25 +226,35 @@ def _fitting_labels(loaded: _Loaded, labels: Labels | None) -> Labels:
     if len(labels) != loaded.classes:
         raise InputError(
             f"--labels has {len(labels)} names, the weights of {loaded.spec} tell {loaded.classes} classes "
-            "apart; pass the list that belongs to these weights"
+            "apart; pass the list that belongs to these weights, or --new-head to train a classifier for "
+            "these labels on top of them (`bundle create`)"
         )
     return labels
 
 
-def _bundle(loaded: _Loaded, labels: Labels, choices: ModelChoices) -> Bundle:
+def _bundle(
+    loaded: _Loaded, labels: Labels, category_paths: CategoryPaths | None, choices: ModelChoices
+) -> Bundle:
     spec = loaded.spec
     library = library_of(spec)
     preprocessing = library.preprocessing(spec, choices.overrides)
     size = (preprocessing.input_height, preprocessing.input_width)
-    backbone = Backbone(loaded.model, library.classifiers(loaded.model), size)
+    mark_trainable(loaded.model, choices.trainable)  # refuses patterns that match nothing
+    tap = find_tap(spec, loaded.model, library, choices.tap, size)
+    backbone = Backbone(loaded.model, library.classifiers(loaded.model), size, tap)
     config = BundleConfig(
         source=spec.source,
         architecture=spec.architecture,
         arguments=dict(spec.arguments),
         labels=labels,
+        category_paths=category_paths,
         preprocessing=preprocessing,
+        embedding_tap=choices.tap,
         embedding_dimension=backbone.dimension,
         weights=WeightsOrigin(kind=loaded.kind, name=loaded.name, sha256=sha256_hex(loaded.weights)),
+        untrained_head=loaded.new_head,
+        dropout=choices.dropout,
+        trainable=choices.trainable,
         lineage=dict(choices.lineage),
     )
     return Bundle(config, loaded.weights)

@@ -6,10 +6,12 @@ from typing import Any
 
 import huggingface_hub
 import timm
+import torch
 from timm.data.config import resolve_data_config
 from torch import nn
 
 from batchcls.errors import InputError
+from batchcls.models.heads import check_dropout
 from batchcls.models.library import (
     ModelSpec,
     PreprocessingOverrides,
@@ -21,6 +23,7 @@ from batchcls.models.library import (
     repeatable_initialisation,
     require_reachable,
 )
+from batchcls.models.taps import Layout, Stage, evaluation, random_image, watch
 from batchcls.models.weights import State
 from batchcls.preprocessing import Preprocessing
 
@@ -36,6 +39,7 @@ _RESERVED = {
 }
 
 _TRAINING_HEADS = {"inception_v3": "AuxLogits."}
+_TOLERANCE = 1e-4
 _HUB_FILE = "model.safetensors"
 
 
@@ -62,8 +66,14 @@ class TimmLibrary:
         """The spec itself: timm keeps what its weights ask for under the name and tag."""
         return spec
 
-    def build(self, spec: ModelSpec, classes: int | None) -> nn.Module:
-        """The architecture with random weights; None classes: as many as its weights have."""
+    def build(self, spec: ModelSpec, classes: int | None, dropout: float | None = None) -> nn.Module:
+        """The architecture with random weights; see `Library.build`.
+
+        Dropout is timm's `drop_rate`, which is the one in front of the classifier.
+        """
+        if dropout is not None:
+            arguments = {**spec.arguments, "drop_rate": check_dropout(dropout)}
+            spec = ModelSpec(spec.source, spec.architecture, arguments)
         return _create(spec, pretrained=False, num_classes=classes)
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
@@ -71,6 +81,26 @@ class TimmLibrary:
         configuration: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         named = configuration.get("classifier") or ()
         return (named,) if isinstance(named, str) else tuple(named)
+
+    def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[Stage, ...]:
+        """The maps that `features_only=True` gives, each where the network hands it on.
+
+        timm's record of a network names a module for each map. A module counts as a stage if what
+        it gives for a random image, averaged, is timm's own answer; some records name what does
+        not run, or a part of a map.
+        """
+        recorded = _recorded_stages(model)
+        known = dict(model.named_modules())
+        paths = {str(entry["module"]) for entry in recorded} & known.keys() - {""}
+        outputs = dict(watch(model, paths, input_size))
+        maps = _intermediate_maps(model, input_size) if outputs else []
+        if len(maps) != len(recorded):
+            return ()
+        stages = (
+            _proven_stage(f"stage{number}", entry, outputs.get(entry["module"]), features)
+            for number, (entry, features) in enumerate(zip(recorded, maps, strict=True), start=1)
+        )
+        return tuple(stage for stage in stages if stage is not None)
 
     def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
         """What timm's own evaluation does with the architecture's published weights."""
@@ -108,6 +138,49 @@ class TimmLibrary:
             raise no_download(spec, error) from error
         name = f"{configuration.architecture}.{configuration.tag}".rstrip(".")
         return Pretrained(name, dict(model.state_dict()))
+
+
+def _recorded_stages(model: nn.Module) -> list[dict[str, Any]]:
+    """timm's `feature_info`: module, num_chs and reduction of each map; nothing where it has none."""
+    info: Any = getattr(model, "feature_info", None)
+    if info is None or not hasattr(model, "forward_intermediates"):
+        return []
+    return [dict(entry) for entry in getattr(info, "info", info)]
+
+
+def _intermediate_maps(model: nn.Module, input_size: tuple[int, int]) -> list[torch.Tensor]:
+    """timm's own feature maps (1,C,h,w) of the image that `watch` shows."""
+    forward: Any = model.forward_intermediates
+    try:
+        with evaluation(model):
+            return list(forward(random_image(input_size), intermediates_only=True))
+    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the stages of {type(model).__name__} cannot be found ({error}); use --embedding-tap pooled"
+        ) from error
+
+
+def _proven_stage(
+    name: str, entry: dict[str, Any], output: torch.Tensor | None, features: torch.Tensor
+) -> Stage | None:
+    """The stage whose mean over `output` is that over timm's own map, in whatever layout; else None."""
+    if output is None or features.ndim != 4:
+        return None
+    _, channels, height, width = features.shape
+    prefix = output.shape[1] - height * width if output.ndim == 3 else 0
+    layouts: tuple[Layout, ...] = ("tokens",) if output.ndim == 3 else ("NCHW", "NHWC")
+    expected = features.float().mean((2, 3))
+    for layout in layouts:
+        stage = Stage(name, entry["module"], layout, channels, entry["reduction"], prefix)
+        if output.ndim in (3, 4) and prefix >= 0 and _same(stage.pool(output), expected):
+            return stage
+    return None
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 def _configuration(spec: ModelSpec) -> Any:

@@ -1,15 +1,20 @@
 """The library torchvision: its architectures, its presets, its weights."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision import models as torchvision_models
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from batchcls.errors import InputError
+from batchcls.models.heads import set_dropout
 from batchcls.models.library import (
     ArgumentValue,
     ModelSpec,
@@ -22,6 +27,7 @@ from batchcls.models.library import (
     repeatable_initialisation,
     require_reachable,
 )
+from batchcls.models.taps import Layout, Stage, watch
 from batchcls.models.weights import State
 from batchcls.preprocessing import Preprocessing
 
@@ -71,8 +77,8 @@ class TorchvisionLibrary:
             defaults = {"image_size": _weights(spec).meta["min_size"][0]}
         return ModelSpec(spec.source, spec.architecture, {**defaults, **spec.arguments})
 
-    def build(self, spec: ModelSpec, classes: int | None) -> nn.Module:
-        """The architecture with random weights; None classes: as many as its weights have."""
+    def build(self, spec: ModelSpec, classes: int | None, dropout: float | None = None) -> nn.Module:
+        """The architecture with random weights; see `Library.build`."""
         options = _WITHOUT_TRAINING_HEADS if _base(spec) in _TRAINING_HEADS else {}
         classes = classes or len(_weights(spec).meta["categories"])
         refuse_reserved(spec, _RESERVED)
@@ -83,12 +89,33 @@ class TorchvisionLibrary:
                 )
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise bad_arguments(spec, error) from error
+        if dropout is not None:
+            set_dropout(model, self.classifiers(model), dropout)
         return model
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
         """The last linear or convolutional layer, which is the classifier in all of them."""
         layers = [name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
         return tuple(layers[-1:])
+
+    def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[Stage, ...]:
+        """The last feature map of each size, or each layer of a vision transformer.
+
+        A map is what a module at most two levels deep gives (`layer1`, `features.3`), in front of
+        the final pooling and the classifier. So the stages of a ResNet are its maps at 1/2 (after
+        the first ReLU), 1/4, 1/8, 1/16 and 1/32 of the image's side.
+        """
+        if isinstance(model, VisionTransformer):
+            return _transformer_layers(model)
+        layout: Layout = "NHWC" if isinstance(model, SwinTransformer) else "NCHW"
+        across, down = (3, 1) if layout == "NHWC" else (1, 2)
+        last: dict[int, tuple[str, torch.Tensor]] = {}
+        for path, features in _feature_maps(model, self.classifiers(model), input_size):
+            last[round(math.log2(input_size[0] / features.shape[down]))] = path, features
+        return tuple(
+            Stage(f"stage{number}", path, layout, features.shape[across], 2**halvings)
+            for number, (halvings, (path, features)) in enumerate(sorted(last.items()), start=1)
+        )
 
     def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
         """The preset of the published weights; another input size keeps the preset's share of crop."""
@@ -131,6 +158,45 @@ class TorchvisionLibrary:
         except (OSError, RuntimeError) as error:
             raise no_download(spec, error) from error
         return Pretrained(f"{_base(spec)}.{weights.name}", self.adapt(spec, dict(state)))
+
+
+def _transformer_layers(model: VisionTransformer) -> tuple[Stage, ...]:
+    """The encoder's layers; the first of their tokens is the class token."""
+    names = [f"encoder.layers.{name}" for name, _ in model.get_submodule("encoder.layers").named_children()]
+    return tuple(
+        Stage(f"stage{number}", path, "tokens", model.hidden_dim, model.patch_size, prefix=1)
+        for number, path in enumerate(names, start=1)
+    )
+
+
+def _feature_maps(
+    model: nn.Module, classifiers: tuple[str, ...], input_size: tuple[int, int]
+) -> list[tuple[str, torch.Tensor]]:
+    """Maps in front of the final pooling, of modules that run once, in the order in which they ended."""
+    seen = watch(model, _chain(model, classifiers), input_size)
+    calls = Counter(path for path, _ in seen)
+    maps = [(path, features) for path, features in seen if features.ndim == 4 and calls[path] == 1]
+    return list(takewhile(lambda seen: not _is_final_pool(model.get_submodule(seen[0])), maps))
+
+
+def _chain(model: nn.Module, classifiers: tuple[str, ...]) -> Iterator[str]:
+    """Paths of the modules that an image goes through one after the other, at most two levels deep.
+
+    Inside of anything but a sequence there may be branches, whose outputs are parts of a map. A
+    Swin ends its features with a normalisation and a change of layout; both are left out, as they
+    are in timm.
+    """
+    heads = {path.partition(".")[0] for path in classifiers}
+    for name, module in model.named_children():
+        if name in heads or (isinstance(model, SwinTransformer) and name != "features"):
+            continue
+        yield name
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            yield from (f"{name}.{inner}" for inner, _ in module.named_children())
+
+
+def _is_final_pool(module: nn.Module) -> bool:
+    return isinstance(module, nn.AdaptiveAvgPool2d)
 
 
 def _base(spec: ModelSpec) -> str:

@@ -98,7 +98,14 @@ class Run:
             warnings.simplefilter("ignore", RayDeprecationWarning)
             return loaded.map_batches(
                 PredictActor,
-                fn_constructor_args=(ray.put(work.bundle), work.predict, shape, work.precision, self._tally),
+                fn_constructor_args=(
+                    ray.put(work.bundle),
+                    work.bundle.fingerprint,
+                    work.predict,
+                    shape,
+                    work.precision,
+                    self._tally,
+                ),
                 # Whole blocks. For actors with a GPU Ray insists on a number, which is a block's.
                 batch_size=shape.block_rows if shape.gpus_per_actor else None,
                 batch_format="pyarrow",
@@ -122,14 +129,14 @@ class Run:
         # with the next one nor cut (a joined block is copied by the reader).
         height, width, channels = self._work.predict.input_shape
         bytes_per_value = 1 if self._work.predict.normalize == "engine" else 4
-        image_bytes = height * width * channels * bytes_per_value
+        image_bytes = self._work.predict.views.crops * height * width * channels * bytes_per_value
         context.target_max_block_size = max(1, int(0.9 * self._work.placement.block_rows * image_bytes))
         # What goes wrong is raised; Ray's own account of it stands in its session's log files.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 _ERROR_LINE = re.compile(
-    r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt): \S.*$", re.MULTILINE
+    r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
 )
 
 

@@ -1,5 +1,6 @@
 """The actor that holds one backbone on one device."""
 
+import resource
 from collections import Counter
 from typing import Any
 
@@ -7,8 +8,9 @@ import pyarrow as pa
 import ray
 
 from batchcls.inference.predictor import Predictor, PredictSettings
+from batchcls.inference.self_test import start_tested_engine
 from batchcls.models.bundle import Bundle
-from batchcls.models.engines.start import describe, start_engine
+from batchcls.models.engines.start import describe
 from batchcls.placement import Placement
 
 
@@ -18,6 +20,7 @@ class PredictActor:
     def __init__(
         self,
         shared: "ray.ObjectRef[Bundle]",
+        fingerprint: str,
         settings: PredictSettings,
         shape: Placement,
         precision: str,
@@ -25,7 +28,8 @@ class PredictActor:
     ) -> None:
         # One copy of the weights a node, in its object store, however many actors there are.
         bundle: Bundle = ray.get(shared)
-        engine = start_engine(bundle, shape.device, precision, shape.threads_per_actor)
+        bundle.verify(fingerprint)
+        engine, _ = start_tested_engine(bundle, shape.device, precision, shape.threads_per_actor)
         self._predictor = Predictor(engine, settings)
         self._tally = tally
         tally.started.remote(describe(engine))
@@ -34,5 +38,6 @@ class PredictActor:
         """Block of `schema.loaded_schema` -> block of `schema.classified_schema`."""
         answered = self._predictor(block)
         failures = Counter(answered.column("reason").drop_null().to_pylist())
-        self._tally.add.remote(answered.num_rows, failures)
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        self._tally.add.remote(answered.num_rows, failures, peak_mib)
         return answered

@@ -11,25 +11,28 @@ class Progress:
     rows: int
     failures: Counter[str]
     engines: Counter[str]
+    peak_memory_mib: float
 
 
 class Tally:
-    """Counts rows, failures by reason, and the engines that have started."""
+    """Counts rows, failures by reason, the engines that have started, and the largest actor."""
 
     def __init__(self) -> None:
         self._rows = 0
         self._failures: Counter[str] = Counter()
         self._engines: Counter[str] = Counter()
+        self._peak_memory_mib = 0.0
 
     def started(self, engine: str) -> None:
         """An actor is ready; `engine` says with what."""
         self._engines[engine] += 1
 
-    def add(self, rows: int, failures: Counter[str]) -> None:
-        """A block is answered."""
+    def add(self, rows: int, failures: Counter[str], peak_memory_mib: float) -> None:
+        """A block is answered by an actor whose memory was never larger than `peak_memory_mib`."""
         self._rows += rows
         self._failures.update(failures)
+        self._peak_memory_mib = max(self._peak_memory_mib, peak_memory_mib)
 
     def progress(self) -> Progress:
         """The sums so far."""
-        return Progress(self._rows, self._failures, self._engines)
+        return Progress(self._rows, self._failures, self._engines, self._peak_memory_mib)

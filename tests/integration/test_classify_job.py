@@ -1,6 +1,8 @@
 """The main job's promises that hold for any model: rows, tables, exit codes, deaths."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,23 +167,41 @@ def test_too_many_failures_end_with_4_and_nothing_committed(job: Job, tiny_bundl
 
 def test_a_trial_with_random_weights_is_committed_and_not_published(job: Job, catalog: str):
     outcome = job(
-        *("--manifest", catalog, "--model", "timm:test_resnet", "--allow-random-weights"),
+        *("--manifest", catalog, "--model", "test_resnet", "--allow-random-weights"),
         *("--max-failed-fraction", "1", "--limit", "20", "--run-id", "night"),
+        *("--tta", "ten-crop", "--embedding-tap", "stage3", "--l2-normalize", "--embedding-dtype", "float32"),
     )
     assert outcome.exit_code == 0, outcome.log
     assert outcome.record["counts"]["rows"] == 20
-    assert "not published: the weights are random; --limit 20" in outcome.log
+    embeddings = np.array(outcome.predictions.column("embedding").to_pylist())
+    assert embeddings.shape == (19, 48)
+    assert np.allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-5)
+    assert "not published: the weights are random, or the head was never trained; --limit 20" in outcome.log
     assert not (outcome.output / "current.json").exists()
     second = job(
-        *("--manifest", catalog, "--model", "timm:test_resnet", "--allow-random-weights", "--run-id", "night")
+        *("--manifest", catalog, "--model", "test_resnet", "--allow-random-weights", "--run-id", "night")
     )
     assert second.exit_code == 2
     assert "night is committed" in second.log
 
 
+def test_an_actor_whose_network_answers_otherwise_refuses_to_work(
+    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
+):
+    shutil.copytree(tiny_bundle, tmp_path / "edited")
+    record = json.loads((tmp_path / "edited" / "bundle.json").read_text())
+    record["preprocessing"]["std"] = [0.4, 0.5, 0.5]
+    (tmp_path / "edited" / "bundle.json").write_text(json.dumps(record))
+    outcome = job("--manifest", catalog, "--model", str(tmp_path / "edited"))
+    assert outcome.exit_code == 1
+    assert "does not answer the drawn images as it did" in outcome.log.splitlines()[-1]
+    assert not (outcome.folder / "run.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--model-fingerprint", "0123456789ab"], ["0123456789ab", "another model"]),
         (["--manifest", "nowhere.parquet"], ["nowhere.parquet"]),
         (["--model", "timm:no_such_network"], ["no_such_network"]),
         (["--model", "nowhere"], ["nowhere", "bundle"]),

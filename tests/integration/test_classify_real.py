@@ -49,20 +49,25 @@ def right(found: np.ndarray, truth: np.ndarray, k: int) -> int:
     return int((found[:, :k] == truth[:, None]).any(axis=1).sum())
 
 
-def test_mobilenet_is_as_right_as_a_plain_loop(
-    job: Callable[..., Outcome],
-    make_bundle: Callable[..., str],
-    shared: Path,
-    manifest: str,
-    photographs,
-    truth,
-):
-    made = make_bundle(
+@pytest.fixture(scope="module")
+def mobilenet_bundle(make_bundle: Callable[..., str], shared: Path) -> str:
+    return make_bundle(
         *("--model", "timm:mobilenetv2_100", "--model-args", "pad_type=same"),
         *("--weights", str(shared / "weights" / "mobilenetv2_100.safetensors")),
         *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--interpolation", "bilinear"),
     )
-    outcome = job("--manifest", manifest, "--model", made)
+
+
+@pytest.fixture(scope="module")
+def squeezenet_bundle(make_bundle: Callable[..., str], shared: Path) -> str:
+    weights = str(shared / "weights" / "squeezenet1_1.safetensors")
+    return make_bundle("--model", "squeezenet1_1", "--weights", weights)
+
+
+def test_mobilenet_is_as_right_as_a_plain_loop(
+    job: Callable[..., Outcome], mobilenet_bundle: str, shared: Path, manifest: str, photographs, truth
+):
+    outcome = job("--manifest", manifest, "--model", mobilenet_bundle)
     assert outcome.exit_code == 0, outcome.log
     expected = reference.top5(reference.mobilenet(shared), photographs, HALF, HALF)
     found = answers(outcome)
@@ -89,6 +94,28 @@ def test_squeezenet_from_bare_weights_is_as_right_as_a_plain_loop(
         "tiger cat",
         "Egyptian cat",
     )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("network", ["mobilenet_bundle", "squeezenet_bundle"])
+def test_ten_crops_are_at_least_as_right_as_one(network, job, manifest, truth, tmp_path, request):
+    made = request.getfixturevalue(network)
+    hits = {}
+    for tta in ("none", "hflip", "five-crop", "ten-crop"):
+        outcome = job(
+            "--manifest",
+            manifest,
+            "--model",
+            made,
+            "--tta",
+            tta,
+            output=request.getfixturevalue("tmp_path") / tta,
+        )
+        assert outcome.exit_code == 0, outcome.log
+        hits[tta] = [right(answers(outcome), truth, k) for k in (1, 5)]
+    print(f"\n{network}: right of 300, top-1 and top-5: {hits}")
+    assert hits["ten-crop"][0] >= hits["none"][0]
 
 
 def test_every_damaged_image_of_a_whole_catalog_is_found_and_no_good_one_lost(

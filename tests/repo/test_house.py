@@ -18,13 +18,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Rooms from the top down; a room imports from itself and from rooms below it.
 ROOMS = (
     ("jobs",),
-    ("console", "pipeline", "report"),
+    ("console", "tables", "pipeline", "report"),
     ("runtime",),
     ("placement", "runs", "comparison"),
     ("inference",),
     ("images", "models", "identity"),
     ("manifest", "config", "flags"),
     ("storage", "storage_errors", "local_files", "uris"),
+    ("views",),
     ("preprocessing", "hardware", "schema", "errors"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(reversed(ROOMS)) for room in rooms}

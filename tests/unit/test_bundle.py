@@ -22,7 +22,7 @@ from batchcls.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PINNED_FINGERPRINT = "92816a46348cc107b189d0c3facb4adec4fe482fe8ba1aa9fcebb41272f6913b"
+PINNED_FINGERPRINT = "8825d449c0ba535148bb4d2ceaca410876b88d0a45b1baf10abf8c90cdc5944b"
 
 
 def _bundle(folder: Path, seed_labels: str = "mug\nplate\nvase\n") -> Bundle:
@@ -169,7 +169,7 @@ def test_a_folder_mixed_from_two_bundles_is_found(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, r"is of format 2, this program reads 1"),
+        ({"format_version": 1}, r"is of format 1, this program reads 2"),
         ({"colour": "red"}, r"colour: Extra inputs are not permitted"),
         ({"source": "keras"}, r"source: Input should be 'timm' or 'torchvision'"),
         ({"labels": ["mug", "mug", "vase"]}, r"'mug' stands in 1 already"),

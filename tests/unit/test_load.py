@@ -16,6 +16,7 @@ from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load import Loader, LoadSettings
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import Failure, Reason, loaded_schema
+from batchcls.views import Views
 from tests.drawing import draw, encode
 
 SMALL = Preprocessing(
@@ -36,6 +37,7 @@ def settings(base: Path, **changes: object) -> LoadSettings:
         "fetch": FetchPolicy(addresses=AddressPolicy(allow_private_addresses=True)),
         "limits": DecodeLimits(),
         "preprocessing": SMALL,
+        "views": Views(),
         "normalize": "engine",
         "fetch_threads": 4,
         "decode_threads": 2,

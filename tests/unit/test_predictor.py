@@ -1,6 +1,6 @@
 """The predictor on blocks as load makes them, with an engine that can be checked by hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from batchcls.images.load import pack_pixels
 from batchcls.inference.predictor import Predictor, PredictSettings
 from batchcls.models.engines import Answer
 from batchcls.schema import loaded_schema
+from batchcls.views import Views
 
 SHAPE = (2, 2, 3)
 
@@ -34,7 +35,16 @@ class MeanEngine:
 def settings(normalize: Literal["engine", "worker"] = "engine", batch_size: int = 4) -> PredictSettings:
     labels = tuple(str(i) for i in range(10))
     return PredictSettings(
-        labels, 3, pa.float32(), 2, SHAPE, normalize, batch_size, (pa.field("shop", pa.string()),)
+        labels,
+        3,
+        pa.float32(),
+        2,
+        False,
+        Views(),
+        SHAPE,
+        normalize,
+        batch_size,
+        (pa.field("shop", pa.string()),),
     )
 
 
@@ -119,8 +129,7 @@ def test_pixels_are_read_in_place():
 
 
 def test_without_an_embedding_column_none_is_written():
-    wanted = settings()
-    bare = PredictSettings(wanted.labels, 3, None, 2, SHAPE, "engine", 4, wanted.kept)
+    bare = replace(settings(), embedding=None)
     assert "embedding" not in Predictor(MeanEngine(), bare)(block([1])).column_names
 
 

@@ -7,7 +7,7 @@ from batchcls.models.labels import imagenet_labels
 from batchcls.models.library import PreprocessingOverrides
 from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
 from batchcls.models.sources import find_model, library_of
-from batchcls.models.weights import sha256_hex, to_safetensors
+from batchcls.models.weights import from_safetensors, sha256_hex, to_safetensors
 from batchcls.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,3 +150,49 @@ def test_model_arguments_are_read_with_their_types(text, arguments):
 def test_model_arguments_that_cannot_be_read_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         parse_model_arguments(text)
+
+
+def test_a_name_that_is_a_folder_with_a_bundle_as_well_is_refused(weights, labels, tmp_path, monkeypatch):
+    bundle = _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels)
+    monkeypatch.chdir(tmp_path)
+    bundle.save("resnet18", Storage())
+    with pytest.raises(InputError, match=r"write \./resnet18 for the bundle or torchvision:resnet18 for"):
+        resolve_model("resnet18", ModelChoices(), Storage())
+    assert resolve_model("./resnet18", ModelChoices(), Storage()) == bundle
+
+
+def test_a_bundle_takes_no_other_tap(weights, labels, tmp_path):
+    _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels).save(
+        str(tmp_path / "b"), Storage()
+    )
+    with pytest.raises(InputError, match="--embedding-tap"):
+        resolve_model(str(tmp_path / "b"), ModelChoices(tap="stage2"), Storage())
+
+
+def test_a_new_head_keeps_the_body_and_knows_nothing_yet(weights, labels, tmp_path):
+    (tmp_path / "many.txt").write_text("".join(f"category {i}\n" for i in range(10_000)))
+    trained = _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels)
+    made = _resolve(
+        "timm:mobilenetv3_small_050",
+        weights=weights,
+        labels=str(tmp_path / "many.txt"),
+        new_head=True,
+        dropout=0.4,
+    )
+    assert (len(made.config.labels), made.config.untrained_head, made.publishable) == (10_000, True, False)
+    before, after = (from_safetensors(bundle.weights, "x") for bundle in (trained, made))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    assert build_backbone(made).classes == 10_000
+
+
+def test_published_weights_are_announced_with_their_recipe_and_an_older_tag_with_the_difference(
+    caplog, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", "/nowhere")
+    with caplog.at_level("INFO"), pytest.raises(InputError, match="cannot be downloaded"):
+        resolve_model("resnet50.IMAGENET1K_V1", ModelChoices(), Storage())
+    info, warning = caplog.records
+    assert "recipe" in info.message
+    assert "4.728 points below IMAGENET1K_V2" in warning.message

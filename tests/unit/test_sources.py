@@ -8,8 +8,9 @@ from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
 from batchcls.models.library import ModelSpec, PreprocessingOverrides
-from batchcls.models.sources import LIBRARIES, find_model, is_library_name, library_of
+from batchcls.models.sources import LIBRARIES, find_model, find_name, is_model_name, library_of
 from batchcls.models.weights import load_strictly
+from batchcls.models.zoo import zoo_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,21 +27,46 @@ def _build(name: str, arguments=None, classes: int | None = None):
     return library_of(spec).build(spec, classes)
 
 
-@pytest.mark.parametrize("text", ["timm:resnet18", "torchvision:resnet18"])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("resnet50", "torchvision:resnet50"),
+        ("resnet50.IMAGENET1K_V1", "torchvision:resnet50.IMAGENET1K_V1"),
+        ("mobilenet_v1", "timm:mobilenetv1_100"),  # of the zoo alone
+        ("mobilenetv1_100", "timm:mobilenetv1_100"),
+        ("convnext_base", "torchvision:convnext_base"),
+        ("vgg11", "torchvision:vgg11"),  # of both libraries, not of the zoo
+    ],
+)
+def test_a_bare_name_is_looked_up_in_the_zoo_and_then_in_the_libraries(text, found):
+    assert is_model_name(text)
+    assert find_name(text) == found
+    assert str(find_model(text, {})) == found
+
+
+def test_every_name_of_the_zoo_resolves():
+    for record in zoo_records():
+        spec = find_model(record.name, {})
+        assert (spec.source, spec.architecture) == (record.source, record.architecture)
+
+
+@pytest.mark.parametrize("text", ["timm:resnet18", "torchvision:resnet18", "timm:no_such"])
 def test_a_librarys_name_is_told_from_a_folder(text):
-    assert is_library_name(text)
-    assert not any(map(is_library_name, ["s3://bucket/bundle", "bundles/timm", "resnet18", "file:///b"]))
+    assert is_model_name(text)
+    assert not any(
+        map(is_model_name, ["s3://bucket/bundle", "bundles/resnet18", "./resnet18", "file:///b", ""])
+    )
 
 
 def test_an_unknown_name_gets_close_ones_of_both_libraries():
     with pytest.raises(
-        InputError, match=r"no model timm:resnt18; did you mean.*timm:resnet18.*torchvision:resnet18"
+        InputError, match=r"no model timm:resnt18; did you mean resnet18, .*timm:"
     ):
         find_model("timm:resnt18", {})
 
 
 def test_a_name_like_no_other_gets_the_way_to_list_them():
-    with pytest.raises(InputError, match=r"list_models"):
+    with pytest.raises(InputError, match=r"bundle zoo"):
         find_model("torchvision:qqqqqqqqqq", {})
 
 

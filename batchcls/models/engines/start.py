@@ -1,30 +1,28 @@
-"""A bundle and the name of an engine become a running engine: the one place that knows them all."""
+"""A backbone and a precision become a running engine: the one place that knows all engines."""
 
-from batchcls.models.bundle import Bundle, build_backbone
+from batchcls.models.backbone import Backbone
 from batchcls.models.engines import Engine
 from batchcls.models.engines.torch_eager import TorchEager, choose_device_and_precision
+from batchcls.preprocessing import Preprocessing
 
 
-def start_engine(bundle: Bundle, device: str, precision: str, threads: int) -> Engine:
-    """Build the bundle's network and put it on the device.
+def start_engine(
+    backbone: Backbone, preprocessing: Preprocessing, device: str, precision: str, threads: int
+) -> Engine:
+    """Put a backbone on the device.
 
     Args:
-        bundle: the model.
+        backbone: taken over; its weights move to the device.
+        preprocessing: of the backbone's weights.
         device: auto, cpu or cuda.
         precision: auto, fp32, bf16 or fp16.
         threads: CPU threads of this process for one operation, at least 1.
 
     Raises:
-        InputError: the bundle does not hold together, or the device or precision is not there.
+        InputError: the device or the precision is not there.
     """
     device, precision = choose_device_and_precision(device, precision)
-    return TorchEager(
-        build_backbone(bundle),
-        bundle.config.preprocessing,
-        device=device,
-        precision=precision,
-        threads=threads,
-    )
+    return TorchEager(backbone, preprocessing, device=device, precision=precision, threads=threads)
 
 
 def describe(engine: Engine) -> str:

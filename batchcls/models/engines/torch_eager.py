@@ -66,6 +66,9 @@ class TorchEager:
             threads: CPU threads of this process for one operation, at least 1.
         """
         torch.set_num_threads(threads)
+        if precision == "fp32":
+            # Full float32: by default a GPU rounds the inputs of convolutions to ten bits (TF32).
+            torch.backends.cudnn.allow_tf32 = False
         self.device, self.precision = device, precision
         self._backbone = backbone.to(device).to(memory_format=torch.channels_last)
         self._shape = preprocessing.shape

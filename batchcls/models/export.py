@@ -1,0 +1,149 @@
+"""A bundle's network as a program for other runtimes: uint8 pixels in, logits and embedding out.
+
+The normalisation is part of the program, so that nobody outside can apply another mean. What is
+left to the caller is the resize and the crop, which `model.json` beside the program spells out.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from batchcls.errors import InputError
+from batchcls.models.backbone import Backbone
+from batchcls.models.bundle import Bundle
+from batchcls.models.engines import Answer
+from batchcls.preprocessing import Preprocessing
+
+ExportFormat = Literal["onnx", "torch-export"]
+Program = Callable[[npt.NDArray[np.uint8]], Answer]
+
+FILE_NAMES: Mapping[ExportFormat, str] = {"onnx": "model.onnx", "torch-export": "model.pt2"}
+INPUT_NAME = "images"
+OUTPUT_NAMES = ("logits", "embedding")
+
+_LARGEST_BATCH = 4096
+
+
+class _SelfContained(nn.Module):
+    """uint8 N,H,W,3 -> logits N,K and embedding N,D, both float32."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, backbone: Backbone, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.backbone = backbone
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1))
+        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normalised = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        answer: tuple[torch.Tensor, torch.Tensor] = self.backbone(normalised)
+        return answer
+
+
+def export_program(backbone: Backbone, preprocessing: Preprocessing, kind: ExportFormat) -> bytes:
+    """The program as the bytes of one file; it takes batches of any size from 1 on.
+
+    Raises:
+        InputError: the format's packages are not installed, or the network cannot be exported.
+    """
+    if kind == "onnx":
+        _require_onnx()
+    # Two images: a batch of one would be taken for a constant.
+    example = torch.zeros(2, *preprocessing.shape, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
+    module = _SelfContained(backbone, preprocessing).eval()
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, (example,), dynamic_shapes={INPUT_NAME: {0: batch}})
+        return _onnx(program) if kind == "onnx" else _torch_export(program)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"this network cannot be exported as {kind} ({reason}); try another --format or architecture"
+        ) from error
+
+
+def describe_program(bundle: Bundle, kind: ExportFormat) -> dict[str, Any]:
+    """What a caller has to know, as JSON values: input, outputs, resize and crop, where it comes from."""
+    config = bundle.config
+    height, width, channels = config.preprocessing.shape
+    return {
+        "file": FILE_NAMES[kind],
+        "input": {
+            "name": INPUT_NAME,
+            "dtype": "uint8",
+            "shape": ["batch", height, width, channels],
+            "order": "RGB",
+        },
+        "outputs": {
+            OUTPUT_NAMES[0]: {"dtype": "float32", "shape": ["batch", len(config.labels)]},
+            OUTPUT_NAMES[1]: {"dtype": "float32", "shape": ["batch", config.embedding_dimension]},
+        },
+        "resize_and_crop": config.preprocessing.model_dump(mode="json", exclude={"mean", "std"}),
+        "normalisation": "part of the program; pass pixels of 0 to 255",
+        "labels": "labels.txt, one a line, in the order of the logits",
+        "architecture": str(config.spec),
+        "bundle_fingerprint": bundle.fingerprint,
+    }
+
+
+def load_program(data: bytes, kind: ExportFormat) -> Program:
+    """An exported program as a function from uint8 N,H,W,3 pixels to an answer, on the CPU."""
+    return _load_onnx(data) if kind == "onnx" else _load_torch_export(data)
+
+
+def _torch_export(program: torch.export.ExportedProgram) -> bytes:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _onnx(program: torch.export.ExportedProgram) -> bytes:
+    converted = torch.onnx.export(
+        program,
+        dynamo=True,
+        verbose=False,
+        input_names=[INPUT_NAME],
+        output_names=list(OUTPUT_NAMES),
+    )
+    if converted is None:
+        raise RuntimeError("the exporter gave no program")
+    data: bytes = converted.model_proto.SerializeToString()
+    return data
+
+
+def _load_onnx(data: bytes) -> Program:
+    import onnxruntime  # noqa: PLC0415 - an extra; the job runs without it
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return lambda pixels: Answer(*session.run(list(OUTPUT_NAMES), {INPUT_NAME: pixels}))
+
+
+def _load_torch_export(data: bytes) -> Program:
+    module = torch.export.load(io.BytesIO(data)).module()
+
+    def answer(pixels: npt.NDArray[np.uint8]) -> Answer:
+        with torch.inference_mode():
+            logits, embedding = module(torch.from_numpy(pixels))
+        return Answer(logits.numpy(), embedding.numpy())
+
+    return answer
+
+
+def _require_onnx() -> None:
+    try:
+        import onnxruntime  # noqa: F401, PLC0415 - an extra; asked for before minutes of work
+        import onnxscript  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise InputError(
+            f"--format onnx needs a package that is not installed ({error.name}): pip install 'batchcls[export]', "
+            "or use --format torch-export"
+        ) from error

@@ -1,0 +1,100 @@
+"""Heads: dropout in front of a classifier's last layer, and a new classifier on a trained body."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from batchcls.errors import InputError
+from batchcls.models.library import Library, ModelSpec
+from batchcls.models.weights import load_strictly
+
+
+class DroppedLinear(nn.Linear):
+    """A linear layer with dropout on its input; its parameters are called as without.
+
+    Attributes:
+        p: share of the inputs that is dropped in training.
+    """
+
+    p: float = 0.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Float ...,F -> ...,K."""
+        return super().forward(nn.functional.dropout(input, self.p, self.training))
+
+
+def check_dropout(dropout: float) -> float:
+    """The share itself. Raises InputError if it is not in 0..1."""
+    if not 0 <= dropout <= 1:
+        raise InputError(f"--dropout {dropout}: a share from 0 to 1 of the classifier's inputs, as in 0.2")
+    return dropout
+
+
+def set_dropout(model: nn.Module, classifiers: tuple[str, ...], dropout: float) -> None:
+    """Put dropout directly in front of each classifier; one that stands there already is set.
+
+    Args:
+        model: changed in place; the names and values of its state stay.
+        classifiers: paths of the layers that turn features into logits.
+        dropout: share (0..1) that is dropped in training.
+
+    Raises:
+        InputError: dropout is no share, or a classifier is no linear layer.
+    """
+    check_dropout(dropout)
+    for path in classifiers:
+        layer = model.get_submodule(path)
+        before = _module_before(model, path)
+        if isinstance(before, nn.Dropout):
+            before.p = dropout
+        elif isinstance(layer, nn.Linear):
+            model.set_submodule(path, _dropped(layer, dropout))
+        else:
+            raise InputError(
+                f"--dropout: the classifier {path} of {type(model).__name__} is a {type(layer).__name__}, and "
+                "no linear layer; leave dropout out"
+            )
+
+
+def with_new_head(
+    library: Library,
+    spec: ModelSpec,
+    state: Mapping[str, torch.Tensor],
+    classes: int,
+    dropout: float | None = None,
+) -> nn.Module:
+    """A trained body under a new classifier, which is initialised as the library does, repeatably.
+
+    Args:
+        library: the library of the architecture.
+        spec: the architecture.
+        state: weights for any number of classes; those of the classifier are not looked at.
+        classes: outputs of the new classifier.
+        dropout: share (0..1) of the classifier's inputs that is dropped in training; None: what
+            the architecture has by itself.
+
+    Raises:
+        InputError: the state is not, but for the classifier, exactly that of the architecture.
+    """
+    model = library.build(spec, classes, dropout)
+    heads = tuple(f"{path}." for path in library.classifiers(model))
+    body = {k: v for k, v in library.adapt(spec, dict(state)).items() if not k.startswith(heads)}
+    fresh = {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
+    load_strictly(model, {**body, **fresh}, f"the pretrained state of {spec}")
+    return model
+
+
+def _module_before(model: nn.Module, path: str) -> nn.Module | None:
+    """The module that the classifier's parent was given just before the classifier."""
+    parent, _, name = path.rpartition(".")
+    children = model.get_submodule(parent).named_children()
+    return next((first for (_, first), (second, _) in pairwise(children) if second == name), None)
+
+
+def _dropped(layer: nn.Linear, dropout: float) -> DroppedLinear:
+    with torch.device("meta"):
+        dropped = DroppedLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    dropped.weight, dropped.bias, dropped.p = layer.weight, layer.bias, dropout
+    return dropped

@@ -1,0 +1,58 @@
+"""Every backbone of the zoo through the real job: 32 drawn images, random weights.
+
+Not part of `make test`: `make long` takes about half an hour on two cores and prints a table.
+"""
+
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchcls.models.zoo import zoo_records
+from tests.drawing import draw, encode
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+ROWS = 32
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(ROWS):
+        (folder / f"{index}.jpg").write_bytes(encode(draw(index, 500, 375), "JPEG", quality=90))
+    table = pa.table(
+        {"item_id": [str(i) for i in range(ROWS)], "uri": [str(folder / f"{i}.jpg") for i in range(ROWS)]}
+    )
+    pq.write_table(table, folder / "manifest.parquet")
+    return folder / "manifest.parquet"
+
+
+@pytest.fixture(scope="module")
+def results():
+    """What each backbone took, printed as a table for docs/log.md when all are done."""
+    lines: list[str] = []
+    yield lines
+    print(
+        "\n| backbone | whole job, s | forward pass, s per image | memory of the actor, MiB |\n|---|---|---|---|"
+    )
+    print("\n".join(lines))
+
+
+@pytest.mark.parametrize("name", [record.name for record in zoo_records()])
+def test_a_backbone_of_the_zoo_classifies(name, job, manifest, results):
+    started = time.perf_counter()
+    outcome = job("--manifest", str(manifest), "--model", name, "--allow-random-weights")
+    seconds = time.perf_counter() - started
+    assert outcome.exit_code == 0, outcome.log
+    record = outcome.record
+    assert (record["counts"]["rows"], record["counts"]["predicted"]) == (ROWS, ROWS)
+    dimension = outcome.predictions.schema.field("embedding").type.list_size
+    assert dimension >= 384
+    assert not (outcome.output / "current.json").exists()
+    forward = record["stage_seconds"]["predict"] / ROWS
+    results.append(
+        f"| {name} | {seconds:.0f} | {forward:.3f} | {record['measured']['peak_memory_mib_of_an_actor']:.0f} |"
+    )
