@@ -159,5 +159,7 @@ def _help(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if default is PydanticUndefined or default is None or default in ([], {}):
         return text
+    if isinstance(default, list):
+        default = ",".join(map(str, default))
     shown = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
     return f"{text} [{shown}]"

@@ -6,13 +6,15 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from batchcls.errors import InputError
+from batchcls.errors import BatchclsError, InputError
 from batchcls.placement import Node
 
 T = TypeVar("T")
@@ -29,6 +31,11 @@ _QUIET_ENVIRONMENT = {
     # CUDA_VISIBLE_DEVICES as it is. Load tasks never touch a GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+
+# libgomp's threads spin while they wait, on cores that they share with others (docs/log.md, "Negative").
+WORKER_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+"""Environment of every worker that runs a network."""
 
 
 @contextmanager
@@ -76,6 +83,98 @@ def nodes() -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class LivingNode:
+    """One node of the cluster: what Ray calls it, its host's name, and what Ray may use of it."""
+
+    node_id: str
+    host: str
+    cpus: float
+    gpus: float
+
+
+def living_nodes() -> list[LivingNode]:
+    """The nodes that can run a task, in the order of their hosts' names."""
+    found = [
+        LivingNode(
+            node_id=node["NodeID"],
+            host=node["NodeManagerHostname"],
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted((node for node in found if node.cpus >= 1), key=lambda node: (node.host, node.node_id))
+
+
+def run_alone(node: LivingNode, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on a node, in a fresh process, with all of the node's CPUs and GPUs set aside.
+
+    It waits until nothing else that asked Ray for a CPU or GPU runs there. What uses the machine
+    without asking Ray is not seen.
+
+    Args:
+        node: of the cluster.
+        function: something that a worker can import.
+        arguments: for the function; an ObjectRef arrives as its value.
+
+    Raises:
+        Exception: whatever the function raises, as it raised it.
+        BatchclsError: its process or the node died.
+    """
+    found: T = _result(node, _start(node, function, *arguments), None)
+    return found
+
+
+def run_everywhere(nodes: Sequence[LivingNode], function: Callable[[], T], seconds: float) -> list[T]:
+    """Call a function on every node at once, each time as `run_alone` does; results in the nodes' order.
+
+    Raises:
+        InputError: a node is not free within `seconds`.
+        BatchclsError: a process or a node died.
+    """
+    tasks = [_start(node, function) for node in nodes]
+    deadline = time.monotonic() + seconds
+    return [
+        _result(node, task, max(0.0, deadline - time.monotonic()))
+        for node, task in zip(nodes, tasks, strict=True)
+    ]
+
+
+def _start(node: LivingNode, function: Callable[..., Any], *arguments: Any) -> Any:
+    once = ray.remote(max_calls=1, max_retries=0)(_call)
+    task = once.options(
+        name=function.__name__,
+        num_cpus=node.cpus,
+        num_gpus=node.gpus,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+        runtime_env=WORKER_ENVIRONMENT,
+    )
+    return task.remote(function, *arguments)
+
+
+def _call(function: Callable[..., T], *arguments: Any) -> T:
+    return function(*arguments)
+
+
+def _result(node: LivingNode, task: Any, seconds: float | None) -> Any:
+    try:
+        return ray.get(task, timeout=seconds)
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(task)
+        raise InputError(
+            f"{node.host} has not been free yet: other work holds some of its {node.cpus:g} CPUs and "
+            f"{node.gpus:g} GPUs; wait for it to end, or use a cluster without other work"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.OutOfMemoryError as error:
+        raise BatchclsError(f"its process was ended on {node.host}, whose memory had run out") from error
+    except ray.exceptions.RayError as error:
+        raise BatchclsError(f"its process ended on {node.host} ({_first_line(error)})") from error
 
 
 def wait_for(attempt: Callable[[], T], seconds: float) -> T:

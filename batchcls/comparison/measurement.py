@@ -44,6 +44,12 @@ class Agreement(Record):
     labelled: int = Field(ge=0, description="Images whose label in the manifest the model knows.")
     top1: float | None = Field(default=None, ge=0, le=1, description="Share of those answered right.")
     top5: float | None = Field(default=None, ge=0, le=1, description="Share right among the best five.")
+    right: str | None = Field(
+        default=None,
+        pattern=r"^[01-]+$",
+        description="One character an image: 1 answered right, 0 wrong, - without a label that is known. With "
+        "them two candidates are compared image by image.",
+    )
 
 
 class Measurement(Record):

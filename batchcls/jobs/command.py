@@ -45,7 +45,7 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
         _logger.error("error: %s", error)  # noqa: TRY400 - the last line is the one for people
         return error.exit_code
     except KeyboardInterrupt:
-        _logger.error("interrupted; nothing was committed")  # noqa: TRY400
+        _logger.error("interrupted")  # noqa: TRY400
         return ExitCode.INTERRUPTED
     except Exception:
         _logger.exception("unexpected error; this is a fault of batchcls or of something below it")

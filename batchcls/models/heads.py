@@ -80,9 +80,8 @@ def with_new_head(
     """
     model = library.build(spec, classes, dropout)
     heads = tuple(f"{path}." for path in library.classifiers(model))
-    body = {k: v for k, v in library.adapt(spec, dict(state)).items() if not k.startswith(heads)}
-    fresh = {k: v for k, v in model.state_dict().items() if k.startswith(heads)}
-    load_strictly(model, {**body, **fresh}, f"the pretrained state of {spec}")
+    fresh = {key: value for key, value in model.state_dict().items() if key.startswith(heads)}
+    load_strictly(model, {**library.adapt(spec, dict(state)), **fresh}, f"the pretrained state of {spec}")
     return model
 
 

@@ -1,9 +1,9 @@
 """Names of architectures: the zoo's short ones, a library's own, and both libraries' with a prefix.
 
-    resnet50                      the zoo's name
-    mobilenetv1_100               a library's own name; torchvision is asked first, then timm
-    timm:resnet50                 that library's architecture, whatever others have of that name
-    resnet50.IMAGENET1K_V1        any of them with a tag of published weights
+resnet50                      the zoo's name
+mobilenetv1_100               a library's own name; torchvision is asked first, then timm
+timm:resnet50                 that library's architecture, whatever others have of that name
+resnet50.IMAGENET1K_V1        any of them with a tag of published weights
 """
 
 import difflib

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -172,11 +171,10 @@ def _transformer_layers(model: VisionTransformer) -> tuple[Stage, ...]:
 def _feature_maps(
     model: nn.Module, classifiers: tuple[str, ...], input_size: tuple[int, int]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Maps in front of the final pooling, of modules that run once, in the order in which they ended."""
+    """Maps in front of the final pooling, in the order in which their modules ended."""
     seen = watch(model, _chain(model, classifiers), input_size)
-    calls = Counter(path for path, _ in seen)
-    maps = [(path, features) for path, features in seen if features.ndim == 4 and calls[path] == 1]
-    return list(takewhile(lambda seen: not _is_final_pool(model.get_submodule(seen[0])), maps))
+    body = takewhile(lambda item: not isinstance(model.get_submodule(item[0]), nn.AdaptiveAvgPool2d), seen)
+    return [(path, features) for path, features in body if features.ndim == 4]
 
 
 def _chain(model: nn.Module, classifiers: tuple[str, ...]) -> Iterator[str]:
@@ -193,10 +191,6 @@ def _chain(model: nn.Module, classifiers: tuple[str, ...]) -> Iterator[str]:
         yield name
         if isinstance(module, nn.Sequential | nn.ModuleList):
             yield from (f"{name}.{inner}" for inner, _ in module.named_children())
-
-
-def _is_final_pool(module: nn.Module) -> bool:
-    return isinstance(module, nn.AdaptiveAvgPool2d)
 
 
 def _base(spec: ModelSpec) -> str:

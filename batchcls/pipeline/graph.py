@@ -22,15 +22,13 @@ from batchcls.pipeline.tally import Progress, Tally
 from batchcls.pipeline.write_stage import PartSink
 from batchcls.placement import Placement
 from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runtime import WORKER_ENVIRONMENT
 
 # A task or actor that dies is replaced so often and no more: an image that kills its process would
 # otherwise be tried for ever.
 _TASK_RETRIES = 3
 _ACTOR_RESTARTS = 10
 _TASKS_IN_FLIGHT_PER_ACTOR = 4
-# libgomp's threads spin while they wait, on cores that they share with load tasks (docs/log.md,
-# "Negative").
-_ACTOR_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ class Run:
                 ),
                 num_cpus=shape.cpus_per_actor,
                 num_gpus=shape.gpus_per_actor,
-                runtime_env=_ACTOR_ENVIRONMENT,
+                runtime_env=WORKER_ENVIRONMENT,
                 max_restarts=_ACTOR_RESTARTS,
                 max_task_retries=_TASK_RETRIES,
             )

@@ -59,9 +59,7 @@ def test_a_librarys_name_is_told_from_a_folder(text):
 
 
 def test_an_unknown_name_gets_close_ones_of_both_libraries():
-    with pytest.raises(
-        InputError, match=r"no model timm:resnt18; did you mean resnet18, .*timm:"
-    ):
+    with pytest.raises(InputError, match=r"no model timm:resnt18; did you mean resnet18, .*timm:"):
         find_model("timm:resnt18", {})
 
 

@@ -1,0 +1,99 @@
+"""What a comparison was asked for, opened and checked before anything is measured."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+
+from batchcls.comparison.candidate import EngineChoice, parse_engines
+from batchcls.comparison.sample import Sample, take_sample
+from batchcls.config.compare import CompareConfig
+from batchcls.errors import InputError
+from batchcls.images.addresses import AddressPolicy
+from batchcls.images.decode import DecodeLimits
+from batchcls.images.fetch import FetchPolicy
+from batchcls.manifest import Manifest, open_manifest
+from batchcls.models.bundle import Bundle
+from batchcls.models.resolve import ModelChoices, resolve_model
+from batchcls.models.sources import is_model_name
+from batchcls.storage import Storage, explain, redact_uri
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything that the measuring needs; `bundles` by the name that each was given."""
+
+    storage: Storage
+    sample: Sample
+    bundles: Mapping[str, Bundle]
+    engines: tuple[EngineChoice, ...]
+    fetch: FetchPolicy
+    limits: DecodeLimits
+
+
+def open_inputs(config: CompareConfig) -> Inputs:
+    """Open the manifest, take the sample and resolve the models.
+
+    Raises:
+        InputError: something is missing, unknown or does not fit; the message has the remedy.
+    """
+    storage = Storage(config.storage_options)
+    engines = parse_engines(config.engines)
+    manifest = _open_manifest(config, storage)
+    sample = take_sample(manifest, config.images, storage)
+    labels = f"labels in {config.label_column}" if manifest.columns.kept else "no labels"
+    _logger.info("sample: %d of %d rows, %s", sample.rows.num_rows, manifest.rows, labels)
+    return Inputs(
+        storage=storage,
+        sample=sample,
+        bundles=_resolve(config, storage),
+        engines=engines,
+        fetch=FetchPolicy(
+            addresses=AddressPolicy(tuple(config.allow_root), config.allow_private_addresses),
+            timeout_seconds=config.fetch_timeout_seconds,
+            max_bytes=config.max_image_bytes,
+            max_attempts=config.fetch_attempts,
+            storage_options=config.storage_options,
+        ),
+        limits=DecodeLimits(config.max_image_pixels, config.min_image_side_pixels),
+    )
+
+
+def _open_manifest(config: CompareConfig, storage: Storage) -> Manifest:
+    """The manifest, with its labels if it has any; a column that somebody named has to be there."""
+    manifest = open_manifest(config.manifest, storage, id_column=config.id_column)
+    first = manifest.files[0].uri
+    with explain(first):
+        filesystem, path = storage.arrow_filesystem(first)
+        with filesystem.open_input_file(path) as file:
+            names = pq.read_schema(file).names
+    if config.label_column not in names:
+        if "label_column" in config.model_fields_set:
+            raise InputError(
+                f"--label-column {config.label_column}: the manifest has no such column; it has {', '.join(names)}"
+            )
+        return manifest
+    if config.label_column in manifest.columns.names:
+        raise InputError(
+            f"--label-column {config.label_column}: that column names images; name one of labels"
+        )
+    return open_manifest(config.manifest, storage, id_column=config.id_column, keep=[config.label_column])
+
+
+def _resolve(config: CompareConfig, storage: Storage) -> Mapping[str, Bundle]:
+    """Every model that was named; of several names for one model the first."""
+    bundles: dict[str, Bundle] = {}
+    for model in config.models:
+        choices = ModelChoices(allow_random=config.allow_random_weights and is_model_name(model))
+        bundle, name = resolve_model(model, choices, storage), redact_uri(model)
+        same = [known for known, other in bundles.items() if other.fingerprint == bundle.fingerprint]
+        if same:
+            _logger.warning("%s is the same model as %s and is measured once", name, same[0])
+            continue
+        weights = bundle.config.weights
+        _logger.info("%s: %s, weights %s %s", name, bundle.config.spec, weights.kind, weights.name)
+        bundles[name] = bundle
+    return bundles

@@ -1,0 +1,93 @@
+"""What a machine does besides: cores that others keep busy, memory of this process, memory that is left.
+
+All of it is read from Linux's /proc.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_PROC = Path("/proc")
+_STAT_BUSY_FIELDS = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; the rest is waiting
+_RESET_PEAK = "5"
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class OtherLoad:
+    """A point in time from which the load of other programs is counted.
+
+    The cores are those that this process may use, and what a hypervisor gave to other machines
+    counts as load.
+    """
+
+    started: float
+    busy: float
+    own: float
+
+    @classmethod
+    def begin(cls) -> "OtherLoad":
+        """Count from now on."""
+        return cls(time.perf_counter(), _busy_seconds(), time.process_time())
+
+    def cores(self) -> float:
+        """Cores that others kept busy since then, on average; never below 0."""
+        elapsed = time.perf_counter() - self.started
+        others = (_busy_seconds() - self.busy) - (time.process_time() - self.own)
+        return max(0.0, others / elapsed)
+
+
+def _busy_seconds() -> float:
+    """Seconds that this process's cores were busy since the machine started, over all programs."""
+    allowed = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in (_PROC / "stat").read_text().splitlines():
+        name, *values = line.split()
+        if name in allowed:
+            ticks += sum(int(values[field]) for field in _STAT_BUSY_FIELDS)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def forget_peak_memory(device: str) -> None:
+    """Count `peak_memory_mib` from now on.
+
+    Where the kernel does not let a process reset its mark, it goes on from the process's start.
+    """
+    if device == "cuda":
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        (_PROC / "self" / "clear_refs").write_text(_RESET_PEAK)
+    except OSError:
+        return
+
+
+def peak_memory_mib(device: str) -> float:
+    """Most memory, in MiB, since `forget_peak_memory`: of this process, or reserved on the GPU."""
+    if device == "cuda":
+        return float(torch.cuda.max_memory_reserved()) / 2**20
+    return _kibibytes(_PROC / "self" / "status", "VmHWM") / 1024
+
+
+def available_memory_mib(device: str) -> float:
+    """Memory that can still be had, in MiB: of the machine and of this control group, or of the GPU."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0]) / 2**20
+    machine = _kibibytes(_PROC / "meminfo", "MemAvailable") / 1024
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return machine
+    return machine if limit == "max" else min(machine, (int(limit) - int(used)) / 2**20)
+
+
+def _kibibytes(path: Path, name: str) -> float:
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == name:
+            return float(value.split()[0])
+    raise OSError(f"{path} does not say {name}")

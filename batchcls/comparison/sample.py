@@ -1,0 +1,104 @@
+"""The images that every candidate answers: a sample of the manifest, spread evenly over its rows."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from batchcls.errors import InputError
+from batchcls.manifest import Fragment, FragmentReader, Manifest
+from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
+from batchcls.storage import Storage, is_remote, local_path
+
+LABEL = "label"
+"""The column of a sample with class names."""
+
+_ROWS_PER_TABLE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows of the manifest, not yet fetched.
+
+    Attributes:
+        rows: row, item_id, uri and image as `manifest.FragmentReader` gives them, and `label` as text
+            where the manifest has labels; in the manifest's order.
+        base: the folder that relative uris are resolved against.
+    """
+
+    rows: pa.Table
+    base: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over what names the images, where they lie, and their labels; hexadecimal.
+
+        An image that stands in the manifest itself counts with its bytes.
+        """
+        place = self.base if is_remote(self.base) else str(Path(local_path(self.base)).resolve())
+        digest = hashlib.sha256(place.encode())
+        named = (self.rows.column(name).to_pylist() for name in self.rows.column_names if name != ROW)
+        for values in zip(*named, strict=True):
+            for value in values:
+                data = value if isinstance(value, bytes) else repr(value).encode()
+                digest.update(len(data).to_bytes(8, "big") + data)
+        return digest.hexdigest()
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """`count` numbers of 0..rows-1 at equal distances, ascending; all of them where there are fewer."""
+    if count >= rows:
+        return list(range(rows))
+    # The middles of `count` equal stretches: neither the head nor the tail is favoured.
+    return [(2 * place + 1) * rows // (2 * count) for place in range(count)]
+
+
+def take_sample(manifest: Manifest, count: int, storage: Storage) -> Sample:
+    """Read `count` rows of the manifest, spread evenly over it.
+
+    Only row groups that hold one of them are read; of inline images these are read in streams.
+
+    Args:
+        manifest: opened with no kept column, or with one: the labels.
+        count: at most so many rows.
+        storage: how to reach the manifest.
+
+    Raises:
+        InputError: a file of the manifest cannot be read, or labels are no text.
+    """
+    reader = FragmentReader(manifest.columns, storage)
+    wanted = np.array(spread(manifest.rows, count))
+    tables: list[pa.Table] = []
+    for row_group in manifest.fragments(manifest.rows):
+        first, last = np.searchsorted(wanted, (row_group.first_row, row_group.first_row + row_group.rows))
+        if first < last:
+            tables += _rows_of(row_group, wanted[first:last].tolist(), reader)
+    rows = pa.concat_tables(tables).combine_chunks()
+    columns = {name: rows.column(name) for name in (ROW, ITEM_ID, URI, IMAGE)}
+    for field in manifest.columns.kept:
+        columns[LABEL] = _as_text(rows.column(field.name), field.name)
+    return Sample(pa.table(columns), manifest.base)
+
+
+def _as_text(labels: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    try:
+        return labels.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise InputError(
+            f"--label-column {name}: its values ({labels.type}) are no class names; name a column of text"
+        ) from None
+
+
+def _rows_of(row_group: Fragment, wanted: Sequence[int], reader: FragmentReader) -> Iterator[pa.Table]:
+    skipped, span = wanted[0] - row_group.first_row, wanted[-1] - wanted[0] + 1
+    stretch = Fragment(
+        row_group.uri, row_group.row_group, row_group.offset + skipped, span, row_group.first_row + skipped
+    )
+    for table in reader.read(stretch, _ROWS_PER_TABLE):
+        first = table.column(ROW)[0].as_py()
+        inside = [row - first for row in wanted if first <= row < first + table.num_rows]
+        if inside:
+            yield table.take(inside)

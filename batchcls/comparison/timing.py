@@ -1,0 +1,143 @@
+"""Timing of a running engine: warm-up first, every repeat by itself, median and spread at the end."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batchcls.comparison.ascent import no_room, not_worth_it
+from batchcls.comparison.machine import available_memory_mib, peak_memory_mib
+from batchcls.comparison.measurement import Latency, Throughput
+from batchcls.models.engines import Engine
+
+Pixels = npt.NDArray[np.uint8]
+
+_WARM_UP_REPEATS = 3
+_WARM_UP_SHARE = 0.1  # of the time for a measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """How often something is timed.
+
+    `wanted` repeats are the least as long as they fit into twice the time; `least` are made in any
+    case; at `most` it ends before the time is over.
+    """
+
+    least: int
+    wanted: int
+    most: int
+
+
+LATENCY_REPEATS = Repeats(least=5, wanted=20, most=1000)
+THROUGHPUT_REPEATS = Repeats(least=2, wanted=5, most=30)
+
+
+def latency(engine: Engine, pixels: Pixels, seconds: float) -> Latency:
+    """Answers to one image at a time, in turn through N x H x W x 3 pixels."""
+    taken = np.array(_timed(engine, pixels, 1, seconds, LATENCY_REPEATS)) * 1e3
+    p50, p95, p99 = np.percentile(taken, (50, 95, 99))
+    return Latency(p50_ms=p50, p95_ms=p95, p99_ms=p99, repeats=len(taken))
+
+
+def throughputs(
+    engine: Engine, pixels: Pixels, batch_sizes: Sequence[int], seconds: float, *, worthwhile_only: bool
+) -> tuple[list[Throughput], str | None]:
+    """Answers to whole batches, of ascending sizes as far as there is memory for them.
+
+    Args:
+        engine: what answers.
+        pixels: N x H x W x 3; batches larger than N go round.
+        batch_sizes: ascending.
+        seconds: for each of them.
+        worthwhile_only: end where two sizes in a row were slower than the best, or where a single
+            batch would take all the time.
+
+    Returns:
+        What was measured, at least one entry; and why larger sizes were not tried, None if all were.
+
+    Raises:
+        MemoryError: not even the smallest batch fits.
+    """
+    found: list[Throughput] = []
+    before = peak_memory_mib(engine.device)
+    for batch_size in batch_sizes:
+        reason = no_room(found, batch_size, before, available_memory_mib(engine.device))
+        if reason is None and worthwhile_only:
+            reason = not_worth_it(found, batch_size, seconds)
+        if reason is not None:
+            return found, reason
+        try:
+            found.append(_throughput(engine, pixels, batch_size, seconds))
+        except (MemoryError, RuntimeError) as error:
+            if not found or not is_out_of_memory(error):
+                raise
+            return found, f"batch {batch_size} does not fit into memory"
+    return found, None
+
+
+def _throughput(engine: Engine, pixels: Pixels, batch_size: int, seconds: float) -> Throughput:
+    rates = batch_size / np.array(_timed(engine, pixels, batch_size, seconds, THROUGHPUT_REPEATS))
+    lower, median, upper = np.percentile(rates, (25, 50, 75))
+    return Throughput(
+        batch_size=batch_size,
+        images_per_second=median,
+        spread=(upper - lower) / median,
+        repeats=len(rates),
+        peak_memory_mib=round(peak_memory_mib(engine.device), 1),
+    )
+
+
+def _timed(engine: Engine, pixels: Pixels, batch_size: int, seconds: float, repeats: Repeats) -> list[float]:
+    """Seconds of each answer, warm-up left out. Batches are made outside of what is timed."""
+    batches = _batches(pixels, batch_size)
+    _warm_up(lambda: engine.answer(next(batches)), seconds)
+    taken: list[float] = []
+    started = time.perf_counter()
+    while not _enough(len(taken), time.perf_counter() - started, seconds, repeats):
+        batch = next(batches)
+        before = time.perf_counter()
+        engine.answer(batch)
+        taken.append(time.perf_counter() - before)
+    return taken
+
+
+def _enough(done: int, elapsed: float, seconds: float, repeats: Repeats) -> bool:
+    if done >= repeats.most:
+        return True
+    if done >= repeats.wanted:
+        return elapsed >= seconds
+    return done >= repeats.least and elapsed >= 2 * seconds
+
+
+def _warm_up(answer: Callable[[], object], seconds: float) -> None:
+    """The first answers to a shape allocate memory and choose kernels."""
+    started = time.perf_counter()
+    for _ in range(_WARM_UP_REPEATS):
+        answer()
+        if time.perf_counter() - started > _WARM_UP_SHARE * seconds:
+            return
+
+
+def _batches(pixels: Pixels, batch_size: int) -> Iterator[Pixels]:
+    """Batches of exactly that size, round and round through all the images."""
+    for number in count():
+        start = number * batch_size % len(pixels)
+        if start + batch_size <= len(pixels):
+            yield pixels[start : start + batch_size]
+        else:
+            yield pixels[np.arange(start, start + batch_size) % len(pixels)]
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out; on a CPU PyTorch says so with a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

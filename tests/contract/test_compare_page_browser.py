@@ -1,0 +1,148 @@
+"""The page of a comparison in a real browser: on a desk, on a phone, in the dark and on paper."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from batchcls.comparison.recommend import Needs, recommend
+from batchcls.report.compare_page import PageContext, compare_page
+from tests.browser import Browser, open_browser
+from tests.measurements import SERVER, measurement, six_backbones
+
+PHONE, DESK, PAPER = 390, 1280, 1032  # CSS pixels; the last is A4 across, without its margins
+LONG_NAME = "s3://models/" + "a_long_way_to_a_bundle/" * 5
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six backbones on two engines, and one model with a name that is longer than a phone is wide."""
+    measurements = [*six_backbones(), measurement(LONG_NAME, p50=30, right=150)]
+    needs = Needs(target_ms=80, price_per_hour=0.4)
+    created = datetime(2026, 11, 23, 20, 40, tzinfo=UTC)
+    context = PageContext("Which backbone for the catalog", LONG_NAME + "x" * 200, 300, created, "0.1.0")
+    advice = {SERVER.key: recommend(measurements, needs)}
+    path = tmp_path_factory.mktemp("page") / "compare.html"
+    path.write_text(compare_page(measurements, needs, advice, context))
+    assert path.stat().st_size < 1_000_000
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _light(browser: Browser) -> None:
+    browser.emulate()
+
+
+def test_it_loads_without_a_complaint_and_without_a_request(browser: Browser, page: Path):
+    browser.open(page, width=DESK)
+    assert browser.console() == []
+    assert browser.requests() == [page.as_uri()]
+    assert browser.ask("document.title") == "Which backbone for the catalog"
+    assert browser.ask("document.compatMode") == "CSS1Compat"
+
+
+def test_the_console_would_have_told(browser: Browser, tmp_path: Path):
+    """What the test above relies on: a page that asks for something is found out."""
+    broken = tmp_path / "broken.html"
+    broken.write_text("<!doctype html><img src='missing.png'><script>nothing()</script>")
+    browser.open(broken, width=DESK)
+    assert len(browser.console()) == 2
+    assert browser.requests() == [broken.as_uri(), (tmp_path / "missing.png").as_uri()]
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_nothing_is_wider_than_the_window(browser: Browser, page: Path, width: int):
+    browser.open(page, width=width)
+    assert browser.ask("innerWidth") == width
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    assert browser.ask(
+        "[...document.querySelectorAll('.scroll')].every(box => box.getBoundingClientRect().right <= innerWidth)"
+    )
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_both_pictures_are_there_with_readable_labels(browser: Browser, page: Path, width: int):
+    browser.open(page, width=width)
+    sizes = browser.ask(
+        "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
+        ".map(box => [box.width, box.height])"
+    )
+    assert len(sizes) == 2
+    for drawn_width, height in sizes:
+        assert drawn_width > 300
+        assert height > 250
+    labels = browser.ask(
+        "[...document.querySelectorAll('figure svg [id*=label-]')].map(label => label.textContent)"
+    )
+    assert len(labels) == 2 * 13
+    assert all(labels)
+    heights = browser.ask(
+        "[...document.querySelectorAll('figure svg text')].map(text => text.getBoundingClientRect().height)"
+    )
+    assert min(heights) > 8
+
+
+def test_labels_do_not_cover_each_other_in_the_browsers_own_font(browser: Browser, page: Path):
+    browser.open(page, width=DESK)
+    boxes = browser.ask(
+        "[...document.querySelectorAll('figure:first-child svg [id*=label-]')].map(label => "
+        "label.getBoundingClientRect()).map(box => [box.left, box.top, box.right, box.bottom])"
+    )
+    assert len(boxes) == 13
+    for index, one in enumerate(boxes):
+        for other in boxes[:index]:
+            width = min(one[2], other[2]) - max(one[0], other[0])
+            height = min(one[3], other[3]) - max(one[1], other[1])
+            # Boxes of text reach above and below the letters.
+            assert width <= 0 or height <= 4, (one, other)
+
+
+def colours(browser: Browser) -> tuple[object, object, object]:
+    style = "getComputedStyle(document.querySelector('{}')).{}"
+    return (
+        browser.ask(style.format("body", "backgroundColor")),
+        browser.ask(style.format("body", "color")),
+        browser.ask(style.format("figure svg [id*=front-measured] path", "stroke")),
+    )
+
+
+def test_in_the_dark_page_and_pictures_turn(browser: Browser, page: Path):
+    browser.open(page, width=DESK)
+    light = colours(browser)
+    browser.emulate(dark=True)
+    dark = colours(browser)
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    assert light[1] == light[2]
+    assert dark[1] == dark[2]
+
+
+def test_paper_is_light_even_in_the_dark_and_no_table_is_cut_off(browser: Browser, page: Path):
+    browser.open(page, width=PAPER)
+    light = colours(browser)
+    browser.emulate(dark=True, media="print")
+    assert colours(browser) == light
+    overhang = browser.ask(
+        "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right - innerWidth)"
+    )
+    assert len(overhang) == 5
+    assert max(overhang) <= 0
+
+
+def test_it_prints(browser: Browser, page: Path):
+    browser.open(page, width=DESK)
+    paper = browser.print_pdf()
+    assert paper.startswith(b"%PDF-")
+    assert 3 <= paper.count(b"/Type /Page\n") <= 10
+    assert len(paper) > 30_000
+
+
+def test_a_picture_of_the_page_is_no_blank(browser: Browser, page: Path):
+    browser.open(page, width=PHONE)
+    assert len(browser.screenshot()) > 50_000

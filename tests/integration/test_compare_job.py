@@ -1,0 +1,166 @@
+"""The comparison on the cluster of the tests: small networks, real measurements, all outputs, a second run."""
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
+
+from batchcls.jobs import compare
+from batchcls.jobs.command import run
+from tests.drawing import draw, encode
+from tests.integration.conftest import Cluster, Outcome
+
+IMAGES = 24
+BROKEN = 5
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison left behind."""
+
+    exit_code: int
+    said: str
+    output: Path
+
+    @property
+    def measurements(self) -> dict[str, int]:
+        """Names of the files, each with the time of its last change."""
+        return {path.name: path.stat().st_mtime_ns for path in (self.output / "measurements").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Drawn pictures with labels, some of which the models do not know; one picture is cut."""
+    folder = tmp_path_factory.mktemp("compare")
+    for number in range(IMAGES):
+        data = encode(draw(number, 90, 70), "JPEG")
+        (folder / f"{number}.jpg").write_bytes(data[: len(data) // 2] if number == BROKEN else data)
+    columns = {
+        "item_id": [f"item-{n}" for n in range(IMAGES)],
+        "uri": [f"{n}.jpg" for n in range(IMAGES)],
+        "label": [f"label {n % 12}" for n in range(IMAGES)],
+    }
+    pq.write_table(pa.table(columns), folder / "manifest.parquet", row_group_size=10)
+    return str(folder / "manifest.parquet")
+
+
+@pytest.fixture(scope="module")
+def models(
+    tiny_bundle: str, make_bundle: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, str]:
+    """The small network of the other tests, and another one with the same preprocessing."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("other")
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_efficientnet", num_classes=10).state_dict(), folder / "w.safetensors")
+    (folder / "labels.txt").write_text("".join(f"label {i}\n" for i in range(10)))
+    other = make_bundle(
+        *("--model", "timm:test_efficientnet", "--weights", str(folder / "w.safetensors")),
+        *("--labels", str(folder / "labels.txt"), "--input-size", "64", "--crop-pct", "0.9"),
+        *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--interpolation", "bilinear"),
+    )
+    return tiny_bundle, other
+
+
+@pytest.fixture(scope="module")
+def compare_job(cluster: Cluster, catalog: str, models: tuple[str, str]) -> Callable[[Path], Compared]:
+    def run_here(output: Path) -> Compared:
+        arguments = [
+            *("--manifest", catalog, "--models", ",".join(models), "--output", str(output)),
+            *("--images", str(IMAGES), "--batch-sizes", "1,4", "--seconds-per-measurement", "0.2"),
+            *("--price-per-hour", "0.4", "--ray-address", cluster.address),
+        ]
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                patch.setenv(name, cluster.environment[name])
+            reset_auth_token_state()  # Ray read both when it was imported
+            exit_code = run("compare", compare.COMMANDS, arguments)
+        return Compared(exit_code, said.getvalue(), output)
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def compared(
+    compare_job: Callable[[Path], Compared], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Compared, dict[str, int], Compared]:
+    """A first run, its files, and the same command once more."""
+    output = tmp_path_factory.mktemp("compared")
+    first = compare_job(output)
+    return first, first.measurements, compare_job(output)
+
+
+def test_every_candidate_is_measured_on_the_images_that_can_be_read(compared, models):
+    first, files, _ = compared
+    assert first.exit_code == 0, first.said
+    assert len(files) == 4
+    assert f"{IMAGES - 1} images at 64 x 64 pixels" in first.said
+    assert "1 images of the sample are left out: truncated=1" in first.said
+    for model in models:
+        for engine in ("torch fp32", "torch bf16"):
+            assert f"{model}, {engine} on cpu: p50 " in first.said
+
+
+def test_the_table_is_readable_with_duckdb_and_its_figures_hang_together(compared, models):
+    first, _, _ = compared
+    table = f"'{first.output}/measurements.parquet'"
+    rows = duckdb.sql(f"select model, engine, count(*), min(batch_size) from {table} group by all").fetchall()
+    assert {(*row[:2],) for row in rows} == {(m, e) for m in models for e in ("torch fp32", "torch bf16")}
+    assert all(row[2:] == (2, 1) for row in rows)
+    wrong = duckdb.sql(
+        f"""select * from {table} where not (p50_ms > 0 and p50_ms <= p95_ms and p95_ms <= p99_ms
+        and images_per_second > 0 and peak_memory_mib > 100 and images = {IMAGES - 1} and labelled = 19
+        and top1 <= top5 and cost_per_million > 0 and parameters > 1000 and multiply_adds > 1000
+        and (engine <> 'torch fp32' or top1_with_fp32 = 1))"""
+    ).fetchall()
+    assert wrong == []
+
+
+def test_page_and_recommendation_are_there_and_name_a_measured_model(compared, models):
+    first, _, _ = compared
+    record = json.loads((first.output / "recommendation.json").read_text())
+    (found,) = record["recommendations"].values()
+    assert found["model"] in models
+    assert all(sentence in first.said for sentence in found["sentences"])
+    page = (first.output / "compare.html").read_text()
+    assert page.lower().startswith("<!doctype html>")
+    assert all(model in page for model in models)
+
+
+def test_the_same_command_measures_nothing_anew(compared):
+    _, files, second = compared
+    assert second.exit_code == 0
+    assert "resumed: 4 of 4 measured before" in second.said
+    assert second.measurements == files
+
+
+def test_accuracy_is_that_of_the_main_job(
+    compared, catalog, models, run_job: Callable[..., Outcome], tmp_path
+):
+    first, _, _ = compared
+    outcome = run_job(
+        *("--manifest", catalog, "--model", models[0], "--precision", "fp32", "--max-failed-fraction", "0.1"),
+        output=tmp_path / "classified",
+    )
+    assert outcome.exit_code == 0, outcome.log
+    known = [row for row in outcome.predictions.to_pylist() if row["row"] % 12 < 10]
+    answers = [[answer["label"] for answer in row["top_k"]] for row in known]
+    truth = [f"label {row['row'] % 12}" for row in known]
+    table = f"'{first.output}/measurements.parquet'"
+    query = f"select distinct top1, top5 from {table} where model = '{models[0]}' and engine = 'torch fp32'"
+    ((top1, top5),) = duckdb.sql(query).fetchall()
+    right = [label in found[:1] for label, found in zip(truth, answers, strict=True)]
+    among_five = [label in found for label, found in zip(truth, answers, strict=True)]
+    assert (top1, top5) == (sum(right) / len(known), sum(among_five) / len(known))
