@@ -10,9 +10,9 @@ from batchcls.comparison.candidate import EngineChoice, parse_engines
 from batchcls.comparison.sample import Sample, take_sample
 from batchcls.config.compare import CompareConfig
 from batchcls.errors import InputError
-from batchcls.images.addresses import AddressPolicy
 from batchcls.images.decode import DecodeLimits
 from batchcls.images.fetch import FetchPolicy
+from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.manifest import Manifest, open_manifest
 from batchcls.models.bundle import Bundle
 from batchcls.models.resolve import ModelChoices, resolve_model
@@ -51,14 +51,8 @@ def open_inputs(config: CompareConfig) -> Inputs:
         sample=sample,
         bundles=_resolve(config, storage),
         engines=engines,
-        fetch=FetchPolicy(
-            addresses=AddressPolicy(tuple(config.allow_root), config.allow_private_addresses),
-            timeout_seconds=config.fetch_timeout_seconds,
-            max_bytes=config.max_image_bytes,
-            max_attempts=config.fetch_attempts,
-            storage_options=config.storage_options,
-        ),
-        limits=DecodeLimits(config.max_image_pixels, config.min_image_side_pixels),
+        fetch=fetch_policy(config),
+        limits=decode_limits(config),
     )
 
 

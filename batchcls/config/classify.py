@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchcls.config.common import TAP_PATTERN, Auto, AutoOrCount, FetchSettings
+from batchcls.config.common import TAP_PATTERN, Auto, AutoOrCount, ClusterSettings, FetchSettings
 from batchcls.schema import RESERVED_COLUMNS
 from batchcls.storage import redact_options, redact_uri
 from batchcls.views import AugmentationName
@@ -13,7 +13,7 @@ from batchcls.views import AugmentationName
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class ClassifyConfig(FetchSettings):
+class ClassifyConfig(FetchSettings, ClusterSettings):
     """Classify a catalog: manifest in, predictions and embeddings out."""
 
     manifest: str = Field(
@@ -111,11 +111,6 @@ class ClassifyConfig(FetchSettings):
     limit: int | None = Field(
         default=None, ge=1, description="Only the first N rows of the manifest, for a trial; never published."
     )
-    ray_address: str = Field(
-        default="auto",
-        description="auto: RAY_ADDRESS or a cluster on this machine, else start Ray here; local: always start "
-        "here; HOST:PORT: that cluster.",
-    )
     wait_for_cluster_seconds: float = Field(
         default=60.0, ge=0, description="How long to wait for the nodes that the plan needs to join."
     )
@@ -143,15 +138,6 @@ class ClassifyConfig(FetchSettings):
             )
         if len(set(value)) != len(value):
             raise ValueError("a column is named twice")
-        return value
-
-    @field_validator("ray_address")
-    @classmethod
-    def _address_can_run_ray_data(cls, value: str) -> str:
-        if value.startswith("ray://"):
-            raise ValueError("Ray Client (ray://) is not supported; use `ray job submit` (cluster/README.md)")
-        if value.startswith(("http://", "https://")):
-            raise ValueError(f"that is a dashboard; use `ray job submit --address {value} -- ...`")
         return value
 
     def redacted(self) -> dict[str, Any]:

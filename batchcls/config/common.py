@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
@@ -46,3 +46,22 @@ class FetchSettings(JobConfig):
     min_image_side_pixels: int = Field(
         default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
     )
+
+
+class ClusterSettings(JobConfig):
+    """Where a job runs; shared by every job on Ray."""
+
+    ray_address: str = Field(
+        default="auto",
+        description="auto: RAY_ADDRESS or a cluster on this machine, else start Ray here; local: always start "
+        "here; HOST:PORT: that cluster.",
+    )
+
+    @field_validator("ray_address")
+    @classmethod
+    def _address_can_run_ray_data(cls, value: str) -> str:
+        if value.startswith("ray://"):
+            raise ValueError("Ray Client (ray://) is not supported; use `ray job submit` (cluster/README.md)")
+        if value.startswith(("http://", "https://")):
+            raise ValueError(f"that is a dashboard; use `ray job submit --address {value} -- ...`")
+        return value

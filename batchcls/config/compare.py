@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchcls.config.common import AutoOrCount, FetchSettings
+from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings
 from batchcls.storage import redact_options, redact_uri
 
 _Positive = Annotated[int, Field(ge=1)]
 
 
-class CompareConfig(FetchSettings):
+class CompareConfig(FetchSettings, ClusterSettings):
     """Measure backbones on your hardware and your images, and say which to take."""
 
     manifest: str = Field(
@@ -83,11 +83,6 @@ class CompareConfig(FetchSettings):
     debugging: Literal["any", "plain"] = Field(
         default="any",
         description="plain: how easily a network is read and debugged matters; any: it does not.",
-    )
-    ray_address: str = Field(
-        default="auto",
-        description="auto: RAY_ADDRESS or a cluster on this machine, else start Ray here; local: always start "
-        "here; HOST:PORT: that cluster.",
     )
     wait_for_cluster_seconds: float = Field(
         default=60.0, gt=0, description="How long to wait until a node has nothing else to do."

@@ -12,10 +12,8 @@ from batchcls.config.classify import ClassifyConfig
 from batchcls.console import results_console, watching
 from batchcls.errors import ExitCode, InputError
 from batchcls.identity import BadIds, find_bad_ids
-from batchcls.images.addresses import AddressPolicy
-from batchcls.images.decode import DecodeLimits
-from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load import LoadSettings
+from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.inference.predictor import PredictSettings
 from batchcls.inference.self_test import with_golden
 from batchcls.jobs.command import Command, main
@@ -179,14 +177,8 @@ def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id:
         run_id=run_id,
         base=inputs.manifest.base,
         kept=kept,
-        fetch=FetchPolicy(
-            addresses=AddressPolicy(tuple(config.allow_root), config.allow_private_addresses),
-            timeout_seconds=config.fetch_timeout_seconds,
-            max_bytes=config.max_image_bytes,
-            max_attempts=config.fetch_attempts,
-            storage_options=config.storage_options,
-        ),
-        limits=DecodeLimits(config.max_image_pixels, config.min_image_side_pixels),
+        fetch=fetch_policy(config),
+        limits=decode_limits(config),
         preprocessing=bundle.preprocessing,
         views=inputs.views,
         normalize=config.normalize,

@@ -21,6 +21,7 @@ from batchcls.models.engines.torch_eager import TorchEager
 from batchcls.models.library import PreprocessingOverrides
 from batchcls.models.resolve import ModelChoices, resolve_model
 from batchcls.storage import Storage
+from batchcls.views import Views
 
 HALF = PreprocessingOverrides(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")
 
@@ -56,6 +57,7 @@ def top1(rows: tuple[pa.Table, np.ndarray]) -> Callable[[Bundle], float]:
             fetch=FetchPolicy(),
             limits=DecodeLimits(),
             preprocessing=config.preprocessing,
+            views=Views(),
             normalize="engine",
             fetch_threads=4,
             decode_threads=2,
@@ -64,7 +66,7 @@ def top1(rows: tuple[pa.Table, np.ndarray]) -> Callable[[Bundle], float]:
         engine = TorchEager(build_backbone(bundle), config.preprocessing, "cpu", "fp32", threads=1)
         shape = config.preprocessing.shape
         settings = PredictSettings(
-            config.labels, 1, None, config.embedding_dimension, shape, "engine", 25, ()
+            config.labels, 1, None, config.embedding_dimension, False, Views(), shape, "engine", 25, ()
         )
         slices: Iterator[pa.Table] = (table.slice(start, 50) for start in range(0, table.num_rows, 50))
         answers = [Predictor(engine, settings)(block) for block in Loader(load).load(slices, {})]

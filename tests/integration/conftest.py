@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -68,19 +69,25 @@ class Outcome:
         return pq.read_table(self.folder / "quarantine").sort_by("row")
 
 
+def run_here(cluster: Cluster, job: ModuleType, *arguments: str) -> tuple[int, str]:
+    """Run a job in this process, on the cluster of the tests: its exit code and all it said."""
+    name = job.__name__.rpartition(".")[2]
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+            patch.setenv(variable, cluster.environment[variable])
+        reset_auth_token_state()  # Ray read both when it was imported
+        exit_code = run(name, job.COMMANDS, [*arguments, "--ray-address", cluster.address])
+    return exit_code, said.getvalue()
+
+
 @pytest.fixture(scope="session")
 def run_job(cluster: Cluster) -> Callable[..., Outcome]:
     """Run the main job in this process, on the cluster of the tests; a job costs its workers' start."""
 
     def run_on_cluster(*arguments: str, output: str | Path) -> Outcome:
-        given = [*arguments, "--output", str(output), "--ray-address", cluster.address]
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-                patch.setenv(name, cluster.environment[name])
-            reset_auth_token_state()  # Ray read both when it was imported
-            exit_code = run("classify", classify.COMMANDS, given)
-        return Outcome(exit_code, said.getvalue(), Path(str(output)))
+        exit_code, said = run_here(cluster, classify, *arguments, "--output", str(output))
+        return Outcome(exit_code, said, Path(str(output)))
 
     return run_on_cluster
 

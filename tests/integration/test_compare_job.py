@@ -1,9 +1,7 @@
 """The comparison on the cluster of the tests: small networks, real measurements, all outputs, a second run."""
 
-import io
 import json
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +9,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.jobs import compare
-from batchcls.jobs.command import run
 from tests.drawing import draw, encode
-from tests.integration.conftest import Cluster, Outcome
+from tests.integration.conftest import Cluster, Outcome, run_here
 
 IMAGES = 24
 BROKEN = 5
@@ -75,21 +71,15 @@ def models(
 
 @pytest.fixture(scope="module")
 def compare_job(cluster: Cluster, catalog: str, models: tuple[str, str]) -> Callable[[Path], Compared]:
-    def run_here(output: Path) -> Compared:
+    def compare_to(output: Path) -> Compared:
         arguments = [
             *("--manifest", catalog, "--models", ",".join(models), "--output", str(output)),
             *("--images", str(IMAGES), "--batch-sizes", "1,4", "--seconds-per-measurement", "0.2"),
-            *("--price-per-hour", "0.4", "--ray-address", cluster.address),
+            *("--price-per-hour", "0.4"),
         ]
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
-            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-                patch.setenv(name, cluster.environment[name])
-            reset_auth_token_state()  # Ray read both when it was imported
-            exit_code = run("compare", compare.COMMANDS, arguments)
-        return Compared(exit_code, said.getvalue(), output)
+        return Compared(*run_here(cluster, compare, *arguments), output)
 
-    return run_here
+    return compare_to
 
 
 @pytest.fixture(scope="module")
