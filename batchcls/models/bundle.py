@@ -135,9 +135,11 @@ class Bundle:
             InputError: it is not the bundle of that fingerprint.
         """
         self._require_weights()
-        if self.fingerprint != fingerprint:
+        # Not the cached property, which has travelled along.
+        found = _fingerprint(self.config)
+        if found != fingerprint:
             raise InputError(
-                f"the bundle's fingerprint is {self.fingerprint} and should be {fingerprint}; this is another model"
+                f"the bundle's fingerprint is {found} and should be {fingerprint}; this is another model"
             )
 
     def _require_weights(self) -> None:
@@ -151,8 +153,7 @@ class Bundle:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the record, which holds the weights' digest; the same on every machine."""
-        record = self.config.model_dump(mode="json")
-        return sha256_hex(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
+        return _fingerprint(self.config)
 
     @property
     def publishable(self) -> bool:
@@ -230,6 +231,11 @@ def build_backbone(bundle: Bundle) -> Backbone:
             f"{config.embedding_dimension}; create the bundle anew"
         )
     return backbone
+
+
+def _fingerprint(config: BundleConfig) -> str:
+    record = config.model_dump(mode="json")
+    return sha256_hex(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _parse_config(data: bytes, name: str) -> BundleConfig:

@@ -1,4 +1,5 @@
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,3 +212,16 @@ def test_random_weights_are_marked(bundle):
     assert not bundle.publishable
     trained = bundle.config.weights.model_copy(update={"kind": "trained", "name": "run-1"})
     assert Bundle(bundle.config.model_copy(update={"weights": trained}), bundle.weights).publishable
+
+
+def test_a_bundle_that_changed_on_its_way_is_refused(bundle):
+    expected = bundle.fingerprint
+    pickle.loads(pickle.dumps(bundle)).verify(expected)
+    renamed = pickle.loads(pickle.dumps(bundle))
+    object.__setattr__(renamed, "config", bundle.config.model_copy(update={"labels": ("a", "b", "c")}))
+    with pytest.raises(InputError, match="another model"):
+        renamed.verify(expected)
+    damaged = pickle.loads(pickle.dumps(bundle))
+    object.__setattr__(damaged, "weights", bundle.weights[:-1] + b"?")
+    with pytest.raises(InputError, match="sha256"):
+        damaged.verify(expected)
