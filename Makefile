@@ -47,7 +47,9 @@ format: $(STAMP)  ## mend the style
 type: $(STAMP)  ## types
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## this job beside Ray's documented example, on the same images
+bench: $(STAMP)  ## this job beside Ray's and Daft's examples, a DataLoader script and a bare loop; 40 minutes
+	@$(BIN)/python -c 'import daft' 2>/dev/null \
+		|| $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m benchmarks.run
 
 docs: $(STAMP)  ## write docs/flags.md and the table of docs/zoo.md anew

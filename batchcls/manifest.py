@@ -7,9 +7,9 @@ over the ids is in `batchcls.identity`.
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,17 +87,27 @@ class Manifest:
         digest.update(str(self.rows).encode())
         return digest.hexdigest()
 
-    def fragments(self, rows_per_fragment: int) -> Iterator[Fragment]:
-        """Cut the snapshot into fragments of at most `rows_per_fragment` rows, in row order."""
+    def without_kept(self) -> "Manifest":
+        """The same rows without the columns that pass through."""
+        return replace(self, columns=replace(self.columns, kept=()))
+
+    def fragments(self, sizes: Iterable[int]) -> Iterator[Fragment]:
+        """Cut the snapshot into fragments, in row order.
+
+        Args:
+            sizes: most rows of the next fragment, each at least 1; a row group's end makes one
+                shorter. There are to be enough of them: `itertools.repeat(n)` gives all the same.
+        """
+        wanted = iter(sizes)
         for file in self.files:
             first_row = file.first_row
             for row_group, rows in enumerate(file.row_groups):
-                for offset in range(0, rows, rows_per_fragment):
+                offset = 0
+                while offset < rows and first_row + offset < self.rows:
                     start = first_row + offset
-                    if start >= self.rows:
-                        return
-                    count = min(rows_per_fragment, rows - offset, self.rows - start)
+                    count = min(next(wanted), rows - offset, self.rows - start)
                     yield Fragment(file.uri, row_group, offset, count, start)
+                    offset += count
                 first_row += rows
 
 

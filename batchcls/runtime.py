@@ -15,6 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchcls.errors import BatchclsError, InputError
+from batchcls.hardware import Hardware
 from batchcls.placement import Node
 
 T = TypeVar("T")
@@ -34,8 +35,11 @@ _QUIET_ENVIRONMENT = {
 
 
 # libgomp's threads spin while they wait, on cores that they share with others (docs/log.md, "Negative").
-WORKER_ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
-"""Environment of every worker that runs a network."""
+WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment variables of every worker that runs a network."""
+
+WORKER_ENVIRONMENT = {"env_vars": WORKER_VARIABLES}
+"""The same as a runtime environment of Ray's."""
 
 
 @contextmanager
@@ -108,6 +112,23 @@ def living_nodes() -> list[LivingNode]:
         if node["Alive"]
     ]
     return sorted((node for node in found if node.cpus >= 1), key=lambda node: (node.host, node.node_id))
+
+
+def hardware_of(nodes: Sequence[LivingNode]) -> list[Hardware]:
+    """What machine each node is; without a process of its own where it is the driver's node only.
+
+    Raises:
+        BatchclsError: a node died meanwhile.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    if [node.node_id for node in nodes] == [here]:
+        return [Hardware.here()]
+    look = ray.remote(num_cpus=0)(Hardware.here)
+    tasks = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote()
+        for node in nodes
+    ]
+    return [_result(node, task, None) for node, task in zip(nodes, tasks, strict=True)]
 
 
 def run_alone(node: LivingNode, function: Callable[..., T], *arguments: Any) -> T:

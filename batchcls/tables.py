@@ -1,12 +1,12 @@
 """What a job says at its end: tables and lines for people."""
 
 from collections import Counter
-from collections.abc import Sequence
 
 from rich.table import Table
 
 from batchcls.models.bundle import Bundle
-from batchcls.models.zoo import ZooRecord
+from batchcls.runs.bottleneck import Bottleneck
+from batchcls.runs.busy import Resource
 from batchcls.schema import REASONS, Reason
 
 
@@ -31,43 +31,32 @@ def bundle_line(bundle: Bundle) -> str:
     )
 
 
-def zoo_table(records: Sequence[ZooRecord]) -> Table:
-    """One line a backbone: size, cost, accuracy of its default weights, what it is good for."""
+def bottleneck_table(found: Bottleneck) -> Table:
+    """What an image costs each stage, and what the CPUs allow that several stages share.
+
+    "busy" is the share of the capacity that worked after start-up, "images/s" the rate that the
+    capacity would allow if it did nothing else. The stage that limits is marked.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("name", "family", "year"):
-        table.add_column(name, no_wrap=True)
-    for name in ("M parameters", "G multiply-adds", "pixels", "top-1"):
+    table.add_column("stage", no_wrap=True)
+    for name in ("ms an image", "busy", "of", "images/s"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("good for")
-    for record in records:
-        table.add_row(
-            record.name,
-            record.family,
-            str(record.year),
-            f"{record.parameters / 1e6:.1f}",
-            f"{record.multiply_adds / 1e9:.2f}",
-            str(record.input_size),
-            f"{record.weights[0].top1:.1f}",
-            record.good_for,
-        )
+    table.add_column("", no_wrap=True)
+    for stage, milliseconds in found.milliseconds.items():
+        cells = _bottleneck_cells(milliseconds, found.resource_of(stage), found.achieved)
+        if stage == found.limited_by:
+            table.add_row(stage, *cells, "<- limits", style="bold")
+        else:
+            table.add_row(stage, *cells, "")
+    for resource in found.resources:
+        if len(resource.stages) > 1:
+            cells = _bottleneck_cells(resource.milliseconds, resource, found.achieved)
+            table.add_row("together", *cells, "")
     return table
 
 
-def record_table(record: ZooRecord) -> Table:
-    """All that the zoo knows of one backbone, each set of weights on a line of its own."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    table.add_row(record.name, f"{record.source}:{record.architecture}, {record.family}, {record.year}")
-    table.add_row("idea", record.key_idea)
-    table.add_row("good for", record.good_for)
-    if record.warning:
-        table.add_row("warning", record.warning)
-    table.add_row("parameters", f"{record.parameters:,}")
-    table.add_row("multiply-adds", f"{record.multiply_adds:,} at {record.input_size} x {record.input_size}")
-    for entry in record.weights:
-        licence = f", licence {entry.licence}" if entry.licence else ""
-        table.add_row(
-            entry.tag, f"top-1 {entry.top1:.3f} at {entry.input_size} pixels; {entry.recipe}{licence}"
-        )
-    return table
+def _bottleneck_cells(milliseconds: float, resource: Resource, achieved: float) -> tuple[str, ...]:
+    """Milliseconds, busy share, capacity with its name, and the rate that this cost alone would allow."""
+    busy = f"{achieved * milliseconds / 1000 / resource.capacity:.0%}"
+    rate = f"{resource.capacity / milliseconds * 1000:.1f}" if milliseconds > 0 else "-"
+    return f"{milliseconds:.2f}", busy, f"{resource.capacity:g} {resource.name}", rate

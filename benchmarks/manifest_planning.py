@@ -28,7 +28,7 @@ manifest = open_manifest(sys.argv[1], Storage())
 opened = time.perf_counter()
 bad = find_bad_ids(manifest, Storage())
 walked = time.perf_counter()
-fragments = sum(1 for _ in manifest.fragments(1024))
+fragments = sum(1 for _ in manifest.fragments(repeat(1024)))
 after = peak_kib()
 print(f"{manifest.rows} rows: footers {opened - started:.2f} s, ids {walked - opened:.2f} s, "
       f"{fragments} fragments, {len(bad.repeated)} repeated, peak memory +{(after - before) / 1024:.0f} MiB")

@@ -1,129 +1,223 @@
-"""Runs this job and Ray's documented example in turn and writes what they took: `make bench`.
+"""Runs this job and its peers in turn on the same photographs and weights: `make bench`.
 
-Needs the photographs and weights beside the repository. Both are whole processes; what is compared
-is the pipeline's own time (`ray.init` and the imports of the driver excluded), pair by pair, since
-these machines are shared and their speed drifts.
+    python -m benchmarks.run --models resnet50,mobilenetv3_large_100 --images 2000 --peer-images 400 --rounds 3
+
+Every program is a process of its own and says how long its pipeline took: the start of workers and of
+the network included, `ray.init` and the imports of the driver excluded. Programs of a round follow each
+other, and what counts is the median over the rounds of the ratio within a round, since machines drift.
+benchmarks/README.md says what is compared and why it is fair.
 """
 
 import argparse
 import json
-import os
 import platform
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from batchcls.hardware import Hardware
+from benchmarks.arithmetic import (
+    DisagreementError,
+    Timing,
+    agreement,
+    efficiency,
+    projected,
+    require_agreement,
+    summarise,
+)
+from benchmarks.contenders import (
+    CEILING,
+    CONTENDERS,
+    JOB,
+    Contender,
+    JobEngine,
+    best_labels,
+    command,
+)
+from benchmarks.picture import Panel, draw
+from benchmarks.preparation import Suite, plan_suites, shorter
+from benchmarks.process import REPOSITORY, note, python
 
-HERE = Path(__file__).resolve().parent
-SHARED = HERE.parent.parent / "shared"
-MODELS: dict[str, list[str]] = {
-    "mobilenetv2_100": [
-        *("--model", "timm:mobilenetv2_100", "--model-args", "pad_type=same", "--interpolation", "bilinear"),
-        *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"),
-    ],
-    "squeezenet1_1": ["--model", "torchvision:squeezenet1_1"],
-}
+_PACKAGES = ("ray", "torch", "torchvision", "timm", "openvino", "daft", "numpy", "pillow", "simplejpeg")
 
 
-def run(*arguments: str) -> str:
-    """A Python process's output, or an error with it."""
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=HERE.parent
+@dataclass(slots=True)
+class Found:
+    """What was seen of a suite so far."""
+
+    timings: dict[str, list[Timing]] = field(default_factory=lambda: defaultdict(list))
+    agreements: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    engines: dict[str, JobEngine] = field(default_factory=dict)
+    job_records: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+
+
+def run_once(
+    suite: Suite, contender: Contender, count: int, found: Found, int8_min_agreement: float
+) -> tuple[Timing, dict[str, str]]:
+    """One process: how long it took, and the best label of each photograph."""
+    output = _empty_output(suite, contender)
+    arguments = command(
+        contender,
+        shorter(suite.files, count),
+        output,
+        int8_min_agreement=int8_min_agreement,
+        engine=found.engines.get(contender.engine_of),
     )
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return done.stdout
+    said = python(arguments, suite.folder)
+    answers = best_labels(contender, output)
+    if contender.kind != "job":
+        last = json.loads(said.splitlines()[-1])
+        return Timing(count, last["seconds"], last.get("images_per_second_after_start")), answers
+    (path,) = output.glob("runs/*/run.json")
+    measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+    found.engines[contender.name] = JobEngine.of(measured)
+    found.job_records[contender.name].append(measured)
+    after = (measured.get("bottleneck") or {}).get("images_per_second_after_start")
+    return Timing(count, count / measured["images_per_second"], after), answers
 
 
-def batchcls_rate(folder: Path, bundle: Path) -> float:
-    """Images per second of the main job's pipeline."""
-    output = folder / "out"
-    shutil.rmtree(output, ignore_errors=True)
-    run(
-        *(
-            "-m",
-            "batchcls.jobs.classify",
-            "--manifest",
-            str(folder / "manifest.parquet"),
-            "--model",
-            str(bundle),
-        ),
-        *("--output", str(output), "--ray-address", "local"),
-    )
-    (record,) = output.glob("runs/*/run.json")
-    return float(json.loads(record.read_text())["measured"]["images_per_second"])
+def _empty_output(suite: Suite, contender: Contender) -> Path:
+    """A folder without answers. A job's keeps the choice of its engine, as it does from night to night."""
+    if contender.kind != "job":
+        output = suite.folder / "out"
+        shutil.rmtree(output, ignore_errors=True)
+        return output
+    output = suite.folder / f"{contender.name}-{suite.files.model}-{suite.files.images.stem}"
+    shutil.rmtree(output / "runs", ignore_errors=True)
+    (output / "current.json").unlink(missing_ok=True)
+    return output
 
 
-def example_rate(folder: Path, model: str, repeats: int) -> float:
-    """Images per second of Ray's example."""
-    output = folder / "example"
-    shutil.rmtree(output, ignore_errors=True)
-    weights = SHARED / "weights" / f"{model}.safetensors"
-    said = run(
-        *("-m", "benchmarks.ray_example", "--images", str(SHARED / "data" / "imagenet"), "--model", model),
-        *("--weights", str(weights), "--repeats", str(repeats), "--output", str(output)),
-    )
-    return float(said.split()[-2])
+def run_round(suite: Suite, order: Iterable[str], ours: dict[str, str], found: Found, bound: float) -> None:
+    """Every program once, slow ones twice, each held against this job's answers.
+
+    Raises:
+        DisagreementError: a program in fp32 answers otherwise.
+    """
+    for name in order:
+        contender = CONTENDERS[name]
+        count = suite.counts[contender.kind]
+        full = suite.counts["job"]
+        timing, answers = run_once(suite, contender, count, found, bound)
+        share = agreement(ours, answers)
+        found.agreements[name].append(share)
+        if contender.exact:
+            require_agreement(contender.title, share)
+        if count < full:
+            small, _ = run_once(suite, contender, suite.small, found, bound)
+            timing = projected(small, timing, full)
+        found.timings[name].append(timing)
+        note(
+            f"{suite.title}: {contender.title} {timing.images_per_second:.1f} images/s over {full}"
+            f"{f' (from {count} and {suite.small})' if count < full else ''}, {share:.1%} of our answers"
+        )
 
 
-def measure(model: str, folder: Path, rounds: int, repeats: int) -> dict[str, Any]:
-    """Both, in turn, `rounds` times."""
-    bundle = folder / model
-    weights = SHARED / "weights" / f"{model}.safetensors"
-    created = [*MODELS[model], "--weights", str(weights), "--output", str(bundle)]
-    run("-m", "batchcls.jobs.bundle", "create", *created)
-    ours, theirs = [], []
+def run_suite(suite: Suite, rounds: int, bound: float) -> dict[str, Any]:
+    """All rounds of a suite, after a first run of each job that measures and converts its engines."""
+    found = Found()
+    ours: dict[str, str] = {}
+    first_seconds: dict[str, float] = {}
+    for name in (name for name in suite.names if CONTENDERS[name].kind == "job"):
+        started = time.perf_counter()
+        _, answers = run_once(suite, CONTENDERS[name], suite.counts["job"], found, bound)
+        first_seconds[name] = round(time.perf_counter() - started, 1)
+        ours = ours or answers
+        note(f"{suite.title}: first {name} took {first_seconds[name]} s, with {found.engines[name]}")
+    found.job_records.clear()
     for number in range(rounds):
-        ours.append(batchcls_rate(folder, bundle))
-        theirs.append(example_rate(folder, model, repeats))
-        print(
-            f"{model} round {number + 1}: batchcls {ours[-1]:.1f}, example {theirs[-1]:.1f} images/s",
-            flush=True,
-        )
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    return {"batchcls": ours, "ray_example": theirs, "median_of_ratios": round(ratio, 2)}
-
-
-def main() -> None:
-    """Measure and write benchmarks/results/DATE.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=4, help="times that the 300 photographs are used")
-    arguments = parser.parse_args()
-    if not SHARED.is_dir():
-        raise SystemExit("the photographs and weights of ../shared are needed")
-    images = sorted((SHARED / "data" / "imagenet").glob("*.JPEG")) * arguments.repeats
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        ids = [str(number) for number in range(len(images))]
-        pq.write_table(
-            pa.table({"item_id": ids, "uri": [str(path) for path in images]}), folder / "manifest.parquet"
-        )
-        results = {model: measure(model, folder, arguments.rounds, arguments.repeats) for model in MODELS}
-    record = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "images": len(images),
-        "hardware": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "images_per_second": results,
+        # A machine that slows down in the course of a round must not favour those in front.
+        run_round(suite, suite.names if number % 2 == 0 else suite.names[::-1], ours, found, bound)
+    programs = summarise({name: found.timings[name] for name in suite.names}, JOB)
+    for name, shares in found.agreements.items():
+        programs[name]["agreement_with_job"] = [round(share, 4) for share in shares]
+    record: dict[str, Any] = {
+        "title": suite.title,
+        "images": suite.counts["job"],
+        "engines": {name: asdict(engine) for name, engine in found.engines.items()},
+        "seconds_of_the_first_run": first_seconds,
+        "programs": programs,
+        "job_measured": dict(found.job_records),
     }
-    target = HERE / "results" / f"{record['date']}-ray-example.json"
-    target.parent.mkdir(exist_ok=True)
+    if CEILING in suite.names:
+        record["efficiency"] = efficiency(found.timings[JOB], found.timings[CEILING])
+    return record
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", default="resnet50,mobilenetv3_large_100", help="timm architectures, by commas")
+    add("--images", type=int, default=2000, help="photographs of this job and of its ceiling")
+    add("--peer-images", type=int, default=400, help="of peers as documented; projected to --images")
+    add("--tuned-images", type=int, default=0, help="of tuned peers; 0: as many as --images")
+    add("--small-images", type=int, default=64, help="of the run that tells start-up from work")
+    add("--large-images", type=int, default=1000, help="photographs of 1,500 px; 0: none of them")
+    add("--large-model", default="mobilenetv3_large_100", help="what they are answered with")
+    add("--rounds", type=int, default=3)
+    add("--only", help=f"programs beside this job, by commas: {', '.join(CONTENDERS)}")
+    add("--int8-min-agreement", type=float, default=0.95, help="what the job that may take int8 has to keep")
+    add("--data", default=str(REPOSITORY.parent / "shared" / "data"), help="holds imagenet/ and catalog/")
+    add("--folder", help="where weights, images and conversions are kept for another start; default: nowhere")
+    add("--results", default=str(REPOSITORY / "benchmarks" / "results"), help="folder for DATE-peers.json")
+    add("--picture", default=str(REPOSITORY / "docs" / "benchmarks.png"), help="PNG or SVG; empty: none")
+    return parser.parse_args(arguments)
+
+
+def _versions() -> dict[str, str | None]:
+    """Versions of what is compared; None: not installed."""
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure everything, write the record and the picture."""
+    given = _parse(arguments)
+    if not Path(given.data).is_dir():
+        raise SystemExit(f"--data {given.data}: the photographs are not there")
+    with tempfile.TemporaryDirectory(prefix="batchcls-bench-") as temporary:
+        folder = Path(given.folder or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            suites = plan_suites(given, folder)
+            records = [run_suite(suite, given.rounds, given.int8_min_agreement) for suite in suites]
+        except DisagreementError as error:
+            raise SystemExit(f"nothing is reported: {error}") from error
+    hardware = Hardware.here()
+    date = datetime.now(UTC).date().isoformat()
+    record = {
+        "date": date,
+        "hardware": hardware.model_dump(mode="json") | {"python": platform.python_version()},
+        "versions": _versions(),
+        "settings": {
+            name: value
+            for name, value in vars(given).items()
+            if name not in ("data", "folder", "results", "picture")
+        },
+        "suites": records,
+    }
+    target = Path(given.results) / f"{date}-peers.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(target)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-    )
+    if given.picture:
+        caption = f"medians of {given.rounds} rounds, {date}, {hardware.cores} cores of {hardware.processor}"
+        draw([Panel(one["title"], one["programs"]) for one in records], caption, Path(given.picture))
+        print(given.picture)
 
 
 if __name__ == "__main__":

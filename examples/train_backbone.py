@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from batchcls.images.decode import DecodeLimits, decode
+from batchcls.images.decode import decode
+from batchcls.images.limits import DecodeLimits
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
 

@@ -1,5 +1,6 @@
 """Fixtures that every tier of tests shares: pictures drawn by code, the shared folder, a real S3 server."""
 
+import logging
 import os
 import shlex
 import subprocess
@@ -20,6 +21,17 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("the folder ../shared with real images and weights is not here")
     return folder
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What batchcls logs, whatever a job that ran in this process before did with its loggers."""
+    logger = logging.getLogger("batchcls")
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [caplog.handler], False
+    caplog.set_level(logging.INFO, "batchcls")
+    yield caplog
+    logger.handlers, logger.propagate = before
 
 
 @dataclass(frozen=True)

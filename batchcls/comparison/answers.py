@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcls.comparison.measurement import Agreement
+from batchcls.inference.agreement import NO_ANSWER, top1_agreement
 from batchcls.inference.average import average
 from batchcls.inference.topk import TopK
-from batchcls.models.engines import Engine
+from batchcls.inference.trial import answers as answers_of
+from batchcls.models.engines import Answer, Engine
 
 _KEPT = 5
-NO_ANSWER = -1
-"""Stands for the class of an image whose logits are not finite: the main job puts it in quarantine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,14 @@ def answer_all(
 ) -> Answers:
     """Answer N x H x W x 3 pixels, `batch_size` images at a time."""
     top = TopK(labels, _KEPT)
-    parts = [
-        _best(engine, pixels[start : start + batch_size], top) for start in range(0, len(pixels), batch_size)
-    ]
-    return Answers(np.concatenate(parts))
+    batches = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
+    return Answers(np.concatenate([_best(answer, top) for answer in answers_of(engine, batches)]))
 
 
-def _best(engine: Engine, pixels: npt.NDArray[np.uint8], top: TopK) -> npt.NDArray[np.int32]:
-    found = average(engine.answer(pixels), views=1, l2_normalize=False)
+def _best(answer: Answer, top: TopK) -> npt.NDArray[np.int32]:
+    found = average(answer, views=1, l2_normalize=False)
     ranked = top.columns(np.where(found.finite[:, None], found.probabilities, 0))["top_k"]
-    indices: npt.NDArray[np.int32] = ranked.flatten().field("class_index").to_numpy().reshape(len(pixels), -1)
+    indices = ranked.flatten().field("class_index").to_numpy().reshape(len(found.finite), -1)
     return np.where(found.finite[:, None], indices, np.int32(NO_ANSWER))
 
 
@@ -72,7 +70,6 @@ def agreement(
         labels: the model's, in the order of its classes.
     """
     first = answers.best[:, 0]
-    same = (first == np.asarray(reference)) & (first != NO_ANSWER)
     classes = {label: index for index, label in enumerate(labels)}
     known = np.array([classes.get(label, NO_ANSWER) if label is not None else NO_ANSWER for label in truth])
     labelled = known != NO_ANSWER
@@ -80,7 +77,7 @@ def agreement(
     some = bool(labelled.any())
     return Agreement(
         images=len(first),
-        top1_with_fp32=float(same.mean()),
+        top1_with_fp32=top1_agreement(first, np.asarray(reference)),
         labelled=int(labelled.sum()),
         top1=float(right[:, 0].mean()) if some else None,
         top5=float(right.any(axis=1).mean()) if some else None,

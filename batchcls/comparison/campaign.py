@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from batchcls.comparison.candidate import REFERENCE, Candidate
+from batchcls.comparison.candidate import Candidate
 from batchcls.comparison.measure import Measured
 from batchcls.comparison.recommend import BUSY_CORES
 from batchcls.comparison.results import Finished, Results
 from batchcls.comparison.terminal import result_line
 from batchcls.errors import BatchclsError, InputError
+from batchcls.models.engines import REFERENCE
 from batchcls.storage import redact_uri
 
 _logger = logging.getLogger(__name__)

@@ -2,56 +2,47 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
 
-from batchcls.errors import InputError
 from batchcls.hardware import Hardware
-from batchcls.models.engines import EngineName
+from batchcls.inference.candidates import candidates
+from batchcls.inference.measured import Wanted
+from batchcls.models.engines import REFERENCE, Device, EngineChoice
 
-Device = Literal["cpu", "cuda"]
-_PRECISIONS = ("fp32", "bf16", "fp16")
+AUTO = "auto"
+"""The name behind `--engines` for all that is worth trying on a machine."""
+
 _CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _GPU_BATCH_SIZES = (*_CPU_BATCH_SIZES, 128, 256, 512)
 _MAX_THREADS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class EngineChoice:
-    """What runs a network, and in which arithmetic."""
-
-    engine: EngineName
-    precision: str
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """`torch:bf16` -> that choice.
-
-        Raises:
-            InputError: the engine or the precision is unknown.
-        """
-        name, _, precision = text.partition(":")
-        for engine in get_args(EngineName):
-            if name == engine and precision in _PRECISIONS:
-                return cls(engine, precision)
-        known = ", ".join(f"{engine}:{known}" for engine in get_args(EngineName) for known in _PRECISIONS)
-        raise InputError(f"--engines {text}: unknown; choose from auto, {known}")
-
-    def __str__(self) -> str:
-        return f"{self.engine} {self.precision}"
-
-
-REFERENCE = EngineChoice("torch", "fp32")
-"""What the answers of all others are compared with."""
-
-
-def parse_engines(names: Sequence[str]) -> tuple[EngineChoice, ...]:
-    """The choices behind `--engines`, the reference first, since the others are compared with it.
+def check_engines(names: Sequence[str]) -> None:
+    """Refuse names behind `--engines` that no machine knows, before anything is measured.
 
     Raises:
         InputError: a name is unknown.
     """
-    texts = [text for name in names for text in (("torch:fp32", "torch:bf16") if name == "auto" else (name,))]
-    choices = dict.fromkeys(EngineChoice.parse(text) for text in texts)
+    for name in names:
+        if name != AUTO:
+            EngineChoice.parse(name)
+
+
+def parse_engines(names: Sequence[str], device: Device) -> tuple[EngineChoice, ...]:
+    """The choices behind `--engines` on a device, the reference first, since the others are compared with it.
+
+    `auto` is what the main job would try by itself there, and the reference; int8 has to be named.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    choices: dict[EngineChoice, None] = {}
+    for name in names:
+        found = (
+            (REFERENCE, *candidates(Wanted(), device).choices)
+            if name == AUTO
+            else (EngineChoice.parse(name),)
+        )
+        choices |= dict.fromkeys(found)
     return tuple(sorted(choices, key=lambda choice: choice != REFERENCE))
 
 
@@ -61,6 +52,8 @@ class Place:
 
     `seconds` is the time for one point: a latency, or the throughput of one batch size.
     `worthwhile_only` leaves out batch sizes behind the one where it stops getting faster.
+    `cache_dir` is the node's folder for converted networks, see `Conversions.at`; no figure depends
+    on it.
     """
 
     hardware: Hardware
@@ -69,6 +62,7 @@ class Place:
     batch_sizes: tuple[int, ...]
     worthwhile_only: bool
     seconds: float
+    cache_dir: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from batchcls.comparison.candidate import EngineChoice, parse_engines
+from batchcls.comparison.candidate import check_engines
 from batchcls.comparison.sample import Sample, take_sample
 from batchcls.config.compare import CompareConfig
 from batchcls.errors import InputError
-from batchcls.images.decode import DecodeLimits
 from batchcls.images.fetch import FetchPolicy
+from batchcls.images.limits import DecodeLimits
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.manifest import Manifest, open_manifest
 from batchcls.models.bundle import Bundle
-from batchcls.models.resolve import ModelChoices, resolve_model
+from batchcls.models.choices import ModelChoices
+from batchcls.models.resolve import resolve_model
 from batchcls.models.sources import is_model_name
 from batchcls.storage import Storage, explain, redact_uri
 
@@ -24,12 +25,12 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Everything that the measuring needs; `bundles` by the name that each was given."""
+    """Everything that the measuring needs; `bundles` by the name that each was given, `engines` as named."""
 
     storage: Storage
     sample: Sample
     bundles: Mapping[str, Bundle]
-    engines: tuple[EngineChoice, ...]
+    engines: tuple[str, ...]
     fetch: FetchPolicy
     limits: DecodeLimits
 
@@ -41,7 +42,7 @@ def open_inputs(config: CompareConfig) -> Inputs:
         InputError: something is missing, unknown or does not fit; the message has the remedy.
     """
     storage = Storage(config.storage_options)
-    engines = parse_engines(config.engines)
+    check_engines(config.engines)
     manifest = _open_manifest(config, storage)
     sample = take_sample(manifest, config.images, storage)
     labels = f"labels in {config.label_column}" if manifest.columns.kept else "no labels"
@@ -50,7 +51,7 @@ def open_inputs(config: CompareConfig) -> Inputs:
         storage=storage,
         sample=sample,
         bundles=_resolve(config, storage),
-        engines=engines,
+        engines=tuple(config.engines),
         fetch=fetch_policy(config),
         limits=decode_limits(config),
     )

@@ -10,16 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from batchcls.comparison.answers import Answers, agreement, answer_all
-from batchcls.comparison.candidate import REFERENCE, Candidate, EngineChoice
+from batchcls.comparison.candidate import Candidate
 from batchcls.comparison.machine import OtherLoad, forget_peak_memory
 from batchcls.comparison.measurement import Agreement, Latency, Measurement, Throughput
 from batchcls.comparison.prepare import Prepared
-from batchcls.comparison.timing import is_out_of_memory, latency, throughputs
+from batchcls.comparison.timing import latency, throughputs
 from batchcls.errors import BatchclsError, InputError
-from batchcls.inference.self_test import self_test
-from batchcls.models.bundle import Bundle, build_backbone, build_model
+from batchcls.inference.self_test import start_tested_engine
+from batchcls.models.build import build_model
+from batchcls.models.bundle import Bundle
 from batchcls.models.cost import count
-from batchcls.models.engines import Engine
+from batchcls.models.engines import REFERENCE, Engine, EngineChoice, EnginePlace
+from batchcls.models.engines.conversions import Conversions
+from batchcls.models.engines.out_of_memory import is_out_of_memory
 from batchcls.models.engines.start import start_engine
 from batchcls.models.zoo import published, record_of
 
@@ -70,8 +73,6 @@ def measure(
     bundle.verify(candidate.bundle_fingerprint)
     with _explained(candidate):
         engine, timed = _time(bundle, candidate, prepared)
-        if bundle.config.golden is not None:
-            self_test(bundle.config, engine)
         batch_size = _answer_batch(candidate, timed)
         answers = answer_all(engine, prepared.pixels, bundle.config.labels, batch_size)
         if reference is None:
@@ -79,15 +80,17 @@ def measure(
     # Labels say nothing about weights that were never trained.
     truth = prepared.labels if bundle.publishable else [None] * len(prepared.labels)
     agreed = agreement(answers, reference, truth, bundle.config.labels)
-    notes = () if timed.stopped is None else (timed.stopped,)
-    return Measured(_measurement(bundle, candidate, prepared, timed, agreed), answers.first, notes)
+    notes = [] if timed.stopped is None else [timed.stopped]
+    if candidate.choice.precision == "int8":
+        notes.append("the sample is also what int8 took its scales from, so other images may agree less")
+    return Measured(_measurement(bundle, candidate, prepared, timed, agreed), answers.first, tuple(notes))
 
 
 def _time(bundle: Bundle, candidate: Candidate, prepared: Prepared) -> tuple[Engine, _Timed]:
     place, pixels = candidate.place, prepared.pixels
     forget_peak_memory(place.device)
     started = time.perf_counter()
-    engine = _start(bundle, candidate, candidate.choice)
+    engine = _start(bundle, candidate, candidate.choice, prepared)
     engine.answer(pixels[:1])
     load_seconds = time.perf_counter() - started
     load = OtherLoad.begin()
@@ -98,11 +101,20 @@ def _time(bundle: Bundle, candidate: Candidate, prepared: Prepared) -> tuple[Eng
     return engine, _Timed(load_seconds, single, batches, stopped, load.cores())
 
 
-def _start(bundle: Bundle, candidate: Candidate, choice: EngineChoice) -> Engine:
+def _start(bundle: Bundle, candidate: Candidate, choice: EngineChoice, prepared: Prepared) -> Engine:
     place = candidate.place
-    return start_engine(
-        build_backbone(bundle), bundle.config.preprocessing, place.device, choice.precision, place.threads
+    where = EnginePlace(
+        device=place.device,
+        threads=place.threads,
+        batch_size=max(place.batch_sizes),
+        conversions=Conversions.at(place.cache_dir),
+        calibration=lambda: prepared.pixels,
     )
+    if bundle.config.golden is None:
+        return start_engine(bundle, choice, where)
+    # Tested before it is converted, since what is converted is kept for the main job.
+    engine, _ = start_tested_engine(bundle, choice, where)
+    return engine
 
 
 def _answer_batch(candidate: Candidate, timed: _Timed) -> int:
@@ -117,7 +129,7 @@ def _reference(
 ) -> Sequence[int]:
     if candidate.choice == REFERENCE:
         return own.first
-    engine = _start(bundle, candidate, REFERENCE)
+    engine = _start(bundle, candidate, REFERENCE, prepared)
     return answer_all(engine, prepared.pixels, bundle.config.labels, batch_size).first
 
 

@@ -25,11 +25,11 @@ class Latency(Record):
 
 
 class Throughput(Record):
-    """Answers to whole batches, one after the other."""
+    """Answers to whole batches, as many in flight as keep the engine busy."""
 
     batch_size: int = Field(gt=0, description="Images of a forward pass.")
-    images_per_second: float = Field(gt=0, description="Median over the repeats.")
-    spread: float = Field(ge=0, description="Interquartile range of the repeats, as a share of the median.")
+    images_per_second: float = Field(gt=0, description="Median over a few stretches of time.")
+    spread: float = Field(ge=0, description="Interquartile range of the stretches, as a share of the median.")
     repeats: int = Field(gt=0, description="Batches timed, warm-up left out.")
     peak_memory_mib: float = Field(
         ge=0, description="Most memory of the process (or the GPU) so far, in MiB."

@@ -9,9 +9,10 @@ import pyarrow as pa
 
 from batchcls.comparison.sample import LABEL, Sample
 from batchcls.errors import InputError
-from batchcls.images.decode import DecodeLimits
 from batchcls.images.fetch import FetchPolicy
-from batchcls.images.load import Loader, LoadSettings
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.load import Loader
+from batchcls.images.settings import LoadSettings
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import DECODE_SECONDS, FETCH_SECONDS, PIXELS
 from batchcls.storage import is_remote

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from batchcls.comparison.measurement import Measurement, Record
 from batchcls.comparison.sampling_error import accuracy, is_level, standard_error
-from batchcls.models.library import ModelSpec, SourceName
+from batchcls.models.spec import ModelSpec, SourceName
 from batchcls.models.zoo import ZooRecord, record_of
 
 LEAST_AGREEMENT = 0.99

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def take_sample(manifest: Manifest, count: int, storage: Storage) -> Sample:
     reader = FragmentReader(manifest.columns, storage)
     wanted = np.array(spread(manifest.rows, count))
     tables: list[pa.Table] = []
-    for row_group in manifest.fragments(manifest.rows):
+    for row_group in manifest.fragments(repeat(manifest.rows)):
         first, last = np.searchsorted(wanted, (row_group.first_row, row_group.first_row + row_group.rows))
         if first < last:
             tables += _rows_of(row_group, wanted[first:last].tolist(), reader)

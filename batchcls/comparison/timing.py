@@ -1,18 +1,18 @@
 """Timing of a running engine: warm-up first, every repeat by itself, median and spread at the end."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from batchcls.comparison.ascent import no_room, not_worth_it
 from batchcls.comparison.machine import available_memory_mib, peak_memory_mib
 from batchcls.comparison.measurement import Latency, Throughput
+from batchcls.inference.trial import pace, rounds
 from batchcls.models.engines import Engine
+from batchcls.models.engines.out_of_memory import is_out_of_memory
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -34,12 +34,12 @@ class Repeats:
 
 
 LATENCY_REPEATS = Repeats(least=5, wanted=20, most=1000)
-THROUGHPUT_REPEATS = Repeats(least=2, wanted=5, most=30)
+_WANTED_BATCHES = 5
 
 
 def latency(engine: Engine, pixels: Pixels, seconds: float) -> Latency:
     """Answers to one image at a time, in turn through N x H x W x 3 pixels."""
-    taken = np.array(_timed(engine, pixels, 1, seconds, LATENCY_REPEATS)) * 1e3
+    taken = np.array(_timed(engine, pixels, seconds, LATENCY_REPEATS)) * 1e3
     p50, p95, p99 = np.percentile(taken, (50, 95, 99))
     return Latency(p50_ms=p50, p95_ms=p95, p99_ms=p99, repeats=len(taken))
 
@@ -81,27 +81,26 @@ def throughputs(
 
 
 def _throughput(engine: Engine, pixels: Pixels, batch_size: int, seconds: float) -> Throughput:
-    rates = batch_size / np.array(_timed(engine, pixels, batch_size, seconds, THROUGHPUT_REPEATS))
-    lower, median, upper = np.percentile(rates, (25, 50, 75))
+    found = pace(engine, pixels, batch_size, seconds, wanted=_WANTED_BATCHES)
     return Throughput(
         batch_size=batch_size,
-        images_per_second=median,
-        spread=(upper - lower) / median,
-        repeats=len(rates),
+        images_per_second=found.images_per_second,
+        spread=found.spread,
+        repeats=found.batches,
         peak_memory_mib=round(peak_memory_mib(engine.device), 1),
     )
 
 
-def _timed(engine: Engine, pixels: Pixels, batch_size: int, seconds: float, repeats: Repeats) -> list[float]:
-    """Seconds of each answer, warm-up left out. Batches are made outside of what is timed."""
-    batches = _batches(pixels, batch_size)
-    _warm_up(lambda: engine.answer(next(batches)), seconds)
+def _timed(engine: Engine, pixels: Pixels, seconds: float, repeats: Repeats) -> list[float]:
+    """Seconds of each answer to one image, one at a time, warm-up left out."""
+    images = rounds(pixels, 1)
+    _warm_up(lambda: engine.answer(next(images)), seconds)
     taken: list[float] = []
     started = time.perf_counter()
     while not _enough(len(taken), time.perf_counter() - started, seconds, repeats):
-        batch = next(batches)
+        image = next(images)
         before = time.perf_counter()
-        engine.answer(batch)
+        engine.answer(image)
         taken.append(time.perf_counter() - before)
     return taken
 
@@ -121,23 +120,3 @@ def _warm_up(answer: Callable[[], object], seconds: float) -> None:
         answer()
         if time.perf_counter() - started > _WARM_UP_SHARE * seconds:
             return
-
-
-def _batches(pixels: Pixels, batch_size: int) -> Iterator[Pixels]:
-    """Batches of exactly that size, round and round through all the images."""
-    for number in count():
-        start = number * batch_size % len(pixels)
-        if start + batch_size <= len(pixels):
-            yield pixels[start : start + batch_size]
-        else:
-            yield pixels[np.arange(start, start + batch_size) % len(pixels)]
-
-
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; on a CPU PyTorch says so with a plain RuntimeError."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)

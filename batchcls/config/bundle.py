@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from batchcls.config.common import TAP_PATTERN, JobConfig
+from batchcls.config.engines import CacheSettings
 
 
 class StoreSettings(JobConfig):
@@ -75,13 +76,21 @@ class BundleInspectConfig(StoreSettings):
     bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
 
 
-class BundleTestConfig(StoreSettings):
+class BundleTestConfig(StoreSettings, CacheSettings):
     """Hold a bundle's network against its golden answers, on this machine."""
 
     bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the network runs.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="Arithmetic of the network; auto: bf16 on a GPU that has it, else fp32."
+    engine: Literal["torch", "compile", "openvino"] = Field(
+        default="torch", description="What runs the network."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
+        default="auto",
+        description="Arithmetic of the network; auto: fp32. int8 only where `classify` has made it of the catalog's "
+        "images before.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where the network runs; auto: a GPU if there is one that the engine can use.",
     )
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from batchcls.config.common import TAP_PATTERN, Auto, AutoOrCount, ClusterSettings, FetchSettings
+from batchcls.config.engines import EngineSettings
 from batchcls.schema import RESERVED_COLUMNS
 from batchcls.storage import redact_options, redact_uri
 from batchcls.views import AugmentationName
@@ -13,7 +14,7 @@ from batchcls.views import AugmentationName
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class ClassifyConfig(FetchSettings, ClusterSettings):
+class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings):
     """Classify a catalog: manifest in, predictions and embeddings out."""
 
     manifest: str = Field(
@@ -67,12 +68,16 @@ class ClassifyConfig(FetchSettings, ClusterSettings):
         description="Test-time augmentation: answer several views of an image and average. hflip costs twice "
         "the time of the network, five-crop five times, ten-crop (corners and centre, flipped too) ten times.",
     )
-    engine: Literal["auto", "torch"] = Field(default="auto", description="What runs the network.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="Arithmetic of the network; auto: bf16 on a GPU that has it, else fp32."
+    shape: Literal["auto", "fused", "staged"] = Field(
+        default="auto",
+        description="How the work is cut. fused: every actor loads, predicts and writes; staged: load tasks, predict "
+        "actors and write tasks, so that the CPUs of all nodes load for the GPUs. auto: staged on GPUs, else fused.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where the network runs; auto: GPUs if the cluster has any."
+    measure_from_rows: int = Field(
+        default=1000,
+        ge=0,
+        description="With fewer rows auto measures no engines, which would take longer than the run: it takes what "
+        "an earlier run has measured, or else torch in fp32.",
     )
     normalize: Literal["engine", "worker"] = Field(
         default="engine",
@@ -88,7 +93,7 @@ class ClassifyConfig(FetchSettings, ClusterSettings):
         default="auto", description="GPUs that Ray sets aside for an actor; 0.5 lets two share one."
     )
     load_tasks: AutoOrCount = Field(
-        default="auto", description="Load tasks (fetch, decode, resize) at a time, one CPU each."
+        default="auto", description="Staged: load tasks (fetch, decode, resize) at a time, one CPU each."
     )
     fetch_threads: AutoOrCount = Field(
         default="auto", description="Images in flight inside a load task; hides the latency of storage."

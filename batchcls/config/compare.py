@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings
+from batchcls.config.engines import CacheSettings
 from batchcls.storage import redact_options, redact_uri
 
 _Positive = Annotated[int, Field(ge=1)]
 
 
-class CompareConfig(FetchSettings, ClusterSettings):
+class CompareConfig(FetchSettings, ClusterSettings, CacheSettings):
     """Measure backbones on your hardware and your images, and say which to take."""
 
     manifest: str = Field(
@@ -30,8 +31,8 @@ class CompareConfig(FetchSettings, ClusterSettings):
     engines: list[str] = Field(
         default=["auto"],
         min_length=1,
-        description="What runs the networks, as ENGINE:PRECISION by commas, e.g. torch:fp32,torch:bf16; auto: "
-        "torch in fp32 and bf16.",
+        description="What runs the networks, as ENGINE:PRECISION by commas, e.g. torch:fp32,openvino:int8; auto: "
+        "what can run on the node, without int8, and without compile on a CPU where OpenVINO is installed.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",

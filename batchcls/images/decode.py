@@ -1,10 +1,10 @@
 """Bytes of an image file to RGB pixels, or a reason why not.
 
 Two ways lead to the pixels. Plain JPEG (8 bits, grey or three components, sequential or
-progressive) goes straight from the bytes through torchvision's libjpeg-turbo; everything else
-goes through Pillow (`batchcls.images.rgb`). Both release the GIL, and neither has state here: `decode`
-may be called from many threads at once. Callers with several threads set
-`torch.set_num_threads(1)`, so that torch does not add its own to theirs.
+progressive) goes straight from the bytes through libjpeg-turbo (`batchcls.images.jpeg_pixels`), at
+a reduced scale where the picture is far larger than it is needed; everything else goes through
+Pillow (`batchcls.images.rgb`). Both release the GIL, and neither has state here: `decode` may be
+called from many threads at once.
 
 What a decoder would pass over in silence and is refused here: JPEG data that ends early behind an
 end marker (libjpeg paints the rest grey), progressive JPEG with scans missing, PNG data that
@@ -18,58 +18,57 @@ marker, from a CMYK one.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from PIL.JpegImagePlugin import JpegImageFile
-from torchvision.io import ImageReadMode, decode_jpeg
 
-from batchcls.errors import InputError
 from batchcls.images.formats import DecodeError, Header, JpegFrame
 from batchcls.images.header import read_header
-from batchcls.images.jpeg import end_of_coded_data, has_several_scans, scans_are_complete
+from batchcls.images.jpeg import (
+    end_of_coded_data,
+    has_several_scans,
+    require_end_marker,
+    scans_are_complete,
+)
+from batchcls.images.jpeg_pixels import decode_jpeg, reduction
+from batchcls.images.limits import DecodeLimits
 from batchcls.images.rgb import open_unloaded, orientation_of, to_rgb
 from batchcls.schema import Reason
 
-__all__ = ["DecodeError", "DecodeLimits", "Decoded", "decode"]
+__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Needed", "decode"]
 
-
-@dataclass(frozen=True, slots=True)
-class DecodeLimits:
-    """What is refused before a pixel is allocated.
-
-    `max_pixels`, at least 1: the default is a quarter of a GiB of RGB, above the 50 and 61
-    megapixels of today's cameras and equal to where Pillow begins to warn. A worker needs about
-    3 bytes a pixel and thread, 9 for progressive JPEG. A higher one raises Pillow's own limit
-    with it. `min_side_pixels`, at least 1: shorter sides are tracking pixels and rules, not pictures.
-    """
-
-    max_pixels: int = 89_478_485
-    min_side_pixels: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("max_pixels", "min_side_pixels"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+Needed = Callable[[int, int], tuple[int, int]]
+"""From the height and width of an upright picture to those that it will be resized to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """A picture as it is to be seen.
 
-    `pixels` is uint8 3 x H x W, RGB, turned upright, its memory laid out H x W x 3, which the
-    resize reads fastest. `width` and `height` are those of the stored picture, before it was turned.
+    `pixels` is uint8 H x W x 3, RGB, turned upright, C-contiguous. `width` and `height` are those of
+    the stored picture, before it was turned. `extent` is the height and width of the picture in units
+    of `pixels`: their shape, except where the picture was reduced and the last row or column lies
+    partly outside of it (375 rows reduced by 2 are 187.5 high and fill 188).
     """
 
-    pixels: torch.Tensor
+    pixels: np.ndarray
     width: int
     height: int
+    extent: tuple[float, float]
 
 
-def decode(data: bytes, limits: DecodeLimits) -> Decoded:
+def decode(data: bytes, limits: DecodeLimits, needed: Needed | None = None) -> Decoded:
     """Decode the first picture of a file.
 
     Transparency is composed on white, 16 bits keep their upper 8, animations give their first frame.
+
+    Args:
+        data: the whole file.
+        limits: how large and how small the stored picture may be.
+        needed: with it a JPEG may be decoded at a reduced scale that leaves enough for the resize
+            that it tells of. Without it every picture comes at its full size.
 
     Raises:
         DecodeError: empty, not_an_image, unsupported_format, truncated, corrupt, too_many_pixels
@@ -79,13 +78,17 @@ def decode(data: bytes, limits: DecodeLimits) -> Decoded:
     header = read_header(data)
     _require_size(header, limits)
     try:
-        plain = header.jpeg is not None and header.jpeg.is_plain
-        hwc, orientation = _decode_jpeg(data, header) if plain else _decode_with_pillow(data, header, limits)
+        if header.jpeg is not None and header.jpeg.is_plain:
+            hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, needed)
+        else:
+            (hwc, orientation), factor = _decode_with_pillow(data, header, limits), 1
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # the decoders' edge: damage makes them raise whatever it does
         raise _translated(error, header) from error
-    return Decoded(_upright(hwc, orientation).permute(2, 0, 1), header.width, header.height)
+    height, width = _upright_size(header, orientation)
+    extent = height / factor, width / factor
+    return Decoded(_upright(hwc, orientation), header.width, header.height, extent)
 
 
 def _require_size(header: Header, limits: DecodeLimits) -> None:
@@ -98,45 +101,46 @@ def _require_size(header: Header, limits: DecodeLimits) -> None:
         raise DecodeError(Reason.TOO_SMALL, f"{size}, a side below {limits.min_side_pixels}")
 
 
-def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tuple[torch.Tensor, int]:
+def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tuple[np.ndarray, int]:
     image = open_unloaded(data, header, limits.max_pixels)
     image.load()
-    return torch.from_numpy(to_rgb(image)), orientation_of(image)
+    return to_rgb(image), orientation_of(image)
 
 
-def _decode_jpeg(data: bytes, header: Header) -> tuple[torch.Tensor, int]:
-    """H x W x 3 as stored, and the orientation.
+def _decode_jpeg(
+    data: bytes, header: Header, frame: JpegFrame, needed: Needed | None
+) -> tuple[np.ndarray, int, int]:
+    """H x W x 3 as stored, the orientation, and the factor by which it is reduced.
 
-    The orientation is read by Pillow, for the same answer in every format: torchvision takes the
-    first APP1 segment for EXIF, which it is not where XMP comes first.
+    The orientation is read by Pillow, for the same answer in every format.
     """
-    frame = header.jpeg
-    assert frame is not None, "the caller has a JPEG"
-    suspicious = has_several_scans(data, frame) and not scans_are_complete(data, frame)
-    pixels = _jpeg_pixels(data)
-    # 128 is what a block that never came decodes to.
-    if suspicious or bool((pixels[:, -1, -1] == 128).all()):
-        _require_complete(data, frame, pixels)
+    suspicious = False
+    if has_several_scans(data, frame):
+        suspicious = not scans_are_complete(data, frame)
+    else:
+        require_end_marker(data, frame)
     orientation = orientation_of(JpegImageFile(io.BytesIO(data))) if frame.has_application_1 else 1
-    return pixels.permute(1, 2, 0), orientation
+    factor = 1
+    if needed is not None:
+        upright = _upright_size(header, orientation)
+        # A turned picture would have the row that lies partly outside of it in front: none may.
+        factor = reduction(upright, needed(*upright), whole=orientation in _TURNS)
+    pixels = decode_jpeg(data, header, factor)
+    # 128 is what a block that never came decodes to, at every scale.
+    if suspicious or bool((pixels[-1, -1] == 128).all()):
+        _require_complete(data, header, frame, pixels if factor == 1 else decode_jpeg(data, header))
+    return pixels, orientation, factor
 
 
-def _jpeg_pixels(data: bytes) -> torch.Tensor:
-    # The copy is a hundredth of the decode; torch warns about a buffer that it could write to and must not.
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB)
-    return pixels
-
-
-def _require_complete(data: bytes, frame: JpegFrame, pixels: torch.Tensor) -> None:
-    """Refuse a JPEG whose coded data was used up before its picture was whole.
+def _require_complete(data: bytes, header: Header, frame: JpegFrame, pixels: np.ndarray) -> None:
+    """Refuse a JPEG whose coded data was used up before its picture, here at full scale, was whole.
 
     Bytes put in behind the data change nothing in a whole picture, for the decoder stops before
     them; in one that was cut they become blocks.
     """
     end, has_end_marker = end_of_coded_data(data, frame)
     lengthened = data[:end] + bytes(range(1, 200)) * 3 + data[end:]
-    if torch.equal(_jpeg_pixels(lengthened), pixels):
+    if np.array_equal(decode_jpeg(lengthened, header), pixels):
         return
     if has_end_marker:
         raise DecodeError(Reason.TRUNCATED, "the JPEG's data ends before its picture is whole")
@@ -155,17 +159,27 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
 }
 
 
-def _upright(hwc: torch.Tensor, orientation: int) -> torch.Tensor:
+def _upright_size(header: Header, orientation: int) -> tuple[int, int]:
+    exchanged = orientation in _TURNS and _TURNS[orientation][0]
+    return (header.width, header.height) if exchanged else (header.height, header.width)
+
+
+def _upright(hwc: np.ndarray, orientation: int) -> np.ndarray:
     """Turn H x W x 3 pixels by an EXIF orientation; 1 and unknown ones stay as they are."""
     if orientation not in _TURNS:
         return hwc
     exchanged, reversed_axes = _TURNS[orientation]
-    turned = hwc.transpose(0, 1) if exchanged else hwc
-    return turned.flip(reversed_axes).contiguous()
+    turned = hwc.swapaxes(0, 1) if exchanged else hwc
+    return np.ascontiguousarray(np.flip(turned, reversed_axes))
 
 
-# torch and the C libraries report an allocation that failed as errors of their own.
-_OUT_OF_MEMORY = ("can't allocate memory", "insufficient memory", "out of memory")
+# numpy and the C libraries report an allocation that failed as errors of their own.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "insufficient memory",
+    "out of memory",
+    "memory allocation failure",
+)
 _CUT_SHORT = ("truncated", "incomplete", "not enough image data", "unexpected end")
 
 

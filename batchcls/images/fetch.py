@@ -121,7 +121,10 @@ class Fetcher:
                 raise refusal(Reason.FORBIDDEN_URI, "this is no regular file")
             if status.st_size > self._policy.max_bytes:
                 raise too_large(status.st_size, self._policy.max_bytes)
-            data = file.read(self._policy.max_bytes + 1)
+            # No more is asked for than there is: a buffer of the limit costs more than a small file's bytes.
+            data = file.read(status.st_size + 1)
+            if len(data) > status.st_size:  # it grew, or is one of the kernel's
+                data += file.read(self._policy.max_bytes + 1 - len(data))
         return self._checked(data, status.st_size)
 
     def _checked(self, data: bytes, expected: int) -> bytes:

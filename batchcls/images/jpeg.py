@@ -133,6 +133,18 @@ def _scans(data: bytes, frame: JpegFrame) -> Iterator[Segment]:
             yield segment
 
 
+def require_end_marker(data: bytes, frame: JpegFrame) -> None:
+    """Refuse a picture in one scan that is followed by no end marker, which libjpeg puts in itself.
+
+    In the scan's coded data these two bytes cannot stand side by side.
+
+    Raises:
+        DecodeError: truncated.
+    """
+    if data.rfind(b"\xff\xd9", frame.scan_offset) < 0:
+        raise DecodeError(Reason.TRUNCATED, "the JPEG ends before its end marker")
+
+
 def end_of_coded_data(data: bytes, frame: JpegFrame) -> tuple[int, bool]:
     """Where the coded data of the last scan ends, and whether an end marker ends it.
 

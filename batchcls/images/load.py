@@ -12,18 +12,18 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from batchcls.images.addresses import resolve_uri
-from batchcls.images.decode import DecodeLimits, decode
-from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
+from batchcls.images.decode import decode
+from batchcls.images.fetch import Fetched, Fetcher
 from batchcls.images.formats import DecodeError
+from batchcls.images.settings import LoadSettings
 from batchcls.images.transform import Transform, normalize
-from batchcls.preprocessing import Preprocessing
 from batchcls.schema import (
     DECODE_SECONDS,
     FETCH_SECONDS,
@@ -36,28 +36,6 @@ from batchcls.schema import (
     Reason,
     loaded_schema,
 )
-from batchcls.views import Views
-
-
-@dataclass(frozen=True, slots=True)
-class LoadSettings:
-    """All that a load task needs beside its rows.
-
-    `normalize` says whether pixels leave as uint8 ("engine") or as normalised float32 ("worker").
-    `run_id` tells the settings of one run from those of another in a process that serves both.
-    """
-
-    run_id: str
-    base: str
-    kept: tuple[pa.Field, ...]
-    fetch: FetchPolicy
-    limits: DecodeLimits
-    preprocessing: Preprocessing
-    views: Views
-    normalize: Literal["engine", "worker"]
-    fetch_threads: int
-    decode_threads: int
-    block_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +54,11 @@ class _Row:
 
 
 class Loader:
-    """Loads rows with a pool of threads; one per worker process."""
+    """Loads rows with a pool of threads; one per worker process.
+
+    `load` may be called from several threads at once: they share the pool and the places for
+    decoding, and each gets the blocks of its own tables.
+    """
 
     def __init__(self, settings: LoadSettings) -> None:
         # The cores belong to the decode threads; torch's own pool would take them a second time.
@@ -87,6 +69,15 @@ class Loader:
         self._transform = Transform(settings.preprocessing, settings.views)
         self._pool = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="load")
         self._decoding = threading.Semaphore(settings.decode_threads)
+        self._needed = self._transform.resized_size if settings.reduced_decode else None
+        self._counting = threading.Lock()
+        self._cpu_seconds = 0.0
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Seconds of a core that the pool's threads have taken so far, fetching included."""
+        with self._counting:
+            return self._cpu_seconds
 
     def load(self, tables: Iterator[pa.Table], rejected: Mapping[int, Failure]) -> Iterator[pa.Table]:
         """Yield one block per table of rows, in order, of `schema.loaded_schema`.
@@ -99,7 +90,7 @@ class Loader:
         in_flight = 0
         for table in tables:
             waiting.append(
-                (table, [self._pool.submit(self._load_row, *row) for row in _rows(table, rejected)])
+                (table, [self._pool.submit(self._counted_row, *row) for row in _rows(table, rejected)])
             )
             in_flight += table.num_rows
             # One table is always ahead of the one being waited for, and enough rows for every thread.
@@ -108,6 +99,14 @@ class Loader:
                 yield self._block(*waiting.popleft())
         while waiting:
             yield self._block(*waiting.popleft())
+
+    def _counted_row(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
+        started = time.thread_time()
+        try:
+            return self._load_row(uri, image, rejected)
+        finally:
+            with self._counting:
+                self._cpu_seconds += time.thread_time() - started
 
     def _load_row(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
         if rejected is not None:
@@ -132,26 +131,22 @@ class Loader:
             return self._decode_row(fetched.data, fetched.attempts, fetch_seconds)
 
     def _decode_row(self, data: bytes, attempts: int, fetch_seconds: float) -> _Row:
-        started = time.perf_counter()
-        known: dict[str, Any] = {
-            "content_hash": hashlib.sha256(data).hexdigest(),
-            "n_bytes": len(data),
-            "attempts": attempts,
-            "fetch_seconds": fetch_seconds,
-        }
+        # Seconds of this thread on a core: its waiting for one is no work.
+        started = time.thread_time()
+        content_hash = hashlib.sha256(data).hexdigest()
+        pixels, failure, width, height = None, None, None, None
         try:
-            decoded = decode(data, self._settings.limits)
+            decoded = decode(data, self._settings.limits, self._needed)
         except DecodeError as error:
-            return _Row(failure=error.failure, decode_seconds=time.perf_counter() - started, **known)
-        pixels = self._transform(decoded.pixels)
-        if self._settings.normalize == "worker":
-            pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
+            failure = error.failure
+        else:
+            pixels = self._transform(decoded.pixels, decoded.extent)
+            if self._settings.normalize == "worker":
+                pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
+            width, height = decoded.width, decoded.height
+        decode_seconds = time.thread_time() - started
         return _Row(
-            pixels=pixels,
-            width=decoded.width,
-            height=decoded.height,
-            decode_seconds=time.perf_counter() - started,
-            **known,
+            pixels, failure, width, height, content_hash, len(data), attempts, fetch_seconds, decode_seconds
         )
 
     def _block(self, table: pa.Table, futures: list[Future[_Row]]) -> pa.Table:

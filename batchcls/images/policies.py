@@ -2,8 +2,8 @@
 
 from batchcls.config.common import FetchSettings
 from batchcls.images.addresses import AddressPolicy
-from batchcls.images.decode import DecodeLimits
 from batchcls.images.fetch import FetchPolicy
+from batchcls.images.limits import DecodeLimits
 
 
 def fetch_policy(settings: FetchSettings) -> FetchPolicy:

@@ -11,17 +11,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
+from torch.nn import functional
 
 from batchcls.preprocessing import Preprocessing
 from batchcls.views import Views
 
-_IN_TORCH = {
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-    "lanczos": InterpolationMode.LANCZOS,
-}
+_IN_TORCH = frozenset({"bilinear", "bicubic", "lanczos"})
 # A picture 8 pixels high and ten million wide would grow to hundreds of gigabytes when its short
 # side meets the resize. Beyond this ratio only its middle is resized; the crop shows no more.
 _MAX_ASPECT_RATIO = 32
@@ -38,28 +33,52 @@ class Transform:
         self._crops = 1 if views is None else views.crops
         self._fill = np.array([round(255 * mean) for mean in preprocessing.mean], dtype=np.uint8)
 
-    def __call__(self, pixels: torch.Tensor) -> np.ndarray:
-        """Resize and crop uint8 3 x H x W to C-contiguous uint8 input_height x input_width x 3.
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width that a picture of this size, upright, is resized to before it is cropped.
+
+        A picture that is resized in no smooth way, or of which only the middle is, is given back its
+        own size: it is needed whole (`decode`).
+        """
+        if self._preprocessing.interpolation not in _IN_TORCH or _is_extremely_long(height, width):
+            return height, width
+        return _resized(height, width, self._preprocessing)
+
+    def __call__(self, pixels: np.ndarray, extent: tuple[float, float] | None = None) -> np.ndarray:
+        """Resize and crop uint8 H x W x 3 to C-contiguous uint8 input_height x input_width x 3.
 
         With five crops the result has them in front: 5 x input_height x input_width x 3.
+        `extent` is that of `decode.Decoded` where `pixels` may be a reduced picture: then what is
+        seen of it is what would be seen of the whole.
         """
-        if self._preprocessing.crop_mode == "center":
-            pixels = _without_far_ends(pixels)
-        height, width = pixels.shape[1:]
-        resized = self._resize(pixels, _resized(height, width, self._preprocessing))
+        if extent is None or extent == pixels.shape[:2]:
+            if self._preprocessing.crop_mode == "center":
+                pixels = _without_far_ends(pixels)
+            height, width = pixels.shape[:2]
+            resized = self._resize(pixels, _resized(height, width, self._preprocessing))
+        else:
+            resized = self._resize_within(pixels, extent, _resized(*extent, self._preprocessing))
         centre = self._crop_or_pad(resized)
         return centre if self._crops == 1 else np.stack([*self._corners(resized), centre])
 
-    def _resize(self, pixels: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-        """H x W x 3, possibly a view of `pixels`."""
-        interpolation = self._preprocessing.interpolation
-        if interpolation in _IN_TORCH:
-            resized = functional.resize(pixels, list(size), _IN_TORCH[interpolation], antialias=True)
-            hwc: np.ndarray = resized.permute(1, 2, 0).numpy()
-            return hwc
-        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    def _resize(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """H x W x 3, possibly `pixels` themselves."""
+        if pixels.shape[:2] == size:
+            return pixels
+        mode = self._preprocessing.interpolation
+        if mode in _IN_TORCH:
+            return _to_pixels(functional.interpolate(_to_batch(pixels), size, mode=mode, antialias=True))
         # torch's "nearest" takes other pixels than Pillow's, which is what weights were trained with.
-        return np.asarray(image.resize(size[::-1], Image.Resampling.NEAREST))
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.NEAREST))
+
+    def _resize_within(
+        self, pixels: np.ndarray, extent: tuple[float, float], size: tuple[int, int]
+    ) -> np.ndarray:
+        """H x W x 3 of the given size, which the extent is resized to, and not all rows and columns."""
+        # torch rounds the size down, and must not end one below for the last bit of the factor.
+        factors = [after / before * (1 + 1e-9) for after, before in zip(size, extent, strict=True)]
+        mode = self._preprocessing.interpolation
+        resized = functional.interpolate(_to_batch(pixels), scale_factor=factors, mode=mode, antialias=True)
+        return _to_pixels(resized)[: size[0], : size[1]]
 
     def _corners(self, hwc: np.ndarray) -> Iterator[np.ndarray]:
         height, width, _ = self._preprocessing.shape
@@ -77,6 +96,16 @@ class Transform:
         return result
 
 
+def _to_batch(pixels: np.ndarray) -> torch.Tensor:
+    """1 x 3 x H x W with the memory of `pixels`."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+
+
+def _to_pixels(batch: torch.Tensor) -> np.ndarray:
+    pixels: np.ndarray = batch.squeeze(0).permute(1, 2, 0).numpy()
+    return pixels
+
+
 def normalize(batch: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """uint8 N x H x W x 3 to float32 of the same shape: divided by 255, minus mean, divided by std.
 
@@ -89,15 +118,19 @@ def normalize(batch: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return scaled
 
 
-def _without_far_ends(pixels: torch.Tensor) -> torch.Tensor:
+def _is_extremely_long(height: int, width: int) -> bool:
+    return max(height, width) > _MAX_ASPECT_RATIO * min(height, width)
+
+
+def _without_far_ends(pixels: np.ndarray) -> np.ndarray:
     """Cut the same number of rows or columns from both ends until the aspect ratio is bearable."""
-    height, width = pixels.shape[1:]
+    height, width = pixels.shape[:2]
     rows = max(0, height - _MAX_ASPECT_RATIO * width) // 2
     columns = max(0, width - _MAX_ASPECT_RATIO * height) // 2
-    return pixels[:, rows : height - rows, columns : width - columns]
+    return pixels[rows : height - rows, columns : width - columns]
 
 
-def _resized(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+def _resized(height: float, width: float, preprocessing: Preprocessing) -> tuple[int, int]:
     """Height and width after the resize; at least one pixel each."""
     target_height, target_width = preprocessing.resize_height, preprocessing.resize_width
     if preprocessing.crop_mode == "squash":

@@ -1,8 +1,9 @@
-"""A block with pixels in, the same rows with answers out."""
+"""Blocks with pixels in, the same rows with answers out."""
 
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,84 +11,129 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcls.inference.average import Averaged, Floats, average
+from batchcls.inference.settings import PredictSettings
 from batchcls.inference.topk import TopK, embedding_column
-from batchcls.models.engines import Answer, Engine
+from batchcls.models.engines import Answer, Engine, Pending
 from batchcls.schema import (
     PIXELS,
     PREDICT_SECONDS,
     REASONS,
     Reason,
     answer_fields,
-    classified_schema,
 )
-from batchcls.views import Views
 
 _INPUT_TYPES: dict[str, type[np.generic]] = {"engine": np.uint8, "worker": np.float32}
 
 
-@dataclass(frozen=True, slots=True)
-class PredictSettings:
-    """What the predictor needs beside an engine.
+class _Submitted:
+    """One forward pass: with the engine at first, then its answer."""
 
-    `embedding` is halffloat, float or None for no column; `input_shape` is H, W, C of a crop;
-    `batch_size` counts inputs of a forward pass, so an image with ten views counts ten times.
+    def __init__(self, pending: Pending) -> None:
+        self._pending: Pending | None = pending
+        self._answer: Answer | None = None
+
+    def collect(self) -> Answer:
+        """Wait for the answer; a second call has it at once."""
+        if self._pending is not None:
+            self._answer = self._pending.result()
+            self._pending = None
+        assert self._answer is not None
+        return self._answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A record batch without its pixels, whose forward passes have been submitted.
+
+    `good` are the rows that had pixels; `passes` has one list for each flip of their crops.
     """
 
-    labels: tuple[str, ...]
-    top_k: int
-    embedding: pa.DataType | None
-    embedding_dimension: int
-    l2_normalize: bool
-    views: Views
-    input_shape: tuple[int, int, int]
-    normalize: Literal["engine", "worker"]
-    batch_size: int
-    kept: tuple[pa.Field, ...]
-
-    @property
-    def output_schema(self) -> pa.Schema:
-        """Schema of the blocks that the predictor returns."""
-        return classified_schema(self.kept, self.embedding, self.embedding_dimension)
+    batch: pa.RecordBatch
+    good: npt.NDArray[np.int64]
+    passes: list[list[_Submitted]]
 
 
 class Predictor:
-    """Answers the good rows of a block and passes the failed ones through."""
+    """Answers the good rows of blocks and passes the failed ones through.
 
-    def __init__(self, engine: Engine, settings: PredictSettings) -> None:
+    While the answers of one block are put into columns the engine has work of the next one.
+    """
+
+    def __init__(
+        self, engine: Engine, settings: PredictSettings, busy: Callable[[], float] = time.process_time
+    ) -> None:
+        """Take an engine.
+
+        Args:
+            engine: what answers; nobody else may use it while a stream is read.
+            settings: of the job.
+            busy: seconds that the network has worked so far, on a CPU or a GPU.
+        """
         self._engine = engine
         self._settings = settings
         self._top_k = TopK(settings.labels, settings.top_k)
+        self._busy = busy
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Block of `schema.loaded_schema` -> block of `schema.classified_schema`, same rows, same order.
+        """Block of `schema.loaded_schema` -> block of `schema.classified_schema`, same rows, same order."""
+        (answered,) = self.stream([block])
+        return answered
+
+    def stream(self, blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Blocks of `schema.loaded_schema` -> blocks of `schema.classified_schema`, same rows, same order.
 
         A row whose logits or embedding are not finite fails with `non_finite`.
         """
-        started = time.perf_counter()
-        parts = [self._classify(batch) for batch in block.to_batches() if batch.num_rows]
-        answered = pa.Table.from_batches(parts, self._settings.output_schema.remove(self._seconds_field()))
-        seconds = (time.perf_counter() - started) / max(1, block.num_rows)
-        column = pa.array(np.full(block.num_rows, seconds, np.float32))
-        return answered.append_column(self._settings.output_schema.field(PREDICT_SECONDS), column)
+        before = self._busy()
+        in_flight: deque[_Submitted] = deque(maxlen=self._engine.in_flight)
+        waiting: deque[list[_Begun]] = deque()
+        for block in blocks:
+            waiting.append([self._begin(batch, in_flight) for batch in block.to_batches() if batch.num_rows])
+            if len(waiting) > 1:
+                answered, before = self._finished(waiting.popleft(), before)
+                yield answered
+        while waiting:
+            answered, before = self._finished(waiting.popleft(), before)
+            yield answered
 
-    def _seconds_field(self) -> int:
-        return int(self._settings.output_schema.get_field_index(PREDICT_SECONDS))
-
-    def _classify(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+    def _begin(self, batch: pa.RecordBatch, in_flight: deque[_Submitted]) -> _Begun:
         pixels = self._pixels(batch.column(PIXELS))
-        rest = batch.drop_columns([PIXELS])
+        seen = [pixels, pixels[:, :, ::-1]] if self._settings.views.flips else [pixels]
         good = np.flatnonzero(batch.column(PIXELS).is_valid().to_numpy(zero_copy_only=False))
-        found = self._answer(pixels)
+        return _Begun(batch.drop_columns([PIXELS]), good, [self._submit(view, in_flight) for view in seen])
+
+    def _submit(self, pixels: npt.NDArray[np.generic], in_flight: deque[_Submitted]) -> list[_Submitted]:
+        """Forward passes of at most `batch_size` inputs; the engine never has more than keep it busy."""
+        size = self._settings.batch_size
+        submitted = []
+        for start in range(0, len(pixels), size):
+            if len(in_flight) == in_flight.maxlen:
+                in_flight[0].collect()
+            submitted.append(_Submitted(self._engine.submit(pixels[start : start + size])))
+            in_flight.append(submitted[-1])
+        return submitted
+
+    def _finished(self, parts: list[_Begun], before: float) -> tuple[pa.Table, float]:
+        """The block that these record batches were, and the engine's busy seconds so far."""
+        schema = self._settings.output_schema
+        index = schema.get_field_index(PREDICT_SECONDS)
+        table = pa.Table.from_batches([self._classified(part) for part in parts], schema.remove(index))
+        now = self._busy()
+        seconds = np.full(table.num_rows, max(0.0, now - before) / max(1, table.num_rows), np.float32)
+        return table.append_column(schema.field(index), pa.array(seconds)), now
+
+    def _classified(self, part: _Begun) -> pa.RecordBatch:
+        rest, good = part.batch, part.good
+        found = self._average(part.passes)
         finite = found.finite
         if not finite.all():
             rest = _fail(rest, good[~finite])
         # Row r of the batch takes the answer places[r]; a failed row takes a null.
-        places = np.full(batch.num_rows, -1, np.int64)
+        places = np.full(rest.num_rows, -1, np.int64)
         places[good[finite]] = np.arange(int(finite.sum()))
         taken = pa.array(places, mask=places < 0)
         answers = self._columns(found.probabilities[finite], found.embedding[finite])
-        fields = answer_fields(self._settings.embedding, self._settings.embedding_dimension)
-        for field in fields:
+        for field in answer_fields(self._settings.embedding, self._settings.embedding_dimension):
             rest = rest.append_column(field, answers[field.name].take(taken))
         return rest
 
@@ -105,33 +151,29 @@ class Predictor:
         data = np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]] if values else np.empty(0, np.uint8)
         return data.view(kind).reshape(-1, *self._settings.input_shape)
 
-    def _answer(self, pixels: npt.NDArray[np.generic]) -> Averaged:
+    def _average(self, passes: list[list[_Submitted]]) -> Averaged:
         """Answers to all views, averaged for each image."""
-        views = self._settings.views
-        seen = [pixels, pixels[:, :, ::-1]] if views.flips else [pixels]
-        passes = [self._forward(view) for view in seen]
+        settings = self._settings
+        widths = (len(settings.labels), settings.embedding_dimension)
+        answers = [_joined([one.collect() for one in submitted], widths) for submitted in passes]
         # Views of an image stand next to each other: its crops, and of each crop both flips.
         answer = Answer(
-            np.stack([one.logits for one in passes], axis=1).reshape(-1, passes[0].logits.shape[1]),
-            np.stack([one.embedding for one in passes], axis=1).reshape(-1, passes[0].embedding.shape[1]),
+            np.stack([one.logits for one in answers], axis=1).reshape(-1, widths[0]),
+            np.stack([one.embedding for one in answers], axis=1).reshape(-1, widths[1]),
         )
-        return average(answer, views.count, l2_normalize=self._settings.l2_normalize)
+        return average(answer, settings.views.count, l2_normalize=settings.l2_normalize)
 
-    def _forward(self, pixels: npt.NDArray[np.generic]) -> Answer:
-        """Forward passes of at most `batch_size` inputs."""
-        size = self._settings.batch_size
-        if len(pixels) == 0:
-            return Answer(
-                np.empty((0, len(self._settings.labels)), np.float32),
-                np.empty((0, self._settings.embedding_dimension), np.float32),
-            )
-        answers = [self._engine.answer(pixels[start : start + size]) for start in range(0, len(pixels), size)]
-        if len(answers) == 1:
-            return answers[0]
-        return Answer(
-            np.concatenate([answer.logits for answer in answers]),
-            np.concatenate([answer.embedding for answer in answers]),
-        )
+
+def _joined(answers: list[Answer], widths: tuple[int, int]) -> Answer:
+    """Answers to the parts of a batch as one; `widths` are those of logits and embedding, for no part at all."""
+    if not answers:
+        return Answer(*(np.empty((0, width), np.float32) for width in widths))
+    if len(answers) == 1:
+        return answers[0]
+    return Answer(
+        np.concatenate([answer.logits for answer in answers]),
+        np.concatenate([answer.embedding for answer in answers]),
+    )
 
 
 def _fail(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:

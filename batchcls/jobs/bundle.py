@@ -16,20 +16,28 @@ from batchcls.config.bundle import (
 )
 from batchcls.console import results_console
 from batchcls.errors import ExitCode, InputError
-from batchcls.inference.self_test import check_program, start_tested_engine, with_golden
+from batchcls.inference.reference import check_program, with_golden
+from batchcls.inference.self_test import start_tested_engine
 from batchcls.jobs.command import Command, main
-from batchcls.models.bundle import Bundle, build_backbone, build_model
+from batchcls.models.build import build_backbone, build_model
+from batchcls.models.bundle import Bundle
+from batchcls.models.choices import ModelChoices
+from batchcls.models.engines import REFERENCE, Device, EngineChoice, EnginePlace, Precision
+from batchcls.models.engines.conversions import Conversions
 from batchcls.models.engines.start import describe
 from batchcls.models.export import FILE_NAMES, describe_program, export_program, load_program
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
+from batchcls.models.resolve import parse_model_arguments, resolve_model
 from batchcls.models.sources import suggestions
+from batchcls.models.spec import PreprocessingOverrides
 from batchcls.models.trainable import mark_trainable
 from batchcls.models.zoo import find_record, zoo_records
 from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.tables import bundle_line, record_table, zoo_table
+from batchcls.tables import bundle_line
+from batchcls.zoo_tables import record_table, zoo_table
 
 _logger = logging.getLogger("batchcls.jobs.bundle")  # __name__ is __main__ here
+
+_TEST_BATCH = 4  # as many as there are drawn images
 
 _CREATE_EXAMPLES = """examples:
   python -m batchcls.jobs.bundle create --model mobilenet_v3_large --output models/v1
@@ -43,7 +51,7 @@ _INSPECT_EXAMPLES = """examples:
 """
 _TEST_EXAMPLES = """examples:
   python -m batchcls.jobs.bundle test models/v1
-  python -m batchcls.jobs.bundle test s3://shop/models/v7 --precision bf16
+  python -m batchcls.jobs.bundle test s3://shop/models/v7 --engine openvino --precision bf16
 """
 _EXPORT_EXAMPLES = """examples:
   python -m batchcls.jobs.bundle export models/v1 --output exported        # exported/model.onnx
@@ -108,13 +116,31 @@ def test(config: BundleTestConfig, console: Console) -> ExitCode:
     bundle = Bundle.load(config.bundle, Storage(config.storage_options))
     out = results_console()
     out.print(bundle_line(bundle))
+    choice, place = _settled(config)
     started = time.perf_counter()
-    engine, found = start_tested_engine(bundle, config.device, config.precision, torch.get_num_threads())
+    engine, found = start_tested_engine(bundle, choice, place)
     out.print(
         f"passed on {describe(engine)} in {time.perf_counter() - started:.1f} s: probabilities off by at most "
         f"{found.probability:.2g}, embeddings by {found.distance:.2g} of their spread"
     )
     return ExitCode.DONE
+
+
+def _settled(config: BundleTestConfig) -> tuple[EngineChoice, EnginePlace]:
+    """The engine and the place behind the settings of a test, `auto` decided."""
+    device: Device = "cpu"
+    if config.device != "auto":
+        device = config.device
+    elif config.engine != "openvino" and torch.cuda.is_available():
+        device = "cuda"
+    precision: Precision = REFERENCE.precision if config.precision == "auto" else config.precision
+    place = EnginePlace(
+        device=device,
+        threads=torch.get_num_threads(),
+        batch_size=_TEST_BATCH,
+        conversions=Conversions.at(config.cache_dir),
+    )
+    return EngineChoice(config.engine, precision), place
 
 
 def export(config: BundleExportConfig, console: Console) -> ExitCode:

@@ -1,38 +1,34 @@
 """`python -m batchcls.jobs.classify`: manifest -> predictions and embeddings, published."""
 
 import logging
-import platform
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
 
 from batchcls.config.classify import ClassifyConfig
-from batchcls.console import results_console, watching
-from batchcls.errors import ExitCode, InputError
-from batchcls.identity import BadIds, find_bad_ids
-from batchcls.images.load import LoadSettings
+from batchcls.console import results_console
+from batchcls.errors import ExitCode
 from batchcls.images.policies import decode_limits, fetch_policy
-from batchcls.inference.predictor import PredictSettings
-from batchcls.inference.self_test import with_golden
+from batchcls.images.settings import LoadSettings
+from batchcls.inference.settings import PredictSettings
+from batchcls.jobs.classify_inputs import Inputs, open_inputs
 from batchcls.jobs.command import Command, main
-from batchcls.manifest import Manifest, open_manifest
-from batchcls.models.bundle import Bundle
-from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
-from batchcls.pipeline.graph import Run, Work
-from batchcls.pipeline.load_stage import LoadStage
+from batchcls.pipeline.execute import execute
+from batchcls.pipeline.settle import settle_engines
+from batchcls.pipeline.work import Engines, Load, Work
 from batchcls.placement import Placement, place
+from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile
 from batchcls.runs.layout import new_run_id, run_folder
-from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runs.parts import PartWriter
 from batchcls.runs.plan import Plan, claim
 from batchcls.runs.publish import publish
 from batchcls.runtime import nodes, ray_session, wait_for
 from batchcls.schema import EMBEDDING_TYPES
-from batchcls.storage import Storage, explain, is_remote, join, redact_uri
-from batchcls.tables import bundle_line, counts_table
-from batchcls.views import Views, views_of
+from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.tables import bottleneck_table, counts_table
 
 _logger = logging.getLogger("batchcls.jobs.classify")  # __name__ is __main__ here
 
@@ -46,100 +42,45 @@ exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written;
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What was asked for, opened and checked."""
-
-    manifest: Manifest
-    bad_ids: BadIds
-    bundle: Bundle
-    views: Views
-    storage: Storage
-
-
 def classify(config: ClassifyConfig, console: Console) -> ExitCode:
     """Run the job from manifest to publish; errors leave as `errors.BatchclsError`."""
-    started = time.perf_counter()
-    inputs = _open_inputs(config)
-    with ray_session(config.ray_address):
-        placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
-        for reason in placement.reasons:
-            _logger.info(reason)
-        plan = _plan(config, inputs, placement)
-        with explain(config.output):
-            folder = claim(plan, config.output, inputs.storage)
-        _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
-        work = _work(config, inputs, placement, plan.run_id)
-        receipts, measured = _execute(work, console, config.log_interval_seconds)
-    totals = reconcile(receipts, inputs.manifest.rows)
-    measured["seconds_total"] = round(time.perf_counter() - started, 3)
-    measured["images_per_second_of_work"] = {
-        stage: round(totals.rows / seconds, 1)
-        for stage, seconds in totals.stage_seconds.items()
-        if seconds > 0
+    started = time.time()
+    # Ray takes seconds to start, most of them waiting; the inputs are opened meanwhile.
+    with ThreadPoolExecutor(1) as aside:
+        opening = aside.submit(open_inputs, config)
+        with ray_session(config.ray_address):
+            inputs = opening.result()
+            placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
+            for reason in placement.reasons:
+                _logger.info(reason)
+            settled = settle_engines(config, inputs.manifest, inputs.bundle, placement, inputs.storage)
+            plan = _plan(config, inputs, placement)
+            with explain(config.output):
+                folder = claim(plan, config.output, inputs.storage)
+            _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
+            work = work_of(config, inputs, placement, settled.engines, plan.run_id)
+            executed = execute(work, console, config.log_interval_seconds)
+    totals = reconcile(executed.receipts, inputs.manifest.rows)
+    found = find_bottleneck(executed.measured(totals.stage_seconds, bool(settled.measured)))
+    measured = executed.as_json() | {
+        "seconds_total": round(time.time() - started, 3),
+        "seconds_to_first_part": round(executed.first_part_at - started, 3),
+        "bottleneck": found.as_json(),
+        "engine_choices": [choice.model_dump(mode="json") for choice in settled.measured],
     }
     check_budget(totals, config.max_failed_fraction)
     with explain(folder):
-        commit(plan, receipts, totals, measured, inputs.storage, folder)
-    _summarize(totals, measured, folder)
+        commit(plan, executed.receipts, totals, measured, inputs.storage, folder)
+    _summarize(totals, measured, found, folder)
     _publish(config, plan, inputs.storage)
     return ExitCode.DONE
 
 
-def _open_inputs(config: ClassifyConfig) -> _Inputs:
-    storage = Storage(config.storage_options)
-    with explain(config.output):
-        # Keys, bucket and network of the output are tried before anything costs time.
-        storage.list_files(run_folder(config.output, config.run_id or "none"))
-    manifest = open_manifest(
-        config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
-    )
-    _logger.info("manifest: %d rows in %d file(s)", manifest.rows, len(manifest.files))
-    bad_ids = find_bad_ids(manifest, storage)
-    if len(bad_ids.null) or len(bad_ids.repeated):
-        _logger.warning("manifest: %d null and %d repeated ids", len(bad_ids.null), len(bad_ids.repeated))
-    choices = ModelChoices(
-        weights=config.weights,
-        labels=config.labels,
-        arguments=parse_model_arguments(config.model_args or ""),
-        tap=config.embedding_tap,
-        allow_random=config.allow_random_weights,
-    )
-    bundle = resolve_model(config.model, choices, storage)
-    if bundle.config.golden is None:
-        bundle = with_golden(bundle)
-    _logger.info("model: %s", bundle_line(bundle))
-    _require_fingerprint(config, bundle)
-    _logger.info("embedding: %s", _embedding_line(config, bundle))
-    return _Inputs(manifest, bad_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage)
+def _place(config: ClassifyConfig, inputs: Inputs) -> Placement:
+    return place(config, nodes(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows)
 
 
-def _require_fingerprint(config: ClassifyConfig, bundle: Bundle) -> None:
-    wanted = config.model_fingerprint
-    if wanted is not None and not bundle.fingerprint.startswith(wanted):
-        raise InputError(
-            f"--model-fingerprint {wanted}: {redact_uri(config.model)} has {bundle.fingerprint}; it is another "
-            "model than the one this job is pinned to"
-        )
-
-
-def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
-    """What the embedding column will hold."""
-    if config.embedding_dtype == "none":
-        return "not written"
-    length = ", of length 1" if config.l2_normalize else ""
-    views = f", mean of the views of {config.tta}" if config.tta != "none" else ""
-    made = f"{bundle.config.embedding_dimension} x {config.embedding_dtype}"
-    return f"{bundle.config.embedding_tap}, {made}{views}{length}"
-
-
-def _place(config: ClassifyConfig, inputs: _Inputs) -> Placement:
-    manifest = inputs.manifest
-    remote = manifest.columns.uri is not None and is_remote(manifest.base)
-    return place(config, nodes(), manifest.rows, remote_images=remote)
-
-
-def _plan(config: ClassifyConfig, inputs: _Inputs, placement: Placement) -> Plan:
+def _plan(config: ClassifyConfig, inputs: Inputs, placement: Placement) -> Plan:
     manifest, bundle = inputs.manifest, inputs.bundle
     unpublishable = []
     if not bundle.publishable:
@@ -169,7 +110,10 @@ def _plan(config: ClassifyConfig, inputs: _Inputs, placement: Placement) -> Plan
     )
 
 
-def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id: str) -> Work:
+def work_of(
+    config: ClassifyConfig, inputs: Inputs, placement: Placement, engines: Engines, run_id: str
+) -> Work:
+    """What the workers are given, from the settings and what was opened and settled."""
     kept = inputs.manifest.columns.kept
     bundle = inputs.bundle.config
     embedding = EMBEDDING_TYPES[config.embedding_dtype]
@@ -185,6 +129,7 @@ def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id:
         fetch_threads=placement.fetch_threads,
         decode_threads=placement.decode_threads,
         block_rows=placement.block_rows,
+        reduced_decode=config.reduced_decode,
     )
     predict = PredictSettings(
         labels=tuple(bundle.labels),
@@ -201,10 +146,10 @@ def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id:
     return Work(
         manifest=inputs.manifest,
         bad_ids=inputs.bad_ids,
-        load=LoadStage(inputs.manifest.columns, inputs.storage, load),
+        load=Load(inputs.manifest.columns, inputs.storage, load),
         predict=predict,
         bundle=inputs.bundle,
-        precision=config.precision,
+        engines=engines,
         writer=PartWriter(
             run_folder(config.output, run_id), inputs.storage, kept, embedding, bundle.embedding_dimension
         ),
@@ -213,34 +158,16 @@ def _work(config: ClassifyConfig, inputs: _Inputs, placement: Placement, run_id:
     )
 
 
-def _execute(work: Work, console: Console, interval_seconds: float) -> tuple[list[Receipt], dict[str, Any]]:
-    rows = work.manifest.rows
-    run = Run(work)
-    started = time.perf_counter()
-    with watching(run.progress, rows, console, interval_seconds):
-        receipts = run.execute()
-    seconds = time.perf_counter() - started
-    seen = run.progress()
-    measured = {
-        "seconds_pipeline": round(seconds, 3),
-        "images_per_second": round(rows / seconds, 2),
-        "engines": dict(seen.engines),
-        "peak_memory_mib_of_an_actor": round(seen.peak_memory_mib, 1),
-        "hardware": {"nodes": [asdict(node) for node in nodes()], "driver": platform.platform()},
-    }
-    return receipts, measured
-
-
-def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
+def _summarize(totals: Totals, measured: dict[str, Any], found: Bottleneck, folder: str) -> None:
     """The closing words, on stdout: what a person or a log reader wants to find last."""
     out = results_console()
     out.print(counts_table(totals.predicted, totals.failures))
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in totals.stage_seconds.items())
+    out.print(bottleneck_table(found))
     out.print(
         f"{totals.rows} rows in {measured['seconds_total']:.1f} s "
-        f"({measured['images_per_second']:.1f} images/s in the pipeline)"
+        f"({measured['images_per_second']:.1f} images/s in the pipeline, {found.achieved:.1f} after start-up)"
     )
-    out.print(f"work in seconds, all workers: {stages}")
+    out.print(f"advice: {found.advice}")
     out.print(f"results: {redact_uri(folder)}")
 
 

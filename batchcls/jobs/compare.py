@@ -12,10 +12,10 @@ from rich.console import Console
 from batchcls.comparison.campaign import Reference, Skipped, run_campaign
 from batchcls.comparison.candidate import (
     Candidate,
-    Device,
     Place,
     default_batch_sizes,
     default_threads,
+    parse_engines,
 )
 from batchcls.comparison.inputs import Inputs, open_inputs
 from batchcls.comparison.measure import Measured, measure
@@ -29,6 +29,7 @@ from batchcls.console import results_console
 from batchcls.errors import ExitCode, InputError
 from batchcls.hardware import Hardware
 from batchcls.jobs.command import Command, main
+from batchcls.models.engines import Device
 from batchcls.preprocessing import Preprocessing
 from batchcls.report.compare_page import PageContext, compare_page
 from batchcls.runtime import LivingNode, living_nodes, ray_session, run_alone, run_everywhere, wait_for
@@ -100,6 +101,7 @@ def _place(config: CompareConfig, node: LivingNode, hardware: Hardware) -> Place
         batch_sizes=tuple(config.batch_sizes) or default_batch_sizes(device),
         worthwhile_only=not config.batch_sizes,
         seconds=config.seconds_per_measurement,
+        cache_dir=config.cache_dir,
     )
 
 
@@ -156,7 +158,7 @@ def _measure_all(
         Candidate(name, bundle.fingerprint, engine, place)
         for place in places
         for name, bundle in inputs.bundles.items()
-        for engine in inputs.engines
+        for engine in parse_engines(inputs.engines, place.device)
     ]
     cluster = _Cluster(inputs, places)
     try:

@@ -1,9 +1,11 @@
 """A model as a folder: `bundle.json` says what it is, `model.safetensors` holds its weights.
 
 `bundle.json` names the digest of the weights and is written last, so a folder whose two files do
-not belong together is found out when it is read. The fingerprint covers both files.
+not belong together is found out when it is read. The fingerprint covers both files. Reading one needs
+no torch; `batchcls.models.build` makes a network of it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,18 +13,12 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import nn
 
 from batchcls.config.common import TAP_PATTERN
 from batchcls.errors import GoldenMismatch, InputError
-from batchcls.models.backbone import Backbone
 from batchcls.models.golden import Golden
 from batchcls.models.labels import check_labels, labels_digest
-from batchcls.models.library import ArgumentValue, ModelSpec, SourceName
-from batchcls.models.sources import find_model, library_of
-from batchcls.models.taps import find_tap
-from batchcls.models.trainable import mark_trainable
-from batchcls.models.weights import from_safetensors, load_strictly, sha256_hex
+from batchcls.models.spec import ArgumentValue, ModelSpec, SourceName
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage import Storage, error_code, explain, join, redact_uri
 
@@ -31,6 +27,11 @@ WEIGHTS_FILE = "model.safetensors"
 FORMAT_VERSION = 2
 
 OriginKind = Literal["file", "pretrained", "trained", "random"]
+
+
+def sha256_hex(data: bytes) -> str:
+    """Digest of a file's bytes, in lower-case hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
 class WeightsOrigin(BaseModel):
@@ -193,44 +194,6 @@ class Bundle:
         for name, data in ((WEIGHTS_FILE, self.weights), (CONFIG_FILE, f"{text}\n".encode())):
             with explain(join(uri, name)):
                 storage.write_whole(join(uri, name), data)
-
-
-def build_model(bundle: Bundle) -> nn.Module:
-    """The bundle's network as its library builds it, with its weights; to be trained, cut or counted.
-
-    Parameters that the bundle does not call trainable are frozen.
-
-    Raises:
-        InputError: the library does not know the architecture (any more), or the weights do not fit.
-    """
-    config = bundle.config
-    spec = find_model(str(config.spec), config.arguments)
-    model = library_of(spec).build(spec, len(config.labels), config.dropout)
-    load_strictly(model, from_safetensors(bundle.weights, WEIGHTS_FILE), WEIGHTS_FILE)
-    mark_trainable(model, config.trainable)
-    return model
-
-
-def build_backbone(bundle: Bundle) -> Backbone:
-    """The bundle's network with its weights, cut into logits and embedding, in evaluation mode.
-
-    Raises:
-        InputError: the library does not know the architecture (any more), or weights, labels or
-            embedding do not fit it.
-    """
-    config = bundle.config
-    spec = config.spec
-    library = library_of(spec)
-    model = build_model(bundle)
-    size = (config.preprocessing.input_height, config.preprocessing.input_width)
-    tap = find_tap(spec, model, library, config.embedding_tap, size)
-    backbone = Backbone(model, library.classifiers(model), size, tap)
-    if backbone.dimension != config.embedding_dimension:
-        raise InputError(
-            f"the embedding of {spec} has {backbone.dimension} values, {CONFIG_FILE} says "
-            f"{config.embedding_dimension}; create the bundle anew"
-        )
-    return backbone
 
 
 def _fingerprint(config: BundleConfig) -> str:

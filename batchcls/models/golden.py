@@ -65,6 +65,9 @@ TOLERANCES = {
     "fp32": Tolerance(probability=0.01, distance=0.02),
     "bf16": Tolerance(probability=0.15, distance=0.35),
     "fp16": Tolerance(probability=0.08, distance=0.15),
+    # So wide that it finds only a network that is broken: drawn images are not what the scales were chosen by.
+    # What int8 costs is measured on the catalog's own images.
+    "int8": Tolerance(probability=0.3, distance=1.0),
 }
 
 

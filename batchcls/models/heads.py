@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.models.library import Library, ModelSpec
+from batchcls.models.library import Library
+from batchcls.models.spec import ModelSpec
 from batchcls.models.weights import load_strictly
 
 

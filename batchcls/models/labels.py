@@ -1,22 +1,14 @@
-"""Class names, in the order of a classifier's outputs: from a file, or those of ImageNet."""
+"""Class names, in the order of a classifier's outputs, from a file; `known_labels` has those of ImageNet."""
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
-
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-from torchvision.models import ResNet18_Weights
 
 from batchcls.errors import InputError
 from batchcls.storage import Storage, explain, redact_uri
 
 Labels = tuple[str, ...]
 CategoryPaths = tuple[tuple[str, ...], ...]
-
-IMAGENET_CLASSES = 1000
 
 
 def read_labels(uri: str, storage: Storage) -> Labels:
@@ -70,42 +62,6 @@ def check_labels(labels: Sequence[str], where: str) -> Labels:
         InputError: there is none, or one is empty or repeated.
     """
     return _checked(labels, f"{where}, label")
-
-
-def known_labels(classes: int) -> Labels | None:
-    """Labels of the public label set with that many classes, or None if there is no such set.
-
-    1000 is ImageNet; 11,221, 11,821, 21,841, 21,842 and 21,843 are its larger relatives.
-    """
-    if classes == IMAGENET_CLASSES:
-        return imagenet_labels()
-    subset = infer_imagenet_subset({"num_classes": classes})
-    return None if subset is None else _synset_labels(subset)
-
-
-@cache
-def imagenet_labels() -> Labels:
-    """The 1000 names of ImageNet, each one different; the index is the rank of the wnid."""
-    info: Any = ImageNetInfo()
-    return distinct(ResNet18_Weights.DEFAULT.meta["categories"], info.label_names())
-
-
-@cache
-def _synset_labels(subset: str) -> Labels:
-    info: Any = ImageNetInfo(subset)
-    return distinct(info.label_descriptions(), info.label_names())
-
-
-def distinct(names: Sequence[str], identifiers: Sequence[str]) -> Labels:
-    """Names made unique: one that stands for several classes gets its identifier in brackets.
-
-    Two classes called crane become `crane (n02012849)` and `crane (n03126707)`.
-    """
-    times = Counter(names)
-    return tuple(
-        name if times[name] == 1 else f"{name} ({identifier})"
-        for name, identifier in zip(names, identifiers, strict=True)
-    )
 
 
 def _json_list(text: str, name: str) -> list[str]:

@@ -4,52 +4,21 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from batchcls.errors import InputError
+from batchcls.models.spec import ModelSpec, PreprocessingOverrides
 from batchcls.models.taps import Stage
 from batchcls.models.weights import State
-from batchcls.preprocessing import Interpolation, Preprocessing
-
-SourceName = Literal["timm", "torchvision"]
-ArgumentValue = bool | int | float | str | None
-Arguments = Mapping[str, ArgumentValue]
+from batchcls.preprocessing import Preprocessing
 
 _PROBE_SECONDS = 10.0
 _INITIALISATION_SEED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """An architecture: library, name in that library (perhaps with a tag), extra arguments."""
-
-    source: SourceName
-    architecture: str
-    arguments: Arguments = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.architecture}"
-
-
-class PreprocessingOverrides(BaseModel):
-    """What a user says about the preprocessing of weights whose own record is another or missing."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R, G, B in 0..1.")
-    std: tuple[float, float, float] | None = Field(
-        default=None, description="Standard deviation of R, G, B in 0..1."
-    )
-    input_size: int | None = Field(default=None, gt=0, description="Side of the square input in pixels.")
-    crop_pct: float | None = Field(
-        default=None, gt=0, le=1, description="Side of the crop divided by the short side after the resize."
-    )
-    interpolation: Interpolation | None = Field(default=None, description="Resampling filter.")
 
 
 @dataclass(frozen=True, slots=True)

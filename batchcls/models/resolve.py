@@ -1,65 +1,17 @@
 """`--model BUNDLE|NAME|timm:NAME|torchvision:NAME`, with what goes with it, becomes a bundle."""
 
-import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
-
-from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.models.backbone import Backbone
-from batchcls.models.bundle import CONFIG_FILE, Bundle, BundleConfig, OriginKind, WeightsOrigin
-from batchcls.models.heads import with_new_head
-from batchcls.models.labels import CategoryPaths, Labels, known_labels, read_category_paths, read_labels
-from batchcls.models.library import Arguments, ArgumentValue, ModelSpec, PreprocessingOverrides
-from batchcls.models.sources import find_model, find_name, is_model_name, library_of
-from batchcls.models.taps import find_tap
-from batchcls.models.trainable import mark_trainable
-from batchcls.models.weights import (
-    State,
-    from_safetensors,
-    load_strictly,
-    read_weights,
-    sha256_hex,
-    to_safetensors,
-)
-from batchcls.models.zoo import tag_notes
-from batchcls.storage import Storage, join, redact_uri
+from batchcls.models.bundle import CONFIG_FILE, Bundle
+from batchcls.models.choices import ModelChoices
+from batchcls.models.spec import ArgumentValue
+from batchcls.storage import Storage, join
 
-_logger = logging.getLogger(__name__)
-
+_LIKE_A_NAME = re.compile(r"[A-Za-z0-9_.]+|[a-z]+:[^/].*")
 _ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS: Mapping[str, ArgumentValue] = {"true": True, "false": False, "none": None}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelChoices:
-    """What a user may say beside `--model`; a bundle, being complete, takes none of it."""
-
-    weights: str | None = None
-    labels: str | None = None
-    category_paths: str | None = None
-    tap: str = "pooled"
-    new_head: bool = False
-    dropout: float | None = None
-    trainable: tuple[str, ...] = ("*",)
-    arguments: Arguments = field(default_factory=dict)
-    overrides: PreprocessingOverrides = field(default_factory=PreprocessingOverrides)
-    allow_random: bool = False
-    lineage: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    spec: ModelSpec
-    model: nn.Module
-    weights: bytes
-    kind: OriginKind
-    name: str
-    classes: int
-    new_head: bool = False
 
 
 def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
@@ -74,23 +26,16 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
     if not _is_name(model, storage):
         _refuse_choices(choices)
         return Bundle.load(model, storage)
-    spec = find_model(model, choices.arguments)
-    labels = read_labels(choices.labels, storage) if choices.labels is not None else None
-    if choices.weights is not None:
-        loaded = _from_file(spec, choices.weights, storage)
-    elif choices.allow_random:
-        loaded = _random(spec, labels)
-    else:
-        loaded = _published(spec)
-    if choices.new_head:
-        loaded = _with_new_head(loaded, labels, choices.dropout)
-    labels = _fitting_labels(loaded, labels)
-    paths = choices.category_paths and read_category_paths(choices.category_paths, labels, storage)
-    return _bundle(loaded, labels, paths or None, choices)
+    return _named(model, choices, storage)
 
 
 def _is_name(model: str, storage: Storage) -> bool:
     """Whether `model` is an architecture's name. Raises InputError if it may be a bundle as well."""
+    if not _LIKE_A_NAME.fullmatch(model):
+        return False
+    # The libraries take seconds to import, and a job whose model is a folder needs none of them.
+    from batchcls.models.sources import find_name, is_model_name  # noqa: PLC0415
+
     if not is_model_name(model):
         return False
     if find_name(model) is not None and storage.exists(join(model, CONFIG_FILE)):
@@ -99,6 +44,12 @@ def _is_name(model: str, storage: Storage) -> bool:
             f"./{model} for the bundle or {find_name(model)} for the architecture"
         )
     return True
+
+
+def _named(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
+    from batchcls.models.named import bundle_of_name  # noqa: PLC0415 - see `_is_name`
+
+    return bundle_of_name(model, choices, storage)
 
 
 def parse_model_arguments(text: str) -> dict[str, ArgumentValue]:
@@ -149,112 +100,3 @@ def _refuse_choices(choices: ModelChoices) -> None:
             f"{', '.join(refused)}: --model is a bundle, which brings its own; leave that out, or name "
             "an architecture as --model"
         )
-
-
-def _from_file(spec: ModelSpec, uri: str, storage: Storage) -> _Loaded:
-    name = redact_uri(uri)
-    library = library_of(spec)
-    state, data = read_weights(uri, storage)
-    adapted = library.adapt(spec, state)
-    if adapted.keys() != state.keys():
-        data = to_safetensors(adapted)
-    model = library.build(spec, None)
-    classifiers = library.classifiers(model)
-    classes = _classes_in(adapted, classifiers, name)
-    if classes != _count_classes(model.state_dict(), classifiers):
-        model = library.build(spec, classes)
-    load_strictly(model, adapted, name)
-    return _Loaded(spec, model, data, "file", name.rpartition("/")[2], classes)
-
-
-def _classes_in(state: State, classifiers: tuple[str, ...], name: str) -> int:
-    classes = _count_classes(state, classifiers)
-    if classes is None:
-        raise InputError(
-            f"{name} holds no classifier ({' or '.join(classifiers) or 'the architecture names none'}); check "
-            "the architecture's name, or take weights that were trained to classify"
-        )
-    return classes
-
-
-def _count_classes(state: State, classifiers: tuple[str, ...]) -> int | None:
-    """Rows of the first classifier's weight; None if the state holds no classifier."""
-    weights = (state.get(f"{path}.weight") for path in classifiers)
-    return next((int(weight.shape[0]) for weight in weights if weight is not None), None)
-
-
-def _random(spec: ModelSpec, labels: Labels | None) -> _Loaded:
-    library = library_of(spec)
-    model = library.build(spec, len(labels) if labels else None)
-    classes = _classes_in(model.state_dict(), library.classifiers(model), str(spec))
-    return _Loaded(spec, model, to_safetensors(model.state_dict()), "random", "random", classes)
-
-
-def _published(spec: ModelSpec) -> _Loaded:
-    notes = tag_notes(spec)
-    _logger.info("weights of %s: %s", spec, notes.line)
-    if notes.warning is not None:
-        _logger.warning("weights of %s: %s", spec, notes.warning)
-    library = library_of(spec)
-    found = library.pretrained(spec)
-    spec = ModelSpec(spec.source, found.architecture, spec.arguments)
-    model = library.build(spec, None)
-    load_strictly(model, found.state, str(spec))
-    classes = _classes_in(found.state, library.classifiers(model), str(spec))
-    return _Loaded(spec, model, to_safetensors(found.state), "pretrained", str(spec), classes)
-
-
-def _with_new_head(loaded: _Loaded, labels: Labels | None, dropout: float | None) -> _Loaded:
-    """The same body under a new, untrained classifier for these labels."""
-    if labels is None:
-        raise InputError("--new-head needs --labels FILE: the classes that the new head is to tell apart")
-    state = from_safetensors(loaded.weights, loaded.name)
-    model = with_new_head(library_of(loaded.spec), loaded.spec, state, len(labels), dropout)
-    return replace(
-        loaded, model=model, weights=to_safetensors(model.state_dict()), classes=len(labels), new_head=True
-    )
-
-
-def _fitting_labels(loaded: _Loaded, labels: Labels | None) -> Labels:
-    if labels is None:
-        labels = known_labels(loaded.classes)
-    if labels is None:
-        raise InputError(
-            f"the weights of {loaded.spec} tell {loaded.classes} classes apart and nobody says what they are "
-            "called; pass --labels FILE with one name a line, in the order of the classes"
-        )
-    if len(labels) != loaded.classes:
-        raise InputError(
-            f"--labels has {len(labels)} names, the weights of {loaded.spec} tell {loaded.classes} classes "
-            "apart; pass the list that belongs to these weights, or --new-head to train a classifier for "
-            "these labels on top of them (`bundle create`)"
-        )
-    return labels
-
-
-def _bundle(
-    loaded: _Loaded, labels: Labels, category_paths: CategoryPaths | None, choices: ModelChoices
-) -> Bundle:
-    spec = loaded.spec
-    library = library_of(spec)
-    preprocessing = library.preprocessing(spec, choices.overrides)
-    size = (preprocessing.input_height, preprocessing.input_width)
-    mark_trainable(loaded.model, choices.trainable)  # refuses patterns that match nothing
-    tap = find_tap(spec, loaded.model, library, choices.tap, size)
-    backbone = Backbone(loaded.model, library.classifiers(loaded.model), size, tap)
-    config = BundleConfig(
-        source=spec.source,
-        architecture=spec.architecture,
-        arguments=dict(spec.arguments),
-        labels=labels,
-        category_paths=category_paths,
-        preprocessing=preprocessing,
-        embedding_tap=choices.tap,
-        embedding_dimension=backbone.dimension,
-        weights=WeightsOrigin(kind=loaded.kind, name=loaded.name, sha256=sha256_hex(loaded.weights)),
-        untrained_head=loaded.new_head,
-        dropout=choices.dropout,
-        trainable=choices.trainable,
-        lineage=dict(choices.lineage),
-    )
-    return Bundle(config, loaded.weights)

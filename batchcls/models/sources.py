@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import cast
 
 from batchcls.errors import InputError
-from batchcls.models.library import Arguments, Library, ModelSpec, SourceName
+from batchcls.models.library import Library
+from batchcls.models.spec import Arguments, ModelSpec, SourceName
 from batchcls.models.timm_library import TimmLibrary
 from batchcls.models.torchvision_library import TorchvisionLibrary
 from batchcls.models.zoo import find_record, zoo_records

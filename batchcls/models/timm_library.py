@@ -13,8 +13,6 @@ from torch import nn
 from batchcls.errors import InputError
 from batchcls.models.heads import check_dropout
 from batchcls.models.library import (
-    ModelSpec,
-    PreprocessingOverrides,
     Pretrained,
     bad_arguments,
     make_preprocessing,
@@ -23,6 +21,7 @@ from batchcls.models.library import (
     repeatable_initialisation,
     require_reachable,
 )
+from batchcls.models.spec import ModelSpec, PreprocessingOverrides
 from batchcls.models.taps import Layout, Stage, evaluation, random_image, watch
 from batchcls.models.weights import State
 from batchcls.preprocessing import Preprocessing

@@ -15,9 +15,6 @@ from torchvision.models import SwinTransformer, VisionTransformer
 from batchcls.errors import InputError
 from batchcls.models.heads import set_dropout
 from batchcls.models.library import (
-    ArgumentValue,
-    ModelSpec,
-    PreprocessingOverrides,
     Pretrained,
     bad_arguments,
     make_preprocessing,
@@ -26,6 +23,7 @@ from batchcls.models.library import (
     repeatable_initialisation,
     require_reachable,
 )
+from batchcls.models.spec import ArgumentValue, ModelSpec, PreprocessingOverrides
 from batchcls.models.taps import Layout, Stage, watch
 from batchcls.models.weights import State
 from batchcls.preprocessing import Preprocessing

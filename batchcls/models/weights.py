@@ -5,7 +5,6 @@ safetensors file holds numbers only, and a pickled checkpoint is read by PyTorch
 unpickler, which refuses everything but tensors and plain containers.
 """
 
-import hashlib
 import io
 import pickle
 from collections import OrderedDict
@@ -32,11 +31,6 @@ _PARALLEL_PREFIX = "module."
 # BatchNorm's counter of batches seen, which evaluation never reads.
 _COUNTER = "num_batches_tracked"
 _SHOWN = 5
-
-
-def sha256_hex(data: bytes) -> str:
-    """Digest of a file's bytes, in lower-case hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def to_safetensors(state: Mapping[str, torch.Tensor]) -> bytes:

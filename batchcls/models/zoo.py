@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
-from batchcls.models.library import ModelSpec, SourceName
+from batchcls.models.spec import ModelSpec, SourceName
 
 Construction = Literal["plain", "branched", "intricate"]
 RunsElsewhere = Literal["everywhere", "most runtimes", "servers"]

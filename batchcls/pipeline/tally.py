@@ -1,17 +1,22 @@
 """A small actor that adds up what the predict actors report, so that the driver can show it."""
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What has been answered so far; only for people, the figures of the run come from receipts."""
+    """What has been answered so far; only for people, the figures of the run come from receipts.
+
+    `ready_at` is when the first actor was ready, in seconds of `time.time`; None before that.
+    """
 
     rows: int
     failures: Counter[str]
     engines: Counter[str]
     peak_memory_mib: float
+    ready_at: float | None
 
 
 class Tally:
@@ -22,10 +27,12 @@ class Tally:
         self._failures: Counter[str] = Counter()
         self._engines: Counter[str] = Counter()
         self._peak_memory_mib = 0.0
+        self._ready_at: float | None = None
 
     def started(self, engine: str) -> None:
         """An actor is ready; `engine` says with what."""
         self._engines[engine] += 1
+        self._ready_at = self._ready_at or time.time()
 
     def add(self, rows: int, failures: Counter[str], peak_memory_mib: float) -> None:
         """A block is answered by an actor whose memory was never larger than `peak_memory_mib`."""
@@ -35,4 +42,4 @@ class Tally:
 
     def progress(self) -> Progress:
         """The sums so far."""
-        return Progress(self._rows, self._failures, self._engines, self._peak_memory_mib)
+        return Progress(self._rows, self._failures, self._engines, self._peak_memory_mib, self._ready_at)

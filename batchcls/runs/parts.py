@@ -1,11 +1,12 @@
 """Whole Parquet files of a run, and the receipts that say what is in them."""
 
 import hashlib
+import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -46,8 +47,9 @@ class PartFile:
 class Receipt:
     """What one write task has put on storage.
 
-    `seconds` is work by stage, summed over rows; `image_bytes` what was fetched; `first_failed` the
-    lowest failed row numbers with their reasons, a few of them.
+    `seconds` is work by stage, as in `busy.Busy`, summed over rows; `image_bytes` what was fetched; `first_failed` the
+    lowest failed row numbers with their reasons, a few of them; `written_at` is when all of it was on
+    storage, in seconds of `time.time`.
     """
 
     files: tuple[PartFile, ...]
@@ -57,6 +59,11 @@ class Receipt:
     seconds: dict[str, float]
     image_bytes: int
     first_failed: tuple[tuple[int, str], ...]
+    written_at: float
+
+    def with_seconds(self, stage: str, seconds: float) -> Self:
+        """The same with the work of one more stage."""
+        return replace(self, seconds=self.seconds | {stage: max(0.0, seconds)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,7 @@ class PartWriter:
             ValueError: a row is there twice.
             OSError: storage refused; nothing half-written is left under the file's name.
         """
+        started = time.thread_time()
         table = pa.concat_tables(blocks).sort_by(ROW)
         failed = table.column("reason").is_valid()
         name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}.parquet"
@@ -94,9 +102,11 @@ class PartWriter:
             ranges=RowRanges.of(table.column(ROW).to_numpy()),
             predicted=good.num_rows,
             failures=Counter(bad.column("reason").to_pylist()),
-            seconds={stage: float(pc.sum(table.column(name)).as_py()) for stage, name in _STAGES.items()},
+            seconds={stage: float(pc.sum(table.column(name)).as_py()) for stage, name in _STAGES.items()}
+            | {"write": time.thread_time() - started},
             image_bytes=pc.sum(table.column("n_bytes")).as_py() or 0,
             first_failed=_first(bad),
+            written_at=time.time(),
         )
 
     def _predictions(self, table: pa.Table) -> pa.Table:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from batchcls.images.decode import DecodeError, DecodeLimits, decode
+from batchcls.images.decode import DecodeError, decode
+from batchcls.images.limits import DecodeLimits
 from batchcls.schema import Reason
 from tests.drawing import samples
 
 LIMITS = DecodeLimits()
-# Levels of 255 between torchvision's JPEG pixels and Pillow's, over a whole picture. Both hold
+# Levels of 255 between this JPEG pixels and Pillow's, over a whole picture. Both hold
 # libjpeg-turbo, with the same defaults; measured 0. Another build may round colours otherwise.
 JPEG_LARGEST, JPEG_MEAN = 2, 0.1
 PLAIN_JPEG = [
@@ -22,7 +23,7 @@ THROUGH_PILLOW = [name for name in samples() if name not in PLAIN_JPEG]
 
 def pixels_of(data: bytes) -> np.ndarray:
     """H x W x 3 as decoded here, as int."""
-    return decode(data, LIMITS).pixels.permute(1, 2, 0).numpy().astype(int)
+    return decode(data, LIMITS).pixels.astype(int)
 
 
 def pillow_pixels(data: bytes) -> np.ndarray:

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from batchcls.images.decode import Decoded, DecodeError, DecodeLimits, decode
+from batchcls.images.decode import Decoded, DecodeError, decode
+from batchcls.images.limits import DecodeLimits
 from batchcls.schema import REASONS, Stage
 from tests.drawing import samples
 
@@ -50,4 +51,4 @@ def test_mutated_files_give_a_picture_or_a_reason(name):
             assert 0 < len(failure.detail) < 200
         else:
             assert isinstance(decoded, Decoded)
-            assert sorted(decoded.pixels.shape[1:]) == sorted((decoded.width, decoded.height))
+            assert sorted(decoded.pixels.shape[:2]) == sorted((decoded.width, decoded.height))

@@ -12,7 +12,8 @@ from PIL import Image
 
 from batchcls.errors import InputError
 from batchcls.images import decode as decode_module
-from batchcls.images.decode import DecodeError, DecodeLimits, decode
+from batchcls.images.decode import DecodeError, decode
+from batchcls.images.limits import DecodeLimits
 from batchcls.schema import Reason
 from tests.contract.pillow_reference import (
     LIMITS,

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.bundle import Bundle, build_backbone
+from batchcls.models.build import build_backbone
+from batchcls.models.bundle import Bundle, sha256_hex
+from batchcls.models.choices import ModelChoices
 from batchcls.models.engines.torch_eager import TorchEager
-from batchcls.models.labels import imagenet_labels
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, resolve_model
-from batchcls.models.weights import sha256_hex
+from batchcls.models.known_labels import imagenet_labels
+from batchcls.models.resolve import resolve_model
+from batchcls.models.spec import PreprocessingOverrides
 from batchcls.storage import Storage
 
 EVERY = 5

@@ -12,14 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batchcls.images.decode import DecodeLimits
 from batchcls.images.fetch import FetchPolicy
-from batchcls.images.load import Loader, LoadSettings
-from batchcls.inference.predictor import Predictor, PredictSettings
-from batchcls.models.bundle import Bundle, build_backbone
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.load import Loader
+from batchcls.images.settings import LoadSettings
+from batchcls.inference.predictor import Predictor
+from batchcls.inference.settings import PredictSettings
+from batchcls.models.build import build_backbone
+from batchcls.models.bundle import Bundle
+from batchcls.models.choices import ModelChoices
 from batchcls.models.engines.torch_eager import TorchEager
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, resolve_model
+from batchcls.models.resolve import resolve_model
+from batchcls.models.spec import PreprocessingOverrides
 from batchcls.storage import Storage
 from batchcls.views import Views
 

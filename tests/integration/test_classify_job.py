@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -100,8 +101,13 @@ def test_the_record_adds_up_and_readers_find_it(finished: Outcome):
     assert record["counts"]["rows"] == 150
     assert record["counts"]["quarantined_by_reason"] == {"truncated": 3}
     assert sum(file["rows"] for file in record["files"]) == 150
-    assert set(record["stage_seconds"]) == {"fetch", "decode", "predict"}
-    assert record["measured"]["images_per_second"] > 0
+    assert set(record["stage_seconds"]) == {"fetch", "decode", "predict", "write", "other"}
+    measured = record["measured"]
+    assert measured["images_per_second"] > 0
+    assert 0 < measured["seconds_to_first_part"] < measured["seconds_total"]
+    assert measured["bottleneck"]["shape"] == "fused"
+    assert 0 < measured["bottleneck"]["efficiency"] <= 1.5
+    assert measured["bottleneck"]["advice"] in finished.log
     assert (finished.output / "current.json").exists()
     assert "truncated" in finished.log
     assert finished.quarantine.column("row").to_pylist() == [0, 77, 149]
@@ -112,7 +118,7 @@ def test_the_record_adds_up_and_readers_find_it(finished: Outcome):
 def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalised(
     job: Job, finished: Outcome, tiny_bundle: str, catalog: str
 ):
-    """One image at a time, other fragments, float32 pixels from the load task: the same answers."""
+    """The other shape, one image at a time, other fragments, float32 pixels: the same answers."""
     other = job(
         *(
             "--manifest",
@@ -124,7 +130,7 @@ def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalised(
             "--normalize",
             "worker",
         ),
-        *("--batch-size", "1", "--fragment-rows", "37", "--embedding-dtype", "float32"),
+        *("--batch-size", "1", "--fragment-rows", "37", "--embedding-dtype", "float32", "--shape", "staged"),
     ).predictions
     assert other.column("item_id").equals(finished.predictions.column("item_id"))
     assert other.column("label").equals(finished.predictions.column("label"))
@@ -207,7 +213,10 @@ def test_an_actor_whose_network_answers_otherwise_refuses_to_work(
         (["--model", "nowhere"], ["nowhere", "bundle"]),
         (["--id-column", "sku"], ["sku", "missing"]),
         (
-            ["--num-actors", "2", "--cpus-per-actor", "1", "--wait-for-cluster-seconds", "0"],
+            [
+                *("--shape", "staged", "--num-actors", "2", "--cpus-per-actor", "1"),
+                *("--wait-for-cluster-seconds", "0"),
+            ],
             ["leave none for loading"],
         ),
         (["--output", "/proc/nowhere"], ["/proc/nowhere"]),
@@ -290,28 +299,81 @@ def test_ctrl_c_ends_with_130_and_commits_nothing(
     assert not list((tmp_path / "out").rglob("run.json"))
 
 
-def test_killed_workers_cost_no_row(cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path):
-    """An actor and a load task of their own each: two processes, so the stages are not fused either."""
+@pytest.mark.parametrize(
+    ("shape", "killed"),
+    [
+        ("fused", ("ray::FragmentActor", "ray::FragmentActor")),
+        # A load task and an actor: two processes, so the stages are not fused by Ray either.
+        ("staged", ("ray::ReadImages", "ray::MapWorker")),
+    ],
+)
+def test_killed_workers_cost_no_row(
+    cluster: Cluster,
+    tiny_bundle: str,
+    long_catalog: str,
+    tmp_path: Path,
+    shape: str,
+    killed: tuple[str, str],
+):
     process = start_job(
         cluster,
         tmp_path / "out",
-        "--manifest",
-        long_catalog,
-        "--model",
-        tiny_bundle,
-        "--rows-per-file",
-        "300",
+        *("--manifest", long_catalog, "--model", tiny_bundle, "--rows-per-file", "300", "--shape", shape),
     )
-    until_line(process, "INFO run ")
-    kill_one("ray::ReadImages", process.pid)
+    until_line(process, "INFO run " if shape == "staged" else "images/s")
+    kill_one(killed[0], process.pid)
     until_line(process, "images/s")
-    kill_one("ray::MapWorker", process.pid)
+    kill_one(killed[1], process.pid)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
-    rows = (
-        pq.read_table(next((tmp_path / "out" / "runs").iterdir()) / "predictions").column("row").to_pylist()
-    )
+    run = next((tmp_path / "out" / "runs").iterdir())
+    listed = [run / file["path"] for file in json.loads((run / "run.json").read_text())["files"]]
+    rows = pa.concat_tables(map(pq.read_table, listed)).column("row").to_pylist()
     assert sorted(rows) == list(range(3000))
+
+
+@pytest.mark.long
+def test_rows_over_which_every_process_dies_are_named(
+    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+):
+    process = start_job(
+        cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle, "--num-actors", "1"
+    )
+    until_line(process, "INFO run ")
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(process.communicate()[1]))
+    reader.start()
+    while reader.is_alive():
+        for pid in children_named("ray::FragmentActor.work", process.pid):
+            os.kill(pid, signal.SIGKILL)
+        reader.join(0.05)
+    assert process.returncode == 1
+    assert "4 processes died over rows 0 to 63" in said[0].splitlines()[-1]
+
+
+def test_the_engine_is_measured_once_and_the_choice_is_kept_for_the_next_night(
+    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
+):
+    arguments = (
+        *("--manifest", catalog, "--model", tiny_bundle, "--max-failed-fraction", "0.1"),
+        *("--measure-from-rows", "100", "--calibration-seconds", "5", "--cache-dir", str(tmp_path / "cache")),
+    )
+    first = job(*arguments, output=tmp_path / "out")
+    assert first.exit_code == 0, first.log
+    assert "measuring engines on" in first.log
+    (stored,) = (tmp_path / "out" / "engines").iterdir()
+    choice = json.loads(stored.read_text())
+    assert {entry["engine"] for entry in choice["candidates"]} >= {"torch", "openvino"}
+    taken = [entry for entry in choice["candidates"] if entry["rejected"] is None]
+    assert [(entry["engine"], entry["precision"]) for entry in taken] == [
+        (choice["engine"], choice["precision"])
+    ]
+    assert first.record["measured"]["engine_choices"] == [choice]
+    assert list(first.record["measured"]["engines"]) == [f"{choice['engine']} {choice['precision']} on cpu"]
+    second = job(*arguments, output=tmp_path / "out")
+    assert second.exit_code == 0, second.log
+    assert "measuring engines on" not in second.log
+    assert f"batches of {choice['batch_size']}" in second.log
 
 
 def test_a_gpu_that_ray_promises_and_torch_does_not_find_is_said(

@@ -75,7 +75,8 @@ def compare_job(cluster: Cluster, catalog: str, models: tuple[str, str]) -> Call
         arguments = [
             *("--manifest", catalog, "--models", ",".join(models), "--output", str(output)),
             *("--images", str(IMAGES), "--batch-sizes", "1,4", "--seconds-per-measurement", "0.2"),
-            *("--price-per-hour", "0.4"),
+            *("--price-per-hour", "0.4", "--engines", "torch:fp32,torch:bf16"),
+            *("--cache-dir", str(output.parent / "cache")),
         ]
         return Compared(*run_here(cluster, compare, *arguments), output)
 

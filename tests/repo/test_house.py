@@ -18,7 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Rooms from the top down; a room imports from itself and from rooms below it.
 ROOMS = (
     ("jobs",),
-    ("console", "tables", "pipeline", "report"),
+    ("pipeline",),
+    ("console", "tables", "zoo_tables", "report"),
     ("runtime",),
     ("placement", "runs", "comparison"),
     ("inference",),

@@ -7,17 +7,12 @@ import pytest
 import torch
 
 from batchcls.errors import InputError
-from batchcls.models.bundle import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Bundle,
-    BundleConfig,
-    WeightsOrigin,
-    build_backbone,
-)
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, resolve_model
-from batchcls.models.weights import from_safetensors, sha256_hex, to_safetensors
+from batchcls.models.build import build_backbone
+from batchcls.models.bundle import CONFIG_FILE, WEIGHTS_FILE, Bundle, BundleConfig, WeightsOrigin, sha256_hex
+from batchcls.models.choices import ModelChoices
+from batchcls.models.resolve import resolve_model
+from batchcls.models.spec import PreprocessingOverrides
+from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage import Storage
 

@@ -8,7 +8,9 @@ import torch
 
 from batchcls.jobs import bundle
 from batchcls.jobs.command import run
-from batchcls.models.bundle import Bundle, build_model
+from batchcls.models.build import build_model
+from batchcls.models.bundle import Bundle
+from batchcls.models.engines.start import missing
 from batchcls.models.sources import find_model, library_of
 from batchcls.models.weights import to_safetensors
 from batchcls.models.zoo import zoo_records
@@ -21,6 +23,11 @@ SMALL = ("--input-size", "64", "--crop-pct", "0.9")
 
 def bundle_command(*arguments: str) -> int:
     return run("bundle", bundle.COMMANDS, list(arguments))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCHCLS_CACHE_DIR", str(tmp_path / "default-cache"))
 
 
 @pytest.fixture
@@ -53,6 +60,25 @@ def test_create_test_inspect(create, capsys):
     assert "3 labels" in shown
     assert "parameters are trainable" in shown
     assert "answers to 4 drawn images" in shown
+
+
+def test_any_engine_and_precision_can_be_tested(create, capsys):
+    made = str(create())
+    assert bundle_command("test", made, "--precision", "bf16", "--device", "cpu") == 0
+    assert "passed on torch bf16 on cpu" in capsys.readouterr().out
+    assert bundle_command("test", made, "--precision", "fp16", "--device", "cpu") == 2
+    assert "fp16" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(missing("openvino") is not None, reason="needs OpenVINO")
+def test_openvino_is_tested_with_a_cache_of_its_own(create, tmp_path, capsys):
+    made = str(create())
+    given = ("--engine", "openvino", "--cache-dir", str(tmp_path / "cache"))
+    assert bundle_command("test", made, *given) == 0
+    assert "passed on openvino fp32 on cpu" in capsys.readouterr().out
+    assert any((tmp_path / "cache").iterdir())
+    # There are no images of a catalog to take scales from.
+    assert bundle_command("test", made, *given, "--precision", "int8") == 2
 
 
 def test_an_edited_record_fails_its_test_and_says_so(create, capsys):

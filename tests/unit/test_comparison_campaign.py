@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from batchcls.comparison.campaign import run_campaign
-from batchcls.comparison.candidate import REFERENCE, Candidate, EngineChoice, Place, default_threads
+from batchcls.comparison.candidate import Candidate, Place, default_threads
 from batchcls.comparison.measure import Measured
 from batchcls.comparison.results import Finished, Results, newest
 from batchcls.errors import BatchclsError, InputError
+from batchcls.models.engines import REFERENCE, EngineChoice
 from batchcls.storage import Storage
 from tests.measurements import LAPTOP, SERVER, measurement
 
@@ -42,13 +43,6 @@ class Bench:
             **self.changes,
         )
         return Measured(found, answers=(len(self.measured),), notes=("larger batches were slower",))
-
-
-@pytest.fixture
-def log(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("batchcls"), "propagate", True)
-    caplog.set_level(logging.INFO, "batchcls")
-    return caplog
 
 
 @pytest.fixture

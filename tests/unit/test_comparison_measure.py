@@ -5,15 +5,19 @@ import numpy as np
 import pytest
 import torch
 
-from batchcls.comparison.candidate import Candidate, EngineChoice, Place, parse_engines
+from batchcls.comparison.candidate import Candidate, Place, check_engines, parse_engines
 from batchcls.comparison.measure import measure
 from batchcls.comparison.prepare import Prepared
 from batchcls.errors import GoldenMismatch, InputError
 from batchcls.hardware import Hardware
-from batchcls.inference.self_test import with_golden
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, resolve_model
-from batchcls.models.weights import sha256_hex, to_safetensors
+from batchcls.inference import candidates
+from batchcls.inference.reference import with_golden
+from batchcls.models.bundle import sha256_hex
+from batchcls.models.choices import ModelChoices
+from batchcls.models.engines import REFERENCE, EngineChoice
+from batchcls.models.resolve import resolve_model
+from batchcls.models.spec import PreprocessingOverrides
+from batchcls.models.weights import to_safetensors
 from batchcls.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +41,11 @@ def bundle(tmp_path_factory):
         overrides=PreprocessingOverrides(input_size=32),
     )
     return resolve_model("timm:test_resnet", choices, Storage())
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("BATCHCLS_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +158,28 @@ def test_a_bundle_that_does_not_give_its_golden_answers_is_not_measured(bundle, 
 
 
 def test_engines_are_parsed_the_reference_first():
-    assert [str(choice) for choice in parse_engines(["auto"])] == ["torch fp32", "torch bf16"]
-    assert [str(c) for c in parse_engines(["torch:bf16", "torch:fp32"])] == ["torch fp32", "torch bf16"]
-    assert parse_engines(["auto", "torch:bf16"]) == parse_engines(["auto"])
-    for text in ("torch", "torch:int8", "onnx:fp32", "fp32"):
+    assert [str(c) for c in parse_engines(["torch:bf16", "torch:fp32"], "cpu")] == [
+        "torch fp32",
+        "torch bf16",
+    ]
+    assert [str(c) for c in parse_engines(["openvino:int8"], "cpu")] == ["openvino int8"]
+    check_engines(["auto", "compile:fp16", "openvino:int8"])
+    for text in ("torch", "torch:int4", "onnx:fp32", "fp32"):
         with pytest.raises(InputError, match=f"--engines {text}: unknown; choose from auto, torch:fp32"):
-            parse_engines([text])
+            check_engines([text])
+
+
+def test_auto_is_what_is_worth_trying_on_the_device_and_never_int8(monkeypatch):
+    monkeypatch.setattr(candidates, "missing", lambda engine: None)
+    found = [str(choice) for choice in parse_engines(["auto"], "cpu")]
+    assert found == ["torch fp32", "openvino bf16", "openvino fp32", "torch bf16"]
+    assert parse_engines(["auto", "torch:bf16"], "cpu") == parse_engines(["auto"], "cpu")
+    monkeypatch.setattr(candidates, "missing", lambda engine: "is not here" if engine == "openvino" else None)
+    found = [str(choice) for choice in parse_engines(["auto"], "cpu")]
+    assert found == ["torch fp32", "compile bf16", "compile fp32", "torch bf16"]
+    on_gpu = parse_engines(["auto"], "cuda")
+    assert on_gpu[0] == REFERENCE
+    assert {choice.engine for choice in on_gpu} == {"torch", "compile"}
 
 
 @pytest.mark.gpu

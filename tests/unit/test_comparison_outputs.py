@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 
 from batchcls.comparison.campaign import Skipped
-from batchcls.comparison.candidate import Candidate, EngineChoice, Place
+from batchcls.comparison.candidate import Candidate, Place
 from batchcls.comparison.columns import SCHEMA, to_table
 from batchcls.comparison.outputs import Verdict, write_outputs
 from batchcls.comparison.recommend import Needs, recommend
 from batchcls.comparison.terminal import results_table, watching_candidates
 from batchcls.errors import InputError
+from batchcls.models.engines import EngineChoice
 from batchcls.storage import Storage
 from tests.measurements import LAPTOP, SERVER, measurement
 

@@ -7,8 +7,9 @@ import torch
 from batchcls.comparison.prepare import pixels_key, prepare
 from batchcls.comparison.sample import spread, take_sample
 from batchcls.errors import InputError
-from batchcls.images.decode import DecodeLimits, decode
+from batchcls.images.decode import decode
 from batchcls.images.fetch import FetchPolicy
+from batchcls.images.limits import DecodeLimits
 from batchcls.images.transform import Transform
 from batchcls.manifest import open_manifest
 from batchcls.preprocessing import Preprocessing

@@ -6,10 +6,21 @@ import torch
 
 from batchcls.comparison.ascent import no_room, not_worth_it
 from batchcls.comparison.measurement import Throughput
-from batchcls.comparison.timing import is_out_of_memory, latency, throughputs
+from batchcls.comparison.timing import latency, throughputs
 from batchcls.models.engines import Answer
+from batchcls.models.engines.out_of_memory import is_out_of_memory
 
 IMAGES = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(3, axis=3)
+
+
+@dataclass
+class Asked:
+    """An answer that was there at once."""
+
+    answer: Answer
+
+    def result(self):
+        return self.answer
 
 
 @dataclass
@@ -22,6 +33,10 @@ class Recorder:
     name: str = "torch"
     device: str = "cpu"
     precision: str = "fp32"
+    in_flight: int = 2
+
+    def submit(self, pixels):
+        return Asked(self.answer(pixels))
 
     def answer(self, pixels):
         if len(pixels) >= self.too_much:
@@ -59,7 +74,7 @@ def test_a_slow_engine_is_timed_less_often_and_never_hardly():
 
 def test_batches_have_exactly_their_size_and_go_round_through_all_images():
     engine = Recorder()
-    found, stopped = throughputs(engine, IMAGES, [1, 3, 12], 0.001, worthwhile_only=False)
+    found, stopped = throughputs(engine, IMAGES, [1, 3, 12], 0.1, worthwhile_only=False)
     assert stopped is None
     assert [entry.batch_size for entry in found] == [1, 3, 12]
     assert all(entry.repeats >= 5 and entry.images_per_second > 0 for entry in found)

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from batchcls.errors import GoldenMismatch
-from batchcls.inference.self_test import check_program, with_golden
+from batchcls.inference.reference import check_program, with_golden
 from batchcls.jobs import bundle as bundle_job
 from batchcls.jobs.command import run
-from batchcls.models.bundle import Bundle, build_backbone
-from batchcls.models.engines.start import start_engine
+from batchcls.models.build import build_backbone
+from batchcls.models.bundle import Bundle
+from batchcls.models.choices import ModelChoices
+from batchcls.models.engines.torch_eager import TorchEager
 from batchcls.models.export import FILE_NAMES, export_program, load_program
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, resolve_model
+from batchcls.models.resolve import resolve_model
+from batchcls.models.spec import PreprocessingOverrides
 from batchcls.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +39,7 @@ def test_the_program_answers_as_the_engine_does_for_any_batch(folder, kind, tmp_
     assert run("bundle", bundle_job.COMMANDS, arguments) == 0
     made = Bundle.load(str(folder), Storage())
     program = load_program((tmp_path / FILE_NAMES[kind]).read_bytes(), kind)
-    engine = start_engine(build_backbone(made), made.config.preprocessing, "cpu", "fp32", 1)
+    engine = TorchEager(build_backbone(made), made.config.preprocessing, "cpu", "fp32", 1)
     for size in (1, 2, 5):
         pixels = np.random.default_rng(size).integers(0, 256, (size, 64, 64, 3), np.uint8)
         expected, found = engine.answer(pixels), program(pixels)

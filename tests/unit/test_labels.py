@@ -4,7 +4,8 @@ import pytest
 from timm.data import ImageNetInfo
 
 from batchcls.errors import InputError
-from batchcls.models.labels import check_labels, distinct, imagenet_labels, known_labels, read_labels
+from batchcls.models.known_labels import distinct, imagenet_labels, known_labels
+from batchcls.models.labels import check_labels, read_labels
 from batchcls.storage import Storage
 
 

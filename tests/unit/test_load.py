@@ -3,7 +3,9 @@
 import hashlib
 import http.server
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,12 @@ import pyarrow as pa
 import pytest
 
 from batchcls.images.addresses import AddressPolicy
-from batchcls.images.decode import DecodeLimits
+from batchcls.images.decode import decode
 from batchcls.images.fetch import FetchPolicy
-from batchcls.images.load import Loader, LoadSettings
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.load import Loader
+from batchcls.images.settings import LoadSettings
+from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import Failure, Reason, loaded_schema
 from batchcls.views import Views
@@ -159,3 +164,53 @@ def test_blocks_do_not_depend_on_the_number_of_threads(tmp_path: Path, threads: 
     timings = ["fetch_seconds", "decode_seconds"]
     for block, expected in zip(blocks, one, strict=True):
         assert block.drop_columns(timings).equals(expected.drop_columns(timings))
+
+
+def test_two_threads_load_at_once_and_each_gets_its_own_rows(tmp_path: Path):
+    for value in range(12):
+        (tmp_path / f"{value}.png").write_bytes(grey(value * 20))
+    loader = Loader(settings(tmp_path))
+    forth = [f"{value}.png" for value in range(12)]
+    start = threading.Barrier(2)
+
+    def load(uris: list[str | None]) -> list[int]:
+        start.wait()
+        blocks = [block for _ in range(20) for block in loader.load(tables(uris), {})]
+        return [int(image[0, 0, 0]) for block in blocks for image in pixels(block) if image is not None]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(load, [[*forth], [*reversed(forth)]])
+    assert first == [value * 20 for value in range(12)] * 20
+    assert second == [value * 20 for value in reversed(range(12))] * 20
+
+
+def test_what_is_counted_is_work_and_not_waiting(tmp_path: Path):
+    """One place for decoding and eight threads: seven wait, and the seconds of all rows are no more than the work."""
+    data = encode(draw(1, 1200, 900), "JPEG", quality=95)
+    (tmp_path / "a.jpg").write_bytes(data)
+    loader = Loader(settings(tmp_path, fetch_threads=8, decode_threads=1))
+    assert loader.cpu_seconds == 0
+    began = time.process_time()
+    blocks = list(loader.load(tables(["a.jpg"] * 24), {}))
+    spent = time.process_time() - began
+    decoding = sum(sum(block.column("decode_seconds").to_pylist()) for block in blocks)
+    assert 0 < decoding <= loader.cpu_seconds * 1.001 <= spent * 1.01
+    before = loader.cpu_seconds
+    list(loader.load(tables(["missing.jpg"]), {}))
+    assert loader.cpu_seconds > before
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_decoding_can_be_turned_off_and_reports_the_stored_size(tmp_path: Path, orientation: int):
+    (tmp_path / "large.jpg").write_bytes(encode(draw(1, 640, 480), "JPEG", orientation=orientation))
+    transform = Transform(SMALL)
+    whole = transform(decode((tmp_path / "large.jpg").read_bytes(), DecodeLimits()).pixels)
+    found = {}
+    for reduced in (False, True):
+        changed = settings(tmp_path, reduced_decode=reduced)
+        (block,) = Loader(changed).load(tables(["large.jpg"]), {})
+        assert (block.column("width")[0].as_py(), block.column("height")[0].as_py()) == (640, 480)
+        (found[reduced],) = pixels(block)
+    assert np.array_equal(found[False], whole)
+    assert not np.array_equal(found[True], whole)
+    assert np.abs(found[True].astype(int) - whole).max() <= 12

@@ -1,3 +1,4 @@
+from itertools import repeat
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ def test_fragments_cover_every_row_once_and_stay_inside_row_groups(tmp_path: Pat
     manifest = open_manifest(str(tmp_path), STORAGE)
     reader = FragmentReader(manifest.columns, STORAGE)
     rows, ids = [], []
-    for fragment in manifest.fragments(rows_per_fragment):
+    for fragment in manifest.fragments(repeat(rows_per_fragment)):
         assert fragment.rows <= min(4, rows_per_fragment)
         for table in reader.read(fragment, 2):
             rows += table.column("row").to_pylist()
@@ -43,7 +44,7 @@ def test_a_limit_cuts_the_last_fragment(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", [str(i) for i in range(10)], row_group_size=4)
     manifest = open_manifest(str(path), STORAGE, limit=6)
     assert manifest.rows == 6
-    assert [(f.first_row, f.rows) for f in manifest.fragments(3)] == [(0, 3), (3, 1), (4, 2)]
+    assert [(f.first_row, f.rows) for f in manifest.fragments(repeat(3))] == [(0, 3), (3, 1), (4, 2)]
 
 
 def test_inline_images_are_streamed_in_tables_of_the_asked_size(tmp_path: Path):
@@ -62,7 +63,7 @@ def test_kept_columns_travel_and_others_do_not(tmp_path: Path):
         tmp_path / "a.parquet", ["x", "y"], price=pa.array([1.5, None]), note=pa.array(["p", "q"])
     )
     manifest = open_manifest(str(path), STORAGE, keep=["price"])
-    (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(10)), 10)
+    (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(10))), 10)
     assert table.column_names == ["row", "item_id", "uri", "image", "price"]
     assert table.column("price").to_pylist() == [1.5, None]
 
@@ -71,7 +72,7 @@ def test_categorical_ids_of_pandas_are_read_as_text(tmp_path: Path):
     ids = pa.array(["a", "b", "a2"]).dictionary_encode()
     pq.write_table(pa.table({"item_id": ids, "uri": ["1", "2", "3"]}), tmp_path / "a.parquet")
     manifest = open_manifest(str(tmp_path / "a.parquet"), STORAGE)
-    (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(10)), 10)
+    (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(10))), 10)
     assert table.schema.field("item_id").type == pa.string()
     assert table.column("item_id").to_pylist() == ["a", "b", "a2"]
 

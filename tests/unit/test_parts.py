@@ -53,7 +53,7 @@ def test_a_receipt_says_what_is_in_the_files(tmp_path: Path):
     for file in receipt.files:
         data = (tmp_path / file.path).read_bytes()
         assert (file.bytes, file.digest) == (len(data), hashlib.sha256(data).hexdigest())
-    assert set(receipt.seconds) == {"fetch", "decode", "predict"}
+    assert set(receipt.seconds) == {"fetch", "decode", "predict", "write"}
 
 
 def test_a_repeated_write_leaves_the_first_file_alone(tmp_path: Path):

@@ -1,6 +1,6 @@
 """The predictor on blocks as load makes them, with an engine that can be checked by hand."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -8,7 +8,8 @@ import pyarrow as pa
 import pytest
 
 from batchcls.images.load import pack_pixels
-from batchcls.inference.predictor import Predictor, PredictSettings
+from batchcls.inference.predictor import Predictor
+from batchcls.inference.settings import PredictSettings
 from batchcls.models.engines import Answer
 from batchcls.schema import loaded_schema
 from batchcls.views import Views
@@ -23,6 +24,15 @@ class MeanEngine:
     device: str = "cpu"
     precision: str = "fp32"
     largest_batch: int = 0
+    in_flight: int = 2
+    outstanding: int = 0
+    order: list[int] = field(default_factory=list)
+
+    def submit(self, pixels: np.ndarray[Any, Any]) -> "Later":
+        self.outstanding += 1
+        assert self.outstanding <= self.in_flight, "it would wait for ever"
+        self.order.append(int(pixels[0, 0, 0, 0]))
+        return Later(self, self.answer(pixels))
 
     def answer(self, pixels: np.ndarray[Any, Any]) -> Answer:
         self.largest_batch = max(self.largest_batch, len(pixels))
@@ -30,6 +40,18 @@ class MeanEngine:
         logits = -np.abs(np.arange(10, dtype=np.float32)[None] - means[:, None])
         logits[means == 255] = np.nan
         return Answer(logits, np.stack([means, pixels[:, 0, 0, 0].astype(np.float32)], axis=1))
+
+
+@dataclass
+class Later:
+    """Its place is free again only when somebody has taken the answer."""
+
+    engine: MeanEngine
+    found: Answer
+
+    def result(self) -> Answer:
+        self.engine.outstanding -= 1
+        return self.found
 
 
 def settings(normalize: Literal["engine", "worker"] = "engine", batch_size: int = 4) -> PredictSettings:
@@ -138,3 +160,32 @@ def test_packed_pixels_have_no_gaps(images: list[Any]):
     packed = pack_pixels(images)
     packed.validate(full=True)
     assert packed.null_count == sum(image is None for image in images)
+
+
+def test_a_stream_keeps_the_engine_busy_with_the_next_block_and_every_answer_in_its_place():
+    engine = MeanEngine()
+    blocks = [
+        block([0, None, 1, 2, 3, 4], first_row=0),
+        block([None, None], first_row=6),
+        block([5, 6, 7, 8, 9], first_row=8),
+    ]
+    stream = Predictor(engine, settings(batch_size=2)).stream(iter(blocks))
+    first = next(stream)
+    # Before the first block is out, the second one has been begun: here it had nothing to submit.
+    assert engine.order == [0, 2, 4]
+    answered = pa.concat_tables([first, *stream])
+    assert answered.column("row").to_pylist() == list(range(13))
+    assert answered.column("label").to_pylist() == [
+        *("0", None, "1", "2", "3", "4"),
+        *(None, None),
+        *("5", "6", "7", "8", "9"),
+    ]
+    assert engine.outstanding == 0
+
+
+def test_seconds_are_what_the_clock_says_and_add_up_over_a_stream():
+    ticks = iter([10.0, 13.0, 17.0])
+    predictor = Predictor(MeanEngine(), settings(), busy=lambda: next(ticks))
+    answered = list(predictor.stream([block([1, 2]), block([3, None, 5, 6], first_row=2)]))
+    seconds = [sum(table.column("predict_seconds").to_pylist()) for table in answered]
+    assert seconds == pytest.approx([3.0, 4.0])

@@ -2,12 +2,14 @@ import pytest
 import torch
 
 from batchcls.errors import InputError
-from batchcls.models.bundle import build_backbone
-from batchcls.models.labels import imagenet_labels
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, parse_model_arguments, resolve_model
+from batchcls.models.build import build_backbone
+from batchcls.models.bundle import sha256_hex
+from batchcls.models.choices import ModelChoices
+from batchcls.models.known_labels import imagenet_labels
+from batchcls.models.resolve import parse_model_arguments, resolve_model
 from batchcls.models.sources import find_model, library_of
-from batchcls.models.weights import from_safetensors, sha256_hex, to_safetensors
+from batchcls.models.spec import PreprocessingOverrides
+from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")

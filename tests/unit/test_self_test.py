@@ -7,12 +7,18 @@ import pytest
 import torch
 
 from batchcls.errors import GoldenMismatch, InputError
-from batchcls.inference.self_test import draw_images, self_test, start_tested_engine, with_golden
-from batchcls.models.bundle import Bundle, build_backbone
-from batchcls.models.engines import Answer
-from batchcls.models.engines.start import start_engine
-from batchcls.models.library import PreprocessingOverrides
-from batchcls.models.resolve import ModelChoices, resolve_model
+from batchcls.inference.drawings import draw_images
+from batchcls.inference.reference import with_golden
+from batchcls.inference.self_test import self_test, start_tested_engine
+from batchcls.models.build import build_backbone
+from batchcls.models.bundle import Bundle
+from batchcls.models.choices import ModelChoices
+from batchcls.models.engines import Answer, Engine, EngineChoice, EnginePlace
+from batchcls.models.engines.conversions import Conversions
+from batchcls.models.engines.torch_eager import TorchEager
+from batchcls.models.golden import Deviation
+from batchcls.models.resolve import resolve_model
+from batchcls.models.spec import PreprocessingOverrides
 from batchcls.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,6 +30,11 @@ def bundle() -> Bundle:
         allow_random=True, overrides=PreprocessingOverrides(input_size=64, mean=(0.4, 0.5, 0.6))
     )
     return with_golden(resolve_model("timm:test_resnet", choices, Storage()))
+
+
+def start(bundle: Bundle, precision: str) -> tuple[Engine, Deviation]:
+    place = EnginePlace("cpu", threads=1, batch_size=4, conversions=Conversions.at(None))
+    return start_tested_engine(bundle, EngineChoice("torch", precision), place)
 
 
 def changed(bundle: Bundle, **preprocessing: object) -> Bundle:
@@ -38,7 +49,7 @@ class Through:
     name, device = "torch", "cpu"
 
     def __init__(self, bundle: Bundle, precision: str = "fp32", pixels=None, answer=None) -> None:
-        self._engine = start_engine(build_backbone(bundle), bundle.config.preprocessing, "cpu", "fp32", 1)
+        self._engine = TorchEager(build_backbone(bundle), bundle.config.preprocessing, "cpu", "fp32", 1)
         self.precision = precision
         self._pixels, self._answer = pixels or (lambda x: x), answer or (lambda x: x)
 
@@ -66,7 +77,7 @@ def test_the_drawn_images_never_change():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_bundle_as_it_was_made_passes(bundle, precision):
-    engine, found = start_tested_engine(bundle, "cpu", precision, threads=1)
+    engine, found = start(bundle, precision)
     assert engine.precision == precision
     assert (found.distance < 1e-4) == (precision == "fp32")
 
@@ -75,7 +86,7 @@ def test_golden_answers_survive_saving_and_loading(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     loaded = Bundle.load(str(tmp_path / "b"), Storage())
     assert loaded.config.golden == bundle.config.golden
-    start_tested_engine(loaded, "cpu", "fp32", threads=1)
+    start(loaded, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +104,7 @@ def test_golden_answers_survive_saving_and_loading(bundle, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_another_preprocessing_is_caught_in_every_precision(bundle, wrong, precision):
     with pytest.raises(GoldenMismatch, match="as it did when the bundle was made"):
-        start_tested_engine(changed(bundle, **wrong), "cpu", precision, threads=1)
+        start(changed(bundle, **wrong), precision)
 
 
 def test_channels_in_another_order_are_caught(bundle):
@@ -159,12 +170,12 @@ def test_an_engine_that_answers_nan_is_caught(bundle):
 def test_a_bundle_without_golden_answers_is_refused(bundle):
     bare = replace(bundle, config=bundle.config.model_copy(update={"golden": None}))
     with pytest.raises(GoldenMismatch, match="create the bundle anew"):
-        start_tested_engine(bare, "cpu", "fp32", threads=1)
+        start(bare, "fp32")
 
 
 def test_random_numbers_of_the_caller_are_left_alone(bundle):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    start_tested_engine(bundle, "cpu", "fp32", threads=1)
+    start(bundle, "fp32")
     assert torch.equal(torch.rand(1), expected)

@@ -7,8 +7,8 @@ from timm.data import resolve_model_data_config
 from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
-from batchcls.models.library import ModelSpec, PreprocessingOverrides
 from batchcls.models.sources import LIBRARIES, find_model, find_name, is_model_name, library_of
+from batchcls.models.spec import ModelSpec, PreprocessingOverrides
 from batchcls.models.weights import load_strictly
 from batchcls.models.zoo import zoo_records
 

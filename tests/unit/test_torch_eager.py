@@ -7,9 +7,11 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.engines.torch_eager import TorchEager, choose_device_and_precision
-from batchcls.models.library import PreprocessingOverrides
+from batchcls.models.engines import EngineChoice
+from batchcls.models.engines.torch_eager import TorchEager
+from batchcls.models.engines.torch_input import check_device_and_precision
 from batchcls.models.sources import find_model, library_of
+from batchcls.models.spec import PreprocessingOverrides
 from batchcls.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,29 +128,40 @@ def test_the_number_of_threads_is_set(network):
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize(("precision", "chosen"), [("auto", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")])
-def test_a_cpu_takes_float32_unless_told_otherwise(precision, chosen):
-    assert choose_device_and_precision("cpu", precision) == ("cpu", chosen)
+def test_what_a_cpu_can_do_passes():
+    for precision in ("fp32", "bf16"):
+        check_device_and_precision(EngineChoice("torch", precision), "cpu")
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
-    assert choose_device_and_precision("auto", "auto") == ("cpu", "fp32")
+def test_without_a_gpu_cuda_is_refused():
     with pytest.raises(InputError, match="finds no GPU here; use --device cpu or auto"):
-        choose_device_and_precision("cuda", "auto")
+        check_device_and_precision(EngineChoice("torch", "fp32"), "cuda")
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "message"),
+    ("precision", "message"),
     [
-        ("cpu", "fp16", "is for GPUs; use bf16 or fp32"),
-        ("cpu", "int8", "choose from auto, fp32, bf16, fp16"),
-        ("tpu", "auto", "choose from auto, cpu, cuda"),
+        ("fp16", "is for GPUs; use bf16 or fp32"),
+        ("int8", "choose from fp32, bf16, fp16, or --engine openvino"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_what_does(device, precision, message):
+def test_what_does_not_exist_is_refused_with_what_does(precision, message):
     with pytest.raises(InputError, match=message):
-        choose_device_and_precision(device, precision)
+        check_device_and_precision(EngineChoice("torch", precision), "cpu")
+
+
+def test_batches_in_flight_are_answered_each_by_itself(network):
+    engine = _engine(network, "fp32")
+    pixels = _pixels(12)
+    waiting = [engine.submit(pixels[start : start + 3]) for start in range(0, 12, 3)]
+    expected = engine.answer(pixels)
+    for number, pending in reversed(list(enumerate(waiting))):
+        found = pending.result()
+        np.testing.assert_allclose(found.logits, expected.logits[3 * number : 3 * number + 3], atol=1e-4)
+        np.testing.assert_allclose(
+            found.embedding, expected.embedding[3 * number : 3 * number + 3], atol=1e-4
+        )
 
 
 @pytest.mark.gpu
@@ -159,4 +172,3 @@ def test_a_gpu_gives_the_answer_of_the_cpu(network, engine, precision):
     answer = _engine(network, precision, "cuda").answer(_pixels(8))
     tolerance = (1e-3 if precision == "fp32" else 0.05) * abs(expected.embedding).max()
     np.testing.assert_allclose(answer.embedding, expected.embedding, atol=tolerance, rtol=0)
-    assert choose_device_and_precision("auto", "auto")[0] == "cuda"

@@ -7,6 +7,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as reference
 from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.v2 import functional as on_tensors
 
 from batchcls.images.transform import Transform, normalize
 from batchcls.preprocessing import Preprocessing
@@ -28,9 +29,9 @@ def preprocessing(size, resize, **options):
     )  # fmt: skip
 
 
-def pixels_of(image: Image.Image) -> torch.Tensor:
-    """uint8 3 x H x W with H x W x 3 memory, as decode gives it."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """uint8 H x W x 3, as decode gives it."""
+    return np.array(image)
 
 
 def difference(ours: np.ndarray, theirs: torch.Tensor) -> int:
@@ -91,26 +92,61 @@ def test_normalize_equals_torchvision_bit_for_bit():
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
 def test_result_is_contiguous_uint8_and_leaves_its_input_alone(crop_mode, interpolation):
     pixels = pixels_of(draw(6, 96, 96))
-    before = pixels.clone()
+    before = pixels.copy()
     result = Transform(preprocessing(96, 96, crop_mode=crop_mode, interpolation=interpolation))(pixels)
     assert result.flags.c_contiguous
     assert (result.dtype, result.shape) == (np.uint8, (96, 96, 3))
     result[:] = 0
-    assert torch.equal(pixels, before)
+    assert np.array_equal(pixels, before)
 
 
-def test_memory_layout_of_the_input_does_not_change_the_result():
-    pixels = pixels_of(draw(8, 300, 200))
-    transform = Transform(preprocessing(96, 109, interpolation="bilinear"))
-    assert np.array_equal(transform(pixels), transform(pixels.contiguous()))
+@pytest.mark.parametrize("width_height", SIZES)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_the_resize_equals_that_of_torchvision_on_uint8_tensors_bit_for_bit(width_height, interpolation):
+    pixels = pixels_of(draw(8, *width_height))
+    mode = on_tensors.InterpolationMode(interpolation)
+    chw = torch.from_numpy(pixels).permute(2, 0, 1)
+    theirs = on_tensors.center_crop(on_tensors.resize(chw, [109], mode, antialias=True), [96])
+    ours = Transform(preprocessing(96, 109, interpolation=interpolation))(pixels)
+    assert np.array_equal(ours, theirs.permute(1, 2, 0).numpy())
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("shape", [(3, 8, 200_000), (3, 200_000, 8)])
+@pytest.mark.parametrize("size", [(64, 64), (48, 64)])
+@pytest.mark.parametrize("width_height", [(1001, 642), (640, 999), (800, 800), (1601, 643)])
+def test_a_reduced_picture_is_cropped_where_the_whole_one_is(crop_mode, size, width_height):
+    """Smooth colours, so that what differs is the place and not the sharpness: the last pixel is half empty."""
+    width, height = width_height
+    rows, columns = np.mgrid[0:height, 0:width]
+    picture = np.stack([255 * rows / height, 255 * columns / width, 0 * rows], axis=2).astype(np.uint8)
+    transform = Transform(preprocessing(size, size, crop_mode=crop_mode))
+    padded = np.pad(picture, ((0, -height % 8), (0, -width % 8), (0, 0)), mode="edge")
+    reduced = np.array(Image.fromarray(padded).reduce(8))
+    whole, ours = transform(picture), transform(reduced, (height / 8, width / 8))
+    assert np.abs(whole.astype(int) - ours).max() <= 1
+    assert transform(reduced).shape == whole.shape
+
+
+def test_the_size_before_the_crop_is_known_before_the_pixels_are():
+    shorter = Transform(preprocessing(96, 109))
+    assert shorter.resized_size(375, 500) == (109, 145)
+    assert Transform(preprocessing((64, 96), (73, 109))).resized_size(375, 500) == (82, 109)
+    assert Transform(preprocessing(96, 109, crop_mode="squash")).resized_size(375, 500) == (109, 109)
+    assert Transform(preprocessing(96, 109, crop_mode="border")).resized_size(375, 500) == (82, 109)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "options"), [(375, 500, {"interpolation": "nearest"}), (8, 4000, {}), (4000, 8, {})]
+)
+def test_pictures_that_no_smaller_one_can_stand_for_are_needed_whole(height, width, options):
+    assert Transform(preprocessing(96, 109, **options)).resized_size(height, width) == (height, width)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("shape", [(8, 200_000, 3), (200_000, 8, 3)])
 def test_extremely_long_pictures_give_their_middle_without_growing(crop_mode, shape):
-    pixels = torch.zeros(shape, dtype=torch.uint8)
-    middle = shape.index(200_000)
-    pixels.narrow(middle, 100_000 - 16, 32).fill_(255)
+    pixels = np.zeros(shape, dtype=np.uint8)
+    pixels.swapaxes(0, shape.index(200_000))[100_000 - 16 : 100_000 + 16] = 255
     result = Transform(preprocessing(96, 109, crop_mode=crop_mode))(pixels)
     assert result.shape == (96, 96, 3)
     if crop_mode == "center":

@@ -9,11 +9,13 @@ from torchvision.transforms.v2 import functional
 from batchcls.errors import InputError
 from batchcls.images.load import pack_pixels
 from batchcls.images.transform import Transform
-from batchcls.inference.predictor import Predictor, PredictSettings
+from batchcls.inference.predictor import Predictor
+from batchcls.inference.settings import PredictSettings
 from batchcls.models.backbone import Backbone
+from batchcls.models.engines import Ready
 from batchcls.models.engines.torch_eager import TorchEager
-from batchcls.models.library import PreprocessingOverrides
 from batchcls.models.sources import find_model, library_of
+from batchcls.models.spec import PreprocessingOverrides
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import loaded_schema
 from batchcls.views import views_of
@@ -31,9 +33,9 @@ def preprocessing(resize: int = 40, crop_mode: str = "center") -> Preprocessing:
     )  # fmt: skip
 
 
-def pictures() -> list[torch.Tensor]:
+def pictures() -> list[np.ndarray]:
     sizes = [(61, 47), (47, 61), (90, 90), (33, 120)]
-    return [torch.from_numpy(np.array(draw(seed, *size))).permute(2, 0, 1) for seed, size in enumerate(sizes)]
+    return [np.array(draw(seed, *size)) for seed, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("resize", [32, 40, 41])
@@ -41,12 +43,12 @@ def pictures() -> list[torch.Tensor]:
 def test_five_crops_are_those_of_torchvision(resize, crop_mode):
     record = preprocessing(resize, crop_mode)
     for picture in pictures():
-        height, width = picture.shape[1:]
+        height, width = picture.shape[:2]
         size = [resize, resize]
         if crop_mode == "center":
             short = min(height, width)
             size = [int(resize * height / short), int(resize * width / short)]
-        resized = functional.resize(picture, size, antialias=True)
+        resized = functional.resize(torch.from_numpy(picture).permute(2, 0, 1), size, antialias=True)
         expected = torch.stack(functional.five_crop(resized, [32, 32])).permute(0, 2, 3, 1).numpy()
         assert np.array_equal(Transform(record, views_of("five-crop", record))(picture), expected)
 
@@ -81,7 +83,7 @@ def block(images: list[np.ndarray | None]) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def plain_loop(engine: TorchEager, picture: torch.Tensor, tta: str) -> tuple[np.ndarray, np.ndarray]:
+def plain_loop(engine: TorchEager, picture: np.ndarray, tta: str) -> tuple[np.ndarray, np.ndarray]:
     """One view after the other, each a batch of its own, and the mean of what they say."""
     crops = Transform(preprocessing(), views_of("five-crop", preprocessing()))(picture)
     chosen = list(crops) if tta in ("five-crop", "ten-crop") else [crops[4]]
@@ -116,8 +118,13 @@ def test_answers_are_the_means_of_a_plain_loop_over_the_views(engine, tta, l2_no
 
 def test_one_view_that_is_not_finite_fails_its_image_and_no_other(engine):
     class Broken(TorchEager):
+        in_flight = 1
+
         def __init__(self) -> None:
             pass
+
+        def submit(self, pixels):
+            return Ready(self.answer(pixels))
 
         def answer(self, pixels):
             answer = engine.answer(pixels)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from batchcls.errors import InputError
+from batchcls.models.bundle import sha256_hex
 from batchcls.models.weights import (
     from_checkpoint,
     from_safetensors,
     load_strictly,
     read_weights,
-    sha256_hex,
     to_safetensors,
 )
 from batchcls.storage import Storage

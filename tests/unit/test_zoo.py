@@ -10,8 +10,8 @@ from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
 from batchcls.models.cost import Cost, count
-from batchcls.models.library import ModelSpec, PreprocessingOverrides
 from batchcls.models.sources import find_model, library_of
+from batchcls.models.spec import ModelSpec, PreprocessingOverrides
 from batchcls.models.zoo import (
     PublishedWeights,
     ZooRecord,

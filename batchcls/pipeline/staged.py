@@ -1,10 +1,8 @@
-"""The three stages joined into one graph, with bounds on every retry."""
+"""The staged shape: load tasks, predict actors and write tasks as one graph, with bounds on every retry."""
 
 import logging
-import re
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from itertools import repeat
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
@@ -12,44 +10,19 @@ from ray.data.exceptions import SystemException
 from ray.util.annotations import RayDeprecationWarning
 
 from batchcls.errors import BatchclsError
-from batchcls.identity import BadIds
-from batchcls.inference.predictor import PredictSettings
-from batchcls.manifest import Manifest
-from batchcls.models.bundle import Bundle
-from batchcls.pipeline.load_stage import Images, LoadStage
-from batchcls.pipeline.predict_stage import PredictActor
+from batchcls.pipeline.causes import cause_of
+from batchcls.pipeline.staged_load import Images
+from batchcls.pipeline.staged_predict import PredictActor
+from batchcls.pipeline.staged_write import PartSink
 from batchcls.pipeline.tally import Progress, Tally
-from batchcls.pipeline.write_stage import PartSink
-from batchcls.placement import Placement
-from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.pipeline.work import ACTOR_RESTARTS, RETRIES, Work
+from batchcls.runs.parts import Receipt
 from batchcls.runtime import WORKER_ENVIRONMENT
 
-# A task or actor that dies is replaced so often and no more: an image that kills its process would
-# otherwise be tried for ever.
-_TASK_RETRIES = 3
-_ACTOR_RESTARTS = 10
 _TASKS_IN_FLIGHT_PER_ACTOR = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Everything the three stages need; made on the driver, read by the workers.
-
-    `precision` may be "auto": each actor settles it for its device.
-    """
-
-    manifest: Manifest
-    bad_ids: BadIds
-    load: LoadStage
-    predict: PredictSettings
-    bundle: Bundle
-    precision: str
-    writer: PartWriter
-    placement: Placement
-    no_progress_timeout_seconds: float
-
-
-class Run:
+class StagedRun:
     """One execution of the graph, and a look at it while it goes on."""
 
     def __init__(self, work: Work) -> None:
@@ -58,7 +31,7 @@ class Run:
         self._sink = PartSink(work.writer, work.placement.rows_per_file)
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
-        """How far the run is. Raises ray's errors when the cluster does not answer in time."""
+        """How far the run is. Raises Ray's errors when the cluster does not answer in time."""
         found: Progress = ray.get(self._tally.progress.remote(), timeout=timeout_seconds)
         return found
 
@@ -71,21 +44,21 @@ class Run:
         self._configure()
         graph = self._predicted(self._loaded())
         try:
-            graph.write_datasink(self._sink, ray_remote_args={"num_cpus": 0, "max_retries": _TASK_RETRIES})
+            graph.write_datasink(self._sink, ray_remote_args={"num_cpus": 0, "max_retries": RETRIES})
         except (ray.exceptions.RayError, SystemException) as error:
-            raise BatchclsError(f"the pipeline stopped: {_cause(error)}") from error
+            raise BatchclsError(f"the pipeline stopped: {cause_of(error)}") from error
         return self._sink.receipts
 
     def _loaded(self) -> Dataset:
         work, shape = self._work, self._work.placement
-        fragments = list(work.manifest.fragments(shape.fragment_rows))
+        fragments = list(work.manifest.fragments(repeat(shape.fragment_rows)))
         with warnings.catch_warnings():
             # The only way to bound retries until 2.64, where the range of pyproject.toml ends.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             return ray.data.read_datasource(
                 Images(fragments, work.bad_ids, work.load),
                 num_cpus=shape.cpus_per_load_task,
-                ray_remote_args={"max_retries": _TASK_RETRIES},
+                ray_remote_args={"max_retries": RETRIES},
                 concurrency=shape.load_tasks,
                 override_num_blocks=len(fragments),
             )
@@ -99,9 +72,9 @@ class Run:
                 fn_constructor_args=(
                     ray.put(work.bundle),
                     work.bundle.fingerprint,
+                    work.engines,
                     work.predict,
                     shape,
-                    work.precision,
                     self._tally,
                 ),
                 # Whole blocks. For actors with a GPU Ray insists on a number, which is a block's.
@@ -113,8 +86,8 @@ class Run:
                 num_cpus=shape.cpus_per_actor,
                 num_gpus=shape.gpus_per_actor,
                 runtime_env=WORKER_ENVIRONMENT,
-                max_restarts=_ACTOR_RESTARTS,
-                max_task_retries=_TASK_RETRIES,
+                max_restarts=ACTOR_RESTARTS,
+                max_task_retries=RETRIES,
             )
 
     def _configure(self) -> None:
@@ -131,23 +104,3 @@ class Run:
         context.target_max_block_size = max(1, int(0.9 * self._work.placement.block_rows * image_bytes))
         # What goes wrong is raised; Ray's own account of it stands in its session's log files.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
-_ERROR_LINE = re.compile(
-    r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
-)
-
-
-def _cause(error: BaseException) -> str:
-    """The line that says what went wrong in a worker.
-
-    Ray wraps a worker's exception in its own, whole tracebacks and advice in their texts; the last
-    line of the innermost text that names an exception is the one that was raised.
-    """
-    found = type(error).__name__
-    inner: Any = error
-    while isinstance(inner, BaseException):
-        named = _ERROR_LINE.findall(str(inner))
-        found = named[-1] if named else found
-        inner = getattr(inner, "cause", None) or inner.__cause__
-    return found

@@ -1,4 +1,4 @@
-"""The actor that holds one backbone on one device."""
+"""The actor that holds one backbone on one device; the staged shape."""
 
 import resource
 from collections import Counter
@@ -7,10 +7,12 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from batchcls.inference.predictor import Predictor, PredictSettings
-from batchcls.inference.self_test import start_tested_engine
+from batchcls.inference.predictor import Predictor
+from batchcls.inference.settings import PredictSettings
 from batchcls.models.bundle import Bundle
 from batchcls.models.engines.start import describe
+from batchcls.pipeline.work import Engines
+from batchcls.pipeline.worker_engine import busy_clock, start_for_node
 from batchcls.placement import Placement
 
 
@@ -21,16 +23,14 @@ class PredictActor:
         self,
         shared: "ray.ObjectRef[Bundle]",
         fingerprint: str,
+        engines: Engines,
         settings: PredictSettings,
         shape: Placement,
-        precision: str,
         tally: Any,
     ) -> None:
         # One copy of the weights a node, in its object store, however many actors there are.
-        bundle: Bundle = ray.get(shared)
-        bundle.verify(fingerprint)
-        engine, _ = start_tested_engine(bundle, shape.device, precision, shape.threads_per_actor)
-        self._predictor = Predictor(engine, settings)
+        engine, batch_size = start_for_node(ray.get(shared), fingerprint, engines, shape)
+        self._predictor = Predictor(engine, settings.with_batch_size(batch_size), busy_clock(engine))
         self._tally = tally
         tally.started.remote(describe(engine))
 

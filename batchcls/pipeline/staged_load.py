@@ -10,28 +10,19 @@ import ray
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from batchcls.images.load import Loader, LoadSettings
-from batchcls.manifest import Columns, Fragment, FragmentReader
+from batchcls.images.load import Loader
+from batchcls.manifest import Fragment, FragmentReader
+from batchcls.pipeline.work import Load
 from batchcls.schema import Failure
-from batchcls.storage import Storage
 
 if TYPE_CHECKING:  # a load worker needs no DuckDB
     from batchcls.identity import BadIds
 
 
-@dataclass(frozen=True)
-class LoadStage:
-    """What all load tasks of a run share; put into the object store once."""
-
-    columns: Columns
-    storage: Storage
-    settings: LoadSettings
-
-
 class Images(Datasource):
     """One read task a fragment."""
 
-    def __init__(self, fragments: Sequence[Fragment], bad_ids: "BadIds", stage: LoadStage) -> None:
+    def __init__(self, fragments: Sequence[Fragment], bad_ids: "BadIds", stage: Load) -> None:
         self._fragments = fragments
         self._bad_ids = bad_ids
         self._run_id = stage.settings.run_id
@@ -72,10 +63,10 @@ _workers: dict[str, _Worker] = {}
 
 
 def _load_fragment(
-    run_id: str, stage: "ray.ObjectRef[LoadStage]", fragment: Fragment, rejected: Mapping[int, Failure]
+    run_id: str, stage: "ray.ObjectRef[Load]", fragment: Fragment, rejected: Mapping[int, Failure]
 ) -> Iterator[pa.Table]:
     if run_id not in _workers:
-        shared: LoadStage = ray.get(stage)
+        shared: Load = ray.get(stage)
         _workers.clear()
         _workers[run_id] = _Worker(
             Loader(shared.settings),

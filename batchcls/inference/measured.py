@@ -1,0 +1,129 @@
+"""What engine was asked for, and what was measured to choose it: JSON in, JSON out. Needs no torch."""
+
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from batchcls.config.engines import EngineSettings
+from batchcls.inference.agreement import Contract
+from batchcls.models.engines import Device, EngineChoice, EngineName, Precision
+
+_PACKAGES = ("torch", "openvino", "nncf")
+
+
+class _Record(BaseModel):
+    """What all records here have in common: frozen, and no field that is not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Wanted(_Record):
+    """What a job was asked for, as far as it decides which engine is chosen."""
+
+    engine: EngineName | Literal["auto"] = Field(default="auto", description="As in --engine.")
+    precision: Precision | Literal["auto"] = Field(default="auto", description="As in --precision.")
+    device: Device | Literal["auto"] = Field(default="auto", description="As in --device.")
+    batch_size: int | None = Field(
+        default=None, gt=0, description="Images of a forward pass; None: the fastest that is found."
+    )
+    contract: Contract = Field(default=Contract(), description="How much of fp32's answers has to be kept.")
+
+    @classmethod
+    def of(cls, settings: EngineSettings, batch_size: int | None) -> Self:
+        """What the settings of a job ask for."""
+        return cls(
+            engine=settings.engine,
+            precision=settings.precision,
+            device=settings.device,
+            batch_size=batch_size,
+            contract=Contract(
+                min_top1_agreement=settings.min_top1_agreement,
+                min_embedding_cosine=settings.min_embedding_cosine,
+                int8_min_agreement=settings.int8_min_agreement,
+            ),
+        )
+
+
+class Figures(_Record):
+    """What was found out about one candidate; what was not measured is None."""
+
+    engine: EngineName = Field(description="What ran the network.")
+    precision: Precision = Field(description="In which arithmetic.")
+    start_seconds: float | None = Field(
+        default=None, ge=0, description="From the bundle to a tested engine, conversion included."
+    )
+    rates: dict[int, float] = Field(
+        default_factory=dict, description="Images per second by batch size, the median of several windows."
+    )
+    batch_size: int | None = Field(default=None, gt=0, description="The best of them.")
+    images_per_second: float | None = Field(default=None, gt=0, description="At the best batch size.")
+    images: int | None = Field(
+        default=None, gt=0, description="Images whose answers were compared with fp32's."
+    )
+    top1_agreement: float | None = Field(
+        default=None, ge=0, le=1, description="Share of them with fp32's best class."
+    )
+    mean_cosine: float | None = Field(
+        default=None, description="Mean cosine between embeddings and those of fp32."
+    )
+    least_cosine: float | None = Field(default=None, description="That of the image furthest off.")
+    rejected: str | None = Field(default=None, description="Why it was not taken; None for the one that was.")
+
+    @property
+    def choice(self) -> EngineChoice:
+        """The candidate."""
+        return EngineChoice(self.engine, self.precision)
+
+    def __str__(self) -> str:
+        words = [str(self.choice)]
+        if self.images_per_second is not None:
+            words.append(f"{self.images_per_second:.1f} images/s in batches of {self.batch_size}")
+        if self.top1_agreement is not None:
+            words.append(f"best class of fp32 on {self.top1_agreement:.2%} of {self.images} images")
+        if self.mean_cosine is not None:
+            words.append(f"cosine {self.mean_cosine:.5f}")
+        return ", ".join(words)
+
+
+class Measured(_Record):
+    """An engine that was chosen by measurement, and all that the choice depends on."""
+
+    format: Literal["batchcls-engines-1"] = Field(
+        default="batchcls-engines-1", description="Version of this record."
+    )
+    created: datetime = Field(description="When it was measured, UTC.")
+    wanted: Wanted = Field(description="What was asked for.")
+    bundle_fingerprint: str = Field(description="Of the model.")
+    hardware_key: str = Field(description="`Hardware.key` of the node.")
+    hardware: str = Field(description="The node in words.")
+    versions: dict[str, str] = Field(description="Of the packages that run networks, as far as installed.")
+    device: Device = Field(description="Where the network runs.")
+    threads: int = Field(gt=0, description="CPU threads of the engines when they were measured.")
+    manifest: str = Field(description="Fingerprint of the manifest that the images are from.")
+    images: int = Field(gt=0, description="Images that were at hand.")
+    seconds: float = Field(ge=0, description="That choosing took, conversions included.")
+    reference: str = Field(description="What answered in fp32, which the candidates are compared with.")
+    engine: EngineName = Field(description="What was chosen to run the network.")
+    precision: Precision = Field(description="In which arithmetic.")
+    batch_size: int = Field(gt=0, description="Images of a forward pass.")
+    images_per_second: float = Field(gt=0, description="The network alone, no decoding beside it.")
+    candidates: tuple[Figures, ...] = Field(description="All that were tried, with the reason if not taken.")
+    notes: tuple[str, ...] = Field(description="What a person should know of how it was chosen.")
+
+    @property
+    def choice(self) -> EngineChoice:
+        """The engine that was chosen."""
+        return EngineChoice(self.engine, self.precision)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that run networks; one that is not installed is not there."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,38 @@
+"""What a predictor needs beside an engine. Needs no torch."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import pyarrow as pa
+
+from batchcls.schema import classified_schema
+from batchcls.views import Views
+
+
+@dataclass(frozen=True, slots=True)
+class PredictSettings:
+    """What the predictor needs beside an engine.
+
+    `embedding` is halffloat, float or None for no column; `input_shape` is H, W, C of a crop;
+    `batch_size` counts inputs of a forward pass, so an image with ten views counts ten times.
+    """
+
+    labels: tuple[str, ...]
+    top_k: int
+    embedding: pa.DataType | None
+    embedding_dimension: int
+    l2_normalize: bool
+    views: Views
+    input_shape: tuple[int, int, int]
+    normalize: Literal["engine", "worker"]
+    batch_size: int
+    kept: tuple[pa.Field, ...]
+
+    @property
+    def output_schema(self) -> pa.Schema:
+        """Schema of the blocks that the predictor returns."""
+        return classified_schema(self.kept, self.embedding, self.embedding_dimension)
+
+    def with_batch_size(self, batch_size: int) -> Self:
+        """The same for an engine that answers batches of another size."""
+        return replace(self, batch_size=batch_size)

@@ -1,0 +1,49 @@
+"""A bundle becomes the network that it describes."""
+
+from torch import nn
+
+from batchcls.errors import InputError
+from batchcls.models.backbone import Backbone
+from batchcls.models.bundle import CONFIG_FILE, WEIGHTS_FILE, Bundle
+from batchcls.models.sources import find_model, library_of
+from batchcls.models.taps import find_tap
+from batchcls.models.trainable import mark_trainable
+from batchcls.models.weights import from_safetensors, load_strictly
+
+
+def build_model(bundle: Bundle) -> nn.Module:
+    """The bundle's network as its library builds it, with its weights; to be trained, cut or counted.
+
+    Parameters that the bundle does not call trainable are frozen.
+
+    Raises:
+        InputError: the library does not know the architecture (any more), or the weights do not fit.
+    """
+    config = bundle.config
+    spec = find_model(str(config.spec), config.arguments)
+    model = library_of(spec).build(spec, len(config.labels), config.dropout)
+    load_strictly(model, from_safetensors(bundle.weights, WEIGHTS_FILE), WEIGHTS_FILE)
+    mark_trainable(model, config.trainable)
+    return model
+
+
+def build_backbone(bundle: Bundle) -> Backbone:
+    """The bundle's network with its weights, cut into logits and embedding, in evaluation mode.
+
+    Raises:
+        InputError: the library does not know the architecture (any more), or weights, labels or
+            embedding do not fit it.
+    """
+    config = bundle.config
+    spec = config.spec
+    library = library_of(spec)
+    model = build_model(bundle)
+    size = (config.preprocessing.input_height, config.preprocessing.input_width)
+    tap = find_tap(spec, model, library, config.embedding_tap, size)
+    backbone = Backbone(model, library.classifiers(model), size, tap)
+    if backbone.dimension != config.embedding_dimension:
+        raise InputError(
+            f"the embedding of {spec} has {backbone.dimension} values, {CONFIG_FILE} says "
+            f"{config.embedding_dimension}; create the bundle anew"
+        )
+    return backbone

@@ -1,0 +1,171 @@
+"""Which engine runs the network on which kind of node: asked for, chosen on an earlier night, or measured now."""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchcls.comparison.sample import Sample as ImageSample
+from batchcls.comparison.sample import take_sample
+from batchcls.config.classify import ClassifyConfig
+from batchcls.hardware import Hardware
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.policies import decode_limits, fetch_policy
+from batchcls.inference.measured import Measured, Wanted
+from batchcls.manifest import Manifest
+from batchcls.models.bundle import Bundle
+from batchcls.models.engines import REFERENCE, Device, EngineChoice, EnginePlace
+from batchcls.models.engines.conversions import Conversions
+from batchcls.pipeline.work import Engines, NodeEngine
+from batchcls.placement import Placement
+from batchcls.preprocessing import Preprocessing
+from batchcls.runs import choices
+from batchcls.runtime import LivingNode, hardware_of, living_nodes, run_alone
+from batchcls.storage import Storage
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The engines of a run, and for run.json how they were found."""
+
+    engines: Engines
+    measured: tuple[Measured, ...]
+
+
+@dataclass(frozen=True)
+class SampleImages:
+    """Images of the catalog in a network's preprocessing, loaded where and when they are needed.
+
+    `manifest` is the fingerprint of the manifest that the sample is from.
+    """
+
+    manifest: str
+    sample: ImageSample
+    preprocessing: Preprocessing
+    fetch: FetchPolicy
+    limits: DecodeLimits
+
+    def load(self) -> NDArray[np.uint8]:
+        """N,H,W,3 uint8; images that fail are left out. Raises InputError if all of them do."""
+        # Decoding needs torch, which the driver can do without.
+        prepare = importlib.import_module("batchcls.comparison.prepare").prepare
+        pixels: NDArray[np.uint8] = prepare(self.sample, self.preprocessing, self.fetch, self.limits).pixels
+        return pixels
+
+    def calibration(self) -> NDArray[np.uint8]:
+        """The half that int8 takes its scales from; what it answers to the other half is measured."""
+        return self.load()[::2]
+
+
+def settle_engines(
+    config: ClassifyConfig, manifest: Manifest, bundle: Bundle, placement: Placement, storage: Storage
+) -> Settled:
+    """Settle what `--engine auto --precision auto` means on every kind of node that the run may use.
+
+    Raises:
+        InputError: what was asked for cannot be had, or misses its bound.
+        GoldenMismatch: the network does not answer as its bundle says.
+    """
+    wanted = Wanted.of(config, None if config.batch_size == "auto" else config.batch_size)
+    plain = _without_measuring(wanted)
+    otherwise = NodeEngine(plain, placement.batch_size)
+    probe = placement.device == "cuda" and config.batch_size == "auto"
+    if "auto" not in (wanted.engine, wanted.precision) and wanted.precision != "int8":
+        return Settled(Engines({}, otherwise, config.cache_dir, None, probe), ())
+    images = _images(config, manifest, bundle, storage)
+    found: dict[str, Measured] = {}
+    for hardware, node in _kinds(placement.device):
+        known = None
+        if not config.measure_engines:
+            known = choices.load(config.output, bundle.fingerprint, hardware, wanted, storage)
+        if known is None and (manifest.rows >= config.measure_from_rows or wanted.precision == "int8"):
+            known = _measure(config, node, bundle, images, wanted, placement)
+            choices.save(config.output, known, storage)
+        if known is None:
+            _logger.info("engine: %s, not measured for %d rows", plain, manifest.rows)
+        else:
+            found[hardware.key] = known
+            _tell(node, known)
+    by_hardware = {key: NodeEngine(known.choice, known.batch_size) for key, known in found.items()}
+    calibration = images.calibration if any(m.precision == "int8" for m in found.values()) else None
+    engines = Engines(by_hardware, otherwise, config.cache_dir, calibration, probe)
+    return Settled(engines, tuple(found.values()))
+
+
+def _without_measuring(wanted: Wanted) -> EngineChoice:
+    """What is asked for, and the reference in place of what is not: right everywhere, if slow."""
+    return EngineChoice(
+        REFERENCE.engine if wanted.engine == "auto" else wanted.engine,
+        REFERENCE.precision if wanted.precision == "auto" else wanted.precision,
+    )
+
+
+def _images(config: ClassifyConfig, manifest: Manifest, bundle: Bundle, storage: Storage) -> SampleImages:
+    sample = take_sample(manifest.without_kept(), config.calibration_images, storage)
+    return SampleImages(
+        manifest.fingerprint, sample, bundle.config.preprocessing, fetch_policy(config), decode_limits(config)
+    )
+
+
+def _kinds(device: Device) -> Sequence[tuple[Hardware, LivingNode]]:
+    """The kinds of nodes that may run the network, each with its first node."""
+    nodes = [node for node in living_nodes() if device == "cpu" or node.gpus > 0]
+    first: dict[str, tuple[Hardware, LivingNode]] = {}
+    for node, hardware in zip(nodes, hardware_of(nodes), strict=True):
+        first.setdefault(hardware.key, (hardware, node))
+    return list(first.values())
+
+
+def _measure(
+    config: ClassifyConfig,
+    node: LivingNode,
+    bundle: Bundle,
+    images: SampleImages,
+    wanted: Wanted,
+    placement: Placement,
+) -> Measured:
+    _logger.info(
+        "measuring engines on %s with up to %d images, %g s and the conversions; the choice is kept for later runs",
+        node.host,
+        config.calibration_images,
+        config.calibration_seconds,
+    )
+    place = EnginePlace(
+        placement.device, placement.threads_per_actor, placement.batch_size, Conversions.at(config.cache_dir)
+    )
+    return run_alone(node, _choose_here, bundle, images, wanted, place, config.calibration_seconds)
+
+
+def _choose_here(
+    bundle: Bundle,
+    images: SampleImages,
+    wanted: Wanted,
+    place: EnginePlace,
+    seconds: float,
+) -> Measured:
+    choosing = importlib.import_module("batchcls.inference.choosing")
+    sample = choosing.Sample(images.load(), images.manifest)
+    measured: Measured = choosing.choose(bundle, sample, wanted, place, seconds)
+    return measured
+
+
+def _tell(node: LivingNode, known: Measured) -> None:
+    for entry in known.candidates:
+        if entry.rejected is not None:
+            _logger.info("engine: %s: not taken, %s", entry, entry.rejected)
+    for note in known.notes:
+        _logger.info("engine: %s", note)
+    _logger.info(
+        "engine on %s: %s, batches of %d, measured %s at %.1f images/s",
+        node.host,
+        known.choice,
+        known.batch_size,
+        known.created.date(),
+        known.images_per_second,
+    )

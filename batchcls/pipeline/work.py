@@ -1,0 +1,84 @@
+"""What a pipeline is given to do, made on the driver and read by the workers. Needs no torch and no ray.data."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchcls.hardware import Hardware
+from batchcls.images.settings import LoadSettings
+from batchcls.inference.settings import PredictSettings
+from batchcls.manifest import Columns, Manifest
+from batchcls.models.bundle import Bundle
+from batchcls.models.engines import EngineChoice
+from batchcls.placement import Placement
+from batchcls.runs.parts import PartWriter
+from batchcls.storage import Storage
+
+if TYPE_CHECKING:  # a worker needs no DuckDB
+    from batchcls.identity import BadIds
+
+# A fragment or a block whose process dies is tried again so often and no more: an image that kills
+# its process would otherwise be tried for ever.
+RETRIES = 3
+ACTOR_RESTARTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEngine:
+    """What runs the network on one kind of node, and in batches of how many images."""
+
+    choice: EngineChoice
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.choice}, batches of {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What runs the network, wherever an actor is started.
+
+    Attributes:
+        by_hardware: for the kinds of nodes that were there when the job began, by `Hardware.key`.
+        otherwise: for any other node.
+        cache_folder: where nodes keep converted networks; None: see `Conversions.at`.
+        calibration: see `EnginePlace.calibration`.
+        probe_batches: an actor on a GPU finds out itself how large its batches should be.
+    """
+
+    by_hardware: Mapping[str, NodeEngine]
+    otherwise: NodeEngine
+    cache_folder: str | None
+    calibration: Callable[[], NDArray[np.uint8]] | None
+    probe_batches: bool = False
+
+    def here(self) -> NodeEngine:
+        """The engine for the machine that this process runs on."""
+        return self.by_hardware.get(Hardware.here().key, self.otherwise)
+
+
+@dataclass(frozen=True)
+class Load:
+    """All that turns a fragment into blocks of pixels, wherever it is done."""
+
+    columns: Columns
+    storage: Storage
+    settings: LoadSettings
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that the workers need."""
+
+    manifest: Manifest
+    bad_ids: "BadIds"
+    load: Load
+    predict: PredictSettings
+    bundle: Bundle
+    engines: Engines
+    writer: PartWriter
+    placement: Placement
+    no_progress_timeout_seconds: float

@@ -1,0 +1,161 @@
+"""The programs of the benchmark: what each is called, who it is, and how it is started."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+Kind = Literal["job", "ceiling", "documented", "tuned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One program.
+
+    Attributes:
+        name: in commands and in the record.
+        title: for people.
+        kind: this job; its engine without a pipeline; a peer as its documentation writes it; the same
+            peer as fast as its documentation allows.
+        module: what Python runs.
+        arguments: beside those that all of its kind get.
+        exact: it computes in fp32, so that its answers have to be this job's.
+        engine_of: the job whose engine the ceiling takes over.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    module: str
+    arguments: tuple[str, ...] = ()
+    exact: bool = False
+    engine_of: str = "job"
+
+
+JOB = "job"
+CEILING = "bare"
+_JOB_MODULE = "batchcls.jobs.classify"
+_PEERS = "benchmarks.peers"
+_BATCH_SIZE = 16  # of a job that has measured no other
+
+CONTENDERS: Mapping[str, Contender] = {
+    one.name: one
+    for one in (
+        Contender(JOB, "batchcls", "job", _JOB_MODULE),
+        Contender("job-int8", "batchcls, int8 allowed", "job", _JOB_MODULE),
+        Contender(CEILING, "same engine, bare loop", "ceiling", f"{_PEERS}.bare_loop"),
+        Contender(
+            "bare-int8",
+            "same int8 engine, bare loop",
+            "ceiling",
+            f"{_PEERS}.bare_loop",
+            engine_of="job-int8",
+        ),
+        Contender("bare-pillow", "same engine, Pillow", "ceiling", f"{_PEERS}.bare_loop", ("--pillow",)),
+        Contender("ray", "Ray's example", "documented", f"{_PEERS}.ray_example", exact=True),
+        Contender("daft", "Daft's example", "documented", f"{_PEERS}.daft_example", exact=True),
+        Contender("dataloader", "DataLoader (timm)", "documented", f"{_PEERS}.dataloader", exact=True),
+        Contender("ray-tuned", "Ray, tuned", "tuned", f"{_PEERS}.ray_example", ("--tuned",)),
+        Contender("daft-tuned", "Daft, tuned", "tuned", f"{_PEERS}.daft_example", ("--tuned",)),
+        Contender("dataloader-tuned", "DataLoader, tuned", "tuned", f"{_PEERS}.dataloader", ("--tuned",)),
+    )
+}
+
+CONTENDERS_AT_500_PIXELS = tuple(name for name in CONTENDERS if name != "bare-pillow")
+CONTENDERS_AT_1500_PIXELS = (JOB, CEILING, "bare-pillow", "dataloader", "dataloader-tuned")
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What the programs of a suite are given.
+
+    Attributes:
+        model: architecture, as timm calls it.
+        weights: safetensors file.
+        labels: text file, a class name a line.
+        bundle: the same as a bundle.
+        images: text file, a photograph's path a line.
+        manifest: the same as a manifest.
+    """
+
+    model: str
+    weights: Path
+    labels: Path
+    bundle: Path
+    images: Path
+    manifest: Path
+
+
+@dataclass(frozen=True, slots=True)
+class JobEngine:
+    """What this job chose to run the network with."""
+
+    engine: str
+    precision: str
+    batch_size: int
+
+    @classmethod
+    def of(cls, measured: Mapping[str, Any]) -> "JobEngine":
+        """From `measured` of a run.json.
+
+        Raises:
+            ValueError: it names no engine.
+        """
+        found = re.search(r"\b(torch|compile|openvino) (fp32|bf16|fp16|int8)\b", str(measured["engines"]))
+        if found is None:
+            raise ValueError(f"run.json names no engine: {measured['engines']}")
+        sizes = [choice["batch_size"] for choice in measured.get("engine_choices", ())]
+        return cls(found.group(1), found.group(2), sizes[0] if sizes else _BATCH_SIZE)
+
+
+def command(
+    contender: Contender,
+    files: Files,
+    output: Path,
+    *,
+    int8_min_agreement: float,
+    engine: JobEngine | None,
+) -> list[str]:
+    """Arguments for Python: the program, its input and where it writes.
+
+    Args:
+        contender: the program.
+        files: its input.
+        output: folder for what it writes, not there yet.
+        int8_min_agreement: what a job that may take int8 has to keep.
+        engine: for a ceiling, what the job chose.
+    """
+    start = ["-m", contender.module, *contender.arguments, "--output", str(output)]
+    if contender.kind == "job":
+        start += ["--manifest", str(files.manifest), "--model", str(files.bundle), "--ray-address", "local"]
+        if contender.name == "job-int8":
+            start += ["--int8-min-agreement", str(int8_min_agreement)]
+        return start
+    start += ["--images", str(files.images)]
+    if contender.kind == "ceiling":
+        assert engine is not None, "a job runs before its ceiling"
+        return [
+            *(*start, "--bundle", str(files.bundle)),
+            *("--engine", engine.engine, "--precision", engine.precision),
+            *("--batch-size", str(engine.batch_size)),
+        ]
+    return [
+        *(*start, "--model", files.model),
+        *("--weights", str(files.weights), "--labels", str(files.labels)),
+    ]
+
+
+def best_labels(contender: Contender, output: Path) -> dict[str, str]:
+    """The best label of each photograph, by path, from what a program wrote."""
+    if contender.kind == "job":
+        (folder,) = output.glob("runs/*/predictions")
+        table = pq.read_table(folder, columns=["uri", "label"])
+        return dict(zip(table["uri"].to_pylist(), table["label"].to_pylist(), strict=True))
+    table = pq.read_table(output, columns=["path", "labels"])
+    return {
+        path: labels[0]
+        for path, labels in zip(table["path"].to_pylist(), table["labels"].to_pylist(), strict=True)
+    }

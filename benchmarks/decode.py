@@ -1,0 +1,170 @@
+"""A photograph from JPEG bytes to the network's input, four ways side by side: `python -m benchmarks.decode`.
+
+Pillow as most scripts use it, torchvision's decoder and resize on bytes, and this project's load path
+with and without reduced-scale decoding, for photographs of about 500 pixels and the same enlarged.
+All resize the short side to 256 with one filter and crop 224 x 224. One thread; what counts is the
+time on a core, so that other programs on the machine disturb little, and the ways take turns image by
+image within a round.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode, functional
+
+from batchcls.hardware import Hardware
+from batchcls.images.decode import decode
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.transform import Transform
+from batchcls.preprocessing import Interpolation, Preprocessing
+from benchmarks.images import choose_images, enlarge_images
+
+_HERE = Path(__file__).resolve().parent
+_DATA = _HERE.parent.parent / "shared" / "data"
+_RESIZE, _CROP = 256, 224
+_REFERENCE = "Pillow"
+_INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
+
+Way = Callable[[bytes], object]
+
+
+def ways(interpolation: Interpolation) -> dict[str, Way]:
+    """From a file's bytes to 224 x 224 pixels, by the name of the way."""
+    transform = Transform(
+        Preprocessing(
+            input_height=_CROP, input_width=_CROP, resize_height=_RESIZE, resize_width=_RESIZE,
+            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation=interpolation,
+        )
+    )  # fmt: skip
+    limits = DecodeLimits()
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+    def with_pillow(data: bytes) -> object:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        factor = _RESIZE / min(image.size)
+        resized = image.resize(
+            (int(image.width * factor), int(image.height * factor)), filters[interpolation]
+        )
+        left, top = (resized.width - _CROP) // 2, (resized.height - _CROP) // 2
+        return np.asarray(resized.crop((left, top, left + _CROP, top + _CROP)))
+
+    def with_torchvision(data: bytes) -> object:
+        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        resized = functional.resize(pixels, [_RESIZE], InterpolationMode(interpolation), antialias=True)
+        return functional.center_crop(resized, [_CROP]).contiguous()
+
+    def ours_whole(data: bytes) -> object:
+        hashlib.sha256(data).hexdigest()  # which the load path also has to do
+        decoded = decode(data, limits)
+        return transform(decoded.pixels, decoded.extent)
+
+    def ours_reduced(data: bytes) -> object:
+        hashlib.sha256(data).hexdigest()
+        decoded = decode(data, limits, transform.resized_size)
+        return transform(decoded.pixels, decoded.extent)
+
+    return {
+        _REFERENCE: with_pillow,
+        "torchvision": with_torchvision,
+        "batchcls, whole": ours_whole,
+        "batchcls, reduced": ours_reduced,
+    }
+
+
+def measure(files: Iterable[bytes], named: dict[str, Way], rounds: int) -> dict[str, dict[str, Any]]:
+    """Images per second of a core by way, and how many times that of Pillow: medians over the rounds."""
+    contents = list(files)
+    for way in named.values():
+        way(contents[0])
+    seconds: dict[str, list[float]] = {name: [] for name in named}
+    for _ in range(rounds):
+        spent = dict.fromkeys(named, 0.0)
+        for data in contents:
+            for name, way in named.items():
+                started = time.thread_time()
+                way(data)
+                spent[name] += time.thread_time() - started
+        for name, total in spent.items():
+            seconds[name].append(total / len(contents))
+    return {
+        name: {
+            "images_per_second_and_core": [round(1 / each, 1) for each in found],
+            "median": round(1 / statistics.median(found), 1),
+            "times_pillow": round(
+                statistics.median(theirs / each for theirs, each in zip(seconds[_REFERENCE], found, strict=True)), 2
+            ),
+        }
+        for name, found in seconds.items()
+    }  # fmt: skip
+
+
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The results in Markdown: a line a way, a column a kind of photograph."""
+    kinds = list(results)
+    lines = [
+        "| images/s and core (times Pillow) | " + " | ".join(kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for name in next(iter(results.values())):
+        cells = (f"{results[kind][name]['median']} ({results[kind][name]['times_pillow']})" for kind in kinds)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table and write benchmarks/results/DATE-decode.json."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--sides",
+        type=int,
+        nargs="*",
+        default=[1500, 4000],
+        help="long sides of the enlarged photographs, in pixels",
+    )
+    arguments = parser.parse_args()
+    if not _DATA.is_dir():
+        raise SystemExit("the photographs of ../shared/data are needed")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
+    paths = choose_images(_DATA, arguments.images)
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = {"500 px": paths} | {
+            f"{side:,} px": enlarge_images(paths, Path(folder) / str(side), side) for side in arguments.sides
+        }
+        for size, files in kinds.items():
+            contents = [path.read_bytes() for path in files]
+            for interpolation in _INTERPOLATIONS:
+                results[f"{size}, {interpolation}"] = measure(contents, ways(interpolation), arguments.rounds)
+    record = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": Hardware.here().model_dump(),
+        "images": arguments.images,
+        "rounds": arguments.rounds,
+        "results": results,
+    }
+    print(table(results))
+    target = _HERE / "results" / f"{record['date']}-decode.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

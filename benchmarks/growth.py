@@ -1,0 +1,147 @@
+"""Simulated nodes on this machine, each with a stub that sleeps as a GPU would compute: does the pipeline scale?
+
+    python -m benchmarks.growth                      1, 2 and 4 nodes at 40 images/s each
+    python -m benchmarks.growth --rate 120           until the two cores, or whatever there is, saturate
+
+Everything but the network is real: Ray nodes with a daemon and an object store each, the manifest, fetching and
+decoding of the photographs beside the repository, Parquet files, the driver. Start-up is left out, since all nodes
+share this machine's cores for it. Writes benchmarks/results/DATE-growth.json.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.cluster_utils import Cluster
+from rich.console import Console
+
+from batchcls.config.classify import ClassifyConfig
+from batchcls.hardware import Hardware
+from batchcls.jobs.classify import work_of
+from batchcls.jobs.classify_inputs import open_inputs
+from batchcls.models.engines import REFERENCE
+from batchcls.pipeline.execute import Executed
+from batchcls.pipeline.fused import FusedRun
+from batchcls.pipeline.fused_actor import FragmentActor
+from batchcls.pipeline.work import Engines, NodeEngine
+from batchcls.placement import place
+from batchcls.runs.bottleneck import find_bottleneck
+from batchcls.runs.commit import reconcile
+from batchcls.runtime import nodes, ray_session
+from benchmarks.process import REPOSITORY
+
+_BATCH = 16
+
+
+class SleepingActor(FragmentActor):
+    """The pool's actor with a stub in place of the network."""
+
+    worker_class = ("benchmarks.growth_worker", "SleepingWorker")
+
+
+class SleepingRun(FusedRun):
+    """The pool with such actors."""
+
+    actor_class = SleepingActor
+
+
+def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, Any]:
+    """Rate of `count` nodes whose stubs answer `rate` images per second each, over about `seconds` seconds."""
+    manifest = _manifest(int(count * rate * seconds), folder)
+    cluster = Cluster()
+    for _ in range(count):
+        cluster.add_node(num_cpus=1, object_store_memory=200 * 2**20)
+    try:
+        with ray_session(cluster.address):
+            config = ClassifyConfig(
+                manifest=str(manifest),
+                output=str(folder / f"out-{count}"),
+                model="timm:test_resnet",
+                allow_random_weights=True,
+                batch_size=_BATCH,
+                fragment_rows=256,
+                cache_dir=str(rate),  # the one text that reaches the stub
+            )
+            inputs = open_inputs(config)
+            shape = place(config, nodes(), inputs.manifest.rows, remote_images=False)
+            engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
+            work = replace(
+                work_of(config, inputs, shape, engines, "growth"), no_progress_timeout_seconds=120.0
+            )
+            run = SleepingRun(work)
+            began, cpu = time.time(), time.process_time()
+            receipts = run.execute()
+            driver = time.process_time() - cpu
+            executed = Executed(work, receipts, run.progress(), began, time.time(), driver, nodes())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    # The last actor to start decides from when on all nodes work.
+    totals = reconcile(receipts, inputs.manifest.rows)
+    found = find_bottleneck(executed.measured(totals.stage_seconds, engine_was_measured=False))
+    steady = _steady_rate([(receipt.written_at, len(receipt.ranges)) for receipt in receipts])
+    return {
+        "nodes": count,
+        "rows": totals.rows,
+        "images_per_second": round(steady, 1),
+        "stub_images_per_second": rate,
+        "of_stubs": round(steady / (count * rate), 3),
+        "busy_milliseconds_per_image": found.as_json()["busy_milliseconds_per_image"],
+        "driver_peak_mib": executed.as_json()["peak_memory_mib_of_the_driver"],
+    }
+
+
+def _steady_rate(written: Sequence[tuple[float, int]]) -> float:
+    """Images per second between the first and the last fifth of what was written."""
+    ordered = sorted(written)
+    total = sum(rows for _, rows in ordered)
+    passed, marks = 0, []
+    for when, rows in ordered:
+        passed += rows
+        marks.append((passed, when))
+    first = next(mark for mark in marks if mark[0] >= 0.2 * total)
+    last = next(mark for mark in marks if mark[0] >= 0.85 * total)
+    return (last[0] - first[0]) / (last[1] - first[1])
+
+
+def _manifest(rows: int, folder: Path) -> Path:
+    images = sorted((REPOSITORY.parent / "shared" / "data" / "imagenet").glob("*.JPEG"))
+    path = folder / f"manifest-{rows}.parquet"
+    uris = [str(images[number % len(images)]) for number in range(rows)]
+    pq.write_table(pa.table({"item_id": [str(number) for number in range(rows)], "uri": uris}), path)
+    return path
+
+
+def main() -> None:
+    """Measure 1, 2 and 4 nodes and write the points."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", default="1,2,4", help="how many nodes, by commas")
+    parser.add_argument("--rate", type=float, default=40.0, help="images per second of each stub")
+    parser.add_argument("--seconds", type=float, default=40.0, help="length of each run, start-up left out")
+    arguments = parser.parse_args()
+    points = []
+    with tempfile.TemporaryDirectory() as name:
+        for count in map(int, arguments.nodes.split(",")):
+            points.append(measure(count, arguments.rate, arguments.seconds, Path(name)))
+            Console(stderr=True).print(json.dumps(points[-1]))
+    today = datetime.now(UTC).date().isoformat()
+    target = REPOSITORY / "benchmarks" / "results" / f"{today}-growth.json"
+    target.parent.mkdir(exist_ok=True)
+    record = {"date": today, "hardware": str(Hardware.here()), "points": points}
+    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The ceiling: this project's own engine and loader in one process, without Ray and without a run to commit.
+
+    python -m benchmarks.peers.bare_loop --images LIST --bundle FOLDER --output DIR --engine openvino --precision bf16
+
+Threads decode ahead while the engine has as many batches as keep it busy. It says two times: from the
+start of the engine, and from its first batch, which the job's efficiency is measured against.
+
+With `--pillow` photographs are decoded in full and resized by Pillow: what most programs do, at the
+same engine.
+"""
+
+import argparse
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from queue import Queue
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.load import Loader
+from batchcls.images.settings import LoadSettings
+from batchcls.inference.self_test import start_tested_engine
+from batchcls.models.bundle import Bundle
+from batchcls.models.engines import Answer, Engine, EngineChoice, EnginePlace, Pending
+from batchcls.models.engines.conversions import Conversions
+from batchcls.preprocessing import Preprocessing
+from batchcls.schema import IMAGE, ITEM_ID, PIXELS, ROW, URI
+from batchcls.storage import Storage
+from batchcls.views import Views
+from benchmarks.peers.task import TOP, read_lines, say
+
+Pixels = npt.NDArray[np.uint8]
+_AHEAD = 4  # blocks of decoded photographs that may wait for the engine
+_CALIBRATION_IMAGES = 128
+_WITH_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def load(paths: list[str], preprocessing: Preprocessing, batch_size: int, threads: int) -> Iterator[Pixels]:
+    """Batches of N,H,W,3 pixels by this project's loader, in order.
+
+    The loader is made at once, since it takes torch's threads for itself: an engine comes after it.
+    """
+    settings = LoadSettings(
+        run_id="bare",
+        base="/",
+        kept=(),
+        fetch=FetchPolicy(),
+        limits=DecodeLimits(),
+        preprocessing=preprocessing,
+        views=Views(),
+        normalize="engine",
+        fetch_threads=2 * threads,
+        decode_threads=threads,
+        block_rows=batch_size,
+    )
+    blocks = Loader(settings).load(_tables(paths, batch_size), {})
+    return (_pixels(block, preprocessing) for block in blocks)
+
+
+def _pixels(block: pa.Table, preprocessing: Preprocessing) -> Pixels:
+    column = block.column(PIXELS).combine_chunks()
+    if column.null_count:
+        raise SystemExit(f"{column.null_count} photographs cannot be read: {block.column('detail')}")
+    return np.frombuffer(column.buffers()[2], np.uint8).reshape(-1, *preprocessing.shape)
+
+
+def _tables(paths: list[str], batch_size: int) -> Iterator[pa.Table]:
+    for start in range(0, len(paths), batch_size):
+        uris = paths[start : start + batch_size]
+        yield pa.table(
+            {
+                ROW: pa.array(range(start, start + len(uris)), pa.int64()),
+                ITEM_ID: pa.array(uris, pa.string()),
+                URI: pa.array(uris, pa.string()),
+                IMAGE: pa.nulls(len(uris), pa.binary()),
+            }
+        )
+
+
+def load_with_pillow(
+    paths: list[str], preprocessing: Preprocessing, batch_size: int, threads: int
+) -> Iterator[Pixels]:
+    """The same by Pillow alone, decoding in full."""
+    with ThreadPoolExecutor(threads) as pool:
+        shrunk: deque[list[Future[Pixels]]] = deque()
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            shrunk.append([pool.submit(_shrink_with_pillow, path, preprocessing) for path in batch])
+            if len(shrunk) > _AHEAD:
+                yield np.stack([future.result() for future in shrunk.popleft()])
+        while shrunk:
+            yield np.stack([future.result() for future in shrunk.popleft()])
+
+
+def _shrink_with_pillow(path: str, preprocessing: Preprocessing) -> Pixels:
+    short, crop = preprocessing.resize_height, preprocessing.input_height
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    shorter_side = min(image.size)
+    size = (short * image.width // shorter_side, short * image.height // shorter_side)
+    image = image.resize(size, _WITH_PILLOW[preprocessing.interpolation])
+    left, top = round((image.width - crop) / 2), round((image.height - crop) / 2)
+    return np.asarray(image.crop((left, top, left + crop, top + crop)))
+
+
+def ahead(batches: Iterable[Pixels]) -> Iterator[Pixels]:
+    """The batches, made by a thread of their own, a few ahead."""
+    queue: Queue[Pixels | BaseException | None] = Queue(_AHEAD)
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                queue.put(batch)
+            queue.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised where the batches are read
+            queue.put(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    while (batch := queue.get()) is not None:
+        if isinstance(batch, BaseException):
+            raise batch
+        yield batch
+
+
+def answer(engine: Engine, batches: Iterable[Pixels]) -> Iterator[Answer]:
+    """Answers in order, while `in_flight` further batches are with the engine."""
+    pending: deque[Pending] = deque()
+    for pixels in batches:
+        pending.append(engine.submit(pixels))
+        if len(pending) > engine.in_flight:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def top_five(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """N,K logits -> N,5 classes, the best first, and their probabilities."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    candidates = np.argpartition(-probabilities, TOP - 1, axis=1)[:, :TOP]
+    values = np.take_along_axis(probabilities, candidates, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    classes = np.take_along_axis(candidates, order, axis=1)
+    return classes.astype(np.int64), np.take_along_axis(values, order, axis=1)
+
+
+def write(paths: list[str], labels: tuple[str, ...], answers: list[Answer], output: Path) -> None:
+    """The five best labels of each photograph as one Parquet file."""
+    classes, values = top_five(np.concatenate([one.logits for one in answers]))
+    offsets = pa.array(np.arange(0, classes.size + 1, TOP, dtype=np.int32))
+    names = pa.array(labels).take(pa.array(classes.reshape(-1)))
+    columns = {
+        "path": pa.array(paths),
+        "labels": pa.ListArray.from_arrays(offsets, names),
+        "probabilities": pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), pa.float32())),
+    }
+    output.mkdir(parents=True)
+    pq.write_table(pa.table(columns), output / "answers.parquet")
+
+
+def main() -> None:
+    """Answer all photographs once and say how long it took, imports excluded."""
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("images", "bundle", "output"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--engine", default="torch", help="torch, compile or openvino")
+    parser.add_argument("--precision", default="fp32", help="fp32, bf16 or int8")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=cores, help="of the engine")
+    parser.add_argument("--decode-threads", type=int, default=cores)
+    parser.add_argument("--pillow", action="store_true", help="decode in full and resize with Pillow")
+    given = parser.parse_args()
+    paths = read_lines(given.images)
+    bundle = Bundle.load(given.bundle, Storage())
+    read = load_with_pillow if given.pillow else load
+    batches: Callable[[list[str]], Iterator[Pixels]] = partial(
+        read,
+        preprocessing=bundle.config.preprocessing,
+        batch_size=given.batch_size,
+        threads=given.decode_threads,
+    )
+
+    def calibration() -> Pixels:
+        return np.concatenate(list(batches(paths[:_CALIBRATION_IMAGES])))
+
+    started = time.perf_counter()
+    loading = batches(paths)
+    choice = EngineChoice.parse(f"{given.engine}:{given.precision}")
+    place = EnginePlace("cpu", given.threads, given.batch_size, Conversions.at(None), calibration)
+    engine, _ = start_tested_engine(bundle, choice, place)
+    running = time.perf_counter()
+    answers = list(answer(engine, ahead(loading)))
+    write(paths, bundle.config.labels, answers, Path(given.output))
+    ended = time.perf_counter()
+    rate = len(paths) / (ended - running)
+    say(len(paths), ended - started, images_per_second_after_start=round(rate, 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The network of a peer, in plain eager PyTorch. Imports timm, so only what holds the network imports it."""
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from benchmarks.peers.task import TOP
+
+
+class Network:
+    """A timm network that answers normalised images with their five best labels."""
+
+    def __init__(self, model: str, weights: str, labels: list[str], *, tuned: bool, threads: int) -> None:
+        """Build it.
+
+        Args:
+            model: architecture, as timm calls it.
+            weights: safetensors file.
+            labels: class names in order.
+            tuned: channels last and bf16 by autocast, and `threads` CPU threads; otherwise fp32 with the
+                threads that its process has.
+            threads: see above.
+        """
+        if tuned:
+            torch.set_num_threads(threads)
+        network: nn.Module = timm.create_model(model, pretrained=False)
+        network.load_state_dict(load_file(weights))
+        network.eval()
+        self._network = network.to(memory_format=torch.channels_last) if tuned else network
+        self._labels = labels
+        self._tuned = tuned
+
+    def __call__(self, images: torch.Tensor) -> tuple[list[list[str]], list[list[float]]]:
+        """N,3,H,W float32 -> five labels and probabilities for each, the best first."""
+        if self._tuned:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._tuned):
+            best = self._network(images).float().softmax(dim=1).topk(TOP)
+        labels = [[self._labels[index] for index in row] for row in best.indices.tolist()]
+        return labels, best.values.tolist()

@@ -1,0 +1,216 @@
+"""JPEG at a reduced scale: only where it is large enough, in the same place, and refused as the whole one is."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchcls.images import decode as decode_module
+from batchcls.images.decode import Decoded, DecodeError, decode
+from batchcls.images.jpeg_pixels import MARGIN, reduction
+from batchcls.images.transform import Transform
+from batchcls.preprocessing import Preprocessing
+from batchcls.schema import Reason
+from tests.contract.pillow_reference import LIMITS, reason_of
+from tests.drawing import bombs, cut_behind_end_marker, draw, encode, samples
+
+# Levels of 255 between the network's input from the reduced picture and from the whole one, on average.
+MEAN_LEVELS = 1.0
+
+
+def reduced(data: bytes, height: int = 20, width: int = 20) -> Decoded:
+    return decode(data, LIMITS, lambda *_: (height, width))
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_the_factor_is_the_largest_that_leaves_the_margin(factor):
+    enough = round(20 * MARGIN * factor)
+    assert reduction((enough, enough), (20, 20)) == factor
+    assert reduction((enough - 1, enough), (20, 20)) == factor // 2
+    assert reduction((enough, enough - 1), (20, 20)) == factor // 2
+    assert reduction((enough, 100 * enough), (20, 20)) == factor
+
+
+def test_a_picture_is_never_reduced_below_what_is_needed():
+    for size in range(8, 400, 7):
+        decoded = reduced(encode(draw(1, size, size + 50), "JPEG"))
+        assert min(decoded.pixels.shape[:2]) >= min(20, size)
+        assert (decoded.width, decoded.height) == (size, size + 50)
+
+
+@pytest.mark.parametrize("width_height", [(300, 400), (301, 403), (1601, 1207)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_the_extent_is_the_stored_size_over_the_factor(width_height, options):
+    width, height = width_height
+    decoded = reduced(encode(draw(2, width, height), "JPEG", **options))
+    factor = round(height / decoded.extent[0])
+    assert factor > 1
+    assert decoded.extent == (height / factor, width / factor)
+    assert decoded.pixels.shape == (-(-height // factor), -(-width // factor), 3)
+    assert decoded.pixels.flags.c_contiguous
+
+
+def test_without_a_need_and_in_other_formats_every_picture_is_whole():
+    image = draw(2, 640, 480)
+    for kind in ("PNG", "WEBP"):
+        assert reduced(encode(image, kind)).pixels.shape == (480, 640, 3)
+    assert decode(encode(image, "JPEG"), LIMITS).pixels.shape == (480, 640, 3)
+    assert reduced(encode(image.convert("CMYK"), "JPEG")).pixels.shape == (480, 640, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("width_height", [(640, 480), (643, 485)])
+def test_a_turned_picture_shows_what_the_whole_one_shows(width_height, orientation):
+    width, height = width_height
+    data = encode(draw(2, width, height), "JPEG", orientation=orientation, quality=95)
+    transform = Transform(square(48))
+    decoded = decode(data, LIMITS, transform.resized_size)
+    # One that is not divisible has its incomplete row in front once it is turned, and stays whole.
+    is_reduced = width_height == (640, 480) or orientation == 1
+    assert (decoded.extent[0] in (width, height)) != is_reduced
+    ours = transform(decoded.pixels, decoded.extent).astype(int)
+    assert np.abs(ours - transform(decode(data, LIMITS).pixels)).mean() <= MEAN_LEVELS
+
+
+def test_the_needed_size_is_asked_for_the_upright_picture():
+    asked = []
+
+    def needed(height: int, width: int) -> tuple[int, int]:
+        asked.append((height, width))
+        return height, width
+
+    decode(encode(draw(2, 640, 480), "JPEG", orientation=6), LIMITS, needed)
+    assert asked == [(640, 480)]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.75, 0.9, 0.97])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_cut_jpeg_is_refused_at_a_reduced_scale_too(mode, options, fraction):
+    data = encode(draw(9, 300, 200).convert(mode), "JPEG", **options)
+    for damaged in (cut_behind_end_marker(data, fraction), data[: int(len(data) * fraction)]):
+        with pytest.raises(DecodeError) as raised:
+            reduced(damaged)
+        assert raised.value.failure.reason == Reason.TRUNCATED == reason_of(damaged)
+
+
+def test_a_picture_that_is_grey_at_its_end_is_not_mistaken_for_a_cut_one():
+    image = draw(9, 300, 200)
+    image.paste((128, 128, 128), (0, 100, 300, 200))
+    assert reduced(encode(image, "JPEG", quality=90)).pixels[-1, -1].tolist() == [128, 128, 128]
+
+
+def test_bombs_are_refused_before_the_scale_is_chosen():
+    with pytest.raises(DecodeError) as raised:
+        reduced(bombs()["jpeg"])
+    assert raised.value.failure.reason == Reason.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("luma", [0x14, 0x24, 0x42, 0x12])
+@pytest.mark.parametrize("chroma", [0x11, 0x12, 0x21])
+def test_unusual_samplings_are_decoded_as_pillow_does_or_refused(luma, chroma):
+    """Patched in: the data then means another picture, which both libraries must see alike."""
+    data = bytearray(samples()["jpeg"])
+    frame = data.index(b"\xff\xc0")
+    data[frame + 11], data[frame + 14], data[frame + 17] = luma, chroma, chroma
+    try:
+        theirs = np.asarray(Image.open(io.BytesIO(bytes(data))).convert("RGB"))
+    except OSError:
+        assert reason_of(bytes(data)) == Reason.CORRUPT
+    else:
+        # The data may be too short for the other picture, which Pillow lets pass.
+        assert np.array_equal(pixels_or_reason(bytes(data)), theirs) or (
+            pixels_or_reason(bytes(data)) == Reason.TRUNCATED
+        )
+
+
+def pixels_or_reason(data: bytes) -> np.ndarray | Reason:
+    try:
+        return decode(data, LIMITS).pixels
+    except DecodeError as error:
+        return error.failure.reason
+
+
+def test_real_photographs_look_the_same_at_a_reduced_scale(shared: Path):
+    transform = Transform(square(40))
+    photographs = sorted((shared / "data" / "imagenet").glob("*.JPEG"))[::6]
+    distances, factors = [], set()
+    for path in photographs:
+        data = path.read_bytes()
+        decoded = decode(data, LIMITS, transform.resized_size)
+        factors.add(round(decoded.height / decoded.extent[0]))
+        ours = transform(decoded.pixels, decoded.extent).astype(int)
+        distances.append(np.abs(ours - transform(decode(data, LIMITS).pixels)).mean())
+    assert 2 in factors
+    assert np.mean(distances) <= MEAN_LEVELS
+
+
+@pytest.mark.parametrize(
+    ("name", "least_agreement"),
+    # Measured 98 of 100 for squeezenet, whose answers are near ties more often: it misses the contract's 99 %,
+    # which is why reduced decoding is off unless asked for.
+    [("timm:mobilenetv2_100", 0.99), ("torchvision:squeezenet1_1", 0.97)],
+)
+def test_real_weights_answer_a_reduced_picture_almost_as_the_whole_one(
+    shared: Path, name: str, least_agreement: float
+):
+    """On photographs enlarged until they are just large enough for half the scale."""
+    from batchcls.models.build import build_backbone
+    from batchcls.models.choices import ModelChoices
+    from batchcls.models.engines.torch_eager import TorchEager
+    from batchcls.models.resolve import resolve_model
+    from batchcls.models.spec import PreprocessingOverrides
+    from batchcls.storage import Storage
+
+    weights = str(shared / "weights" / f"{name.partition(':')[2]}.safetensors")
+    choices = ModelChoices(weights=weights)
+    if name.startswith("timm"):
+        half = PreprocessingOverrides(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")
+        choices = ModelChoices(weights=weights, arguments={"pad_type": "same"}, overrides=half)
+    bundle = resolve_model(name, choices, Storage())
+    preprocessing = bundle.config.preprocessing
+    engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", "fp32", threads=1)
+    transform = Transform(preprocessing)
+    whole, ours = [], []
+    for path in sorted((shared / "data" / "imagenet").glob("*.JPEG"))[::3]:
+        data = enlarged(path, round(2 * MARGIN * preprocessing.resize_height))
+        decoded = decode(data, LIMITS, transform.resized_size)
+        assert round(decoded.height / decoded.extent[0]) == 2
+        whole.append(transform(decode(data, LIMITS).pixels))
+        ours.append(transform(decoded.pixels, decoded.extent))
+    expected, found = engine.answer(np.stack(whole)), engine.answer(np.stack(ours))
+    agreement = np.mean(expected.logits.argmax(1) == found.logits.argmax(1))
+    lengths = np.linalg.norm(expected.embedding, axis=1) * np.linalg.norm(found.embedding, axis=1)
+    cosine = np.mean((expected.embedding * found.embedding).sum(1) / lengths)
+    assert agreement >= least_agreement, f"agreement {agreement}, cosine {cosine}"
+    assert cosine >= 0.999, f"agreement {agreement}, cosine {cosine}"
+
+
+def enlarged(path: Path, short_side: int) -> bytes:
+    with Image.open(path) as image:
+        factor = short_side / min(image.size)
+        size = (max(short_side, round(image.width * factor)), max(short_side, round(image.height * factor)))
+        return encode(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
+
+
+def test_the_full_scale_is_asked_for_only_where_the_end_is_suspicious(monkeypatch: pytest.MonkeyPatch):
+    factors = []
+    original = decode_module.decode_jpeg
+
+    def counting(data, header, factor=1):
+        factors.append(factor)
+        return original(data, header, factor)
+
+    monkeypatch.setattr(decode_module, "decode_jpeg", counting)
+    reduced(encode(draw(9, 640, 480), "JPEG"))
+    assert len(factors) == 1
+    assert factors[0] > 1
+
+
+def square(side: int) -> Preprocessing:
+    return Preprocessing(
+        input_height=side, input_width=side, resize_height=side, resize_width=side,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear",
+    )  # fmt: skip
