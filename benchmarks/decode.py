@@ -36,6 +36,7 @@ from benchmarks.images import choose_images, enlarge_images
 _HERE = Path(__file__).resolve().parent
 _DATA = _HERE.parent.parent / "shared" / "data"
 _RESIZE, _CROP = 256, 224
+_MARGIN = 4.0
 _REFERENCE = "Pillow"
 _INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
@@ -74,7 +75,7 @@ def ways(interpolation: Interpolation) -> dict[str, Way]:
 
     def ours_reduced(data: bytes) -> object:
         hashlib.sha256(data).hexdigest()
-        decoded = decode(data, limits, transform.resized_size)
+        decoded = decode(data, limits, transform.with_margin(_MARGIN))
         return transform(decoded.pixels, decoded.extent)
 
     return {

@@ -32,6 +32,7 @@ from batchcls.models.engines import REFERENCE
 from batchcls.pipeline.execute import Executed
 from batchcls.pipeline.fused import FusedRun
 from batchcls.pipeline.fused_actor import FragmentActor
+from batchcls.pipeline.settle import Settled
 from batchcls.pipeline.work import Engines, NodeEngine
 from batchcls.placement import place
 from batchcls.runs.bottleneck import find_bottleneck
@@ -75,7 +76,8 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
             shape = place(config, nodes(), inputs.manifest.rows, remote_images=False)
             engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
             work = replace(
-                work_of(config, inputs, shape, engines, "growth"), no_progress_timeout_seconds=120.0
+                work_of(config, inputs, shape, Settled(engines, None, ()), "growth"),
+                no_progress_timeout_seconds=120.0,
             )
             run = SleepingRun(work)
             began, cpu = time.time(), time.process_time()

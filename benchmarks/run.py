@@ -165,7 +165,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--large-model", default="mobilenetv3_large_100", help="what they are answered with")
     add("--rounds", type=int, default=3)
     add("--only", help=f"programs beside this job, by commas: {', '.join(CONTENDERS)}")
-    add("--int8-min-agreement", type=float, default=0.95, help="what the job that may take int8 has to keep")
+    add("--int8-min-agreement", type=float, default=0.9, help="what the job that may take int8 has to keep")
     add("--data", default=str(REPOSITORY.parent / "shared" / "data"), help="holds imagenet/ and catalog/")
     add("--folder", help="where weights, images and conversions are kept for another start; default: nowhere")
     add("--results", default=str(REPOSITORY / "benchmarks" / "results"), help="folder for DATE-peers.json")

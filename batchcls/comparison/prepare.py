@@ -29,12 +29,14 @@ class Prepared:
 
     Attributes:
         pixels: N x H x W x 3, uint8.
+        sizes: N x 2, height and width of the stored pictures.
         labels: what the manifest calls each of them; None where it says nothing.
         median_ms: fetch, decode and resize of an image on one core.
         failures: how many of the sample are missing here, by reason.
     """
 
     pixels: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int32]
     labels: tuple[str | None, ...]
     median_ms: float
     failures: Counter[str]
@@ -52,6 +54,7 @@ def prepare(
     preprocessing: Preprocessing,
     fetch: FetchPolicy,
     limits: DecodeLimits,
+    decode_margin: float | None = None,
 ) -> Prepared:
     """Fetch, decode and resize the sample. An image that fails is counted, never replaced by another.
 
@@ -60,6 +63,7 @@ def prepare(
         preprocessing: how they become a network's input.
         fetch: how they are read.
         limits: which are refused.
+        decode_margin: see `LoadSettings`.
 
     Raises:
         InputError: none of the images can be had; the message has the reasons.
@@ -77,6 +81,7 @@ def prepare(
         fetch_threads=_REMOTE_REQUESTS if is_remote(sample.base) else 1,
         decode_threads=1,
         block_rows=_BLOCK_ROWS,
+        decode_margin=decode_margin,
     )
     tables = (sample.rows.slice(start, _BLOCK_ROWS) for start in range(0, sample.rows.num_rows, _BLOCK_ROWS))
     loaded = pa.concat_tables(Loader(settings).load(tables, {}))
@@ -91,6 +96,7 @@ def prepare(
     seconds = np.add(*(good.column(name).to_numpy() for name in (FETCH_SECONDS, DECODE_SECONDS)))
     return Prepared(
         pixels=_stack(good, preprocessing),
+        sizes=np.column_stack([good.column(name).to_numpy() for name in ("height", "width")]),
         labels=tuple(good.column(LABEL).to_pylist()) if kept else (None,) * good.num_rows,
         median_ms=float(np.median(seconds)) * 1e3,
         failures=failures,

@@ -79,6 +79,12 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings):
         description="With fewer rows auto measures no engines, which would take longer than the run: it takes what "
         "an earlier run has measured, or else torch in fp32.",
     )
+    reduced_decode: Literal["auto", "off"] | Annotated[float, Field(ge=1)] = Field(
+        default="auto",
+        description="Decode large JPEGs at a half, a quarter or an eighth of their size. A number: where that leaves "
+        "them at least so many times as large as the resize needs. auto: the smallest of 1.5, 2, 3 and 4 that keeps "
+        "the accuracy asked for, measured together with the engines.",
+    )
     normalize: Literal["engine", "worker"] = Field(
         default="engine",
         description="Where mean and std are applied: in front of the network (uint8 travels) or in the "

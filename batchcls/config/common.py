@@ -46,11 +46,6 @@ class FetchSettings(JobConfig):
     min_image_side_pixels: int = Field(
         default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
     )
-    reduced_decode: bool = Field(
-        default=False,
-        description="Decode a JPEG at least eight times as large as the resize needs it at a half, a quarter or an "
-        "eighth of its size: quicker, but up to 2 in 100 answers change.",
-    )
 
 
 class ClusterSettings(JobConfig):

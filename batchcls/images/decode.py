@@ -37,10 +37,10 @@ from batchcls.images.limits import DecodeLimits
 from batchcls.images.rgb import open_unloaded, orientation_of, to_rgb
 from batchcls.schema import Reason
 
-__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Needed", "decode"]
+__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "decode"]
 
-Needed = Callable[[int, int], tuple[int, int]]
-"""From the height and width of an upright picture to those that it will be resized to."""
+Least = Callable[[int, int], tuple[float, float]]
+"""From the height and width of an upright picture to those that it must keep at a reduced scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Decoded:
     extent: tuple[float, float]
 
 
-def decode(data: bytes, limits: DecodeLimits, needed: Needed | None = None) -> Decoded:
+def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Decoded:
     """Decode the first picture of a file.
 
     Transparency is composed on white, 16 bits keep their upper 8, animations give their first frame.
@@ -67,8 +67,8 @@ def decode(data: bytes, limits: DecodeLimits, needed: Needed | None = None) -> D
     Args:
         data: the whole file.
         limits: how large and how small the stored picture may be.
-        needed: with it a JPEG may be decoded at a reduced scale that leaves enough for the resize
-            that it tells of. Without it every picture comes at its full size.
+        least: with it a JPEG may be decoded at a reduced scale that leaves at least what it says.
+            Without it every picture comes at its full size.
 
     Raises:
         DecodeError: empty, not_an_image, unsupported_format, truncated, corrupt, too_many_pixels
@@ -79,7 +79,7 @@ def decode(data: bytes, limits: DecodeLimits, needed: Needed | None = None) -> D
     _require_size(header, limits)
     try:
         if header.jpeg is not None and header.jpeg.is_plain:
-            hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, needed)
+            hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
         else:
             (hwc, orientation), factor = _decode_with_pillow(data, header, limits), 1
     except (DecodeError, MemoryError):
@@ -108,7 +108,7 @@ def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tu
 
 
 def _decode_jpeg(
-    data: bytes, header: Header, frame: JpegFrame, needed: Needed | None
+    data: bytes, header: Header, frame: JpegFrame, least: Least | None
 ) -> tuple[np.ndarray, int, int]:
     """H x W x 3 as stored, the orientation, and the factor by which it is reduced.
 
@@ -121,10 +121,10 @@ def _decode_jpeg(
         require_end_marker(data, frame)
     orientation = orientation_of(JpegImageFile(io.BytesIO(data))) if frame.has_application_1 else 1
     factor = 1
-    if needed is not None:
+    if least is not None:
         upright = _upright_size(header, orientation)
         # A turned picture would have the row that lies partly outside of it in front: none may.
-        factor = reduction(upright, needed(*upright), whole=orientation in _TURNS)
+        factor = reduction(upright, least(*upright), whole=orientation in _TURNS)
     pixels = decode_jpeg(data, header, factor)
     # 128 is what a block that never came decodes to, at every scale.
     if suspicious or bool((pixels[-1, -1] == 128).all()):

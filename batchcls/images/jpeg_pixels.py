@@ -6,11 +6,7 @@ have no fast code and cost more than the whole picture. At full scale the pixels
 
 A reduced picture lacks frequencies that the resize of the whole one lets through in part, and its
 coarser pixels sample the filter otherwise, so answers change where little more is left than the resize
-needs. Top-1 agreement with the whole picture, photographs of ImageNet enlarged to just fit half the
-scale, bilinear (mobilenetv2_100 and squeezenet1_1): 98.5 and 95.5 % with a margin of 1.5 (200
-photographs, cosines 0.9972 and 0.9992), 96 % of mobilenetv2_100 with 2, at least 99 % with 3; with 4
-at least 99 and 98 % (100 photographs, cosines at least 0.999). The contract asks for 99 %, so nothing is
-reduced unless a job asks for it.
+needs. How much that is depends on the network: `inference.reduced_scale` measures it.
 """
 
 import io
@@ -23,17 +19,14 @@ from batchcls.images.formats import Header
 
 _FACTORS = (8, 4, 2)
 
-MARGIN = 4.0
-"""How many times as high and wide as the resize needs it a reduced picture still is, at least."""
 
-
-def reduction(size: tuple[int, int], needed: tuple[int, int], whole: bool = False) -> int:
-    """1, 2, 4 or 8: by how much a picture may be smaller than `size` where `needed` is what it is resized to.
+def reduction(size: tuple[int, int], least: tuple[float, float], whole: bool = False) -> int:
+    """1, 2, 4 or 8: by how much a picture may be smaller than `size` and still be as large as `least`.
 
     Both are height and width. `whole` asks for a factor that divides them without a rest.
     """
     for factor in _FACTORS:
-        large_enough = all(side >= MARGIN * factor * least for side, least in zip(size, needed, strict=True))
+        large_enough = all(side >= factor * enough for side, enough in zip(size, least, strict=True))
         if large_enough and not (whole and any(side % factor for side in size)):
             return factor
     return 1

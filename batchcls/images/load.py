@@ -69,7 +69,8 @@ class Loader:
         self._transform = Transform(settings.preprocessing, settings.views)
         self._pool = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="load")
         self._decoding = threading.Semaphore(settings.decode_threads)
-        self._needed = self._transform.resized_size if settings.reduced_decode else None
+        margin = settings.decode_margin
+        self._least = None if margin is None else self._transform.with_margin(margin)
         self._counting = threading.Lock()
         self._cpu_seconds = 0.0
 
@@ -136,7 +137,7 @@ class Loader:
         content_hash = hashlib.sha256(data).hexdigest()
         pixels, failure, width, height = None, None, None, None
         try:
-            decoded = decode(data, self._settings.limits, self._needed)
+            decoded = decode(data, self._settings.limits, self._least)
         except DecodeError as error:
             failure = error.failure
         else:

@@ -16,7 +16,8 @@ class LoadSettings:
     """All that a load task needs beside its rows.
 
     `normalize` says whether pixels leave as uint8 ("engine") or as normalised float32 ("worker").
-    `reduced_decode` lets JPEGs that are far larger than needed be decoded at a reduced scale.
+    `decode_margin` lets a JPEG be decoded at a reduced scale that leaves it at least so many times as
+    high and wide as the resize needs it; None: every picture is decoded whole.
     `run_id` tells the settings of one run from those of another in a process that serves both.
     """
 
@@ -31,4 +32,4 @@ class LoadSettings:
     fetch_threads: int
     decode_threads: int
     block_rows: int
-    reduced_decode: bool = False
+    decode_margin: float | None = None

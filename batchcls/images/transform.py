@@ -6,7 +6,7 @@ filters run on uint8 in torch's vectorised kernel, which reads H x W x 3 memory 
 from Pillow's by one level at most (bilinear) or two (bicubic, lanczos).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -42,6 +42,15 @@ class Transform:
         if self._preprocessing.interpolation not in _IN_TORCH or _is_extremely_long(height, width):
             return height, width
         return _resized(height, width, self._preprocessing)
+
+    def with_margin(self, margin: float) -> Callable[[int, int], tuple[float, float]]:
+        """For `decode`: `margin` times as high and wide as a picture is resized to, at least."""
+
+        def least(height: int, width: int) -> tuple[float, float]:
+            resized = self.resized_size(height, width)
+            return margin * resized[0], margin * resized[1]
+
+        return least
 
     def __call__(self, pixels: np.ndarray, extent: tuple[float, float] | None = None) -> np.ndarray:
         """Resize and crop uint8 H x W x 3 to C-contiguous uint8 input_height x input_width x 3.

@@ -29,9 +29,12 @@ class Wanted(_Record):
         default=None, gt=0, description="Images of a forward pass; None: the fastest that is found."
     )
     contract: Contract = Field(default=Contract(), description="How much of fp32's answers has to be kept.")
+    reduced_scale: bool = Field(
+        default=False, description="Whether to find out how far JPEGs may be reduced in decoding."
+    )
 
     @classmethod
-    def of(cls, settings: EngineSettings, batch_size: int | None) -> Self:
+    def of(cls, settings: EngineSettings, batch_size: int | None, reduced_scale: bool = False) -> Self:
         """What the settings of a job ask for."""
         return cls(
             engine=settings.engine,
@@ -43,6 +46,7 @@ class Wanted(_Record):
                 min_embedding_cosine=settings.min_embedding_cosine,
                 int8_min_agreement=settings.int8_min_agreement,
             ),
+            reduced_scale=reduced_scale,
         )
 
 
@@ -87,6 +91,37 @@ class Figures(_Record):
         return ", ".join(words)
 
 
+class MarginFigures(_Record):
+    """How a network answers JPEGs that are decoded at a reduced scale."""
+
+    margin: float = Field(
+        ge=1, description="Times as high and wide as the resize needs it a picture still is, at least."
+    )
+    images: int = Field(gt=0, description="Images that this margin has reduced, whose answers were compared.")
+    top1_agreement: float = Field(
+        ge=0, le=1, description="Share of them with the best class of fp32 on the whole picture."
+    )
+    mean_cosine: float = Field(description="Mean cosine between embeddings and those of fp32 on whole ones.")
+    rejected: str | None = Field(description="What of the contract it misses; None for the one that is used.")
+
+
+class ReducedScale(_Record):
+    """How far JPEGs may be reduced in decoding."""
+
+    margin: float | None = Field(description="What was chosen; None: pictures are decoded whole.")
+    tried: tuple[MarginFigures, ...] = Field(description="All margins that were measured.")
+    note: str | None = Field(description="Why pictures are decoded whole; None where they are not.")
+
+    def __str__(self) -> str:
+        if self.margin is None:
+            return self.note or "decoded whole"
+        held = self.tried[-1]
+        return (
+            f"JPEGs at least {2 * self.margin:g} times as large as the resize needs are decoded at a reduced "
+            f"scale: {held.top1_agreement:.2%} of {held.images} keep their best class, cosine {held.mean_cosine:.5f}"
+        )
+
+
 class Measured(_Record):
     """An engine that was chosen by measurement, and all that the choice depends on."""
 
@@ -111,6 +146,9 @@ class Measured(_Record):
     images_per_second: float = Field(gt=0, description="The network alone, no decoding beside it.")
     candidates: tuple[Figures, ...] = Field(description="All that were tried, with the reason if not taken.")
     notes: tuple[str, ...] = Field(description="What a person should know of how it was chosen.")
+    reduced_scale: ReducedScale | None = Field(
+        default=None, description="How far JPEGs may be reduced; None: that was not asked for."
+    )
 
     @property
     def choice(self) -> EngineChoice:

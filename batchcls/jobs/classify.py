@@ -16,8 +16,8 @@ from batchcls.inference.settings import PredictSettings
 from batchcls.jobs.classify_inputs import Inputs, open_inputs
 from batchcls.jobs.command import Command, main
 from batchcls.pipeline.execute import execute
-from batchcls.pipeline.settle import settle_engines
-from batchcls.pipeline.work import Engines, Load, Work
+from batchcls.pipeline.settle import Settled, settle_engines
+from batchcls.pipeline.work import Load, Work
 from batchcls.placement import Placement, place
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile
@@ -58,7 +58,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             with explain(config.output):
                 folder = claim(plan, config.output, inputs.storage)
             _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
-            work = work_of(config, inputs, placement, settled.engines, plan.run_id)
+            work = work_of(config, inputs, placement, settled, plan.run_id)
             executed = execute(work, console, config.log_interval_seconds)
     totals = reconcile(executed.receipts, inputs.manifest.rows)
     found = find_bottleneck(executed.measured(totals.stage_seconds, bool(settled.measured)))
@@ -66,6 +66,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
         "seconds_total": round(time.time() - started, 3),
         "seconds_to_first_part": round(executed.first_part_at - started, 3),
         "bottleneck": found.as_json(),
+        "decode_margin": settled.decode_margin,
         "engine_choices": [choice.model_dump(mode="json") for choice in settled.measured],
     }
     check_budget(totals, config.max_failed_fraction)
@@ -111,7 +112,7 @@ def _plan(config: ClassifyConfig, inputs: Inputs, placement: Placement) -> Plan:
 
 
 def work_of(
-    config: ClassifyConfig, inputs: Inputs, placement: Placement, engines: Engines, run_id: str
+    config: ClassifyConfig, inputs: Inputs, placement: Placement, settled: Settled, run_id: str
 ) -> Work:
     """What the workers are given, from the settings and what was opened and settled."""
     kept = inputs.manifest.columns.kept
@@ -129,7 +130,7 @@ def work_of(
         fetch_threads=placement.fetch_threads,
         decode_threads=placement.decode_threads,
         block_rows=placement.block_rows,
-        reduced_decode=config.reduced_decode,
+        decode_margin=settled.decode_margin,
     )
     predict = PredictSettings(
         labels=tuple(bundle.labels),
@@ -149,7 +150,7 @@ def work_of(
         load=Load(inputs.manifest.columns, inputs.storage, load),
         predict=predict,
         bundle=inputs.bundle,
-        engines=engines,
+        engines=settled.engines,
         writer=PartWriter(
             run_folder(config.output, run_id), inputs.storage, kept, embedding, bundle.embedding_dimension
         ),

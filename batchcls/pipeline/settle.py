@@ -3,7 +3,8 @@
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,14 +28,22 @@ from batchcls.runs import choices
 from batchcls.runtime import LivingNode, hardware_of, living_nodes, run_alone
 from batchcls.storage import Storage
 
+if TYPE_CHECKING:  # it needs torch
+    from batchcls.comparison.prepare import Prepared
+
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """The engines of a run, and for run.json how they were found."""
+    """What runs the network and how far JPEGs may be reduced for it; `measured` says how that was found.
+
+    `decode_margin` is that of `LoadSettings`: one for all kinds of nodes, so that an image gets the
+    same answer wherever it is loaded.
+    """
 
     engines: Engines
+    decode_margin: float | None
     measured: tuple[Measured, ...]
 
 
@@ -51,16 +60,16 @@ class SampleImages:
     fetch: FetchPolicy
     limits: DecodeLimits
 
-    def load(self) -> NDArray[np.uint8]:
-        """N,H,W,3 uint8; images that fail are left out. Raises InputError if all of them do."""
+    def load(self, decode_margin: float | None = None) -> "Prepared":
+        """Images that fail are left out. Raises InputError if all of them do."""
         # Decoding needs torch, which the driver can do without.
         prepare = importlib.import_module("batchcls.comparison.prepare").prepare
-        pixels: NDArray[np.uint8] = prepare(self.sample, self.preprocessing, self.fetch, self.limits).pixels
-        return pixels
+        prepared: Prepared = prepare(self.sample, self.preprocessing, self.fetch, self.limits, decode_margin)
+        return prepared
 
     def calibration(self) -> NDArray[np.uint8]:
         """The half that int8 takes its scales from; what it answers to the other half is measured."""
-        return self.load()[::2]
+        return self.load().pixels[::2]
 
 
 def settle_engines(
@@ -72,12 +81,13 @@ def settle_engines(
         InputError: what was asked for cannot be had, or misses its bound.
         GoldenMismatch: the network does not answer as its bundle says.
     """
-    wanted = Wanted.of(config, None if config.batch_size == "auto" else config.batch_size)
+    batch_size = None if config.batch_size == "auto" else config.batch_size
+    wanted = Wanted.of(config, batch_size, reduced_scale=config.reduced_decode == "auto")
     plain = _without_measuring(wanted)
     otherwise = NodeEngine(plain, placement.batch_size)
     probe = placement.device == "cuda" and config.batch_size == "auto"
     if "auto" not in (wanted.engine, wanted.precision) and wanted.precision != "int8":
-        return Settled(Engines({}, otherwise, config.cache_dir, None, probe), ())
+        return Settled(Engines({}, otherwise, config.cache_dir, None, probe), _margin(config, ()), ())
     images = _images(config, manifest, bundle, storage)
     found: dict[str, Measured] = {}
     for hardware, node in _kinds(placement.device):
@@ -95,7 +105,17 @@ def settle_engines(
     by_hardware = {key: NodeEngine(known.choice, known.batch_size) for key, known in found.items()}
     calibration = images.calibration if any(m.precision == "int8" for m in found.values()) else None
     engines = Engines(by_hardware, otherwise, config.cache_dir, calibration, probe)
-    return Settled(engines, tuple(found.values()))
+    measured = tuple(found.values())
+    return Settled(engines, _margin(config, measured), measured)
+
+
+def _margin(config: ClassifyConfig, measured: Sequence[Measured]) -> float | None:
+    """The largest that a kind of node needs: what keeps the answers of all of them."""
+    if isinstance(config.reduced_decode, float):
+        return config.reduced_decode
+    margins = [None if known.reduced_scale is None else known.reduced_scale.margin for known in measured]
+    needed = [margin for margin in margins if margin is not None]
+    return max(needed) if needed and len(needed) == len(margins) else None
 
 
 def _without_measuring(wanted: Wanted) -> EngineChoice:
@@ -150,9 +170,20 @@ def _choose_here(
     seconds: float,
 ) -> Measured:
     choosing = importlib.import_module("batchcls.inference.choosing")
-    sample = choosing.Sample(images.load(), images.manifest)
-    measured: Measured = choosing.choose(bundle, sample, wanted, place, seconds)
-    return measured
+    whole = images.load()
+    measured: Measured = choosing.choose(
+        bundle, choosing.Sample(whole.pixels, images.manifest), wanted, place, seconds
+    )
+    if not wanted.reduced_scale:
+        return measured
+    scale = importlib.import_module("batchcls.inference.reduced_scale")
+    found = scale.measure_reduced_scale(
+        bundle,
+        measured,
+        replace(place, batch_size=measured.batch_size, calibration=images.calibration),
+        scale.Pictures(whole.pixels, whole.sizes, lambda margin: images.load(margin).pixels),
+    )
+    return measured.model_copy(update={"reduced_scale": found})
 
 
 def _tell(node: LivingNode, known: Measured) -> None:
@@ -169,3 +200,5 @@ def _tell(node: LivingNode, known: Measured) -> None:
         known.created.date(),
         known.images_per_second,
     )
+    if known.reduced_scale is not None:
+        _logger.info("decoding on %s: %s", node.host, known.reduced_scale)

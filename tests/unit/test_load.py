@@ -206,8 +206,8 @@ def test_reduced_decoding_can_be_turned_off_and_reports_the_stored_size(tmp_path
     transform = Transform(SMALL)
     whole = transform(decode((tmp_path / "large.jpg").read_bytes(), DecodeLimits()).pixels)
     found = {}
-    for reduced in (False, True):
-        changed = settings(tmp_path, reduced_decode=reduced)
+    for reduced, margin in ((False, None), (True, 4.0)):
+        changed = settings(tmp_path, decode_margin=margin)
         (block,) = Loader(changed).load(tables(["large.jpg"]), {})
         assert (block.column("width")[0].as_py(), block.column("height")[0].as_py()) == (640, 480)
         (found[reduced],) = pixels(block)

@@ -1,0 +1,132 @@
+"""How far pictures may be reduced is found out on the catalog's own, with real weights."""
+
+import io
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchcls.images.decode import decode
+from batchcls.images.transform import Transform
+from batchcls.inference.agreement import Contract
+from batchcls.inference.measured import Measured, Wanted
+from batchcls.inference.reduced_scale import MARGINS, Pictures, measure_reduced_scale, reduced_by
+from batchcls.inference.reference import with_golden
+from batchcls.models.bundle import Bundle
+from batchcls.models.choices import ModelChoices
+from batchcls.models.engines import EnginePlace
+from batchcls.models.engines.conversions import Conversions
+from batchcls.models.resolve import resolve_model
+from batchcls.storage import Storage
+from tests.contract.pillow_reference import LIMITS
+
+PHOTOGRAPHS = 60
+
+
+def _enlarged(path: Path, short_side: int) -> bytes:
+    with Image.open(path) as image:
+        factor = short_side / min(image.size)
+        size = (max(short_side, round(image.width * factor)), max(short_side, round(image.height * factor)))
+        buffer = io.BytesIO()
+        image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bundle(shared: Path) -> Bundle:
+    choices = ModelChoices(weights=str(shared / "weights" / "squeezenet1_1.safetensors"))
+    return with_golden(resolve_model("torchvision:squeezenet1_1", choices, Storage()))
+
+
+class Photographs:
+    """Photographs that are just large enough for half the scale with a margin, and how often they were decoded."""
+
+    def __init__(self, shared: Path, bundle: Bundle, margin: float) -> None:
+        preprocessing = bundle.config.preprocessing
+        self.transform = Transform(preprocessing)
+        side = round(2 * margin * preprocessing.resize_height)
+        paths = sorted((shared / "data" / "imagenet").glob("*.JPEG"))[: 4 * PHOTOGRAPHS : 4]
+        self.files = [_enlarged(path, side) for path in paths]
+        whole = [decode(data, LIMITS) for data in self.files]
+        self.pictures = Pictures(
+            whole=np.stack([self.transform(one.pixels) for one in whole]),
+            sizes=np.array([(one.height, one.width) for one in whole], np.int32),
+            reduced=self.reduced,
+        )
+        self.margins: list[float] = []
+
+    def reduced(self, margin: float) -> np.ndarray:
+        self.margins.append(margin)
+        least = self.transform.with_margin(margin)
+        decoded = (decode(data, LIMITS, least) for data in self.files)
+        return np.stack([self.transform(one.pixels, one.extent) for one in decoded])
+
+
+@pytest.fixture(scope="module")
+def photographs(shared: Path, bundle: Bundle) -> Photographs:
+    return Photographs(shared, bundle, 2.0)
+
+
+def _measure(bundle: Bundle, photographs: Photographs, tmp_path: Path, contract: Contract = Contract()):  # noqa: B008 - frozen
+    photographs.margins.clear()
+    chosen = Measured(
+        created=datetime.now(UTC), wanted=Wanted(contract=contract), bundle_fingerprint=bundle.fingerprint,
+        hardware_key="0" * 12, hardware="this machine", versions={}, device="cpu", threads=2, manifest="m",
+        images=PHOTOGRAPHS, seconds=1, reference="torch fp32", engine="torch", precision="bf16", batch_size=8,
+        images_per_second=1, candidates=(), notes=(),
+    )  # fmt: skip
+    place = EnginePlace("cpu", 2, 8, Conversions(tmp_path))
+    return measure_reduced_scale(bundle, chosen, place, photographs.pictures)
+
+
+def test_pictures_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_path):
+    """With the contract of fp32 itself nothing passes, and margins that reduce too few are not tried."""
+    found = _measure(
+        bundle, photographs, tmp_path, Contract(min_top1_agreement=1.0, min_embedding_cosine=1.0)
+    )
+    assert found.margin is None
+    assert [entry.margin for entry in found.tried] == [1.5, 2.0] == photographs.margins
+    assert all(entry.rejected is not None and entry.images == PHOTOGRAPHS for entry in found.tried)
+    assert "0 of 60 images are large enough for a margin of 3" in str(found)
+
+
+def test_the_smallest_margin_that_holds_is_taken(bundle, photographs, tmp_path):
+    found = _measure(
+        bundle, photographs, tmp_path, Contract(min_top1_agreement=0.8, min_embedding_cosine=0.9)
+    )
+    assert found.margin == 1.5 == found.tried[-1].margin
+    assert photographs.margins == [1.5]
+    assert found.tried[-1].rejected is None
+    assert 0.8 <= found.tried[-1].top1_agreement <= 1
+    assert "60 keep their best class" in str(found)
+
+
+def test_what_it_finds_is_the_error_of_scale_and_engine_together(bundle, photographs, tmp_path):
+    loose = Contract(min_top1_agreement=0.0, min_embedding_cosine=-1.0)
+    (entry,) = _measure(bundle, photographs, tmp_path, loose).tried
+    # Half the scale at twice what the resize needs changes pixels, and so the embedding, a little.
+    assert 0.99 < entry.mean_cosine < 1 - 1e-6
+
+
+def test_images_that_cannot_be_read_again_are_not_guessed_at(bundle, photographs, tmp_path):
+    fewer = replace(photographs.pictures, reduced=lambda margin: photographs.reduced(margin)[:-1])
+    photographs_that_fail = Photographs.__new__(Photographs)
+    photographs_that_fail.pictures, photographs_that_fail.margins = fewer, photographs.margins
+    found = _measure(bundle, photographs_that_fail, tmp_path)
+    assert found.margin is None
+    assert "second time" in str(found)
+
+
+def test_which_pictures_a_margin_reduces(bundle):
+    preprocessing = bundle.config.preprocessing
+    side = preprocessing.resize_height
+    sizes = np.array(
+        [(side, side), (3 * side, 4 * side), (6 * side, 7 * side), (20 * side, 20 * side)], np.int32
+    )
+    found = {margin: reduced_by(sizes, preprocessing, margin).tolist() for margin in MARGINS}
+    assert found[1.5] == [False, True, True, True]
+    assert found[2.0] == found[3.0] == [False, False, True, True]
+    assert found[4.0] == [False, False, False, True]
