@@ -212,7 +212,7 @@ def _fused(fragment_rows: int, **costs: float) -> Costs:
 
 
 _LARGE = Catalog(image_bytes=400_000)
-_LARGE_DECODE_SECONDS = 1 / 172  # reduced-scale decoding of 1,500 px, design.md
+_LARGE_DECODE_SECONDS = 1 / 172  # 1,500 px decoded whole; benchmarks/results/2026-11-24-decode.json
 
 CLUSTERS = (
     ("1 GPU", 1, Node(gpus=1, cpus=12, store_bytes_per_second=1.2e9)),

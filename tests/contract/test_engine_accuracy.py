@@ -93,21 +93,29 @@ class Bound:
     A little wider than what was seen (docs/log.md).
     """
 
-    precision: str
     right: int
     equal: int
     cosine: float
 
 
-BOUNDS = [Bound("fp32", 1, 1, 1e-5), Bound("bf16", 6, 9, 0.01), Bound("int8", 9, 30, 0.01)]
+FP32, BF16, INT8 = Bound(1, 1, 1e-5), Bound(6, 9, 0.01), Bound(9, 30, 0.01)
+CHOICES = [
+    ("openvino:fp32", FP32),
+    ("openvino:bf16", BF16),
+    ("openvino:int8", INT8),
+    ("torch:bf16", BF16),
+    # A minute or more each, for inductor compiles C++.
+    pytest.param("compile:fp32", FP32, marks=pytest.mark.long),
+    pytest.param("compile:bf16", BF16, marks=pytest.mark.long),
+]
 
 
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: bound.precision)
-def test_accuracy_beside_fp32(bundle, place, photographs, exact, bound):
-    if bound.precision == "bf16" and "BF16" not in ABLE:
+@pytest.mark.parametrize(("choice", "bound"), CHOICES)
+def test_accuracy_beside_fp32(bundle, place, photographs, exact, choice, bound):
+    if choice.endswith("bf16") and "BF16" not in ABLE:
         pytest.skip("this processor has no bfloat16")
     pixels, truth = photographs
-    found = answer(bundle, f"openvino:{bound.precision}", place, pixels)
+    found = answer(bundle, choice, place, pixels)
     right, before = (int((given.logits.argmax(1) == truth).sum()) for given in (found, exact))
     equal = int((found.logits.argmax(1) == exact.logits.argmax(1)).sum())
     lengths = np.linalg.norm(found.embedding, axis=1) * np.linalg.norm(exact.embedding, axis=1)

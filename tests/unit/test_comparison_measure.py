@@ -51,7 +51,7 @@ def _cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def prepared():
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
-    return Prepared(pixels, ("mug",) * IMAGES, 1.5, Counter())
+    return Prepared(pixels, np.full((IMAGES, 2), 32, np.int32), ("mug",) * IMAGES, 1.5, Counter())
 
 
 def _candidate(bundle, engine="torch:fp32", **place):
@@ -110,7 +110,7 @@ def test_a_lower_precision_is_compared_with_a_reference_given_or_found_out(bundl
 def test_random_weights_have_no_accuracy_of_their_own_and_the_published_one():
     bundle = resolve_model("torchvision:squeezenet1_1", ModelChoices(allow_random=True), Storage())
     pixels = np.zeros((2, 224, 224, 3), np.uint8)
-    prepared = Prepared(pixels, (bundle.config.labels[0],) * 2, 1.0, Counter())
+    prepared = Prepared(pixels, np.full((2, 2), 32, np.int32), (bundle.config.labels[0],) * 2, 1.0, Counter())
     candidate = _candidate(bundle, batch_sizes=(1,), seconds=0.01)
     found = measure(bundle, candidate, prepared, None).measurement
     assert found.weights == "random"

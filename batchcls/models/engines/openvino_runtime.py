@@ -13,7 +13,7 @@ from batchcls.errors import InputError
 from batchcls.models.bundle import Bundle
 from batchcls.models.engines import Answer, Device, EngineChoice, EngineName, EnginePlace, Precision
 from batchcls.models.engines.openvino_convert import Converter, PixelType
-from batchcls.models.engines.pixels import require_pixels
+from batchcls.models.engines.submission import Submission
 
 if TYPE_CHECKING:  # a network that is converted already needs no torch
     from batchcls.models.backbone import Backbone
@@ -42,7 +42,7 @@ def _require(core: openvino.Core, precision: Precision) -> None:
         )
 
 
-class OpenVino:
+class OpenVino(Submission):
     """A converted network. Threads may submit at once; pixels are read where they lie."""
 
     name: EngineName = "openvino"
@@ -57,31 +57,16 @@ class OpenVino:
         config = converter.bundle.config
         self.precision = converter.choice.precision
         self._converter = converter
-        self._shape = config.preprocessing.shape
-        self._sizes = len(config.labels), config.embedding_dimension
         self._lock = threading.Lock()
         self._pools: dict[PixelType, _Pool] = {}
         self.in_flight = self._pool("uint8").size
+        super().__init__(
+            config.preprocessing.shape, (len(config.labels), config.embedding_dimension), self._begin
+        )
 
-    def submit(self, pixels: NDArray[Any]) -> "_Pending | _Nothing":
-        """Begin to answer; see `engines.Engine`.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        require_pixels(pixels, self._shape)
-        if len(pixels) == 0:
-            return _Nothing(self._sizes)
+    def _begin(self, pixels: NDArray[Any]) -> "_Pending":
         pool = self._pool("uint8" if pixels.dtype == np.uint8 else "float32")
         return pool.submit(np.ascontiguousarray(pixels))
-
-    def answer(self, pixels: NDArray[Any]) -> Answer:
-        """Logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalised already.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        return self.submit(pixels).result()
 
     def _pool(self, pixels: PixelType) -> "_Pool":
         """The program for these pixels; float32 ones are rare, so theirs is loaded when they come."""
@@ -180,17 +165,6 @@ class _Pending:
             except RuntimeError as error:
                 self._error = error
             self._pixels = None
-
-
-class _Nothing:
-    """The answer to no image."""
-
-    def __init__(self, sizes: tuple[int, int]) -> None:
-        self._sizes = sizes
-
-    def result(self) -> Answer:
-        classes, dimension = self._sizes
-        return Answer(np.empty((0, classes), np.float32), np.empty((0, dimension), np.float32))
 
 
 class _View:

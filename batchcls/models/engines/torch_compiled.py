@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from batchcls.errors import InputError
@@ -20,11 +19,9 @@ from batchcls.models.engines import (
     EngineChoice,
     EngineName,
     EnginePlace,
-    Pending,
-    Ready,
 )
 from batchcls.models.engines.cpu_lanes import Lanes
-from batchcls.models.engines.pixels import require_pixels
+from batchcls.models.engines.submission import Submission
 from batchcls.models.engines.torch_native import NativeProgram
 
 if TYPE_CHECKING:
@@ -56,7 +53,7 @@ def start(
     return TorchCompiled(bundle, choice, place, backbone)
 
 
-class TorchCompiled:
+class TorchCompiled(Submission):
     """A network that is compiled once a node, on a CPU."""
 
     name: EngineName = "compile"
@@ -77,32 +74,15 @@ class TorchCompiled:
             InputError: there is no C++ compiler, or the network cannot be compiled.
         """
         self.precision = choice.precision
-        self._shape = bundle.config.preprocessing.shape
-        self._sizes = len(bundle.config.labels), bundle.config.embedding_dimension
         self._bundle, self._place, self._backbone = bundle, place, backbone
         self._programs: dict[PixelType, NativeProgram] = {}
         self._lock = threading.Lock()
-        self._work = Lanes(self._run, place.threads, self._program("uint8").one_thread)
-        self.in_flight = self._work.in_flight
-
-    def submit(self, pixels: NDArray[Any]) -> Pending:
-        """Begin to answer; see `engines.Engine`.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        require_pixels(pixels, self._shape)
-        if len(pixels) == 0:
-            return Ready(Answer(*(np.empty((0, size), np.float32) for size in self._sizes)))
-        return self._work.submit(pixels)
-
-    def answer(self, pixels: NDArray[Any]) -> Answer:
-        """Logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalised already.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        return self.submit(pixels).result()
+        work = Lanes(self._run, place.threads, self._program("uint8").one_thread)
+        self.in_flight = work.in_flight
+        config = bundle.config
+        super().__init__(
+            config.preprocessing.shape, (len(config.labels), config.embedding_dimension), work.submit
+        )
 
     def _run(self, pixels: NDArray[Any]) -> Answer:
         return self._program("uint8" if pixels.dtype.name == "uint8" else "float32")(pixels)
@@ -135,4 +115,4 @@ class TorchCompiled:
 
         preprocessing = self._bundle.config.preprocessing
         program = NormalisedBackbone(self._backbone(), preprocessing, self.device, self.precision)
-        convert(program, self._shape, getattr(torch, pixels), folder)
+        convert(program, preprocessing.shape, getattr(torch, pixels), folder)

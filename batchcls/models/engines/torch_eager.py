@@ -1,24 +1,17 @@
 """PyTorch as it is: a backbone on the CPU or a GPU, in float32 or under autocast."""
 
 from collections.abc import Callable
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from batchcls.models.backbone import Backbone
 from batchcls.models.bundle import Bundle
 from batchcls.models.engines import (
-    Answer,
     Device,
     EngineChoice,
     EngineName,
     EnginePlace,
-    Pending,
     Precision,
-    Ready,
 )
-from batchcls.models.engines.pixels import require_pixels
+from batchcls.models.engines.submission import Submission
 from batchcls.models.engines.torch_input import NormalisedBackbone, check_device_and_precision
 from batchcls.models.engines.torch_threads import TorchThreads
 from batchcls.preprocessing import Preprocessing
@@ -35,7 +28,7 @@ def start(
     return TorchEager(backbone(), preprocessing, place.device, choice.precision, place.threads)
 
 
-class TorchEager:
+class TorchEager(Submission):
     """A backbone in plain PyTorch: inference mode, channels last, normalisation on the device.
 
     On a CPU one batch is answered at a time, by all threads, and the next one waits beside it.
@@ -63,26 +56,6 @@ class TorchEager:
         self.device: Device = device
         self.precision: Precision = precision
         self.in_flight = _GPU_BATCHES if device == "cuda" else 2
-        self._shape = preprocessing.shape
-        self._widths = backbone.classes, backbone.dimension
         network = NormalisedBackbone(backbone, preprocessing, device, precision)
-        self._threads = TorchThreads(network, device, _GPU_BATCHES if device == "cuda" else 1, threads)
-
-    def submit(self, pixels: NDArray[Any]) -> Pending:
-        """Begin to answer; see `engines.Engine`.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        require_pixels(pixels, self._shape)
-        if len(pixels) == 0:
-            return Ready(Answer(*(np.empty((0, width), np.float32) for width in self._widths)))
-        return self._threads.submit(pixels)
-
-    def answer(self, pixels: NDArray[Any]) -> Answer:
-        """Logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalised already.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        return self.submit(pixels).result()
+        work = TorchThreads(network, device, _GPU_BATCHES if device == "cuda" else 1, threads)
+        super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), work.submit)

@@ -4,24 +4,21 @@ A graph is made for one number of images, so batches are filled up to one of a f
 """
 
 import os
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from batchcls.models.backbone import Backbone
-from batchcls.models.engines import Answer, Device, EngineName, EnginePlace, Pending, Precision, Ready
+from batchcls.models.engines import Device, EngineName, EnginePlace, Precision
 from batchcls.models.engines.cuda_ring import CudaRing, Forward
-from batchcls.models.engines.pixels import require_pixels
+from batchcls.models.engines.submission import Submission
 from batchcls.models.engines.torch_input import NormalisedBackbone
 from batchcls.preprocessing import Preprocessing
 
 _STEP = 4
 
 
-class TorchGraphs:
+class TorchGraphs(Submission):
     """A network under `torch.compile`, with CUDA graphs."""
 
     name: EngineName = "compile"
@@ -40,34 +37,14 @@ class TorchGraphs:
         """
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place.conversions.folder / "inductor"))
         self.precision = precision
-        self._shape = preprocessing.shape
-        self._sizes = backbone.classes, backbone.dimension
-        self._work = CudaRing(
+        work = CudaRing(
             NormalisedBackbone(backbone, preprocessing, "cuda", precision),
-            self._shape,
+            preprocessing.shape,
             compiled=_with_graphs,
             padded=lambda count: graph_size(count, place.batch_size),
         )
-        self.in_flight = self._work.in_flight
-
-    def submit(self, pixels: NDArray[Any]) -> Pending:
-        """Begin to answer; see `engines.Engine`.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        require_pixels(pixels, self._shape)
-        if len(pixels) == 0:
-            return Ready(Answer(*(np.empty((0, size), np.float32) for size in self._sizes)))
-        return self._work.submit(pixels)
-
-    def answer(self, pixels: NDArray[Any]) -> Answer:
-        """Logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalised already.
-
-        Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
-        """
-        return self.submit(pixels).result()
+        self.in_flight = work.in_flight
+        super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), work.submit)
 
 
 def graph_size(count: int, batch_size: int) -> int:
