@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import duckdb
 
-from batchcls.errors import BatchclsError
+from batchcls.errors import BatchclsError, InputError
 
 MEMORY_MIB = 2048
 """What a query may take of the driver's memory; the rest goes to disk."""
@@ -18,6 +18,7 @@ def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]
 
     Raises:
         BatchclsError: the folder for temporary files has no room.
+        InputError: a file that is being read is missing or damaged.
     """
     with (
         tempfile.TemporaryDirectory(prefix="batchcls-query-") as folder,
@@ -32,3 +33,5 @@ def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]
                 f"a query needs more than {memory_mib} MiB of memory and the room for temporary files: {error}; "
                 "free some, or set TMPDIR to a larger disk"
             ) from None
+        except (duckdb.InvalidInputException, duckdb.IOException) as error:
+            raise InputError(f"a file of the run cannot be read: {error}; see `runs verify`") from None
