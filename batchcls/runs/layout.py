@@ -5,6 +5,7 @@ OUTPUT/runs/RUN_ID/plan.json            first
                    predictions/*.parquet
                    quarantine/*.parquet
                    run.json             last, the commit record
+                   readers/NAME.json    who wants the run kept for a while, {"until": TIME}
 """
 
 import secrets
@@ -18,6 +19,7 @@ CURRENT = "current.json"
 RUNS = "runs"
 PREDICTIONS = "predictions"
 QUARANTINE = "quarantine"
+READERS = "readers"
 
 
 def new_run_id(now: datetime | None = None) -> str:

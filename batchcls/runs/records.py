@@ -104,6 +104,7 @@ class ListedRun:
         created: when it was committed or begun, in UTC; None where nothing says.
         record: of a committed run, else None.
         detail: what is wrong with a damaged one.
+        is_leftover: neither plan.json nor run.json is there: a removal was cut short.
     """
 
     run_id: str
@@ -111,6 +112,7 @@ class ListedRun:
     created: datetime | None
     record: RunRecord | None = None
     detail: str = ""
+    is_leftover: bool = False
 
 
 def read_record(output: str, run_id: str, storage: Storage) -> RunRecord:
@@ -231,7 +233,8 @@ def _listed(output: str, run_id: str, storage: Storage) -> ListedRun:
             return ListedRun(run_id, State.DAMAGED, None, detail=str(error))
         return ListedRun(run_id, State.COMMITTED, record.committed, record)
     if plan is None:
-        return ListedRun(run_id, State.DAMAGED, None, detail="neither plan.json nor run.json: a leftover")
+        detail = "neither plan.json nor run.json: a removal was cut short"
+        return ListedRun(run_id, State.DAMAGED, None, detail=detail, is_leftover=True)
     try:
         return ListedRun(run_id, State.UNFINISHED, _time(json.loads(plan)["created"]))
     except (ValueError, KeyError, TypeError):
