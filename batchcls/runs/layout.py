@@ -4,6 +4,8 @@ OUTPUT/current.json
 OUTPUT/runs/RUN_ID/plan.json            first
                    predictions/*.parquet
                    quarantine/*.parquet
+                   receipts/*.json      one for each part, after its files
+                   lease/*.json         which driver works on the run
                    run.json             last, the commit record
 """
 
@@ -17,6 +19,8 @@ RUN = "run.json"
 CURRENT = "current.json"
 PREDICTIONS = "predictions"
 QUARANTINE = "quarantine"
+RECEIPTS = "receipts"
+LEASE = "lease"
 
 
 def new_run_id(now: datetime | None = None) -> str:
