@@ -182,6 +182,22 @@ class Storage:
         filesystem.invalidate_cache()
         return _remote_infos(filesystem, scheme(uri_prefix), filesystem.find(path, detail=True), suffix)
 
+    def list_folders(self, uri: str) -> list[str]:
+        """Names of the folders directly in a folder, sorted, always fresh; none if it is not there."""
+        if not is_remote(uri):
+            try:
+                return sorted(entry.name for entry in Path(local_path(uri)).iterdir() if entry.is_dir())
+            except FileNotFoundError:
+                return []
+        filesystem, path = self.filesystem(uri)
+        filesystem.invalidate_cache()
+        try:
+            entries = filesystem.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
+        return sorted(name.rpartition("/")[2] for name in found)
+
     def glob(self, pattern: str) -> list[FileInfo]:
         """Files that match a pattern with `*`, `?`, `[...]` and `**`, sorted by URI, always fresh."""
         filesystem, path = self.filesystem(pattern)

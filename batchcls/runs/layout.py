@@ -17,6 +17,7 @@ from batchcls.storage import join
 PLAN = "plan.json"
 RUN = "run.json"
 CURRENT = "current.json"
+RUNS = "runs"
 PREDICTIONS = "predictions"
 QUARANTINE = "quarantine"
 RECEIPTS = "receipts"
@@ -30,4 +31,4 @@ def new_run_id(now: datetime | None = None) -> str:
 
 def run_folder(output: str, run_id: str) -> str:
     """URI of a run's folder."""
-    return join(output, "runs", run_id)
+    return join(output, RUNS, run_id)
