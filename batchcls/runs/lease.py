@@ -62,7 +62,9 @@ class Holder:
     def here(cls) -> Self:
         """This process."""
         pid = os.getpid()
-        return cls(secrets.token_hex(8), socket.gethostname(), _place(), pid, _process_start(pid), time.time())
+        return cls(
+            secrets.token_hex(8), socket.gethostname(), _place(), pid, _process_start(pid), time.time()
+        )
 
     def is_living(self) -> bool:
         """Whether it may still be at work.
@@ -136,6 +138,13 @@ def living_holder(folder: str, storage: Storage) -> Holder | None:
         newest = _newest(folder, storage)
         holder = _read(newest, storage) if newest else None
     return holder if holder is not None and holder.is_living() else None
+
+
+def require_free(folder: str, storage: Storage) -> None:
+    """Raise InputError if a living job works on the run: said before anything costs time."""
+    holder = living_holder(folder, storage)
+    if holder is not None:
+        raise InputError(_refusal(folder, holder))
 
 
 def _take(folder: str, storage: Storage) -> Lease:

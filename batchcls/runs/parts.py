@@ -48,7 +48,7 @@ class PartFile:
         rows: how many rows.
         bytes: size of the file.
         digest: SHA-256 of the file, in hex.
-        ranges: numbers of the rows.
+        ranges: numbers of the rows; receipts say them, run.json does not.
         origin: whether the answers were made in this run or taken over; of predictions.
         failures: rows by reason; of a quarantine file.
         first_failed: the lowest failed row numbers with their reasons, a few of them.
@@ -59,7 +59,7 @@ class PartFile:
     rows: int
     bytes: int
     digest: str
-    ranges: RowRanges
+    ranges: RowRanges = field(default_factory=lambda: RowRanges.all(0), compare=False)
     origin: Origin = COMPUTED
     failures: Counter[str] = field(default_factory=Counter)
     first_failed: tuple[tuple[int, str], ...] = ()
@@ -163,15 +163,13 @@ class PartWriter:
         may_pass = pc.is_in(table.column("reason"), pa.array(sorted(MAY_PASS), pa.string()))
         name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}"
         good = table.filter(pc.invert(failed))
-        files = [
-            self.put(kind, f"{folder}/{name}{tail}.parquet", rows)
-            for kind, folder, tail, rows in (
-                ("predictions", PREDICTIONS, "", self._predictions(good)),
-                ("quarantine", QUARANTINE, "", _quarantine(table.filter(pc.and_not(failed, may_pass)))),
-                ("quarantine", QUARANTINE, "-again", _quarantine(table.filter(may_pass))),
-            )
-            if rows.num_rows
-        ]
+        final = table.filter(pc.and_not(failed, may_pass))
+        parts: tuple[tuple[Kind, str, pa.Table], ...] = (
+            ("predictions", f"{PREDICTIONS}/{name}.parquet", self._predictions(good)),
+            ("quarantine", f"{QUARANTINE}/{name}.parquet", _quarantine(final)),
+            ("quarantine", f"{QUARANTINE}/{name}-again.parquet", _quarantine(table.filter(may_pass))),
+        )
+        files = [self.put(kind, path, rows) for kind, path, rows in parts if rows.num_rows]
         return Receipt(
             name=f"{name}.json",
             files=tuple(files),
