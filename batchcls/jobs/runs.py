@@ -32,6 +32,8 @@ from batchcls.run_tables import (
 )
 from batchcls.runs.diff import diff_runs
 from batchcls.runs.gates import GateResult
+from batchcls.runs.layout import run_folder
+from batchcls.runs.lease import living_holder
 from batchcls.runs.names import resolve_run
 from batchcls.runs.prune import Keeping, choose, reader_of, remove
 from batchcls.runs.publish import publish, read_published, roll_back
@@ -65,11 +67,11 @@ def show(config: RunsShowConfig, console: Console) -> ExitCode:
     """One run: counts, gates, categories, confidence."""
     del console
     record, storage = _record(config, config.run)
-    summary = summary_of(record, storage)
+    summary, counts = summary_of(record, storage), record.counts
     out = results_console()
     out.print(facts_table(run_facts(record, read_published(config.output, storage).run_id)))
     out.print()
-    out.print(counts_table(record.counts.predicted, Counter(record.counts.quarantined_by_reason)))
+    out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), counts.reused))
     out.print()
     out.print(gates_table(_gates(record)) if record.gates else "no gate has judged this run")
     out.print()
@@ -156,7 +158,7 @@ def prune(config: RunsPruneConfig, console: Console) -> ExitCode:
         list_runs(config.output, storage),
         read_published(config.output, storage),
         keeping,
-        lambda run_id: reader_of(config.output, run_id, storage, now),
+        lambda run_id: _in_use(config.output, run_id, storage, now),
     )
     out = results_console()
     out.print(prune_table(choices))
@@ -173,6 +175,14 @@ def prune(config: RunsPruneConfig, console: Console) -> ExitCode:
         out.print(f"removed: {shown(run_id)}")
     out.print(f"{freed / 2**20:.1f} MiB freed")
     return ExitCode.DONE
+
+
+def _in_use(output: str, run_id: str, storage: Storage, now: datetime) -> str | None:
+    """Who works on a run or reads it."""
+    holder = living_holder(run_folder(output, run_id), storage)
+    if holder is not None:
+        return f"process {holder.pid} on {holder.host} works on it"
+    return reader_of(output, run_id, storage, now)
 
 
 def verify_run(config: RunsVerifyConfig, console: Console) -> ExitCode:

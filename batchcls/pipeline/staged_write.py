@@ -7,6 +7,7 @@ import pyarrow as pa
 from ray.data import Datasink
 
 from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runs.receipts import keep_receipt
 
 
 class PartSink(Datasink[Receipt]):
@@ -20,7 +21,8 @@ class PartSink(Datasink[Receipt]):
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> Receipt:
         """In a write task: one part."""
         del ctx
-        return self._writer.write([block for block in blocks if block.num_rows])
+        receipt = self._writer.write([block for block in blocks if block.num_rows])
+        return keep_receipt(receipt, self._writer.folder, self._writer.storage)
 
     def on_write_complete(self, write_result: Any) -> None:
         """On the driver: of a repeated task only the attempt that Ray counted is here."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -17,11 +17,9 @@ import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
 from batchcls.runs.layout import CURRENT, PLAN, RUN, RUNS, run_folder
-from batchcls.runs.parts import PartFile
+from batchcls.runs.parts import Kind, PartFile
 from batchcls.schema import predictions_schema, quarantine_schema
 from batchcls.storage import Storage, explain, join, redact_uri
-
-Kind = Literal["predictions", "quarantine"]
 
 _BATCH_ROWS = 16_384
 _LISTING_THREADS = 8

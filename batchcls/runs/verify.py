@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchcls.runs.ledger import RowRanges, balance
+from batchcls.row_ranges import RowRanges
+from batchcls.runs.ledger import balance
 from batchcls.runs.parts import PartFile
 from batchcls.runs.query import connect
 from batchcls.runs.records import RunRecord, open_parts, read_columns

@@ -24,11 +24,11 @@ ROOMS = (
     ("placement", "runs", "comparison"),
     ("inference",),
     ("images", "models", "identity"),
-    ("manifest", "config", "flags"),
+    ("manifest", "manifest_columns", "config", "flags"),
     ("swap",),
     ("storage", "storage_errors", "local_files", "uris"),
     ("views",),
-    ("preprocessing", "hardware", "schema", "errors"),
+    ("preprocessing", "hardware", "schema", "errors", "row_ranges"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(reversed(ROOMS)) for room in rooms}
 MAY_IMPORT_RAY = ("pipeline", "runtime", "jobs")

@@ -15,6 +15,7 @@ import pytest
 from batchcls.jobs import runs
 from batchcls.jobs.command import run
 from batchcls.run_tables import shown
+from batchcls.runs.lease import leased
 from batchcls.runs.publish import publish
 from batchcls.runs.records import read_current, read_record
 from batchcls.storage import Storage, join
@@ -208,6 +209,10 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
     assert "removed: leftover" in said
     remaining = Storage().list_folders(join(output, "runs"))
     assert remaining == ["a", "b", "begun", "c", "d", "damaged", "read", "young"]
+    with leased(join(output, "runs", "begun"), Storage()):
+        _, said = call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
+    assert "works on it" in said
+    assert Storage().list_folders(join(output, "runs")) == ["begun", "c", "d", "damaged", "read"]
     call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
     assert Storage().list_folders(join(output, "runs")) == ["c", "d", "damaged", "read"]
 
