@@ -1,0 +1,60 @@
+"""The main job and its gates: what is refused stays committed, and the shop keeps what it has."""
+
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from batchcls.jobs import runs
+from batchcls.jobs.command import run
+from tests.integration.conftest import Outcome
+from tests.integration.test_classify_job import write_catalog
+
+Job = Callable[..., Outcome]
+
+
+def runs_job(*arguments: str) -> tuple[int, str]:
+    said = StringIO()
+    with redirect_stdout(said):
+        code = run("runs", runs.COMMANDS, arguments)
+    return code, said.getvalue()
+
+
+def test_a_refused_night_is_committed_shown_and_published_only_by_force(
+    job: Job, tiny_bundle: str, tmp_path: Path
+):
+    output = str(tmp_path / "output")
+    same = ("--model", tiny_bundle, "--gate-from-rows", "10", "--gate-min-mean-confidence", "0")
+    whole = write_catalog(tmp_path / "whole", 40, broken=(3,))
+    half = write_catalog(tmp_path / "half", 20)
+    budget = ("--max-failed-fraction", "0.1")
+
+    first = job("--manifest", whole, *same, *budget, "--run-id", "night-1", output=output)
+    assert first.exit_code == 0, first.log
+    record = json.loads((tmp_path / "output/runs/night-1/run.json").read_text())
+    gates = {gate["gate"]: gate for gate in record["gates"]}
+    assert gates["failed_fraction"]["figure"] == 1 / 40
+    assert gates["coverage_fraction"]["limit"] == 0.9
+    assert "changed_labels_fraction" not in gates
+    assert record["summary"]["answered"] == 39
+    assert sum(record["summary"]["categories"].values()) == 39
+
+    second = job("--manifest", half, *same, *budget, "--run-id", "night-2", output=output)
+    assert second.exit_code == 3, second.log
+    assert "gate row_count_change_fraction: 20 rows after 40 in run night-1" in second.log
+    current = json.loads((tmp_path / "output/current.json").read_text())
+    assert current["run_id"] == "night-1"
+    record = json.loads((tmp_path / "output/runs/night-2/run.json").read_text())
+    refused = [gate["gate"] for gate in record["gates"] if not gate["passed"]]
+    assert (record["baseline"], refused) == ("night-1", ["row_count_change_fraction"])
+
+    assert runs_job("verify", "night-2", "--output", output)[0] == 0
+    assert runs_job("publish", "night-2", "--output", output)[0] == 3
+    assert runs_job("publish", "night-2", "--output", output, "--force") == (0, "published: night-2\n")
+    assert runs_job("rollback", "--output", output) == (0, "published: night-1, in place of night-2\n")
+    code, said = runs_job("diff", "night-1", "night-2", "--output", output)
+    assert code == 0
+    lines = [line.split() for line in said.splitlines()]
+    counts = {words[0]: words[1] for words in lines if len(words) > 1}
+    assert (counts["recovered"], counts["gone"], counts["new"]) == ("1", "20", "0")
