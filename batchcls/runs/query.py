@@ -28,6 +28,7 @@ def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]
     ):
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")
+        connection.execute("PRAGMA disable_checkpoint_on_shutdown")  # the database is thrown away
         try:
             yield connection
         except duckdb.OutOfMemoryException as error:

@@ -203,3 +203,21 @@ def test_a_local_folder_without_rights_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = explained(Storage(), f"{tmp_path}/file/below", ASKS["write"])
     assert "a part of this path is a file" in message or "it is there already" in message
+
+
+def test_folders_files_from_disk_and_removal(storage: Storage, root: str, tmp_path: Path) -> None:
+    top, source = join(root, "runs"), tmp_path / "source"
+    source.write_bytes(b"x" * (6 << 20))
+    assert storage.list_folders(top) == []
+    for name in ("b", "a"):
+        storage.write_file(join(top, name, "deep", "part"), source)
+    storage.write_whole(join(top, "file"), b"no folder")
+    assert storage.list_folders(top) == ["a", "b"]
+    assert storage.size(join(top, "a", "deep", "part")) == 6 << 20
+    storage.remove([])
+    storage.remove([join(top, "a", "deep", "part")])
+    storage.remove_empty_folders(join(top, "a"))
+    assert storage.list_folders(top) == ["b"]
+    storage.remove([join(top, "b", "deep", "part"), join(top, "file")])
+    storage.remove_empty_folders(top)
+    assert not storage.exists(join(top, "file"))
