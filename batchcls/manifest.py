@@ -11,15 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
 from batchcls.manifest_columns import Columns, agree_on_columns
 from batchcls.row_ranges import RowRanges, Rows
-from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
+from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI
 from batchcls.storage import FileInfo, Storage, explain, local_path, redact_uri
 
 __all__ = ["Columns", "Fragment", "FragmentReader", "Manifest", "ManifestFile", "open_manifest"]
@@ -225,8 +227,8 @@ class FragmentReader:
     def read(self, fragment: Fragment, rows_per_table: int) -> Iterator[pa.Table]:
         """Yield the fragment's rows in order, `rows_per_table` a table, the last one shorter.
 
-        The tables have the columns row, item_id, uri, image (null where the manifest has none) and
-        the kept ones, text as plain strings.
+        The tables have the columns row, item_id, uri, image, source_version (null where the manifest
+        has none) and the kept ones, text as plain strings.
         """
         numbers, start = fragment.row_numbers(), 0
         for table in self._slices(fragment, rows_per_table):
@@ -271,8 +273,16 @@ class FragmentReader:
             ITEM_ID: table.column(columns.item_id).cast(pa.string()),
             URI: table.column(columns.uri).cast(pa.string()) if columns.uri else pa.nulls(rows, pa.string()),
             IMAGE: table.column(columns.image) if columns.image else pa.nulls(rows, pa.binary()),
+            SOURCE_VERSION: _versions(table, columns.version),
         }
         return pa.table(data | {field.name: table.column(field.name) for field in columns.kept})
+
+
+def _versions(table: pa.Table, column: str | None) -> Any:
+    """What the manifest says of the state of each image: `version:` and its word."""
+    if column is None:
+        return pa.nulls(table.num_rows, pa.string())
+    return pc.binary_join_element_wise("version", table.column(column).cast(pa.string()), ":")
 
 
 def _places(fragment: Fragment) -> Rows:

@@ -7,24 +7,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
-from batchcls.schema import IMAGE, URI
+from batchcls.schema import IMAGE, URI, VERSION
 from batchcls.storage import FileInfo, redact_uri
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which of the manifest's columns plays which part; None where the manifest has none."""
+    """Which of the manifest's columns plays which part; None where the manifest has none.
+
+    `version` names the state of an image's content: where it has not changed, the image has not either.
+    """
 
     item_id: str
     uri: str | None
     image: str | None
     kept: tuple[pa.Field, ...]
+    version: str | None = None
 
     @property
     def names(self) -> list[str]:
         """The columns that a load task reads, no others."""
-        parts = (self.item_id, self.uri, self.image, *(field.name for field in self.kept))
-        return [name for name in parts if name is not None]
+        parts = (self.item_id, self.uri, self.image, self.version, *(field.name for field in self.kept))
+        return list(dict.fromkeys(name for name in parts if name is not None))
 
 
 def agree_on_columns(
@@ -39,7 +43,7 @@ def agree_on_columns(
     for info, footer in zip(found, footers, strict=True):
         columns = _columns_of(footer.schema.to_arrow_schema(), info.uri, id_column, keep)
         first = first or columns
-        for name in ("uri", "image"):
+        for name in ("uri", "image", "version"):
             if getattr(columns, name) != getattr(first, name):
                 raise InputError(
                     f"the files of the manifest disagree: column {name} is in one of {redact_uri(found[0].uri)} "
@@ -78,6 +82,10 @@ def _columns_of(schema: pa.Schema, uri: str, id_column: str, keep: Sequence[str]
         kind = schema.field(IMAGE).type
         is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
         typed(IMAGE, is_bytes, "binary", "it holds the bytes of the image file")
+    if VERSION in schema.names:
+        kind = schema.field(VERSION).type
+        is_version = _is_text(kind) or pa.types.is_integer(kind)
+        typed(VERSION, is_version, "string or a whole number", "it names the state of the image's content")
     for name in keep:
         if name not in schema.names:
             raise missing(name, "--keep names columns of the manifest")
@@ -85,6 +93,7 @@ def _columns_of(schema: pa.Schema, uri: str, id_column: str, keep: Sequence[str]
         item_id=id_column,
         uri=URI if URI in schema.names else None,
         image=IMAGE if IMAGE in schema.names else None,
+        version=VERSION if VERSION in schema.names else None,
         kept=tuple(schema.field(name).remove_metadata().with_nullable(True) for name in keep),
     )
 

@@ -44,6 +44,10 @@ class RowRanges:
         """All rows of several sets. Raises ValueError if a row is in two of them."""
         return cls.of(np.concatenate([np.empty(0, np.int64), *(part.rows() for part in parts)]))
 
+    def without(self, others: "RowRanges") -> "RowRanges":
+        """The rows of this set that are not in another one."""
+        return RowRanges.of(np.setdiff1d(self.rows(), others.rows(), assume_unique=True))
+
     def __len__(self) -> int:
         return int((self.stops - self.starts).sum())
 

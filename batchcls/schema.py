@@ -97,6 +97,8 @@ ROW = "row"
 ITEM_ID = "item_id"
 URI = "uri"
 IMAGE = "image"
+VERSION = "version"
+SOURCE_VERSION = "source_version"
 PIXELS = "pixels"
 
 TOP_K_TYPE = pa.list_(
@@ -125,6 +127,7 @@ _LOADED = [
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
     pa.field("content_hash", pa.string()),
+    pa.field(SOURCE_VERSION, pa.string()),
     pa.field("n_bytes", pa.int64()),
     pa.field("attempts", pa.int32(), nullable=False),
     pa.field("reason", pa.string()),
@@ -178,6 +181,7 @@ def predictions_schema(kept: Sequence[pa.Field], embedding: pa.DataType | None, 
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
             pa.field("content_hash", pa.string()),
+            pa.field(SOURCE_VERSION, pa.string()),
             pa.field("origin", pa.string()),
             *kept,
         ]

@@ -25,6 +25,7 @@ class Item:
     label: str = "cat"
     probability: float = 0.9
     content_hash: str | None = "hash"
+    source_version: str | None = None
     reason: str | None = None
     embedding: Sequence[float] = (3.0, 0.0, 4.0, 0.0)
 
@@ -59,6 +60,7 @@ def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
         "width": pa.array([64] * len(rows), pa.int32()),
         "height": pa.array([48] * len(rows), pa.int32()),
         "content_hash": pa.array([row.content_hash for row in rows], text),
+        "source_version": pa.array([row.source_version for row in rows], text),
         "n_bytes": pa.array([100] * len(rows), pa.int64()),
         "attempts": pa.array([1] * len(rows), pa.int32()),
         "reason": pa.array([row.reason for row in rows], text),

@@ -127,6 +127,12 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
         default_factory=dict,
         description="The same for single reasons, as a JSON object: '{\"not_found\": 0.001}'.",
     )
+    reuse: str = Field(
+        default="published",
+        description="Whose predictions are taken over where neither image nor model has changed: published, a run id, "
+        "or none. An image is the same by the manifest's column version, by the store's ETag or size and time, or by "
+        "its content.",
+    )
     retry_quarantine: bool = Field(
         default=False,
         description="Try every quarantined row again: of the unfinished run that goes on, or else, in a new run that "

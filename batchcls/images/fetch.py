@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from batchcls.errors import InputError
 from batchcls.images.addresses import INDIRECT_SCHEMES, AddressPolicy
 from batchcls.images.http import HttpClient
-from batchcls.images.objects import ObjectReader
+from batchcls.images.objects import S3_SCHEMES, ObjectReader
 from batchcls.images.retry import Backoff, attempt_error, refusal, short_body, too_large
 from batchcls.schema import Failure, Reason
 from batchcls.storage import local_path, redact_options, redact_uri, scheme
@@ -50,12 +50,14 @@ class Fetched:
     """One image's bytes, or why there are none; exactly one of `data` and `failure` is None.
 
     `n_bytes` is the size of the stored image where it is known, also when it was too large to read.
+    `version` names the state of the stored image, see `Fetcher.version`; None where the store says nothing.
     """
 
     data: bytes | None
     failure: Failure | None
     attempts: int
     n_bytes: int | None
+    version: str | None = None
 
 
 class Fetcher:
@@ -85,8 +87,8 @@ class Fetcher:
         while True:
             attempts += 1
             try:
-                data = self._read(uri)
-                return Fetched(data, None, attempts, len(data))
+                data, version = self._read(uri)
+                return Fetched(data, None, attempts, len(data), version)
             except Exception as error:  # noqa: BLE001 - the row boundary: a row's fault ends no job
                 failed = attempt_error(error)
             if not failed.transient or attempts >= self._policy.max_attempts:
@@ -94,18 +96,34 @@ class Fetcher:
                 return Fetched(None, failed.failure, attempts, failed.n_bytes)
             self._pause(self._backoff.pause_seconds(attempts, failed.retry_after_seconds))
 
-    def _read(self, uri: str) -> bytes:
+    def version(self, uri: str) -> str | None:
+        """What names the state of an image without reading it, in one attempt.
+
+        `stat:SIZE:TIME` of a local file, nanoseconds; `etag:ETAG` of an S3 object; None for anything
+        else, and where there is no answer.
+        """
+        name = scheme(uri)
+        try:
+            if name == LOCAL:
+                return _stat_version(self._policy.addresses.check_path(local_path(uri)).stat())
+            return self._objects.version(uri) if name in S3_SCHEMES else None
+        except Exception as error:  # noqa: BLE001 - the row boundary: fetching says what is wrong
+            logger.debug("%s: no version (%s)", redact_uri(uri), type(error).__name__)
+            return None
+
+    def _read(self, uri: str) -> tuple[bytes, str | None]:
+        """An image, and what names its state."""
         name = scheme(uri)
         if name == LOCAL:
             return self._read_local(uri)
         if name in _HTTP_SCHEMES:
-            return self._http.get(uri)
+            return self._http.get(uri), None
         if name in INDIRECT_SCHEMES:
             raise refusal(Reason.UNSUPPORTED_SCHEME, f"{name}:// opens other addresses inside")
         self._policy.addresses.check_scheme(name)
         return self._objects.get(uri)
 
-    def _read_local(self, uri: str) -> bytes:
+    def _read_local(self, uri: str) -> tuple[bytes, str]:
         try:
             path = local_path(uri)
         except InputError:
@@ -125,7 +143,7 @@ class Fetcher:
             data = file.read(status.st_size + 1)
             if len(data) > status.st_size:  # it grew, or is one of the kernel's
                 data += file.read(self._policy.max_bytes + 1 - len(data))
-        return self._checked(data, status.st_size)
+        return self._checked(data, status.st_size), _stat_version(status)
 
     def _checked(self, data: bytes, expected: int) -> bytes:
         """A file may grow or shrink while it is read, and those of the kernel claim to be empty."""
@@ -134,3 +152,7 @@ class Fetcher:
         if len(data) < expected:
             raise short_body(len(data), expected)
         return data
+
+
+def _stat_version(status: os.stat_result) -> str:
+    return f"stat:{status.st_size}:{status.st_mtime_ns}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from batchcls.images.addresses import resolve_uri
@@ -31,6 +32,7 @@ from batchcls.schema import (
     ITEM_ID,
     PIXELS,
     ROW,
+    SOURCE_VERSION,
     URI,
     Failure,
     Reason,
@@ -47,6 +49,7 @@ class _Row:
     width: int | None = None
     height: int | None = None
     content_hash: str | None = None
+    source_version: str | None = None
     n_bytes: int | None = None
     attempts: int = 0
     fetch_seconds: float = 0.0
@@ -101,6 +104,10 @@ class Loader:
         while waiting:
             yield self._block(*waiting.popleft())
 
+    def try_row(self, uri: str | None, image: bytes | None) -> None:
+        """Fetch, decode and transform one row in this thread, and forget it. Raises MemoryError."""
+        self._load_row(uri, image, None)
+
     def _counted_row(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
         started = time.thread_time()
         try:
@@ -124,14 +131,15 @@ class Loader:
         if fetched.data is None:
             return _Row(
                 failure=fetched.failure,
+                source_version=fetched.version,
                 n_bytes=fetched.n_bytes,
                 attempts=fetched.attempts,
                 fetch_seconds=fetch_seconds,
             )
         with self._decoding:
-            return self._decode_row(fetched.data, fetched.attempts, fetch_seconds)
+            return self._decode_row(fetched.data, fetched, fetch_seconds)
 
-    def _decode_row(self, data: bytes, attempts: int, fetch_seconds: float) -> _Row:
+    def _decode_row(self, data: bytes, fetched: Fetched, fetch_seconds: float) -> _Row:
         # Seconds of this thread on a core: its waiting for one is no work.
         started = time.thread_time()
         content_hash = hashlib.sha256(data).hexdigest()
@@ -147,7 +155,16 @@ class Loader:
             width, height = decoded.width, decoded.height
         decode_seconds = time.thread_time() - started
         return _Row(
-            pixels, failure, width, height, content_hash, len(data), attempts, fetch_seconds, decode_seconds
+            pixels=pixels,
+            failure=failure,
+            width=width,
+            height=height,
+            content_hash=content_hash,
+            source_version=fetched.version,
+            n_bytes=len(data),
+            attempts=fetched.attempts,
+            fetch_seconds=fetch_seconds,
+            decode_seconds=decode_seconds,
         )
 
     def _block(self, table: pa.Table, futures: list[Future[_Row]]) -> pa.Table:
@@ -168,6 +185,10 @@ class Loader:
                 DECODE_SECONDS,
             )
         }
+        found = pa.array([row.source_version for row in rows], pa.string())
+        # What the manifest says of an image's state goes before what the store says.
+        is_given = SOURCE_VERSION in table.column_names
+        columns[SOURCE_VERSION] = pc.coalesce(table.column(SOURCE_VERSION), found) if is_given else found
         columns["reason"] = [failure and failure.reason.value for failure in failures]
         columns["detail"] = [failure and failure.detail for failure in failures]
         columns[PIXELS] = pack_pixels([row.pixels for row in rows])

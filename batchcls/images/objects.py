@@ -12,7 +12,7 @@ from batchcls.images import background
 from batchcls.images.retry import short_body, too_large
 from batchcls.storage import Storage, scheme
 
-_S3_SCHEMES = frozenset({"s3", "s3a"})
+S3_SCHEMES = frozenset({"s3", "s3a"})
 _CONNECTIONS = 128
 _PIECE_BYTES = 1 << 18
 
@@ -26,15 +26,20 @@ class ObjectReader:
         self._storage = Storage(options)
         self._s3_storage = Storage(_one_attempt_options(options, timeout_seconds))
 
-    def get(self, uri: str) -> bytes:
-        """The object at `uri`, complete.
+    def version(self, uri: str) -> str | None:
+        """`etag:` and the ETag of an object of S3, None where the server gives none; raises as `get` does."""
+        filesystem, path = self._s3_storage.filesystem(uri)
+        return background.run(self._head_s3(filesystem, path), self._timeout_seconds)
+
+    def get(self, uri: str) -> tuple[bytes, str | None]:
+        """The object at `uri`, complete, and its version where the store is S3.
 
         Raises:
             AttemptError: too many bytes, or fewer than the store named.
             UnsupportedSchemeError: nothing installed speaks the scheme.
             Exception: what the store's client raises; see `retry.attempt_error`.
         """
-        if scheme(uri) in _S3_SCHEMES:
+        if scheme(uri) in S3_SCHEMES:
             filesystem, path = self._s3_storage.filesystem(uri)
             return background.run(self._get_s3(filesystem, path), self._timeout_seconds)
         filesystem, path = self._storage.filesystem(uri)
@@ -43,15 +48,14 @@ class ObjectReader:
             data: bytes = file.read(self._max_bytes + 1)
         if len(data) > self._max_bytes:
             raise too_large(None, self._max_bytes)
-        return data
+        return data, None
 
-    async def _get_s3(self, filesystem: Any, path: str) -> bytes:
-        bucket, key, version = filesystem.split_path(path)
-        await filesystem.set_session()
-        client = await filesystem.get_s3(bucket)
-        request = {"Bucket": bucket, "Key": key, **_extra_parameters(filesystem, client)}
-        if version:
-            request["VersionId"] = version
+    async def _head_s3(self, filesystem: Any, path: str) -> str | None:
+        client, request = await _request(filesystem, path, "HeadObject")
+        return _version_of(await client.head_object(**request))
+
+    async def _get_s3(self, filesystem: Any, path: str) -> tuple[bytes, str | None]:
+        client, request = await _request(filesystem, path, "GetObject")
         response = await client.get_object(**request)
         expected = response.get("ContentLength")
         async with response["Body"] as body:
@@ -60,7 +64,7 @@ class ObjectReader:
             data = await self._body(body)
         if expected is not None and len(data) != expected:
             raise short_body(len(data), expected)
-        return data
+        return data, _version_of(response)
 
     async def _body(self, body: Any) -> bytes:
         data = bytearray()
@@ -71,12 +75,26 @@ class ObjectReader:
         return bytes(data)
 
 
-def _extra_parameters(filesystem: Any, client: Any) -> dict[str, object]:
+async def _request(filesystem: Any, path: str, operation: str) -> tuple[Any, dict[str, object]]:
+    """The client for a bucket, and what names an object in it."""
+    bucket, key, version = filesystem.split_path(path)
+    await filesystem.set_session()
+    client = await filesystem.get_s3(bucket)
+    request = {"Bucket": bucket, "Key": key, **_extra_parameters(filesystem, client, operation)}
+    return client, request | ({"VersionId": version} if version else {})
+
+
+def _version_of(response: Mapping[str, Any]) -> str | None:
+    etag = response.get("ETag")
+    return f"etag:{str(etag).strip(chr(34))}" if etag else None
+
+
+def _extra_parameters(filesystem: Any, client: Any, operation: str) -> dict[str, object]:
     """What the storage options add to each request, such as `requester_pays` or a customer's key."""
     given = {**filesystem.s3_additional_kwargs, **filesystem.req_kw}
     if not given:
         return {}
-    known = client.meta.service_model.operation_model("GetObject").input_shape.members
+    known = client.meta.service_model.operation_model(operation).input_shape.members
     return {name: value for name, value in given.items() if name in known}
 
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from batchcls.config.classify import ClassifyConfig
 from batchcls.console import results_console
 from batchcls.errors import ExitCode
 from batchcls.jobs.classify_inputs import Inputs, open_inputs
+from batchcls.jobs.classify_reuse import choose_earlier, reuse
 from batchcls.jobs.classify_work import fingerprints_of, plan_of, work_of
 from batchcls.jobs.command import Command, main
 from batchcls.pipeline.execute import Executed, execute
@@ -94,8 +96,11 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             plan = plan_of(config, inputs, placement, settled, run_id)
             folder = run_folder(config.output, run_id)
             if begun is None:
+                plan = replace(plan, reuse=choose_earlier(config, plan, storage))
                 with explain(config.output):
                     claim(plan, config.output, storage)
+            else:
+                plan = replace(plan, reuse=begun.plan["reuse"])
             with leased(folder, storage) as lease:
                 _logger.info("run %s in %s", run_id, redact_uri(folder))
                 run = _Run(config, inputs, placement, settled, plan, folder, lease)
@@ -128,19 +133,31 @@ def _do(run: _Run, console: Console) -> _Done:
     todo = missing_rows(receipts, rows)
     if receipts:
         _logger.info("going on: %d of %d rows are done", rows - len(todo), rows)
+    work = work_of(config, run.inputs, run.placement, run.settled, run.plan.run_id)
+    if len(todo):
+        base = run.plan.manifest["base"]
+        receipts += reuse(config, run.plan.reuse, replace(work, todo=todo), base, run.lease.check)
+        todo = missing_rows(receipts, rows)
     if not len(todo):
         return _Done(receipts, None)
+    executed = execute(
+        replace(work, todo=todo), console, config.log_interval_seconds, _checks(run, receipts, len(todo))
+    )
+    return _Done([*receipts, *executed.receipts], executed)
+
+
+def _checks(run: _Run, receipts: list[Receipt], todo: int) -> Callable[[Progress], None]:
+    """What must hold while the pipeline runs: the lease, and the error budget."""
+    config, rows = run.config, run.inputs.manifest.rows
     budget = Budget(rows, config.max_failed_fraction, config.max_failed_fraction_by_reason)
     failed_before = sum((receipt.failures for receipt in receipts), Counter[str]())
 
     def check(progress: Progress) -> None:
         run.lease.check()
-        seen = Seen(progress.rows, len(todo), failed_before + progress.failures, progress.failures)
-        budget.check_under_way(seen)
+        failures = failed_before + progress.failures
+        budget.check_under_way(Seen(progress.rows, todo, failures, progress.failures))
 
-    work = work_of(config, run.inputs, run.placement, run.settled, run.plan.run_id)
-    executed = execute(replace(work, todo=todo), console, config.log_interval_seconds, check)
-    return _Done([*receipts, *executed.receipts], executed)
+    return check
 
 
 def _commit(run: _Run, done: _Done, started: float) -> tuple[Totals, dict[str, Any], Verdict]:

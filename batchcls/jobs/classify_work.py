@@ -38,6 +38,7 @@ def plan_of(
         config=config.redacted(),
         manifest={
             "uri": redact_uri(config.manifest),
+            "base": redact_uri(manifest.base),
             "fingerprint": manifest.fingerprint,
             "rows": manifest.rows,
             "files": len(manifest.files),

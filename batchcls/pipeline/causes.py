@@ -3,8 +3,16 @@
 import re
 from typing import Any
 
+import ray
+
 from batchcls.errors import BatchclsError, StorageStoppedError
 
+_DEATHS = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.NodeDiedError,
+)
 _ERROR_LINE = re.compile(
     r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
 )
@@ -29,3 +37,18 @@ def stopped(error: BaseException) -> BatchclsError:
     """What the job ends with after a worker's exception, which is to be chained to it."""
     text = f"the pipeline stopped: {cause_of(error)}"
     return StorageStoppedError(text) if StorageStoppedError.__name__ in text else BatchclsError(text)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a worker's own allocation failed; the worker lives."""
+    return cause_of(error).startswith(MemoryError.__name__)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether a worker's process died, or its allocation failed."""
+    seen: Any = error
+    while isinstance(seen, BaseException):
+        if isinstance(seen, _DEATHS):
+            return True
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return is_out_of_memory(error)

@@ -14,10 +14,11 @@ import ray
 
 from batchcls.errors import BatchclsError
 from batchcls.manifest import Fragment
-from batchcls.pipeline.causes import stopped
+from batchcls.pipeline.causes import is_out_of_memory, stopped
 from batchcls.pipeline.fused_actor import CONCURRENCY, FRAGMENTS_IN_FLIGHT, FragmentActor, Orders, UnderWay
+from batchcls.pipeline.poison import Suspects, rejected_in
 from batchcls.pipeline.tally import Progress
-from batchcls.pipeline.work import ACTOR_RESTARTS, RETRIES, Work
+from batchcls.pipeline.work import ACTOR_RESTARTS, Work
 from batchcls.placement import fragment_sizes
 from batchcls.runs.parts import Receipt
 
@@ -58,6 +59,7 @@ class FusedRun:
         self._working: dict[Any, tuple[_Place, _Todo]] = {}
         self._asked: dict[Any, _Place] = {}
         self._again: deque[_Todo] = deque()
+        self._suspects = Suspects(work)
         self._receipts: list[Receipt] = []
         self._finished_rows = 0
         self._failures: Counter[str] = Counter()
@@ -116,15 +118,19 @@ class FusedRun:
 
     def _run(self, todo: Iterator[_Todo]) -> None:
         moved, rows = time.monotonic(), 0
-        while self._hand_out(todo) or self._working:
-            done, _ = ray.wait([*self._starting, *self._working], timeout=_LOOK_SECONDS)
+        while self._hand_out(todo) or self._working or self._suspects.calls:
+            waited_for = [*self._starting, *self._working, *self._suspects.calls]
+            done, _ = ray.wait(waited_for, timeout=_LOOK_SECONDS)
             for call in done:
-                self._finish(call)
+                if call in self._suspects.calls:
+                    self._again.extend(_Todo(fragment) for fragment in self._suspects.finish(call))
+                else:
+                    self._finish(call)
             self._look()
             progress = self.progress()
             self._check(progress)
             now = progress.rows
-            if done or now != rows:
+            if done or now != rows or self._suspects.calls:
                 moved, rows = time.monotonic(), now
             elif time.monotonic() - moved > self._work.no_progress_timeout_seconds:
                 raise BatchclsError(self._stuck())
@@ -141,7 +147,7 @@ class FusedRun:
 
     def _give(self, place: _Place, todo: _Todo) -> None:
         fragment = todo.fragment
-        rejected = self._work.bad_ids.between(fragment.first_row, fragment.stop)
+        rejected = rejected_in(self._work, self._suspects.poison, fragment)
         self._working[place.actor.work.remote(fragment, rejected)] = (place, todo)
         place.fragments += 1
 
@@ -154,7 +160,9 @@ class FusedRun:
         except _DEATHS as error:
             self._mourn(place, todo, error)
         except ray.exceptions.RayError as error:
-            raise stopped(error) from error
+            if todo is None or not is_out_of_memory(error):
+                raise stopped(error) from error
+            self._do_again(todo)
         else:
             if isinstance(found, Receipt):
                 self._receipts.append(found)
@@ -168,15 +176,16 @@ class FusedRun:
         """A process died. Its fragment is done again, by any actor, and Ray's next process is waited for."""
         if todo is None:  # not even that process came up
             raise stopped(error) from error
-        if todo.deaths == RETRIES:
-            first, last = todo.fragment.first_row, todo.fragment.stop - 1
-            raise BatchclsError(
-                f"the pipeline stopped: {RETRIES + 1} processes died over rows {first} to {last}; an image there "
-                "may end the process that decodes it, or memory has run out"
-            ) from error
-        self._again.append(_Todo(todo.fragment, todo.deaths + 1))
+        self._do_again(todo)
         if place.engine is not None:
             self._await(place)
+
+    def _do_again(self, todo: _Todo) -> None:
+        """Once more, as long as there is patience with it."""
+        if todo.deaths >= self._suspects.patience:
+            self._suspects.accuse(todo.fragment)
+        else:
+            self._again.append(_Todo(todo.fragment, todo.deaths + 1))
 
     def _look(self) -> None:
         """Ask every actor that has answered the last question how far it is; nobody is waited for."""

@@ -13,14 +13,19 @@ from ray.data.exceptions import SystemException
 from ray.util.annotations import RayDeprecationWarning
 
 from batchcls.errors import BatchclsError
-from batchcls.pipeline.causes import stopped
+from batchcls.manifest import Fragment
+from batchcls.pipeline.causes import is_death, stopped
+from batchcls.pipeline.poison import rejected_in, try_fragments
 from batchcls.pipeline.staged_load import Images
 from batchcls.pipeline.staged_predict import PredictActor
 from batchcls.pipeline.staged_write import PartSink
 from batchcls.pipeline.tally import Progress, Tally
 from batchcls.pipeline.work import ACTOR_RESTARTS, RETRIES, Work
+from batchcls.row_ranges import RowRanges
 from batchcls.runs.parts import Receipt
+from batchcls.runs.receipts import read_receipts, settle_receipts
 from batchcls.runtime import WORKER_ENVIRONMENT
+from batchcls.schema import Failure
 
 _TASKS_IN_FLIGHT_PER_ACTOR = 4
 _CHECK_SECONDS = 0.5
@@ -33,7 +38,10 @@ class StagedRun:
         self._work = work
         self._check = check
         self._tally = ray.remote(num_cpus=0, max_restarts=ACTOR_RESTARTS, max_task_retries=-1)(Tally).remote()
-        self._sink = PartSink(work.writer, work.placement.rows_per_file)
+        self._todo = work.todo
+        self._fragments: list[Fragment] = []
+        self._poison: dict[int, Failure] = {}
+        self._receipts: list[Receipt] = []
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
         """How far the run is. Raises Ray's errors when the cluster does not answer in time."""
@@ -47,26 +55,60 @@ class StagedRun:
             BatchclsError: a stage failed for good; the cause is chained. Or what `check` raises.
         """
         self._configure()
+        known = {receipt.name for receipt in self._on_storage()}
+        while len(self._todo):
+            try:
+                self._run_graph()
+            except _DiedError as error:
+                # What is on storage stays; the rest is done again without what killed its process.
+                self._poison |= self._find_poison(error)
+                rows = self._work.manifest.rows
+                new = [receipt for receipt in self._on_storage() if receipt.name not in known]
+                self._receipts = settle_receipts(new, rows, lambda _: False)
+                done = RowRanges.joined(receipt.ranges for receipt in self._receipts)
+                self._todo = self._work.todo.without(done)
+            else:
+                break
+        return self._receipts
+
+    def _run_graph(self) -> None:
+        sink = PartSink(self._work.writer, self._work.placement.rows_per_file)
         graph = self._predicted(self._loaded())
         with _Checking(self.progress, self._check, self._tally.stop.remote) as checking:
             try:
-                graph.write_datasink(self._sink, ray_remote_args={"num_cpus": 0, "max_retries": RETRIES})
+                graph.write_datasink(sink, ray_remote_args={"num_cpus": 0, "max_retries": RETRIES})
             except (ray.exceptions.RayError, SystemException) as error:
+                if checking.verdict is None and is_death(error):
+                    raise _DiedError from error
                 raise (checking.verdict or stopped(error)) from error
-        return self._sink.receipts
+        self._receipts += sink.receipts
+
+    def _on_storage(self) -> list[Receipt]:
+        return read_receipts(self._work.writer.folder, self._work.writer.storage)
+
+    def _find_poison(self, error: "_DiedError") -> dict[int, Failure]:
+        """Which of the rows that were being loaded kill their process."""
+        begun = set(ray.get(self._tally.begun.remote()))
+        suspects = [fragment for fragment in self._fragments if fragment.first_row in begun]
+        if not suspects:
+            raise stopped(error.__cause__ or error) from error.__cause__
+        for fragment in suspects:
+            self._tally.end.remote(fragment.first_row)
+        return try_fragments(self._work, suspects, lambda: self._check(self.progress()))
 
     def _loaded(self) -> Dataset:
         work, shape = self._work, self._work.placement
-        fragments = list(work.manifest.fragments(repeat(shape.fragment_rows), work.todo))
+        self._fragments = list(work.manifest.fragments(repeat(shape.fragment_rows), self._todo))
+        given = [(one, rejected_in(work, self._poison, one)) for one in self._fragments]
         with warnings.catch_warnings():
             # The only way to bound retries until 2.64, where the range of pyproject.toml ends.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             return ray.data.read_datasource(
-                Images(fragments, work.bad_ids, work.load),
+                Images(given, work.load, self._tally),
                 num_cpus=shape.cpus_per_load_task,
                 ray_remote_args={"max_retries": RETRIES},
                 concurrency=shape.load_tasks,
-                override_num_blocks=len(fragments),
+                override_num_blocks=len(self._fragments),
             )
 
     def _predicted(self, loaded: Dataset) -> Dataset:
@@ -110,6 +152,10 @@ class StagedRun:
         context.target_max_block_size = max(1, int(0.9 * self._work.placement.block_rows * image_bytes))
         # What goes wrong is raised; Ray's own account of it stands in its session's log files.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+class _DiedError(Exception):
+    """Process after process died over a task, until Ray gave it up."""
 
 
 class _Checking:

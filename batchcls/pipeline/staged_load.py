@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -15,18 +15,18 @@ from batchcls.manifest import Fragment, FragmentReader
 from batchcls.pipeline.work import Load
 from batchcls.schema import Failure
 
-if TYPE_CHECKING:  # a load worker needs no DuckDB
-    from batchcls.identity import BadIds
-
 
 class Images(Datasource):
     """One read task a fragment."""
 
-    def __init__(self, fragments: Sequence[Fragment], bad_ids: "BadIds", stage: Load) -> None:
+    def __init__(
+        self, fragments: Sequence[tuple[Fragment, Mapping[int, Failure]]], stage: Load, tally: Any
+    ) -> None:
+        """Take the fragments, each with its rows that have failed before they are fetched."""
         self._fragments = fragments
-        self._bad_ids = bad_ids
         self._run_id = stage.settings.run_id
         self._stage = ray.put(stage)
+        self._tally = tally
 
     def get_name(self) -> str:
         """The stage's name in Ray's own logs and dashboard."""
@@ -41,12 +41,13 @@ class Images(Datasource):
     ) -> list[ReadTask]:
         """The fragments as they were cut, whatever parallelism Ray would like."""
         del parallelism, per_task_row_limit, data_context
-        return [self._read_task(fragment) for fragment in self._fragments]
+        return [self._read_task(fragment, rejected) for fragment, rejected in self._fragments]
 
-    def _read_task(self, fragment: Fragment) -> ReadTask:
-        rejected = self._bad_ids.between(fragment.first_row, fragment.stop)
+    def _read_task(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> ReadTask:
         metadata = BlockMetadata(num_rows=fragment.rows, size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(partial(_load_fragment, self._run_id, self._stage, fragment, rejected), metadata)
+        return ReadTask(
+            partial(_load_fragment, self._run_id, (self._stage, self._tally), fragment, rejected), metadata
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,20 @@ _workers: dict[str, _Worker] = {}
 
 
 def _load_fragment(
-    run_id: str, stage: "ray.ObjectRef[Load]", fragment: Fragment, rejected: Mapping[int, Failure]
+    run_id: str,
+    shared: "tuple[ray.ObjectRef[Load], Any]",
+    fragment: Fragment,
+    rejected: Mapping[int, Failure],
 ) -> Iterator[pa.Table]:
+    stage, tally = shared
     if run_id not in _workers:
-        shared: Load = ray.get(stage)
+        load: Load = ray.get(stage)
         _workers.clear()
         _workers[run_id] = _Worker(
-            Loader(shared.settings),
-            FragmentReader(shared.columns, shared.storage),
-            shared.settings.block_rows,
+            Loader(load.settings), FragmentReader(load.columns, load.storage), load.settings.block_rows
         )
     worker = _workers[run_id]
+    # Waited for: whoever dies over the fragment must have said so before.
+    ray.get(tally.begin.remote(fragment.first_row))
     yield from worker.loader.load(worker.reader.read(fragment, worker.block_rows), rejected)
+    tally.end.remote(fragment.first_row)

@@ -30,11 +30,24 @@ class Tally:
         self._peak_memory_mib = 0.0
         self._ready_at: float | None = None
         self._is_stopped = False
+        self._begun: set[int] = set()
 
     def started(self, engine: str) -> None:
         """An actor is ready; `engine` says with what."""
         self._engines[engine] += 1
         self._ready_at = self._ready_at or time.time()
+
+    def begin(self, first_row: int) -> None:
+        """A load task has a fragment, which is named by its first row."""
+        self._begun.add(first_row)
+
+    def end(self, first_row: int) -> None:
+        """It has yielded all of the fragment."""
+        self._begun.discard(first_row)
+
+    def begun(self) -> list[int]:
+        """First rows of the fragments that are being loaded, or whose process has died."""
+        return sorted(self._begun)
 
     def stop(self) -> None:
         """The driver wants no more: every actor that reports from now on is told."""

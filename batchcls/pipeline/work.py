@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # a worker needs no DuckDB
 # A fragment or a block whose process dies is tried again so often and no more: an image that kills
 # its process would otherwise be tried for ever.
 RETRIES = 3
-ACTOR_RESTARTS = 10
+ACTOR_RESTARTS = 40
+"""Processes of an actor; each image that kills its process may cost one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,16 @@ def answers_of(
         precisions: of the engines on all kinds of nodes.
         decode_margin: that of `LoadSettings`.
     """
-    settings = ("top_k", "embedding_dtype", "l2_normalize", "tta", "normalize")
+    settings = (
+        *("top_k", "embedding_dtype", "l2_normalize", "tta", "normalize"),
+        *(
+            "max_image_bytes",
+            "max_image_pixels",
+            "min_image_side_pixels",
+            "allow_root",
+            "allow_private_addresses",
+        ),
+    )
     return {
         "model": fingerprints.model,
         "precisions": sorted(set(precisions)),

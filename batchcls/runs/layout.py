@@ -6,6 +6,7 @@ OUTPUT/runs/RUN_ID/plan.json            first
                    quarantine/*.parquet
                    receipts/*.json      one for each part, after its files
                    lease/*.json         which driver works on the run
+                   reused.json          once what an earlier run had is taken over
                    run.json             last, the commit record
                    readers/NAME.json    who wants the run kept for a while, {"until": TIME}
 """
@@ -24,6 +25,7 @@ QUARANTINE = "quarantine"
 READERS = "readers"
 RECEIPTS = "receipts"
 LEASE = "lease"
+REUSED = "reused.json"
 
 
 def new_run_id(now: datetime | None = None) -> str:

@@ -179,8 +179,20 @@ class PartWriter:
             written_at=time.time(),
         )
 
-    def _predictions(self, table: pa.Table) -> pa.Table:
-        origin = pa.array(np.full(table.num_rows, COMPUTED, object), pa.string())
+    def write_reused(self, table: pa.Table) -> Receipt:
+        """Write rows whose answers another run has made: the columns of predictions without `origin`.
+
+        Raises what `write` raises.
+        """
+        started = time.thread_time()
+        name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}"
+        rows = self._predictions(table, REUSED)
+        file = self.put("predictions", f"{PREDICTIONS}/{name}.parquet", rows, REUSED)
+        seconds = {"write": time.thread_time() - started}
+        return Receipt(f"{name}.json", (file,), seconds, 0, time.time())
+
+    def _predictions(self, table: pa.Table, made: Origin = COMPUTED) -> pa.Table:
+        origin = pa.array(np.full(table.num_rows, made, object), pa.string())
         table = table.append_column("origin", origin)
         schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension)
         return table.select(schema.names).cast(schema)

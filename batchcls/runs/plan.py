@@ -19,10 +19,17 @@ _PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "pyarrow", "pill
 class Plan:
     """The plan of one run, as it stands in plan.json.
 
-    `fingerprints` say which later command goes on with the run; `engines` what the network runs with
-    to its end, as `settle.Settled.as_json` gives it; `answers` all that an image's answer follows from
-    beside the image, see `fingerprints.answers_of`; `unpublishable` why the run must never be
-    published, empty when it may be.
+    Attributes:
+        run_id: its name.
+        config: settings of the command that began it.
+        manifest: of what: uri, base of relative uris, fingerprint, rows, files.
+        model: with what: fingerprint, architecture, classes, preprocessing, weights.
+        placement: shape of the run when it began.
+        unpublishable: why it must never be published, empty when it may be.
+        fingerprints: say which later command goes on with it.
+        engines: what the network runs with to its end, `settle.Settled.as_json`.
+        answers: all that an image's answer follows from beside the image, `fingerprints.answers_of`.
+        reuse: whose answers are taken over; empty: nobody's.
     """
 
     run_id: str
@@ -34,6 +41,7 @@ class Plan:
     fingerprints: Fingerprints | None = None
     engines: dict[str, Any] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
+    reuse: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values, with the time and the versions of what runs it."""
@@ -48,6 +56,7 @@ class Plan:
             "placement": self.placement,
             "engines": self.engines,
             "answers": self.answers,
+            "reuse": self.reuse,
             "unpublishable": self.unpublishable,
             "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         }

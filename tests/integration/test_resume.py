@@ -1,15 +1,21 @@
 """The same command again: after SIGKILL, after a broken store, beside a living job, with another configuration."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import REPOSITORY
+from tests.drawing import draw, encode
 from tests.integration.conftest import Cluster, Outcome
 from tests.integration.test_classify_job import start_job, until_line, write_catalog
+from tests.poison.sitecustomize import DEADLY
 
 Job = Callable[..., Outcome]
 ROWS = 1500
@@ -66,3 +72,130 @@ def test_a_killed_driver_s_run_goes_on_where_it_was(
     assert undisturbed.exit_code == 0, undisturbed.log
     for name in ("item_id", "label"):
         assert published(tmp_path / "undisturbed").column(name).equals(table.column(name))
+
+
+def test_a_run_id_goes_on_only_with_what_it_was_begun_with(job: Job, tiny_bundle: str, tmp_path: Path):
+    """A broken bucket stops the run; mended, the same command tries again what failed."""
+    manifest = write_catalog(tmp_path / "catalog", 600)
+    pictures = sorted((tmp_path / "catalog").glob("*.jpg"))
+    away = tmp_path / "away"
+    away.mkdir()
+    for picture in pictures[50:]:
+        picture.rename(away / picture.name)
+    arguments = ["--manifest", manifest, "--model", tiny_bundle, "--fragment-rows", "64", "--run-id", "night"]
+    stopped = job(*arguments, "--max-failed-fraction-by-reason", '{"not_found": 0.001}')
+    assert stopped.exit_code == 4, stopped.log
+    assert "--max-failed-fraction" in stopped.log
+    assert "tries not_found again" in stopped.log
+    assert not (stopped.output / "current.json").exists()
+
+    other = job(*arguments, "--top-k", "3")
+    assert other.exit_code == 2
+    assert "--top-k (it was 5 and is 3)" in other.log
+
+    for picture in away.iterdir():
+        picture.rename(tmp_path / "catalog" / picture.name)
+    outcome = job(*arguments)
+    assert outcome.exit_code == 0, outcome.log
+    assert outcome.record["counts"]["quarantined"] == 0
+    assert published(outcome.output).column("row").to_pylist() == list(range(600))
+
+
+def test_the_second_night_computes_what_has_changed_and_nothing_else(
+    job: Job, tiny_bundle: str, tmp_path: Path
+):
+    rows = 400
+    manifest = write_catalog(tmp_path / "catalog", rows, broken=(7,))
+    arguments = ["--manifest", manifest, "--model", tiny_bundle, "--keep", "shop"]
+    first = job(*arguments, "--run-id", "n1")
+    assert first.exit_code == 0, first.log
+    before = published(first.output)
+
+    folder = tmp_path / "catalog"
+    (folder / "3.jpg").write_bytes((folder / "200.jpg").read_bytes())  # another picture, a known content
+    (folder / "5.jpg").write_bytes(encode(draw(5005, 90, 70), "JPEG"))
+    (folder / "9.jpg").rename(folder / "renamed.jpg")
+    table = pq.read_table(manifest)
+    uris = ["renamed.jpg" if uri == "9.jpg" else uri for uri in table.column("uri").to_pylist()]
+    table = table.set_column(2, "uri", pa.array(uris)).set_column(1, "shop", pa.array([8] * rows))
+    assert table.column_names == ["item_id", "shop", "uri"]
+    pq.write_table(table, manifest, row_group_size=rows // 3)
+
+    assert job(*arguments, "--run-id", "n2").exit_code == 0
+    second = published(first.output)
+    record = json.loads((first.output / "runs" / "n2" / "run.json").read_text())
+    assert record["counts"] == {
+        "rows": rows,
+        "predicted": 1,
+        "reused": rows - 2,
+        "quarantined": 1,
+        "quarantined_by_reason": {"truncated": 1},
+    }
+    computed = second.filter(pa.compute.equal(second.column("origin"), "computed"))
+    assert computed.column("item_id").to_pylist() == ["item-5"]
+    assert second.column("item_id").equals(before.column("item_id"))
+    assert set(second.column("shop").to_pylist()) == {8}
+    labels, labels_before = second.column("label").to_pylist(), before.column("label").to_pylist()
+    rows_of = second.column("row").to_pylist()
+    assert labels[rows_of.index(3)] == labels_before[rows_of.index(200)]
+    assert second.column("uri").to_pylist()[rows_of.index(9)] == "renamed.jpg"
+
+    # Another model setting: nothing may be taken over.
+    third = job(*arguments, "--top-k", "3", "--run-id", "n3")
+    assert third.exit_code == 0
+    assert "reuse: nothing, n2 was made with another top_k" in third.log
+
+    # What failed is mended; only that is tried again.
+    (folder / "7.jpg").write_bytes(encode(draw(7, 90, 70), "JPEG"))
+    fourth = job(*arguments, "--retry-quarantine", "--reuse", "n2", "--run-id", "n4")
+    assert fourth.exit_code == 0, fourth.log
+    record = json.loads((first.output / "runs" / "n4" / "run.json").read_text())
+    assert (record["counts"]["predicted"], record["counts"]["reused"]) == (1, rows - 1)
+
+
+def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
+    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
+):
+    output = tmp_path / "small"
+    output.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(output)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        arguments = ["--manifest", catalog, "--model", tiny_bundle, "--fragment-rows", "100"]
+        stopped = job(*arguments, output=output)
+        assert stopped.exit_code == 4, stopped.log
+        assert "no room left on the device or quota; free some" in stopped.log.splitlines()[-1]
+        assert not (output / "current.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(output)], check=True)
+        outcome = job(*arguments, output=output)
+        assert outcome.exit_code == 0, outcome.log
+        assert "going on: " in outcome.log
+        assert published(output).num_rows == ROWS - len(BROKEN)
+    finally:
+        subprocess.run(["umount", str(output)], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shape", ["fused", "staged"])
+def test_images_that_kill_their_decoder_are_quarantined_and_no_others(
+    tiny_bundle: str, tmp_path: Path, clean_environment: dict[str, str], shape: str
+):
+    manifest = write_catalog(tmp_path / "catalog", 300)
+    for number in (40, 260):
+        with (tmp_path / "catalog" / f"{number}.jpg").open("ab") as file:
+            file.write(DEADLY)
+    environment = clean_environment | {"RAY_AUTH_MODE": "disabled"}
+    environment["PYTHONPATH"] = f"{REPOSITORY / 'tests' / 'poison'}:{REPOSITORY}"
+    command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", manifest, "--model", tiny_bundle]
+    command += ["--output", str(tmp_path / "out"), "--ray-address", "local", "--shape", shape]
+    command += ["--fragment-rows", "50", "--num-actors", "1", "--cpus-per-actor", "1"]
+    command += ["--no-measure-engines", "--precision", "fp32", "--engine", "torch"]
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = Outcome(0, done.stderr, tmp_path / "out")
+    assert outcome.record["counts"]["quarantined_by_reason"] == {"decoder_crash": 2}
+    assert outcome.quarantine.column("row").to_pylist() == [40, 260]
+    assert published(tmp_path / "out").num_rows == 298

@@ -1,12 +1,14 @@
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from batchcls.errors import InputError
 from batchcls.manifest import Fragment, FragmentReader, open_manifest
+from batchcls.row_ranges import RowRanges
 from batchcls.storage import Storage
 from tests.manifests import write_manifest
 
@@ -150,3 +152,27 @@ def test_a_place_without_parquet_says_how_to_make_a_manifest(tmp_path: Path):
     for uri in (str(tmp_path), f"{tmp_path}/*.parquet", str(tmp_path / "nothing.parquet")):
         with pytest.raises(InputError, match=r"(from-folder|no such)"):
             open_manifest(uri, STORAGE)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_picked_rows_are_cut_and_read_by_their_numbers(tmp_path: Path, inline: bool):
+    images = {"image": pa.array([bytes([n]) for n in range(40)], pa.binary())} if inline else {}
+    path = write_manifest(tmp_path / "m.parquet", [f"i{n}" for n in range(40)], row_group_size=15, **images)
+    manifest = open_manifest(str(path), STORAGE)
+    wanted = [0, 3, 4, 5, 14, 15, 29, 31, 39]
+    todo = RowRanges.of(np.array(wanted, np.int64))
+    fragments = list(manifest.fragments(repeat(3), todo))
+    assert [fragment.row_numbers().tolist() for fragment in fragments] == [
+        [0, 3, 4],
+        [5, 14],
+        [15, 29],
+        [31, 39],
+    ]
+    reader = FragmentReader(manifest.columns, STORAGE)
+    tables = [table for fragment in fragments for table in reader.read(fragment, 2)]
+    assert [table.num_rows for table in tables] == [2, 1, 2, 2, 2]
+    read = pa.concat_tables(tables)
+    assert read.column("row").to_pylist() == wanted
+    assert read.column("item_id").to_pylist() == [f"i{row}" for row in wanted]
+    if inline:
+        assert read.column("image").to_pylist() == [bytes([row]) for row in wanted]

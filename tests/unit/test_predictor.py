@@ -82,6 +82,7 @@ def block(values: list[int | None], dtype: type[np.generic] = np.uint8, first_ro
         "width": pa.nulls(n, pa.int32()),
         "height": pa.nulls(n, pa.int32()),
         "content_hash": pa.nulls(n, pa.string()),
+        "source_version": pa.nulls(n, pa.string()),
         "n_bytes": pa.nulls(n, pa.int64()),
         "attempts": pa.array([1] * n, pa.int32()),
         "reason": pa.array(["truncated" if v is None else None for v in values], pa.string()),

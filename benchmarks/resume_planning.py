@@ -1,0 +1,165 @@
+"""What planning costs before a row is done, to go on and to reuse: `python -m benchmarks.resume_planning`.
+
+For each number of rows: half of the receipts of a run are read and what is missing is cut into fragments;
+the index of an earlier run's predictions is built and searched for all rows, one in a hundred of which has
+changed. Each in a process of its own, whose seconds and peak memory are printed.
+"""
+
+import argparse
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import repeat
+from pathlib import Path
+from typing import TypeVar
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchcls.manifest import open_manifest
+from batchcls.row_ranges import RowRanges
+from batchcls.runs.parts import PartFile, Receipt
+from batchcls.runs.receipts import keep_receipt, missing_rows, read_receipts, settle_receipts
+from batchcls.runs.records import Counts, RunRecord
+from batchcls.runs.reuse import hashes_of, open_earlier, state_keys
+from batchcls.storage import Storage
+
+T = TypeVar("T")
+
+_STORAGE = Storage()
+_ROWS_PER_FILE = 2048
+_ROW_GROUP = 1_000_000
+
+
+def _texts(start: int, stop: int) -> dict[str, pa.Array]:
+    numbers = range(start, stop)
+    return {
+        "row": pa.array(numbers, pa.int64()),
+        "item_id": pa.array([f"item-{n:09d}" for n in numbers]),
+        "uri": pa.array([f"images/{n % 997:03d}/{n}.jpg" for n in numbers]),
+        "source_version": pa.array([f"etag:{n * 2654435761 % 2**64:032x}" for n in numbers]),
+        "content_hash": pa.array([hashlib.sha256(str(n).encode()).hexdigest() for n in numbers]),
+    }
+
+
+def prepare(rows: int, folder: Path) -> None:
+    """A manifest, the receipts of a run of which every second part is done, and an earlier run's files."""
+    for start in range(0, rows, _ROW_GROUP):
+        stop = min(rows, start + _ROW_GROUP)
+        texts = _texts(start, stop)
+        (folder / "manifest").mkdir(exist_ok=True)
+        table = pa.table({name: texts[name] for name in ("item_id", "uri")})
+        pq.write_table(table, folder / "manifest" / f"{start:012d}.parquet")
+        # Larger files than a run's, of the same rows: what is measured reads columns, not files.
+        (folder / "earlier" / "predictions").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(texts), folder / "earlier" / "predictions" / f"{start:012d}.parquet")
+    for start in range(0, rows, 2 * _ROWS_PER_FILE):
+        # A failed row out of a part now and then, as in real runs.
+        numbers = np.arange(start, min(rows, start + _ROWS_PER_FILE), dtype=np.int64)
+        found = RowRanges.of(np.delete(numbers, len(numbers) // 2))
+        file = PartFile(f"predictions/{start}.parquet", "predictions", len(found), 1, "0" * 64, found)
+        receipt = Receipt(f"part-{start:012d}.json", (file,), {"decode": 1.0}, 1, 0.0)
+        keep_receipt(receipt, str(folder / "run"), _STORAGE)
+
+
+def resume(rows: int, folder: Path) -> dict[str, float]:
+    """Read the ledger and cut what is missing."""
+    steps: dict[str, float] = {}
+    manifest = _timed(steps, "manifest", lambda: open_manifest(str(folder / "manifest"), _STORAGE))
+    receipts = _timed(steps, "receipts", lambda: read_receipts(str(folder / "run"), _STORAGE))
+    kept = _timed(steps, "settle", lambda: settle_receipts(receipts, rows, lambda file: file.may_pass))
+    todo = _timed(steps, "missing", lambda: missing_rows(kept, rows))
+    cut = _timed(
+        steps, "fragments", lambda: sum(len(f.row_numbers()) for f in manifest.fragments(repeat(2048), todo))
+    )
+    assert cut == len(todo)
+    return steps
+
+
+def reuse(rows: int, folder: Path) -> dict[str, float]:
+    """Build the index and search it for every row, as the tasks do."""
+    steps: dict[str, float] = {}
+    files = tuple(
+        PartFile(f"predictions/{path.name}", "predictions", pq.read_metadata(path).num_rows, 1, "")
+        for path in sorted((folder / "earlier" / "predictions").iterdir())
+    )
+    record = RunRecord(
+        output=str(folder),
+        folder=str(folder / "earlier"),
+        run_id="earlier",
+        committed=datetime.now(UTC),
+        manifest={},
+        model={},
+        unpublishable=(),
+        counts=Counts(rows, rows, 0, 0, {}),
+        files=files,
+        gates=(),
+        measured={},
+        raw={},
+    )
+    earlier = _timed(
+        steps, "index", lambda: open_earlier(record, _STORAGE, same_base=True, same_manifest=False)
+    )
+
+    def search() -> int:
+        found = 0
+        with duckdb.connect() as connection:
+            for start in range(0, rows, 16_384 * 8):
+                texts = _texts(start, min(rows, start + 16_384 * 8))
+                states = texts["source_version"].to_pylist()
+                states[::100] = ["etag:changed"] * len(states[::100])
+                keys = state_keys(texts["item_id"], texts["uri"], pa.array(states))
+                found += int((earlier.by_state.find(hashes_of(keys, connection)) >= 0).sum())
+        return found
+
+    found = _timed(steps, "search, with making its texts", search)
+    assert 0.98 * rows < found <= 0.99 * rows + 1000
+    return steps
+
+
+def _timed(steps: dict[str, float], name: str, step: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    result = step()
+    steps[name] = round(time.perf_counter() - started, 3)
+    return result
+
+
+def main() -> None:
+    """Measure at each number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default="1000000,10000000", help="by commas")
+    parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        name, rows, folder = arguments.step
+        steps = {"resume": resume, "reuse": reuse}[name](int(rows), Path(folder))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": steps, "peak_mib": round(peak)}))
+        return
+    for rows in map(int, arguments.rows.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(rows, Path(folder))
+            for name in ("resume", "reuse"):
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.resume_planning",
+                    "--step",
+                    name,
+                    str(rows),
+                    folder,
+                ]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                print(f"{rows} rows, {name}: {done.stdout.strip()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""A manifest written by somebody who means harm: addresses that it must not reach, ids that it must not mangle."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.drawing import draw, encode
+from tests.integration.conftest import Outcome
+
+FORBIDDEN = (
+    "/etc/passwd",
+    "file:///etc/passwd",
+    "../../../../../../../../etc/passwd",
+    "images/../../secret.jpg",
+    "images/link.jpg",
+    "http://169.254.169.254/latest/meta-data/iam/security-credentials/",
+    "http://[fd00:ec2::254]/latest/meta-data/",
+    "http://metadata.google.internal@169.254.169.254/",
+    "http://2852039166/latest/meta-data/",
+    "http://localhost/picture.jpg",
+    "simplecache::file:///etc/passwd",
+    "sftp://10.0.0.1/picture.jpg",
+)
+IDS = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "two\nlines\r\n\x1b[31mred",
+    "x" * 2**20,
+    "../../etc/cron.d/item",
+    "'; DROP TABLE items; --",
+    "\u202egnp.exe",
+)
+
+
+def test_no_address_is_reached_and_no_id_is_changed(
+    job: Callable[..., Outcome], tiny_bundle: str, tmp_path: Path
+):
+    catalog = tmp_path / "catalog"
+    (catalog / "images").mkdir(parents=True)
+    (catalog / "images" / "good.jpg").write_bytes(encode(draw(1, 90, 70), "JPEG"))
+    (tmp_path / "secret.jpg").write_bytes(encode(draw(2, 90, 70), "JPEG"))
+    (catalog / "images" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    ids = [*IDS, *(f"address-{n}" for n in range(len(FORBIDDEN)))]
+    uris = [*("images/good.jpg" for _ in IDS), *FORBIDDEN]
+    pq.write_table(pa.table({"item_id": ids, "uri": uris}), catalog / "manifest.parquet")
+    outcome = job(
+        *("--manifest", str(catalog / "manifest.parquet"), "--model", tiny_bundle),
+        *("--allow-root", str(catalog), "--max-failed-fraction", "1", "--fetch-attempts", "1"),
+    )
+    assert outcome.exit_code == 0, outcome.log
+    assert outcome.predictions.column("item_id").to_pylist() == list(IDS)
+    refused = dict(
+        zip(
+            *(outcome.quarantine.column(name).to_pylist() for name in ("uri", "reason")),
+            strict=True,
+        )
+    )
+    assert refused.keys() == set(FORBIDDEN)
+    assert set(refused.values()) <= {"forbidden_uri", "unsupported_scheme"}, refused
+    assert outcome.quarantine.column("content_hash").null_count == len(FORBIDDEN)
+    assert "root:" not in outcome.log
+    assert "\x1b[31m" not in outcome.log
+    # Nothing was written where an id or an address points to.
+    assert {path.name for path in tmp_path.iterdir()} == {"catalog", "output", "secret.jpg"}

@@ -1,0 +1,65 @@
+"""Images that kill their decoder, for real: a segfault and a bomb, in processes of their own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.isolated import Suspect, find_killers
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.settings import LoadSettings
+from batchcls.preprocessing import Preprocessing
+from batchcls.schema import Reason
+from batchcls.views import Views
+from tests.conftest import REPOSITORY
+from tests.drawing import draw, encode
+from tests.poison.sitecustomize import DEADLY, GREEDY
+
+
+@pytest.fixture
+def settings() -> LoadSettings:
+    return LoadSettings(
+        run_id="r",
+        base="",
+        kept=(),
+        fetch=FetchPolicy(),
+        limits=DecodeLimits(1_000_000, 8),
+        preprocessing=Preprocessing(
+            input_height=64,
+            input_width=64,
+            resize_height=70,
+            resize_width=70,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            interpolation="bilinear",
+        ),
+        views=Views(),
+        normalize="engine",
+        fetch_threads=1,
+        decode_threads=1,
+        block_rows=8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mark", "word"),
+    [(DEADLY, "SIGSEGV"), pytest.param(GREEDY, "memory", marks=pytest.mark.long)],
+)
+def test_the_rows_that_end_a_process_are_found_and_no_others(
+    settings: LoadSettings, monkeypatch: pytest.MonkeyPatch, mark: bytes, word: str
+):
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "poison"), str(REPOSITORY), *sys.path])
+    picture = encode(draw(0, 90, 70), "JPEG")
+    images = [picture, picture[:50], b"", picture + mark, picture]
+    suspects = [Suspect(10 + place, None, image) for place, image in enumerate(images)]
+    found = find_killers(settings, suspects)
+    assert list(found) == [13]
+    assert found[13].reason == Reason.DECODER_CRASH
+    assert word in found[13].detail
+
+
+def test_files_are_fetched_there_too_and_what_only_fails_is_no_killer(settings: LoadSettings, tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(encode(draw(0, 90, 70), "JPEG"))
+    suspects = [Suspect(0, str(tmp_path / "a.jpg"), None), Suspect(1, str(tmp_path / "gone.jpg"), None)]
+    assert find_killers(settings, suspects) == {}
