@@ -57,7 +57,7 @@ class Fetched:
     failure: Failure | None
     attempts: int
     n_bytes: int | None
-    version: str | None = None
+    version: str | None = field(default=None, compare=False)
 
 
 class Fetcher:

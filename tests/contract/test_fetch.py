@@ -202,3 +202,15 @@ def test_credentials_are_in_no_representation() -> None:
     assert "SECRET" not in repr(policy)
     assert "SECRET" not in repr(Fetcher(policy))
     assert "http://store" in repr(Fetcher(policy))
+
+
+def test_the_state_of_a_file_is_told_with_and_without_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"pixels")
+    os.utime(path, ns=(5, 1_700_000_000_123_456_789))
+    fetcher = Fetcher(FetchPolicy())
+    assert fetcher.version(str(path)) == fetcher.fetch(str(path)).version == "stat:6:1700000000123456789"
+    assert fetcher.version(str(tmp_path / "gone.jpg")) is None
+    assert fetcher.version("https://example.com/a.jpg") is None
+    confined = Fetcher(FetchPolicy(addresses=AddressPolicy((str(tmp_path / "other"),))))
+    assert confined.version(str(path)) is None

@@ -47,6 +47,19 @@ def test_an_object_comes_whole(s3: S3Server, fetcher: Fetcher) -> None:
     assert fetcher.fetch(put(s3, "empty.jpg", b"")) == Fetched(b"", None, 1, 0)
 
 
+def test_the_state_of_an_object_is_its_etag_with_and_without_reading_it(
+    s3: S3Server, fetcher: Fetcher
+) -> None:
+    uri = put(s3, "a.jpg", b"pixels")
+    before = fetcher.version(uri)
+    assert before is not None
+    assert before.startswith("etag:")
+    assert fetcher.fetch(uri).version == before
+    put(s3, "a.jpg", b"others")
+    assert fetcher.version(uri) not in (None, before)
+    assert fetcher.version(uri + ".gone") is None
+
+
 def test_the_scheme_may_be_in_capitals(s3: S3Server, fetcher: Fetcher) -> None:
     uri = put(s3, "a.jpg", b"pixels")
     assert fetcher.fetch("S3" + uri[2:]).data == b"pixels"

@@ -40,7 +40,7 @@ def receipts(output: Path) -> set[str]:
     return {path.name for path in output.glob("runs/*/receipts/*.json")}
 
 
-@pytest.mark.parametrize("shape", ["fused", "staged"])
+@pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.long)])
 def test_a_killed_driver_s_run_goes_on_where_it_was(
     cluster: Cluster, job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str
 ):
