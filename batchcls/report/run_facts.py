@@ -13,10 +13,11 @@ BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of the publish: `published`, and a sentence that says it with its reason."""
+    """What became of the publish, in a few words, and why; `because` is empty where nothing is to be said."""
 
     published: bool
-    sentence: str
+    headline: str
+    because: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from itertools import pairwise
 
 from batchcls.report.page import render_page
 from batchcls.report.run_cards import Cards
-from batchcls.report.run_facts import BINS, Category, Confidence, RunFacts, Thumbnail
-from batchcls.report.wording import count, difference, duration, points, rate, share, shown_label
+from batchcls.report.run_facts import BINS, Category, Confidence, RunFacts, Text, Thumbnail
+from batchcls.report.wording import count, difference, duration, points, rate, share, shown, shown_label
 
+_LONGEST_FACT = 400
 _STAGES = {
     "fetch": "fetch, waiting for storage",
     "decode": "decode and resize",
@@ -102,7 +103,7 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
         quarantine=[cards.refused(group, facts.rows) for group in facts.refused],
         stages=_stages(facts),
         speed=_speed(facts),
-        about=[(name, shown_label(value)) for name, value in facts.facts],
+        about=[(name, shown(Text(value, len(value)), _LONGEST_FACT)) for name, value in facts.facts],
     )
 
 

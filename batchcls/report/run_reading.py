@@ -65,24 +65,31 @@ def read_plan(record: RunRecord, storage: Storage) -> Mapping[str, Any]:
 
 def _verdict(record: RunRecord, gates: tuple[Gate, ...], current: str | None) -> Verdict:
     counts = record.counts
-    answered = counts.predicted + counts.reused
+    answered = f"{counts.predicted + counts.reused:,} of {counts.rows:,} items have an answer"
+    refusing = [f"{gate.sentence}." for gate in gates if not gate.passed]
     if current == record.run_id:
-        return Verdict(True, f"Published: {answered:,} of {counts.rows:,} items have an answer")
-    refusing = [gate for gate in gates if not gate.passed]
+        if refusing:
+            return Verdict(True, "Published although a gate refused it", _sentences(refusing))
+        return Verdict(True, f"Published: {answered}")
     if record.unpublishable:
-        return Verdict(False, f"Not published: {'; '.join(record.unpublishable)}")
+        return Verdict(False, "Never to be published", f"{answered}; {'; '.join(record.unpublishable)}.")
     if refusing:
-        others = f", and {count(len(refusing) - 1, 'other gate')}" if len(refusing) > 1 else ""
-        return Verdict(False, f"Not published: {refusing[0].sentence}{others}")
-    instead = "no run is" if current is None else f"{current} is"
-    return Verdict(False, f"Committed, but not the published run: {instead}")
+        return Verdict(False, "Not published: a gate refused it", _sentences(refusing))
+    instead = "no run is" if current is None else f"run {current} is"
+    return Verdict(False, f"Not the published run; {instead}", f"{answered}.")
+
+
+def _sentences(found: list[str]) -> str:
+    return " ".join(sentence[:1].upper() + sentence[1:] for sentence in found)
 
 
 def _gate(entry: Mapping[str, Any]) -> Gate:
+    name = str(entry["gate"])
+    write = _percent if "fraction" in name else _number
     return Gate(
-        name=str(entry["gate"]).replace("_", " "),
-        figure=_number(entry.get("figure")),
-        limit=_number(entry.get("limit")),
+        name=name.replace("_", " "),
+        figure=write(entry.get("figure")),
+        limit=write(entry.get("limit")),
         passed=bool(entry["passed"]),
         sentence=str(entry["sentence"]),
     )
@@ -90,6 +97,10 @@ def _gate(entry: Mapping[str, Any]) -> Gate:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def _before(record: RunRecord) -> Before:

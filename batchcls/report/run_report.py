@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from batchcls.config.common import FetchSettings
+from batchcls.errors import InputError
 from batchcls.images.addresses import resolve_uri
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.report.run_facts import Failed, Item, RunFacts, Thumbnail
@@ -37,7 +38,7 @@ def write_run_report(
         output: the job's output folder.
         run_id: of the run.
         storage: how to reach it.
-        before: id of the run to compare with; None compares with none.
+        before: id of the run to compare with; None: the one that the gates compared it with.
         storage_options: how images are reached where they are not local; what else fetching needs is in plan.json.
 
     Returns:
@@ -47,7 +48,7 @@ def write_run_report(
         InputError: there is no such run, a file of it is missing, or the store refuses.
     """
     record = read_record(output, run_id, storage)
-    earlier = None if before is None else read_record(output, before, storage)
+    earlier = read_record(output, before, storage) if before else _baseline(record, storage)
     facts = read_run(record, earlier, storage)
     thumbnails = _thumbnails(facts, record, read_plan(record, storage), storage_options or {})
     page = run_page(facts, thumbnails, version("batchcls"))
@@ -79,6 +80,18 @@ def report_after_run(
             type(error).__name__,
             error,
         )
+        return None
+
+
+def _baseline(record: RunRecord, storage: Storage) -> RunRecord | None:
+    """The run that this one was judged against; None where there was none, or it is there no more."""
+    run_id = record.raw.get("baseline")
+    if run_id is None:
+        return None
+    try:
+        return read_record(record.output, str(run_id), storage)
+    except InputError as error:
+        _logger.warning("the report of run %s compares with nothing: %s", record.run_id, error)
         return None
 
 
