@@ -2,11 +2,10 @@
 
     BatchclsError                      1  unexpected: a promise of this program did not hold
     |- InputError                      2  bad configuration or input; nothing was written
+    |- PublishRefused                  3  committed, and the published run stays as it was
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
     |- ReconciliationError             1  rows do not add up; not committed
     `- GoldenMismatch                  1  a network does not answer as its bundle says; nothing classified
-
-Exit code 3, committed and refused by a gate, is kept for the gates of the publish.
 
 Third-party exceptions are translated at the edge where they arise (storage, manifest, fetch,
 decode, weights), with the thing that was wrong and the remedy in the message. A failing *row*
@@ -37,6 +36,12 @@ class InputError(BatchclsError):
     """The configuration or an input is wrong; the message names the thing and the remedy."""
 
     exit_code = ExitCode.BAD_INPUT
+
+
+class PublishRefused(BatchclsError):  # noqa: N818 - a verdict, not a fault
+    """A committed run was not made the current one; what was published before still is."""
+
+    exit_code = ExitCode.PUBLISH_REFUSED
 
 
 class BudgetExceeded(BatchclsError):  # noqa: N818 - a verdict, not a fault

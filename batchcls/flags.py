@@ -86,6 +86,10 @@ def _read_toml(path: Path, settings: type[BaseModel]) -> dict[str, Any]:
         raise InputError(f"--config {path}: there is no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"--config {path}: {error}") from None
+    tables: Mapping[str, str] = getattr(settings, "toml_tables", {})
+    for table, prefix in tables.items():
+        if isinstance(values.get(table), dict):
+            values |= {prefix + name: value for name, value in values.pop(table).items()}
     values = {name.replace("-", "_"): value for name, value in values.items()}
     for name in values:
         if name not in settings.model_fields:

@@ -1,12 +1,15 @@
 """What a job says at its end: tables and lines for people."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from batchcls.models.bundle import Bundle
 from batchcls.runs.bottleneck import Bottleneck
 from batchcls.runs.busy import Resource
+from batchcls.runs.gates import GateResult
 from batchcls.schema import REASONS, Reason
 
 
@@ -16,6 +19,15 @@ def counts_table(predicted: int, failures: Counter[str]) -> Table:
     table.add_row("predicted", "", str(predicted), "")
     for reason, count in failures.most_common():
         table.add_row("quarantined", reason, str(count), REASONS[Reason(reason)].meaning)
+    return table
+
+
+def gates_table(gates: Sequence[GateResult]) -> Table:
+    """Every gate with what it found; those that were not passed are marked."""
+    table = Table("gate", "", "found", box=None, pad_edge=False, header_style="bold")
+    for gate in gates:
+        word = "refused" if not gate.passed else "-" if gate.figure is None else "passed"
+        table.add_row(gate.gate, word, Text(gate.sentence), style=None if gate.passed else "bold red")
     return table
 
 

@@ -106,8 +106,8 @@ def write_run(
     plan = plan_of(night, len(rows))
     folder = claim(plan, output, storage)
     receipts = write_parts(folder, rows, storage, parts)
-    measured = {"images_per_second": 12.5}
-    commit(plan, receipts, reconcile(receipts, len(rows)), measured, storage, folder)
+    findings = {"measured": {"images_per_second": 12.5}, **night.more}
+    commit(plan, receipts, reconcile(receipts, len(rows)), findings, storage, folder)
     return folder
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from batchcls.config.common import TAP_PATTERN, Auto, AutoOrCount, ClusterSettings, FetchSettings
 from batchcls.config.engines import EngineSettings
+from batchcls.config.gates import GateSettings
 from batchcls.schema import RESERVED_COLUMNS
 from batchcls.storage import redact_options, redact_uri
 from batchcls.views import AugmentationName
@@ -14,7 +15,7 @@ from batchcls.views import AugmentationName
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings):
+class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSettings):
     """Classify a catalog: manifest in, predictions and embeddings out."""
 
     manifest: str = Field(

@@ -21,14 +21,14 @@ from batchcls.pipeline.work import Load, Work
 from batchcls.placement import Placement, place
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile
+from batchcls.runs.judge import Verdict, judge, publish_judged
 from batchcls.runs.layout import new_run_id, run_folder
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.plan import Plan, claim
-from batchcls.runs.publish import publish
 from batchcls.runtime import nodes, ray_session, wait_for
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.tables import bottleneck_table, counts_table
+from batchcls.tables import bottleneck_table, counts_table, gates_table
 
 _logger = logging.getLogger("batchcls.jobs.classify")  # __name__ is __main__ here
 
@@ -70,10 +70,12 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
         "engine_choices": [choice.model_dump(mode="json") for choice in settled.measured],
     }
     check_budget(totals, config.max_failed_fraction)
+    verdict = judge(plan, executed.receipts, totals, config, inputs.storage)
     with explain(folder):
-        commit(plan, executed.receipts, totals, measured, inputs.storage, folder)
+        findings = {"measured": measured} | verdict.as_json()
+        commit(plan, executed.receipts, totals, findings, inputs.storage, folder)
     _summarize(totals, measured, found, folder)
-    _publish(config, plan, inputs.storage)
+    _publish(config, plan, verdict, inputs.storage)
     return ExitCode.DONE
 
 
@@ -172,15 +174,15 @@ def _summarize(totals: Totals, measured: dict[str, Any], found: Bottleneck, fold
     out.print(f"results: {redact_uri(folder)}")
 
 
-def _publish(config: ClassifyConfig, plan: Plan, storage: Storage) -> None:
+def _publish(config: ClassifyConfig, plan: Plan, verdict: Verdict, storage: Storage) -> None:
     out = results_console()
+    out.print(gates_table(verdict.gates))
     if plan.unpublishable:
         out.print(f"not published: {'; '.join(plan.unpublishable)}")
     elif not config.publish:
         out.print("not published: --no-publish")
     else:
-        with explain(config.output):
-            publish(config.output, plan.run_id, storage)
+        publish_judged(plan, verdict, config.output, storage)
         out.print(f"published: {redact_uri(join(config.output, 'current.json'))}")
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -79,13 +79,14 @@ def commit(
     plan: Plan,
     receipts: Sequence[Receipt],
     totals: Totals,
-    measured: dict[str, Any],
+    findings: Mapping[str, Any],
     storage: Storage,
     folder: str,
 ) -> None:
     """Write run.json; from then on the run exists for readers.
 
-    `measured` holds wall-clock seconds, images per second and the hardware.
+    `findings` are further keys of it: `measured` (wall-clock seconds, images per second, hardware), and
+    `summary`, `baseline` and `gates` of `judge.Verdict`.
     """
     record = {
         "format": "batchcls-run-1",
@@ -103,7 +104,7 @@ def commit(
         },
         "stage_seconds": totals.stage_seconds,
         "image_bytes": totals.image_bytes,
-        "measured": measured,
+        **findings,
         "files": sorted(
             (asdict(file) for receipt in receipts for file in receipt.files), key=lambda f: f["path"]
         ),

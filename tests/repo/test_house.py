@@ -25,6 +25,7 @@ ROOMS = (
     ("inference",),
     ("images", "models", "identity"),
     ("manifest", "config", "flags"),
+    ("swap",),
     ("storage", "storage_errors", "local_files", "uris"),
     ("views",),
     ("preprocessing", "hardware", "schema", "errors"),

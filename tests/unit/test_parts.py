@@ -113,7 +113,7 @@ def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: P
     output = str(tmp_path)
     folder = claim(PLAN, output, Storage())
     found = receipts(Path(folder))
-    commit(PLAN, found, reconcile(found, 8), {"images_per_second": 3.0}, Storage(), folder)
+    commit(PLAN, found, reconcile(found, 8), {"measured": {"images_per_second": 3.0}}, Storage(), folder)
     publish(output, "night-1", Storage())
     current = json.loads((tmp_path / "current.json").read_text())
     record = json.loads((tmp_path / current["path"] / "run.json").read_text())

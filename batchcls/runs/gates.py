@@ -1,0 +1,231 @@
+"""The gates in front of a publish: a figure, a limit, and a sentence for people; a closed list.
+
+The published run is the baseline. Without one, only the gates that need none judge. Another model than
+the baseline's is judged by the same limits, since the shop sees the same change; the sentences say so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from batchcls.config.gates import GateSettings
+from batchcls.runs.records import Counts
+from batchcls.runs.summary import Summary, jensen_shannon
+
+Bound = Literal["at most", "at least"]
+
+_ABOVE_CHANCE = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class GateResult:
+    """What one gate found.
+
+    `figure` and `limit` are None where there was nothing to judge; such a gate is passed.
+    """
+
+    gate: str
+    figure: float | None
+    limit: float | None
+    passed: bool
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The published run, as far as gates compare with it.
+
+    `compared` items have an answer in both runs, `changed` of them another label than before.
+    """
+
+    run_id: str
+    model_changed: bool
+    rows: int
+    summary: Summary
+    compared: int
+    changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The run that wants to be published."""
+
+    counts: Counts
+    summary: Summary
+    classes: int
+    baseline: Baseline | None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The gates' settings, and the error budget that some of them fall back on."""
+
+    gates: GateSettings
+    max_failed_fraction: float
+
+    @property
+    def failed_fraction(self) -> float:
+        """Largest share of failed rows."""
+        given = self.gates.gate_max_failed_fraction
+        return self.max_failed_fraction if given is None else given
+
+
+def judge_gates(subject: Subject, limits: Limits) -> tuple[GateResult, ...]:
+    """What every gate says, in the order of this module."""
+    found = [result for gate in _ABSOLUTE for result in gate(subject, limits)]
+    if subject.baseline is not None:
+        found += [gate(subject, subject.baseline, limits) for gate in _RELATIVE]
+    return tuple(found)
+
+
+def refused(gates: Sequence[GateResult]) -> list[GateResult]:
+    """The gates that were not passed."""
+    return [gate for gate in gates if not gate.passed]
+
+
+def _failed(subject: Subject, limits: Limits) -> list[GateResult]:
+    counts = subject.counts
+    results = [
+        _share("failed_fraction", counts.quarantined, counts.rows, limits.failed_fraction, "rows failed")
+    ]
+    by_reason = limits.gates.gate_max_failed_fraction_by_reason
+    for reason, limit in sorted(by_reason.items()):
+        count = counts.quarantined_by_reason.get(reason, 0)
+        results.append(
+            _share(
+                f"failed_fraction_{reason.value}",
+                count,
+                counts.rows,
+                limit,
+                f"rows failed with {reason.value}",
+            )
+        )
+    return results
+
+
+def _coverage(subject: Subject, limits: Limits) -> list[GateResult]:
+    counts, given = subject.counts, limits.gates.gate_min_coverage_fraction
+    limit = 1 - limits.failed_fraction if given is None else given
+    figure = (counts.predicted + counts.reused) / counts.rows
+    text = f"{figure:.2%} of {counts.rows} rows have an answer"
+    return [_result("coverage_fraction", figure, "at least", limit, text, percent=True)]
+
+
+def _confidence(subject: Subject, limits: Limits) -> list[GateResult]:
+    name, summary = "mean_confidence", subject.summary
+    if summary.mean_confidence is None or summary.answered < limits.gates.gate_from_rows:
+        return [_unjudged(name, summary.answered, limits)]
+    given = limits.gates.gate_min_mean_confidence
+    limit = min(1.0, _ABOVE_CHANCE / max(2, subject.classes)) if given is None else given
+    text = f"the mean confidence is {summary.mean_confidence:.4f}"
+    return [_result(name, summary.mean_confidence, "at least", limit, text)]
+
+
+def _non_finite(subject: Subject, limits: Limits) -> list[GateResult]:
+    found = subject.summary.embeddings
+    if found is None:
+        return []
+    text = f"{found.non_finite} embeddings have NaN or infinity in them"
+    limit = limits.gates.gate_max_non_finite_embeddings
+    return [_result("non_finite_embeddings", found.non_finite, "at most", limit, text)]
+
+
+def _changed_labels(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+    del subject
+    name = "changed_labels_fraction"
+    if baseline.compared < max(1, limits.gates.gate_from_rows):
+        return _unjudged(name, baseline.compared, limits)
+    figure = baseline.changed / baseline.compared
+    text = (
+        f"{figure:.2%} of the {baseline.compared} items that run {baseline.run_id} has, too, got another label"
+        f"{_of_another_model(baseline)}"
+    )
+    return _result(name, figure, "at most", limits.gates.gate_max_changed_labels_fraction, text, percent=True)
+
+
+def _category_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+    name, fewest = "category_shift", min(subject.summary.answered, baseline.summary.answered)
+    if fewest < max(1, limits.gates.gate_from_rows):
+        return _unjudged(name, fewest, limits)
+    figure = jensen_shannon(subject.summary.categories, baseline.summary.categories)
+    text = (
+        f"the category mix is {figure:.4f} (Jensen-Shannon distance) from run {baseline.run_id}'s"
+        f"{_of_another_model(baseline)}"
+    )
+    return _result(name, figure, "at most", limits.gates.gate_max_category_shift, text)
+
+
+def _confidence_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+    name, new, old = "mean_confidence_shift", subject.summary, baseline.summary
+    fewest = min(new.answered, old.answered)
+    if new.mean_confidence is None or old.mean_confidence is None or fewest < limits.gates.gate_from_rows:
+        return _unjudged(name, fewest, limits)
+    figure = abs(new.mean_confidence - old.mean_confidence)
+    text = (
+        f"the mean confidence went from {old.mean_confidence:.4f} to {new.mean_confidence:.4f}"
+        f"{_of_another_model(baseline)}"
+    )
+    return _result(name, figure, "at most", limits.gates.gate_max_mean_confidence_shift, text)
+
+
+def _norm_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+    name, new, old = "embedding_norm_shift_fraction", subject.summary.embeddings, baseline.summary.embeddings
+    fewest = min(new.rows if new else 0, old.rows if old else 0)
+    if new is None or old is None or not old.mean_norm or fewest < limits.gates.gate_from_rows:
+        return _unjudged(name, fewest, limits)
+    figure = abs(new.mean_norm / old.mean_norm - 1)
+    text = (
+        f"the mean length of the embeddings went from {old.mean_norm:.4g} to {new.mean_norm:.4g}"
+        f"{_of_another_model(baseline)}"
+    )
+    limit = limits.gates.gate_max_embedding_norm_shift_fraction
+    return _result(name, figure, "at most", limit, text, percent=True)
+
+
+def _row_count(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+    name, most = "row_count_change_fraction", max(subject.counts.rows, baseline.rows)
+    if most < limits.gates.gate_from_rows or not baseline.rows:
+        return _unjudged(name, most, limits)
+    figure = abs(subject.counts.rows / baseline.rows - 1)
+    text = f"{subject.counts.rows} rows after {baseline.rows} in run {baseline.run_id}"
+    limit = limits.gates.gate_max_row_count_change_fraction
+    return _result(name, figure, "at most", limit, text, percent=True)
+
+
+_ABSOLUTE: tuple[Callable[[Subject, Limits], list[GateResult]], ...] = (
+    _failed,
+    _coverage,
+    _confidence,
+    _non_finite,
+)
+_RELATIVE: tuple[Callable[[Subject, Baseline, Limits], GateResult], ...] = (
+    _changed_labels,
+    _category_shift,
+    _confidence_shift,
+    _norm_shift,
+    _row_count,
+)
+
+
+def _share(gate: str, count: int, rows: int, limit: float, what: str) -> GateResult:
+    text = f"{count} of {rows} {what} ({count / rows:.2%})"
+    return _result(gate, count / rows, "at most", limit, text, percent=True)
+
+
+def _result(
+    gate: str, figure: float, bound: Bound, limit: float, text: str, *, percent: bool = False
+) -> GateResult:
+    # Figures that are equal on paper, such as 1 - 0.01 and 0.99, must not differ by a rounding.
+    slack = 1e-9
+    passed = figure <= limit + slack if bound == "at most" else figure >= limit - slack
+    shown = f"{limit:.2%}" if percent else f"{limit:.4g}"
+    return GateResult(gate, float(figure), float(limit), passed, f"{text}; allowed is {bound} {shown}")
+
+
+def _unjudged(gate: str, rows: int, limits: Limits) -> GateResult:
+    text = f"not judged: {rows} rows to compare, --gate-from-rows is {limits.gates.gate_from_rows}"
+    return GateResult(gate, None, None, True, text)
+
+
+def _of_another_model(baseline: Baseline) -> str:
+    return ", which another model classified" if baseline.model_changed else ""

@@ -1,0 +1,37 @@
+"""DuckDB within bounds: a memory limit, and a folder of its own to spill to."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import duckdb
+
+from batchcls.errors import BatchclsError, InputError
+
+MEMORY_MIB = 2048
+"""What a query may take of the driver's memory; the rest goes to disk."""
+
+
+@contextmanager
+def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection without a database; what does not fit in memory is spilled and gone at the end.
+
+    Raises:
+        BatchclsError: the folder for temporary files has no room.
+        InputError: a file that is being read is missing or damaged.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="batchcls-query-") as folder,
+        duckdb.connect(config={"memory_limit": f"{memory_mib}MiB", "temp_directory": folder}) as connection,
+    ):
+        connection.execute("SET enable_progress_bar = false")
+        connection.execute("SET preserve_insertion_order = false")
+        try:
+            yield connection
+        except duckdb.OutOfMemoryException as error:
+            raise BatchclsError(
+                f"a query needs more than {memory_mib} MiB of memory and the room for temporary files: {error}; "
+                "free some, or set TMPDIR to a larger disk"
+            ) from None
+        except (duckdb.InvalidInputException, duckdb.IOException) as error:
+            raise InputError(f"a file of the run cannot be read: {error}; see `runs verify`") from None
