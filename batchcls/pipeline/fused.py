@@ -16,6 +16,7 @@ from batchcls.errors import BatchclsError
 from batchcls.manifest import Fragment
 from batchcls.pipeline.causes import cause_of
 from batchcls.pipeline.fused_actor import CONCURRENCY, FRAGMENTS_IN_FLIGHT, FragmentActor, Orders, UnderWay
+from batchcls.pipeline.metrics import metrics_of
 from batchcls.pipeline.tally import Progress
 from batchcls.pipeline.work import ACTOR_RESTARTS, RETRIES, Work
 from batchcls.placement import fragment_sizes
@@ -154,6 +155,7 @@ class FusedRun:
         else:
             if isinstance(found, Receipt):
                 self._receipts.append(found)
+                metrics_of(self._work.load.settings.run_id).record(found)
                 self._finished_rows += len(found.ranges)
                 self._failures += found.failures
             else:

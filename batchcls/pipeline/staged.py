@@ -28,7 +28,7 @@ class StagedRun:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._tally = ray.remote(num_cpus=0)(Tally).remote()
-        self._sink = PartSink(work.writer, work.placement.rows_per_file)
+        self._sink = PartSink(work.load.settings.run_id, work.writer, work.placement.rows_per_file)
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
         """How far the run is. Raises Ray's errors when the cluster does not answer in time."""

@@ -6,13 +6,15 @@ from typing import Any
 import pyarrow as pa
 from ray.data import Datasink
 
+from batchcls.pipeline.metrics import metrics_of
 from batchcls.runs.parts import PartWriter, Receipt
 
 
 class PartSink(Datasink[Receipt]):
     """Gathers at least `rows_per_file` rows a write; keeps the receipts on the driver."""
 
-    def __init__(self, writer: PartWriter, rows_per_file: int) -> None:
+    def __init__(self, run_id: str, writer: PartWriter, rows_per_file: int) -> None:
+        self._run_id = run_id
         self._writer = writer
         self._rows_per_file = rows_per_file
         self.receipts: list[Receipt] = []
@@ -20,7 +22,9 @@ class PartSink(Datasink[Receipt]):
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> Receipt:
         """In a write task: one part."""
         del ctx
-        return self._writer.write([block for block in blocks if block.num_rows])
+        receipt = self._writer.write([block for block in blocks if block.num_rows])
+        metrics_of(self._run_id).record(receipt)
+        return receipt
 
     def on_write_complete(self, write_result: Any) -> None:
         """On the driver: of a repeated task only the attempt that Ray counted is here."""
