@@ -1,6 +1,7 @@
 """What a run could have been, for tests of its page: every part filled, with strings that mean harm."""
 
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from batchcls.report.run_facts import (
     BINS,
@@ -53,7 +54,9 @@ def full_facts() -> RunFacts:
     return RunFacts(
         run_id="20261125-033000-4f2a",
         committed=datetime(2026, 11, 25, 3, 41, tzinfo=UTC),
-        verdict=Verdict(False, "Not published: a gate refused it", "12 % of the labels changed; 10 % are allowed."),
+        verdict=Verdict(
+            False, "Not published: a gate refused it", "12 % of the labels changed; 10 % are allowed."
+        ),
         gates=(
             Gate("failed fraction", "0.40 %", "1.00 %", True, "4 of 1000 rows failed"),
             Gate("changed labels fraction", "12.00 %", "10.00 %", False, "12 % of the labels changed"),
@@ -86,7 +89,9 @@ def full_facts() -> RunFacts:
             predictions_before=880,
             largest=categories,
             moved=categories[:3],
-            examples=tuple((entry, tuple(item(20 + 4 * i + j) for j in range(4))) for i, entry in enumerate(categories)),
+            examples=tuple(
+                (entry, tuple(item(20 + 4 * i + j) for j in range(4))) for i, entry in enumerate(categories)
+            ),
         ),
         changes=Changes(
             run_id="20261124-033000-11aa",
@@ -96,7 +101,7 @@ def full_facts() -> RunFacts:
             gone=5,
             flows=tuple(
                 Flow(old, new, 30 - i, tuple(item(50 + 4 * i + j, label=new) for j in range(4)))
-                for i, (old, new) in enumerate(zip(LABELS, LABELS[1:], strict=False))
+                for i, (old, new) in enumerate(pairwise(LABELS))
             ),
             flow_count=44,
             causes=(("another model", 90), ("another picture", 10)),

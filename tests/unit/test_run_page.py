@@ -22,7 +22,7 @@ def facts() -> RunFacts:
 
 @pytest.fixture(scope="module")
 def page(facts: RunFacts) -> str:
-    return run_page(facts, {row: PICTURE for row in range(100)}, "0.1.0")
+    return run_page(facts, dict.fromkeys(range(100), PICTURE), "0.1.0")
 
 
 def test_the_page_needs_nothing_but_itself(page: str):
@@ -60,7 +60,7 @@ def test_the_verdict_stands_first_with_its_figures(page: str, facts: RunFacts):
         facts.verdict.headline,
         facts.verdict.because,
         "1,000",
-        "refused",
+        "changed labels fraction",
         "another model",
         "lamps / desk",
         "240",
@@ -125,5 +125,9 @@ def test_figures_read_well():
     )
     assert (size(21), size(20_400), size(3_200_000_000)) == ("21 bytes", "20 KB", "3.2 GB")
     assert (rate(12_345.6), rate(17.26)) == ("12,346", "17.3")
-    assert (shown(Text(None, 0)), shown(Text("", 0)), shown(Text("a\nb", 3))) == ("(null)", "(empty)", "a\ufffdb")
+    assert (shown(Text(None, 0)), shown(Text("", 0)), shown(Text("a\nb", 3))) == (
+        "(null)",
+        "(empty)",
+        "a\ufffdb",
+    )
     assert shown(Text("abcdef", 6), 4) == "abc\u2026"
