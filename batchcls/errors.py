@@ -4,6 +4,8 @@
     |- InputError                      2  bad configuration or input; nothing was written
     |- PublishRefused                  3  committed, and the published run stays as it was
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
+    |- StorageStoppedError             4  storage failed or is full in mid-run; not committed, resumable
+    |- LeaseLostError                  4  another job has taken the run over; not committed by this one
     |- ReconciliationError             1  rows do not add up; not committed
     `- GoldenMismatch                  1  a network does not answer as its bundle says; nothing classified
 
@@ -23,6 +25,7 @@ class ExitCode(IntEnum):
     BAD_INPUT = 2
     PUBLISH_REFUSED = 3
     BUDGET_EXCEEDED = 4
+    """Stopped, not committed, resumable: by the error budget, by storage, or by another job."""
     INTERRUPTED = 130
 
 
@@ -46,6 +49,18 @@ class PublishRefused(BatchclsError):  # noqa: N818 - a verdict, not a fault
 
 class BudgetExceeded(BatchclsError):  # noqa: N818 - a verdict, not a fault
     """More rows failed than the job was told to accept; nothing was committed."""
+
+    exit_code = ExitCode.BUDGET_EXCEEDED
+
+
+class StorageStoppedError(BatchclsError):
+    """Storage failed or is full in the middle of a run; the same command goes on once that is mended."""
+
+    exit_code = ExitCode.BUDGET_EXCEEDED
+
+
+class LeaseLostError(BatchclsError):
+    """Another job has taken this run over; it commits, this one does not."""
 
     exit_code = ExitCode.BUDGET_EXCEEDED
 

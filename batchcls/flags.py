@@ -119,8 +119,11 @@ def _parse(value: Any, field: FieldInfo) -> Any:
 def _complaints(error: ValidationError) -> list[str]:
     lines: dict[str, str] = {}
     for item in error.errors(include_url=False, include_input=False, include_context=False):
-        flag = "--" + str(item["loc"][0]).replace("_", "-")
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
+        if not item["loc"]:  # about several settings, which the message names
+            lines.setdefault(message, message)
+            continue
+        flag = "--" + str(item["loc"][0]).replace("_", "-")
         lines.setdefault(flag, f"{flag}: {message}" if item["type"] != "missing" else f"{flag} {message}")
     return list(lines.values())
 

@@ -1,19 +1,31 @@
 """Local files, whole or not at all."""
 
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_local(path: str, data: bytes, place: Callable[[Path, Path], None]) -> None:
     """Write beside the target, force to disk, then `place` (os.replace or os.link) the whole file."""
-    target = Path(path)
+    _write(Path(path), lambda file: file.write(data), place)
+
+
+def copy_local(source: Path, path: str) -> None:
+    """Put a copy of a file in the place of another one, which stays whole until the copy is on disk."""
+    with source.open("rb") as opened:
+        _write(Path(path), lambda file: shutil.copyfileobj(opened, file), os.replace)
+
+
+def _write(target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         place(temporary, target)
@@ -46,3 +58,13 @@ def _refuse_gap(error: OSError) -> None:
     """Make os.walk raise for a folder it cannot read; by itself it would leave the folder out."""
     if not isinstance(error, FileNotFoundError):
         raise error
+
+
+def remove_empty(top: Path) -> None:
+    """Remove a folder and those below it, as far as they hold nothing."""
+    for folder, _, _ in os.walk(top, topdown=False):
+        try:
+            Path(folder).rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise

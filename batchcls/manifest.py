@@ -9,15 +9,20 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
+from batchcls.manifest_columns import Columns, agree_on_columns
+from batchcls.row_ranges import RowRanges, Rows
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
 from batchcls.storage import FileInfo, Storage, explain, local_path, redact_uri
+
+__all__ = ["Columns", "Fragment", "FragmentReader", "Manifest", "ManifestFile", "open_manifest"]
 
 _FOOTER_THREADS = 16
 _CACHED_ROW_GROUP_BYTES = 256 * 2**20
@@ -39,30 +44,35 @@ class ManifestFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
-    """Which of the manifest's columns plays which part; None where the manifest has none."""
-
-    item_id: str
-    uri: str | None
-    image: str | None
-    kept: tuple[pa.Field, ...]
-
-    @property
-    def names(self) -> list[str]:
-        """The columns that a load task reads, no others."""
-        parts = (self.item_id, self.uri, self.image, *(field.name for field in self.kept))
-        return [name for name in parts if name is not None]
-
-
-@dataclass(frozen=True, slots=True)
 class Fragment:
-    """A run of rows inside one row group: what one load task works on."""
+    """Rows of one row group, ascending: what one load task works on.
+
+    Attributes:
+        uri: file of the manifest.
+        row_group: number of the row group in the file.
+        offset: place of the first row in the row group.
+        rows: how many rows.
+        first_row: number of the first row in the snapshot.
+        picked: the rows' numbers in the snapshot; None: all of them stand together.
+    """
 
     uri: str
     row_group: int
     offset: int
     rows: int
     first_row: int
+    picked: RowRanges | None = field(default=None, compare=False)
+
+    @property
+    def stop(self) -> int:
+        """The number after that of the last row."""
+        return self.first_row + self.rows if self.picked is None else int(self.picked.stops[-1])
+
+    def row_numbers(self) -> Rows:
+        """Numbers of the rows in the snapshot, ascending."""
+        if self.picked is None:
+            return np.arange(self.first_row, self.first_row + self.rows, dtype=np.int64)
+        return self.picked.rows()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +101,25 @@ class Manifest:
         """The same rows without the columns that pass through."""
         return replace(self, columns=replace(self.columns, kept=()))
 
-    def fragments(self, sizes: Iterable[int]) -> Iterator[Fragment]:
-        """Cut the snapshot into fragments, in row order.
+    def fragments(self, sizes: Iterable[int], todo: RowRanges | None = None) -> Iterator[Fragment]:
+        """Cut the snapshot, or the rows of it that are to be done, into fragments in row order.
 
         Args:
             sizes: most rows of the next fragment, each at least 1; a row group's end makes one
                 shorter. There are to be enough of them: `itertools.repeat(n)` gives all the same.
+            todo: the rows to be done; None: all.
         """
         wanted = iter(sizes)
+        todo = RowRanges.all(self.rows) if todo is None else todo
         for file in self.files:
             first_row = file.first_row
             for row_group, rows in enumerate(file.row_groups):
-                offset = 0
-                while offset < rows and first_row + offset < self.rows:
-                    start = first_row + offset
-                    count = min(next(wanted), rows - offset, self.rows - start)
-                    yield Fragment(file.uri, row_group, offset, count, start)
-                    offset += count
+                left = todo.between(first_row, min(first_row + rows, self.rows))
+                while len(left):
+                    taken, left = left.split(next(wanted))
+                    start = int(taken.starts[0])
+                    picked = taken if len(taken.starts) > 1 else None
+                    yield Fragment(file.uri, row_group, start - first_row, len(taken), start, picked)
                 first_row += rows
 
 
@@ -135,7 +147,7 @@ def open_manifest(
     found = _find_files(uri, storage)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda info: _read_footer(info, storage), found))
-    columns = _agree_on_columns(found, footers, id_column, keep)
+    columns = agree_on_columns(found, footers, id_column, keep)
     files: list[ManifestFile] = []
     first_row = 0
     for info, footer in zip(found, footers, strict=True):
@@ -198,69 +210,6 @@ def _digest(info: FileInfo, footer: pq.FileMetaData) -> str:
     return digest.hexdigest()
 
 
-def _agree_on_columns(
-    found: list[FileInfo], footers: list[pq.FileMetaData], id_column: str, keep: Sequence[str]
-) -> Columns:
-    first: Columns | None = None
-    for info, footer in zip(found, footers, strict=True):
-        columns = _columns_of(footer.schema.to_arrow_schema(), info.uri, id_column, keep)
-        first = first or columns
-        for name in ("uri", "image"):
-            if getattr(columns, name) != getattr(first, name):
-                raise InputError(
-                    f"the files of the manifest disagree: column {name} is in one of {redact_uri(found[0].uri)} "
-                    f"and {redact_uri(info.uri)} only"
-                )
-        for ours, theirs in zip(columns.kept, first.kept, strict=True):
-            if ours.type != theirs.type:
-                raise InputError(
-                    f"the files of the manifest disagree: column {ours.name} is {theirs.type} in "
-                    f"{redact_uri(found[0].uri)} and {ours.type} in {redact_uri(info.uri)}"
-                )
-    assert first is not None
-    return first
-
-
-def _columns_of(schema: pa.Schema, uri: str, id_column: str, keep: Sequence[str]) -> Columns:
-    def typed(name: str, is_right: bool, wanted: str, remedy: str) -> None:
-        if not is_right:
-            raise InputError(
-                f"{redact_uri(uri)}: column {name} has type {schema.field(name).type}, {wanted} is needed; {remedy}"
-            )
-
-    def missing(name: str, remedy: str) -> InputError:
-        return InputError(
-            f"{redact_uri(uri)}: column {name} is missing; it has {', '.join(schema.names)}; {remedy}"
-        )
-
-    if id_column not in schema.names:
-        raise missing(id_column, "name the column of unique ids with --id-column")
-    typed(id_column, _is_text(schema.field(id_column).type), "string", "cast it when writing the manifest")
-    if URI not in schema.names and IMAGE not in schema.names:
-        raise missing(f"{URI} or {IMAGE}", "each row needs the address of its picture or the picture itself")
-    if URI in schema.names:
-        typed(URI, _is_text(schema.field(URI).type), "string", "cast it when writing the manifest")
-    if IMAGE in schema.names:
-        kind = schema.field(IMAGE).type
-        is_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-        typed(IMAGE, is_bytes, "binary", "it holds the bytes of the image file")
-    for name in keep:
-        if name not in schema.names:
-            raise missing(name, "--keep names columns of the manifest")
-    return Columns(
-        item_id=id_column,
-        uri=URI if URI in schema.names else None,
-        image=IMAGE if IMAGE in schema.names else None,
-        kept=tuple(schema.field(name).remove_metadata().with_nullable(True) for name in keep),
-    )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
 class FragmentReader:
     """Reads the rows of fragments; one per process, so that a large row group is decoded once.
 
@@ -279,20 +228,27 @@ class FragmentReader:
         The tables have the columns row, item_id, uri, image (null where the manifest has none) and
         the kept ones, text as plain strings.
         """
-        first_row = fragment.first_row
+        numbers, start = fragment.row_numbers(), 0
         for table in self._slices(fragment, rows_per_table):
-            yield self._named(table, first_row)
-            first_row += table.num_rows
+            yield self._named(table, numbers[start : start + table.num_rows])
+            start += table.num_rows
 
     def _slices(self, fragment: Fragment, rows_per_table: int) -> Iterator[pa.Table]:
         if self._columns.image is None:
-            table = self._row_group(fragment).slice(fragment.offset, fragment.rows)
+            table = self._row_group(fragment)
+            if fragment.picked is None:
+                table = table.slice(fragment.offset, fragment.rows)
+            else:
+                table = table.take(_places(fragment))
             for start in range(0, table.num_rows, rows_per_table):
                 yield table.slice(start, rows_per_table)
             return
         with explain(fragment.uri), self._open(fragment.uri) as file:
             batches = file.iter_batches(rows_per_table, [fragment.row_group], self._columns.names)
-            yield from _cut(batches, fragment.offset, fragment.rows, rows_per_table)
+            if fragment.picked is None:
+                yield from _cut(batches, fragment.offset, fragment.rows, rows_per_table)
+            else:
+                yield from _cut(_picked(batches, _places(fragment)), 0, fragment.rows, rows_per_table)
 
     def _row_group(self, fragment: Fragment) -> pa.Table:
         key = (fragment.uri, fragment.row_group)
@@ -307,16 +263,33 @@ class FragmentReader:
         filesystem, path = self._storage.arrow_filesystem(uri)
         return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
 
-    def _named(self, table: pa.Table, first_row: int) -> pa.Table:
+    def _named(self, table: pa.Table, numbers: Rows) -> pa.Table:
         columns = self._columns
         rows = table.num_rows
         data = {
-            ROW: pa.array(range(first_row, first_row + rows), pa.int64()),
+            ROW: pa.array(numbers),
             ITEM_ID: table.column(columns.item_id).cast(pa.string()),
             URI: table.column(columns.uri).cast(pa.string()) if columns.uri else pa.nulls(rows, pa.string()),
             IMAGE: table.column(columns.image) if columns.image else pa.nulls(rows, pa.binary()),
         }
         return pa.table(data | {field.name: table.column(field.name) for field in columns.kept})
+
+
+def _places(fragment: Fragment) -> Rows:
+    """Places of the fragment's rows in their row group."""
+    return fragment.row_numbers() - (fragment.first_row - fragment.offset)
+
+
+def _picked(batches: Iterator[pa.RecordBatch], places: Rows) -> Iterator[pa.RecordBatch]:
+    """The rows of consecutive batches at these places, ascending."""
+    start = 0
+    for batch in batches:
+        first, last = np.searchsorted(places, (start, start + batch.num_rows))
+        if first < last:
+            yield batch.take(pa.array(places[first:last] - start))
+        start += batch.num_rows
+        if last == len(places):
+            return
 
 
 def _cut(

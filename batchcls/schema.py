@@ -76,6 +76,12 @@ REASONS: dict[Reason, ReasonRecord] = {
 }
 
 
+MAY_PASS = frozenset(
+    {Reason.NOT_FOUND, Reason.ACCESS_DENIED, Reason.TIMEOUT, Reason.THROTTLED, Reason.FETCH_FAILED}
+)
+"""Reasons that lie with the store or the network and not with the image: a run that goes on tries such rows again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why one row has no prediction.

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow.fs
 from fsspec.registry import get_filesystem_class
 
 from batchcls.errors import InputError
-from batchcls.local_files import walk, write_local
+from batchcls.local_files import copy_local, remove_empty, walk, write_local
 from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
 from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
 
@@ -181,6 +181,34 @@ class Storage:
         filesystem, path = self.filesystem(uri_prefix)
         filesystem.invalidate_cache()
         return _remote_infos(filesystem, scheme(uri_prefix), filesystem.find(path, detail=True), suffix)
+
+    def write_file(self, uri: str, path: Path) -> None:
+        """Write or replace a file with the content of a local one, whole, however large it is."""
+        if not is_remote(uri):
+            copy_local(path, local_path(uri))
+            return
+        filesystem, target = self.filesystem(uri)
+        filesystem.put_file(str(path), target)
+
+    def remove(self, uris: Sequence[str]) -> None:
+        """Remove files that are there; those of one call are of one filesystem, and go in any order."""
+        if not uris:
+            return
+        if not is_remote(uris[0]):
+            for uri in uris:
+                Path(local_path(uri)).unlink(missing_ok=True)
+            return
+        filesystem, _ = self.filesystem(uris[0])
+        paths = [self.filesystem(uri)[1] for uri in uris]
+        if len(paths) == 1:
+            filesystem.rm_file(paths[0])
+        else:
+            filesystem.rm(paths)
+
+    def remove_empty_folders(self, uri: str) -> None:
+        """Remove a folder and those below that hold nothing; an object store has no folders."""
+        if not is_remote(uri):
+            remove_empty(Path(local_path(uri)))
 
     def list_folders(self, uri: str) -> list[str]:
         """Names of the folders directly in a folder, sorted, always fresh; none if it is not there."""

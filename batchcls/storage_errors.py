@@ -22,7 +22,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
-from batchcls.errors import BatchclsError, InputError
+from batchcls.errors import BatchclsError, InputError, StorageStoppedError
 from batchcls.uris import redact_uri
 
 OUT_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -105,7 +105,7 @@ def explain(uri: str) -> Iterator[None]:
         InputError: a path, bucket, right, key, endpoint or scheme is wrong; names the redacted URI,
             the store's code and the remedy. The third-party error is not chained: its text may
             repeat a URL with its credentials.
-        BatchclsError: the disk is full, which no change of the configuration mends.
+        StorageStoppedError: the disk is full, which no change of the configuration mends.
     """
     try:
         yield
@@ -113,10 +113,26 @@ def explain(uri: str) -> Iterator[None]:
         raise _explained(uri, error) from None
 
 
+@contextmanager
+def resumable(uri: str) -> Iterator[None]:
+    """Turn every failure of a store in the middle of a run into one clear line about `uri`.
+
+    What was right when the run began is not the configuration's fault when it fails later.
+
+    Raises:
+        StorageStoppedError: names the redacted URI, the store's code and the remedy.
+    """
+    try:
+        yield
+    except (OSError, BotoCoreError, ClientError) as error:
+        text = str(_explained(uri, error))
+        raise StorageStoppedError(f"{text}; not committed, the same command goes on from here") from None
+
+
 def _explained(uri: str, error: BaseException) -> BatchclsError:
     place = redact_uri(uri)
     if is_out_of_room(error):
-        return BatchclsError(f"{place}: no room left on the device or quota; free some and run again")
+        return StorageStoppedError(f"{place}: no room left on the device or quota; free some")
     code = error_code(error)
     remedy = _CODE_REMEDIES.get(code) if code else None
     label = code or type(error).__name__

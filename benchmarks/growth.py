@@ -26,8 +26,8 @@ from rich.console import Console
 
 from batchcls.config.classify import ClassifyConfig
 from batchcls.hardware import Hardware
-from batchcls.jobs.classify import work_of
 from batchcls.jobs.classify_inputs import open_inputs
+from batchcls.jobs.classify_work import work_of
 from batchcls.models.engines import REFERENCE
 from batchcls.pipeline.execute import Executed
 from batchcls.pipeline.fused import FusedRun
@@ -79,7 +79,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
                 work_of(config, inputs, shape, Settled(engines, None, ()), "growth"),
                 no_progress_timeout_seconds=120.0,
             )
-            run = SleepingRun(work)
+            run = SleepingRun(work, lambda _: None)
             began, cpu = time.time(), time.process_time()
             receipts = run.execute()
             driver = time.process_time() - cpu
@@ -90,7 +90,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
     # The last actor to start decides from when on all nodes work.
     totals = reconcile(receipts, inputs.manifest.rows)
     found = find_bottleneck(executed.measured(totals.stage_seconds, engine_was_measured=False))
-    steady = _steady_rate([(receipt.written_at, len(receipt.ranges)) for receipt in receipts])
+    steady = _steady_rate([(receipt.written_at, receipt.rows) for receipt in receipts])
     return {
         "nodes": count,
         "rows": totals.rows,

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from batchcls.config.common import TAP_PATTERN, Auto, AutoOrCount, ClusterSettings, FetchSettings
 from batchcls.config.engines import EngineSettings
 from batchcls.config.gates import GateSettings
-from batchcls.schema import RESERVED_COLUMNS
+from batchcls.schema import RESERVED_COLUMNS, Reason
 from batchcls.storage import redact_options, redact_uri
 from batchcls.views import AugmentationName
 
@@ -111,14 +111,26 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
     )
     rows_per_file: AutoOrCount = Field(default="auto", description="Least rows of a written Parquet file.")
     run_id: str | None = Field(
-        default=None, description="Name of the run's folder; default: the time and a random tail."
+        default=None,
+        description="Name of the run's folder. Default: the newest run of the same manifest, model and settings that "
+        "was begun and not finished goes on; where there is none, a new one gets the time and a random tail.",
     )
     publish: bool = Field(default=True, description="Make the finished run the current one.")
     max_failed_fraction: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="With a larger share of quarantined rows nothing is committed (exit 4).",
+        description="With a larger share of quarantined rows nothing is committed (exit 4). The run stops as soon as "
+        "that is certain, or likely from half of the images failing; the same command goes on with it.",
+    )
+    max_failed_fraction_by_reason: dict[str, float] = Field(
+        default_factory=dict,
+        description="The same for single reasons, as a JSON object: '{\"not_found\": 0.001}'.",
+    )
+    retry_quarantine: bool = Field(
+        default=False,
+        description="Try every quarantined row again: of the unfinished run that goes on, or else, in a new run that "
+        "takes all its predictions over, of the run that --reuse names.",
     )
     limit: int | None = Field(
         default=None, ge=1, description="Only the first N rows of the manifest, for a trial; never published."
@@ -138,6 +150,16 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
     def _run_id_is_a_folder_name(cls, value: str | None) -> str | None:
         if value is not None and not RUN_ID_PATTERN.fullmatch(value):
             raise ValueError("letters, digits, '.', '_' and '-' only, 100 at most, not starting with a sign")
+        return value
+
+    @field_validator("max_failed_fraction_by_reason")
+    @classmethod
+    def _reasons_are_known(cls, value: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(value) - set(Reason))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such reason; there are {', '.join(Reason)}")
+        if not all(0 <= fraction <= 1 for fraction in value.values()):
+            raise ValueError("fractions are between 0 and 1")
         return value
 
     @field_validator("keep")

@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -10,23 +12,24 @@ from rich.console import Console
 from batchcls.config.classify import ClassifyConfig
 from batchcls.console import results_console
 from batchcls.errors import ExitCode
-from batchcls.images.policies import decode_limits, fetch_policy
-from batchcls.images.settings import LoadSettings
-from batchcls.inference.settings import PredictSettings
 from batchcls.jobs.classify_inputs import Inputs, open_inputs
+from batchcls.jobs.classify_work import fingerprints_of, plan_of, work_of
 from batchcls.jobs.command import Command, main
-from batchcls.pipeline.execute import execute
+from batchcls.pipeline.execute import Executed, execute
 from batchcls.pipeline.settle import Settled, settle_engines
-from batchcls.pipeline.work import Load, Work
+from batchcls.pipeline.tally import Progress
 from batchcls.placement import Placement, place
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
-from batchcls.runs.commit import Totals, check_budget, commit, reconcile
+from batchcls.runs.budget import Budget, Seen
+from batchcls.runs.commit import Totals, check_budget, commit, reconcile, stage_seconds
 from batchcls.runs.judge import Verdict, judge, publish_judged
 from batchcls.runs.layout import new_run_id, run_folder
-from batchcls.runs.parts import PartWriter
+from batchcls.runs.lease import Lease, leased, require_free
+from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.plan import Plan, claim
+from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
+from batchcls.runs.resume import Begun, find_begun
 from batchcls.runtime import nodes, ray_session, wait_for
-from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage import Storage, explain, join, redact_uri
 from batchcls.tables import bottleneck_table, counts_table, gates_table
 
@@ -37,9 +40,33 @@ _EXAMPLES = """examples:
   python -m batchcls.jobs.classify --config jobs/classify.toml
   python -m batchcls.jobs.classify --manifest s3://shop/catalog/ --model s3://shop/models/v7 --output s3://shop/out
 
+The same command again goes on with a run that was killed or stopped.
+
 exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written;
-            3 committed, a gate refused the publish; 4 error budget exceeded, not committed
+            3 committed, a gate refused the publish;
+            4 stopped (error budget, storage, another job took over): not committed, the same command goes on
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run that this job holds."""
+
+    config: ClassifyConfig
+    inputs: Inputs
+    placement: Placement
+    settled: Settled
+    plan: Plan
+    folder: str
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """All receipts of a run, and what this session did for it; None where nothing was left to do."""
+
+    receipts: list[Receipt]
+    executed: Executed | None
 
 
 def classify(config: ClassifyConfig, console: Console) -> ExitCode:
@@ -50,127 +77,111 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
         opening = aside.submit(open_inputs, config)
         with ray_session(config.ray_address):
             inputs = opening.result()
+            storage = inputs.storage
+            begun = _find_begun(config, inputs)
             placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
             for reason in placement.reasons:
                 _logger.info(reason)
-            settled = settle_engines(config, inputs.manifest, inputs.bundle, placement, inputs.storage)
-            plan = _plan(config, inputs, placement)
-            with explain(config.output):
-                folder = claim(plan, config.output, inputs.storage)
-            _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
-            work = work_of(config, inputs, placement, settled, plan.run_id)
-            executed = execute(work, console, config.log_interval_seconds)
-    totals = reconcile(executed.receipts, inputs.manifest.rows)
-    found = find_bottleneck(executed.measured(totals.stage_seconds, bool(settled.measured)))
-    measured = executed.as_json() | {
-        "seconds_total": round(time.time() - started, 3),
-        "seconds_to_first_part": round(executed.first_part_at - started, 3),
-        "bottleneck": found.as_json(),
-        "decode_margin": settled.decode_margin,
-        "engine_choices": [choice.model_dump(mode="json") for choice in settled.measured],
-    }
-    check_budget(totals, config.max_failed_fraction)
-    verdict = judge(plan, executed.receipts, totals, config, inputs.storage)
-    with explain(folder):
-        findings = {"measured": measured} | verdict.as_json()
-        commit(plan, executed.receipts, totals, findings, inputs.storage, folder)
-    _summarize(totals, measured, found, folder)
-    _publish(config, plan, verdict, inputs.storage)
+            settled = settle_engines(
+                config,
+                inputs.manifest,
+                inputs.bundle,
+                placement,
+                storage,
+                begun.plan["engines"] if begun else None,
+            )
+            run_id = begun.run_id if begun else config.run_id or new_run_id()
+            plan = plan_of(config, inputs, placement, settled, run_id)
+            folder = run_folder(config.output, run_id)
+            if begun is None:
+                with explain(config.output):
+                    claim(plan, config.output, storage)
+            with leased(folder, storage) as lease:
+                _logger.info("run %s in %s", run_id, redact_uri(folder))
+                run = _Run(config, inputs, placement, settled, plan, folder, lease)
+                done = _do(run, console)
+                totals, measured, verdict = _commit(run, done, started)
+    _summarize(totals, measured, folder)
+    _publish(config, plan, verdict, storage)
     return ExitCode.DONE
+
+
+def _find_begun(config: ClassifyConfig, inputs: Inputs) -> Begun | None:
+    begun = find_begun(config.output, config.run_id, fingerprints_of(config, inputs), inputs.storage)
+    if begun is not None:
+        require_free(run_folder(config.output, begun.run_id), inputs.storage)
+    return begun
 
 
 def _place(config: ClassifyConfig, inputs: Inputs) -> Placement:
     return place(config, nodes(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows)
 
 
-def _plan(config: ClassifyConfig, inputs: Inputs, placement: Placement) -> Plan:
-    manifest, bundle = inputs.manifest, inputs.bundle
-    unpublishable = []
-    if not bundle.publishable:
-        unpublishable.append("the weights are random, or the head was never trained")
-    if config.limit is not None:
-        unpublishable.append(f"--limit {config.limit}: a part of the manifest only")
-    return Plan(
-        run_id=config.run_id or new_run_id(),
-        config=config.redacted(),
-        manifest={
-            "uri": redact_uri(config.manifest),
-            "fingerprint": manifest.fingerprint,
-            "rows": manifest.rows,
-            "files": len(manifest.files),
-        },
-        model={
-            "fingerprint": bundle.fingerprint,
-            "source": bundle.config.source,
-            "architecture": bundle.config.architecture,
-            "classes": len(bundle.config.labels),
-            "preprocessing": bundle.config.preprocessing.model_dump(mode="json"),
-            "embedding_tap": bundle.config.embedding_tap,
-            "weights": bundle.config.weights.model_dump(mode="json"),
-        },
-        placement=placement.as_json(),
-        unpublishable=unpublishable,
-    )
+def _do(run: _Run, console: Console) -> _Done:
+    """Whatever of the run is not on storage yet."""
+    config, rows = run.config, run.inputs.manifest.rows
+
+    def is_undone(file: PartFile) -> bool:
+        return file.may_pass or (config.retry_quarantine and file.kind == "quarantine")
+
+    receipts = settle_receipts(read_receipts(run.folder, run.inputs.storage), rows, is_undone)
+    todo = missing_rows(receipts, rows)
+    if receipts:
+        _logger.info("going on: %d of %d rows are done", rows - len(todo), rows)
+    if not len(todo):
+        return _Done(receipts, None)
+    budget = Budget(rows, config.max_failed_fraction, config.max_failed_fraction_by_reason)
+    failed_before = sum((receipt.failures for receipt in receipts), Counter[str]())
+
+    def check(progress: Progress) -> None:
+        run.lease.check()
+        seen = Seen(progress.rows, len(todo), failed_before + progress.failures, progress.failures)
+        budget.check_under_way(seen)
+
+    work = work_of(config, run.inputs, run.placement, run.settled, run.plan.run_id)
+    executed = execute(replace(work, todo=todo), console, config.log_interval_seconds, check)
+    return _Done([*receipts, *executed.receipts], executed)
 
 
-def work_of(
-    config: ClassifyConfig, inputs: Inputs, placement: Placement, settled: Settled, run_id: str
-) -> Work:
-    """What the workers are given, from the settings and what was opened and settled."""
-    kept = inputs.manifest.columns.kept
-    bundle = inputs.bundle.config
-    embedding = EMBEDDING_TYPES[config.embedding_dtype]
-    load = LoadSettings(
-        run_id=run_id,
-        base=inputs.manifest.base,
-        kept=kept,
-        fetch=fetch_policy(config),
-        limits=decode_limits(config),
-        preprocessing=bundle.preprocessing,
-        views=inputs.views,
-        normalize=config.normalize,
-        fetch_threads=placement.fetch_threads,
-        decode_threads=placement.decode_threads,
-        block_rows=placement.block_rows,
-        decode_margin=settled.decode_margin,
-    )
-    predict = PredictSettings(
-        labels=tuple(bundle.labels),
-        top_k=config.top_k,
-        embedding=embedding,
-        embedding_dimension=bundle.embedding_dimension,
-        l2_normalize=config.l2_normalize,
-        views=inputs.views,
-        input_shape=bundle.preprocessing.shape,
-        normalize=config.normalize,
-        batch_size=placement.batch_size,
-        kept=kept,
-    )
-    return Work(
-        manifest=inputs.manifest,
-        bad_ids=inputs.bad_ids,
-        load=Load(inputs.manifest.columns, inputs.storage, load),
-        predict=predict,
-        bundle=inputs.bundle,
-        engines=settled.engines,
-        writer=PartWriter(
-            run_folder(config.output, run_id), inputs.storage, kept, embedding, bundle.embedding_dimension
-        ),
-        placement=placement,
-        no_progress_timeout_seconds=config.no_progress_timeout_seconds,
-    )
+def _commit(run: _Run, done: _Done, started: float) -> tuple[Totals, dict[str, Any], Verdict]:
+    """Add up, judge, and write run.json."""
+    totals = reconcile(done.receipts, run.inputs.manifest.rows)
+    measured: dict[str, Any] = {"rows_pipeline": 0, "engines": {}, "bottleneck": None}
+    if done.executed is not None:
+        seconds = stage_seconds(done.executed.receipts)
+        found = find_bottleneck(done.executed.measured(seconds, bool(run.settled.measured)))
+        measured = done.executed.as_json() | {
+            "seconds_to_first_part": round(done.executed.first_part_at - started, 3),
+            "bottleneck": found.as_json(),
+        }
+        _tell(found, measured["images_per_second"])
+    measured |= {
+        "seconds_total": round(time.time() - started, 3),
+        "decode_margin": run.settled.decode_margin,
+        "engine_choices": [choice.model_dump(mode="json") for choice in run.settled.measured],
+    }
+    check_budget(totals, run.config.max_failed_fraction, run.config.max_failed_fraction_by_reason)
+    verdict = judge(run.plan, done.receipts, totals, run.config, run.inputs.storage)
+    findings = {"measured": measured} | verdict.as_json()
+    run.lease.confirm()
+    with explain(run.folder):
+        commit(run.plan, done.receipts, totals, findings, run.inputs.storage, run.folder)
+    return totals, measured, verdict
 
 
-def _summarize(totals: Totals, measured: dict[str, Any], found: Bottleneck, folder: str) -> None:
+def _tell(found: Bottleneck, images_per_second: float) -> None:
+    """What limited this session, on stdout."""
+    out = results_console()
+    out.print(bottleneck_table(found))
+    out.print(f"{images_per_second:.1f} images/s in the pipeline, {found.achieved:.1f} after start-up")
+    out.print(f"advice: {found.advice}")
+
+
+def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
     """The closing words, on stdout: what a person or a log reader wants to find last."""
     out = results_console()
-    out.print(counts_table(totals.predicted, totals.failures))
-    out.print(bottleneck_table(found))
-    out.print(
-        f"{totals.rows} rows in {measured['seconds_total']:.1f} s "
-        f"({measured['images_per_second']:.1f} images/s in the pipeline, {found.achieved:.1f} after start-up)"
-    )
-    out.print(f"advice: {found.advice}")
+    out.print(counts_table(totals.predicted, totals.failures, totals.reused))
+    out.print(f"{totals.rows} rows, {measured['seconds_total']:.1f} s")
     out.print(f"results: {redact_uri(folder)}")
 
 

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from batchcls.errors import BatchclsError, StorageStoppedError
+
 _ERROR_LINE = re.compile(
     r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
 )
@@ -21,3 +23,9 @@ def cause_of(error: BaseException) -> str:
         found = named[-1] if named else found
         inner = getattr(inner, "cause", None) or inner.__cause__
     return found
+
+
+def stopped(error: BaseException) -> BatchclsError:
+    """What the job ends with after a worker's exception, which is to be chained to it."""
+    text = f"the pipeline stopped: {cause_of(error)}"
+    return StorageStoppedError(text) if StorageStoppedError.__name__ in text else BatchclsError(text)

@@ -4,7 +4,7 @@ import importlib
 import platform
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from batchcls.runtime import nodes
 
 
 class _Run(Protocol):
-    def __init__(self, work: Work) -> None: ...
+    def __init__(self, work: Work, check: Callable[[Progress], None]) -> None: ...
 
     def progress(self) -> Progress: ...
 
@@ -56,8 +56,9 @@ class Executed:
     def as_json(self) -> dict[str, Any]:
         """For run.json."""
         return {
+            "rows_pipeline": len(self.work.todo),
             "seconds_pipeline": round(self.seconds, 3),
-            "images_per_second": round(self.work.manifest.rows / self.seconds, 2),
+            "images_per_second": round(len(self.work.todo) / self.seconds, 2),
             "engines": dict(self.progress.engines),
             "peak_memory_mib_of_an_actor": round(self.progress.peak_memory_mib, 1),
             "peak_memory_mib_of_the_driver": round(
@@ -76,7 +77,7 @@ class Executed:
         loaders = shape.num_actors if shape.shape == "fused" else shape.load_tasks
         cpus = shape.num_actors * shape.cpus_per_actor + shape.load_tasks * shape.cpus_per_load_task
         return Measured(
-            rows=self.work.manifest.rows,
+            rows=len(self.work.todo),
             wall_seconds=self.seconds,
             start_seconds=start,
             shape=shape.shape,
@@ -95,30 +96,33 @@ class Executed:
         )
 
 
-def execute(work: Work, console: Console, interval_seconds: float) -> Executed:
+def execute(
+    work: Work, console: Console, interval_seconds: float, check: Callable[[Progress], None]
+) -> Executed:
     """Run to the end, with progress shown.
 
     Args:
         work: what is to be done.
         console: where progress is shown.
         interval_seconds: between progress lines where there is no terminal.
+        check: called every half second with what has been done; a BatchclsError that it raises ends the run.
 
     Raises:
-        BatchclsError: a stage failed for good; the cause is chained.
+        BatchclsError: a stage failed for good, the cause is chained; or `check` raised it.
     """
     # Ray Data takes seconds to import, and the fused shape does without.
     name = {"fused": "FusedRun", "staged": "StagedRun"}[work.placement.shape]
     module = importlib.import_module(f"batchcls.pipeline.{work.placement.shape}")
-    run: _Run = getattr(module, name)(work)
+    run: _Run = getattr(module, name)(work, check)
     metrics = metrics_of(work.load.settings.run_id)
 
     def look() -> Progress:
         progress = run.progress()
-        metrics.look(progress, work.manifest.rows)
+        metrics.look(progress, len(work.todo))
         return progress
 
     began_at, cpu = time.time(), time.process_time()
-    with watching(look, work.manifest.rows, console, interval_seconds):
+    with watching(look, len(work.todo), console, interval_seconds):
         receipts = run.execute()
         look()
     ended_at, cpu = time.time(), time.process_time() - cpu

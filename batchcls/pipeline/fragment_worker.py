@@ -22,6 +22,7 @@ from batchcls.models.engines.start import describe
 from batchcls.pipeline.fused_actor import FRAGMENTS_IN_FLIGHT, Orders, UnderWay
 from batchcls.pipeline.worker_engine import start_for_node
 from batchcls.runs.parts import Receipt
+from batchcls.runs.receipts import keep_receipt
 from batchcls.schema import Failure
 
 
@@ -78,7 +79,7 @@ class FragmentWorker:
             rejected: rows that have failed before they are fetched, by row number.
 
         Raises:
-            OSError: storage refused.
+            StorageStoppedError: storage refused.
         """
         call = _Call()
         self._calls.add(call)
@@ -89,7 +90,8 @@ class FragmentWorker:
             with self._turn:
                 answered = list(self._answered(chain(first, loaded), call))
             receipt = self._writer.write(answered)
-            return receipt.with_seconds("other", call.cpu_seconds() - receipt.seconds["write"])
+            receipt = receipt.with_seconds("other", call.cpu_seconds() - receipt.seconds["write"])
+            return keep_receipt(receipt, self._writer.folder, self._writer.storage)
         finally:
             self._readers.put(reader)
             self._calls.discard(call)

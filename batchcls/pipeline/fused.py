@@ -6,7 +6,7 @@ whichever actor is free, a few times at most.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import ray
 
 from batchcls.errors import BatchclsError
 from batchcls.manifest import Fragment
-from batchcls.pipeline.causes import cause_of
+from batchcls.pipeline.causes import stopped
 from batchcls.pipeline.fused_actor import CONCURRENCY, FRAGMENTS_IN_FLIGHT, FragmentActor, Orders, UnderWay
 from batchcls.pipeline.metrics import metrics_of
 from batchcls.pipeline.tally import Progress
@@ -51,8 +51,9 @@ class FusedRun:
 
     actor_class: type[FragmentActor] = FragmentActor
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, check: Callable[[Progress], None]) -> None:
         self._work = work
+        self._check = check
         self._places: list[_Place] = []
         self._starting: dict[Any, _Place] = {}
         self._working: dict[Any, tuple[_Place, _Todo]] = {}
@@ -67,7 +68,7 @@ class FusedRun:
         """How far the run is, as far as the driver has heard."""
         looks = [place.last for place in self._places]
         return Progress(
-            rows=min(self._finished_rows + sum(look.rows for look in looks), self._work.manifest.rows),
+            rows=min(self._finished_rows + sum(look.rows for look in looks), len(self._work.todo)),
             failures=sum((look.failures for look in looks), self._failures),
             engines=Counter(place.engine for place in self._places if place.engine is not None),
             peak_memory_mib=max((look.peak_memory_mib for look in looks), default=0.0),
@@ -78,10 +79,11 @@ class FusedRun:
         """Run to the end and return the receipts of what was written.
 
         Raises:
-            BatchclsError: an actor could not start, a fragment failed for good, or nothing moved for too long.
+            BatchclsError: an actor could not start, a fragment failed for good, nothing moved for too long,
+                or what `check` raises.
         """
-        shape = self._work.placement
-        fragments = self._work.manifest.fragments(fragment_sizes(self._work.manifest.rows, shape))
+        shape, rows = self._work.placement, self._work.todo
+        fragments = self._work.manifest.fragments(fragment_sizes(len(rows), shape), rows)
         todo = (_Todo(fragment) for fragment in fragments)
         self._start_actors()
         try:
@@ -120,7 +122,9 @@ class FusedRun:
             for call in done:
                 self._finish(call)
             self._look()
-            now = self.progress().rows
+            progress = self.progress()
+            self._check(progress)
+            now = progress.rows
             if done or now != rows:
                 moved, rows = time.monotonic(), now
             elif time.monotonic() - moved > self._work.no_progress_timeout_seconds:
@@ -138,7 +142,7 @@ class FusedRun:
 
     def _give(self, place: _Place, todo: _Todo) -> None:
         fragment = todo.fragment
-        rejected = self._work.bad_ids.between(fragment.first_row, fragment.first_row + fragment.rows)
+        rejected = self._work.bad_ids.between(fragment.first_row, fragment.stop)
         self._working[place.actor.work.remote(fragment, rejected)] = (place, todo)
         place.fragments += 1
 
@@ -151,12 +155,12 @@ class FusedRun:
         except _DEATHS as error:
             self._mourn(place, todo, error)
         except ray.exceptions.RayError as error:
-            raise BatchclsError(f"the pipeline stopped: {cause_of(error)}") from error
+            raise stopped(error) from error
         else:
             if isinstance(found, Receipt):
                 self._receipts.append(found)
+                self._finished_rows += found.rows
                 metrics_of(self._work.load.settings.run_id).record(found)
-                self._finished_rows += len(found.ranges)
                 self._failures += found.failures
             else:
                 place.engine = found
@@ -165,9 +169,9 @@ class FusedRun:
     def _mourn(self, place: _Place, todo: _Todo | None, error: BaseException) -> None:
         """A process died. Its fragment is done again, by any actor, and Ray's next process is waited for."""
         if todo is None:  # not even that process came up
-            raise BatchclsError(f"the pipeline stopped: {cause_of(error)}") from error
+            raise stopped(error) from error
         if todo.deaths == RETRIES:
-            first, last = todo.fragment.first_row, todo.fragment.first_row + todo.fragment.rows - 1
+            first, last = todo.fragment.first_row, todo.fragment.stop - 1
             raise BatchclsError(
                 f"the pipeline stopped: {RETRIES + 1} processes died over rows {first} to {last}; an image there "
                 "may end the process that decodes it, or memory has run out"

@@ -2,16 +2,18 @@
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from batchcls.comparison.sample import Sample as ImageSample
 from batchcls.comparison.sample import take_sample
 from batchcls.config.classify import ClassifyConfig
+from batchcls.errors import InputError
 from batchcls.hardware import Hardware
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.limits import DecodeLimits
@@ -46,6 +48,17 @@ class Settled:
     decode_margin: float | None
     measured: tuple[Measured, ...]
 
+    @property
+    def precisions(self) -> set[str]:
+        """Of the network, on all kinds of nodes."""
+        chosen = [*self.engines.by_hardware.values()] or [self.engines.otherwise]
+        return {node.choice.precision for node in chosen}
+
+    def as_json(self) -> dict[str, Any]:
+        """For plan.json, from which a run that goes on takes it again."""
+        measured = [known.model_dump(mode="json") for known in self.measured]
+        return {"measured": measured, "decode_margin": self.decode_margin}
+
 
 @dataclass(frozen=True)
 class SampleImages:
@@ -73,9 +86,23 @@ class SampleImages:
 
 
 def settle_engines(
-    config: ClassifyConfig, manifest: Manifest, bundle: Bundle, placement: Placement, storage: Storage
+    config: ClassifyConfig,
+    manifest: Manifest,
+    bundle: Bundle,
+    placement: Placement,
+    storage: Storage,
+    begun: Mapping[str, Any] | None = None,
 ) -> Settled:
     """Settle what `--engine auto --precision auto` means on every kind of node that the run may use.
+
+    Args:
+        config: settings of the job.
+        manifest: what is classified.
+        bundle: with what.
+        placement: shape of the run.
+        storage: how to reach both and the output.
+        begun: what was settled when the run began, `Settled.as_json`, where it goes on now; all rows
+            of a run are answered by the same engine on the same kind of node.
 
     Raises:
         InputError: what was asked for cannot be had, or misses its bound.
@@ -90,11 +117,17 @@ def settle_engines(
         return Settled(Engines({}, otherwise, config.cache_dir, None, probe), _margin(config, ()), ())
     images = _images(config, manifest, bundle, storage)
     found: dict[str, Measured] = {}
+    kept = None if begun is None else _measured_before(begun)
     for hardware, node in _kinds(placement.device):
-        known = None
-        if not config.measure_engines:
+        known = None if kept is None else kept.get(hardware.key)
+        is_open = kept is None or (kept and known is None)  # a run that began unmeasured stays so
+        if is_open and not config.measure_engines:
             known = choices.load(config.output, bundle.fingerprint, hardware, wanted, storage)
-        if known is None and (manifest.rows >= config.measure_from_rows or wanted.precision == "int8"):
+        if (
+            is_open
+            and known is None
+            and (manifest.rows >= config.measure_from_rows or wanted.precision == "int8")
+        ):
             known = _measure(config, node, bundle, images, wanted, placement)
             choices.save(config.output, known, storage)
         if known is None:
@@ -106,7 +139,19 @@ def settle_engines(
     calibration = images.calibration if any(m.precision == "int8" for m in found.values()) else None
     engines = Engines(by_hardware, otherwise, config.cache_dir, calibration, probe)
     measured = tuple(found.values())
-    return Settled(engines, _margin(config, measured), measured)
+    margin = _margin(config, measured) if begun is None else begun["decode_margin"]
+    return Settled(engines, margin, measured)
+
+
+def _measured_before(begun: Mapping[str, Any]) -> dict[str, Measured]:
+    """What a run that goes on was measured with when it began, by `Hardware.key`."""
+    try:
+        found = [Measured.model_validate(record) for record in begun["measured"]]
+    except (KeyError, ValidationError) as error:
+        raise InputError(
+            f"plan.json was written by another version ({type(error).__name__}); begin a new run with another --run-id"
+        ) from None
+    return {known.hardware_key: known for known in found}
 
 
 def _margin(config: ClassifyConfig, measured: Sequence[Measured]) -> float | None:

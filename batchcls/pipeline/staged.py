@@ -1,8 +1,11 @@
 """The staged shape: load tasks, predict actors and write tasks as one graph, with bounds on every retry."""
 
 import logging
+import threading
 import warnings
+from collections.abc import Callable
 from itertools import repeat
+from typing import Any, Self
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
@@ -10,7 +13,7 @@ from ray.data.exceptions import SystemException
 from ray.util.annotations import RayDeprecationWarning
 
 from batchcls.errors import BatchclsError
-from batchcls.pipeline.causes import cause_of
+from batchcls.pipeline.causes import stopped
 from batchcls.pipeline.staged_load import Images
 from batchcls.pipeline.staged_predict import PredictActor
 from batchcls.pipeline.staged_write import PartSink
@@ -20,14 +23,16 @@ from batchcls.runs.parts import Receipt
 from batchcls.runtime import WORKER_ENVIRONMENT
 
 _TASKS_IN_FLIGHT_PER_ACTOR = 4
+_CHECK_SECONDS = 0.5
 
 
 class StagedRun:
     """One execution of the graph, and a look at it while it goes on."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, check: Callable[[Progress], None]) -> None:
         self._work = work
-        self._tally = ray.remote(num_cpus=0)(Tally).remote()
+        self._check = check
+        self._tally = ray.remote(num_cpus=0, max_restarts=ACTOR_RESTARTS, max_task_retries=-1)(Tally).remote()
         self._sink = PartSink(work.load.settings.run_id, work.writer, work.placement.rows_per_file)
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
@@ -39,19 +44,20 @@ class StagedRun:
         """Run to the end and return the receipts of what was written.
 
         Raises:
-            BatchclsError: a stage failed for good; the cause is chained.
+            BatchclsError: a stage failed for good; the cause is chained. Or what `check` raises.
         """
         self._configure()
         graph = self._predicted(self._loaded())
-        try:
-            graph.write_datasink(self._sink, ray_remote_args={"num_cpus": 0, "max_retries": RETRIES})
-        except (ray.exceptions.RayError, SystemException) as error:
-            raise BatchclsError(f"the pipeline stopped: {cause_of(error)}") from error
+        with _Checking(self.progress, self._check, self._tally.stop.remote) as checking:
+            try:
+                graph.write_datasink(self._sink, ray_remote_args={"num_cpus": 0, "max_retries": RETRIES})
+            except (ray.exceptions.RayError, SystemException) as error:
+                raise (checking.verdict or stopped(error)) from error
         return self._sink.receipts
 
     def _loaded(self) -> Dataset:
         work, shape = self._work, self._work.placement
-        fragments = list(work.manifest.fragments(repeat(shape.fragment_rows)))
+        fragments = list(work.manifest.fragments(repeat(shape.fragment_rows), work.todo))
         with warnings.catch_warnings():
             # The only way to bound retries until 2.64, where the range of pyproject.toml ends.
             warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -104,3 +110,34 @@ class StagedRun:
         context.target_max_block_size = max(1, int(0.9 * self._work.placement.block_rows * image_bytes))
         # What goes wrong is raised; Ray's own account of it stands in its session's log files.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+class _Checking:
+    """A thread that checks a graph while the driver waits for it, and has its actors end it."""
+
+    def __init__(
+        self, look: Callable[[], Progress], check: Callable[[Progress], None], stop: Callable[[], Any]
+    ) -> None:
+        self._look, self._check, self._stop = look, check, stop
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="check", daemon=True)
+        self.verdict: BatchclsError | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_CHECK_SECONDS):
+            try:
+                self._check(self._look())
+            except ray.exceptions.RayError:
+                continue  # no figures this time; the run itself says what is wrong
+            except BatchclsError as error:
+                self.verdict = error
+                # Again and again: the actor of the tally may be started anew.
+                self._stop()

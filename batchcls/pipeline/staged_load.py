@@ -44,7 +44,7 @@ class Images(Datasource):
         return [self._read_task(fragment) for fragment in self._fragments]
 
     def _read_task(self, fragment: Fragment) -> ReadTask:
-        rejected = self._bad_ids.between(fragment.first_row, fragment.first_row + fragment.rows)
+        rejected = self._bad_ids.between(fragment.first_row, fragment.stop)
         metadata = BlockMetadata(num_rows=fragment.rows, size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(partial(_load_fragment, self._run_id, self._stage, fragment, rejected), metadata)
 

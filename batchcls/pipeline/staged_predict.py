@@ -14,6 +14,11 @@ from batchcls.models.engines.start import describe
 from batchcls.pipeline.work import Engines
 from batchcls.pipeline.worker_engine import busy_clock, start_for_node
 from batchcls.placement import Placement
+from batchcls.schema import ROW
+
+
+class StoppedByDriverError(Exception):
+    """The driver wants no more; it knows why."""
 
 
 class PredictActor:
@@ -32,6 +37,7 @@ class PredictActor:
         engine, batch_size = start_for_node(ray.get(shared), fingerprint, engines, shape)
         self._predictor = Predictor(engine, settings.with_batch_size(batch_size), busy_clock(engine))
         self._tally = tally
+        self._answer: Any = None
         tally.started.remote(describe(engine))
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -39,5 +45,10 @@ class PredictActor:
         answered = self._predictor(block)
         failures = Counter(answered.column("reason").drop_null().to_pylist())
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        self._tally.add.remote(answered.num_rows, failures, peak_mib)
+        first_row = answered.column(ROW)[0].as_py()
+        report = self._tally.add.remote(first_row, answered.num_rows, failures, peak_mib)
+        before, self._answer = self._answer, report
+        # The answer to the block before is there long since; nobody is waited for.
+        if before is not None and not ray.get(before):
+            raise StoppedByDriverError
         return answered

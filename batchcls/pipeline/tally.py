@@ -24,21 +24,36 @@ class Tally:
 
     def __init__(self) -> None:
         self._rows = 0
+        self._blocks: set[int] = set()
         self._failures: Counter[str] = Counter()
         self._engines: Counter[str] = Counter()
         self._peak_memory_mib = 0.0
         self._ready_at: float | None = None
+        self._is_stopped = False
 
     def started(self, engine: str) -> None:
         """An actor is ready; `engine` says with what."""
         self._engines[engine] += 1
         self._ready_at = self._ready_at or time.time()
 
-    def add(self, rows: int, failures: Counter[str], peak_memory_mib: float) -> None:
-        """A block is answered by an actor whose memory was never larger than `peak_memory_mib`."""
-        self._rows += rows
-        self._failures.update(failures)
+    def stop(self) -> None:
+        """The driver wants no more: every actor that reports from now on is told."""
+        self._is_stopped = True
+
+    def add(self, first_row: int, rows: int, failures: Counter[str], peak_memory_mib: float) -> bool:
+        """A block is answered by an actor whose memory was never larger than `peak_memory_mib`.
+
+        A block that is answered again, after a death, counts once.
+
+        Returns:
+            Whether the actor is to go on.
+        """
+        if first_row not in self._blocks:
+            self._blocks.add(first_row)
+            self._rows += rows
+            self._failures.update(failures)
         self._peak_memory_mib = max(self._peak_memory_mib, peak_memory_mib)
+        return not self._is_stopped
 
     def progress(self) -> Progress:
         """The sums so far."""

@@ -14,6 +14,7 @@ from batchcls.manifest import Columns, Manifest
 from batchcls.models.bundle import Bundle
 from batchcls.models.engines import EngineChoice
 from batchcls.placement import Placement
+from batchcls.row_ranges import RowRanges
 from batchcls.runs.parts import PartWriter
 from batchcls.storage import Storage
 
@@ -71,9 +72,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Work:
-    """Everything that the workers need."""
+    """Everything that the workers need. `todo` are the rows of the manifest that are to be done."""
 
     manifest: Manifest
+    todo: RowRanges
     bad_ids: "BadIds"
     load: Load
     predict: PredictSettings

@@ -3,16 +3,19 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from batchcls.errors import BudgetExceeded, ReconciliationError
+from batchcls.errors import LeaseLostError, ReconciliationError
+from batchcls.runs.budget import Budget
 from batchcls.runs.layout import RUN
 from batchcls.runs.ledger import balance
 from batchcls.runs.parts import NAMED_FAILURES, Receipt
 from batchcls.runs.plan import Plan
-from batchcls.storage import Storage, join
+from batchcls.storage import Storage, join, redact_uri
+
+_NONE: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class Totals:
 
     rows: int
     predicted: int
+    reused: int
     failures: Counter[str]
     stage_seconds: dict[str, float]
     image_bytes: int
@@ -43,36 +47,39 @@ def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
     Raises:
         ReconciliationError: a row is missing, there twice or unknown, or a file's rows do not add up.
     """
-    found = balance((receipt.ranges for receipt in receipts), rows)
+    found = balance((file.ranges for receipt in receipts for file in receipt.files), rows)
     failures: Counter[str] = sum((receipt.failures for receipt in receipts), Counter())
     predicted = sum(receipt.predicted for receipt in receipts)
-    in_files = sum(file.rows for receipt in receipts for file in receipt.files)
-    if not found.is_exact or predicted + failures.total() != rows or in_files != rows:
+    reused = sum(receipt.reused for receipt in receipts)
+    in_files = sum(receipt.rows for receipt in receipts)
+    if not found.is_exact or predicted + reused + failures.total() != rows or in_files != rows:
         raise ReconciliationError(
             f"the rows do not add up, nothing is committed: {rows} in the manifest, {predicted} predicted, "
-            f"{failures.total()} in quarantine, {in_files} in files; {found}"
+            f"{reused} reused, {failures.total()} in quarantine, {in_files} in files; {found}"
         )
+    image_bytes = sum(receipt.image_bytes for receipt in receipts)
+    first_failed = sorted(pair for receipt in receipts for pair in receipt.first_failed)[:NAMED_FAILURES]
+    return Totals(
+        rows, predicted, reused, failures, stage_seconds(receipts), image_bytes, tuple(first_failed)
+    )
+
+
+def stage_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:
+    """Work by stage, summed over receipts."""
     seconds: Counter[str] = Counter()
     for receipt in receipts:
         seconds.update(receipt.seconds)
-    image_bytes = sum(receipt.image_bytes for receipt in receipts)
-    first_failed = sorted(pair for receipt in receipts for pair in receipt.first_failed)[:NAMED_FAILURES]
-    return Totals(rows, predicted, failures, dict(seconds), image_bytes, tuple(first_failed))
+    return dict(seconds)
 
 
-def check_budget(totals: Totals, max_failed_fraction: float) -> None:
-    """Refuse a run of which too much failed.
+def check_budget(totals: Totals, max_failed_fraction: float, by_reason: Mapping[str, float] = _NONE) -> None:
+    """Refuse a run of which too much failed, in all or for one reason.
 
     Raises:
         BudgetExceeded: with the figure, the limit and the reasons.
     """
-    if totals.failed_fraction > max_failed_fraction:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in totals.failures.most_common())
-        first = ", ".join(f"row {row} {reason}" for row, reason in totals.first_failed)
-        raise BudgetExceeded(
-            f"{totals.quarantined} of {totals.rows} rows failed ({totals.failed_fraction:.2%}), more than "
-            f"--max-failed-fraction {max_failed_fraction:.2%} allows: {reasons}; the first: {first}; not committed"
-        )
+    first = ", ".join(f"row {row} {reason}" for row, reason in totals.first_failed)
+    Budget(totals.rows, max_failed_fraction, by_reason).check(totals.failures, first)
 
 
 def commit(
@@ -87,6 +94,10 @@ def commit(
 
     `findings` are further keys of it: `measured` (wall-clock seconds, images per second, hardware), and
     `summary`, `baseline` and `gates` of `judge.Verdict`.
+
+    Raises:
+        LeaseLostError: another job has committed the run.
+        OSError: storage refused, as its client says it.
     """
     record = {
         "format": "batchcls-run-1",
@@ -94,11 +105,12 @@ def commit(
         "committed": datetime.now(UTC).isoformat(timespec="seconds"),
         "manifest": plan.manifest,
         "model": plan.model,
+        "answers": plan.answers,
         "unpublishable": plan.unpublishable,
         "counts": {
             "rows": totals.rows,
             "predicted": totals.predicted,
-            "reused": 0,
+            "reused": totals.reused,
             "quarantined": totals.quarantined,
             "quarantined_by_reason": dict(totals.failures.most_common()),
         },
@@ -106,7 +118,12 @@ def commit(
         "image_bytes": totals.image_bytes,
         **findings,
         "files": sorted(
-            (asdict(file) for receipt in receipts for file in receipt.files), key=lambda f: f["path"]
+            (file.as_json() for receipt in receipts for file in receipt.files), key=lambda f: f["path"]
         ),
     }
-    storage.write_whole(join(folder, RUN), json.dumps(record, indent=2).encode())
+    data = json.dumps(record, indent=2).encode()
+    try:
+        storage.create_exclusive(join(folder, RUN), data)
+    except FileExistsError:
+        if storage.read_bytes(join(folder, RUN)) != data:  # else the answer to our own write was lost
+            raise LeaseLostError(f"{redact_uri(folder)} has been committed by another job") from None

@@ -66,7 +66,8 @@ def judge(
         except InputError as error:
             text = f"the published run {published.run_id} cannot be read, so nothing can be held against it: {error}"
             broken = (GateResult("baseline", None, None, False, text),)
-    subject = Subject(_counts(totals, summary), summary, int(plan.model.get("classes", 0)), baseline)
+    counts = Counts(totals.rows, totals.predicted, totals.reused, totals.quarantined, totals.failures)
+    subject = Subject(counts, summary, int(plan.model.get("classes", 0)), baseline)
     gates = judge_gates(subject, Limits(config, config.max_failed_fraction))
     return Verdict(summary, (*broken, *gates), published)
 
@@ -106,8 +107,3 @@ def _baseline(output: str, run_id: str, plan: Plan, files: Sequence[PartFile], s
         compared=compared,
         changed=changed,
     )
-
-
-def _counts(totals: Totals, summary: Summary) -> Counts:
-    """The gates' view of the totals: whatever was not quarantined has an answer."""
-    return Counts(totals.rows, summary.answered, 0, totals.quarantined, totals.failures)

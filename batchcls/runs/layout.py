@@ -4,7 +4,10 @@ OUTPUT/current.json
 OUTPUT/runs/RUN_ID/plan.json            first
                    predictions/*.parquet
                    quarantine/*.parquet
+                   receipts/*.json      one for each part, after its files
+                   lease/*.json         which driver works on the run
                    run.json             last, the commit record
+                   readers/NAME.json    who wants the run kept for a while, {"until": TIME}
 """
 
 import secrets
@@ -18,6 +21,9 @@ CURRENT = "current.json"
 RUNS = "runs"
 PREDICTIONS = "predictions"
 QUARANTINE = "quarantine"
+READERS = "readers"
+RECEIPTS = "receipts"
+LEASE = "lease"
 
 
 def new_run_id(now: datetime | None = None) -> str:

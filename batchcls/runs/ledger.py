@@ -8,38 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Rows = npt.NDArray[np.int64]
+from batchcls.row_ranges import RowRanges, Rows
 
-
-@dataclass(frozen=True, slots=True)
-class RowRanges:
-    """Ranges `starts[i] <= row < stops[i]`, ascending and apart from each other."""
-
-    starts: Rows
-    stops: Rows
-
-    @classmethod
-    def of(cls, rows: Rows) -> "RowRanges":
-        """The ranges of single row numbers, in any order.
-
-        Raises:
-            ValueError: a row number stands there twice.
-        """
-        ordered = np.sort(rows)
-        if len(ordered) == 0:
-            return cls(ordered, ordered)
-        steps = np.diff(ordered)
-        if (steps == 0).any():
-            raise ValueError(f"row {int(ordered[1:][steps == 0][0])} twice in one part")
-        breaks = np.flatnonzero(steps > 1)
-        first = np.concatenate([[0], breaks + 1])
-        last = np.concatenate([breaks, [len(ordered) - 1]])
-        return cls(ordered[first], ordered[last] + 1)
-
-    def __len__(self) -> int:
-        return int((self.stops - self.starts).sum())
+__all__ = ["Balance", "RowRanges", "balance"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,20 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchcls.row_ranges import RowRanges
 from batchcls.runs.layout import PREDICTIONS, QUARANTINE
-from batchcls.runs.ledger import RowRanges
 from batchcls.schema import (
     DECODE_SECONDS,
     FETCH_SECONDS,
+    MAY_PASS,
     PREDICT_SECONDS,
     REASONS,
     ROW,
@@ -25,8 +26,13 @@ from batchcls.schema import (
     quarantine_schema,
 )
 from batchcls.storage import Storage, join
+from batchcls.storage_errors import resumable
 
-COMPUTED = "computed"
+Kind = Literal["predictions", "quarantine"]
+Origin = Literal["computed", "reused"]
+
+COMPUTED: Origin = "computed"
+REUSED: Origin = "reused"
 NAMED_FAILURES = 10
 _ROW_GROUP_ROWS = 16_384
 _STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_SECONDS}
@@ -34,36 +40,97 @@ _STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_
 
 @dataclass(frozen=True, slots=True)
 class PartFile:
-    """A written file: `path` is relative to the run's folder, `digest` is SHA-256 in hex."""
+    """A written file, and the rows in it.
+
+    Attributes:
+        path: relative to the run's folder.
+        kind: of rows.
+        rows: how many rows.
+        bytes: size of the file.
+        digest: SHA-256 of the file, in hex.
+        ranges: numbers of the rows; receipts say them, run.json does not.
+        origin: whether the answers were made in this run or taken over; of predictions.
+        failures: rows by reason; of a quarantine file.
+        first_failed: the lowest failed row numbers with their reasons, a few of them.
+    """
 
     path: str
-    kind: Literal["predictions", "quarantine"]
+    kind: Kind
     rows: int
     bytes: int
     digest: str
+    ranges: RowRanges = field(default_factory=lambda: RowRanges.all(0), compare=False)
+    origin: Origin = COMPUTED
+    failures: Counter[str] = field(default_factory=Counter)
+    first_failed: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def may_pass(self) -> bool:
+        """All that failed in it failed for reasons that may be gone when it is tried again."""
+        return self.kind == "quarantine" and set(self.failures) <= MAY_PASS
+
+    def as_json(self) -> dict[str, Any]:
+        """What run.json says of a file."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "rows": self.rows,
+            "bytes": self.bytes,
+            "digest": self.digest,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What one write task has put on storage.
+    """What one write has put on storage.
 
-    `seconds` is work by stage, as in `busy.Busy`, summed over rows; `image_bytes` what was fetched; `first_failed` the
-    lowest failed row numbers with their reasons, a few of them; `written_at` is when all of it was on
-    storage, in seconds of `time.time`.
+    `seconds` is work by stage, as in `busy.Busy`, summed over rows; `image_bytes` what was fetched;
+    `written_at` is when all of it was on storage, in seconds of `time.time`. `name` is that of the
+    receipt's own file.
     """
 
+    name: str
     files: tuple[PartFile, ...]
-    ranges: RowRanges
-    predicted: int
-    failures: Counter[str]
     seconds: dict[str, float]
     image_bytes: int
-    first_failed: tuple[tuple[int, str], ...]
     written_at: float
+
+    @property
+    def ranges(self) -> RowRanges:
+        """Numbers of all rows."""
+        return RowRanges.joined(file.ranges for file in self.files)
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return sum(file.rows for file in self.files)
+
+    @property
+    def predicted(self) -> int:
+        """Rows that were answered in this run."""
+        return self._of("predictions", COMPUTED)
+
+    @property
+    def reused(self) -> int:
+        """Rows whose answers were taken over from another run."""
+        return self._of("predictions", REUSED)
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Rows in quarantine by reason."""
+        return sum((file.failures for file in self.files), Counter())
+
+    @property
+    def first_failed(self) -> tuple[tuple[int, str], ...]:
+        """The lowest failed row numbers with their reasons, a few of them."""
+        return tuple(sorted(pair for file in self.files for pair in file.first_failed)[:NAMED_FAILURES])
 
     def with_seconds(self, stage: str, seconds: float) -> Self:
         """The same with the work of one more stage."""
         return replace(self, seconds=self.seconds | {stage: max(0.0, seconds)})
+
+    def _of(self, kind: Kind, origin: Origin) -> int:
+        return sum(file.rows for file in self.files if (file.kind, file.origin) == (kind, origin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,35 +144,38 @@ class PartWriter:
     embedding_dimension: int
 
     def write(self, blocks: Sequence[pa.Table]) -> Receipt:
-        """Write the rows of some blocks as one predictions and one quarantine file, each whole.
+        """Write the rows of some blocks as a predictions and a quarantine file, each whole.
 
-        The name is new each time, so a repeated task cannot touch what an earlier one wrote; only
-        the receipt that the driver gets makes a file part of the run.
+        Rows that failed for a reason that may pass get a quarantine file of their own, so that they
+        can be taken out of the run and tried again without touching any other row.
+
+        The name is new each time, so a repeated task cannot touch what an earlier one wrote; only a
+        receipt makes a file part of the run, see `receipts.keep_receipt`.
 
         Raises:
             ValueError: a row is there twice.
-            OSError: storage refused; nothing half-written is left under the file's name.
+            StorageStoppedError: storage refused; nothing half-written is left under a file's name.
         """
         started = time.thread_time()
         table = pa.concat_tables(blocks).sort_by(ROW)
+        RowRanges.of(table.column(ROW).to_numpy())
         failed = table.column("reason").is_valid()
-        name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}.parquet"
+        may_pass = pc.is_in(table.column("reason"), pa.array(sorted(MAY_PASS), pa.string()))
+        name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}"
         good = table.filter(pc.invert(failed))
-        bad = table.filter(failed)
-        files = [
-            self._put(folder, name, rows)
-            for folder, rows in ((PREDICTIONS, self._predictions(good)), (QUARANTINE, _quarantine(bad)))
-            if rows.num_rows
-        ]
+        final = table.filter(pc.and_not(failed, may_pass))
+        parts: tuple[tuple[Kind, str, pa.Table], ...] = (
+            ("predictions", f"{PREDICTIONS}/{name}.parquet", self._predictions(good)),
+            ("quarantine", f"{QUARANTINE}/{name}.parquet", _quarantine(final)),
+            ("quarantine", f"{QUARANTINE}/{name}-again.parquet", _quarantine(table.filter(may_pass))),
+        )
+        files = [self.put(kind, path, rows) for kind, path, rows in parts if rows.num_rows]
         return Receipt(
+            name=f"{name}.json",
             files=tuple(files),
-            ranges=RowRanges.of(table.column(ROW).to_numpy()),
-            predicted=good.num_rows,
-            failures=Counter(bad.column("reason").to_pylist()),
             seconds={stage: float(pc.sum(table.column(name)).as_py()) for stage, name in _STAGES.items()}
             | {"write": time.thread_time() - started},
             image_bytes=pc.sum(table.column("n_bytes")).as_py() or 0,
-            first_failed=_first(bad),
             written_at=time.time(),
         )
 
@@ -115,19 +185,27 @@ class PartWriter:
         schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension)
         return table.select(schema.names).cast(schema)
 
-    def _put(self, folder: str, name: str, table: pa.Table) -> PartFile:
+    def put(self, kind: Kind, path: str, table: pa.Table, origin: Origin = COMPUTED) -> PartFile:
+        """Write rows of the contract's schema as one whole file; `path` is relative to the run's folder.
+
+        Raises:
+            ValueError: a row is there twice.
+            StorageStoppedError: storage refused.
+        """
+        ranges = RowRanges.of(table.column(ROW).to_numpy())
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
         data = sink.getvalue().to_pybytes()
-        path = f"{folder}/{name}"
-        self.storage.write_whole(join(self.folder, path), data)
-        kind: Literal["predictions", "quarantine"] = "predictions" if folder == PREDICTIONS else "quarantine"
-        return PartFile(path, kind, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
-
-
-def _first(failed: pa.Table) -> tuple[tuple[int, str], ...]:
-    first = failed.slice(0, NAMED_FAILURES)
-    return tuple(zip(first.column(ROW).to_pylist(), first.column("reason").to_pylist(), strict=True))
+        with resumable(self.folder):
+            self.storage.write_whole(join(self.folder, path), data)
+        digest = hashlib.sha256(data).hexdigest()
+        if kind == "predictions":
+            return PartFile(path, kind, table.num_rows, len(data), digest, ranges, origin)
+        reasons = table.column("reason").to_pylist()
+        first = zip(table.column(ROW).to_pylist()[:NAMED_FAILURES], reasons, strict=False)
+        return PartFile(
+            path, kind, table.num_rows, len(data), digest, ranges, origin, Counter(reasons), tuple(first)
+        )
 
 
 def _quarantine(table: pa.Table) -> pa.Table:

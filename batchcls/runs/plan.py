@@ -8,7 +8,8 @@ from importlib.metadata import version
 from typing import Any
 
 from batchcls.errors import InputError
-from batchcls.runs.layout import PLAN, RUN, run_folder
+from batchcls.runs.fingerprints import Fingerprints
+from batchcls.runs.layout import PLAN, run_folder
 from batchcls.storage import Storage, join, redact_uri
 
 _PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "pyarrow", "pillow")
@@ -18,7 +19,10 @@ _PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "pyarrow", "pill
 class Plan:
     """The plan of one run, as it stands in plan.json.
 
-    `unpublishable` says why the run must never be published; empty when it may be.
+    `fingerprints` say which later command goes on with the run; `engines` what the network runs with
+    to its end, as `settle.Settled.as_json` gives it; `answers` all that an image's answer follows from
+    beside the image, see `fingerprints.answers_of`; `unpublishable` why the run must never be
+    published, empty when it may be.
     """
 
     run_id: str
@@ -27,6 +31,9 @@ class Plan:
     model: dict[str, Any]
     placement: dict[str, Any]
     unpublishable: list[str] = field(default_factory=list)
+    fingerprints: Fingerprints | None = None
+    engines: dict[str, Any] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON values, with the time and the versions of what runs it."""
@@ -34,28 +41,30 @@ class Plan:
             "format": "batchcls-plan-1",
             "run_id": self.run_id,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "fingerprints": self.fingerprints.as_json() if self.fingerprints else {},
             "config": self.config,
             "manifest": self.manifest,
             "model": self.model,
             "placement": self.placement,
+            "engines": self.engines,
+            "answers": self.answers,
             "unpublishable": self.unpublishable,
             "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         }
 
 
 def claim(plan: Plan, output: str, storage: Storage) -> str:
-    """Write plan.json and so take the run's folder; returns its URI.
+    """Write plan.json and so take the run's name; returns the URI of its folder.
 
     Raises:
-        InputError: the run id is taken.
+        InputError: the run id was taken a moment ago.
     """
     folder = run_folder(output, plan.run_id)
     data = json.dumps(plan.as_json(), indent=2).encode()
     try:
         storage.create_exclusive(join(folder, PLAN), data)
     except FileExistsError:
-        state = "is committed" if storage.exists(join(folder, RUN)) else "was begun and not committed"
         raise InputError(
-            f"run {plan.run_id} {state} in {redact_uri(folder)}; choose another --run-id or leave it out"
+            f"{redact_uri(folder)}: another job has just begun a run of this name; start again to see its state"
         ) from None
     return folder

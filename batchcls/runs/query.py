@@ -14,7 +14,7 @@ MEMORY_MIB = 2048
 
 @contextmanager
 def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection without a database; what does not fit in memory is spilled and gone at the end.
+    """A connection to a database on disk, compressed, which is gone at the end, as is what was spilled.
 
     Raises:
         BatchclsError: the folder for temporary files has no room.
@@ -22,7 +22,9 @@ def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]
     """
     with (
         tempfile.TemporaryDirectory(prefix="batchcls-query-") as folder,
-        duckdb.connect(config={"memory_limit": f"{memory_mib}MiB", "temp_directory": folder}) as connection,
+        duckdb.connect(
+            f"{folder}/query.duckdb", config={"memory_limit": f"{memory_mib}MiB", "temp_directory": folder}
+        ) as connection,
     ):
         connection.execute("SET enable_progress_bar = false")
         connection.execute("SET preserve_insertion_order = false")

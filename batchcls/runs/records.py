@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -17,11 +17,9 @@ import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
 from batchcls.runs.layout import CURRENT, PLAN, RUN, RUNS, run_folder
-from batchcls.runs.parts import PartFile
+from batchcls.runs.parts import Kind, PartFile
 from batchcls.schema import predictions_schema, quarantine_schema
 from batchcls.storage import Storage, explain, join, redact_uri
-
-Kind = Literal["predictions", "quarantine"]
 
 _BATCH_ROWS = 16_384
 _LISTING_THREADS = 8
@@ -104,6 +102,7 @@ class ListedRun:
         created: when it was committed or begun, in UTC; None where nothing says.
         record: of a committed run, else None.
         detail: what is wrong with a damaged one.
+        is_leftover: neither plan.json nor run.json is there: a removal was cut short.
     """
 
     run_id: str
@@ -111,6 +110,7 @@ class ListedRun:
     created: datetime | None
     record: RunRecord | None = None
     detail: str = ""
+    is_leftover: bool = False
 
 
 def read_record(output: str, run_id: str, storage: Storage) -> RunRecord:
@@ -231,7 +231,8 @@ def _listed(output: str, run_id: str, storage: Storage) -> ListedRun:
             return ListedRun(run_id, State.DAMAGED, None, detail=str(error))
         return ListedRun(run_id, State.COMMITTED, record.committed, record)
     if plan is None:
-        return ListedRun(run_id, State.DAMAGED, None, detail="neither plan.json nor run.json: a leftover")
+        detail = "neither plan.json nor run.json: a removal was cut short"
+        return ListedRun(run_id, State.DAMAGED, None, detail=detail, is_leftover=True)
     try:
         return ListedRun(run_id, State.UNFINISHED, _time(json.loads(plan)["created"]))
     except (ValueError, KeyError, TypeError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.jobs import bundle, classify, compare, manifest
+from batchcls.jobs import bundle, classify, compare, manifest, runs
 from batchcls.schema import REASONS, Reason
 from tests.conftest import REPOSITORY
 
@@ -19,16 +19,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("jobs",),
     ("pipeline",),
-    ("console", "tables", "zoo_tables", "report"),
+    ("console", "tables", "zoo_tables", "run_tables", "report"),
     ("runtime",),
     ("placement", "runs", "comparison"),
     ("inference",),
     ("images", "models", "identity"),
-    ("manifest", "config", "flags"),
+    ("manifest", "manifest_columns", "config", "flags"),
     ("swap",),
     ("storage", "storage_errors", "local_files", "uris"),
     ("views",),
-    ("preprocessing", "hardware", "schema", "errors"),
+    ("preprocessing", "hardware", "schema", "errors", "row_ranges"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(reversed(ROOMS)) for room in rooms}
 MAY_IMPORT_RAY = ("pipeline", "runtime", "jobs")
@@ -127,7 +127,7 @@ def test_no_file_names_a_registry_or_a_machine():
 
 
 def test_every_command_has_help_with_examples():
-    for module in (classify, compare, manifest, bundle):
+    for module in (classify, compare, manifest, bundle, runs):
         for command in module.COMMANDS:
             assert "examples:" in command.examples
             assert command.settings.__doc__
@@ -136,7 +136,7 @@ def test_every_command_has_help_with_examples():
 
 def test_every_flag_is_in_the_reference():
     reference = (REPOSITORY / "docs" / "flags.md").read_text()
-    for module in (classify, compare, manifest, bundle):
+    for module in (classify, compare, manifest, bundle, runs):
         for command in module.COMMANDS:
             for name in command.settings.model_fields:
                 assert name.replace("_", "-") in reference, f"run `make docs`: {name} is missing"

@@ -125,7 +125,7 @@ def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: P
 
 def test_a_run_id_is_given_once(tmp_path: Path):
     claim(PLAN, str(tmp_path), Storage())
-    with pytest.raises(InputError, match="night-1 was begun and not committed"):
+    with pytest.raises(InputError, match="night-1: another job has just begun"):
         claim(PLAN, str(tmp_path), Storage())
 
 

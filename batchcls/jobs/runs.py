@@ -1,0 +1,257 @@
+"""`python -m batchcls.jobs.runs`: list, show, diff, publish, rollback, prune and verify runs."""
+
+import logging
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+from rich.console import Console
+
+from batchcls.config.runs import (
+    RunsConfig,
+    RunsDiffConfig,
+    RunsListConfig,
+    RunsPruneConfig,
+    RunsPublishConfig,
+    RunsRollbackConfig,
+    RunsShowConfig,
+    RunsVerifyConfig,
+)
+from batchcls.console import results_console
+from batchcls.errors import ExitCode, PublishRefused
+from batchcls.jobs.command import Command, main
+from batchcls.run_tables import (
+    categories_table,
+    confidence_line,
+    facts_table,
+    flows_table,
+    prune_table,
+    run_facts,
+    runs_table,
+    shown,
+    statuses_table,
+)
+from batchcls.runs.diff import diff_runs
+from batchcls.runs.gates import GateResult
+from batchcls.runs.layout import run_folder
+from batchcls.runs.lease import living_holder
+from batchcls.runs.names import resolve_run
+from batchcls.runs.prune import Keeping, choose, reader_of, remove
+from batchcls.runs.publish import publish, read_published, roll_back
+from batchcls.runs.records import RunRecord, list_runs, read_record
+from batchcls.runs.summary import summary_of
+from batchcls.runs.verify import presence_faults, verify
+from batchcls.storage import Storage, redact_uri
+from batchcls.tables import counts_table, gates_table
+
+_logger = logging.getLogger("batchcls.jobs.runs")  # __name__ is __main__ here
+
+_CALL = "python -m batchcls.jobs.runs"
+
+
+def show_list(config: RunsListConfig, console: Console) -> ExitCode:
+    """All runs with their state; * is the published one, < the one that a rollback goes back to."""
+    del console
+    storage = Storage(config.storage_options)
+    published = read_published(config.output, storage)
+    runs = list_runs(config.output, storage)
+    out = results_console()
+    if not runs:
+        out.print(f"no runs in {redact_uri(config.output)}")
+        return ExitCode.DONE
+    out.print(runs_table(runs, published.run_id, next(iter(published.former), None)))
+    out.print("* published   < previous")
+    return ExitCode.DONE
+
+
+def show(config: RunsShowConfig, console: Console) -> ExitCode:
+    """One run: counts, gates, categories, confidence."""
+    del console
+    record, storage = _record(config, config.run)
+    summary, counts = summary_of(record, storage), record.counts
+    out = results_console()
+    out.print(facts_table(run_facts(record, read_published(config.output, storage).run_id)))
+    out.print()
+    out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), counts.reused))
+    out.print()
+    out.print(gates_table(_gates(record)) if record.gates else "no gate has judged this run")
+    out.print()
+    out.print(categories_table(summary))
+    out.print(confidence_line(record.run_id, summary))
+    if (found := summary.embeddings) is not None:
+        out.print(
+            f"embeddings of {found.dimension}: mean length {found.mean_norm:.4g}, standard deviation "
+            f"{found.std_norm:.3g}, {found.non_finite} not finite"
+        )
+    return ExitCode.DONE
+
+
+def diff(config: RunsDiffConfig, console: Console) -> ExitCode:
+    """Two runs beside each other."""
+    del console
+    old, storage = _record(config, config.old)
+    new, _ = _record(config, config.new)
+    found = diff_runs(old, new, storage, to=config.to, largest=config.largest)
+    out = results_console()
+    out.print(f"from {old.run_id} to {new.run_id}, {'another' if found.model_changed else 'the same'} model")
+    out.print(statuses_table(found))
+    out.print(f"{found.images_changed} items of both runs have another image")
+    if found.flows:
+        out.print()
+        out.print(flows_table(found))
+    out.print()
+    out.print(categories_table(found.new_summary, found.old_summary))
+    out.print(f"category shift {found.category_shift:.4f} (Jensen-Shannon distance, 0 to 1)")
+    for name, summary in (("before", found.old_summary), ("now", found.new_summary)):
+        out.print(confidence_line(name, summary))
+    if config.to is not None:
+        out.print(f"results: {redact_uri(config.to)}")
+    return ExitCode.DONE
+
+
+def publish_run(config: RunsPublishConfig, console: Console) -> ExitCode:
+    """Make a run the current one, if it is whole and the gates let it, or --force does."""
+    del console
+    # What was published when the person decided is what may be replaced; nothing newer.
+    expected = read_published(config.output, Storage(config.storage_options))
+    record, storage = _record(config, config.run)
+    wrong = [gate for gate in _gates(record) if not gate.passed]
+    if wrong and not config.force and not record.unpublishable:
+        refusals = "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in wrong)
+        raise PublishRefused(
+            f"run {record.run_id} is not published; {refusals}; --force publishes it nevertheless"
+        )
+    faults = (verify if config.verify else presence_faults)(record, storage)
+    if faults:
+        raise PublishRefused(f"run {record.run_id} is not whole and not published: {'; '.join(faults)}")
+    publish(config.output, record.run_id, storage, expected)
+    for gate in wrong if config.force else ():
+        _logger.warning("published by --force against gate %s: %s", gate.gate, gate.sentence)
+    results_console().print(f"published: {record.run_id}")
+    return ExitCode.DONE
+
+
+def rollback(config: RunsRollbackConfig, console: Console) -> ExitCode:
+    """Publish again what was published before."""
+    del console
+    storage = Storage(config.storage_options)
+    check = verify if config.verify else presence_faults
+    done = roll_back(config.output, storage, lambda record: check(record, storage))
+    for run_id, fault in done.skipped.items():
+        _logger.warning("passed over %s: %s", run_id, fault)
+    results_console().print(f"published: {done.run_id}, in place of {done.withdrawn}")
+    return ExitCode.DONE
+
+
+def prune(config: RunsPruneConfig, console: Console) -> ExitCode:
+    """Remove old runs, or say which would go."""
+    del console
+    storage, now = Storage(config.storage_options), datetime.now(UTC)
+    days = config.older_than_days
+    keeping = Keeping(
+        newest=config.keep,
+        not_older_than=None if days is None else timedelta(days=days),
+        grace=timedelta(hours=config.grace_hours),
+        previous=config.keep_previous,
+        now=now,
+    )
+    choices = choose(
+        list_runs(config.output, storage),
+        read_published(config.output, storage),
+        keeping,
+        lambda run_id: _in_use(config.output, run_id, storage, now),
+    )
+    out = results_console()
+    out.print(prune_table(choices))
+    going = [choice.run.run_id for choice in choices if choice.kept_because is None]
+    if not config.yes:
+        out.print(f"{len(going)} runs would be removed; --yes removes them")
+        return ExitCode.DONE
+    freed = 0
+    for run_id in going:
+        if read_published(config.output, storage).run_id == run_id:
+            _logger.warning("%s was published in the meantime and stays", run_id)
+            continue
+        freed += remove(config.output, run_id, storage)
+        out.print(f"removed: {shown(run_id)}")
+    out.print(f"{freed / 2**20:.1f} MiB freed")
+    return ExitCode.DONE
+
+
+def _in_use(output: str, run_id: str, storage: Storage, now: datetime) -> str | None:
+    """Who works on a run or reads it."""
+    holder = living_holder(run_folder(output, run_id), storage)
+    if holder is not None:
+        return f"process {holder.pid} on {holder.host} works on it"
+    return reader_of(output, run_id, storage, now)
+
+
+def verify_run(config: RunsVerifyConfig, console: Console) -> ExitCode:
+    """Read every file of a run again; exit code 1 where a promise of run.json does not hold."""
+    del console
+    record, storage = _record(config, config.run)
+    faults = verify(record, storage)
+    for fault in faults:
+        _logger.error("%s: %s", record.run_id, shown(fault, 300))
+    out = results_console()
+    if faults:
+        out.print(f"{record.run_id} is damaged: {len(faults)} faults")
+        return ExitCode.UNEXPECTED
+    mebibytes = sum(file.bytes for file in record.files) / 2**20
+    out.print(
+        f"{record.run_id} is whole: {record.counts.rows} rows in {len(record.files)} files, {mebibytes:.1f} MiB"
+    )
+    return ExitCode.DONE
+
+
+def _record(config: RunsConfig, word: str) -> tuple[RunRecord, Storage]:
+    storage = Storage(config.storage_options)
+    return read_record(config.output, resolve_run(word, config.output, storage), storage), storage
+
+
+def _gates(record: RunRecord) -> list[GateResult]:
+    return [GateResult(**gate) for gate in record.gates]
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + "".join(f"  {_CALL} {line}\n" for line in lines)
+
+
+COMMANDS = (
+    Command("list", RunsListConfig, show_list, _examples("list --output s3://shop/out")),
+    Command(
+        "show", RunsShowConfig, show, _examples("show --output out", "show latest --output out"), ("run",)
+    ),
+    Command(
+        "diff",
+        RunsDiffConfig,
+        diff,
+        _examples(
+            "diff previous published --output out", "diff 20261123 latest --output out --to out/diffs/latest"
+        ),
+        ("old", "new"),
+    ),
+    Command(
+        "publish",
+        RunsPublishConfig,
+        publish_run,
+        _examples("publish latest --output out", "publish 20261124-033000-4f2a --output out --force"),
+        ("run",),
+    ),
+    Command("rollback", RunsRollbackConfig, rollback, _examples("rollback --output s3://shop/out")),
+    Command(
+        "prune",
+        RunsPruneConfig,
+        prune,
+        _examples("prune --keep 7 --output out", "prune --older-than-days 30 --output out --yes"),
+    ),
+    Command(
+        "verify",
+        RunsVerifyConfig,
+        verify_run,
+        _examples("verify --output out", "verify latest --output out"),
+        ("run",),
+    ),
+)
+
+if __name__ == "__main__":
+    main("runs", COMMANDS)

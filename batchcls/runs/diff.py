@@ -1,0 +1,255 @@
+"""Two runs beside each other: which items are new, gone or changed, from which label to which, and why.
+
+Items are joined by their id in DuckDB, which spills to disk, so that memory does not grow with the runs.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from batchcls.runs.query import connect
+from batchcls.runs.records import RunRecord, open_parts, read_columns
+from batchcls.runs.summary import Summary, jensen_shannon, summary_of
+from batchcls.schema import Reason
+from batchcls.storage import Storage, explain, join
+
+ITEMS = "diff-items.parquet"
+FLOWS = "flows.parquet"
+DIFF = "diff.json"
+
+STATUSES: Mapping[str, str] = {
+    "unchanged": "the same label in both runs",
+    "changed": "another label",
+    "new": "only in the new run",
+    "gone": "only in the old run",
+    "failed": "answered before, now in quarantine",
+    "recovered": "in quarantine before, now answered",
+    "still_failed": "in quarantine in both",
+}
+"""Every status of an item, with its meaning."""
+
+CAUSES: Mapping[str, str] = {
+    "image": "the image changed",
+    "model": "the model changed",
+    "image_and_model": "both changed",
+    "neither": "neither changed: another engine, precision or hardware",
+}
+"""Every cause of another label, with its meaning."""
+
+_EXAMPLES = 4
+_ONLY_A_ROW = (Reason.NULL_ID.value, Reason.DUPLICATE_ID.value)
+
+_SIDE = """
+CREATE TEMP VIEW {side} AS
+SELECT item_id, uri, "row", label, probability, content_hash, NULL::VARCHAR AS reason FROM {side}_predictions
+UNION ALL
+SELECT item_id, uri, "row", NULL, NULL, content_hash, reason FROM {side}_quarantine
+WHERE item_id IS NOT NULL AND reason NOT IN {excluded}
+"""
+
+_JOINED = """
+CREATE TABLE joined AS
+SELECT *, CASE
+    WHEN status <> 'changed' THEN NULL
+    WHEN image_changed AND {model_changed} THEN 'image_and_model'
+    WHEN image_changed THEN 'image'
+    WHEN {model_changed} THEN 'model'
+    ELSE 'neither' END AS cause
+FROM (
+    SELECT coalesce(new.item_id, old.item_id) AS item_id,
+        CASE
+            WHEN old.item_id IS NULL THEN 'new'
+            WHEN new.item_id IS NULL THEN 'gone'
+            WHEN old.label IS NULL AND new.label IS NULL THEN 'still_failed'
+            WHEN new.label IS NULL THEN 'failed'
+            WHEN old.label IS NULL THEN 'recovered'
+            WHEN old.label = new.label THEN 'unchanged'
+            ELSE 'changed' END AS status,
+        coalesce(new.content_hash <> old.content_hash, false) AS image_changed,
+        coalesce(new.uri, old.uri) AS uri,
+        old."row" AS old_row, new."row" AS new_row,
+        old.label AS old_label, new.label AS new_label,
+        old.probability AS old_probability, new.probability AS new_probability,
+        old.reason AS old_reason, new.reason AS new_reason
+    FROM new FULL JOIN old ON new.item_id = old.item_id
+)
+"""
+
+# Items whose label is the same are listed only where their image is another one.
+_ITEMS = """
+SELECT item_id, status, cause, image_changed, uri, old_row, new_row, old_label, new_label,
+       old_probability, new_probability, old_reason, new_reason
+FROM joined WHERE status NOT IN ('unchanged', 'still_failed') OR image_changed
+ORDER BY status, coalesce(new_row, old_row)
+"""
+
+_COPY = "COPY ({query}) TO {path} (FORMAT parquet, COMPRESSION zstd)"
+
+_BY_SIZE = "items DESC, old_label, new_label"
+
+_FLOWS = f"""
+SELECT old_label, new_label, count(*) AS items,
+    count(*) FILTER (cause = 'image') AS by_image,
+    count(*) FILTER (cause = 'model') AS by_model,
+    count(*) FILTER (cause = 'image_and_model') AS by_image_and_model,
+    count(*) FILTER (cause = 'neither') AS by_neither,
+    avg(old_probability) AS old_probability, avg(new_probability) AS new_probability,
+    max_by(new_row, new_probability, {_EXAMPLES}) AS example_rows
+FROM joined WHERE status IN ('unchanged', 'changed') GROUP BY ALL
+ORDER BY {_BY_SIZE}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Items that went from one label to another.
+
+    `example_rows` are row numbers of the new run's manifest, the most confident first; the
+    probabilities are means.
+    """
+
+    old_label: str
+    new_label: str
+    items: int
+    by_image: int
+    by_model: int
+    by_image_and_model: int
+    by_neither: int
+    old_probability: float
+    new_probability: float
+    example_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDiff:
+    """What lies between two runs.
+
+    Attributes:
+        old, new: their ids.
+        model_changed: their models' fingerprints differ.
+        statuses: items by status, every status of `STATUSES`.
+        causes: items of another label by cause, every cause of `CAUSES`.
+        images_changed: items of both runs whose image is another one, whatever their label.
+        flows: the largest from one label to another.
+        category_shift: Jensen-Shannon distance of the category mixes, base 2.
+        old_summary, new_summary: categories, confidence and embeddings of either.
+    """
+
+    old: str
+    new: str
+    model_changed: bool
+    statuses: Mapping[str, int]
+    causes: Mapping[str, int]
+    images_changed: int
+    flows: tuple[Flow, ...]
+    category_shift: float
+    old_summary: Summary
+    new_summary: Summary
+
+    @property
+    def compared(self) -> int:
+        """Items that both runs have answered."""
+        return self.statuses["unchanged"] + self.statuses["changed"]
+
+    def as_json(self) -> dict[str, Any]:
+        """For diff.json."""
+        return {
+            "format": "batchcls-diff-1",
+            "old": self.old,
+            "new": self.new,
+            "model_changed": self.model_changed,
+            "statuses": dict(self.statuses),
+            "causes": dict(self.causes),
+            "images_changed": self.images_changed,
+            "flows": [asdict(flow) for flow in self.flows],
+            "category_shift": self.category_shift,
+            "old_summary": self.old_summary.as_json(),
+            "new_summary": self.new_summary.as_json(),
+        }
+
+
+def diff_runs(
+    old: RunRecord, new: RunRecord, storage: Storage, *, to: str | None = None, largest: int = 20
+) -> RunDiff:
+    """Compare two committed runs.
+
+    Args:
+        old: the run to compare with.
+        new: the run to look at.
+        storage: how to reach both.
+        to: folder for diff-items.parquet (every item but those of the same label and image),
+            flows.parquet (the whole matrix, its diagonal included) and diff.json; None writes nothing.
+        largest: how many flows to name.
+
+    Raises:
+        InputError: a file is missing, damaged or cannot be written.
+    """
+    model_changed = old.model_fingerprint != new.model_fingerprint
+    old_summary, new_summary = summary_of(old, storage), summary_of(new, storage)
+    with connect() as connection:
+        for side, record in (("old", old), ("new", new)):
+            _register(connection, side, record, storage)
+        connection.execute(_JOINED.format(model_changed=str(model_changed).lower()))
+        found = RunDiff(
+            old=old.run_id,
+            new=new.run_id,
+            model_changed=model_changed,
+            statuses=_counts(connection, "status", STATUSES),
+            causes=_counts(connection, "cause", CAUSES),
+            images_changed=_one(connection, "SELECT count(*) FROM joined WHERE image_changed"),
+            flows=_largest(connection, largest),
+            category_shift=jensen_shannon(old_summary.categories, new_summary.categories),
+            old_summary=old_summary,
+            new_summary=new_summary,
+        )
+        if to is not None:
+            _write(connection, found, to, storage)
+    return found
+
+
+def _register(connection: duckdb.DuckDBPyConnection, side: str, record: RunRecord, storage: Storage) -> None:
+    columns = ["item_id", "uri", "row", "content_hash"]
+    predictions, quarantine = (open_parts(record, kind, storage) for kind in ("predictions", "quarantine"))
+    connection.register(f"{side}_predictions", read_columns(predictions, [*columns, "label", "probability"]))
+    connection.register(f"{side}_quarantine", read_columns(quarantine, [*columns, "reason"]))
+    connection.execute(_SIDE.format(side=side, excluded=_ONLY_A_ROW))
+
+
+def _counts(
+    connection: duckdb.DuckDBPyConnection, column: str, known: Mapping[str, str]
+) -> Mapping[str, int]:
+    rows = connection.execute(f"SELECT {column}, count(*) FROM joined GROUP BY ALL").fetchall()
+    return dict.fromkeys(known, 0) | {name: count for name, count in rows if name is not None}
+
+
+def _one(connection: duckdb.DuckDBPyConnection, query: str) -> int:
+    row = connection.execute(query).fetchone()
+    return int(row[0]) if row else 0
+
+
+def _largest(connection: duckdb.DuckDBPyConnection, largest: int) -> tuple[Flow, ...]:
+    query = f"SELECT * FROM ({_FLOWS}) WHERE old_label <> new_label ORDER BY {_BY_SIZE} LIMIT {largest:d}"
+    cursor = connection.execute(query)
+    names = [column[0] for column in cursor.description or ()]
+    rows = (dict(zip(names, row, strict=True)) for row in cursor.fetchall())
+    return tuple(Flow(**row | {"example_rows": tuple(row["example_rows"])}) for row in rows)
+
+
+def _write(connection: duckdb.DuckDBPyConnection, found: RunDiff, to: str, storage: Storage) -> None:
+    with tempfile.TemporaryDirectory(prefix="batchcls-diff-") as folder, explain(to):
+        items, flows = Path(folder, ITEMS), Path(folder, FLOWS)
+        connection.execute(_COPY.format(query=_ITEMS, path=_quoted(items)))
+        connection.execute(_COPY.format(query=_FLOWS, path=_quoted(flows)))
+        storage.write_file(join(to, ITEMS), items)
+        storage.write_file(join(to, FLOWS), flows)
+        storage.write_whole(join(to, DIFF), json.dumps(found.as_json(), indent=2).encode())
+
+
+def _quoted(path: Path) -> str:
+    """A path as a literal of SQL."""
+    return "'" + str(path).replace("'", "''") + "'"

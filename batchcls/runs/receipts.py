@@ -1,0 +1,152 @@
+"""Receipts on storage: the ledger of a run, from which it goes on after any death.
+
+A worker writes the files of a part and then, whole, a small file that says what is in them. Only what
+a receipt names is part of the run; a file without one is what a killed worker left. A fragment that
+was done twice has two receipts, of which one counts.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from batchcls.row_ranges import RowRanges
+from batchcls.runs.layout import RECEIPTS
+from batchcls.runs.ledger import balance
+from batchcls.runs.parts import PartFile, Receipt
+from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage_errors import resumable
+
+_FORMAT = "batchcls-receipt-1"
+_THREADS = 32
+
+_logger = logging.getLogger(__name__)
+
+
+def keep_receipt(receipt: Receipt, folder: str, storage: Storage) -> Receipt:
+    """Make the files of a receipt part of the run in `folder`; returns the receipt.
+
+    Raises:
+        StorageStoppedError: storage refused; the files are not part of the run.
+    """
+    with resumable(folder):
+        storage.write_whole(join(folder, RECEIPTS, receipt.name), _to_json(receipt))
+    return receipt
+
+
+def read_receipts(folder: str, storage: Storage) -> list[Receipt]:
+    """All receipts of a run, in the order of their names.
+
+    A damaged one is left out with a warning: its rows are done again.
+
+    Raises:
+        InputError: the store cannot be read.
+    """
+    with explain(folder):
+        found = storage.list_files(join(folder, RECEIPTS), ".json")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            read = list(pool.map(lambda info: _read(info.uri, storage), found))
+    return [receipt for receipt in read if receipt is not None]
+
+
+def settle_receipts(
+    receipts: Sequence[Receipt], rows: int, is_undone: Callable[[PartFile], bool]
+) -> list[Receipt]:
+    """Which receipts, and which files of them, count: no row in two files.
+
+    Args:
+        receipts: what was read from storage, in any order.
+        rows: rows of the manifest.
+        is_undone: files whose rows are to be done again.
+    """
+    kept = [replace(one, files=tuple(f for f in one.files if not is_undone(f))) for one in receipts]
+    if len(balance((file.ranges for one in kept for file in one.files), rows).repeated):
+        chosen = _first_come(kept, rows)
+        kept = [replace(one, files=tuple(f for f in one.files if f.path in chosen)) for one in kept]
+    return [one for one in kept if one.files]
+
+
+def missing_rows(receipts: Sequence[Receipt], rows: int) -> RowRanges:
+    """The rows of the manifest that no file holds."""
+    return balance((file.ranges for one in receipts for file in one.files), rows).missing
+
+
+def _first_come(receipts: Sequence[Receipt], rows: int) -> set[str]:
+    """Paths of files none of which shares a row with another one; answers win over failures."""
+    files = sorted(
+        (file for one in receipts for file in one.files),
+        key=lambda file: (file.kind != "predictions", file.path),
+    )
+    taken = np.zeros(rows, bool)
+    chosen: set[str] = set()
+    for file in files:
+        spans = [slice(a, b) for a, b in zip(file.ranges.starts, file.ranges.stops, strict=True)]
+        if not any(taken[span].any() for span in spans):
+            chosen.add(file.path)
+            for span in spans:
+                taken[span] = True
+    return chosen
+
+
+def _read(uri: str, storage: Storage) -> Receipt | None:
+    try:
+        return _from_json(uri.rpartition("/")[2], json.loads(storage.read_bytes(uri)))
+    except (ValueError, KeyError, TypeError) as error:
+        name = type(error).__name__
+        _logger.warning(
+            "%s is damaged or of another version (%s); its rows are done again", redact_uri(uri), name
+        )
+        return None
+
+
+def _to_json(receipt: Receipt) -> bytes:
+    files = [
+        file.as_json()
+        | {
+            "ranges": np.stack([file.ranges.starts, file.ranges.stops], axis=1).tolist(),
+            "origin": file.origin,
+            "failures": file.failures,
+            "first_failed": file.first_failed,
+        }
+        for file in receipt.files
+    ]
+    record = {
+        "format": _FORMAT,
+        "files": files,
+        "seconds": receipt.seconds,
+        "image_bytes": receipt.image_bytes,
+        "written_at": receipt.written_at,
+    }
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def _from_json(name: str, record: dict[str, Any]) -> Receipt:
+    if record["format"] != _FORMAT:
+        raise ValueError(f"format {record['format']}")
+    return Receipt(
+        name=name,
+        files=tuple(_file_from_json(file) for file in record["files"]),
+        seconds=record["seconds"],
+        image_bytes=record["image_bytes"],
+        written_at=record["written_at"],
+    )
+
+
+def _file_from_json(record: dict[str, Any]) -> PartFile:
+    ranges = np.array(record["ranges"], np.int64).reshape(-1, 2)
+    return PartFile(
+        path=record["path"],
+        kind=record["kind"],
+        rows=record["rows"],
+        bytes=record["bytes"],
+        digest=record["digest"],
+        ranges=RowRanges(ranges[:, 0].copy(), ranges[:, 1].copy()),
+        origin=record["origin"],
+        failures=Counter(record["failures"]),
+        first_failed=tuple((row, reason) for row, reason in record["first_failed"]),
+    )

@@ -1,0 +1,174 @@
+"""A committed run, read again and held against its run.json: nothing is believed that can be counted.
+
+Files are read whole, a few at a time, so that memory is bounded by their size and not by the run's.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchcls.row_ranges import RowRanges
+from batchcls.runs.ledger import balance
+from batchcls.runs.parts import PartFile
+from batchcls.runs.query import connect
+from batchcls.runs.records import RunRecord, open_parts, read_columns
+from batchcls.schema import Reason, predictions_schema, quarantine_schema
+from batchcls.storage import Storage, explain, join
+
+_THREADS = 4
+_NAMED = 20
+_WITHOUT_OWN_ID = (Reason.NULL_ID.value, Reason.DUPLICATE_ID.value)
+
+_REPEATED_IDS = f"""
+SELECT count(*) FROM (
+    SELECT item_id FROM (
+        SELECT item_id FROM predictions
+        UNION ALL SELECT item_id FROM quarantine WHERE reason NOT IN {_WITHOUT_OWN_ID}
+    ) GROUP BY item_id HAVING count(*) > 1 OR item_id IS NULL
+)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """What one file holds, and what is wrong with it."""
+
+    ranges: RowRanges | None
+    schema: pa.Schema | None
+    tally: Counter[str]
+    faults: tuple[str, ...]
+
+
+def presence_faults(record: RunRecord, storage: Storage) -> list[str]:
+    """Files of a run that are missing or have another size, by one listing; nothing is read.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    with explain(record.folder):
+        sizes = {info.uri: info.size for info in storage.list_files(record.folder, ".parquet")}
+    faults = []
+    for file in record.files:
+        size = sizes.get(join(record.folder, file.path))
+        if size is None:
+            faults.append(f"{file.path} is missing")
+        elif size != file.bytes:
+            faults.append(f"{file.path} has {size} bytes, run.json says {file.bytes}")
+    return _few(faults)
+
+
+def verify(record: RunRecord, storage: Storage) -> list[str]:
+    """What is wrong with a run, a sentence each; empty when every promise of run.json holds.
+
+    Held are: size, SHA-256, rows and schema of every file; that each row of the manifest stands in
+    exactly one file; that no item id stands there twice; the counts by status and reason.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    faults = presence_faults(record, storage)
+    if faults:
+        return faults
+    with ThreadPoolExecutor(_THREADS) as pool:
+        checked = list(_in_order(pool, record, storage))
+    faults = [fault for one in checked for fault in one.faults]
+    faults += _schema_faults(record.files, checked)
+    if faults:
+        return _few(faults)
+    return _few(
+        [*_row_faults(record, checked), *_count_faults(record, checked), *_id_faults(record, storage)]
+    )
+
+
+def _in_order(pool: ThreadPoolExecutor, record: RunRecord, storage: Storage) -> Iterator[_Checked]:
+    return pool.map(lambda file: _check(record, file, storage), record.files)
+
+
+def _check(record: RunRecord, file: PartFile, storage: Storage) -> _Checked:
+    uri = join(record.folder, file.path)
+    with explain(uri):
+        data = storage.read_bytes(uri)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != file.digest:
+        return _bad(f"{file.path} has other content than when it was committed: {digest}, not {file.digest}")
+    try:
+        with pq.ParquetFile(pa.BufferReader(data)) as parquet:
+            rows = parquet.read(columns=["row", _tallied(file)])
+            schema = parquet.schema_arrow
+    except (pa.ArrowInvalid, OSError) as error:
+        return _bad(f"{file.path} cannot be read: {error}")
+    if rows.num_rows != file.rows:
+        return _bad(f"{file.path} has {rows.num_rows} rows, run.json says {file.rows}")
+    try:
+        ranges = RowRanges.of(rows.column("row").to_numpy())
+    except ValueError as error:
+        return _bad(f"{file.path}: {error}")
+    counted = rows.column(1).value_counts()
+    tally = Counter({str(entry["values"].as_py()): entry["counts"].as_py() for entry in counted})
+    return _Checked(ranges, schema, tally, ())
+
+
+def _bad(fault: str) -> _Checked:
+    return _Checked(None, None, Counter(), (fault,))
+
+
+def _tallied(file: PartFile) -> str:
+    return "reason" if file.kind == "quarantine" else "origin"
+
+
+def _schema_faults(files: Sequence[PartFile], checked: Sequence[_Checked]) -> list[str]:
+    """All files of a kind have one schema, and predictions have the columns that every run has."""
+    faults = []
+    first: dict[str, pa.Schema] = {"quarantine": quarantine_schema()}
+    for file, found in zip(files, checked, strict=True):
+        if found.schema is None:
+            continue
+        expected = first.setdefault(file.kind, found.schema)
+        if not found.schema.equals(expected):
+            faults.append(f"{file.path} has another schema than the other {file.kind}")
+    for column in predictions_schema((), None, 0) if "predictions" in first else ():
+        if column.name not in first["predictions"].names or first["predictions"].field(column.name) != column:
+            faults.append(f"the predictions have no column {column.name} of type {column.type}")
+    return faults
+
+
+def _row_faults(record: RunRecord, checked: Sequence[_Checked]) -> list[str]:
+    found = balance((one.ranges for one in checked if one.ranges is not None), record.counts.rows)
+    return [] if found.is_exact else [f"the rows are not each of the manifest's once: {found}"]
+
+
+def _count_faults(record: RunRecord, checked: Sequence[_Checked]) -> list[str]:
+    tallies: dict[str, Counter[str]] = {"predictions": Counter(), "quarantine": Counter()}
+    for file, one in zip(record.files, checked, strict=True):
+        tallies[file.kind].update(one.tally)
+    counts, origins, reasons = record.counts, tallies["predictions"], tallies["quarantine"]
+    reused = origins.pop("reused", 0)
+    pairs = [
+        ("predicted", counts.predicted, origins.total()),
+        ("reused", counts.reused, reused),
+        ("quarantined", counts.quarantined, reasons.total()),
+        ("quarantined by reason", dict(counts.quarantined_by_reason), dict(reasons)),
+        ("in all", counts.rows, counts.predicted + counts.reused + counts.quarantined),
+    ]
+    return [f"rows {name}: {found}, run.json says {said}" for name, said, found in pairs if said != found]
+
+
+def _id_faults(record: RunRecord, storage: Storage) -> list[str]:
+    with connect() as connection:
+        for kind, columns in (("predictions", ["item_id"]), ("quarantine", ["item_id", "reason"])):
+            dataset = open_parts(record, "predictions" if kind == "predictions" else "quarantine", storage)
+            connection.register(kind, read_columns(dataset, columns))
+        row = connection.execute(_REPEATED_IDS).fetchone()
+    repeated = row[0] if row else 0
+    return [f"{repeated} item ids stand there more than once, or are null"] if repeated else []
+
+
+def _few(faults: list[str]) -> list[str]:
+    """The first of many: a person needs no list of ten thousand files."""
+    more = len(faults) - _NAMED
+    return faults if more <= 0 else [*faults[:_NAMED], f"and {more} more"]
