@@ -4,10 +4,8 @@ Of all rows only the id, the label and the probability are read, and DuckDB spil
 fit; everything else is read of the few rows that the page shows (`run_items`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
@@ -15,10 +13,11 @@ import pyarrow.dataset as ds
 
 from batchcls.report.run_facts import BINS, Categories, Category, Changes, Confidence, Flow, Item
 from batchcls.report.run_items import read_items
+from batchcls.runs.query import connect
 from batchcls.runs.records import read_columns
 
 _COLUMNS = ("row", "item_id", "label", "probability")
-_MEMORY_LIMIT = "1GB"
+_MEMORY_MIB = 1024
 _CATEGORIES = 15
 _MOVED = 10
 _CATEGORIES_WITH_EXAMPLES = 10
@@ -66,7 +65,7 @@ def read_figures(predictions: ds.Dataset, before: tuple[str, ds.Dataset] | None 
         before: id and predictions of the run to compare with.
     """
     has_earlier = before is not None
-    with _connected() as connection:
+    with connect(_MEMORY_MIB) as connection:
         # Read as a stream of these columns: DuckDB knows no half-precision, which embeddings have.
         connection.register("predictions", read_columns(predictions, _COLUMNS))
         if before is not None:
@@ -90,17 +89,6 @@ def read_figures(predictions: ds.Dataset, before: tuple[str, ds.Dataset] | None 
             _categories(connection, largest, examples, items, has_earlier),
             None if before is None else _changes(connection, before[0], flows, items),
         )
-
-
-@contextmanager
-def _connected() -> Iterator[duckdb.DuckDBPyConnection]:
-    with (
-        TemporaryDirectory(prefix="batchcls-report-") as spill,
-        duckdb.connect(config={"memory_limit": _MEMORY_LIMIT, "temp_directory": spill}) as connection,
-    ):
-        connection.execute("SET enable_progress_bar = false")
-        connection.execute("SET preserve_insertion_order = false")
-        yield connection
 
 
 def _one(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:

@@ -146,7 +146,7 @@ def _about(record: RunRecord, plan: Mapping[str, Any]) -> tuple[tuple[str, str],
     hardware = measured.get("hardware", {})
     nodes = Counter(_node(node) for node in hardware.get("nodes", []))
     engines = ", ".join(f"{number} x {name}" for name, number in measured.get("engines", {}).items())
-    bottleneck = measured.get("bottleneck", {})
+    bottleneck = measured.get("bottleneck") or {}
     versions = plan.get("versions", {})
     facts = [
         (
