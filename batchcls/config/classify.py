@@ -116,6 +116,9 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
         "was begun and not finished goes on; where there is none, a new one gets the time and a random tail.",
     )
     publish: bool = Field(default=True, description="Make the finished run the current one.")
+    report: bool = Field(
+        default=True, description="Draw report.html into the run's folder, with pictures fetched anew for it."
+    )
     max_failed_fraction: float = Field(
         default=0.01,
         ge=0,

@@ -21,6 +21,7 @@ from batchcls.pipeline.execute import Executed, execute
 from batchcls.pipeline.settle import Settled, settle_engines
 from batchcls.pipeline.tally import Progress
 from batchcls.placement import Placement, place
+from batchcls.report.run_report import report_after_run
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.budget import Budget, Seen
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile, stage_seconds
@@ -107,7 +108,10 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
                 done = _do(run, console)
                 totals, measured, verdict = _commit(run, done, started)
     _summarize(totals, measured, folder)
-    _publish(config, plan, verdict, storage)
+    try:
+        _publish(config, plan, verdict, storage)
+    finally:  # a refused run is the one that people want to see
+        _report(config, plan.run_id, storage)
     return ExitCode.DONE
 
 
@@ -212,6 +216,14 @@ def _publish(config: ClassifyConfig, plan: Plan, verdict: Verdict, storage: Stor
     else:
         publish_judged(plan, verdict, config.output, storage)
         out.print(f"published: {redact_uri(join(config.output, 'current.json'))}")
+
+
+def _report(config: ClassifyConfig, run_id: str, storage: Storage) -> None:
+    if not config.report:
+        return
+    uri = report_after_run(config.output, run_id, storage, storage_options=config.storage_options)
+    if uri is not None:
+        results_console().print(f"report: {redact_uri(uri)}")
 
 
 COMMANDS = (Command("classify", ClassifyConfig, classify, _EXAMPLES),)

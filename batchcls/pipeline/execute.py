@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from batchcls.console import watching
+from batchcls.pipeline.metrics import metrics_of
 from batchcls.pipeline.tally import Progress
 from batchcls.pipeline.work import Work
 from batchcls.placement import Node
@@ -113,8 +114,16 @@ def execute(
     name = {"fused": "FusedRun", "staged": "StagedRun"}[work.placement.shape]
     module = importlib.import_module(f"batchcls.pipeline.{work.placement.shape}")
     run: _Run = getattr(module, name)(work, check)
+    metrics = metrics_of(work.load.settings.run_id)
+
+    def look() -> Progress:
+        progress = run.progress()
+        metrics.look(progress, len(work.todo))
+        return progress
+
     began_at, cpu = time.time(), time.process_time()
-    with watching(run.progress, len(work.todo), console, interval_seconds):
+    with watching(look, len(work.todo), console, interval_seconds):
         receipts = run.execute()
+        look()
     ended_at, cpu = time.time(), time.process_time() - cpu
     return Executed(work, receipts, run.progress(), began_at, ended_at, cpu, nodes())

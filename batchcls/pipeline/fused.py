@@ -16,6 +16,7 @@ from batchcls.errors import BatchclsError
 from batchcls.manifest import Fragment
 from batchcls.pipeline.causes import is_out_of_memory, stopped
 from batchcls.pipeline.fused_actor import CONCURRENCY, FRAGMENTS_IN_FLIGHT, FragmentActor, Orders, UnderWay
+from batchcls.pipeline.metrics import metrics_of
 from batchcls.pipeline.poison import Suspects, rejected_in
 from batchcls.pipeline.tally import Progress
 from batchcls.pipeline.work import ACTOR_RESTARTS, Work
@@ -167,6 +168,7 @@ class FusedRun:
             if isinstance(found, Receipt):
                 self._receipts.append(found)
                 self._finished_rows += found.rows
+                metrics_of(self._work.load.settings.run_id).record(found)
                 self._failures += found.failures
             else:
                 place.engine = found

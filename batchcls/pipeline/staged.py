@@ -72,7 +72,8 @@ class StagedRun:
         return self._receipts
 
     def _run_graph(self) -> None:
-        sink = PartSink(self._work.writer, self._work.placement.rows_per_file)
+        work = self._work
+        sink = PartSink(work.load.settings.run_id, work.writer, work.placement.rows_per_file)
         graph = self._predicted(self._loaded())
         with _Checking(self.progress, self._check, self._tally.stop.remote) as checking:
             try:

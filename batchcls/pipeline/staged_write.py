@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 from ray.data import Datasink
 
+from batchcls.pipeline.metrics import metrics_of
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.receipts import keep_receipt
 
@@ -13,7 +14,8 @@ from batchcls.runs.receipts import keep_receipt
 class PartSink(Datasink[Receipt]):
     """Gathers at least `rows_per_file` rows a write; keeps the receipts on the driver."""
 
-    def __init__(self, writer: PartWriter, rows_per_file: int) -> None:
+    def __init__(self, run_id: str, writer: PartWriter, rows_per_file: int) -> None:
+        self._run_id = run_id
         self._writer = writer
         self._rows_per_file = rows_per_file
         self.receipts: list[Receipt] = []
@@ -22,6 +24,7 @@ class PartSink(Datasink[Receipt]):
         """In a write task: one part."""
         del ctx
         receipt = self._writer.write([block for block in blocks if block.num_rows])
+        metrics_of(self._run_id).record(receipt)
         return keep_receipt(receipt, self._writer.folder, self._writer.storage)
 
     def on_write_complete(self, write_result: Any) -> None:

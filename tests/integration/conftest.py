@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import subprocess
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -22,10 +24,27 @@ from tests.conftest import REPOSITORY
 
 @dataclass(frozen=True)
 class Cluster:
-    """Addresses of a running cluster and the environment that its clients need."""
+    """Addresses of a running cluster, the environment that its clients need, and the folder of its session."""
 
     address: str
     environment: dict[str, str]
+    temporary: Path
+
+    def metrics(self) -> list[tuple[str, dict[str, str], float]]:
+        """Name, tags and value of every metric that Prometheus would find now."""
+        (found,) = json.loads((self.temporary / "prom_metrics_service_discovery.json").read_text())
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        lines = [
+            line
+            for target in found["targets"]
+            for line in opener.open(f"http://{target}/metrics", timeout=20).read().decode().splitlines()
+        ]
+        matches = (re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line) for line in lines)
+        return [
+            (match[1], dict(re.findall(r'(\w+)="([^"]*)"', match[2])), float(match[3]))
+            for match in matches
+            if match
+        ]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +57,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[st
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(state / "token")}
         dashboard = f"http://127.0.0.1:{(state / 'dashboard_port').read_text().strip()}"
         address = f"127.0.0.1:{(state / 'port').read_text().strip()}"
-        yield Cluster(address, clean_environment | token | {"RAY_API_SERVER_ADDRESS": dashboard})
+        temporary = Path((state / "temporary").read_text().strip())
+        yield Cluster(address, clean_environment | token | {"RAY_API_SERVER_ADDRESS": dashboard}, temporary)
     finally:
         subprocess.run([script, "down"], env=environment, check=True)
 

@@ -115,11 +115,33 @@ def test_the_record_adds_up_and_readers_find_it(finished: Outcome):
         assert finished.quarantine.column(name).null_count == 0
 
 
+def counted(cluster: Cluster, run_id: str, name: str, tag: str, wanted: dict[str, float]) -> dict[str, float]:
+    """A counter of the run by one of its tags, once it is what is wanted, or after 30 s."""
+    deadline = time.monotonic() + 30
+    while True:
+        found: dict[str, float] = {}
+        for metric, tags, value in cluster.metrics():
+            if metric == f"ray_{name}_total" and tags["run_id"] == run_id:
+                found[tags[tag]] = found.get(tags[tag], 0.0) + value
+        if found == pytest.approx(wanted) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)  # workers hand their metrics over every few seconds
+
+
+def test_rows_failures_and_seconds_are_metrics_of_the_cluster(cluster: Cluster, finished: Outcome):
+    run_id, rows = finished.folder.name, {"predicted": 147.0, "quarantined": 3.0}
+    assert counted(cluster, run_id, "batchcls_rows", "status", rows) == rows
+    assert counted(cluster, run_id, "batchcls_failures", "reason", {"truncated": 3}) == {"truncated": 3}
+    recorded = {stage: seconds for stage, seconds in finished.record["stage_seconds"].items() if seconds}
+    seconds = counted(cluster, run_id, "batchcls_stage_seconds", "stage", recorded)
+    assert seconds == pytest.approx(recorded)
+
+
 def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalised(
-    job: Job, finished: Outcome, tiny_bundle: str, catalog: str
+    job: Job, finished: Outcome, tiny_bundle: str, catalog: str, cluster: Cluster
 ):
     """The other shape, one image at a time, other fragments, float32 pixels: the same answers."""
-    other = job(
+    outcome = job(
         *(
             "--manifest",
             catalog,
@@ -131,7 +153,10 @@ def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalised(
             "worker",
         ),
         *("--batch-size", "1", "--fragment-rows", "37", "--embedding-dtype", "float32", "--shape", "staged"),
-    ).predictions
+    )
+    other = outcome.predictions
+    rows = {"predicted": 147.0, "quarantined": 3.0}
+    assert counted(cluster, outcome.folder.name, "batchcls_rows", "status", rows) == rows
     assert other.column("item_id").equals(finished.predictions.column("item_id"))
     assert other.column("label").equals(finished.predictions.column("label"))
     a, b = (np.array(t.column("embedding").to_pylist(), np.float32) for t in (finished.predictions, other))

@@ -77,7 +77,7 @@ def test_files_hold_one_idea_and_say_which(path: Path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_broad_except_stands_only_where_it_has_a_reason(path: Path):
-    allowed = {"images/fetch.py", "images/decode.py", "console.py", "jobs/command.py"}
+    allowed = {"images/fetch.py", "images/decode.py", "console.py", "jobs/command.py", "report/run_report.py"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
             names = ast.unparse(node.type) if node.type else "bare"

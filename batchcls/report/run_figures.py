@@ -1,0 +1,210 @@
+"""Figures of a run for its page, from its committed Parquet files: DuckDB over Arrow, within bounded memory.
+
+Of all rows only the id, the label and the probability are read, and DuckDB spills to disk what does not
+fit; everything else is read of the few rows that the page shows (`run_items`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow.dataset as ds
+
+from batchcls.report.run_facts import BINS, Categories, Category, Changes, Confidence, Flow, Item
+from batchcls.report.run_items import read_items
+from batchcls.runs.query import connect
+from batchcls.runs.records import read_columns
+
+_COLUMNS = ("row", "item_id", "label", "probability")
+_MEMORY_MIB = 1024
+_CATEGORIES = 15
+_MOVED = 10
+_CATEGORIES_WITH_EXAMPLES = 10
+_EXAMPLES_OF_A_CATEGORY = 2  # at each end
+_EXAMPLES_OF_AN_END = 10  # least sure, most sure
+_FLOWS = 10
+_EXAMPLES_OF_A_FLOW = 4
+
+_JOINED = """
+CREATE TEMP TABLE joined AS
+SELECT now.row AS row, now.label AS label, now.probability AS probability,
+       earlier.label AS label_before, earlier.probability AS probability_before
+FROM predictions AS now FULL OUTER JOIN predictions_before AS earlier ON now.item_id = earlier.item_id
+"""
+_ALONE = """
+CREATE TEMP TABLE joined AS
+SELECT row, label, probability, NULL::VARCHAR AS label_before, NULL::FLOAT AS probability_before
+FROM predictions
+"""
+_MIX = """
+CREATE TEMP TABLE mix AS
+SELECT coalesce(now.label, earlier.label) AS label, coalesce(rows, 0) AS rows,
+       coalesce(rows_before, 0) AS rows_before, mean
+FROM (SELECT label, count(*) AS rows, avg(probability) AS mean FROM joined
+      WHERE label IS NOT NULL GROUP BY label) AS now
+FULL OUTER JOIN (SELECT label_before AS label, count(*) AS rows_before FROM joined
+      WHERE label_before IS NOT NULL GROUP BY label_before) AS earlier ON now.label = earlier.label
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the predictions of a run say: nothing where there are none, no changes without an earlier run."""
+
+    confidence: Confidence | None = None
+    categories: Categories | None = None
+    changes: Changes | None = None
+
+
+def read_figures(predictions: ds.Dataset, before: tuple[str, ds.Dataset] | None = None) -> Figures:
+    """Walk over the predictions once, over those of the earlier run once, and read the rows to show.
+
+    Args:
+        predictions: of the run, as `schema.predictions_schema`.
+        before: id and predictions of the run to compare with.
+    """
+    has_earlier = before is not None
+    with connect(_MEMORY_MIB) as connection:
+        # Read as a stream of these columns: DuckDB knows no half-precision, which embeddings have.
+        connection.register("predictions", read_columns(predictions, _COLUMNS))
+        if before is not None:
+            connection.register("predictions_before", read_columns(before[1], _COLUMNS))
+        connection.execute(_JOINED if has_earlier else _ALONE)
+        if _one(connection, "SELECT count(row) FROM joined") == (0,):
+            return Figures()
+        connection.execute(_MIX)
+        ends = [_end(connection, direction) for direction in ("ASC", "DESC")]
+        largest = _mix(connection, "rows DESC", _CATEGORIES, has_earlier)
+        examples = _examples(connection, largest)
+        flows = _flows(connection) if has_earlier else []
+        rows = [
+            *(row for end in ends for row in end),
+            *(row for shown in examples.values() for row in shown),
+            *(row for *_, shown in flows for row in shown),
+        ]
+        items = read_items(predictions, rows)
+        return Figures(
+            _confidence(connection, [tuple(items[row] for row in end) for end in ends], has_earlier),
+            _categories(connection, largest, examples, items, has_earlier),
+            None if before is None else _changes(connection, before[0], flows, items),
+        )
+
+
+def _one(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
+    found = connection.execute(query).fetchone()
+    assert found is not None
+    return tuple(found)
+
+
+def _end(connection: duckdb.DuckDBPyConnection, direction: str) -> list[int]:
+    """The rows that the model was least (ASC) or most (DESC) sure of."""
+    found = connection.execute(
+        f"SELECT row FROM joined WHERE row IS NOT NULL ORDER BY probability {direction}, row "
+        f"LIMIT {_EXAMPLES_OF_AN_END}"
+    )
+    return [row for (row,) in found.fetchall()]
+
+
+def _confidence(
+    connection: duckdb.DuckDBPyConnection, ends: Sequence[tuple[Item, ...]], has_earlier: bool
+) -> Confidence:
+    bins, mean = _histogram(connection, "probability")
+    bins_before, mean_before = _histogram(connection, "probability_before") if has_earlier else (None, None)
+    return Confidence(bins, mean, bins_before, mean_before, least_sure=ends[0], most_sure=ends[1])
+
+
+def _histogram(connection: duckdb.DuckDBPyConnection, column: str) -> tuple[tuple[int, ...], float]:
+    """Rows by bin, and the mean; 0 where there are no rows."""
+    found = connection.execute(
+        f"SELECT greatest(0, least(floor({column} * {BINS}), {BINS - 1}))::INTEGER AS bin, count(*), "
+        f"sum({column}) FROM joined WHERE {column} IS NOT NULL GROUP BY bin"
+    ).fetchall()
+    bins = [0] * BINS
+    for place, count, _ in found:
+        bins[place] = count
+    return tuple(bins), sum(total for *_, total in found) / max(1, sum(bins))
+
+
+def _mix(
+    connection: duckdb.DuckDBPyConnection, order: str, most: int, has_earlier: bool
+) -> tuple[Category, ...]:
+    found = connection.execute(
+        f"SELECT label, rows, rows_before, mean FROM mix ORDER BY {order}, label LIMIT {most}"
+    ).fetchall()
+    return tuple(
+        Category(label, rows, old if has_earlier else None, mean) for label, rows, old, mean in found
+    )
+
+
+def _examples(connection: duckdb.DuckDBPyConnection, largest: Sequence[Category]) -> dict[str, list[int]]:
+    """Rows of the largest categories by label: those that the model was most sure of, then the least."""
+    chosen = [entry.label for entry in largest if entry.rows][:_CATEGORIES_WITH_EXAMPLES]
+    found = connection.execute(
+        f"SELECT label, arg_max(row, probability, {_EXAMPLES_OF_A_CATEGORY}), "
+        f"arg_min(row, probability, {_EXAMPLES_OF_A_CATEGORY}) FROM joined "
+        "WHERE label IN (SELECT unnest(?)) AND row IS NOT NULL GROUP BY label",
+        [chosen],
+    ).fetchall()
+    rows = {label: list(dict.fromkeys([*most, *reversed(least)])) for label, most, least in found}
+    return {label: rows[label] for label in chosen}
+
+
+def _categories(
+    connection: duckdb.DuckDBPyConnection,
+    largest: tuple[Category, ...],
+    examples: Mapping[str, Sequence[int]],
+    items: Mapping[int, Item],
+    has_earlier: bool,
+) -> Categories:
+    count, rows, rows_before = _one(connection, "SELECT count(*), sum(rows), sum(rows_before) FROM mix")
+    moved: tuple[Category, ...] = ()
+    if rows_before:
+        # By the difference of shares, without dividing: counts are whole numbers.
+        difference = f"abs(rows::HUGEINT * {rows_before} - rows_before::HUGEINT * {rows})"
+        moved = _mix(connection, f"{difference} DESC", _MOVED, has_earlier)
+    by_label = {entry.label: entry for entry in largest}
+    return Categories(
+        count=count,
+        predictions=rows,
+        predictions_before=rows_before if has_earlier else None,
+        largest=largest,
+        moved=tuple(entry for entry in moved if entry.rows * rows_before != (entry.rows_before or 0) * rows),
+        examples=tuple(
+            (by_label[label], tuple(items[row] for row in shown)) for label, shown in examples.items()
+        ),
+    )
+
+
+def _flows(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str, int, list[int]]]:
+    """Label before, label now, rows, and some of them; the largest first."""
+    return connection.execute(
+        f"SELECT label_before, label, count(*) AS rows, arg_max(row, probability, {_EXAMPLES_OF_A_FLOW}) "
+        "FROM joined WHERE label <> label_before GROUP BY label_before, label "
+        f"ORDER BY rows DESC, label_before, label LIMIT {_FLOWS}"
+    ).fetchall()
+
+
+def _changes(
+    connection: duckdb.DuckDBPyConnection,
+    run_id: str,
+    flows: Sequence[tuple[str, str, int, list[int]]],
+    items: Mapping[int, Item],
+) -> Changes:
+    same, changed, new, gone, flow_count = _one(
+        connection,
+        """SELECT count(*) FILTER (label = label_before), count(*) FILTER (label <> label_before),
+                  count(*) FILTER (label_before IS NULL), count(*) FILTER (label IS NULL),
+                  count(DISTINCT (label_before, label)) FILTER (label <> label_before) FROM joined""",
+    )
+    return Changes(
+        run_id=run_id,
+        same=same,
+        changed=changed,
+        new=new,
+        gone=gone,
+        flows=tuple(
+            Flow(old, new_, count, tuple(items[row] for row in rows)) for old, new_, count, rows in flows
+        ),
+        flow_count=flow_count,
+    )

@@ -1,0 +1,41 @@
+"""The dashboard for Grafana: every metric in it is one that the pipeline has, and its panels do not overlap."""
+
+import json
+import re
+import tomllib
+from itertools import combinations
+
+from batchcls.config.classify import ClassifyConfig
+from tests.conftest import REPOSITORY
+
+
+def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it():
+    text = (REPOSITORY / "cluster" / "grafana" / "batchcls.json").read_text()
+    source = (REPOSITORY / "batchcls" / "pipeline" / "metrics.py").read_text()
+    kinds = [(name, kind) for kind, name in re.findall(r'= (Counter|Gauge)\(\s*"(batchcls_\w+)"', source)]
+    exported = {f"ray_{name}_total" if kind == "Counter" else f"ray_{name}" for name, kind in kinds}
+    assert len(exported) == 6
+    assert set(re.findall(r"ray_batchcls_\w+", text)) == exported
+    readme = (REPOSITORY / "cluster" / "README.md").read_text()
+    assert set(re.findall(r"ray_batchcls_\w+", readme)) == exported
+
+
+def test_panels_stand_beside_each_other():
+    dashboard = json.loads((REPOSITORY / "cluster" / "grafana" / "batchcls.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    for one, other in combinations([panel["gridPos"] for panel in panels], 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below
+        assert one["x"] + one["w"] <= 24
+    for panel in panels:
+        assert panel["targets"]
+        assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
+
+
+def test_the_declared_night_has_settings_that_exist():
+    declared = tomllib.loads((REPOSITORY / "jobs" / "nightly.toml").read_text())
+    config = ClassifyConfig.model_validate(declared)
+    assert config.publish
+    assert config.report
