@@ -42,7 +42,6 @@ def plan_of(
             "fingerprint": manifest.fingerprint,
             "rows": manifest.rows,
             "files": len(manifest.files),
-            "base": redact_uri(manifest.base),
         },
         model={
             "fingerprint": bundle.fingerprint,
