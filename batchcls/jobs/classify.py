@@ -12,6 +12,7 @@ from batchcls.console import results_console
 from batchcls.errors import ExitCode
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.images.settings import LoadSettings
+from batchcls.inference.abstention import Abstention
 from batchcls.inference.settings import PredictSettings
 from batchcls.jobs.classify_inputs import Inputs, open_inputs
 from batchcls.jobs.command import Command, main
@@ -143,6 +144,8 @@ def work_of(
         normalize=config.normalize,
         batch_size=placement.batch_size,
         kept=kept,
+        temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
+        abstention=Abstention.of(bundle) if config.abstain else None,
     )
     return Work(
         manifest=inputs.manifest,
@@ -152,7 +155,12 @@ def work_of(
         bundle=inputs.bundle,
         engines=settled.engines,
         writer=PartWriter(
-            run_folder(config.output, run_id), inputs.storage, kept, embedding, bundle.embedding_dimension
+            run_folder(config.output, run_id),
+            inputs.storage,
+            kept,
+            embedding,
+            bundle.embedding_dimension,
+            abstain=config.abstain,
         ),
         placement=placement,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
@@ -162,7 +170,7 @@ def work_of(
 def _summarize(totals: Totals, measured: dict[str, Any], found: Bottleneck, folder: str) -> None:
     """The closing words, on stdout: what a person or a log reader wants to find last."""
     out = results_console()
-    out.print(counts_table(totals.predicted, totals.failures))
+    out.print(counts_table(totals.predicted, totals.failures, totals.abstained))
     out.print(bottleneck_table(found))
     out.print(
         f"{totals.rows} rows in {measured['seconds_total']:.1f} s "

@@ -17,7 +17,7 @@ from batchcls.storage import Storage, join
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """A run in figures; `stage_seconds` is work summed over all workers, by stage."""
+    """A run in figures; `stage_seconds` is work summed over all workers, by stage; `abstained` is of `predicted`."""
 
     rows: int
     predicted: int
@@ -25,6 +25,7 @@ class Totals:
     stage_seconds: dict[str, float]
     image_bytes: int
     first_failed: tuple[tuple[int, str], ...]
+    abstained: int = 0
 
     @property
     def quarantined(self) -> int:
@@ -57,7 +58,8 @@ def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
         seconds.update(receipt.seconds)
     image_bytes = sum(receipt.image_bytes for receipt in receipts)
     first_failed = sorted(pair for receipt in receipts for pair in receipt.first_failed)[:NAMED_FAILURES]
-    return Totals(rows, predicted, failures, dict(seconds), image_bytes, tuple(first_failed))
+    abstained = sum(receipt.abstained for receipt in receipts)
+    return Totals(rows, predicted, failures, dict(seconds), image_bytes, tuple(first_failed), abstained)
 
 
 def check_budget(totals: Totals, max_failed_fraction: float) -> None:
@@ -97,6 +99,7 @@ def commit(
         "counts": {
             "rows": totals.rows,
             "predicted": totals.predicted,
+            "abstained": totals.abstained,
             "reused": 0,
             "quarantined": totals.quarantined,
             "quarantined_by_reason": dict(totals.failures.most_common()),

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from batchcls.runs.layout import PREDICTIONS, QUARANTINE
 from batchcls.runs.ledger import RowRanges
 from batchcls.schema import (
+    BELOW_THRESHOLD,
     DECODE_SECONDS,
     FETCH_SECONDS,
     PREDICT_SECONDS,
@@ -49,7 +50,7 @@ class Receipt:
 
     `seconds` is work by stage, as in `busy.Busy`, summed over rows; `image_bytes` what was fetched; `first_failed` the
     lowest failed row numbers with their reasons, a few of them; `written_at` is when all of it was on
-    storage, in seconds of `time.time`.
+    storage, in seconds of `time.time`; `abstained` how many of the predicted rows have no label.
     """
 
     files: tuple[PartFile, ...]
@@ -60,6 +61,7 @@ class Receipt:
     image_bytes: int
     first_failed: tuple[tuple[int, str], ...]
     written_at: float
+    abstained: int = 0
 
     def with_seconds(self, stage: str, seconds: float) -> Self:
         """The same with the work of one more stage."""
@@ -75,6 +77,7 @@ class PartWriter:
     kept: tuple[pa.Field, ...]
     embedding: pa.DataType | None
     embedding_dimension: int
+    abstain: bool = False
 
     def write(self, blocks: Sequence[pa.Table]) -> Receipt:
         """Write the rows of some blocks as one predictions and one quarantine file, each whole.
@@ -107,12 +110,15 @@ class PartWriter:
             image_bytes=pc.sum(table.column("n_bytes")).as_py() or 0,
             first_failed=_first(bad),
             written_at=time.time(),
+            abstained=good.column("label").null_count,
         )
 
     def _predictions(self, table: pa.Table) -> pa.Table:
         origin = pa.array(np.full(table.num_rows, COMPUTED, object), pa.string())
         table = table.append_column("origin", origin)
-        schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension)
+        if self.abstain:
+            table = _with_reason(table)
+        schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension, abstain=self.abstain)
         return table.select(schema.names).cast(schema)
 
     def _put(self, folder: str, name: str, table: pa.Table) -> PartFile:
@@ -123,6 +129,13 @@ class PartWriter:
         self.storage.write_whole(join(self.folder, path), data)
         kind: Literal["predictions", "quarantine"] = "predictions" if folder == PREDICTIONS else "quarantine"
         return PartFile(path, kind, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _with_reason(answered: pa.Table) -> pa.Table:
+    """Answered rows, of which those without a label have abstained."""
+    missing = pa.scalar(None, pa.string())
+    reason = pc.if_else(answered.column("label").is_null(), BELOW_THRESHOLD, missing)
+    return answered.set_column(answered.schema.get_field_index("reason"), "reason", reason)
 
 
 def _first(failed: pa.Table) -> tuple[tuple[int, str], ...]:
