@@ -100,7 +100,12 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
     out.print(f"fingerprint {bundle.fingerprint}")
     trainable = mark_trainable(build_model(bundle), bundle.config.trainable)
     out.print(f"{trainable.parameters:,} of {trainable.of:,} parameters are trainable")
-    hidden: dict[str, Any] = {"labels": True, "category_paths": True, "golden": True, "calibration": {"thresholds"}}
+    hidden: dict[str, Any] = {
+        "labels": True,
+        "category_paths": True,
+        "golden": True,
+        "calibration": {"thresholds"},
+    }
     shown = bundle.config.model_dump(mode="json", exclude=hidden)
     golden = bundle.config.golden
     out.print_json(
