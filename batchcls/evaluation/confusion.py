@@ -35,7 +35,8 @@ class Confusion:
         truth, predicted, rows = self.truth, self.predicted, self.rows
         if len(self.labels) <= DENSE_CATEGORIES:
             rows = self.matrix().reshape(-1)
-            truth, predicted = (index.reshape(-1) for index in np.indices((len(self.labels),) * 2))
+            index = np.arange(len(self.labels), dtype=np.int32)
+            truth, predicted = np.repeat(index, len(index)), np.tile(index, len(index))
         names = pa.array(self.labels, pa.string())
         whole = support[truth]
         share = np.divide(rows, whole, out=np.zeros(len(rows)), where=whole > 0)
