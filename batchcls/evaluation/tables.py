@@ -22,11 +22,11 @@ def categories_table(found: Evaluated) -> pa.Table:
     taken = held.outcomes.take(np.flatnonzero(held.accepted))
     accepted = CategoryCounts.of(taken) if len(taken) else None
     zeros = np.zeros(categories, np.int64)
-    paths = None if found.paths is None else ["/".join(path) for path in found.paths]
+    paths = [None] * categories if found.paths is None else ["/".join(path) for path in found.paths]
     return pa.table(
         {
             "label": pa.array(outcomes.labels, pa.string()),
-            "category_path": pa.array(paths or [None] * categories, pa.string()),
+            "category_path": pa.array(paths, pa.string()),
             "support": counts.support,
             "answered": counts.answered,
             "right": counts.right,

@@ -1,4 +1,4 @@
-"""One number that makes a network as sure as it is right (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
+"""One number makes a network as sure as it is right (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
 from dataclasses import dataclass
 

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("jobs",),
     ("pipeline",),
-    ("console", "tables", "zoo_tables", "report"),
+    ("console", "tables", "zoo_tables", "evaluation_tables", "report"),
     ("runtime",),
     ("placement", "runs", "comparison", "evaluation"),
     ("inference",),
