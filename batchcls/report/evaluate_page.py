@@ -122,12 +122,16 @@ def verdict(found: Evaluated) -> list[str]:
 def _facts(found: Evaluated, subject: Subject, parts: PageParts) -> list[tuple[str, str]]:
     left_out = ", ".join(f"{reason} {count:,}" for reason, count in subject.left_out.most_common())
     return [
-        ("Judged", ", ".join(f"{name} {value}" for name, value in subject.model.items() if value)),
+        ("Judged", ", ".join(_named(name, value) for name, value in subject.model.items() if value)),
         ("Rows", f"{len(found.outcomes):,} of {subject.notes.num_rows:,} of {parts.manifest}"),
         ("Left out", left_out or "none"),
         ("Categories", f"{len(found.outcomes.labels):,}"),
         ("Made", f"{subject.created:%-d %B %Y, %H:%M %Z}".strip()),
     ]
+
+
+def _named(name: str, value: str) -> str:
+    return f"{name} {value[:12] if name == 'fingerprint' else value}"
 
 
 def _figures(found: Evaluated) -> list[_Figure]:

@@ -1,5 +1,6 @@
 """Pictures of an evaluation: how reliable probabilities are, and how the training went."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def reliability_plot(before: Sequence[Bin], after: Sequence[Bin] | None, prefix:
 
 
 def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> dict[str, str]:
-    """A line through the bins that have rows. Returns what a pointer shows at each of them."""
+    """A line through the bins that have rows, many rows as large points. Returns what a pointer shows at each."""
     hints = {}
     color = ACCENT if strong else INK
     points = [
@@ -68,6 +69,7 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> di
         for one in bins
         if one.probability is not None and one.right is not None
     ]
+    most = max(one.rows for one in bins)
     axes.plot(
         [x for x, _, _ in points],
         [y for _, y, _ in points],
@@ -80,7 +82,7 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> di
             [x],
             [y],
             marker="o",
-            markersize=6,
+            markersize=3 + 5 * math.sqrt(one.rows / most),
             markerfacecolor=color if strong else GROUND,
             markeredgecolor=color,
             linestyle="none",
