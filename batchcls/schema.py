@@ -111,6 +111,9 @@ EMBEDDING_TYPES: dict[str, pa.DataType | None] = {
     "none": None,
 }
 
+BELOW_THRESHOLD = "below_threshold"
+"""Why an answered row has no label under `--abstain`: no failure, so no `Reason`."""
+
 # Seconds of work spent on a row, by stage; they travel with the row so that a written part can
 # say what it cost, and are summed there.
 FETCH_SECONDS = "fetch_seconds"
@@ -147,8 +150,12 @@ def loaded_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
     return pa.schema([*_IDENTITY, *kept, *_LOADED, pa.field(PIXELS, pa.large_binary())])
 
 
-def answer_fields(embedding: pa.DataType | None, dimension: int) -> list[pa.Field]:
-    """The columns that the predictor adds; null in failed rows."""
+def answer_fields(embedding: pa.DataType | None, dimension: int, *, abstain: bool = False) -> list[pa.Field]:
+    """The columns that the predictor adds; null in failed rows.
+
+    With `abstain` the label of an answer that is not sure enough is null, and `category_path` says what
+    can be said of it in the tree of categories.
+    """
     fields = [
         pa.field("label", pa.string()),
         pa.field("probability", pa.float32()),
@@ -156,28 +163,38 @@ def answer_fields(embedding: pa.DataType | None, dimension: int) -> list[pa.Fiel
     ]
     if embedding is not None:
         fields.append(pa.field("embedding", pa.list_(embedding, dimension)))
+    if abstain:
+        fields.append(pa.field("category_path", pa.string()))
     return fields
 
 
-def classified_schema(kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int) -> pa.Schema:
+def classified_schema(
+    kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
+) -> pa.Schema:
     """Schema of a block between predict and write: answered and failed rows together."""
     return pa.schema(
         [
             *_IDENTITY,
             *kept,
             *_LOADED,
-            *answer_fields(embedding, dimension),
+            *answer_fields(embedding, dimension, abstain=abstain),
             pa.field(PREDICT_SECONDS, pa.float32(), nullable=False),
         ]
     )
 
 
-def predictions_schema(kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int) -> pa.Schema:
-    """Schema of `predictions/*.parquet`, as readers see it."""
+def predictions_schema(
+    kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
+) -> pa.Schema:
+    """Schema of `predictions/*.parquet`, as readers see it.
+
+    With `abstain` the column `reason` is BELOW_THRESHOLD where the label is null for that, else null.
+    """
     return pa.schema(
         [
             *_IDENTITY,
-            *answer_fields(embedding, dimension),
+            *answer_fields(embedding, dimension, abstain=abstain),
+            *([pa.field("reason", pa.string())] if abstain else []),
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
             pa.field("content_hash", pa.string()),
@@ -208,7 +225,7 @@ RESERVED_COLUMNS = frozenset(
     for schema in (
         loaded_schema(),
         classified_schema((), pa.float16(), 1),
-        predictions_schema((), None, 0),
+        predictions_schema((), None, 0, abstain=True),
         quarantine_schema(),
     )
     for field in schema

@@ -10,15 +10,19 @@ from batchcls.models.bundle import Bundle
 from batchcls.runs.bottleneck import Bottleneck
 from batchcls.runs.busy import Resource
 from batchcls.runs.gates import GateResult
-from batchcls.schema import REASONS, Reason
+from batchcls.schema import BELOW_THRESHOLD, REASONS, Reason
 
 
-def counts_table(predicted: int, failures: Counter[str], reused: int = 0) -> Table:
+def counts_table(predicted: int, failures: Counter[str], *, reused: int = 0, abstained: int = 0) -> Table:
     """Rows by status and reason, each reason with its meaning."""
     table = Table("status", "reason", "rows", "meaning", box=None, pad_edge=False, header_style="bold")
     table.add_row("predicted", "", str(predicted), "")
     if reused:
         table.add_row("reused", "", str(reused), "image and model are those of an earlier run")
+    if abstained:
+        table.add_row(
+            "", BELOW_THRESHOLD, str(abstained), "of these: not sure enough for a label (--abstain)"
+        )
     for reason, count in failures.most_common():
         table.add_row("quarantined", reason, str(count), REASONS[Reason(reason)].meaning)
     return table

@@ -60,6 +60,11 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
         default_factory=list, description="Manifest columns to pass through to the predictions, by commas."
     )
     top_k: int = Field(default=5, ge=1, le=1000, description="Classes per image in the column top_k.")
+    abstain: bool = Field(
+        default=False,
+        description="Leave the label null (reason below_threshold) where its probability is below its category's "
+        "threshold; the bundle has them from `evaluate --write-bundle`. top_k stays whole.",
+    )
     embedding_dtype: Literal["float16", "float32", "none"] = Field(
         default="float16", description="Type of the embedding column; none leaves it out."
     )

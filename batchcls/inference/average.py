@@ -23,21 +23,30 @@ class Averaged:
     finite: npt.NDArray[np.bool_]
 
 
-def average(answer: Answer, views: int, *, l2_normalize: bool) -> Averaged:
+def average(answer: Answer, views: int, *, l2_normalize: bool, temperature: float = 1.0) -> Averaged:
     """Mean over the views of softmax probabilities and of embeddings, both in float32.
 
     Args:
         answer: of N * V inputs, all views of an image next to each other.
         views: V.
         l2_normalize: give each embedding the length 1, after the mean; one of zeros stays so.
+        temperature: see `models.calibration.Calibration`.
     """
-    logits = torch.from_numpy(answer.logits)
-    probabilities = _mean_of_views(torch.softmax(logits, dim=1).numpy(), views)
+    probabilities = _mean_of_views(softmax(answer.logits, temperature), views)
     embedding = _mean_of_views(answer.embedding, views)
     finite = np.isfinite(answer.logits).all(axis=1) & np.isfinite(answer.embedding).all(axis=1)
     if l2_normalize:
         embedding = torch.nn.functional.normalize(torch.from_numpy(embedding), dim=1).numpy()
     return Averaged(probabilities, embedding, np.logical_and.reduce(finite.reshape(-1, views), axis=1))
+
+
+def softmax(logits: Floats, temperature: float = 1.0) -> Floats:
+    """N x K logits -> probabilities in 0..1, in float32."""
+    values = torch.from_numpy(logits)
+    if temperature != 1.0:
+        values = values / temperature
+    probabilities: Floats = torch.softmax(values, dim=1).numpy()
+    return probabilities
 
 
 def _mean_of_views(values: Floats, views: int) -> Floats:

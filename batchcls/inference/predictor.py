@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +98,8 @@ class Predictor:
             yield answered
 
     def _begin(self, batch: pa.RecordBatch, in_flight: deque[_Submitted]) -> _Begun:
-        pixels = self._pixels(batch.column(PIXELS))
+        kind = _INPUT_TYPES[self._settings.normalize]
+        pixels = pixels_of(batch.column(PIXELS), self._settings.input_shape, kind)
         seen = [pixels, pixels[:, :, ::-1]] if self._settings.views.flips else [pixels]
         good = np.flatnonzero(batch.column(PIXELS).is_valid().to_numpy(zero_copy_only=False))
         return _Begun(batch.drop_columns([PIXELS]), good, [self._submit(view, in_flight) for view in seen])
@@ -133,23 +135,20 @@ class Predictor:
         places[good[finite]] = np.arange(int(finite.sum()))
         taken = pa.array(places, mask=places < 0)
         answers = self._columns(found.probabilities[finite], found.embedding[finite])
-        for field in answer_fields(self._settings.embedding, self._settings.embedding_dimension):
+        settings = self._settings
+        for field in answer_fields(
+            settings.embedding, settings.embedding_dimension, abstain=settings.abstention is not None
+        ):
             rest = rest.append_column(field, answers[field.name].take(taken))
         return rest
 
     def _columns(self, probabilities: Floats, embedding: Floats) -> dict[str, pa.Array]:
         columns = self._top_k.columns(probabilities)
+        if self._settings.abstention is not None:
+            columns = self._settings.abstention.columns(columns, probabilities)
         if self._settings.embedding is not None:
             columns["embedding"] = embedding_column(embedding, self._settings.embedding)
         return columns
-
-    def _pixels(self, column: pa.Array) -> npt.NDArray[np.generic]:
-        """All crops of the good rows as N x H x W x 3, read from Arrow's buffer without a copy."""
-        _, offset_buffer, values = column.buffers()
-        offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
-        kind = _INPUT_TYPES[self._settings.normalize]
-        data = np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]] if values else np.empty(0, np.uint8)
-        return data.view(kind).reshape(-1, *self._settings.input_shape)
 
     def _average(self, passes: list[list[_Submitted]]) -> Averaged:
         """Answers to all views, averaged for each image."""
@@ -161,7 +160,22 @@ class Predictor:
             np.stack([one.logits for one in answers], axis=1).reshape(-1, widths[0]),
             np.stack([one.embedding for one in answers], axis=1).reshape(-1, widths[1]),
         )
-        return average(answer, settings.views.count, l2_normalize=settings.l2_normalize)
+        return average(
+            answer,
+            settings.views.count,
+            l2_normalize=settings.l2_normalize,
+            temperature=settings.temperature,
+        )
+
+
+def pixels_of(
+    column: pa.Array, shape: tuple[int, int, int], kind: type[np.generic] = np.uint8
+) -> npt.NDArray[Any]:
+    """All crops of the good rows of a `pixels` column as N x H x W x 3, read from Arrow's buffer without a copy."""
+    _, offset_buffer, values = column.buffers()
+    offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
+    data = np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]] if values else np.empty(0, np.uint8)
+    return data.view(kind).reshape(-1, *shape)
 
 
 def _joined(answers: list[Answer], widths: tuple[int, int]) -> Answer:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 import pyarrow as pa
 
+from batchcls.inference.abstention import Abstention
 from batchcls.schema import classified_schema
 from batchcls.views import Views
 
@@ -15,6 +16,7 @@ class PredictSettings:
 
     `embedding` is halffloat, float or None for no column; `input_shape` is H, W, C of a crop;
     `batch_size` counts inputs of a forward pass, so an image with ten views counts ten times.
+    `temperature` is the bundle's; `abstention` says when an answer is not sure enough, None: never.
     """
 
     labels: tuple[str, ...]
@@ -27,11 +29,15 @@ class PredictSettings:
     normalize: Literal["engine", "worker"]
     batch_size: int
     kept: tuple[pa.Field, ...]
+    temperature: float = 1.0
+    abstention: Abstention | None = None
 
     @property
     def output_schema(self) -> pa.Schema:
         """Schema of the blocks that the predictor returns."""
-        return classified_schema(self.kept, self.embedding, self.embedding_dimension)
+        return classified_schema(
+            self.kept, self.embedding, self.embedding_dimension, abstain=self.abstention is not None
+        )
 
     def with_batch_size(self, batch_size: int) -> Self:
         """The same for an engine that answers batches of another size."""

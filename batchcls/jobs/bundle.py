@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -99,7 +100,13 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
     out.print(f"fingerprint {bundle.fingerprint}")
     trainable = mark_trainable(build_model(bundle), bundle.config.trainable)
     out.print(f"{trainable.parameters:,} of {trainable.of:,} parameters are trainable")
-    shown = bundle.config.model_dump(mode="json", exclude={"labels", "category_paths", "golden"})
+    hidden: dict[str, Any] = {
+        "labels": True,
+        "category_paths": True,
+        "golden": True,
+        "calibration": {"thresholds"},
+    }
+    shown = bundle.config.model_dump(mode="json", exclude=hidden)
     golden = bundle.config.golden
     out.print_json(
         data=shown

@@ -201,7 +201,9 @@ def _tell(found: Bottleneck, images_per_second: float) -> None:
 def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
     """The closing words, on stdout: what a person or a log reader wants to find last."""
     out = results_console()
-    out.print(counts_table(totals.predicted, totals.failures, totals.reused))
+    out.print(
+        counts_table(totals.predicted, totals.failures, reused=totals.reused, abstained=totals.abstained)
+    )
     out.print(f"{totals.rows} rows, {measured['seconds_total']:.1f} s")
     out.print(f"results: {redact_uri(folder)}")
 

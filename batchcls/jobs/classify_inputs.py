@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from batchcls.config.classify import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.identity import BadIds, find_bad_ids
+from batchcls.inference.abstention import Abstention
 from batchcls.manifest import Manifest, open_manifest
 from batchcls.models.bundle import Bundle
 from batchcls.models.choices import ModelChoices
@@ -66,6 +67,8 @@ def open_inputs(config: ClassifyConfig) -> Inputs:
         bundle = with_golden(bundle)
     _logger.info("model: %s", bundle_line(bundle))
     _require_fingerprint(config, bundle)
+    if config.abstain:
+        Abstention.of(bundle.config)  # refuses a bundle without thresholds before Ray has started
     _logger.info("embedding: %s", _embedding_line(config, bundle))
     return Inputs(manifest, bad_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage)
 

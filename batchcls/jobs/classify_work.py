@@ -3,6 +3,7 @@
 from batchcls.config.classify import ClassifyConfig
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.images.settings import LoadSettings
+from batchcls.inference.abstention import Abstention
 from batchcls.inference.settings import PredictSettings
 from batchcls.jobs.classify_inputs import Inputs
 from batchcls.pipeline.settle import Settled
@@ -92,6 +93,8 @@ def work_of(
         normalize=config.normalize,
         batch_size=placement.batch_size,
         kept=kept,
+        temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
+        abstention=Abstention.of(bundle) if config.abstain else None,
     )
     return Work(
         manifest=inputs.manifest,
@@ -102,7 +105,12 @@ def work_of(
         bundle=inputs.bundle,
         engines=settled.engines,
         writer=PartWriter(
-            run_folder(config.output, run_id), inputs.storage, kept, embedding, bundle.embedding_dimension
+            run_folder(config.output, run_id),
+            inputs.storage,
+            kept,
+            embedding,
+            bundle.embedding_dimension,
+            abstain=config.abstain,
         ),
         placement=placement,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,

@@ -71,7 +71,7 @@ def show(config: RunsShowConfig, console: Console) -> ExitCode:
     out = results_console()
     out.print(facts_table(run_facts(record, read_published(config.output, storage).run_id)))
     out.print()
-    out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), counts.reused))
+    out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), reused=counts.reused))
     out.print()
     out.print(gates_table(_gates(record)) if record.gates else "no gate has judged this run")
     out.print()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from batchcls.config.common import TAP_PATTERN
 from batchcls.errors import GoldenMismatch, InputError
+from batchcls.models.calibration import Calibration
 from batchcls.models.golden import Golden
 from batchcls.models.labels import check_labels, labels_digest
 from batchcls.models.spec import ArgumentValue, ModelSpec, SourceName
@@ -88,6 +89,9 @@ class BundleConfig(BaseModel):
     golden: Golden | None = Field(
         default=None, description="What the network says about a few drawn images; None while it is made."
     )
+    calibration: Calibration | None = Field(
+        default=None, description="How sure the network may be; None while nobody has evaluated it."
+    )
     lineage: dict[str, Any] = Field(
         default_factory=dict, description="What is known of how it was made; JSON values."
     )
@@ -99,11 +103,29 @@ class BundleConfig(BaseModel):
             raise ValueError(
                 f"category_paths has {len(self.category_paths)} entries for {len(self.labels)} labels"
             )
+        if self.calibration is not None:
+            self._require_fit(self.calibration)
         if self.golden is not None and self.golden.labels_sha256 != labels_digest(self.labels):
             raise ValueError(
                 "the labels are not those, or not in the order, that its golden answers were made with"
             )
         return self
+
+    def _require_fit(self, calibration: Calibration) -> None:
+        if len(calibration.thresholds) != len(self.labels):
+            raise ValueError(
+                f"calibration has {len(calibration.thresholds)} thresholds for {len(self.labels)} labels"
+            )
+        depth = max(map(len, self.category_paths)) if self.category_paths else 0
+        if calibration.depth_thresholds is not None and len(calibration.depth_thresholds) != depth:
+            raise ValueError(
+                f"calibration has thresholds for {len(calibration.depth_thresholds)} depths, the category paths "
+                f"have {depth}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The record as JSON values. A bundle that was never evaluated keeps the fingerprint it always had."""
+        return self.model_dump(mode="json", exclude={"calibration"} if self.calibration is None else None)
 
     @property
     def spec(self) -> ModelSpec:
@@ -190,15 +212,14 @@ class Bundle:
         Raises:
             InputError: the place cannot be written to.
         """
-        text = json.dumps(self.config.model_dump(mode="json"), indent=2, ensure_ascii=False)
+        text = json.dumps(self.config.as_json(), indent=2, ensure_ascii=False)
         for name, data in ((WEIGHTS_FILE, self.weights), (CONFIG_FILE, f"{text}\n".encode())):
             with explain(join(uri, name)):
                 storage.write_whole(join(uri, name), data)
 
 
 def _fingerprint(config: BundleConfig) -> str:
-    record = config.model_dump(mode="json")
-    return sha256_hex(json.dumps(record, sort_keys=True, separators=(",", ":")).encode())
+    return sha256_hex(json.dumps(config.as_json(), sort_keys=True, separators=(",", ":")).encode())
 
 
 def _parse_config(data: bytes, name: str) -> BundleConfig:

@@ -226,8 +226,8 @@ def _content_hash(worker: _Worker, uri: str | None, image: bytes | None) -> str 
 def _write(worker: _Worker, table: pa.Table, places: npt.NDArray[np.int64]) -> Receipt:
     """Tonight's identity and kept columns of these rows, with the answers of the earlier run."""
     writer = worker.given.writer
-    answers = [field.name for field in answer_fields(writer.embedding, writer.embedding_dimension)]
-    names = [*answers, "width", "height", "content_hash"]
+    fields = answer_fields(writer.embedding, writer.embedding_dimension, abstain=writer.abstain)
+    names = [*(field.name for field in fields), "width", "height", "content_hash"]
     rows = worker.rows.take(places, names)
     for name in names:
         table = table.append_column(rows.schema.field(name), rows.column(name))

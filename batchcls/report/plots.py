@@ -1,6 +1,5 @@
 """Drawing with matplotlib: accuracy against what it costs, for a page. Pictures only; pages are made elsewhere."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +7,20 @@ from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from batchcls.report.axes import FONT_SIZE, drawing, style_axes, to_markup
 from batchcls.report.front import pareto_front
 from batchcls.report.labels import Box, Label, place
-from batchcls.report.theme import ACCENT, GROUND, INK, MUTED, RULE, inline_svg
+from batchcls.report.theme import ACCENT, GROUND, INK, MUTED
 
 # Pixels on a phone, where the picture fills the width; on a desk it is drawn half as large again.
 _WIDTH, _HEIGHT = 378.0, 350.0
 _MARGINS = {"left": 0.105, "right": 0.985, "bottom": 0.13, "top": 0.98}
-_FONT_SIZE = 9.5
 _MARKER_SIZE = 7.0
 _LONGEST_NAME = 28
 _LEADER = 10.0  # a label further away than this is tied to its point
@@ -75,7 +73,7 @@ def pareto_plot(
         prefix: in front of all ids; another one for each picture of a page.
         target: drawn as a vertical line.
     """
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": _FONT_SIZE}):
+    with drawing(prefix):
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
         axes = figure.add_subplot()
         figure.subplots_adjust(**_MARGINS)
@@ -88,10 +86,8 @@ def pareto_plot(
         for index, point in enumerate(points):
             _draw_point(axes, point, f"point-{index}")
         _draw_labels(axes, points, obstacles)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    hints = {f"point-{index}": point.hint for index, point in enumerate(points)}
-    return inline_svg(file.getvalue().decode(), prefix, title, hints)
+        hints = {f"point-{index}": point.hint for index, point in enumerate(points)}
+        return to_markup(figure, prefix, title, hints)
 
 
 def _set_axes(axes: Axes, points: Sequence[Point], x_name: str, target: Target | None) -> None:
@@ -105,14 +101,7 @@ def _set_axes(axes: Axes, points: Sequence[Point], x_name: str, target: Target |
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.set_xlabel(x_name, color=MUTED, parse_math=False, labelpad=6)
-    axes.tick_params(colors=MUTED, length=0, pad=6)
-    axes.grid(axis="both", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.patch.set_visible(False)
-    axes.figure.patch.set_visible(False)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(MUTED)
+    style_axes(axes)
 
 
 def _y_limits(values: Sequence[float]) -> tuple[float, float]:
@@ -216,6 +205,6 @@ def shorten(name: str) -> str:
 
 def _text_size(text: str, *, bold: bool = False) -> tuple[float, float]:
     """Width and height in points, in a font wider than those that pages use."""
-    font = FontProperties(size=_FONT_SIZE, weight="bold" if bold else "normal")
+    font = FontProperties(size=FONT_SIZE, weight="bold" if bold else "normal")
     width, height, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
-    return width + 2, max(height, 1.3 * _FONT_SIZE)
+    return width + 2, max(height, 1.3 * FONT_SIZE)

@@ -20,7 +20,7 @@ _NONE: Mapping[str, float] = {}
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """A run in figures; `stage_seconds` is work summed over all workers, by stage."""
+    """A run in figures; `stage_seconds` is work over all workers, by stage; `abstained` is of the answered rows."""
 
     rows: int
     predicted: int
@@ -29,6 +29,7 @@ class Totals:
     stage_seconds: dict[str, float]
     image_bytes: int
     first_failed: tuple[tuple[int, str], ...]
+    abstained: int = 0
 
     @property
     def quarantined(self) -> int:
@@ -111,6 +112,7 @@ def commit(
             "rows": totals.rows,
             "predicted": totals.predicted,
             "reused": totals.reused,
+            "abstained": totals.abstained,
             "quarantined": totals.quarantined,
             "quarantined_by_reason": dict(totals.failures.most_common()),
         },

@@ -11,7 +11,7 @@ from batchcls.config.classify import ClassifyConfig
 from batchcls.errors import InputError
 
 _ANSWERS = (
-    *("top_k", "embedding_dtype", "l2_normalize", "tta", "normalize", "reduced_decode"),
+    *("top_k", "abstain", "embedding_dtype", "l2_normalize", "tta", "normalize", "reduced_decode"),
     *("engine", "precision", "device", "min_top1_agreement", "min_embedding_cosine", "int8_min_agreement"),
     *("max_image_bytes", "max_image_pixels", "min_image_side_pixels"),
     *("allow_root", "allow_private_addresses"),
@@ -79,7 +79,7 @@ def answers_of(
         decode_margin: that of `LoadSettings`.
     """
     settings = (
-        *("top_k", "embedding_dtype", "l2_normalize", "tta", "normalize"),
+        *("top_k", "abstain", "embedding_dtype", "l2_normalize", "tta", "normalize"),
         *(
             "max_image_bytes",
             "max_image_pixels",

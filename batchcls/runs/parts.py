@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from batchcls.row_ranges import RowRanges
 from batchcls.runs.layout import PREDICTIONS, QUARANTINE
 from batchcls.schema import (
+    BELOW_THRESHOLD,
     DECODE_SECONDS,
     FETCH_SECONDS,
     MAY_PASS,
@@ -52,6 +53,7 @@ class PartFile:
         origin: whether the answers were made in this run or taken over; of predictions.
         failures: rows by reason; of a quarantine file.
         first_failed: the lowest failed row numbers with their reasons, a few of them.
+        abstained: answered rows that have no label.
     """
 
     path: str
@@ -63,6 +65,7 @@ class PartFile:
     origin: Origin = COMPUTED
     failures: Counter[str] = field(default_factory=Counter)
     first_failed: tuple[tuple[int, str], ...] = ()
+    abstained: int = 0
 
     @property
     def may_pass(self) -> bool:
@@ -116,6 +119,11 @@ class Receipt:
         return self._of("predictions", REUSED)
 
     @property
+    def abstained(self) -> int:
+        """Answered rows that have no label, since they are not sure enough."""
+        return sum(file.abstained for file in self.files)
+
+    @property
     def failures(self) -> Counter[str]:
         """Rows in quarantine by reason."""
         return sum((file.failures for file in self.files), Counter())
@@ -142,6 +150,7 @@ class PartWriter:
     kept: tuple[pa.Field, ...]
     embedding: pa.DataType | None
     embedding_dimension: int
+    abstain: bool = False
 
     def write(self, blocks: Sequence[pa.Table]) -> Receipt:
         """Write the rows of some blocks as a predictions and a quarantine file, each whole.
@@ -194,7 +203,9 @@ class PartWriter:
     def _predictions(self, table: pa.Table, made: Origin = COMPUTED) -> pa.Table:
         origin = pa.array(np.full(table.num_rows, made, object), pa.string())
         table = table.append_column("origin", origin)
-        schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension)
+        if self.abstain:
+            table = _with_reason(table)
+        schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension, abstain=self.abstain)
         return table.select(schema.names).cast(schema)
 
     def put(self, kind: Kind, path: str, table: pa.Table, origin: Origin = COMPUTED) -> PartFile:
@@ -212,12 +223,23 @@ class PartWriter:
             self.storage.write_whole(join(self.folder, path), data)
         digest = hashlib.sha256(data).hexdigest()
         if kind == "predictions":
-            return PartFile(path, kind, table.num_rows, len(data), digest, ranges, origin)
+            abstained = table.column("label").null_count
+            return PartFile(
+                path, kind, table.num_rows, len(data), digest, ranges, origin, abstained=abstained
+            )
         reasons = table.column("reason").to_pylist()
         first = zip(table.column(ROW).to_pylist()[:NAMED_FAILURES], reasons, strict=False)
         return PartFile(
             path, kind, table.num_rows, len(data), digest, ranges, origin, Counter(reasons), tuple(first)
         )
+
+
+def _with_reason(answered: pa.Table) -> pa.Table:
+    """Answered rows, of which those without a label have abstained."""
+    missing = pa.scalar(None, pa.string())
+    reason = pc.if_else(answered.column("label").is_null(), BELOW_THRESHOLD, missing)
+    others = [name for name in answered.column_names if name != "reason"]
+    return answered.select(others).append_column("reason", reason)
 
 
 def _quarantine(table: pa.Table) -> pa.Table:

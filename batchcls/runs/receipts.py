@@ -112,6 +112,7 @@ def _to_json(receipt: Receipt) -> bytes:
             "origin": file.origin,
             "failures": file.failures,
             "first_failed": file.first_failed,
+            "abstained": file.abstained,
         }
         for file in receipt.files
     ]
@@ -149,4 +150,5 @@ def _file_from_json(record: dict[str, Any]) -> PartFile:
         origin=record["origin"],
         failures=Counter(record["failures"]),
         first_failed=tuple((row, reason) for row, reason in record["first_failed"]),
+        abstained=record["abstained"],
     )

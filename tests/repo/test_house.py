@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.jobs import bundle, classify, compare, manifest, runs
+from batchcls.jobs import bundle, classify, compare, evaluate, manifest, runs
 from batchcls.schema import REASONS, Reason
 from tests.conftest import REPOSITORY
 
@@ -19,9 +19,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = (
     ("jobs",),
     ("pipeline",),
-    ("console", "tables", "zoo_tables", "run_tables", "report"),
+    ("console", "tables", "zoo_tables", "run_tables", "evaluation_tables", "report"),
     ("runtime",),
-    ("placement", "runs", "comparison"),
+    ("placement", "runs", "comparison", "evaluation"),
     ("inference",),
     ("images", "models", "identity"),
     ("manifest", "manifest_columns", "config", "flags"),
@@ -127,7 +127,7 @@ def test_no_file_names_a_registry_or_a_machine():
 
 
 def test_every_command_has_help_with_examples():
-    for module in (classify, compare, manifest, bundle, runs):
+    for module in (classify, evaluate, compare, manifest, bundle, runs):
         for command in module.COMMANDS:
             assert "examples:" in command.examples
             assert command.settings.__doc__
@@ -136,7 +136,7 @@ def test_every_command_has_help_with_examples():
 
 def test_every_flag_is_in_the_reference():
     reference = (REPOSITORY / "docs" / "flags.md").read_text()
-    for module in (classify, compare, manifest, bundle, runs):
+    for module in (classify, evaluate, compare, manifest, bundle, runs):
         for command in module.COMMANDS:
             for name in command.settings.model_fields:
                 assert name.replace("_", "-") in reference, f"run `make docs`: {name} is missing"

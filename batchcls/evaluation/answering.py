@@ -1,0 +1,106 @@
+"""A bundle's network answers a labelled manifest in this process: fetch, decode, predict, logits kept."""
+
+from collections import Counter, deque
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from batchcls.errors import InputError
+from batchcls.evaluation.answers import Answers
+from batchcls.evaluation.labelled import Labelled, Part, with_failures
+from batchcls.evaluation.outcomes import Categories, Floats, Rows
+from batchcls.images.load import Loader
+from batchcls.images.settings import LoadSettings
+from batchcls.inference.predictor import pixels_of
+from batchcls.inference.trial import answers as answers_of
+from batchcls.models.engines import Engine
+from batchcls.schema import PIXELS, ROW, Reason
+
+
+class Answering:
+    """One walk over the manifest; `rows` and `failures` may be looked at from another thread meanwhile."""
+
+    def __init__(self, labelled: Labelled, labels: tuple[str, ...], engine: Engine) -> None:
+        self._labelled = labelled
+        self._labels = labels
+        self._engine = engine
+        self._notes: list[pa.Table] = []
+        self._waiting: deque[Part] = deque()
+        self._kept: list[tuple[Rows, Categories]] = []
+        self._failed: dict[int, str] = {}
+        self.rows = 0
+        self.failures: Counter[str] = Counter()
+
+    def run(self, load: LoadSettings, room: Floats) -> tuple[pa.Table, Rows, Answers]:
+        """Answer every row that has a label of the model.
+
+        Args:
+            load: `block_rows` is the size of a batch as well; nothing is kept, the engine normalises.
+            room: for as many rows of logits as the manifest has.
+
+        Returns:
+            `labelled.NOTES` of all rows; the numbers of the answered rows; their answers.
+
+        Raises:
+            InputError: not one row could be judged; the message has the reasons.
+        """
+        at = 0
+        for answer in answers_of(self._engine, self._batches(Loader(load), load)):
+            room[at : at + len(answer.logits)] = answer.logits
+            at += len(answer.logits)
+        notes = pa.concat_tables(self._notes).combine_chunks()
+        rows, truth = _joined(self._kept)
+        finite = np.isfinite(room[:at]).all(axis=1)
+        self._fail({int(row): Reason.NON_FINITE.value for row in rows[~finite]})
+        notes = with_failures(notes, self._failed)
+        if not finite.any():
+            raise InputError(nothing_judged(notes))
+        logits = room[:at] if finite.all() else room[:at][finite]
+        return notes, rows[finite], Answers(self._labels, truth[finite], logits)
+
+    def _batches(self, loader: Loader, load: LoadSettings) -> Iterator[npt.NDArray[np.uint8]]:
+        for block in loader.load(self._tables(load.block_rows), {}):
+            part = self._waiting.popleft()
+            pixels = block.column(PIXELS).combine_chunks()
+            good = pixels.is_valid().to_numpy(zero_copy_only=False)
+            numbers = block.column(ROW).to_numpy()
+            reasons = block.column("reason").to_pylist()
+            self._fail({int(numbers[place]): reasons[place] for place in np.flatnonzero(~good)})
+            self._kept.append((numbers[good], part.truth[good]))
+            self.rows += part.notes.num_rows
+            if good.any():
+                yield pixels_of(pixels, load.preprocessing.shape)
+
+    def _tables(self, block_rows: int) -> Iterator[pa.Table]:
+        for part in self._labelled.parts(self._labels, block_rows):
+            self._notes.append(part.notes)
+            if part.rows.num_rows:
+                self._waiting.append(part)
+                yield part.rows
+            else:
+                self.rows += part.notes.num_rows
+
+    def _fail(self, failed: dict[int, str]) -> None:
+        self._failed |= failed
+        self.failures.update(failed.values())
+
+
+def nothing_judged(notes: pa.Table) -> str:
+    """Why there is nothing to evaluate, for an error."""
+    reasons = Counter(notes.column("reason").drop_null().to_pylist()).most_common()
+    named = notes.column("label").drop_null().unique().to_pylist()[:5]
+    return (
+        f"none of the {notes.num_rows} rows can be judged "
+        f"({', '.join(f'{reason}={count}' for reason, count in reasons)}); labels of the manifest are "
+        f"{', '.join(map(repr, named)) or 'all null'}: they have to be names of the model's categories"
+    )
+
+
+def _joined(kept: list[tuple[Rows, Categories]]) -> tuple[Rows, Categories]:
+    rows, truth = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+    for numbers, categories in kept:
+        rows.append(numbers)
+        truth.append(categories)
+    return np.concatenate(rows), np.concatenate(truth)

@@ -1,0 +1,123 @@
+"""What temperature and thresholds are worth on rows that had no part in choosing them.
+
+The rows are cut in two halves, each category evenly. What is fitted on one half is checked on the other,
+and the other way round, so that every row is checked once. What a bundle keeps is fitted on all rows, of
+which there are twice as many: it should do no worse.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from batchcls.evaluation.outcomes import Categories, Outcomes, Rows
+from batchcls.evaluation.reliability import expected_calibration_error
+from batchcls.evaluation.thresholds import fit_thresholds, wilson
+
+TOLERANCE = 0.03
+"""How far below the wished precision the held-out one may be for thresholds to hold."""
+
+_SEED = 0
+_DEVIATIONS = 1.96  # 95 %, two-sided
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """Rows that were checked, how many of them were accepted, and how many of these were right."""
+
+    rows: int
+    accepted: int
+    right: int
+
+    @property
+    def precision(self) -> float | None:
+        """Share of the accepted rows that are right; None where nothing was accepted."""
+        return self.right / self.accepted if self.accepted else None
+
+    @property
+    def coverage(self) -> float:
+        """Share of the rows that were accepted."""
+        return self.accepted / self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutCheck:
+    """Both halves, and the outcomes of all rows, each at what was fitted on the half that it is not in.
+
+    Attributes:
+        halves: as checked with the thresholds of the other one.
+        outcomes: of all N rows, in their order.
+        accepted: whether each was sure enough.
+        ece: expected calibration error of these outcomes.
+    """
+
+    halves: tuple[Half, Half]
+    outcomes: Outcomes
+    accepted: npt.NDArray[np.bool_]
+    ece: float
+
+    @property
+    def together(self) -> Half:
+        """Both halves as one."""
+        first, second = self.halves
+        return Half(first.rows + second.rows, first.accepted + second.accepted, first.right + second.right)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the precision of both halves; None where nothing was accepted."""
+        both = self.together
+        if not both.accepted:
+            return None
+        low, high = wilson(both.right, both.accepted, _DEVIATIONS)
+        return float(low), float(high)
+
+    def holds(self, wished_precision: float) -> bool:
+        """Whether the precision is at most TOLERANCE below the wished one; not so where nothing is accepted."""
+        precision = self.together.precision
+        return precision is not None and precision >= wished_precision - TOLERANCE
+
+
+def halves_of(truth: Categories) -> tuple[Rows, Rows]:
+    """Two halves of N rows, ascending; the rows of each category go to them in turns, in a fixed random order."""
+    shuffled = np.random.default_rng(_SEED).permutation(len(truth))
+    order = shuffled[np.argsort(truth[shuffled], kind="stable")]
+    return np.sort(order[::2]), np.sort(order[1::2])
+
+
+def check_held_out(
+    truth: Categories, fitted_on: Callable[[Rows], Outcomes], wished_precision: float
+) -> HeldOutCheck:
+    """Fit on each half, check on the other.
+
+    Args:
+        truth: right categories of N rows, N at least 2.
+        fitted_on: outcomes of all rows at the temperature of some of them.
+        wished_precision: above 0 and below 1.
+    """
+    first, second = halves_of(truth)
+    checked: list[Half] = []
+    parts: list[Outcomes] = []
+    accepted = np.zeros(len(truth), bool)
+    for here, there in pairwise((first, second, first)):
+        outcomes = fitted_on(here)
+        fit, check = outcomes.take(here), outcomes.take(there)
+        limits = fit_thresholds(fit.predicted, fit.probability, fit.right, len(fit.labels), wished_precision)
+        sure = limits.accepts(check.predicted, check.probability)
+        accepted[there] = sure
+        checked.append(Half(len(there), int(sure.sum()), int(check.right[sure].sum())))
+        parts.append(check)
+    whole = _joined(parts, np.concatenate([second, first]))
+    ece = expected_calibration_error(whole.probability, whole.right)
+    return HeldOutCheck((checked[0], checked[1]), whole, accepted, ece)
+
+
+def _joined(parts: list[Outcomes], rows: Rows) -> Outcomes:
+    """Outcomes of parts of the rows, put into the order of all."""
+    order = np.argsort(rows)
+    columns = (
+        np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("truth", "predicted", "probability", "rank")
+    )
+    return Outcomes(parts[0].labels, *columns)

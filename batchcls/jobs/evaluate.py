@@ -1,0 +1,245 @@
+"""`python -m batchcls.jobs.evaluate`: labelled rows and a bundle or a run -> how right, how sure, from where on."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import torch
+from rich.console import Console
+
+from batchcls.config.evaluate import EvaluateConfig
+from batchcls.console import results_console, watching
+from batchcls.errors import ExitCode, InputError
+from batchcls.evaluation.answering import Answering
+from batchcls.evaluation.answers import room_for_logits
+from batchcls.evaluation.curves import EPOCH, Curves, read_curves
+from batchcls.evaluation.evaluated import Evaluated, evaluate_answers, evaluate_outcomes
+from batchcls.evaluation.hierarchy import Path
+from batchcls.evaluation.labelled import Labelled
+from batchcls.evaluation.outcomes import Rows
+from batchcls.evaluation.outputs import Subject, approximations, write_outputs
+from batchcls.evaluation.run_answers import open_run, read_answers
+from batchcls.evaluation.thumbnails import thumbnails, worst_pairs
+from batchcls.evaluation_tables import metrics_table, worst_categories_table
+from batchcls.images.policies import decode_limits, fetch_policy
+from batchcls.images.settings import LoadSettings
+from batchcls.inference.self_test import start_tested_engine
+from batchcls.jobs.command import Command, main
+from batchcls.models.bundle import Bundle
+from batchcls.models.engines import Device, EngineChoice, EnginePlace
+from batchcls.models.engines.conversions import Conversions
+from batchcls.models.engines.start import describe
+from batchcls.preprocessing import Preprocessing
+from batchcls.report.evaluate_page import PageParts, evaluate_page, verdict
+from batchcls.report.evaluate_plots import Curve
+from batchcls.storage import Storage, explain, is_remote, redact_uri
+from batchcls.tables import bundle_line
+from batchcls.views import Views
+
+_logger = logging.getLogger("batchcls.jobs.evaluate")  # __name__ is __main__ here
+
+_EXAMPLES = """examples:
+  python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated
+  python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated \\
+      --wished-precision 0.95 --write-bundle models/v1-calibrated
+  python -m batchcls.jobs.evaluate --manifest s3://shop/labelled/ --run s3://shop/out --output s3://shop/evaluated
+  python -m batchcls.jobs.evaluate --config jobs/evaluate.toml
+
+Then `python -m batchcls.jobs.classify --model models/v1-calibrated --abstain ...` leaves a label null where the
+model is not sure enough.
+exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written; 130 interrupted
+"""
+
+_REMOTE_REQUESTS = 16
+_CATEGORIES_SHOWN = 10
+_ANY_SIZE = Preprocessing(
+    input_height=8, input_width=8, resize_height=8, resize_width=8, mean=(0, 0, 0), std=(1, 1, 1)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What was found, `labelled.NOTES` of all rows, the judged rows' numbers, what was judged, and its training."""
+
+    found: Evaluated
+    notes: pa.Table
+    rows: Rows
+    model: Mapping[str, Any]
+    curves: Curves
+
+
+def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
+    """Run the job from manifest to page; errors leave as `errors.BatchclsError`."""
+    storage = Storage(config.storage_options)
+    _check(config, storage)
+    labelled = Labelled.open(
+        config.manifest,
+        storage,
+        id_column=config.id_column,
+        label_column=config.label_column,
+        limit=config.limit,
+    )
+    _logger.info("manifest: %d rows, labels in %s", labelled.manifest.rows, config.label_column)
+    if config.model is not None:
+        bundle = Bundle.load(config.model, storage)
+        _logger.info("model: %s", bundle_line(bundle))
+        judged = _judge_bundle(config, bundle, labelled, console)
+    else:
+        judged = _judge_run(config, labelled)
+    subject = Subject(
+        created=datetime.now(UTC),
+        settings=config.redacted(),
+        manifest=labelled.manifest.fingerprint,
+        model=judged.model,
+        notes=judged.notes,
+        rows=judged.rows,
+    )
+    page = _page(config, judged, subject, labelled)
+    written = write_outputs(judged.found, subject, page, config.output, storage)
+    if config.write_bundle is not None:
+        written.append(_write_bundle(config.write_bundle, bundle, judged.found, subject, storage))
+    _show(judged.found, subject, written)
+    return ExitCode.DONE
+
+
+def _check(config: EvaluateConfig, storage: Storage) -> None:
+    """Refuse what cannot work before it costs time."""
+    if (config.model is None) == (config.run is None):
+        raise InputError("name what is to be judged, either --model BUNDLE or --run OUTPUT/runs/ID")
+    if config.model is None and config.write_bundle is not None:
+        raise InputError(
+            "--write-bundle: a run keeps no logits, so there is no temperature; use --model BUNDLE"
+        )
+    for place in (config.output, config.write_bundle):
+        if place is not None:
+            with explain(place):
+                storage.list_files(place)
+
+
+def _judge_bundle(config: EvaluateConfig, bundle: Bundle, labelled: Labelled, console: Console) -> _Judged:
+    curves = read_curves(config.training_curves, bundle.config.lineage, labelled.storage)
+    labels = bundle.config.labels
+    paths = _paths(config, labels, bundle.config.category_paths)
+    choice, place = EngineChoice(config.engine, config.precision), _place(config)
+    engine, _ = start_tested_engine(bundle, choice, place)
+    _logger.info("engine: %s", describe(engine))
+    answering = Answering(labelled, labels, engine)
+    rows = labelled.manifest.rows
+    load = _load(config, labelled, bundle.config.preprocessing)
+    with room_for_logits(rows, len(labels)) as room:
+        with watching(lambda: answering, rows, console, config.log_interval_seconds):
+            notes, judged, answers = answering.run(load, room)
+        _logger.info("%d rows answered; fitting", len(answers))
+        found = evaluate_answers(answers, paths, config.wished_precision)
+    assert config.model is not None
+    model = {
+        "bundle": redact_uri(config.model),
+        "fingerprint": bundle.fingerprint,
+        "architecture": str(bundle.config.spec),
+        "engine": describe(engine),
+    }
+    return _Judged(found, notes, judged, model, curves)
+
+
+def _judge_run(config: EvaluateConfig, labelled: Labelled) -> _Judged:
+    assert config.run is not None
+    curves = read_curves(config.training_curves, {}, labelled.storage)
+    run = open_run(config.run, labelled.storage)
+    notes, rows, outcomes, kept = read_answers(run, labelled, labelled.storage)
+    paths = _paths(config, outcomes.labels, None)
+    found = evaluate_outcomes(outcomes, kept, paths, config.wished_precision)
+    model = {
+        "run": run.record["run_id"],
+        "fingerprint": run.record["model"].get("fingerprint"),
+        "architecture": run.record["model"].get("architecture"),
+    }
+    return _Judged(found, notes, rows, model, curves)
+
+
+def _paths(
+    config: EvaluateConfig, labels: Sequence[str], known: Sequence[Path] | None
+) -> Sequence[Path] | None:
+    if known is None and config.labels_are_paths:
+        return [tuple(label.split("/")) for label in labels]
+    return known
+
+
+def _place(config: EvaluateConfig) -> EnginePlace:
+    device: Device = "cpu"
+    if config.device != "auto":
+        device = config.device
+    elif config.engine != "openvino" and torch.cuda.is_available():
+        device = "cuda"
+    return EnginePlace(device, torch.get_num_threads(), config.batch_size, Conversions.at(config.cache_dir))
+
+
+def _load(config: EvaluateConfig, labelled: Labelled, preprocessing: Preprocessing) -> LoadSettings:
+    cores = torch.get_num_threads()
+    return LoadSettings(
+        run_id="evaluate",
+        base=labelled.manifest.base,
+        kept=(),
+        fetch=fetch_policy(config),
+        limits=decode_limits(config),
+        preprocessing=preprocessing,
+        views=Views(),
+        normalize="engine",
+        fetch_threads=max(cores, _REMOTE_REQUESTS if is_remote(labelled.manifest.base) else 1),
+        decode_threads=cores,
+        block_rows=config.batch_size,
+    )
+
+
+def _page(config: EvaluateConfig, judged: _Judged, subject: Subject, labelled: Labelled) -> str:
+    pairs = worst_pairs(judged.found, judged.rows)
+    epochs = judged.curves.get(EPOCH, [])
+    parts = PageParts(
+        title=f"How right is {redact_uri(config.model or config.run or '')}",
+        manifest=redact_uri(config.manifest),
+        version=version("batchcls"),
+        pairs=pairs,
+        pictures=thumbnails(pairs, labelled, _load(config, labelled, _ANY_SIZE)),
+        curves=[
+            Curve(name.replace("_", " "), epochs, values)
+            for name, values in judged.curves.items()
+            if name != EPOCH
+        ],
+    )
+    return evaluate_page(judged.found, subject, parts)
+
+
+def _write_bundle(uri: str, bundle: Bundle, found: Evaluated, subject: Subject, storage: Storage) -> str:
+    """The same network with what was found; its golden answers stay, which are of temperature 1."""
+    changes: dict[str, Any] = {"calibration": found.calibration(subject.manifest)}
+    if bundle.config.category_paths is None and found.paths is not None:
+        changes["category_paths"] = found.paths
+    record = bundle.config.model_dump() | changes
+    calibrated = Bundle(type(bundle.config).model_validate(record), bundle.weights)
+    calibrated.save(uri, storage)
+    _logger.info("calibrated bundle %s: fingerprint %s", redact_uri(uri), calibrated.fingerprint[:12])
+    return uri
+
+
+def _show(found: Evaluated, subject: Subject, written: Sequence[str]) -> None:
+    """The closing words, on stdout."""
+    out = results_console()
+    out.print(metrics_table(found))
+    out.print(worst_categories_table(found, _CATEGORIES_SHOWN))
+    for sentence in verdict(found):
+        out.print(sentence)
+    for reason, count in subject.left_out.most_common():
+        out.print(f"left out: {reason} {count}")
+    for line in approximations(found):
+        out.print(f"note: {line}")
+    for uri in written:
+        out.print(f"results: {redact_uri(uri)}")
+
+
+COMMANDS = (Command("evaluate", EvaluateConfig, evaluate, _EXAMPLES),)
+
+if __name__ == "__main__":
+    main("evaluate", COMMANDS)

@@ -1,0 +1,123 @@
+"""Pictures of an evaluation: how reliable probabilities are, and how the training went."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+from batchcls.evaluation.reliability import Bin
+from batchcls.report.axes import drawing, style_axes, to_markup
+from batchcls.report.theme import ACCENT, GROUND, INK, MUTED
+
+# Pixels on a phone, where the picture fills the width.
+_WIDTH, _HEIGHT, _CURVE_HEIGHT = 378.0, 350.0, 230.0
+_MARGINS = {"left": 0.13, "right": 0.97, "top": 0.97}
+_BARS = 0.16  # share of the height for the counts of rows
+_FEW_POINTS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Values of something by epoch: y at x, at least one of each."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def reliability_plot(before: Sequence[Bin], after: Sequence[Bin] | None, prefix: str) -> Markup:
+    """Share of right answers by probability, with the number of rows below; the diagonal is where both agree.
+
+    Args:
+        before: without a temperature, drawn hollow where there is `after`.
+        after: with one.
+        prefix: in front of all ids.
+    """
+    with drawing(prefix):
+        figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
+        upper, lower = figure.subplots(
+            2, 1, sharex=True, gridspec_kw={"height_ratios": (1 - _BARS, _BARS), "hspace": 0.06}
+        )
+        figure.subplots_adjust(**_MARGINS, bottom=0.13)
+        for axes in (upper, lower):
+            style_axes(axes)
+        upper.set_xlim(0, 1)
+        upper.set_ylim(0, 1.02)
+        upper.spines["bottom"].set_visible(False)
+        upper.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)), gid="diagonal")
+        hints = _draw_bins(upper, before, "before", strong=after is None)
+        if after is not None:
+            hints |= _draw_bins(upper, after, "after", strong=True)
+        for axis in (upper.xaxis, upper.yaxis):
+            axis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        _draw_counts(lower, before if after is None else after)
+        title = "Share of right answers by probability"
+        return to_markup(figure, prefix, title, hints)
+
+
+def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> dict[str, str]:
+    """A line through the bins that have rows, many rows as large points. Returns what a pointer shows at each."""
+    hints = {}
+    color = ACCENT if strong else INK
+    points = [
+        (one.probability, one.right, one)
+        for one in bins
+        if one.probability is not None and one.right is not None
+    ]
+    most = max(one.rows for one in bins)
+    axes.plot(
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        color=color,
+        linewidth=1.6 if strong else 1,
+        gid=f"line-{gid}",
+    )
+    for index, (x, y, one) in enumerate(points):
+        axes.plot(
+            [x],
+            [y],
+            marker="o",
+            markersize=3 + 5 * math.sqrt(one.rows / most),
+            markerfacecolor=color if strong else GROUND,
+            markeredgecolor=color,
+            linestyle="none",
+            clip_on=False,
+            gid=f"bin-{gid}-{index}",
+        )
+        hints[f"bin-{gid}-{index}"] = (
+            f"{gid}: {one.rows:,} rows of probability {one.low:.0%} to {one.high:.0%}, "
+            f"on average {x:.1%}, right {y:.1%}"
+        )
+    return hints
+
+
+def _draw_counts(axes: Axes, bins: Sequence[Bin]) -> None:
+    rows = [one.rows for one in bins]
+    widths = [0.86 * (one.high - one.low) for one in bins]
+    middles = [(one.low + one.high) / 2 for one in bins]
+    axes.bar(middles, rows, width=widths, color=MUTED, linewidth=0)
+    axes.grid(visible=False)
+    axes.yaxis.set_major_locator(FixedLocator([max(rows)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("probability of the best category", color=MUTED, labelpad=6)
+
+
+def curve_plot(curve: Curve, prefix: str) -> Markup:
+    """One curve of a training run by epoch."""
+    with drawing(prefix):
+        figure = Figure(figsize=(_WIDTH / 72, _CURVE_HEIGHT / 72), dpi=72)
+        axes = figure.add_subplot()
+        figure.subplots_adjust(**{**_MARGINS, "left": 0.16}, bottom=0.2)
+        style_axes(axes)
+        marker = "o" if len(curve.x) <= _FEW_POINTS else None
+        axes.plot(curve.x, curve.y, color=ACCENT, linewidth=1.6, marker=marker, markersize=3.5, gid="curve")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.set_xlabel("epoch", color=MUTED, labelpad=6)
+        return to_markup(figure, prefix, f"{curve.name} by epoch", {})

@@ -1,0 +1,75 @@
+"""classify with a bundle that was evaluated: temperature, null labels, counts; and without one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from batchcls.models.bundle import Bundle
+from batchcls.models.calibration import Calibration, HeldOut
+from batchcls.storage import Storage
+from tests.integration.conftest import Outcome
+from tests.integration.test_classify_job import write_catalog
+
+Job = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_catalog(tmp_path_factory.mktemp("catalog"), 60, broken=(5,))
+
+
+def test_abstaining_in_both_shapes(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
+    """The thresholds are the median of what the network says at its temperature: about half abstain."""
+    given = ("--manifest", catalog, "--max-failed-fraction", "0.1")
+    plain = job(*given, "--model", tiny_bundle, "--top-k", "10", output=tmp_path / "plain")
+    logits = np.log(
+        [[e["probability"] for e in top] for top in plain.predictions.column("top_k").to_pylist()]
+    )
+    cooled = np.exp(logits / 0.25)
+    expected = (cooled / cooled.sum(axis=1, keepdims=True))[:, 0]
+    threshold = float(np.median(expected)) + 1e-6
+    calibration = Calibration(
+        temperature=0.25,
+        ece_before=0.2,
+        ece_after=0.1,
+        wished_precision=0.9,
+        thresholds=(threshold,) * 10,
+        held_out=HeldOut(rows=60, precision=0.9, coverage=0.5),
+        rows=60,
+        manifest_fingerprint="f",
+    )
+    bundle = Bundle.load(tiny_bundle, Storage())
+    calibrated = replace(bundle, config=bundle.config.model_copy(update={"calibration": calibration}))
+    calibrated.save(str(tmp_path / "calibrated"), Storage())
+    for shape in ("fused", "staged"):
+        found = job(
+            *given,
+            "--model",
+            str(tmp_path / "calibrated"),
+            "--abstain",
+            "--shape",
+            shape,
+            output=tmp_path / shape,
+        )
+        assert found.exit_code == 0, found.log
+        table = found.predictions
+        np.testing.assert_allclose(table.column("probability").to_numpy(), expected, rtol=2e-3)
+        sure = table.column("probability").to_numpy() >= threshold
+        assert 20 < sure.sum() < 40
+        assert (table.column("label").is_valid().to_numpy() == sure).all()
+        assert table.column("reason").to_pylist() == [None if one else "below_threshold" for one in sure]
+        assert table.column("top_k").null_count == 0
+        counts = found.record["counts"]
+        assert (counts["rows"], counts["predicted"], counts["quarantined"]) == (60, 59, 1)
+        assert counts["abstained"] == int((~sure).sum())
+        assert "below_threshold" in found.log
+
+
+def test_a_bundle_without_thresholds_is_refused(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
+    found = job("--manifest", catalog, "--model", tiny_bundle, "--abstain")
+    assert found.exit_code == 2
+    assert "--write-bundle" in found.log
+    assert not (tmp_path / "output").exists()
