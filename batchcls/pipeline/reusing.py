@@ -228,6 +228,10 @@ def _write(worker: _Worker, table: pa.Table, places: npt.NDArray[np.int64]) -> R
     writer = worker.given.writer
     answers = [field.name for field in answer_fields(writer.embedding, writer.embedding_dimension)]
     names = [*answers, "width", "height", "content_hash"]
+    if worker.given.earlier.by_row is not None:
+        # Nobody has looked at the images: what is said of them is what was said of them then.
+        names.append(SOURCE_VERSION)
+        table = table.drop_columns([SOURCE_VERSION])
     rows = worker.rows.take(places, names)
     for name in names:
         table = table.append_column(rows.schema.field(name), rows.column(name))
