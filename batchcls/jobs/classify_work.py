@@ -1,5 +1,7 @@
 """The plan of a run and the orders for its workers, from the settings and what was opened."""
 
+from pathlib import Path
+
 from batchcls.config.classify import ClassifyConfig
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.images.settings import LoadSettings
@@ -15,7 +17,7 @@ from batchcls.runs.layout import run_folder
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.plan import Plan
 from batchcls.schema import EMBEDDING_TYPES
-from batchcls.storage import redact_uri
+from batchcls.storage import is_remote, local_path, redact_uri
 
 
 def fingerprints_of(config: ClassifyConfig, inputs: Inputs) -> Fingerprints:
@@ -39,7 +41,7 @@ def plan_of(
         config=config.redacted(),
         manifest={
             "uri": redact_uri(config.manifest),
-            "base": redact_uri(manifest.base),
+            "base": _base(manifest.base),
             "fingerprint": manifest.fingerprint,
             "rows": manifest.rows,
             "files": len(manifest.files),
@@ -59,6 +61,11 @@ def plan_of(
         engines=settled.as_json(),
         answers=answers_of(fingerprints, settled.precisions, settled.decode_margin),
     )
+
+
+def _base(uri: str) -> str:
+    """What relative uris belong to, the same text from wherever the job is started."""
+    return redact_uri(uri) if is_remote(uri) else str(Path(local_path(uri)).resolve())
 
 
 def work_of(

@@ -1,6 +1,7 @@
 """What went wrong in a worker, in one line."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -25,30 +26,32 @@ def cause_of(error: BaseException) -> str:
     line of the innermost text that names an exception is the one that was raised.
     """
     found = type(error).__name__
-    inner: Any = error
-    while isinstance(inner, BaseException):
+    for inner in _chain(error):
         named = _ERROR_LINE.findall(str(inner))
         found = named[-1] if named else found
-        inner = getattr(inner, "cause", None) or inner.__cause__
     return found
 
 
 def stopped(error: BaseException) -> BatchclsError:
     """What the job ends with after a worker's exception, which is to be chained to it."""
-    text = f"the pipeline stopped: {cause_of(error)}"
-    return StorageStoppedError(text) if StorageStoppedError.__name__ in text else BatchclsError(text)
+    cause = cause_of(error)
+    _, mark, text = cause.partition(f"{StorageStoppedError.__name__}: ")
+    return StorageStoppedError(text) if mark else BatchclsError(f"the pipeline stopped: {cause}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a worker's own allocation failed; the worker lives."""
-    return cause_of(error).startswith(MemoryError.__name__)
+    return any(isinstance(one, MemoryError) for one in _chain(error))
 
 
 def is_death(error: BaseException) -> bool:
     """Whether a worker's process died, or its allocation failed."""
+    return any(isinstance(one, (*_DEATHS, MemoryError)) for one in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what caused it, through Ray's wrappings."""
     seen: Any = error
     while isinstance(seen, BaseException):
-        if isinstance(seen, _DEATHS):
-            return True
+        yield seen
         seen = getattr(seen, "cause", None) or seen.__cause__
-    return is_out_of_memory(error)

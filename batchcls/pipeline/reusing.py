@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Given:
+class Given:
     """What every task needs; one copy a node."""
 
     load: Load
@@ -43,7 +43,7 @@ class _Given:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Found:
     """What a task has taken over; `ways` counts rows by how they were found."""
 
     receipt: Receipt | None
@@ -61,7 +61,7 @@ def take_over(work: Work, earlier: Earlier, check: Callable[[], None]) -> list[R
     Raises:
         BatchclsError: storage refused.
     """
-    shared = ray.put(_Given(work.load, work.writer, earlier))
+    shared = ray.put(Given(work.load, work.writer, earlier))
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_take_over)
     most = max(1, int(ray.cluster_resources().get("CPU", 1)) * _TASKS_A_CPU)
     fragments = work.manifest.fragments(repeat(_FRAGMENT_ROWS), work.todo)
@@ -74,7 +74,7 @@ def take_over(work: Work, earlier: Earlier, check: Callable[[], None]) -> list[R
             (call,), waiting[:] = ray.wait(waiting)
             check()
             try:
-                found: _Found = ray.get(call)
+                found: Found = ray.get(call)
             except ray.exceptions.RayError as error:
                 raise stopped(error) from error
             ways.update(found.ways)
@@ -109,7 +109,7 @@ def _tell(earlier: Earlier, ways: Counter[str], rows: int) -> None:
 class _Worker:
     """Connections and threads of a worker process."""
 
-    def __init__(self, given: _Given) -> None:
+    def __init__(self, given: Given) -> None:
         load = given.load
         self.given = given
         self.reader = FragmentReader(load.columns, load.storage)
@@ -124,9 +124,23 @@ _workers: dict[str, _Worker] = {}
 
 
 def _take_over(
-    shared: "list[ray.ObjectRef[_Given]]", fragment: Fragment, rejected: Mapping[int, Failure]
-) -> _Found:
-    given: _Given = ray.get(shared[0])
+    shared: "list[ray.ObjectRef[Given]]", fragment: Fragment, rejected: Mapping[int, Failure]
+) -> Found:
+    given: Given = ray.get(shared[0])
+    return take_over_fragment(given, fragment, rejected)
+
+
+def take_over_fragment(given: Given, fragment: Fragment, rejected: Mapping[int, Failure]) -> Found:
+    """What a task does: find the rows of a fragment in the earlier run, and write them as one part.
+
+    Args:
+        given: the same for all fragments of a run.
+        fragment: of the manifest.
+        rejected: rows that have failed before they are fetched, by row number.
+
+    Raises:
+        StorageStoppedError: storage refused.
+    """
     run_id = given.load.settings.run_id
     if run_id not in _workers:
         _workers.clear()
@@ -145,8 +159,8 @@ def _take_over(
         table, places = _by_image(worker, table, ways)
     taken = np.flatnonzero(places >= 0)
     if not len(taken):
-        return _Found(None, ways)
-    return _Found(_write(worker, table.take(pa.array(taken)), places[taken]), ways)
+        return Found(None, ways)
+    return Found(_write(worker, table.take(pa.array(taken)), places[taken]), ways)
 
 
 def _by_image(worker: _Worker, table: pa.Table, ways: Counter[str]) -> tuple[pa.Table, Places]:
@@ -228,6 +242,10 @@ def _write(worker: _Worker, table: pa.Table, places: npt.NDArray[np.int64]) -> R
     writer = worker.given.writer
     fields = answer_fields(writer.embedding, writer.embedding_dimension, abstain=writer.abstain)
     names = [*(field.name for field in fields), "width", "height", "content_hash"]
+    if worker.given.earlier.by_row is not None:
+        # Nobody has looked at the images: what is said of them is what was said of them then.
+        names.append(SOURCE_VERSION)
+        table = table.drop_columns([SOURCE_VERSION])
     rows = worker.rows.take(places, names)
     for name in names:
         table = table.append_column(rows.schema.field(name), rows.column(name))

@@ -1,6 +1,7 @@
 """The same command again: after SIGKILL, after a broken store, beside a living job, with another configuration."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from tests.integration.test_classify_job import start_job, until_line, write_cat
 from tests.poison.sitecustomize import DEADLY
 
 Job = Callable[..., Outcome]
-ROWS = 1500
+ROWS = 900
 BROKEN = (0, 700)
 
 
@@ -52,6 +53,7 @@ def test_a_killed_driver_s_run_goes_on_where_it_was(
     until_line(process, "INFO run ")
     while len(receipts(tmp_path / "output")) < 2:
         assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)  # it lives, and does not end before it is killed
     second = job(*arguments, "--run-id", next((tmp_path / "output" / "runs").iterdir()).name)
     process.kill()
     process.communicate(timeout=60)
@@ -158,7 +160,7 @@ def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
 ):
     output = tmp_path / "small"
     output.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(output)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(output)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("a small file system cannot be mounted here")
     try:
