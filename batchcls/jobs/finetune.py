@@ -168,7 +168,7 @@ def _rows_of(labelled: Labelled, pixels: PreparedPixels, which: str) -> Labelled
         raise InputError(
             f"no {which} row has both a label and a picture that can be read; look at the manifest"
         )
-    return LabelledRows(rows, labelled.classes[rows].astype(np.int64))
+    return LabelledRows(rows, labelled.classes[rows])
 
 
 def _told(found: Divergence, inputs: Inputs) -> BatchclsError:

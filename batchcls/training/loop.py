@@ -19,12 +19,14 @@ from torch.utils.data import DataLoader
 
 from batchcls.models.trainable import mark_trainable
 from batchcls.training.augment import AugmentedPictures, Item, Mixing, crop_size, picture_transform
+from batchcls.training.balance import RowSampler, class_weights
+from batchcls.training.categories import count_classes
 from batchcls.training.divergence import Divergence, gather_divergence
 from batchcls.training.freeze import set_training_mode, train_head_only
 from batchcls.training.measures import Measures, normalised
 from batchcls.training.optimizer import make_optimizer, schedule_factor, set_learning_rate
 from batchcls.training.pixels import PixelStore
-from batchcls.training.sampling import class_weights, number_of_steps, share_of, steps_of_epoch
+from batchcls.training.sampling import number_of_steps, passes_of, share_of, steps_of_epoch
 from batchcls.training.settings import Place, Record, TrainingSettings
 
 _VALIDATION_BATCH = 64
@@ -75,8 +77,11 @@ class Training:
         )
         self._weights: Tensor | None = None
         if settings.balance == "loss":
-            weights = class_weights(settings.training.targets, settings.classes)
+            weights = class_weights(count_classes(settings.training.targets, settings.classes))
             self._weights = torch.from_numpy(weights).to(place.device)
+        self._sampler = RowSampler(settings.training.targets, settings.seed)
+        if settings.balance == "sampling":
+            self._sampler = RowSampler.balanced(settings.training.targets, settings.classes, settings.seed)
         self._epoch = 0
         self._history: list[Record] = []
 
@@ -216,19 +221,15 @@ class Training:
     ) -> Iterator[tuple[int, int, list[tuple[Tensor, Tensor, Tensor]]]]:
         """Number of a step, pictures in it over all workers, and this worker's passes, step by step."""
         settings = self._settings
-        labelled, seed = settings.training, (settings.seed, epoch)
-        steps = steps_of_epoch(
-            labelled.targets, self._recipe.batch_size, seed, balanced=settings.balance == "sampling"
-        )
+        labelled = settings.training
+        steps = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size)
         shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
-        cut = [
-            np.array_split(share, -(-len(share) // (settings.pass_size or len(share)))) for share in shares
-        ]
+        cut = [passes_of(share, settings.pass_size) for share in shares]
         transform = picture_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
         )
         loader = DataLoader(
-            AugmentedPictures(store, transform, seed),
+            AugmentedPictures(store, transform, (settings.seed, epoch)),
             batch_sampler=[
                 [Item(int(labelled.rows[place]), int(labelled.targets[place])) for place in chosen]
                 for passes in cut
@@ -255,7 +256,7 @@ class Training:
             images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(place.device)
             with self._arithmetic():
                 logits = model(normalised(images, self._mean, self._std))
-            measures.add(logits.float(), torch.from_numpy(labelled.targets[chosen]).to(place.device))
+            measures.add(logits.float(), torch.from_numpy(labelled.targets[chosen]).long().to(place.device))
         found = measures.result()
         assert found["rows"] == len(labelled.rows), "every validation row is to be answered once"
         return {f"validation_{name}": value for name, value in found.items()} | {

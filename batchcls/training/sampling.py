@@ -1,51 +1,33 @@
-"""Which pictures an epoch shows, in which order, cut into steps and shared among workers.
+"""An epoch's pictures cut into steps and shared among workers.
 
 Everything follows from seed and epoch, and a step is the same pictures however many workers share it.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from batchcls.errors import InputError
-
-Balance = Literal["none", "sampling", "loss"]
+from batchcls.training.balance import RowSampler
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
-    """N rows of a manifest that have a picture and a category: row numbers and class indices, int64."""
+    """N rows of a manifest that have a picture: row numbers, int64, and class indices, int32."""
 
     rows: npt.NDArray[np.int64]
-    targets: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int32]
 
 
-def steps_of_epoch(
-    targets: npt.NDArray[np.int64], batch_size: int, seed: tuple[int, int], *, balanced: bool
-) -> list[npt.NDArray[np.int64]]:
-    """Places 0..N-1 of an epoch's pictures, one array a step, all of almost the same length.
-
-    Args:
-        targets: N class indices.
-        batch_size: most pictures of a step.
-        seed: of the run, and the epoch.
-        balanced: draw every category equally often, with repetition, instead of every picture once.
-    """
-    random = np.random.default_rng(seed)
-    count = len(targets)
-    if balanced:
-        sizes = np.bincount(targets)
-        weights = 1 / sizes[targets]
-        order = random.choice(count, size=count, p=weights / weights.sum())
-    else:
-        order = random.permutation(count)
-    return np.array_split(order, number_of_steps(count, batch_size))
+def steps_of_epoch(sampler: RowSampler, epoch: int, batch_size: int) -> list[npt.NDArray[np.int64]]:
+    """Places of an epoch's pictures among the sampler's, one array a step, all of almost the same length."""
+    order = sampler.order(epoch)
+    return np.array_split(order, number_of_steps(len(order), batch_size))
 
 
 def number_of_steps(count: int, batch_size: int) -> int:
-    """Steps of an epoch."""
+    """Steps of an epoch of so many pictures."""
     return -(-count // batch_size)
 
 
@@ -63,10 +45,6 @@ def share_of(step: npt.NDArray[np.int64], rank: int, workers: int) -> npt.NDArra
     return step[rank::workers]
 
 
-def class_weights(targets: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]:
-    """Weight of each class in the loss: a picture of a rare one counts more, one of a picture's mean is 1."""
-    sizes = np.bincount(targets, minlength=classes)
-    present = sizes > 0
-    weights = np.zeros(classes, np.float32)
-    weights[present] = len(targets) / (present.sum() * sizes[present])
-    return weights
+def passes_of(share: npt.NDArray[np.int64], pass_size: int | None) -> list[npt.NDArray[np.int64]]:
+    """A worker's share of a step, cut into passes of almost the same length; None: all at once."""
+    return np.array_split(share, -(-len(share) // (pass_size or len(share))))

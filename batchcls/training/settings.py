@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from batchcls.preprocessing import Preprocessing
+from batchcls.training.balance import BalanceName
 from batchcls.training.recipe import Recipe
-from batchcls.training.sampling import Balance, LabelledRows
+from batchcls.training.sampling import LabelledRows
 
 Record = dict[str, Any]
 """What is known of an epoch, as JSON values: see `loop.EpochRecord`."""
@@ -24,7 +25,7 @@ class TrainingSettings:
     trainable: tuple[str, ...]
     training: LabelledRows
     validation: LabelledRows
-    balance: Balance
+    balance: BalanceName
     seed: int
     pass_size: int | None
     precision: Literal["fp32", "bf16"]

@@ -1,6 +1,8 @@
 """What each training process does: open the pixels, build the network, go on from a checkpoint, train."""
 
 import logging
+import os
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -93,7 +95,8 @@ def _description(model: nn.Module, settings: TrainingSettings, place: Place) -> 
     trainable = mark_trainable(model, settings.trainable)
     set_training_mode(model, settings.recipe.batch_norm)
     what = describe(trainable, model, settings.recipe.batch_norm)
-    return f"{what}; {place.workers} worker(s) on {place.device}, {settings.precision}"
+    where = f"the first of them process {os.getpid()} on {socket.gethostname()}"
+    return f"{what}; {place.workers} worker(s) on {place.device}, {settings.precision}, {where}"
 
 
 class _Told:

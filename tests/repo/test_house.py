@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.jobs import bundle, classify, compare, manifest
+from batchcls.jobs import bundle, classify, compare, finetune, manifest
 from batchcls.schema import REASONS, Reason
 from tests.conftest import REPOSITORY
 
@@ -126,7 +126,7 @@ def test_no_file_names_a_registry_or_a_machine():
 
 
 def test_every_command_has_help_with_examples():
-    for module in (classify, compare, manifest, bundle):
+    for module in (classify, finetune, compare, manifest, bundle):
         for command in module.COMMANDS:
             assert "examples:" in command.examples
             assert command.settings.__doc__
@@ -135,7 +135,7 @@ def test_every_command_has_help_with_examples():
 
 def test_every_flag_is_in_the_reference():
     reference = (REPOSITORY / "docs" / "flags.md").read_text()
-    for module in (classify, compare, manifest, bundle):
+    for module in (classify, finetune, compare, manifest, bundle):
         for command in module.COMMANDS:
             for name in command.settings.model_fields:
                 assert name.replace("_", "-") in reference, f"run `make docs`: {name} is missing"
