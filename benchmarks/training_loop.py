@@ -77,7 +77,8 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
     names = pq.read_table(folder / "manifest.parquet")["uri"].to_pylist()
     arrays = [np.asarray(Image.open(folder / name)) for name in names]
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-    model = timm.create_model(architecture, num_classes=CATEGORIES).to(memory_format=torch.channels_last)
+    model: Any = timm.create_model(architecture, num_classes=CATEGORIES)
+    model = model.to(memory_format=torch.channels_last)
     average = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
     head = list(model.get_classifier().parameters())
     known = {id(value) for value in head}

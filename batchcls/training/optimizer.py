@@ -17,6 +17,7 @@ from batchcls.training.recipe import Recipe
 _LEAST = 1e-3  # of the peak, at the end of a cosine
 _FIRST = 0.04  # of the peak, at the beginning of a warm-up
 _STEP_FACTOR = 0.1
+_HEAD_WARMUP = 0.1  # share of the steps in which the classifier is trained alone
 
 
 def make_optimizer(model: nn.Module, classifiers: Sequence[str], recipe: Recipe) -> torch.optim.Optimizer:
@@ -53,10 +54,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def schedule_factor(recipe: Recipe, step: int, steps: int) -> float:
     """Share (0..1) of the peak learning rate at a step, which counts from 0, of so many.
 
-    In the recipe's `head_epochs` the classifier alone goes through the warm-up; what follows is the
-    schedule over all steps.
+    In the recipe's `head_epochs` the classifier alone is quickly at its peak and stays there; the schedule
+    is over the steps that follow.
     """
-    place = step / max(1, steps)
+    alone = steps * recipe.head_epochs // recipe.epochs
+    if step < alone:
+        return min(1.0, (step + 1) / (_HEAD_WARMUP * alone))
+    place = (step - alone) / (steps - alone)
     if place < recipe.warmup_fraction:
         rising = place / recipe.warmup_fraction
         shape = (1 - math.cos(math.pi * rising)) / 2 if recipe.schedule == "one-cycle" else rising

@@ -1,6 +1,7 @@
 """One training on Ray Train, from prepared pixels to the last checkpoint."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def run_training(
     images = settings.recipe.epochs * len(settings.training.rows)
     with watching(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
         try:
-            result = trainer.fit()
+            result = _fit(trainer)
         except TrainingFailedError as error:
             raise BatchclsError(
                 f"training stopped: {cause_of(error)}; the same command goes on from the last checkpoint"
@@ -94,6 +95,18 @@ def run_training(
         raise Diverged(result.return_value)
     with result.checkpoint.as_directory() as folder:
         return read_trained((Path(folder) / CHECKPOINT).read_bytes())
+
+
+def _fit(trainer: TorchTrainer) -> Any:
+    """The result of a trainer, run in a thread of its own.
+
+    In the main thread Ray Train puts its own handler in place of Ctrl-C's, which ends the process with 0.
+    """
+    aside = ThreadPoolExecutor(1)
+    try:
+        return aside.submit(trainer.fit).result()
+    finally:
+        aside.shutdown(wait=False)
 
 
 def _run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:

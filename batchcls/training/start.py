@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from batchcls.config.finetune import FinetuneConfig
 from batchcls.errors import InputError
+from batchcls.models.build import build_model
 from batchcls.models.bundle import WEIGHTS_FILE, Bundle, sha256_hex
 from batchcls.models.choices import ModelChoices
 from batchcls.models.heads import with_new_head
@@ -47,14 +50,17 @@ def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, sto
         InputError: the architecture, its weights or its arguments do not fit.
     """
     if opened is None:
-        return _named(config, labels, storage)
-    if opened.config.labels == labels:
+        named = _named(config, labels, storage)
+        return named if config.from_scratch else _with_neutral_head(named)
+    if opened.config.labels == labels and not opened.config.untrained_head:
         return opened
+    paths = opened.config.category_paths if opened.config.labels == labels else None
     spec, state = opened.config.spec, from_safetensors(opened.weights, WEIGHTS_FILE)
     model = with_new_head(library_of(spec), spec, state, len(labels), opened.config.dropout)
-    return with_weights(
-        opened, to_safetensors(model.state_dict()), labels=labels, category_paths=None, untrained_head=True
+    made = with_weights(
+        opened, to_safetensors(model.state_dict()), labels=labels, category_paths=paths, untrained_head=True
     )
+    return _with_neutral_head(made)
 
 
 def with_weights(
@@ -71,6 +77,20 @@ def with_weights(
     record = bundle.config.weights.model_copy(update={**(origin or {}), "sha256": sha256_hex(weights)})
     config = bundle.config.model_copy(update={"weights": record, "golden": None, **changes})
     return replace(bundle, config=config, weights=weights)
+
+
+def _with_neutral_head(bundle: Bundle) -> Bundle:
+    """The bundle with a new classifier of zeros, to which all categories are equally likely.
+
+    A library's own initial values are made for training from nothing. On the large features of a
+    trained body some of them give losses that take an epoch to come down again.
+    """
+    library, state = library_of(bundle.config.spec), from_safetensors(bundle.weights, WEIGHTS_FILE)
+    heads = tuple(f"{path}." for path in library.classifiers(build_model(bundle)))
+    neutral = {
+        name: torch.zeros_like(value) if name.startswith(heads) else value for name, value in state.items()
+    }
+    return with_weights(bundle, to_safetensors(neutral))
 
 
 def _named(config: FinetuneConfig, labels: Labels, storage: Storage) -> Bundle:

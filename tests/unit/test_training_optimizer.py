@@ -40,9 +40,18 @@ def test_the_head_has_its_own_rate_and_the_body_a_falling_one():
     assert all(group["lr"] == group["peak"] / 2 for group in optimizer.param_groups)
 
 
+def test_the_head_alone_is_soon_at_its_peak_and_the_schedule_comes_after_it():
+    chosen = recipe(epochs=4, head_epochs=1, final_epochs=0, warmup_fraction=0.2)
+    factors = [schedule_factor(chosen, step, 400) for step in range(400)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:100] == [1.0] * 90
+    without = recipe(epochs=3, head_epochs=0, final_epochs=0, warmup_fraction=0.2)
+    assert factors[100:] == [schedule_factor(without, step, 300) for step in range(300)]
+
+
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
 def test_a_schedule_rises_to_the_peak_and_falls_to_almost_nothing(schedule: str):
-    chosen = recipe(schedule=schedule, warmup_fraction=0.2)
+    chosen = recipe(schedule=schedule, warmup_fraction=0.2, head_epochs=0)
     factors = [schedule_factor(chosen, step, 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.04)
     assert max(factors) == factors[20] == pytest.approx(1.0)
