@@ -1,12 +1,13 @@
 """Settings of the job that trains a network on the shop's own categories."""
 
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings
-from batchcls.storage import redact_options, redact_uri
+from batchcls.storage import is_remote, local_path, redact_options, redact_uri
 
 _WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
 
@@ -164,8 +165,9 @@ class FinetuneConfig(FetchSettings, ClusterSettings):
 
     @property
     def state_folder(self) -> str:
-        """Where checkpoints, curves and prepared pixels lie."""
-        return self.state or f"{self.output.rstrip('/')}.training"
+        """Where checkpoints, curves and prepared pixels lie; absolute, since Ray Train's workers run elsewhere."""
+        folder = self.state or f"{self.output.rstrip('/')}.training"
+        return folder if is_remote(folder) else str(Path(local_path(folder)).absolute())
 
     def redacted(self) -> dict[str, Any]:
         """The settings as plain JSON values, without anything secret, for records and logs."""

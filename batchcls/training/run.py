@@ -9,6 +9,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from batchcls.config.finetune import FinetuneConfig
@@ -60,7 +61,9 @@ def run_training(
         BatchclsError: workers failed more often than --max-failures allows.
     """
     name, storage, console = run
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # On the driver's node, which no worker's death takes away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     assignment = Assignment(
         settings=settings,
         bundle=ray.put(start),
@@ -111,7 +114,7 @@ def _fit(trainer: TorchTrainer) -> Any:
 
 def _run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
     folder = join(config.state_folder, "checkpoints")
-    place: dict[str, Any] = {"storage_path": str(Path(local_path(folder)).absolute())}
+    place: dict[str, Any] = {"storage_path": local_path(folder)}
     if is_remote(folder):
         filesystem, path = storage.arrow_filesystem(folder)
         place = {"storage_path": path, "storage_filesystem": filesystem}

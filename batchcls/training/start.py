@@ -58,7 +58,12 @@ def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, sto
     spec, state = opened.config.spec, from_safetensors(opened.weights, WEIGHTS_FILE)
     model = with_new_head(library_of(spec), spec, state, len(labels), opened.config.dropout)
     made = with_weights(
-        opened, to_safetensors(model.state_dict()), labels=labels, category_paths=paths, untrained_head=True
+        opened,
+        to_safetensors(model.state_dict()),
+        labels=labels,
+        category_paths=paths,
+        untrained_head=True,
+        lineage={"new_head_on": opened.fingerprint},
     )
     return _with_neutral_head(made)
 

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.jobs import bundle, finetune
 from batchcls.jobs.command import run
 from batchcls.models.bundle import Bundle
 from batchcls.storage import Storage
+from tests.conftest import S3Server
 from tests.integration.conftest import Cluster, run_here
 from tests.pictures import CATEGORIES, write_pictures
 
-EPOCHS = 40
+EPOCHS = 24
 RECIPE = f"""
 about = "For tests: without anything that depends on how pictures are shared among workers."
 epochs = {EPOCHS}
@@ -32,7 +34,7 @@ ema_decay = 0.9
 clip_norm = 5.0
 label_smoothing = 0.1
 size_fraction = 0.5
-final_epochs = 10
+final_epochs = 6
 """
 
 
@@ -68,10 +70,10 @@ def undisturbed(
 
 
 def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "batchcls.jobs.finetune", *catalog.arguments, *arguments]
+    command = [sys.executable, "-m", "batchcls.jobs.finetune", *catalog.arguments, "--output", str(output)]
     with output.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
-            [*command, "--output", str(output), "--ray-address", cluster.address],
+            [*command, "--ray-address", cluster.address, *arguments],
             env=cluster.environment,
             stderr=log,
             stdout=log,
@@ -113,7 +115,7 @@ def test_a_bundle_comes_out_that_answers_and_says_where_it_comes_from(
     assert made.config.labels == CATEGORIES
     assert made.config.preprocessing == before.config.preprocessing
     assert (made.config.weights.kind, made.publishable) == ("trained", True)
-    assert made.config.lineage["start"]["fingerprint"] == before.fingerprint
+    assert made.config.lineage["start"]["lineage"]["new_head_on"] == before.fingerprint
     history = made.config.lineage["history"]
     assert history[-1]["validation_top1"] > 0.9
     assert history[0]["crop_pixels"] == [32, 32]
@@ -145,7 +147,7 @@ def test_two_workers_of_which_one_is_killed_end_like_one(
     output = tmp_path / "bundle"
     process = start(cluster, catalog, output, "--num-workers", "2")
     log = output.with_suffix(".log")
-    wait_for_line(process, log, r"epoch 5: ")
+    wait_for_line(process, log, r"epoch 4: ")
     first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
     os.kill(int(first.group(1)), signal.SIGKILL)
     assert process.wait(timeout=200) == 0, log.read_text()
@@ -161,7 +163,7 @@ def test_a_killed_driver_goes_on_with_the_same_run(
     process = start(cluster, catalog, output, "--num-workers", "1")
     log = output.with_suffix(".log")
     run_id = wait_for_line(process, log, r"beginning run (\S+) in").group(1)
-    wait_for_line(process, log, r"epoch 5: ")
+    wait_for_line(process, log, r"epoch 4: ")
     process.kill()
     process.wait()
     arguments = (*catalog.arguments, "--output", str(output), "--num-workers", "1")
@@ -172,6 +174,70 @@ def test_a_killed_driver_goes_on_with_the_same_run(
     assert f"going on with run {run_id}" in said
     assert "going on from the checkpoint of epoch" in said
     require_same_end(lineage(output), lineage(undisturbed[0]))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_lost_node_leaves_the_others_to_finish(
+    undisturbed: tuple[Path, str],
+    catalog: Catalog,
+    clean_environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from ray.cluster_utils import Cluster as Nodes
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    reset_auth_token_state()
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        here = Cluster(nodes.address, clean_environment | {"RAY_AUTH_MODE": "disabled"})
+        output = tmp_path / "bundle"
+        process = start(here, catalog, output, "--num-workers", "1-2", "--cpus-per-worker", "1")
+        log = output.with_suffix(".log")
+        wait_for_line(process, log, r"2 worker\(s\) on cpu")
+        wait_for_line(process, log, r"epoch 4: ")
+        nodes.remove_node(lost, allow_graceful=False)
+        assert process.wait(timeout=400) == 0, log.read_text()
+    finally:
+        nodes.shutdown()
+    assert re.search(r"going on from the checkpoint of epoch", log.read_text())
+    assert "1 worker(s) on cpu" in log.read_text()
+    require_same_end(lineage(output), lineage(undisturbed[0]))
+
+
+@pytest.mark.long
+def test_checkpoints_and_pixels_may_lie_on_a_store(
+    undisturbed: tuple[Path, str],
+    catalog: Catalog,
+    tmp_path: Path,
+    s3: S3Server,
+    clean_environment: dict[str, str],
+):
+    folder = f"s3://{s3.bucket}/models/shop"
+    options = json.dumps({"endpoint_url": s3.endpoint_url})
+    here = Cluster("local", clean_environment | s3.environment)
+    output = tmp_path / "told"
+    process = start(here, catalog, output, "--output", folder, "--storage-options", options)
+    log = output.with_suffix(".log")
+    assert process.wait(timeout=250) == 0, log.read_text()
+    made = Bundle.load(folder, Storage({"endpoint_url": s3.endpoint_url}))
+    require_same_end(made.config.lineage, lineage(undisturbed[0]))
+    found = Storage({"endpoint_url": s3.endpoint_url}).list_files(f"{folder}.training")
+    assert [info.uri for info in found if info.uri.endswith("training.pt")]
+    assert [info.uri for info in found if "tfevents" in info.uri]
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_with_130_and_the_run_can_go_on(catalog: Catalog, cluster: Cluster, tmp_path: Path):
+    output = tmp_path / "bundle"
+    process = start(cluster, catalog, output, "--num-workers", "1")
+    log = output.with_suffix(".log")
+    wait_for_line(process, log, r"epoch 3: ")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()
+    assert not output.exists()
 
 
 def test_pictures_that_cannot_be_read_are_left_out_up_to_a_share(
