@@ -13,8 +13,12 @@ class Measures:
     """Means over the rows that have been added by all workers."""
 
     def __init__(self, device: str) -> None:
-        self._loss, self._first, self._best = (MeanMetric().to(device) for _ in range(3))
+        means = [MeanMetric(nan_strategy="disable").to(device) for _ in range(3)]
+        for mean in means:
+            mean.update(0.0, weight=0.0)  # a worker without a single row may be asked, too
+        self._loss, self._first, self._best = means
         self._rows = SumMetric().to(device)
+        self._rows.update(0)
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count N rows. A target below 0 is a category that the network does not have: no answer is right.

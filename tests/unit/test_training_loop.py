@@ -218,6 +218,7 @@ def _worker(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.long
 def test_two_workers_take_the_steps_of_one(stores, tmp_path: Path):
     alone, _, _ = train(settings(), stores)
     for rank in range(2):
