@@ -13,7 +13,8 @@ class Measures:
     """Means over the rows that have been added by all workers."""
 
     def __init__(self, device: str) -> None:
-        means = [MeanMetric(nan_strategy="disable").to(device) for _ in range(3)]
+        # "disable" would leave out the weights, too (torchmetrics 1.9).
+        means = [MeanMetric(nan_strategy="ignore").to(device) for _ in range(3)]
         for mean in means:
             mean.update(0.0, weight=0.0)  # a worker without a single row may be asked, too
         self._loss, self._first, self._best = means

@@ -22,10 +22,6 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     about: str = Field(description="What it is for, in a sentence.")
-    kind: Literal["network", "linear-probe"] = Field(
-        default="network",
-        description="network: gradients through the network; linear-probe: a classifier on fixed embeddings.",
-    )
     epochs: int = Field(ge=1, description="Passes over the training pictures.")
     head_epochs: int = Field(default=0, ge=0, description="The first of them train the classifier alone.")
     batch_size: int = Field(ge=2, description="Pictures of a step of the optimiser, over all workers.")

@@ -100,6 +100,8 @@ def require_same_end(found: dict, expected: dict) -> None:
     """The same epochs with the same figures, but for the order in which sums are rounded."""
     assert [record["epoch"] for record in found["history"]] == list(range(1, EPOCHS + 1))
     assert {record["validation_rows"] for record in found["history"]} == {31}
+    # there are but three categories: any other share would be a wrong count
+    assert {record["validation_top5"] for record in found["history"]} == {1.0}
     for ours, theirs in ((found["history"][epoch], expected["history"][epoch]) for epoch in (0, 3)):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     ours, theirs = found["history"][-1], expected["history"][-1]

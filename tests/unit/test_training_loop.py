@@ -131,6 +131,7 @@ def test_a_checkpoint_goes_on_to_the_same_end(stores):
 def test_every_validation_row_is_counted_once_and_an_unknown_category_as_wrong(stores):
     training, _, _ = train(settings(), stores)
     assert {record["validation_rows"] for record in training.history} == {VALIDATION_ROWS}
+    assert {record["validation_top5"] for record in training.history} == {1.0}
     targets = np.full(VALIDATION_ROWS, -2, np.int32)
     unknown = settings(validation=LabelledRows(np.arange(VALIDATION_ROWS), targets))
     training, _, _ = train(unknown, stores)
