@@ -4,7 +4,6 @@ A head is judged by its loss at the best scale of its logits: a strong penalty m
 everything, which one number mends, and is no reason against it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,22 +14,24 @@ _PIECE_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """One strength of the penalty, on rows that were held out.
+    """One way to fit, on rows that were held out.
 
     Attributes:
-        strength: that of the penalty, in the words of who tried it.
+        shrinkage: 0..1, how far the covariance within categories was shrunk to the same in all directions.
+        strength: that of the penalty on the weights.
         top1: share (0..1) of the rows whose best category is right.
         loss: mean cross-entropy with the logits multiplied by `scale`.
         scale: the factor with the least loss.
     """
 
+    shrinkage: float
     strength: float
     top1: float
     loss: float
     scale: float
 
 
-def calibrated(logits: torch.Tensor, classes: torch.Tensor, strength: float) -> Tried:
+def calibrated(logits: torch.Tensor, classes: torch.Tensor, shrinkage: float, strength: float) -> Tried:
     """Judge logits (n x K) of n rows of these classes."""
     right, losses = 0, torch.zeros(len(_SCALES), dtype=torch.float64)
     for start in range(0, len(logits), _PIECE_ROWS):
@@ -39,9 +40,4 @@ def calibrated(logits: torch.Tensor, classes: torch.Tensor, strength: float) -> 
         for place, scale in enumerate(_SCALES):
             losses[place] += float(torch.nn.functional.cross_entropy(piece * scale, target, reduction="sum"))
     best = int(losses.argmin())
-    return Tried(strength, right / len(logits), float(losses[best]) / len(logits), _SCALES[best])
-
-
-def least_loss(tried: Sequence[Tried]) -> Tried | None:
-    """The one to take; None if none was tried."""
-    return min(tried, key=lambda one: one.loss, default=None)
+    return Tried(shrinkage, strength, right / len(logits), float(losses[best]) / len(logits), _SCALES[best])

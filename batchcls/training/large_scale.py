@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from batchcls.training.balance import RowSampler
+from batchcls.training.discriminant import discriminant, measure_moments
 from batchcls.training.examples import Examples, Space, split_folds, standard_space
-from batchcls.training.held_out import Tried, calibrated, least_loss
+from batchcls.training.held_out import Tried, calibrated
 from batchcls.training.logistic import Fitted, Objective
 
 _logger = logging.getLogger(__name__)
@@ -56,27 +57,26 @@ def fit_large_scale(examples: Examples, objective: Objective, passes: Passes) ->
     fold = split_folds(examples.classes, max(_LEAST_FOLDS, len(examples) // _MOST_HELD_OUT), objective.seed)
     unseen, seen = examples.where(fold == 0), examples.where(fold != 0)
     standard = standard_space(seen)
-    moments = _moments(seen, standard, objective)
+    moments = measure_moments(seen, standard, objective.weights)
     tried: list[Tried] = []
     best: tuple[Space, torch.Tensor, torch.Tensor] | None = None
     for shrinkage in _SHRINKAGES:
-        candidate = _discriminant(moments, shrinkage, standard)
-        tried.append(_judge(candidate, unseen, shrinkage))
+        candidate = discriminant(moments, shrinkage, standard)
+        tried.append(_judge(candidate, unseen, (shrinkage, objective.l2 or 0.0)))
         _logger.info(
             "closed form, covariance shrunk by %g: %.2f %% of held-out rows right",
             shrinkage,
             100 * tried[-1].top1,
         )
-        if least_loss(tried) is tried[-1]:
+        if min(tried, key=_loss) is tried[-1]:
             best = candidate
-    chosen = least_loss(tried)
+    chosen = min(tried, key=_loss)
     assert best is not None
-    assert chosen is not None
     space, weight, bias = best
     weight, bias = weight * chosen.scale, bias * chosen.scale
     chosen = replace(chosen, scale=1.0)
     for trained_weight, trained_bias in _train(seen, space, (weight, bias), objective, passes):
-        found = _judge((space, trained_weight, trained_bias), unseen, chosen.strength)
+        found = _judge((space, trained_weight, trained_bias), unseen, (chosen.shrinkage, chosen.strength))
         _logger.info("mini-batches: %.2f %% of held-out rows right, loss %.4f", 100 * found.top1, found.loss)
         if found.loss < chosen.loss:
             chosen = found
@@ -84,54 +84,18 @@ def fit_large_scale(examples: Examples, objective: Objective, passes: Passes) ->
     return Fitted(space, weight, bias, tuple(tried), chosen, None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Moments:
-    """Means (K x D) of the categories, their log prior (K), and what varies within them.
-
-    `spread` (D, ascending) and `directions` (D x D) are eigenvalues and eigenvectors of the covariance.
-    """
-
-    means: torch.Tensor
-    log_prior: torch.Tensor
-    spread: torch.Tensor
-    directions: torch.Tensor
+def _loss(one: Tried) -> float:
+    return one.loss
 
 
-def _moments(examples: Examples, space: Space, objective: Objective) -> _Moments:
-    categories, dimension = examples.categories, examples.dimension
-    sums = torch.zeros(categories, dimension)
-    scatter = torch.zeros(dimension, dimension, dtype=torch.float64)
-    for embeddings, classes in examples.pieces(examples.views):
-        features = space.put(embeddings)
-        sums.index_add_(0, classes, features)
-        scatter += (features.T @ features).double()
-    counts = torch.from_numpy(examples.counts.astype(np.float32)) * examples.views
-    means = sums / counts.clamp_min(1)[:, None]
-    between = (means * counts[:, None]).T @ means
-    within = (scatter - between.double()) / counts.sum()
-    spread, directions = torch.linalg.eigh(within.float())
-    prior = counts if objective.weights is None else counts * torch.from_numpy(objective.weights)
-    # A category without a row is never the answer, and its logit stays a number.
-    log_prior = torch.log(prior.clamp_min(torch.finfo(torch.float32).tiny) / prior.sum())
-    return _Moments(means, log_prior, spread.clamp_min(0), directions)
-
-
-def _discriminant(
-    moments: _Moments, shrinkage: float, standard: Space
-) -> tuple[Space, torch.Tensor, torch.Tensor]:
-    """The space in which the covariance, shrunk towards its mean, is the same in all directions; and the head."""
-    shrunk = (1 - shrinkage) * moments.spread + shrinkage * moments.spread.mean()
-    turn = (moments.directions * shrunk.clamp_min(1e-12).rsqrt()) @ moments.directions.T
-    weight = moments.means @ turn
-    return replace(standard, turn=turn), weight, moments.log_prior - 0.5 * weight.square().sum(1)
-
-
-def _judge(head: tuple[Space, torch.Tensor, torch.Tensor], unseen: Examples, strength: float) -> Tried:
+def _judge(
+    head: tuple[Space, torch.Tensor, torch.Tensor], unseen: Examples, way: tuple[float, float]
+) -> Tried:
+    """What a head answers to the rows that are held out; `way` is shrinkage and strength."""
     plain = head[0].head(*head[1:])
     answers = [(plain.logits(embeddings), classes) for embeddings, classes in unseen.pieces()]
-    return calibrated(
-        torch.cat([logits for logits, _ in answers]), torch.cat([classes for _, classes in answers]), strength
-    )
+    logits, classes = (torch.cat(parts) for parts in zip(*answers, strict=True))
+    return calibrated(logits, classes, *way)
 
 
 def _train(

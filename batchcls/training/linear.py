@@ -56,8 +56,8 @@ class LinearProbe:
     Attributes:
         head: for the network's own last layer.
         method: `l-bfgs` or `mini-batches`.
-        tried: every strength of the penalty (of the shrinkage for `mini-batches`).
-        chosen: the one taken; None where no row could be held out.
+        tried: every shrinkage and strength of the penalty.
+        chosen: the one taken, the one with the least loss.
         held_out: logits (rows x K) for training rows by heads that had not seen them, NaN for rows
             that were never held out; None where that was too much work.
     """
@@ -65,7 +65,7 @@ class LinearProbe:
     head: LinearHead
     method: str
     tried: tuple[Tried, ...]
-    chosen: Tried | None
+    chosen: Tried
     held_out: npt.NDArray[np.float32] | None
 
 
@@ -77,11 +77,16 @@ def train_linear_probe(examples: Examples, settings: LinearSettings) -> LinearPr
         settings: how.
 
     Raises:
-        InputError: fewer than two categories have rows.
+        InputError: fewer than two categories have rows, or none has two.
     """
     if int((examples.counts > 0).sum()) < 2:
         raise InputError(
             f"{len(examples)} training rows with an embedding are of one category; two are needed"
+        )
+    if int(examples.counts.max()) < 2:
+        raise InputError(
+            f"each of the {len(examples)} training rows is alone in its category, so none can be held out to "
+            "choose the penalty on; a linear probe needs two rows of some category"
         )
     weights = None if settings.balance == "none" else class_weights(examples.counts, settings.weighting)
     objective = Objective(settings.l2, settings.label_smoothing, weights, settings.seed)
@@ -95,7 +100,8 @@ def train_linear_probe(examples: Examples, settings: LinearSettings) -> LinearPr
             fitted = fit_large_scale(examples, objective, settings.passes)
     for one in fitted.tried:
         _logger.info(
-            "strength %g: %.2f %% of held-out training rows right, loss %.4f%s",
+            "shrinkage %g, penalty %g: %.2f %% of held-out training rows right, loss %.4f%s",
+            one.shrinkage,
             one.strength,
             100 * one.top1,
             one.loss,

@@ -3,7 +3,7 @@
 Letters: N rows (all views of an image count as rows of their own), D values, K categories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 
 from batchcls.training.examples import Examples, Space, split_folds, standard_space
-from batchcls.training.held_out import Tried, calibrated, least_loss
+from batchcls.training.held_out import Tried, calibrated
 
-# Per row and category, of values with spread 1; the strongest first, each one starts where the last ended.
-STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)
+# The strongest first; each one starts where the last ended.
+STRENGTHS = (0.3, 0.1, 0.03, 0.01)
+NO_TURN = 1.0  # a covariance that is shrunk all the way leaves directions as they are
 _MOST_ITERATIONS = 100
 _HISTORY = 10
 _TOLERANCE = 1e-4
@@ -45,7 +46,7 @@ class Fitted:
         space: the space of weight and bias.
         weight: K x D.
         bias: K.
-        tried: every strength with what it answered to rows that it had not seen.
+        tried: every way to fit, with what it answered to rows that it had not seen.
         chosen: that of the head.
         held_out: logits (rows x K) of training rows by heads that had not seen them, NaN for rows
             that were never held out; None where that was too much work.
@@ -55,7 +56,7 @@ class Fitted:
     weight: torch.Tensor
     bias: torch.Tensor
     tried: tuple[Tried, ...]
-    chosen: Tried | None
+    chosen: Tried
     held_out: npt.NDArray[np.float32] | None
 
 
@@ -67,56 +68,38 @@ def fit_logistic(examples: Examples, objective: Objective, folds: int) -> Fitted
         objective: what is minimised.
         folds: at least 2; each strength is tried with each fold of the rows left out once.
     """
-    space = standard_space(examples)
-    features = torch.cat([space.put(piece) for piece, _ in examples.pieces(examples.views)])
-    classes = torch.from_numpy(examples.classes.astype(np.int64))
     strengths = STRENGTHS if objective.l2 is None else (objective.l2,)
     fold = split_folds(examples.classes, folds, objective.seed)
-    held_out = _cross_validate(features, classes, fold, strengths, objective, examples)
-    seen = torch.from_numpy(fold >= 0)
-    tried = (
-        tuple(
-            calibrated(logits[seen], classes[seen], strength)
-            for strength, logits in zip(strengths, held_out, strict=True)
-        )
-        if bool(seen.any())
-        else ()
+    held_out = torch.full((len(strengths), len(examples), examples.categories), torch.nan)
+    for left_out in np.unique(fold[fold >= 0]).tolist():
+        unseen = torch.cat([piece for piece, _ in examples.where(fold == left_out).pieces()])
+        rest, out = examples.where(fold != left_out), torch.from_numpy(fold == left_out)
+        for place, (space, solution) in enumerate(_solutions(rest, strengths, objective)):
+            held_out[place, out] = torch.addmm(solution[-1], space.put(unseen), solution[:-1])
+    seen, classes = torch.from_numpy(fold >= 0), torch.from_numpy(examples.classes.astype(np.int64))
+    tried = tuple(
+        calibrated(logits[seen], classes[seen], NO_TURN, strength)
+        for strength, logits in zip(strengths, held_out, strict=True)
     )
-    chosen = least_loss(tried)
-    taken = strengths[0] if chosen is None else chosen.strength
-    temperature = 1.0 if chosen is None else chosen.scale
-    solution = _start(examples)
-    for strength in [strength for strength in strengths if strength >= taken]:
-        solution = _minimise(features, classes.repeat(examples.views), strength, objective, solution)
-    weight, bias = solution[:-1].T * temperature, solution[-1] * temperature
-    logits = held_out[strengths.index(taken)] * temperature
+    chosen = min(tried, key=lambda one: one.loss)
+    path = strengths[: strengths.index(chosen.strength) + 1]
+    *_, (space, solution) = _solutions(examples, path, objective)
+    weight, bias = solution[:-1].T * chosen.scale, solution[-1] * chosen.scale
+    logits = held_out[len(path) - 1] * chosen.scale
     return Fitted(space, weight.contiguous(), bias, tried, chosen, logits.numpy())
 
 
-def _start(examples: Examples) -> torch.Tensor:
-    return torch.zeros(examples.dimension + 1, examples.categories)
-
-
-def _cross_validate(
-    features: torch.Tensor,
-    classes: torch.Tensor,
-    fold: npt.NDArray[np.int8],
-    strengths: Sequence[float],
-    objective: Objective,
-    examples: Examples,
-) -> torch.Tensor:
-    """Logits (strengths x rows x K) of the first view of every row by a head that has not seen any view of it."""
-    rows, views = len(classes), examples.views
-    found = torch.full((len(strengths), rows, examples.categories), torch.nan)
-    for left_out in np.unique(fold[fold >= 0]).tolist():
-        out = torch.from_numpy(fold == left_out)
-        rest = (~out).repeat(views)
-        seen, targets = features[rest], classes.repeat(views)[rest]
-        solution = _start(examples)
-        for place, strength in enumerate(strengths):
-            solution = _minimise(seen, targets, strength, objective, solution)
-            found[place, out] = features[:rows][out] @ solution[:-1] + solution[-1]
-    return found
+def _solutions(
+    examples: Examples, strengths: Sequence[float], objective: Objective
+) -> Iterator[tuple[Space, torch.Tensor]]:
+    """The space, and in it weights and as last row biases (D + 1 x K), of one strength after the other."""
+    space = standard_space(examples)
+    features = torch.cat([space.put(piece) for piece, _ in examples.pieces(examples.views)])
+    classes = torch.from_numpy(examples.classes.astype(np.int64)).repeat(examples.views)
+    solution = torch.zeros(examples.dimension + 1, examples.categories)
+    for strength in strengths:
+        solution = _minimise(features, classes, strength, objective, solution)
+        yield space, solution
 
 
 def _minimise(
