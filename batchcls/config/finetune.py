@@ -64,7 +64,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings):
     recipe: str = Field(
         default="fine-tune",
         min_length=1,
-        description="How to train: fine-tune, modern, classic, from-scratch, or a TOML file of that kind.",
+        description="How to train: fine-tune, modern, classic, from-scratch, or a TOML file of that kind; or "
+        "linear-probe: a classifier on the embeddings of the network as it is, in one process and without Ray.",
     )
     epochs: int | None = Field(
         default=None, ge=1, description="Passes over the pictures, instead of the recipe's."

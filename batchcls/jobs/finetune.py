@@ -13,6 +13,7 @@ from batchcls.console import results_console, watching
 from batchcls.errors import BatchclsError, ExitCode, InputError
 from batchcls.identity import column_batches
 from batchcls.jobs.command import Command, main
+from batchcls.jobs.finetune_probe import LINEAR_PROBE, linear_probe
 from batchcls.manifest import Manifest
 from batchcls.models.bundle import CONFIG_FILE, Bundle
 from batchcls.runtime import nodes, ray_session
@@ -40,6 +41,9 @@ _EXAMPLES = """examples:
   python -m batchcls.jobs.finetune --manifest s3://shop/train/ --validation s3://shop/validation/ \\
       --model s3://shop/models/v1 --output s3://shop/models/v2 --recipe modern --num-workers 2-8
 
+  python -m batchcls.jobs.finetune --manifest train.parquet --validation validation.parquet \\
+      --model models/shop-v1 --output models/shop-probe --recipe linear-probe
+
 The same command goes on with an unfinished run.
 exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too many pictures cannot be read
 """
@@ -47,6 +51,8 @@ exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too
 
 def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train from manifests to a bundle; errors leave as `errors.BatchclsError`."""
+    if config.recipe == LINEAR_PROBE:
+        return linear_probe(config, console)
     started = time.time()
     with ThreadPoolExecutor(1) as aside:
         opening = aside.submit(open_inputs, config)

@@ -10,6 +10,7 @@ import torch
 
 from batchcls.config.finetune import FinetuneConfig
 from batchcls.errors import InputError
+from batchcls.inference.reference import with_golden
 from batchcls.models.build import build_model
 from batchcls.models.bundle import WEIGHTS_FILE, Bundle, sha256_hex
 from batchcls.models.choices import ModelChoices
@@ -35,6 +36,20 @@ def open_start(config: FinetuneConfig, storage: Storage) -> Bundle | None:
     if config.from_scratch:
         raise InputError("--from-scratch: --model is a bundle, which has weights; name an architecture")
     return resolve_model(config.model, _choices(config), storage)
+
+
+def open_frozen(config: FinetuneConfig, storage: Storage) -> Bundle:
+    """What --model names as it is, with golden answers, to be used and not to be changed.
+
+    Raises:
+        InputError: it is not there or does not fit, or has no weights.
+    """
+    if config.from_scratch:
+        raise InputError(
+            "--from-scratch: a classifier on the embeddings of random weights knows nothing; leave it out"
+        )
+    bundle = resolve_model(config.model, _choices(config), storage)
+    return bundle if bundle.config.golden is not None else with_golden(bundle)
 
 
 def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, storage: Storage) -> Bundle:

@@ -16,7 +16,7 @@ def test_every_recipe_of_the_package_can_be_read():
 
 def test_an_unknown_name_is_answered_with_those_that_there_are():
     with pytest.raises(
-        InputError, match=r"there are classic, fine-tune, from-scratch.*or name a \.toml file"
+        InputError, match=r"there are linear-probe, classic, fine-tune, from-scratch.*or name a \.toml file"
     ):
         read_recipe("fine-tuned")
 
