@@ -126,7 +126,8 @@ def read_recipe(name: str) -> Recipe:
         return _checked(tomllib.loads(text), f"recipe {name}")
     if not name.endswith(_SUFFIX):
         raise InputError(
-            f"--recipe {name}: there is no such recipe; there are linear-probe, {', '.join(recipe_names())}, or name a .toml file"
+            f"--recipe {name}: there is no such recipe; there are linear-probe, {', '.join(recipe_names())}, or name a "
+            ".toml file"
         )
     try:
         values = tomllib.loads(Path(name).read_text(encoding="utf-8"))
