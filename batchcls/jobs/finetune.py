@@ -22,7 +22,7 @@ from batchcls.tables import bundle_line
 from batchcls.training.bundle_out import Trained, trained_bundle
 from batchcls.training.claim import claim_run, digest_of, finish_run
 from batchcls.training.divergence import Divergence
-from batchcls.training.inputs import Inputs, Labelled, open_inputs
+from batchcls.training.inputs import Inputs, Labelled, open_inputs, settle_recipe
 from batchcls.training.prepare import PreparedPixels, check_failures, prepare_pixels
 from batchcls.training.progress import Seen
 from batchcls.training.run import Diverged, run_training
@@ -53,9 +53,9 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train from manifests to a bundle; errors leave as `errors.BatchclsError`."""
     if config.recipe == LINEAR_PROBE:
         return linear_probe(config, console)
-    started = time.time()
+    started, recipe = time.time(), settle_recipe(config)
     with ThreadPoolExecutor(1) as aside:
-        opening = aside.submit(open_inputs, config)
+        opening = aside.submit(open_inputs, config, recipe)
         with ray_session(config.ray_address):
             inputs = opening.result()
             decides = inputs.decides(config)

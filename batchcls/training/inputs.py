@@ -71,14 +71,13 @@ class Inputs:
         }
 
 
-def open_inputs(config: FinetuneConfig) -> Inputs:
-    """Open what a training reads.
+def open_inputs(config: FinetuneConfig, recipe: Recipe) -> Inputs:
+    """Open what a training by this recipe reads.
 
     Raises:
         InputError: something is missing, unknown or does not fit; the message has the remedy.
     """
     storage = Storage(config.storage_options)
-    recipe = _recipe(config)
     manifests = [
         open_labelled(uri, storage, config.label_column, config.id_column)
         for uri in (config.manifest, config.validation)
@@ -103,7 +102,12 @@ def open_inputs(config: FinetuneConfig) -> Inputs:
     return Inputs(storage, training, validation, categories, recipe, start)
 
 
-def _recipe(config: FinetuneConfig) -> Recipe:
+def settle_recipe(config: FinetuneConfig) -> Recipe:
+    """The recipe with what flags change of it.
+
+    Raises:
+        InputError: there is none of that name, or it does not fit the flags or the start.
+    """
     recipe = read_recipe(config.recipe).with_changes(
         epochs=config.epochs,
         batch_size=config.batch_size,

@@ -73,7 +73,9 @@ def test_too_many_broken_pictures_leave_no_probe(arguments: list[str], tmp_path:
         (("--recipe", "best"), "there is no such recipe"),
         (("--from-scratch", "--recipe", "linear-probe"), "random weights knows nothing"),
         (("--num-workers", "4-2"), "begins with its smaller end"),
-        (("--label-column", "kind"), "has no column kind"),
+        (("--recipe", "linear-probe", "--label-column", "kind"), "has no column kind"),
+        (("--from-scratch", "--recipe", "fine-tune"), "random weights have none yet"),
+        (("--recipe", "fine-tune", "--batch-size", "1"), "--batch-size"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
