@@ -23,7 +23,7 @@ HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 # A few of the drawn files are broken on purpose, more than a shop would accept.
 MAX_FAILED_FRACTION = "0.05"
-TRAINING_EPOCHS = "12"
+TRAINING_EPOCHS = "10"
 
 
 def main() -> None:
