@@ -59,7 +59,7 @@ def set_up_logging(console: Console) -> None:
 
 @contextmanager
 def watching(
-    look: Callable[[], Seen], rows: int, console: Console, interval_seconds: float
+    look: Callable[[], Seen], rows: int, console: Console, interval_seconds: float, title: str = "classify"
 ) -> Iterator[None]:
     """Show the progress of what runs inside the block.
 
@@ -68,10 +68,13 @@ def watching(
         rows: how many rows there are in all.
         console: where to; a terminal gets a bar, anything else a log line every `interval_seconds`.
         interval_seconds: seconds between log lines.
+        title: what is being done, in front of the bar.
     """
     ended = threading.Event()
-    show = _bar if console.is_terminal else _lines
-    thread = threading.Thread(target=show, args=(look, rows, console, interval_seconds, ended), daemon=True)
+    if console.is_terminal:
+        thread = threading.Thread(target=_bar, args=(look, rows, console, title, ended), daemon=True)
+    else:
+        thread = threading.Thread(target=_lines, args=(look, rows, interval_seconds, ended), daemon=True)
     thread.start()
     try:
         yield
@@ -88,9 +91,9 @@ def _observe(look: Callable[[], Seen]) -> Seen | None:
         return None
 
 
-def _bar(look: Callable[[], Seen], rows: int, console: Console, _: float, ended: threading.Event) -> None:
+def _bar(look: Callable[[], Seen], rows: int, console: Console, title: str, ended: threading.Event) -> None:
     columns = (
-        TextColumn("classify"),
+        TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]} images/s"),
@@ -109,9 +112,7 @@ def _bar(look: Callable[[], Seen], rows: int, console: Console, _: float, ended:
                 )
 
 
-def _lines(
-    look: Callable[[], Seen], rows: int, _: Console, interval_seconds: float, ended: threading.Event
-) -> None:
+def _lines(look: Callable[[], Seen], rows: int, interval_seconds: float, ended: threading.Event) -> None:
     meter = _Meter()
     while not ended.wait(interval_seconds):
         if (seen := _observe(look)) is not None:

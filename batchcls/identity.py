@@ -52,7 +52,7 @@ def find_bad_ids(manifest: Manifest, storage: Storage) -> BadIds:
     null: list[npt.NDArray[np.int64]] = []
 
     def ids() -> Iterator[pa.RecordBatch]:
-        for rows, values in _id_batches(manifest, storage):
+        for rows, values in column_batches(manifest, manifest.columns.item_id, storage):
             is_null = values.is_null().to_numpy(zero_copy_only=False)
             if is_null.any():
                 null.append(rows[is_null])
@@ -79,7 +79,7 @@ def _later_rows(manifest: Manifest, storage: Storage, repeated: pa.Array) -> npt
     """Second walk, only when there are repeated ids: all their rows but the first of each."""
     rows_found: list[int] = []
     seen: set[str] = set()
-    for rows, values in _id_batches(manifest, storage):
+    for rows, values in column_batches(manifest, manifest.columns.item_id, storage):
         hits = pc.is_in(values, value_set=repeated).to_numpy(zero_copy_only=False)
         for row, value in zip(rows[hits].tolist(), values.filter(pa.array(hits)).to_pylist(), strict=True):
             if value in seen:
@@ -88,16 +88,22 @@ def _later_rows(manifest: Manifest, storage: Storage, repeated: pa.Array) -> npt
     return np.array(rows_found, np.int64)
 
 
-def _id_batches(manifest: Manifest, storage: Storage) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
-    """Row numbers and ids of the snapshot, in order, a batch at a time; no other column is read."""
+def column_batches(
+    manifest: Manifest, column: str, storage: Storage
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
+    """Row numbers and a column's values as strings, in order, a batch at a time; no other column is read.
+
+    Raises:
+        InputError: the column cannot be read, or its values are no text.
+    """
     for file in manifest.files:
         row = file.first_row
         if row >= manifest.rows:
             return
         filesystem, path = storage.arrow_filesystem(file.uri)
         with explain(file.uri), pq.ParquetFile(filesystem.open_input_file(path)) as parquet:
-            for batch in _batches(parquet, manifest.columns.item_id, file.uri):
-                values = batch.column(0).cast(pa.string()).slice(0, max(0, manifest.rows - row))
+            for batch in _batches(parquet, column, file.uri):
+                values = _as_text(batch.column(0), column).slice(0, max(0, manifest.rows - row))
                 yield np.arange(row, row + len(values), dtype=np.int64), values
                 row += len(values)
 
@@ -107,6 +113,15 @@ def _batches(parquet: pq.ParquetFile, column: str, uri: str) -> Iterator[pa.Reco
         yield from parquet.iter_batches(_BATCH_ROWS, columns=[column])
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{redact_uri(uri)}: column {column} cannot be read: {error}") from None
+
+
+def _as_text(values: pa.Array, column: str) -> pa.Array:
+    try:
+        return values.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise InputError(
+            f"column {column}: its values ({values.type}) are no names; name a column of text"
+        ) from None
 
 
 def _nothing_left(manifest: Manifest, bad: BadIds) -> str:

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from batchcls.flags import add_settings, parser_for
-from batchcls.jobs import bundle, classify, compare, evaluate, manifest, runs
+from batchcls.jobs import bundle, classify, compare, evaluate, finetune, manifest, runs
 
 
 def main() -> None:
     """One section a command, each with its own --help."""
     lines = ["# Commands and flags", "", "Made by `make docs` from the settings themselves.", ""]
-    for module in (classify, evaluate, compare, manifest, bundle, runs):
+    for module in (classify, finetune, evaluate, compare, manifest, bundle, runs):
         for command in module.COMMANDS:
             job = module.__name__.rpartition(".")[2]
             name = job if len(module.COMMANDS) == 1 else f"{job} {command.name}"

@@ -1,4 +1,4 @@
-"""The whole of batchcls on a laptop: draw a catalog, train, make a bundle, classify, look at the result.
+"""The whole of batchcls on a laptop: draw a catalog, train, classify, look at the result.
 
     python examples/demo.py --output demo-output
 
@@ -23,6 +23,7 @@ HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 # A few of the drawn files are broken on purpose, more than a shop would accept.
 MAX_FAILED_FRACTION = "0.05"
+TRAINING_EPOCHS = "10"
 
 
 def main() -> None:
@@ -37,29 +38,32 @@ def main() -> None:
     started = time.perf_counter()
     output: Path = arguments.output
     # A demo starts from nothing each time; only folders that it made itself are removed.
-    for name in ("drawn", "weights", "bundle", "published"):
+    for name in ("drawn", "bundle", "bundle.training", "published"):
         shutil.rmtree(output / name, ignore_errors=True)
-    draw_train_and_bundle(output, arguments.seed, arguments.images)
+    draw_and_train(output, arguments.seed, arguments.images)
     classify = classify_command(output)
     step("Classify the catalog with the real job", classify)
     report(output, time.perf_counter() - started)
 
 
-def draw_train_and_bundle(output: Path, seed: int, images: int) -> None:
-    """The material: a catalog, weights, and the bundle made of them."""
-    drawn, weights = str(output / "drawn"), output / "weights"
+def draw_and_train(output: Path, seed: int, images: int) -> None:
+    """The material: a catalog, and a bundle trained on other drawings of the same categories."""
+    drawn = output / "drawn"
     step(
         "Draw a catalog: ten categories, six formats, some broken files",
-        [str(HERE / "draw_catalog.py"), "--output", drawn, "--seed", str(seed), "--images", str(images)],
+        [str(HERE / "draw_catalog.py"), "--output", str(drawn), "--seed", str(seed), "--images", str(images)],
     )
     step(
-        "Train a small backbone on other drawings of the same categories",
-        [str(HERE / "train_backbone.py"), "--catalog", drawn, "--output", str(weights), "--seed", str(seed)],
-    )
-    made = json.loads((weights / "bundle_arguments.json").read_text(encoding="utf-8"))
-    step(
-        "Make a bundle: weights, labels and preprocessing together",
-        ["-m", "batchcls.jobs.bundle", "create", *made, "--output", str(output / "bundle")],
+        "Train a small backbone from nothing on other drawings of the same categories",
+        [
+            *("-m", "batchcls.jobs.finetune"),
+            *("--manifest", str(drawn / "train.parquet"), "--validation", str(drawn / "validation.parquet")),
+            *("--model", "timm:test_resnet", "--from-scratch", "--recipe", "from-scratch"),
+            *("--epochs", TRAINING_EPOCHS, "--seed", str(seed)),
+            *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5"),
+            *("--input-size", "112", "--crop-pct", "0.875", "--interpolation", "bilinear"),
+            *("--output", str(output / "bundle"), "--ray-address", "local"),
+        ],
     )
 
 

@@ -1,11 +1,12 @@
-"""Draws a small product catalog: pictures in ten categories, some broken files, and two manifests.
+"""Draws a small product catalog: pictures in ten categories, some broken files, and three manifests.
 
     python examples/draw_catalog.py --output demo-output/drawn --seed 7 --images 400
 
     OUTPUT/train/CATEGORY/*      labelled pictures to train on
+    OUTPUT/validation/CATEGORY/* a tenth as many, to measure with meanwhile
     OUTPUT/catalog/CATEGORY/*    other pictures, never trained on
     OUTPUT/catalog/broken/*      files that a real catalog also holds
-    OUTPUT/train.parquet  OUTPUT/catalog.parquet
+    OUTPUT/train.parquet  OUTPUT/validation.parquet  OUTPUT/catalog.parquet
                                  item_id, uri (relative to OUTPUT), label, title; all strings
 
 The same seed draws the same pictures; a picture depends on its own number only, not on how many
@@ -27,7 +28,7 @@ from drawings import CATEGORIES
 from PIL import Image
 from scenes import draw_scene
 
-PARTS = ("train", "catalog")
+PARTS = ("train", "catalog", "validation")
 JPEG_QUALITY = 88
 ORIENTATION_TAG = 0x0112
 # Orientation tag -> how the stored pixels are turned, so that a reader who obeys the tag sees it upright.
@@ -166,11 +167,15 @@ def write_manifest(path: Path, items: list[Item]) -> None:
 
 
 def draw_catalog(output: Path, seed: int, images: int, training_images: int) -> dict[Path, int]:
-    """Draws everything into `output`; returns the two manifests and their rows."""
+    """Draws everything into `output`; returns the three manifests and their rows."""
     train = list(draw_part(output, "train", training_images, seed))
+    # Two of each category at least, since pictures of a category come in pairs.
+    pairs = max(1, training_images // (20 * len(CATEGORIES)))
+    validation = list(draw_part(output, "validation", 2 * len(CATEGORIES) * pairs, seed))
     catalog = list(draw_part(output, "catalog", images, seed))
     catalog += draw_broken(output, seed) + repeat_ids(catalog)
-    manifests = {output / "train.parquet": train, output / "catalog.parquet": catalog}
+    parts = {"train": train, "validation": validation, "catalog": catalog}
+    manifests = {output / f"{name}.parquet": items for name, items in parts.items()}
     for path, items in manifests.items():
         write_manifest(path, items)
     return {path: len(items) for path, items in manifests.items()}

@@ -95,7 +95,7 @@ def prepare(
         )
     seconds = np.add(*(good.column(name).to_numpy() for name in (FETCH_SECONDS, DECODE_SECONDS)))
     return Prepared(
-        pixels=_stack(good, preprocessing),
+        pixels=stack_pixels(good, preprocessing),
         sizes=np.column_stack([good.column(name).to_numpy() for name in ("height", "width")]),
         labels=tuple(good.column(LABEL).to_pylist()) if kept else (None,) * good.num_rows,
         median_ms=float(np.median(seconds)) * 1e3,
@@ -103,6 +103,7 @@ def prepare(
     )
 
 
-def _stack(good: pa.Table, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def stack_pixels(good: pa.Table, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Loaded rows that all have pixels, at least one -> N x H x W x 3."""
     images = (np.frombuffer(value.as_buffer(), np.uint8) for value in good.column(PIXELS))
     return np.stack([image.reshape(preprocessing.shape) for image in images])

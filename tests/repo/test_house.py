@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.jobs import bundle, classify, compare, evaluate, manifest, runs
+from batchcls.jobs import bundle, classify, compare, evaluate, finetune, manifest, runs
 from batchcls.schema import REASONS, Reason
 from tests.conftest import REPOSITORY
 
@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Rooms from the top down; a room imports from itself and from rooms below it.
 ROOMS = (
     ("jobs",),
-    ("pipeline",),
+    ("pipeline", "training"),
     ("console", "tables", "zoo_tables", "run_tables", "evaluation_tables", "report"),
     ("runtime",),
     ("placement", "runs", "comparison", "evaluation"),
@@ -31,7 +31,7 @@ ROOMS = (
     ("preprocessing", "hardware", "schema", "errors", "row_ranges"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(reversed(ROOMS)) for room in rooms}
-MAY_IMPORT_RAY = ("pipeline", "runtime", "jobs")
+MAY_IMPORT_RAY = ("pipeline", "training", "runtime", "jobs")
 
 
 def room_of(path: Path) -> str:
@@ -127,7 +127,7 @@ def test_no_file_names_a_registry_or_a_machine():
 
 
 def test_every_command_has_help_with_examples():
-    for module in (classify, evaluate, compare, manifest, bundle, runs):
+    for module in (classify, finetune, evaluate, compare, manifest, bundle, runs):
         for command in module.COMMANDS:
             assert "examples:" in command.examples
             assert command.settings.__doc__
@@ -136,7 +136,7 @@ def test_every_command_has_help_with_examples():
 
 def test_every_flag_is_in_the_reference():
     reference = (REPOSITORY / "docs" / "flags.md").read_text()
-    for module in (classify, evaluate, compare, manifest, bundle, runs):
+    for module in (classify, finetune, evaluate, compare, manifest, bundle, runs):
         for command in module.COMMANDS:
             for name in command.settings.model_fields:
                 assert name.replace("_", "-") in reference, f"run `make docs`: {name} is missing"

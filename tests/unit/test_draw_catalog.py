@@ -66,7 +66,7 @@ def test_a_picture_does_not_depend_on_how_many_there_are(
     assert all((tmp_path / row["uri"]).read_bytes() == (drawn / row["uri"]).read_bytes() for row in few)
 
 
-@pytest.mark.parametrize("part", ["train", "catalog"])
+@pytest.mark.parametrize("part", ["train", "validation", "catalog"])
 def test_every_labelled_row_names_a_picture_of_its_category(drawn: Path, part: str) -> None:
     rows = _labelled(drawn, part)
     for row in rows:
@@ -80,12 +80,15 @@ def test_every_labelled_row_names_a_picture_of_its_category(drawn: Path, part: s
 
 
 def test_no_picture_of_the_catalog_is_trained_on(drawn: Path) -> None:
-    train, catalog = (
-        {(drawn / row["uri"]).read_bytes() for row in _labelled(drawn, part)} for part in ("train", "catalog")
+    train, validation, catalog = (
+        {(drawn / row["uri"]).read_bytes() for row in _labelled(drawn, part)}
+        for part in ("train", "validation", "catalog")
     )
     assert len(train) == 40
     assert len(catalog) == IMAGES
+    assert len(validation) == 20
     assert not train & catalog
+    assert not validation & (train | catalog)
 
 
 def test_jpeg_is_the_most_common_and_every_encoding_occurs(drawn: Path) -> None:

@@ -1,0 +1,248 @@
+"""`python -m batchcls.jobs.finetune`: two labelled manifests -> a bundle that `classify` takes as it is."""
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from batchcls.config.finetune import FinetuneConfig
+from batchcls.console import results_console, watching
+from batchcls.errors import BatchclsError, ExitCode, InputError
+from batchcls.identity import column_batches
+from batchcls.jobs.command import Command, main
+from batchcls.jobs.finetune_probe import LINEAR_PROBE, linear_probe
+from batchcls.manifest import Manifest
+from batchcls.models.bundle import CONFIG_FILE, Bundle
+from batchcls.runtime import nodes, ray_session
+from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.tables import bundle_line
+from batchcls.training.bundle_out import Trained, trained_bundle
+from batchcls.training.claim import claim_run, digest_of, finish_run
+from batchcls.training.divergence import Divergence
+from batchcls.training.inputs import Inputs, Labelled, open_inputs, settle_recipe
+from batchcls.training.prepare import PreparedPixels, check_failures, prepare_pixels
+from batchcls.training.progress import Seen
+from batchcls.training.run import Diverged, run_training
+from batchcls.training.sampling import LabelledRows
+from batchcls.training.settings import TrainingSettings
+from batchcls.training.workers import Workers, settle_workers
+
+_logger = logging.getLogger("batchcls.jobs.finetune")  # __name__ is __main__ here
+
+_NAMED = 10
+
+_EXAMPLES = """examples:
+  python -m batchcls.jobs.finetune --manifest train.parquet --validation validation.parquet \\
+      --model efficientnet_b0 --output models/shop-v1
+  python -m batchcls.jobs.finetune --config jobs/finetune.toml
+  python -m batchcls.jobs.finetune --manifest s3://shop/train/ --validation s3://shop/validation/ \\
+      --model s3://shop/models/v1 --output s3://shop/models/v2 --recipe modern --num-workers 2-8
+
+  python -m batchcls.jobs.finetune --manifest train.parquet --validation validation.parquet \\
+      --model models/shop-v1 --output models/shop-probe --recipe linear-probe
+
+The same command goes on with an unfinished run.
+exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too many pictures cannot be read
+"""
+
+
+def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
+    """Train from manifests to a bundle; errors leave as `errors.BatchclsError`."""
+    if config.recipe == LINEAR_PROBE:
+        return linear_probe(config, console)
+    started, recipe = time.time(), settle_recipe(config)
+    with ThreadPoolExecutor(1) as aside:
+        opening = aside.submit(open_inputs, config, recipe)
+        with ray_session(config.ray_address):
+            inputs = opening.result()
+            decides = inputs.decides(config)
+            if _is_done(config, digest_of(decides), inputs.storage):
+                return ExitCode.DONE
+            claim = claim_run(config.state_folder, decides, inputs.storage, restart=config.restart)
+            verb = "going on with" if claim.is_resumed else "beginning"
+            _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.state_folder))
+            workers = settle_workers(config, nodes())
+            _logger.info("%s, start %s", workers, bundle_line(inputs.start))
+            pixels = _prepare(config, inputs, console)
+            settings = _settings(config, inputs, pixels, workers)
+            run = (claim.run_id, inputs.storage, console)
+            try:
+                trained = run_training(config, settings, inputs.start, pixels, workers, run)
+            except Diverged as error:
+                raise _told(error.found, inputs) from None
+    lineage = {
+        "digest": digest_of(decides),
+        "decides": dict(decides),
+        "config": config.redacted(),
+        "left_out": {"training": len(pixels[0].failed), "validation": len(pixels[1].failed)},
+        "workers": str(workers),
+    }
+    bundle = trained_bundle(inputs.start, trained, claim.run_id, lineage)
+    bundle.save(config.output, inputs.storage)
+    finish_run(config.state_folder, inputs.storage)
+    if not config.keep_pixels:
+        _remove(join(config.state_folder, "pixels"), inputs.storage)
+    _summarize(config, bundle, trained, time.time() - started)
+    return ExitCode.DONE
+
+
+def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
+    """Whether the output holds what this command would train.
+
+    Raises:
+        InputError: it holds another bundle.
+    """
+    with explain(config.output):
+        taken = storage.exists(join(config.output, CONFIG_FILE))
+    if not taken or config.restart:
+        return False
+    found = Bundle.load(config.output, storage)
+    if found.config.lineage.get("digest") != digest:
+        raise InputError(
+            f"--output {redact_uri(config.output)} holds another bundle already ({found.config.weights.name}); name "
+            "another folder, or give --restart to replace it"
+        )
+    _logger.info(
+        "finished already, as run %s: %s; give --restart to train anew",
+        found.config.lineage["run_id"],
+        bundle_line(found),
+    )
+    finish_run(config.state_folder, storage)
+    return True
+
+
+def _prepare(
+    config: FinetuneConfig, inputs: Inputs, console: Console
+) -> tuple[PreparedPixels, PreparedPixels]:
+    """The pixels of both manifests, within the budgets of bytes and of failures."""
+    both = (inputs.training, inputs.validation)
+    needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both) / 2**30
+    if needed > config.max_pixels_gib:
+        raise InputError(
+            f"the prepared pixels would take {needed:.0f} GiB of {redact_uri(config.state_folder)}, more than "
+            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer pictures"
+        )
+    _logger.info("preparing pixels: %.2f GiB in %s", needed, redact_uri(config.state_folder))
+    seen = Seen()
+
+    def prepared(part: Labelled, before: int) -> PreparedPixels:
+        def tell(done: int) -> None:
+            seen.rows = before + done
+
+        return prepare_pixels(
+            part.manifest, part.bad_ids, part.load, (config.state_folder, inputs.storage), tell
+        )
+
+    rows = inputs.training.manifest.rows + inputs.validation.manifest.rows
+    with watching(lambda: seen, rows, console, config.log_interval_seconds, "prepare"):
+        training = prepared(inputs.training, 0)
+        validation = prepared(inputs.validation, inputs.training.manifest.rows)
+    check_failures("training", training, inputs.training.manifest.rows, config.max_failed_fraction)
+    check_failures("validation", validation, inputs.validation.manifest.rows, config.max_failed_fraction)
+    return training, validation
+
+
+def _settings(
+    config: FinetuneConfig, inputs: Inputs, pixels: tuple[PreparedPixels, PreparedPixels], workers: Workers
+) -> TrainingSettings:
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if workers.use_gpu else "fp32"
+    start = inputs.start.config
+    return TrainingSettings(
+        recipe=inputs.recipe,
+        preprocessing=start.preprocessing,
+        classes=len(start.labels),
+        trainable=start.trainable,
+        training=_rows_of(inputs.training, pixels[0], "training"),
+        validation=_rows_of(inputs.validation, pixels[1], "validation"),
+        balance=config.class_balance,
+        seed=config.seed,
+        pass_size=config.pass_size,
+        precision=precision,
+        loader_processes=workers.loader_processes,
+    )
+
+
+def _rows_of(labelled: Labelled, pixels: PreparedPixels, which: str) -> LabelledRows:
+    rows = labelled.usable()
+    rows = rows[pixels.is_there(rows)]
+    if len(rows) == 0:
+        raise InputError(
+            f"no {which} row has both a label and a picture that can be read; look at the manifest"
+        )
+    return LabelledRows(rows, labelled.classes[rows])
+
+
+def _told(found: Divergence, inputs: Inputs) -> BatchclsError:
+    ids = _item_ids(inputs.training.manifest, found.rows[:_NAMED], inputs.storage)
+    more = f" and {len(found.rows) - _NAMED} more" if len(found.rows) > _NAMED else ""
+    what = (
+        "the gradient is not finite though each loss is" if found.loss_is_finite else "the loss is not finite"
+    )
+    return BatchclsError(
+        f"training broke in step {found.step} of epoch {found.epoch}: {what}, items {', '.join(ids)}{more}; look at "
+        "these pictures, or lower --learning-rate and --head-learning-rate"
+    )
+
+
+def _item_ids(manifest: Manifest, rows: tuple[int, ...], storage: Storage) -> list[str]:
+    found = []
+    for numbers, values in column_batches(manifest, manifest.columns.item_id, storage):
+        first = int(numbers[0]) if len(numbers) else 0
+        found += [str(values[row - first]) for row in rows if first <= row < first + len(numbers)]
+    return found
+
+
+def _remove(folder: str, storage: Storage) -> None:
+    with explain(folder):
+        filesystem, path = storage.filesystem(folder)
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+
+
+def _summarize(config: FinetuneConfig, bundle: Bundle, trained: Trained, seconds: float) -> None:
+    out = results_console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "epoch",
+        "crop",
+        "loss",
+        "training",
+        "validation",
+        "top-5",
+        "validation loss",
+        "images/s",
+        "s",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in trained.history:
+        table.add_row(
+            str(record["epoch"]),
+            "{}x{}".format(*record["crop_pixels"]),
+            f"{record['loss']:.3f}",
+            f"{record['top1']:.1%}",
+            f"{record['validation_top1']:.2%}",
+            f"{record['validation_top5']:.1%}",
+            f"{record['validation_loss']:.3f}",
+            f"{record['images_per_second']:.1f}",
+            f"{record['seconds'] + record['validation_seconds']:.0f}",
+        )
+    out.print(table)
+    training = sum(record["seconds"] + record["validation_seconds"] for record in trained.history)
+    last = trained.history[-1]
+    out.print(
+        f"{last['validation_top1']:.2%} top-1 on {last['validation_rows']} validation pictures after {training:.0f} s "
+        f"of training ({seconds:.0f} s in all)"
+    )
+    out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(bundle)}")
+    out.print(f"curves: tensorboard --logdir {redact_uri(join(config.state_folder, 'curves'))}")
+
+
+COMMANDS = (Command("finetune", FinetuneConfig, finetune, _EXAMPLES),)
+
+if __name__ == "__main__":
+    main("finetune", COMMANDS)

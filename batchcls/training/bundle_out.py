@@ -1,0 +1,60 @@
+"""The bundle that training ends in: trained weights, the start's preprocessing, golden answers, lineage."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from batchcls.inference.reference import with_golden
+from batchcls.models.bundle import Bundle
+from batchcls.models.weights import to_safetensors
+from batchcls.training.loop import State
+from batchcls.training.settings import Record
+from batchcls.training.start import with_weights
+
+_PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "torchmetrics", "pillow", "simplejpeg")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What the last checkpoint holds: weights as they are to be used, and the records of all epochs."""
+
+    weights: Mapping[str, torch.Tensor]
+    history: tuple[Record, ...]
+
+
+def read_trained(data: bytes) -> Trained:
+    """The weights and the history in a checkpoint; the averaged weights where there are such."""
+    state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return Trained(state["average"] or state["model"], tuple(state["history"]))
+
+
+def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mapping[str, Any]) -> Bundle:
+    """The start with trained weights, asked for its golden answers.
+
+    Args:
+        start: what training started from; its preprocessing stays.
+        trained: the end of training.
+        run_id: name of the training run.
+        lineage: what decided the run.
+
+    Raises:
+        InputError: the trained network does not hold together, as one with weights that are not finite.
+    """
+    known = {
+        **lineage,
+        "run_id": run_id,
+        "start": {
+            "fingerprint": start.fingerprint,
+            "weights": start.config.weights.model_dump(mode="json"),
+            "lineage": start.config.lineage,
+        },
+        "history": list(trained.history),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+    origin = {"kind": "trained", "name": run_id}
+    weights = to_safetensors(trained.weights)
+    return with_golden(with_weights(start, weights, origin, untrained_head=False, lineage=known))

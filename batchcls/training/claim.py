@@ -1,0 +1,89 @@
+"""Which run the state folder belongs to: found again by the same command, never gone on with by another.
+
+run.json in the state folder names the run and the digest of all that decides what it ends in. The
+number of workers, the size of a pass and the like are not part of it: a run may go on elsewhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from batchcls.errors import InputError
+from batchcls.runs.layout import new_run_id
+from batchcls.storage import Storage, explain, join, redact_uri
+
+_RECORD = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A run's name, and whether it had begun before."""
+
+    run_id: str
+    is_resumed: bool
+
+
+def claim_run(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> Claim:
+    """Take the state folder for a run, or find the run that it holds.
+
+    Args:
+        state: the state folder.
+        decides: all that decides what the run ends in, as JSON values.
+        storage: how to reach the folder.
+        restart: let go of an unfinished run that is there.
+
+    Raises:
+        InputError: it holds an unfinished run with other settings; they are named.
+    """
+    uri = join(state, _RECORD)
+    values = json.loads(json.dumps(decides))
+    found = None if restart else _read(uri, storage)
+    if found is not None and not found["finished"]:
+        changed = sorted(
+            name
+            for name in values.keys() | found["decides"].keys()
+            if values.get(name) != found["decides"].get(name)
+        )
+        if changed:
+            raise InputError(
+                f"{redact_uri(state)} holds the unfinished run {found['run_id']}, which differs in "
+                f"{', '.join(changed)}; repeat its command to finish it, give --restart to forget it, or name another "
+                "--output"
+            )
+        return Claim(found["run_id"], is_resumed=True)
+    claim = Claim(new_run_id(), is_resumed=False)
+    _write(uri, {"run_id": claim.run_id, "finished": False, "decides": values}, storage)
+    return claim
+
+
+def finish_run(state: str, storage: Storage) -> None:
+    """Mark the run as finished: the next command begins another one."""
+    uri = join(state, _RECORD)
+    record = _read(uri, storage)
+    assert record is not None
+    _write(uri, record | {"finished": True}, storage)
+
+
+def digest_of(decides: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits over all that decides what a run ends in."""
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read(uri: str, storage: Storage) -> dict[str, Any] | None:
+    with explain(uri):
+        try:
+            record: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise InputError(
+                f"{redact_uri(uri)} is damaged ({error}); give --restart to begin anew"
+            ) from error
+    return record
+
+
+def _write(uri: str, record: Mapping[str, Any], storage: Storage) -> None:
+    with explain(uri):
+        storage.write_whole(uri, json.dumps(record, indent=2).encode())

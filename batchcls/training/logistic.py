@@ -1,0 +1,134 @@
+"""Logistic regression on embeddings that fit into memory: L-BFGS, its strength found by cross-validation.
+
+Letters: N rows (all views of an image count as rows of their own), D values, K categories.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from batchcls.training.examples import Examples, Space, split_folds, standard_space
+from batchcls.training.held_out import Tried, calibrated
+
+# The strongest first; each one starts where the last ended.
+STRENGTHS = (0.3, 0.1, 0.03, 0.01)
+NO_TURN = 1.0  # a covariance that is shrunk all the way leaves directions as they are
+_MOST_ITERATIONS = 100
+_HISTORY = 10
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What is minimised: mean cross-entropy + l2 / 2 * sum of squared weights.
+
+    Attributes:
+        l2: strength; None: found by cross-validation.
+        smoothing: share of a target that is spread over all categories.
+        weights: K, in the loss; None: all rows alike.
+        seed: of what is held out.
+    """
+
+    l2: float | None
+    smoothing: float
+    weights: npt.NDArray[np.float32] | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A head in its space.
+
+    Attributes:
+        space: the space of weight and bias.
+        weight: K x D.
+        bias: K.
+        tried: every way to fit, with what it answered to rows that it had not seen.
+        chosen: that of the head.
+        held_out: logits (rows x K) of training rows by heads that had not seen them, NaN for rows
+            that were never held out; None where that was too much work.
+    """
+
+    space: Space
+    weight: torch.Tensor
+    bias: torch.Tensor
+    tried: tuple[Tried, ...]
+    chosen: Tried
+    held_out: npt.NDArray[np.float32] | None
+
+
+def fit_logistic(examples: Examples, objective: Objective, folds: int) -> Fitted:
+    """Fit a head; its probabilities are calibrated on rows that were held out.
+
+    Args:
+        examples: all views fit into memory as float32.
+        objective: what is minimised.
+        folds: at least 2; each strength is tried with each fold of the rows left out once.
+    """
+    strengths = STRENGTHS if objective.l2 is None else (objective.l2,)
+    fold = split_folds(examples.classes, folds, objective.seed)
+    held_out = torch.full((len(strengths), len(examples), examples.categories), torch.nan)
+    for left_out in np.unique(fold[fold >= 0]).tolist():
+        unseen = torch.cat([piece for piece, _ in examples.where(fold == left_out).pieces()])
+        rest, out = examples.where(fold != left_out), torch.from_numpy(fold == left_out)
+        for place, (space, solution) in enumerate(_solutions(rest, strengths, objective)):
+            held_out[place, out] = torch.addmm(solution[-1], space.put(unseen), solution[:-1])
+    seen, classes = torch.from_numpy(fold >= 0), torch.from_numpy(examples.classes.astype(np.int64))
+    tried = tuple(
+        calibrated(logits[seen], classes[seen], NO_TURN, strength)
+        for strength, logits in zip(strengths, held_out, strict=True)
+    )
+    chosen = min(tried, key=lambda one: one.loss)
+    path = strengths[: strengths.index(chosen.strength) + 1]
+    *_, (space, solution) = _solutions(examples, path, objective)
+    weight, bias = solution[:-1].T * chosen.scale, solution[-1] * chosen.scale
+    logits = held_out[len(path) - 1] * chosen.scale
+    return Fitted(space, weight.contiguous(), bias, tried, chosen, logits.numpy())
+
+
+def _solutions(
+    examples: Examples, strengths: Sequence[float], objective: Objective
+) -> Iterator[tuple[Space, torch.Tensor]]:
+    """The space, and in it weights and as last row biases (D + 1 x K), of one strength after the other."""
+    space = standard_space(examples)
+    features = torch.cat([space.put(piece) for piece, _ in examples.pieces(examples.views)])
+    classes = torch.from_numpy(examples.classes.astype(np.int64)).repeat(examples.views)
+    solution = torch.zeros(examples.dimension + 1, examples.categories)
+    for strength in strengths:
+        solution = _minimise(features, classes, strength, objective, solution)
+        yield space, solution
+
+
+def _minimise(
+    features: torch.Tensor, classes: torch.Tensor, l2: float, objective: Objective, start: torch.Tensor
+) -> torch.Tensor:
+    """Weights and, as last row, biases (D + 1 x K) where the objective is least."""
+    solution = start.clone().requires_grad_(True)
+    weights = None if objective.weights is None else torch.from_numpy(objective.weights)
+    solver = torch.optim.LBFGS(
+        [solution],
+        max_iter=_MOST_ITERATIONS,
+        history_size=_HISTORY,
+        tolerance_grad=_TOLERANCE,
+        tolerance_change=_TOLERANCE / 10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        value = torch.nn.functional.cross_entropy(
+            torch.addmm(solution[-1], features, solution[:-1]),
+            classes,
+            weight=weights,
+            label_smoothing=objective.smoothing,
+        )
+        value = value + 0.5 * l2 * solution[:-1].square().sum()
+        torch.autograd.backward(value)
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)  # type: ignore[no-untyped-call]
+    return solution.detach()

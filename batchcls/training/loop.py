@@ -1,0 +1,275 @@
+"""The loop: epochs of steps, each a few passes, then a validation. Plain PyTorch, alone or among workers.
+
+A step is the same pictures for any number of workers, each of which takes a share of it; the gradient
+is the mean over the whole step. Letters: N pictures of a pass, K categories.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from batchcls.models.trainable import mark_trainable
+from batchcls.training.augment import AugmentedPictures, Item, Mixing, crop_size, picture_transform
+from batchcls.training.balance import RowSampler, class_weights
+from batchcls.training.categories import count_classes
+from batchcls.training.divergence import Divergence, gather_divergence
+from batchcls.training.freeze import set_training_mode, train_head_only
+from batchcls.training.measures import Measures, normalised
+from batchcls.training.optimizer import make_optimizer, schedule_factor, set_learning_rate
+from batchcls.training.pixels import PixelStore
+from batchcls.training.sampling import number_of_steps, passes_of, share_of, steps_of_epoch
+from batchcls.training.settings import Place, Record, TrainingSettings
+
+_VALIDATION_BATCH = 64
+
+State = dict[str, Any]
+"""What a checkpoint holds: epochs done, history, model, average and optimizer."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls while it runs.
+
+    Attributes:
+        wrap: the network for several workers at once, as DistributedDataParallel does it.
+        step_done: pictures of this epoch so far, over all workers.
+        epoch_done: the epoch's record, and what makes the state of a checkpoint.
+    """
+
+    wrap: Callable[[nn.Module], nn.Module]
+    step_done: Callable[[int, int], None]
+    epoch_done: Callable[[Record, Callable[[], State]], None]
+
+
+class Training:
+    """A network being trained; `run` goes from where it stands to the last epoch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classifiers: Sequence[str],
+        settings: TrainingSettings,
+        place: Place,
+        hooks: Hooks,
+    ) -> None:
+        """Take over `model`, float N,3,H,W -> N,K, which `classifiers` name the last layers of."""
+        self._settings, self._place, self._hooks = settings, place, hooks
+        self._recipe = settings.recipe
+        self._classifiers = tuple(classifiers)
+        self._model = model.to(place.device).to(memory_format=torch.channels_last)
+        mark_trainable(model, settings.trainable)
+        self._optimizer = make_optimizer(model, classifiers, self._recipe)
+        decay = self._recipe.ema_decay
+        self._average = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
+        self._mixing = Mixing(self._recipe, settings.classes)
+        colours = (settings.preprocessing.mean, settings.preprocessing.std)
+        self._mean, self._std = (
+            torch.tensor(values, device=place.device).reshape(1, 3, 1, 1) for values in colours
+        )
+        self._weights: Tensor | None = None
+        if settings.balance == "loss":
+            weights = class_weights(count_classes(settings.training.targets, settings.classes))
+            self._weights = torch.from_numpy(weights).to(place.device)
+        self._sampler = RowSampler(settings.training.targets, settings.seed)
+        if settings.balance == "sampling":
+            self._sampler = RowSampler.balanced(settings.training.targets, settings.classes, settings.seed)
+        self._epoch = 0
+        self._history: list[Record] = []
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network as it is to be used: the averaged one, if the recipe averages."""
+        if self._average is None:
+            return self._model
+        averaged: nn.Module = self._average.module
+        return averaged
+
+    @property
+    def history(self) -> list[Record]:
+        """The records of all epochs so far."""
+        return self._history
+
+    def state(self) -> State:
+        """All that `restore` needs."""
+        return {
+            "epoch": self._epoch,
+            "history": self._history,
+            "model": self._model.state_dict(),
+            "average": self._average.module.state_dict() if self._average is not None else None,
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def restore(self, state: State) -> None:
+        """Go on from a checkpoint of the same run."""
+        self._epoch, self._history = state["epoch"], state["history"]
+        self._model.load_state_dict(state["model"])
+        if self._average is not None:
+            self._average.module.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def run(self, training: PixelStore, validation: PixelStore) -> Divergence | None:
+        """Train the epochs that are missing.
+
+        Returns:
+            None at the end of the last epoch; where a step has no finite gradient, what is known of it.
+            Then the network is not to be used. Every worker returns the same.
+        """
+        network: nn.Module | None = None
+        while self._epoch < self._recipe.epochs:
+            epoch, started = self._epoch, time.perf_counter()
+            head_only = epoch < self._recipe.head_epochs
+            if network is None or epoch == self._recipe.head_epochs:
+                if head_only:
+                    train_head_only(self._model, self._classifiers)
+                else:
+                    mark_trainable(self._model, self._settings.trainable)
+                network = self._hooks.wrap(self._model)
+            set_training_mode(self._model, "frozen" if head_only else self._recipe.batch_norm)
+            measures = Measures(self._place.device)
+            diverged = self._train_epoch(epoch, network, training, measures)
+            if diverged is not None:
+                return diverged
+            found = measures.result()
+            seconds = time.perf_counter() - started
+            self._epoch += 1
+            record = self._record(epoch, found, seconds) | self._validated(validation)
+            self._history = [*self._history, record]
+            self._hooks.epoch_done(record, self.state)
+        return None
+
+    def _record(self, epoch: int, found: dict[str, Any], seconds: float) -> Record:
+        height, width = crop_size(self._recipe, epoch, self._settings.preprocessing)
+        return {
+            "epoch": epoch + 1,
+            "learning_rate": max(group["lr"] for group in self._optimizer.param_groups),
+            "crop_pixels": [height, width],
+            "images": found["rows"],
+            "seconds": round(seconds, 3),
+            "images_per_second": round(found["rows"] / seconds, 2),
+            "loss": found["loss"],
+            "top1": found["top1"],
+        }
+
+    def _train_epoch(
+        self, epoch: int, network: nn.Module, store: PixelStore, measures: Measures
+    ) -> Divergence | None:
+        settings, recipe = self._settings, self._recipe
+        count = len(settings.training.rows)
+        steps = number_of_steps(count, recipe.batch_size)
+        parameters = [value for value in self._model.parameters() if value.requires_grad]
+        seen = 0
+        for step, size, passes in self._passes(epoch, store):
+            set_learning_rate(
+                self._optimizer, schedule_factor(recipe, epoch * steps + step, recipe.epochs * steps)
+            )
+            losses = []
+            for number, (images, targets, rows) in enumerate(passes):
+                last = number == len(passes) - 1
+                with nullcontext() if last else _unsynchronised(network):
+                    loss = self._backward(network, images, targets, (epoch, step, number), size, measures)
+                losses.append((loss, rows))
+            norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or math.inf)
+            if not bool(torch.isfinite(norm)):
+                return gather_divergence(epoch + 1, step + 1, losses, self._place.workers)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            if self._average is not None:
+                self._average.update(self._model, step=epoch * steps + step)
+            seen += size
+            self._hooks.step_done(epoch, seen)
+        return None
+
+    def _backward(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        targets: Tensor,
+        at: tuple[int, int, int],
+        step_size: int,
+        measures: Measures,
+    ) -> Tensor:
+        """Add the gradient of N pictures, a share of a step of `step_size`; N losses."""
+        device = self._place.device
+        pixels = normalised(images.to(device, non_blocking=True), self._mean, self._std)
+        targets = targets.to(device, non_blocking=True)
+        mixed, shares = self._mixing(pixels, targets, self._settings.seed, *at, self._place.rank)
+        with self._arithmetic():
+            logits = network(mixed)
+        losses = nn.functional.cross_entropy(
+            logits.float(),
+            shares,
+            weight=self._weights,
+            label_smoothing=self._recipe.label_smoothing,
+            reduction="none",
+        )
+        # Workers' gradients are averaged, and each has a part of the step.
+        torch.autograd.backward(losses.sum() * (self._place.workers / step_size))
+        measures.add(logits.detach().float(), targets)
+        return losses.detach()
+
+    def _passes(
+        self, epoch: int, store: PixelStore
+    ) -> Iterator[tuple[int, int, list[tuple[Tensor, Tensor, Tensor]]]]:
+        """Number of a step, pictures in it over all workers, and this worker's passes, step by step."""
+        settings = self._settings
+        labelled = settings.training
+        steps = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size)
+        shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
+        cut = [passes_of(share, settings.pass_size) for share in shares]
+        transform = picture_transform(
+            self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
+        )
+        loader = DataLoader(
+            AugmentedPictures(store, transform, (settings.seed, epoch)),
+            batch_sampler=[
+                [Item(int(labelled.rows[place]), int(labelled.targets[place])) for place in chosen]
+                for passes in cut
+                for chosen in passes
+            ],
+            num_workers=settings.loader_processes,
+            pin_memory=self._place.device != "cpu",
+        )
+        batches = iter(loader)
+        for number, (step, passes) in enumerate(zip(steps, cut, strict=True)):
+            yield number, len(step), [next(batches) for _ in passes]
+
+    @torch.inference_mode()
+    def _validated(self, store: PixelStore) -> Record:
+        """Loss and accuracy on the validation rows, each of which one worker answers."""
+        started = time.perf_counter()
+        labelled, place = self._settings.validation, self._place
+        model = self.trained.eval()
+        measures = Measures(place.device)
+        mine = range(place.rank, len(labelled.rows), place.workers)
+        for start in range(0, len(mine), _VALIDATION_BATCH):
+            chosen = list(mine[start : start + _VALIDATION_BATCH])
+            pictures = np.stack([store[int(row)] for row in labelled.rows[chosen]])
+            images = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(place.device)
+            with self._arithmetic():
+                logits = model(normalised(images, self._mean, self._std))
+            measures.add(logits.float(), torch.from_numpy(labelled.targets[chosen]).long().to(place.device))
+        found = measures.result()
+        assert found["rows"] == len(labelled.rows), "every validation row is to be answered once"
+        return {f"validation_{name}": value for name, value in found.items()} | {
+            "validation_seconds": round(time.perf_counter() - started, 3)
+        }
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        kind = self._place.device.partition(":")[0]
+        return torch.autocast(kind, torch.bfloat16, enabled=self._settings.precision == "bf16")
+
+
+def _unsynchronised(network: nn.Module) -> AbstractContextManager[Any]:
+    """Let workers keep a pass's gradients to themselves; the last pass of a step sends all."""
+    if isinstance(network, nn.parallel.DistributedDataParallel):
+        return network.no_sync()
+    return nullcontext()

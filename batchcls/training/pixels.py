@@ -1,0 +1,176 @@
+"""A manifest's pictures, decoded once and kept as uint8 arrays that training maps into memory.
+
+They are fetched and decoded by the code of the classifying job, by tasks all over the cluster, and lie
+in parts in the state folder: PART.npy with N x H x W x 3, and PART.json, written last, with the rows
+that have failed. A part that is there is not made again. Needs no Ray.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from batchcls.comparison.prepare import pixels_key
+from batchcls.errors import InputError
+from batchcls.images.load import Loader
+from batchcls.images.settings import LoadSettings
+from batchcls.manifest import Columns, Fragment, FragmentReader, Manifest
+from batchcls.preprocessing import Preprocessing
+from batchcls.schema import PIXELS, ROW, Failure
+from batchcls.storage import Storage, explain, is_remote, join, local_path
+
+PART_ROWS = 512
+"""Pictures of a part: 100 MB at 256 x 256."""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part: the rows of a fragment, and the two files that hold them, without their suffix."""
+
+    fragment: Fragment
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPart:
+    """What became of a part's rows: reason and detail of each that has failed, by row number."""
+
+    first_row: int
+    rows: int
+    failures: Mapping[int, tuple[str, str]]
+
+
+def whole_picture(preprocessing: Preprocessing) -> Preprocessing:
+    """The preprocessing that keeps all that the resize gives, for training to crop from.
+
+    Of a picture that is not square, the middle square remains: the part that crops of the classifying
+    job are taken from.
+    """
+    return preprocessing.model_copy(
+        update={
+            "input_height": max(preprocessing.resize_height, preprocessing.input_height),
+            "input_width": max(preprocessing.resize_width, preprocessing.input_width),
+        }
+    )
+
+
+def parts_folder(state: str, manifest: Manifest, settings: LoadSettings) -> str:
+    """Where the parts of a manifest lie: the name changes with all that changes a pixel."""
+    decided = [
+        manifest.fingerprint,
+        manifest.base,
+        pixels_key(settings.preprocessing).model_dump_json(),
+        repr((settings.limits, settings.fetch.addresses, settings.fetch.max_bytes, settings.decode_margin)),
+    ]
+    return join(state, "pixels", hashlib.sha256("\0".join(decided).encode()).hexdigest()[:16])
+
+
+def parts_of(manifest: Manifest, folder: str) -> list[Part]:
+    """The parts of a manifest, in the order of its rows."""
+    fragments = manifest.fragments(iter(lambda: PART_ROWS, None))
+    return [Part(fragment, join(folder, f"part-{number:06d}")) for number, fragment in enumerate(fragments)]
+
+
+def prepare_part(
+    part: Part, columns: Columns, storage: Storage, settings: LoadSettings, rejected: Mapping[int, Failure]
+) -> PreparedPart:
+    """Fetch and decode a part's pictures and write them, unless that has been done.
+
+    Args:
+        part: which rows, and where to.
+        columns: of the manifest.
+        storage: how to reach manifest and state.
+        settings: how pictures are loaded.
+        rejected: rows that have failed before they are fetched.
+    """
+    found = read_outcome(part, storage)
+    if found is not None:
+        return found
+    shape = settings.preprocessing.shape
+    reader = FragmentReader(columns, storage)
+    tables = reader.read(part.fragment, settings.block_rows)
+    pixels = np.zeros((part.fragment.rows, *shape), np.uint8)
+    failures: dict[int, tuple[str, str]] = {}
+    for block in Loader(settings).load(tables, rejected):
+        _take(block, part.fragment.first_row, pixels, failures)
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    outcome = {"rows": part.fragment.rows, "failures": {str(row): known for row, known in failures.items()}}
+    with explain(part.uri):
+        storage.write_whole(f"{part.uri}.npy", buffer.getvalue())
+        storage.write_whole(f"{part.uri}.json", json.dumps(outcome).encode())
+    return PreparedPart(part.fragment.first_row, part.fragment.rows, failures)
+
+
+def read_outcome(part: Part, storage: Storage) -> PreparedPart | None:
+    """What is known of a part that is there already; None where there is none."""
+    try:
+        record = json.loads(storage.read_bytes(f"{part.uri}.json"))
+    except FileNotFoundError:
+        return None
+    failures = {int(row): (reason, detail) for row, (reason, detail) in record["failures"].items()}
+    return PreparedPart(part.fragment.first_row, part.fragment.rows, failures)
+
+
+def _take(block: pa.Table, first_row: int, pixels: Pixels, failures: dict[int, tuple[str, str]]) -> None:
+    rows = block.column(ROW).to_pylist()
+    reasons, details = (block.column(name).to_pylist() for name in ("reason", "detail"))
+    for place, value in enumerate(block.column(PIXELS)):
+        row = rows[place]
+        if value.is_valid:
+            image = np.frombuffer(value.as_buffer(), np.uint8)
+            pixels[row - first_row] = image.reshape(pixels.shape[1:])
+        else:
+            failures[row] = (reasons[place], details[place])
+
+
+class PixelStore:
+    """The pictures of a manifest by row number, mapped into memory; parts far away are copied here first."""
+
+    def __init__(self, uris: Sequence[str], storage: Storage, local_folder: str) -> None:
+        """Open the parts.
+
+        Args:
+            uris: of the parts in the order of the rows, without suffix.
+            storage: how to reach them.
+            local_folder: where parts of a remote state folder are copied to.
+
+        Raises:
+            InputError: a part is not there.
+        """
+        paths = [_on_disk(f"{uri}.npy", storage, local_folder) for uri in uris]
+        self._parts = [np.load(path, mmap_mode="r") for path in paths]
+        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> Pixels:
+        """H x W x 3 of a row; a copy, which may be written to."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        picture: Pixels = np.array(self._parts[number][row - self._starts[number]])
+        return picture
+
+
+def _on_disk(uri: str, storage: Storage, local_folder: str) -> Path:
+    if not is_remote(uri):
+        path = Path(local_path(uri))
+        if not path.is_file():
+            raise InputError(
+                f"{uri} is not on this node: with more than one node --state has to be a folder that all of them "
+                "share, or on a store such as s3://"
+            )
+        return path
+    path = Path(local_folder) / hashlib.sha256(uri.encode()).hexdigest()
+    if not path.is_file():
+        with explain(uri):
+            Storage().write_whole(str(path), storage.read_bytes(uri))
+    return path

@@ -1,0 +1,147 @@
+"""One training on Ray Train, from prepared pixels to the last checkpoint."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+
+from batchcls.config.finetune import FinetuneConfig
+from batchcls.console import watching
+from batchcls.errors import BatchclsError
+from batchcls.models.bundle import Bundle
+from batchcls.pipeline.causes import cause_of
+from batchcls.runtime import WORKER_ENVIRONMENT
+from batchcls.storage import Storage, is_remote, join, local_path
+from batchcls.training.bundle_out import Trained, read_trained
+from batchcls.training.divergence import Divergence
+from batchcls.training.prepare import PreparedPixels
+from batchcls.training.progress import Board, Seen
+from batchcls.training.settings import Record, TrainingSettings
+from batchcls.training.worker import CHECKPOINT, Assignment, train_worker
+from batchcls.training.workers import Workers
+
+_logger = logging.getLogger(__name__)
+
+
+class Diverged(BatchclsError):  # noqa: N818 - a verdict on the run
+    """A step has no finite gradient; going on would train nothing."""
+
+    def __init__(self, found: Divergence) -> None:
+        super().__init__(f"training broke in step {found.step} of epoch {found.epoch}")
+        self.found = found
+
+
+def run_training(
+    config: FinetuneConfig,
+    settings: TrainingSettings,
+    start: Bundle,
+    pixels: tuple[PreparedPixels, PreparedPixels],
+    workers: Workers,
+    run: tuple[str, Storage, Console],
+) -> Trained:
+    """Train, or go on training the run of this name.
+
+    Args:
+        config: what was asked for.
+        settings: of the training.
+        start: the bundle that it starts from.
+        pixels: of training and validation.
+        workers: how many and how large.
+        run: the run's name, how its state folder is reached, and where progress is shown.
+
+    Raises:
+        Diverged: a step has no finite gradient.
+        BatchclsError: workers failed more often than --max-failures allows.
+    """
+    name, storage, console = run
+    # On the driver's node, which no worker's death takes away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    assignment = Assignment(
+        settings=settings,
+        bundle=ray.put(start),
+        training=pixels[0].uris,
+        validation=pixels[1].uris,
+        storage=storage,
+        threads=workers.threads,
+        curves=join(config.state_folder, "curves", name),
+        board=board,
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"assignment": assignment},
+        torch_config=TorchConfig(timeout_s=int(config.peer_timeout_seconds)),
+        scaling_config=ScalingConfig(
+            num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
+            use_gpu=workers.use_gpu,
+            resources_per_worker=workers.resources,
+        ),
+        run_config=_run_config(config, name, storage),
+    )
+    images = settings.recipe.epochs * len(settings.training.rows)
+    with watching(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
+        try:
+            result = _fit(trainer)
+        except TrainingFailedError as error:
+            raise BatchclsError(
+                f"training stopped: {cause_of(error)}; the same command goes on from the last checkpoint"
+            ) from error
+    _look(board)
+    if isinstance(result.return_value, Divergence):
+        raise Diverged(result.return_value)
+    with result.checkpoint.as_directory() as folder:
+        return read_trained((Path(folder) / CHECKPOINT).read_bytes())
+
+
+def _fit(trainer: TorchTrainer) -> Any:
+    """The result of a trainer, run in a thread of its own.
+
+    In the main thread Ray Train puts its own handler in place of Ctrl-C's, which ends the process with 0.
+    """
+    aside = ThreadPoolExecutor(1)
+    try:
+        return aside.submit(trainer.fit).result()
+    finally:
+        aside.shutdown(wait=False)
+
+
+def _run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
+    folder = join(config.state_folder, "checkpoints")
+    place: dict[str, Any] = {"storage_path": local_path(folder)}
+    if is_remote(folder):
+        filesystem, path = storage.arrow_filesystem(folder)
+        place = {"storage_path": path, "storage_filesystem": filesystem}
+    return RunConfig(
+        name=name,
+        failure_config=FailureConfig(max_failures=config.max_failures),
+        checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+        worker_runtime_env=WORKER_ENVIRONMENT,
+        **place,
+    )
+
+
+def _look(board: Any) -> Seen:
+    seen: Seen = ray.get(board.seen.remote())
+    for note in seen.notes:
+        _logger.info("%s", note)
+    for record in seen.records:
+        _logger.info("%s", epoch_line(record))
+    return seen
+
+
+def epoch_line(record: Record) -> str:
+    """An epoch in one line."""
+    height, width = record["crop_pixels"]
+    return (
+        f"epoch {record['epoch']}: loss {record['loss']:.3f}, training {record['top1']:.1%}, validation "
+        f"{record['validation_top1']:.2%} of {record['validation_rows']} (top-5 {record['validation_top5']:.1%}, "
+        f"loss {record['validation_loss']:.3f}); {record['seconds']:.0f} s, "
+        f"{record['images_per_second']:.1f} images/s at {height} x {width}"
+    )

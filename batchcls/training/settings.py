@@ -1,0 +1,41 @@
+"""What training processes are given: settings of a run beside its recipe, and where they run. Needs no torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from batchcls.preprocessing import Preprocessing
+from batchcls.training.balance import BalanceName
+from batchcls.training.recipe import Recipe
+from batchcls.training.sampling import LabelledRows
+
+Record = dict[str, Any]
+"""What is known of an epoch, as JSON values: see `loop.EpochRecord`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """All that decides what training ends in, beside the start weights and the pixels.
+
+    `pass_size` and `loader_processes` change the seconds only; None: a worker's share of a step at once.
+    """
+
+    recipe: Recipe
+    preprocessing: Preprocessing
+    classes: int
+    trainable: tuple[str, ...]
+    training: LabelledRows
+    validation: LabelledRows
+    balance: BalanceName
+    seed: int
+    pass_size: int | None
+    precision: Literal["fp32", "bf16"]
+    loader_processes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which of how many workers a process is, and on which device it computes ("cpu", "cuda:0")."""
+
+    rank: int = 0
+    workers: int = 1
+    device: str = "cpu"

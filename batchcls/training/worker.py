@@ -1,0 +1,136 @@
+"""What each training process does: open the pixels, build the network, go on from a checkpoint, train."""
+
+import logging
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import get_device, prepare_model
+from torch import nn
+
+from batchcls.models.build import build_model
+from batchcls.models.bundle import Bundle
+from batchcls.models.sources import library_of
+from batchcls.models.trainable import mark_trainable
+from batchcls.storage import Storage
+from batchcls.training.curves import Curves
+from batchcls.training.divergence import Divergence
+from batchcls.training.freeze import describe, set_training_mode
+from batchcls.training.loop import Hooks, State, Training
+from batchcls.training.pixels import PixelStore
+from batchcls.training.settings import Place, Record, TrainingSettings
+
+CHECKPOINT = "training.pt"
+_TELL_SECONDS = 1.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a worker is given.
+
+    Attributes:
+        settings: of the training.
+        bundle: reference to the `Bundle` that training starts from.
+        training, validation: URIs of the parts with the pixels, in the order of the rows.
+        storage: how to reach the state folder.
+        threads: of a worker on a CPU.
+        curves: folder of the TensorBoard files.
+        board: the actor that the driver watches.
+    """
+
+    settings: TrainingSettings
+    bundle: Any
+    training: tuple[str, ...]
+    validation: tuple[str, ...]
+    storage: Storage
+    threads: int
+    curves: str
+    board: Any
+
+
+def train_worker(config: dict[str, Assignment]) -> Divergence | None:
+    """Ray Train calls this in each process."""
+    assignment = config["assignment"]
+    torch.set_num_threads(assignment.threads)
+    context = ray.train.get_context()
+    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    settings = assignment.settings
+    torch.manual_seed(settings.seed + place.rank)
+    bundle: Bundle = ray.get(assignment.bundle)
+    model = build_model(bundle)
+    classifiers = library_of(bundle.config.spec).classifiers(model)
+    with tempfile.TemporaryDirectory(prefix="batchcls-pixels-") as copies:
+        stores = [
+            PixelStore(uris, assignment.storage, copies)
+            for uris in (assignment.training, assignment.validation)
+        ]
+        told = _Told(assignment, place)
+        training = Training(model, classifiers, settings, place, told.hooks())
+        _restore(training, told)
+        told.note(_description(model, settings, place))
+        return training.run(*stores)
+
+
+def _restore(training: Training, told: "_Told") -> None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return
+    with checkpoint.as_directory() as folder:
+        state: State = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
+    training.restore(state)
+    told.note(f"going on from the checkpoint of epoch {state['epoch']}")
+
+
+def _description(model: nn.Module, settings: TrainingSettings, place: Place) -> str:
+    trainable = mark_trainable(model, settings.trainable)
+    set_training_mode(model, settings.recipe.batch_norm)
+    what = describe(trainable, model, settings.recipe.batch_norm)
+    where = f"the first of them process {os.getpid()} on {socket.gethostname()}"
+    return f"{what}; {place.workers} worker(s) on {place.device}, {settings.precision}, {where}"
+
+
+class _Told:
+    """What one worker reports to Ray Train, and the first of them to people."""
+
+    def __init__(self, assignment: Assignment, place: Place) -> None:
+        self._settings, self._place = assignment.settings, place
+        self._board = assignment.board
+        self._curves = Curves(assignment.curves, assignment.storage) if place.rank == 0 else None
+        self._told_at = 0.0
+
+    def hooks(self) -> Hooks:
+        """For the loop."""
+        return Hooks(wrap=prepare_model, step_done=self._step_done, epoch_done=self._epoch_done)
+
+    def note(self, text: str) -> None:
+        """A line for the driver's log, from the first worker only."""
+        if self._place.rank == 0:
+            self._board.note.remote(text)
+
+    def _step_done(self, epoch: int, images: int) -> None:
+        now = time.monotonic()
+        if self._place.rank == 0 and now - self._told_at >= _TELL_SECONDS:
+            self._told_at = now
+            self._board.at.remote(epoch * len(self._settings.training.rows) + images)
+
+    def _epoch_done(self, record: Record, state: Callable[[], State]) -> None:
+        """A checkpoint from the first worker; every worker has to report, which Ray Train waits for."""
+        if self._place.rank != 0:
+            ray.train.report(record)
+            return
+        with tempfile.TemporaryDirectory(prefix="batchcls-checkpoint-") as folder:
+            torch.save(state(), Path(folder) / CHECKPOINT)
+            ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        assert self._curves is not None
+        self._curves.add(record)
+        self._board.epoch.remote(record)

@@ -1,0 +1,257 @@
+"""The training job on a real cluster: one worker and two, a killed worker and a killed driver."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
+
+from batchcls.jobs import bundle, finetune
+from batchcls.jobs.command import run
+from batchcls.models.bundle import Bundle
+from batchcls.storage import Storage
+from tests.conftest import S3Server
+from tests.integration.conftest import Cluster, run_here
+from tests.pictures import CATEGORIES, write_pictures
+
+EPOCHS = 24
+RECIPE = f"""
+about = "For tests: without anything that depends on how pictures are shared among workers."
+epochs = {EPOCHS}
+head_epochs = 1
+batch_size = 12
+learning_rate = 2e-3
+head_learning_rate = 1e-2
+layer_decay = 0.9
+ema_decay = 0.9
+clip_norm = 5.0
+label_smoothing = 0.1
+size_fraction = 0.5
+final_epochs = 6
+"""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    arguments: tuple[str, ...]
+    validation_rows: int
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Catalog:
+    folder = tmp_path_factory.mktemp("labelled")
+    (folder / "recipe.toml").write_text(RECIPE)
+    training = write_pictures(folder / "training", 60)
+    validation = write_pictures(folder / "validation", 31, seed=1000)
+    arguments = (
+        *("--manifest", str(training), "--validation", str(validation), "--model", tiny_bundle),
+        *("--recipe", str(folder / "recipe.toml"), "--log-interval-seconds", "0.2"),
+    )
+    return Catalog(arguments, 31)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    catalog: Catalog, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("undisturbed") / "bundle"
+    exit_code, said = run_here(
+        cluster, finetune, *catalog.arguments, "--output", str(output), "--num-workers", "1"
+    )
+    assert exit_code == 0, said
+    return output, said
+
+
+def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "batchcls.jobs.finetune", *catalog.arguments, "--output", str(output)]
+    with output.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            [*command, "--ray-address", cluster.address, *arguments],
+            env=cluster.environment,
+            stderr=log,
+            stdout=log,
+            text=True,
+        )
+
+
+def wait_for_line(process: subprocess.Popen[str], log: Path, pattern: str) -> re.Match[str]:
+    """The log is the only sign of how far another process is."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        if found := re.search(pattern, log.read_text()):
+            return found
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"no {pattern!r} in {log.read_text()}")
+
+
+def lineage(output: Path) -> dict:
+    return json.loads((output / "bundle.json").read_text())["lineage"]
+
+
+def require_same_end(found: dict, expected: dict) -> None:
+    """The same epochs with the same figures, but for the order in which sums are rounded."""
+    assert [record["epoch"] for record in found["history"]] == list(range(1, EPOCHS + 1))
+    assert {record["validation_rows"] for record in found["history"]} == {31}
+    # there are but three categories: any other share would be a wrong count
+    assert {record["validation_top5"] for record in found["history"]} == {1.0}
+    for ours, theirs in ((found["history"][epoch], expected["history"][epoch]) for epoch in (0, 3)):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    ours, theirs = found["history"][-1], expected["history"][-1]
+    assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=0.05)
+    assert abs(ours["validation_top1"] - theirs["validation_top1"]) <= 1 / 31 + 1e-9
+
+
+def test_a_bundle_comes_out_that_answers_and_says_where_it_comes_from(
+    undisturbed: tuple[Path, str], catalog: Catalog, tiny_bundle: str
+):
+    output, said = undisturbed
+    made, before = (Bundle.load(str(folder), Storage()) for folder in (output, tiny_bundle))
+    assert made.config.labels == CATEGORIES
+    assert made.config.preprocessing == before.config.preprocessing
+    assert (made.config.weights.kind, made.publishable) == ("trained", True)
+    assert made.config.lineage["start"]["lineage"]["new_head_on"] == before.fingerprint
+    history = made.config.lineage["history"]
+    assert history[-1]["validation_top1"] > 0.9
+    assert history[0]["crop_pixels"] == [32, 32]
+    assert history[-1]["crop_pixels"] == [64, 64]
+    assert "parameters are trained; 15 BatchNorm layers keep their statistics" in said
+    assert run("bundle", bundle.COMMANDS, ["test", str(output)]) == 0
+    state = output.with_name("bundle.training")
+    assert list((state / "curves").rglob("events.out.tfevents.*"))
+    assert not (state / "pixels").exists()
+
+
+def test_the_same_command_does_not_train_again_and_another_does_not_overwrite(
+    undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster
+):
+    output, _ = undisturbed
+    before = (output / "bundle.json").read_bytes()
+    arguments = (*catalog.arguments, "--output", str(output), "--num-workers", "1")
+    exit_code, said = run_here(cluster, finetune, *arguments)
+    assert (exit_code, "finished already" in said) == (0, True), said
+    exit_code, said = run_here(cluster, finetune, *arguments, "--seed", "5")
+    assert exit_code == 2
+    assert "holds another bundle already" in said
+    assert (output / "bundle.json").read_bytes() == before
+
+
+def test_two_workers_of_which_one_is_killed_end_like_one(
+    undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    output = tmp_path / "bundle"
+    process = start(cluster, catalog, output, "--num-workers", "2")
+    log = output.with_suffix(".log")
+    wait_for_line(process, log, r"epoch 4: ")
+    first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
+    os.kill(int(first.group(1)), signal.SIGKILL)
+    assert process.wait(timeout=200) == 0, log.read_text()
+    assert "going on from the checkpoint of epoch" in log.read_text()
+    require_same_end(lineage(output), lineage(undisturbed[0]))
+
+
+@pytest.mark.long
+def test_a_killed_driver_goes_on_with_the_same_run(
+    undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    output = tmp_path / "bundle"
+    process = start(cluster, catalog, output, "--num-workers", "1")
+    log = output.with_suffix(".log")
+    run_id = wait_for_line(process, log, r"beginning run (\S+) in").group(1)
+    wait_for_line(process, log, r"epoch 4: ")
+    process.kill()
+    process.wait()
+    arguments = (*catalog.arguments, "--output", str(output), "--num-workers", "1")
+    exit_code, said = run_here(cluster, finetune, *arguments, "--seed", "5")
+    assert (exit_code, "differs in seed" in said) == (2, True), said
+    exit_code, said = run_here(cluster, finetune, *arguments)
+    assert exit_code == 0, said
+    assert f"going on with run {run_id}" in said
+    assert "going on from the checkpoint of epoch" in said
+    require_same_end(lineage(output), lineage(undisturbed[0]))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_lost_node_leaves_the_others_to_finish(
+    undisturbed: tuple[Path, str],
+    catalog: Catalog,
+    clean_environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from ray.cluster_utils import Cluster as Nodes
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    reset_auth_token_state()
+    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        here = Cluster(nodes.address, clean_environment | {"RAY_AUTH_MODE": "disabled"})
+        output = tmp_path / "bundle"
+        process = start(here, catalog, output, "--num-workers", "1-2", "--cpus-per-worker", "1")
+        log = output.with_suffix(".log")
+        wait_for_line(process, log, r"2 worker\(s\) on cpu")
+        wait_for_line(process, log, r"epoch 4: ")
+        nodes.remove_node(lost, allow_graceful=False)
+        assert process.wait(timeout=400) == 0, log.read_text()
+    finally:
+        nodes.shutdown()
+    assert re.search(r"going on from the checkpoint of epoch", log.read_text())
+    assert "1 worker(s) on cpu" in log.read_text()
+    require_same_end(lineage(output), lineage(undisturbed[0]))
+
+
+@pytest.mark.long
+def test_checkpoints_and_pixels_may_lie_on_a_store(
+    undisturbed: tuple[Path, str],
+    catalog: Catalog,
+    tmp_path: Path,
+    s3: S3Server,
+    clean_environment: dict[str, str],
+):
+    folder = f"s3://{s3.bucket}/models/shop"
+    options = json.dumps({"endpoint_url": s3.endpoint_url})
+    here = Cluster("local", clean_environment | s3.environment)
+    output = tmp_path / "told"
+    process = start(here, catalog, output, "--output", folder, "--storage-options", options)
+    log = output.with_suffix(".log")
+    assert process.wait(timeout=250) == 0, log.read_text()
+    made = Bundle.load(folder, Storage({"endpoint_url": s3.endpoint_url}))
+    require_same_end(made.config.lineage, lineage(undisturbed[0]))
+    found = Storage({"endpoint_url": s3.endpoint_url}).list_files(f"{folder}.training")
+    assert [info.uri for info in found if info.uri.endswith("training.pt")]
+    assert [info.uri for info in found if "tfevents" in info.uri]
+
+
+@pytest.mark.long
+def test_ctrl_c_ends_with_130_and_the_run_can_go_on(catalog: Catalog, cluster: Cluster, tmp_path: Path):
+    output = tmp_path / "bundle"
+    process = start(cluster, catalog, output, "--num-workers", "1")
+    log = output.with_suffix(".log")
+    wait_for_line(process, log, r"epoch 3: ")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()
+    assert not output.exists()
+
+
+def test_pictures_that_cannot_be_read_are_left_out_up_to_a_share(
+    catalog: Catalog, cluster: Cluster, tmp_path: Path, tiny_bundle: str
+):
+    training = write_pictures(tmp_path / "training", 20)
+    (tmp_path / "training" / "0003.png").write_bytes(b"no picture")
+    arguments = (
+        *("--manifest", str(training), "--validation", catalog.arguments[3], "--model", tiny_bundle),
+        *("--output", str(tmp_path / "bundle"), "--epochs", "1"),
+    )
+    exit_code, said = run_here(cluster, finetune, *arguments)
+    assert exit_code == 4
+    assert "1 of 20 training pictures cannot be used (5.00%): not_an_image=1" in said
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,51 @@
+"""The state folder belongs to one run at a time."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from batchcls.errors import InputError
+from batchcls.storage import Storage
+from batchcls.training.claim import claim_run, digest_of, finish_run
+
+DECIDES = {"seed": 1, "recipe": {"epochs": 2, "crop_scale": (0.3, 1.0)}}
+
+
+def claim(folder: Path, decides: dict | None = None, *, restart: bool = False):
+    return claim_run(str(folder), decides or DECIDES, Storage(), restart=restart)
+
+
+def test_the_same_command_finds_its_run_again(tmp_path: Path):
+    first = claim(tmp_path)
+    again = claim(tmp_path)
+    assert (first.is_resumed, again.is_resumed) == (False, True)
+    assert first.run_id == again.run_id
+
+
+def test_a_finished_run_is_not_gone_on_with(tmp_path: Path):
+    first = claim(tmp_path)
+    finish_run(str(tmp_path), Storage())
+    second = claim(tmp_path)
+    assert not second.is_resumed
+    assert second.run_id != first.run_id
+
+
+def test_another_command_is_refused_and_told_the_difference(tmp_path: Path):
+    first = claim(tmp_path)
+    with pytest.raises(InputError, match=f"unfinished run {first.run_id}, which differs in seed; "):
+        claim(tmp_path, DECIDES | {"seed": 2})
+    restarted = claim(tmp_path, DECIDES | {"seed": 2}, restart=True)
+    assert not restarted.is_resumed
+    assert claim(tmp_path, DECIDES | {"seed": 2}).run_id == restarted.run_id
+
+
+def test_a_damaged_record_is_named(tmp_path: Path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match=r"run.json is damaged.*--restart"):
+        claim(tmp_path)
+
+
+def test_the_digest_does_not_depend_on_the_order_of_names():
+    assert digest_of(DECIDES) == digest_of(dict(reversed(json.loads(json.dumps(DECIDES)).items())))
+    assert digest_of(DECIDES) != digest_of(DECIDES | {"seed": 2})

@@ -1,0 +1,235 @@
+"""The loop in one process, and among two of gloo: the same pictures, the same gradient, every row once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import distributed, multiprocessing, nn
+
+from batchcls.preprocessing import Preprocessing
+from batchcls.storage import Storage
+from batchcls.training.augment import AugmentedPictures, Item, Mixing, crop_size, picture_transform
+from batchcls.training.divergence import Divergence
+from batchcls.training.loop import Hooks, Training
+from batchcls.training.pixels import PixelStore
+from batchcls.training.recipe import Recipe, read_recipe
+from batchcls.training.sampling import LabelledRows, passes_of, share_of
+from batchcls.training.settings import Place, TrainingSettings
+
+ROWS, VALIDATION_ROWS, CLASSES = 26, 11, 3
+PREPROCESSING = Preprocessing(
+    input_height=32, input_width=32, resize_height=36, resize_width=36, mean=(0.5,) * 3, std=(0.5,) * 3
+)
+
+
+def recipe(**changes: object) -> Recipe:
+    values = {"epochs": 3, "head_epochs": 1, "batch_size": 10, "final_epochs": 0, "size_fraction": 1.0}
+    return read_recipe("fine-tune").with_changes(**(values | changes))
+
+
+def settings(**changes: object) -> TrainingSettings:
+    targets = (np.arange(ROWS) % CLASSES).astype(np.int32)
+    known = TrainingSettings(
+        recipe=recipe(),
+        preprocessing=PREPROCESSING,
+        classes=CLASSES,
+        trainable=("*",),
+        training=LabelledRows(np.arange(ROWS), targets),
+        validation=LabelledRows(
+            np.arange(VALIDATION_ROWS), (np.arange(VALIDATION_ROWS) % CLASSES).astype(np.int32)
+        ),
+        balance="none",
+        seed=3,
+        pass_size=None,
+        precision="fp32",
+        loader_processes=0,
+    )
+    return replace(known, **changes)
+
+
+@pytest.fixture
+def stores(tmp_path: Path) -> tuple[PixelStore, PixelStore]:
+    return write_stores(tmp_path)
+
+
+def write_stores(folder: Path) -> tuple[PixelStore, PixelStore]:
+    random = np.random.default_rng(0)
+    found = []
+    for name, rows, side in (("training", ROWS, 36), ("validation", VALIDATION_ROWS, 32)):
+        pixels = random.integers(0, 120, (rows, side, side, 3), np.uint8)
+        for row in range(rows):
+            pixels[row, :, :, row % CLASSES] += 100
+        np.save(folder / f"{name}.npy", pixels)
+        found.append(PixelStore([str(folder / name)], Storage(), str(folder)))
+    return found[0], found[1]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=CLASSES)
+
+
+def train(chosen: TrainingSettings, stores, place: Place = Place(), wrap=lambda model: model):  # noqa: B008
+    states: list[dict] = []
+    hooks = Hooks(
+        wrap=wrap, step_done=lambda *_: None, epoch_done=lambda _, state: states.append(copied(state()))
+    )
+    training = Training(network(), ["fc"], chosen, place, hooks)
+    return training, training.run(*stores), states
+
+
+def copied(state: dict) -> dict:
+    import copy
+
+    return copy.deepcopy(state)
+
+
+def weights_of(training: Training) -> torch.Tensor:
+    return torch.cat(
+        [value.flatten() for value in training.trained.state_dict().values() if value.is_floating_point()]
+    )
+
+
+def test_the_same_seed_gives_the_same_network_and_another_gives_another(stores):
+    first, second = (train(settings(), stores)[0] for _ in range(2))
+    assert torch.equal(weights_of(first), weights_of(second))
+    other, _, _ = train(settings(seed=4), stores)
+    assert not torch.equal(weights_of(first), weights_of(other))
+
+
+def test_the_head_learns_first_and_then_all(stores):
+    before = network().state_dict()
+    training, _, states = train(settings(recipe=recipe(ema_decay=None)), stores)
+    after_head = states[0]["model"]
+    changed = {name for name, value in before.items() if not torch.equal(value, after_head[name])}
+    assert changed == {"fc.weight", "fc.bias"}
+    assert not torch.equal(before["conv1.0.weight"], training.trained.state_dict()["conv1.0.weight"])
+    # frozen statistics stay, to the last bit
+    assert torch.equal(before["bn1.running_mean"], training.trained.state_dict()["bn1.running_mean"])
+
+
+def test_small_passes_add_up_to_the_same_step(stores):
+    whole, _, _ = train(settings(), stores)
+    parts, _, _ = train(settings(pass_size=3), stores)
+    assert torch.allclose(weights_of(whole), weights_of(parts), atol=2e-4)
+    assert parts.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=1e-3)
+
+
+def test_a_checkpoint_goes_on_to_the_same_end(stores):
+    undisturbed, _, states = train(settings(), stores)
+    hooks = Hooks(wrap=lambda model: model, step_done=lambda *_: None, epoch_done=lambda *_: None)
+    resumed = Training(network(), ["fc"], settings(), Place(), hooks)
+    resumed.restore(states[1])
+    assert resumed.run(*stores) is None
+    assert torch.equal(weights_of(undisturbed), weights_of(resumed))
+    assert [record["epoch"] for record in resumed.history] == [1, 2, 3]
+
+
+def test_every_validation_row_is_counted_once_and_an_unknown_category_as_wrong(stores):
+    training, _, _ = train(settings(), stores)
+    assert {record["validation_rows"] for record in training.history} == {VALIDATION_ROWS}
+    assert {record["validation_top5"] for record in training.history} == {1.0}
+    targets = np.full(VALIDATION_ROWS, -2, np.int32)
+    unknown = settings(validation=LabelledRows(np.arange(VALIDATION_ROWS), targets))
+    training, _, _ = train(unknown, stores)
+    assert training.history[-1]["validation_top1"] == 0
+
+
+def test_a_loss_that_is_no_number_stops_with_the_rows(stores, tmp_path: Path):
+    broken = network()
+    with torch.no_grad():
+        broken.fc.bias[1] = float("nan")
+    hooks = Hooks(wrap=lambda model: model, step_done=lambda *_: None, epoch_done=lambda *_: None)
+    training = Training(broken, ["fc"], settings(), Place(), hooks)
+    found = training.run(*stores)
+    assert isinstance(found, Divergence)
+    assert (found.epoch, found.step, found.loss_is_finite) == (1, 1, False)
+    assert len(found.rows) == 9
+    assert training.history == []
+
+
+@pytest.mark.parametrize("balance", ["sampling", "loss"])
+def test_rare_categories_weigh_more_when_asked_to(stores, balance: str):
+    targets = np.zeros(ROWS, np.int32)
+    targets[:2] = 1
+    uneven = settings(training=LabelledRows(np.arange(ROWS), targets), balance=balance)
+    training, found, _ = train(uneven, stores)
+    assert found is None
+    assert np.isfinite(training.history[-1]["loss"])
+
+
+def test_modern_and_classic_recipes_train(stores):
+    for name in ("modern", "classic"):
+        chosen = read_recipe(name).with_changes(epochs=1, batch_size=13)
+        training, found, _ = train(settings(recipe=chosen), stores)
+        assert found is None
+        assert len(training.history) == 1
+
+
+def test_a_picture_of_an_epoch_depends_on_its_row_alone(stores):
+    transform = picture_transform(read_recipe("modern"), (32, 32), PREPROCESSING)
+    pictures = AugmentedPictures(stores[0], transform, (3, 0))
+    torch.manual_seed(1)
+    first = pictures[Item(4, 1)][0]
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))
+    pictures[Item(9, 0)]
+    assert torch.equal(first, pictures[Item(4, 1)][0])
+    other_epoch = AugmentedPictures(stores[0], transform, (3, 1))
+    assert not torch.equal(first, other_epoch[Item(4, 1)][0])
+
+
+def test_mixing_turns_indices_into_shares():
+    mixed, shares = Mixing(read_recipe("modern"), CLASSES)(
+        torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), 1, 2
+    )
+    assert mixed.shape == (4, 3, 32, 32)
+    assert torch.allclose(shares.sum(1), torch.ones(4))
+    images, targets = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    assert Mixing(read_recipe("classic"), CLASSES)(images, targets, 1) == (images, targets)
+
+
+def test_crops_grow_at_the_end_in_multiples_of_32():
+    big = PREPROCESSING.model_copy(
+        update={"input_height": 224, "input_width": 224, "resize_height": 256, "resize_width": 256}
+    )
+    chosen = read_recipe("fine-tune").with_changes(size_fraction=0.7, final_size_fraction=1.0)
+    sizes = [crop_size(chosen, epoch, big) for epoch in (0, chosen.epochs - 1)]
+    assert sizes == [(160, 160), (224, 224)]
+
+
+def test_shares_of_a_step_are_all_of_it():
+    step = np.arange(11)
+    assert sorted(np.concatenate([share_of(step, rank, 3) for rank in range(3)])) == list(range(11))
+    assert [len(part) for part in passes_of(step, 4)] == [4, 4, 3]
+    assert [len(part) for part in passes_of(step, None)] == [11]
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    stores = write_stores(Path(folder) / str(rank))
+    chosen = settings(pass_size=3)
+    training, _, _ = train(chosen, stores, Place(rank, 2), nn.parallel.DistributedDataParallel)
+    torch.save({"weights": weights_of(training), "history": training.history}, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_two_workers_take_the_steps_of_one(stores, tmp_path: Path):
+    alone, _, _ = train(settings(), stores)
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert torch.equal(both[0]["weights"], both[1]["weights"])
+    assert torch.allclose(both[0]["weights"], weights_of(alone), atol=2e-4)
+    for ours, theirs in zip(both[0]["history"], alone.history, strict=True):
+        assert ours["images"] == theirs["images"] == ROWS
+        assert ours["validation_rows"] == VALIDATION_ROWS
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-2)

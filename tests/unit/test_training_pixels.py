@@ -1,0 +1,108 @@
+"""Prepared pixels: the classifying job's own, in parts, failures noted, found again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchcls.config.finetune import FinetuneConfig
+from batchcls.errors import InputError
+from batchcls.identity import find_bad_ids
+from batchcls.images.decode import decode
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.policies import decode_limits, fetch_policy
+from batchcls.images.settings import LoadSettings
+from batchcls.images.transform import Transform
+from batchcls.manifest import open_manifest
+from batchcls.preprocessing import Preprocessing
+from batchcls.storage import Storage
+from batchcls.training import pixels
+from batchcls.training.pixels import PixelStore, parts_folder, parts_of, prepare_part, whole_picture
+from batchcls.views import Views
+from tests.pictures import write_pictures
+
+PREPROCESSING = Preprocessing(
+    input_height=32, input_width=32, resize_height=36, resize_width=36, mean=(0.5,) * 3, std=(0.5,) * 3
+)
+
+
+def settings(preprocessing: Preprocessing, base: str) -> LoadSettings:
+    config = FinetuneConfig(manifest="m", validation="v", model="x", output="o")
+    return LoadSettings(
+        run_id="test", base=base, kept=(), fetch=fetch_policy(config), limits=decode_limits(config),
+        preprocessing=preprocessing, views=Views(), normalize="engine", fetch_threads=2, decode_threads=1,
+        block_rows=3,
+    )  # fmt: skip
+
+
+def prepare(folder: Path, state: Path, preprocessing: Preprocessing):
+    storage = Storage()
+    manifest = open_manifest(str(folder / "manifest.parquet"), storage)
+    load = settings(preprocessing, manifest.base)
+    parts = parts_of(manifest, parts_folder(str(state), manifest, load))
+    bad = find_bad_ids(manifest, storage)
+    outcomes = [prepare_part(part, manifest.columns, storage, load, bad.between(0, 100)) for part in parts]
+    return [part.uri for part in parts], outcomes
+
+
+def test_pixels_are_those_of_the_classifying_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pixels, "PART_ROWS", 4)
+    write_pictures(tmp_path / "pictures", 10)
+    (tmp_path / "pictures" / "0005.png").write_bytes(b"")
+    uris, outcomes = prepare(tmp_path / "pictures", tmp_path / "state", PREPROCESSING)
+    assert [outcome.rows for outcome in outcomes] == [4, 4, 2]
+    assert [list(outcome.failures) for outcome in outcomes] == [[], [5], []]
+    assert outcomes[1].failures[5][0] == "empty"
+    store = PixelStore(uris, Storage(), str(tmp_path / "copies"))
+    assert len(store) == 10
+    for row in (0, 3, 4, 9):
+        data = (tmp_path / "pictures" / f"{row:04d}.png").read_bytes()
+        assert np.array_equal(store[row], Transform(PREPROCESSING)(decode(data, DecodeLimits()).pixels))
+
+
+def test_a_part_that_is_there_is_not_made_again(tmp_path: Path):
+    write_pictures(tmp_path / "pictures", 5)
+    (tmp_path / "pictures" / "0001.png").write_bytes(b"x" * 100)
+    uris, outcomes = prepare(tmp_path / "pictures", tmp_path / "state", PREPROCESSING)
+    for picture in (tmp_path / "pictures").glob("*.png"):
+        picture.unlink()
+    again, found = prepare(tmp_path / "pictures", tmp_path / "state", PREPROCESSING)
+    assert again == uris
+    assert found == outcomes
+
+
+def test_other_settings_of_pixels_lie_in_another_folder(tmp_path: Path):
+    write_pictures(tmp_path / "pictures", 2)
+    narrow, _ = prepare(tmp_path / "pictures", tmp_path / "state", PREPROCESSING)
+    wide, _ = prepare(tmp_path / "pictures", tmp_path / "state", whole_picture(PREPROCESSING))
+    recoloured, _ = prepare(
+        tmp_path / "pictures", tmp_path / "state", PREPROCESSING.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    )
+    assert narrow != wide
+    assert narrow == recoloured
+    assert PixelStore(wide, Storage(), str(tmp_path))[0].shape == (36, 36, 3)
+
+
+def test_a_node_without_the_parts_says_what_is_needed(tmp_path: Path):
+    with pytest.raises(InputError, match="--state has to be a folder that all of them share"):
+        PixelStore([str(tmp_path / "part-000000")], Storage(), str(tmp_path))
+
+
+def test_parts_of_a_store_are_copied_once(tmp_path: Path):
+    storage = Storage()
+    array = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.save(tmp_path / "part.npy", array)
+    storage.write_whole("memory://pixels/part.npy", (tmp_path / "part.npy").read_bytes())
+    for _ in range(2):
+        store = PixelStore(["memory://pixels/part"], storage, str(tmp_path / "copies"))
+        assert np.array_equal(store[1], array[1])
+    assert len(list((tmp_path / "copies").iterdir())) == 1
+
+
+def test_a_picture_may_be_written_to(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    np.save(tmp_path / "part.npy", np.zeros((1, 4, 4, 3), np.uint8))
+    store = PixelStore([str(tmp_path / "part")], Storage(), str(tmp_path))
+    store[0][:] = 1
+    assert store[0].sum() == 0

@@ -1,0 +1,41 @@
+"""How many training processes fit where."""
+
+import pytest
+
+from batchcls.config.finetune import FinetuneConfig
+from batchcls.errors import InputError
+from batchcls.placement import Node
+from batchcls.training.workers import settle_workers
+
+
+def workers(nodes: list[Node], **changes: object):
+    config = FinetuneConfig(manifest="m", validation="v", model="x", output="o", **changes)
+    return settle_workers(config, nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "count", "cpus", "gpu", "loaders"),
+    [
+        ([Node(2, 0)], {}, (1, 1), 2, False, 0),
+        ([Node(8, 0), Node(4, 0)], {}, (2, 2), 4, False, 0),
+        ([Node(2, 0)], {"num_workers": "2"}, (2, 2), 1, False, 0),
+        ([Node(2, 0)], {"num_workers": "1-4"}, (1, 4), 0.5, False, 0),
+        ([Node(32, 4), Node(8, 0)], {}, (4, 4), 8, True, 8),
+        ([Node(16, 1)], {"device": "cpu"}, (1, 1), 16, False, 0),
+        ([Node(16, 1)], {"cpus_per_worker": 3, "loader_processes": 2}, (1, 1), 3, True, 2),
+    ],
+)
+def test_workers_follow_the_nodes(nodes, changes, count, cpus, gpu, loaders):
+    found = workers(nodes, **changes)
+    assert (found.least, found.most) == count
+    assert (found.cpus, found.use_gpu, found.loader_processes) == (cpus, gpu, loaders)
+    assert found.resources.get("GPU") == (1 if gpu else None)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(InputError, match=r"3 worker.* do not fit.*hold 2"):
+        workers([Node(2, 0)], num_workers="3", cpus_per_worker=1)
+    with pytest.raises(InputError, match="the cluster has no GPU"):
+        workers([Node(2, 0)], device="cuda")
+    with pytest.raises(ValueError, match="smaller end"):
+        workers([Node(2, 0)], num_workers="4-1")
