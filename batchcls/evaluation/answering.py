@@ -47,18 +47,20 @@ class Answering:
             InputError: not one row could be judged; the message has the reasons.
         """
         at = 0
+        flags: list[npt.NDArray[np.bool_]] = [np.empty(0, bool)]
         for answer in answers_of(self._engine, self._batches(Loader(load), load)):
-            room[at : at + len(answer.logits)] = answer.logits
-            at += len(answer.logits)
-        notes = pa.concat_tables(self._notes).combine_chunks()
+            finite = np.asarray(np.isfinite(answer.logits).all(axis=1))
+            found = int(finite.sum())
+            room[at : at + found] = answer.logits[finite]
+            at += found
+            flags.append(finite)
         rows, truth = _joined(self._kept)
-        finite = np.isfinite(room[:at]).all(axis=1)
-        self._fail({int(row): Reason.NON_FINITE.value for row in rows[~finite]})
-        notes = with_failures(notes, self._failed)
-        if not finite.any():
+        finite = np.concatenate(flags)
+        self._fail(dict.fromkeys(rows[~finite].tolist(), Reason.NON_FINITE.value))
+        notes = with_failures(pa.concat_tables(self._notes).combine_chunks(), self._failed)
+        if at == 0:
             raise InputError(nothing_judged(notes))
-        logits = room[:at] if finite.all() else room[:at][finite]
-        return notes, rows[finite], Answers(self._labels, truth[finite], logits)
+        return notes, rows[finite], Answers(self._labels, truth[finite], room[:at])
 
     def _batches(self, loader: Loader, load: LoadSettings) -> Iterator[npt.NDArray[np.uint8]]:
         for block in loader.load(self._tables(load.block_rows), {}):
