@@ -137,10 +137,16 @@ def embed(
 
 
 def _key(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> dict[str, object]:
-    """All that an embedding depends on; the images themselves by the manifest's state only."""
+    """All that an embedding depends on; the images themselves by the manifest's state only.
+
+    Not the bundle's fingerprint: labels and golden answers change nothing about an embedding.
+    """
+    config = bundle.config
     return {
-        "name": bundle.config.architecture,
-        "bundle": bundle.fingerprint,
+        "name": config.architecture,
+        "weights": config.weights.sha256,
+        "network": [config.source, config.architecture, config.arguments, config.embedding_tap],
+        "preprocessing": config.preprocessing.model_dump(mode="json"),
         "manifest": manifest.fingerprint,
         "base": manifest.base if is_remote(manifest.base) else str(Path(manifest.base).resolve()),
         "limits": [settings.limits.max_pixels, settings.limits.min_side_pixels, settings.fetch.max_bytes],

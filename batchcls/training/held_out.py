@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 _SCALES = tuple(2.0 ** (step / 2) for step in range(-10, 7))
-_PIECE_ROWS = 4096
+_PIECE_ROWS = 1024
+_MOST_LOGITS = 10_000_000
+_LEAST_ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,17 @@ class Tried:
 
 def calibrated(logits: torch.Tensor, classes: torch.Tensor, shrinkage: float, strength: float) -> Tried:
     """Judge logits (n x K) of n rows of these classes."""
-    right, losses = 0, torch.zeros(len(_SCALES), dtype=torch.float64)
+    # One number needs few logits; with thousands of categories their exponentials would take minutes.
+    few = max(_LEAST_ROWS, _MOST_LOGITS // logits.shape[1])
+    losses = [_loss(logits[:few], classes[:few], scale) for scale in _SCALES]
+    scale = _SCALES[losses.index(min(losses))]
+    top1 = float((logits.argmax(1) == classes).float().mean())
+    return Tried(shrinkage, strength, top1, _loss(logits, classes, scale), scale)
+
+
+def _loss(logits: torch.Tensor, classes: torch.Tensor, scale: float) -> float:
+    total = 0.0
     for start in range(0, len(logits), _PIECE_ROWS):
-        piece, target = logits[start : start + _PIECE_ROWS], classes[start : start + _PIECE_ROWS]
-        right += int((piece.argmax(1) == target).sum())
-        for place, scale in enumerate(_SCALES):
-            losses[place] += float(torch.nn.functional.cross_entropy(piece * scale, target, reduction="sum"))
-    best = int(losses.argmin())
-    return Tried(shrinkage, strength, right / len(logits), float(losses[best]) / len(logits), _SCALES[best])
+        piece, targets = logits[start : start + _PIECE_ROWS], classes[start : start + _PIECE_ROWS]
+        total += float(torch.nn.functional.cross_entropy(piece * scale, targets, reduction="sum"))
+    return total / len(logits)
