@@ -1,0 +1,159 @@
+"""A proxy in front of an S3 server that fails as networks and stores do: 500, 503, resets, stalls, cut bodies.
+
+It passes requests on byte for byte, the Host header included, so signatures stay right.
+"""
+
+import asyncio
+import random
+import threading
+from collections import Counter
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+FAULTS = ("500", "503", "reset", "stall", "cut")
+_ANSWERS = {
+    "500": ("500 Internal Server Error", "InternalError"),
+    "503": ("503 Slow Down", "SlowDown"),
+    "expired": ("403 Forbidden", "ExpiredToken"),
+}
+
+
+class FaultyProxy:
+    """Runs in a thread of its own while the block lasts.
+
+    Args:
+        backend: URL of the server.
+        share: of requests that meet each of the faults; 0.1 means that half of all fail.
+        seed: of the choice.
+        stall_seconds: how long a stalled request gets no answer.
+    """
+
+    def __init__(self, backend: str, share: float = 0.0, seed: int = 0, stall_seconds: float = 30.0) -> None:
+        parts = urlsplit(backend)
+        self._backend = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self._share = share
+        self._chance = random.Random(seed)
+        self._stall_seconds = stall_seconds
+        self.expire_after: int | None = None
+        """Requests until every answer is that the credentials have expired; None: never."""
+        self.seen: Counter[str] = Counter()
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._client, "127.0.0.1", 0))
+        self.url = "http://{}:{}".format(*server.sockets[0].getsockname())
+        self._ready.set()
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    def _fault(self) -> str | None:
+        total = self.seen.total()
+        if self.expire_after is not None and total >= self.expire_after:
+            return "expired"
+        drawn = self._chance.random()
+        return FAULTS[int(drawn / self._share)] if drawn < self._share * len(FAULTS) else None
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self._request(reader, writer):
+                pass
+        except (OSError, asyncio.IncompleteReadError):
+            self.seen["broken off by the client"] += 1
+        finally:
+            writer.close()
+
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request and its answer; False if the connection is over."""
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return False
+        if b"expect: 100-continue" in head.lower():
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await reader.readexactly(_length(head))
+        fault = self._fault()
+        self.seen[fault or "passed"] += 1
+        if fault == "stall":
+            await asyncio.sleep(self._stall_seconds)
+            return False
+        if fault == "reset":
+            writer.transport.abort()
+            return False
+        if fault in _ANSWERS:
+            status, code = _ANSWERS[fault]
+            text = f"<?xml version='1.0'?><Error><Code>{code}</Code></Error>".encode()
+            writer.write(
+                f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n".encode()
+            )
+            writer.write(b"" if head.startswith(b"HEAD") else text)
+            await writer.drain()
+            return False
+        return await self._pass_on(head, body, writer, cut=fault == "cut")
+
+    async def _pass_on(self, head: bytes, body: bytes, writer: asyncio.StreamWriter, cut: bool) -> bool:
+        above, below = await asyncio.open_connection(*self._backend)
+        try:
+            below.write(_without_expect(head) + body)
+            await below.drain()
+            answer = await above.readuntil(b"\r\n\r\n")
+            while answer.startswith(b"HTTP/1.1 100"):
+                answer = await above.readuntil(b"\r\n\r\n")
+            has_body = (
+                not head.startswith(b"HEAD") and b" 204 " not in answer[:20] and b" 304 " not in answer[:20]
+            )
+            chunked = b"transfer-encoding: chunked" in answer.lower()
+            content = b""
+            if has_body:
+                content = await (_chunks(above) if chunked else above.readexactly(_length(answer)))
+        finally:
+            below.close()
+        if cut:
+            writer.write(answer + content[: len(content) // 2])
+            await writer.drain()
+            writer.transport.abort()
+            return False
+        writer.write(answer + content)
+        await writer.drain()
+        return b"connection: close" not in answer.lower()
+
+
+def _length(head: bytes) -> int:
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-length":
+            return int(value)
+    return 0
+
+
+def _without_expect(head: bytes) -> bytes:
+    return b"\r\n".join(line for line in head.split(b"\r\n") if not line.lower().startswith(b"expect:"))
+
+
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    """A chunked body as it stands, lengths included."""
+    found = b""
+    while True:
+        line = await reader.readuntil(b"\r\n")
+        data = await reader.readexactly(int(line.split(b";")[0], 16) + 2)
+        found += line + data
+        if len(data) == 2:
+            return found

@@ -1,0 +1,138 @@
+"""A head and two more raylets of our own on loopback, each of one CPU; any but the head may die."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+# A dead node is noticed within seconds instead of most of a minute.
+_SYSTEM = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 5,
+}
+
+
+@dataclass
+class Node:
+    """One raylet and the folder that it runs in."""
+
+    folder: Path
+    raylet: int
+
+
+class ThreeNodes:
+    """A cluster of processes that we started, found by their folders and ended by pid."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment | {"RAY_AUTH_MODE": "disabled"}
+        self.port = _free_port()
+        self._folder = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))  # short: sockets live below it
+        self._started = 0
+        self._start(
+            "--head",
+            "--port",
+            str(self.port),
+            "--include-dashboard",
+            "false",
+            "--system-config",
+            json.dumps(_SYSTEM),
+        )
+        self.others = [self.add() for _ in range(2)]
+
+    @property
+    def address(self) -> str:
+        """For --ray-address."""
+        return f"127.0.0.1:{self.port}"
+
+    def add(self) -> Node:
+        """One more node."""
+        return self._start("--address", self.address)
+
+    def kill(self, node: Node) -> None:
+        """SIGKILL for its raylet; its workers end when they miss it."""
+        os.kill(node.raylet, signal.SIGKILL)
+        self.others.remove(node)
+
+    def replace_dead(self) -> None:
+        """Start nodes until there are three again."""
+        while len(self.others) < 2:
+            self.others.append(self.add())
+
+    def workers(self, title: str) -> list[int]:
+        """Processes of this cluster with these words in their title."""
+        return [pid for pid in self._ours() if title in _title(pid)]
+
+    def end(self) -> None:
+        """Kill what is ours, until nothing is left."""
+        while ours := self._ours():
+            for pid in ours:
+                _kill(pid)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self, *arguments: str) -> Node:
+        self._started += 1
+        before = set(self._ours("raylet/raylet"))
+        folder = self._folder / str(self._started)
+        head = ("--temp-dir", str(folder)) if "--head" in arguments else ()
+        subprocess.run(
+            [
+                *(str(Path(sys.executable).parent / "ray"), "start", *arguments, *head),
+                *("--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--disable-usage-stats"),
+                *("--object-store-memory", "200000000", "--node-manager-port", "0"),
+                *("--min-worker-port", "0", "--max-worker-port", "0"),
+            ],
+            env=self.environment | {"BATCHCLS_CHAOS": str(self._folder)},
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+        (raylet,) = set(self._ours("raylet/raylet")) - before
+        return Node(folder, raylet)
+
+    def _ours(self, title: str = "") -> list[int]:
+        mark = f"BATCHCLS_CHAOS={self._folder}".encode()
+        found = set()
+        parents = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    status = (entry / "stat").read_text().rpartition(")")[2].split()
+                    environment = (entry / "environ").read_bytes()
+                except OSError:
+                    continue
+                if status[0] != "Z":
+                    parents[int(entry.name)] = int(status[1])
+                    if mark in environment.split(b"\0"):
+                        found.add(int(entry.name))
+        # Workers overwrite their environment with their title; their parents do not.
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        return sorted(pid for pid in found if pid != os.getpid() and title in _title(pid))
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

@@ -1,0 +1,130 @@
+"""Runs that are killed at random moments and started again publish what an undisturbed run publishes."""
+
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.chaos.night import Night, published, receipts
+from tests.chaos.nodes import ThreeNodes
+from tests.integration.test_classify_job import write_catalog
+
+ROWS = 2000
+BROKEN = tuple(range(3, ROWS, 97))  # so that nearly every part has two files
+MOST_STARTS = 6
+TARGETS = ("driver", "actor", "load worker", "raylet", "between two files")
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_catalog(tmp_path_factory.mktemp("catalog"), ROWS, broken=BROKEN)
+
+
+def arguments(catalog: str, model: str, target: str) -> tuple[str, ...]:
+    shape = "staged" if target == "load worker" else "fused"
+    return (
+        *("--manifest", catalog, "--model", model, "--shape", shape, "--max-failed-fraction", "0.05"),
+        *("--fragment-rows", "100", "--rows-per-file", "100", "--no-progress-timeout-seconds", "120"),
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    nodes: ThreeNodes, catalog: str, tiny_bundle: str, tmp_path_factory: pytest.TempPathFactory
+) -> pa.Table:
+    output = tmp_path_factory.mktemp("undisturbed")
+    night = Night(nodes, output, *arguments(catalog, tiny_bundle, "driver"))
+    assert night.exit_code() == 0, night.text
+    return published(output)
+
+
+def wait_for_receipts(night: Night, number: int) -> None:
+    """Until so many parts are on storage, or the job has ended."""
+    while len(receipts(night.output)) < number and not night.ends_within(0.02):
+        pass
+
+
+def kill_worker(nodes: ThreeNodes, night: Night, title: str, chance: random.Random) -> None:
+    while not (found := nodes.workers(title)):
+        if night.ends_within(0.02):
+            return
+    os.kill(chance.choice(found), signal.SIGKILL)
+
+
+def kill_between_two_files(nodes: ThreeNodes, night: Night) -> bool:
+    """Stop the actors when a part has its predictions and no receipt yet, and kill them there."""
+
+    def half_written() -> list[str]:
+        written = {path.stem for path in night.output.glob("runs/*/predictions/*.parquet")}
+        return sorted(written - {Path(name).stem for name in receipts(night.output)})
+
+    while not night.ends_within(0):
+        if not half_written():
+            continue
+        actors = nodes.workers("ray::FragmentActor")
+        for pid in actors:
+            os.kill(pid, signal.SIGSTOP)
+        caught = bool(half_written())
+        for pid in actors:
+            os.kill(pid, signal.SIGKILL if caught else signal.SIGCONT)
+        if caught:
+            return True
+    return False
+
+
+def strike(nodes: ThreeNodes, night: Night, target: str, chance: random.Random) -> None:
+    """Kill something at a random moment of the run."""
+    if not night.has_begun():
+        return
+    wait_for_receipts(night, chance.randrange(0, 16))
+    if target == "driver":
+        night.kill()
+    elif target == "actor":
+        kill_worker(nodes, night, "ray::FragmentActor", chance)
+    elif target == "load worker":
+        kill_worker(nodes, night, "ray::ReadImages", chance)
+    elif target == "raylet":
+        nodes.kill(chance.choice(nodes.others))
+    else:
+        kill_between_two_files(nodes, night)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(7200)
+def test_whatever_is_killed_the_published_rows_are_those_of_an_undisturbed_run(
+    nodes: ThreeNodes,
+    catalog: str,
+    tiny_bundle: str,
+    undisturbed: pa.Table,
+    tmp_path: Path,
+    chaos_runs: int,
+    chaos_seed: int,
+):
+    starts: Counter[str] = Counter()
+    for number in range(chaos_runs):
+        chance = random.Random(1000 * chaos_seed + number)
+        target = TARGETS[number % len(TARGETS)]
+        output = tmp_path / f"{number}"
+        night = Night(nodes, output, *arguments(catalog, tiny_bundle, target))
+        strike(nodes, night, target, chance)
+        started = 1
+        while (code := night.exit_code()) != 0:
+            assert code in (1, 4, -signal.SIGKILL), night.text
+            assert not (output / "current.json").exists()
+            assert started < MOST_STARTS, night.text
+            nodes.replace_dead()
+            night = Night(nodes, output, *arguments(catalog, tiny_bundle, target))
+            started += 1
+        nodes.replace_dead()
+        starts[f"{target}, {started} start(s)"] += 1
+        found = published(output)
+        for column in ("row", "item_id", "label", "content_hash"):
+            assert found.column(column).equals(undisturbed.column(column)), (number, target, column)
+        assert np.allclose(found.column("probability"), undisturbed.column("probability"), atol=1e-3)
+        assert len(list((output / "runs").iterdir())) == 1, "the run was not gone on with"
+    print(f"\n{chaos_runs} runs: {dict(starts)}")
