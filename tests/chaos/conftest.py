@@ -5,13 +5,14 @@ How often: BATCHCLS_CHAOS_RUNS (50 by `make chaos`), from a seed: BATCHCLS_CHAOS
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
 from tests.chaos.nodes import ThreeNodes
 from tests.integration.conftest import make_bundle, tiny_bundle
 
-__all__ = ["chaos_runs", "chaos_seed", "make_bundle", "nodes", "tiny_bundle"]
+__all__ = ["chaos", "make_bundle", "nodes", "tiny_bundle"]
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,15 @@ def nodes(clean_environment: dict[str, str]) -> Iterator[ThreeNodes]:
         started.end()
 
 
-@pytest.fixture(scope="session")
-def chaos_runs() -> int:
-    return int(os.environ.get("BATCHCLS_CHAOS_RUNS", "50"))
+@dataclass(frozen=True)
+class Chaos:
+    """How many runs are killed, and the seed of the moments."""
+
+    runs: int
+    seed: int
 
 
 @pytest.fixture(scope="session")
-def chaos_seed() -> int:
-    return int(os.environ.get("BATCHCLS_CHAOS_SEED", "0"))
+def chaos() -> Chaos:
+    read = os.environ.get
+    return Chaos(int(read("BATCHCLS_CHAOS_RUNS", "50")), int(read("BATCHCLS_CHAOS_SEED", "0")))

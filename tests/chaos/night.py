@@ -101,5 +101,9 @@ def receipts(output: Path) -> set[str]:
     return {path.name for path in output.glob("runs/*/receipts/*.json")}
 
 
-LENIENT: tuple[str, ...] = ()
+LENIENT = (
+    *("--gate-max-changed-labels-fraction", "1", "--gate-max-category-shift", "1"),
+    *("--gate-max-mean-confidence-shift", "1", "--gate-max-row-count-change-fraction", "1000"),
+    *("--gate-max-embedding-norm-shift-fraction", "1000"),
+)
 """Flags with which no gate refuses a night that is meant to differ from the last."""

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.chaos.conftest import Chaos
 from tests.chaos.night import Night, published, receipts
 from tests.chaos.nodes import ThreeNodes
 from tests.integration.test_classify_job import write_catalog
@@ -102,12 +103,11 @@ def test_whatever_is_killed_the_published_rows_are_those_of_an_undisturbed_run(
     tiny_bundle: str,
     undisturbed: pa.Table,
     tmp_path: Path,
-    chaos_runs: int,
-    chaos_seed: int,
+    chaos: Chaos,
 ):
     starts: Counter[str] = Counter()
-    for number in range(chaos_runs):
-        chance = random.Random(1000 * chaos_seed + number)
+    for number in range(chaos.runs):
+        chance = random.Random(1000 * chaos.seed + number)
         target = TARGETS[number % len(TARGETS)]
         output = tmp_path / f"{number}"
         night = Night(nodes, output, *arguments(catalog, tiny_bundle, target))
@@ -127,4 +127,4 @@ def test_whatever_is_killed_the_published_rows_are_those_of_an_undisturbed_run(
             assert found.column(column).equals(undisturbed.column(column)), (number, target, column)
         assert np.allclose(found.column("probability"), undisturbed.column("probability"), atol=1e-3)
         assert len(list((output / "runs").iterdir())) == 1, "the run was not gone on with"
-    print(f"\n{chaos_runs} runs: {dict(starts)}")
+    print(f"\n{chaos.runs} runs: {dict(starts)}")
