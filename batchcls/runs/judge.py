@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from batchcls.config.classify import ClassifyConfig
-from batchcls.errors import InputError, PublishRefused
+from batchcls.errors import InputError, PublishRefused, StorageStoppedError
 from batchcls.runs.commit import Totals
 from batchcls.runs.gates import Baseline, GateResult, Limits, Subject, judge_gates, refused
 from batchcls.runs.layout import run_folder
@@ -52,12 +52,15 @@ def judge(
     committed all the same, and a person decides.
 
     Raises:
-        InputError: the run's own files, or current.json, cannot be read.
+        StorageStoppedError: the run's own files, or current.json, cannot be read; nothing is committed.
     """
     folder = run_folder(config.output, plan.run_id)
     files = [file for receipt in receipts for file in receipt.files]
-    summary = summarise(folder, files, storage)
-    published = read_published(config.output, storage)
+    try:
+        summary = summarise(folder, files, storage)
+        published = read_published(config.output, storage)
+    except InputError as error:  # what was right when the run began is not the configuration's fault now
+        raise StorageStoppedError(f"{error}; not committed, the same command goes on from here") from None
     baseline: Baseline | None = None
     broken: tuple[GateResult, ...] = ()
     if published.run_id is not None:

@@ -8,7 +8,7 @@ import pytest
 
 from batchcls.config.classify import ClassifyConfig
 from batchcls.config.gates import GateSettings
-from batchcls.errors import InputError, PublishRefused
+from batchcls.errors import InputError, PublishRefused, StorageStoppedError
 from batchcls.flags import add_settings, parser_for, read_settings
 from batchcls.runs.commit import reconcile
 from batchcls.runs.gates import GateResult, refused
@@ -218,6 +218,14 @@ def test_a_published_run_that_cannot_be_read_is_a_refusal_and_no_error(tmp_path:
     (tmp_path / "runs" / "old" / "run.json").write_text("{}")
     verdict = verdict_on(tmp_path, mixed(200, 0))
     assert [entry.gate for entry in refused(verdict.gates)] == ["baseline"]
+
+
+def test_a_current_json_that_cannot_be_read_stops_before_the_commit(tmp_path: Path):
+    published(tmp_path, mixed(200, 0))
+    (tmp_path / "current.json").write_text("{")
+    with pytest.raises(StorageStoppedError, match=r"current\.json is damaged.*not committed") as caught:
+        verdict_on(tmp_path, mixed(200, 0))
+    assert caught.value.exit_code == 4
 
 
 def test_a_refused_publish_leaves_the_old_run_and_says_gate_figure_and_limit(tmp_path: Path):
