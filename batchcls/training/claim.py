@@ -59,11 +59,11 @@ def claim_run(state: str, decides: Mapping[str, Any], storage: Storage, *, resta
 
 
 def finish_run(state: str, storage: Storage) -> None:
-    """Mark the run as finished: the next command begins another one."""
+    """Mark the run as finished, if there is one: the next command begins another."""
     uri = join(state, _RECORD)
     record = _read(uri, storage)
-    assert record is not None
-    _write(uri, record | {"finished": True}, storage)
+    if record is not None:
+        _write(uri, record | {"finished": True}, storage)
 
 
 def digest_of(decides: Mapping[str, Any]) -> str:

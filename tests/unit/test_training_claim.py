@@ -31,6 +31,11 @@ def test_a_finished_run_is_not_gone_on_with(tmp_path: Path):
     assert second.run_id != first.run_id
 
 
+def test_a_state_folder_that_was_removed_has_no_run_to_finish(tmp_path: Path):
+    finish_run(str(tmp_path), Storage())
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_command_is_refused_and_told_the_difference(tmp_path: Path):
     first = claim(tmp_path)
     with pytest.raises(InputError, match=f"unfinished run {first.run_id}, which differs in seed; "):
