@@ -61,6 +61,7 @@ class FusedRun:
         self._asked: dict[Any, _Place] = {}
         self._again: deque[_Todo] = deque()
         self._suspects = Suspects(work)
+        self._orders: Any = None
         self._receipts: list[Receipt] = []
         self._finished_rows = 0
         self._failures: Counter[str] = Counter()
@@ -98,7 +99,8 @@ class FusedRun:
     def _start_actors(self) -> None:
         work, shape = self._work, self._work.placement
         fingerprint = work.bundle.fingerprint
-        orders = ray.put(
+        # Held for as long as the run lasts: a process that takes a dead one's place reads it again.
+        self._orders = ray.put(
             Orders(work.bundle, fingerprint, work.engines, work.load, work.predict, work.writer, shape)
         )
         pool: Any = ray.remote(concurrency_groups=CONCURRENCY)(self.actor_class)
@@ -108,7 +110,7 @@ class FusedRun:
                 num_gpus=shape.gpus_per_actor,
                 scheduling_strategy="SPREAD",
                 max_restarts=ACTOR_RESTARTS,
-            ).remote([orders])
+            ).remote([self._orders])
             self._places.append(_Place(actor))
             self._await(self._places[-1])
 

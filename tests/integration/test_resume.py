@@ -155,6 +155,7 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
     assert (record["counts"]["predicted"], record["counts"]["reused"]) == (1, rows - 1)
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
     job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
 ):

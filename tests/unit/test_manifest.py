@@ -66,7 +66,7 @@ def test_kept_columns_travel_and_others_do_not(tmp_path: Path):
     )
     manifest = open_manifest(str(path), STORAGE, keep=["price"])
     (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(10))), 10)
-    assert table.column_names == ["row", "item_id", "uri", "image", "price"]
+    assert table.column_names == ["row", "item_id", "uri", "image", "source_version", "price"]
     assert table.column("price").to_pylist() == [1.5, None]
 
 
@@ -176,3 +176,14 @@ def test_picked_rows_are_cut_and_read_by_their_numbers(tmp_path: Path, inline: b
     assert read.column("item_id").to_pylist() == [f"i{row}" for row in wanted]
     if inline:
         assert read.column("image").to_pylist() == [bytes([row]) for row in wanted]
+
+
+def test_a_column_version_says_the_state_of_an_image_as_text_or_number(tmp_path: Path):
+    path = write_manifest(tmp_path / "a.parquet", ["x", "y"], version=pa.array([7, None], pa.int64()))
+    manifest = open_manifest(str(path), STORAGE, keep=["version"])
+    (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(10))), 10)
+    assert table.column("source_version").to_pylist() == ["version:7", None]
+    assert table.column("version").to_pylist() == [7, None]
+    write_manifest(tmp_path / "b.parquet", ["x"], version=pa.array([1.5]))
+    with pytest.raises(InputError, match="column version has type double"):
+        open_manifest(str(tmp_path / "b.parquet"), STORAGE)
