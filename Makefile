@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu long lint format type bench docs clean
+.PHONY: help setup demo test gpu long chaos lint format type bench docs clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -29,13 +29,16 @@ demo: $(STAMP)  ## draw a catalog, train a backbone, classify it with the real j
 	@$(BIN)/python examples/demo.py --output $(DEMO)
 
 test: $(STAMP)  ## unit, contract, integration and repository tests
-	@$(BIN)/python -m pytest -m 'not gpu and not long'
+	@$(BIN)/python -m pytest -m 'not gpu and not long and not chaos'
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
 long: $(STAMP)  ## the long tests: every backbone of the zoo through the real job, ten crops, accuracies
 	@$(BIN)/python -m pytest -m long -s
+
+chaos: $(STAMP)  ## 50 runs that are killed, a store that fails, mutated images; an hour on two cores
+	@$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 lint: $(STAMP)  ## style
 	@$(BIN)/ruff check .
