@@ -44,6 +44,17 @@ class RunsDiffConfig(RunsConfig):
     largest: int = Field(default=20, ge=1, description="How many of the largest flows to show.")
 
 
+class RunsReportConfig(RunsConfig):
+    """Draw a run's page, report.html, anew."""
+
+    run: str = Field(default="published", min_length=1, description=_RUN)
+    before: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The run to compare with. Default: the one that its gates were held against.",
+    )
+
+
 class RunsPublishConfig(RunsConfig):
     """Make a committed run the current one."""
 

@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.runs`: list, show, diff, publish, rollback, prune and verify runs."""
+"""`python -m batchcls.jobs.runs`: list, show, diff, report, publish, rollback, prune and verify runs."""
 
 import logging
 from collections import Counter
@@ -12,6 +12,7 @@ from batchcls.config.runs import (
     RunsListConfig,
     RunsPruneConfig,
     RunsPublishConfig,
+    RunsReportConfig,
     RunsRollbackConfig,
     RunsShowConfig,
     RunsVerifyConfig,
@@ -19,6 +20,7 @@ from batchcls.config.runs import (
 from batchcls.console import results_console
 from batchcls.errors import ExitCode, PublishRefused
 from batchcls.jobs.command import Command, main
+from batchcls.report.run_report import write_run_report
 from batchcls.run_tables import (
     categories_table,
     confidence_line,
@@ -105,6 +107,18 @@ def diff(config: RunsDiffConfig, console: Console) -> ExitCode:
         out.print(confidence_line(name, summary))
     if config.to is not None:
         out.print(f"results: {redact_uri(config.to)}")
+    return ExitCode.DONE
+
+
+def report(config: RunsReportConfig, console: Console) -> ExitCode:
+    """Write report.html of a run."""
+    del console
+    record, storage = _record(config, config.run)
+    before = None if config.before is None else resolve_run(config.before, config.output, storage)
+    uri = write_run_report(
+        config.output, record.run_id, storage, before=before, storage_options=config.storage_options
+    )
+    results_console().print(f"report: {redact_uri(uri)}")
     return ExitCode.DONE
 
 
@@ -229,6 +243,13 @@ COMMANDS = (
             "diff previous published --output out", "diff 20261123 latest --output out --to out/diffs/latest"
         ),
         ("old", "new"),
+    ),
+    Command(
+        "report",
+        RunsReportConfig,
+        report,
+        _examples("report --output out", "report latest --before 20261123 --output s3://shop/out"),
+        ("run",),
     ),
     Command(
         "publish",

@@ -145,7 +145,8 @@ def _churn(facts: RunFacts) -> list[_Figure]:
         _Figure("new", f"{changes.new:,}", "answered in this run only"),
         _Figure("gone", f"{changes.gone:,}", f"answered in {changes.run_id} only"),
     ]
-    return found + [_Figure(f"because of: {cause}", f"{rows:,}") for cause, rows in changes.causes]
+    why = [_Figure("of these", f"{rows:,}", cause) for cause, rows in changes.causes]
+    return [*found[:2], *why, *found[2:]]
 
 
 def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_Mix]]]:

@@ -3,12 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from batchcls.report.run_facts import Before, Gate, RunFacts, StageCost, Throughput, Verdict
 from batchcls.report.run_figures import read_figures
 from batchcls.report.run_items import read_refused
 from batchcls.report.wording import count, size
+from batchcls.runs.diff import CAUSES, count_causes
 from batchcls.runs.layout import PLAN
 from batchcls.runs.records import RunRecord, open_parts, read_current
 from batchcls.storage import Storage, explain, join, redact_uri
@@ -31,6 +33,12 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         earlier = None if before is None else (before.run_id, open_parts(before, "predictions", storage))
         figures = read_figures(open_parts(record, "predictions", storage), earlier)
         refused = read_refused(open_parts(record, "quarantine", storage))
+        changes = figures.changes
+        if changes is not None and before is not None and changes.changed:
+            found = count_causes(before, record, storage)
+            changes = replace(
+                changes, causes=tuple((CAUSES[name], rows) for name, rows in found.items() if rows)
+            )
     gates = tuple(_gate(entry) for entry in record.gates)
     return RunFacts(
         run_id=record.run_id,
@@ -44,7 +52,7 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         throughput=_throughput(record.measured),
         confidence=figures.confidence,
         categories=figures.categories,
-        changes=figures.changes,
+        changes=changes,
         facts=_about(record, read_plan(record, storage)),
         folder=redact_uri(record.folder),
         before=None if before is None else _before(before),

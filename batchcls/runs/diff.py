@@ -192,9 +192,7 @@ def diff_runs(
     model_changed = old.model_fingerprint != new.model_fingerprint
     old_summary, new_summary = summary_of(old, storage), summary_of(new, storage)
     with connect() as connection:
-        for side, record in (("old", old), ("new", new)):
-            _register(connection, side, record, storage)
-        connection.execute(_JOINED.format(model_changed=str(model_changed).lower()))
+        _join(connection, old, new, storage)
         found = RunDiff(
             old=old.run_id,
             new=new.run_id,
@@ -210,6 +208,25 @@ def diff_runs(
         if to is not None:
             _write(connection, found, to, storage)
     return found
+
+
+def count_causes(old: RunRecord, new: RunRecord, storage: Storage) -> Mapping[str, int]:
+    """Items of another label by cause, every cause of `CAUSES`; `diff_runs` without the rest.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    with connect() as connection:
+        _join(connection, old, new, storage)
+        return _counts(connection, "cause", CAUSES)
+
+
+def _join(connection: duckdb.DuckDBPyConnection, old: RunRecord, new: RunRecord, storage: Storage) -> None:
+    """The table `joined`: an item of either run a row."""
+    for side, record in (("old", old), ("new", new)):
+        _register(connection, side, record, storage)
+    model_changed = old.model_fingerprint != new.model_fingerprint
+    connection.execute(_JOINED.format(model_changed=str(model_changed).lower()))
 
 
 def _register(connection: duckdb.DuckDBPyConnection, side: str, record: RunRecord, storage: Storage) -> None:

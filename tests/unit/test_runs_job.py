@@ -328,3 +328,16 @@ def test_a_run_of_hostile_ids_goes_through_everything(tmp_path: Path, call):
 )
 def test_text_of_a_catalog_is_one_harmless_line(text: object, line: str):
     assert shown(text, 15 if text != "x" * 100 else 10).plain == line
+
+
+def test_a_page_is_drawn_anew(tmp_path: Path, call: Callable[..., tuple[int, str]]):
+    output = str(tmp_path / "output")
+    night(output, "a")
+    write_run(output, Night("b"), items(4, label="dog"))
+    assert call("report", "b", "--before", "a", "--output", output) == (
+        0,
+        f"report: {tmp_path}/output/runs/b/report.html\n",
+    )
+    page = (tmp_path / "output/runs/b/report.html").read_text()
+    assert "neither changed: another engine, precision or hardware" in page
+    assert call("report", "c", "--output", output)[0] == 2
