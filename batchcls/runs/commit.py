@@ -29,7 +29,7 @@ class Totals:
     stage_seconds: dict[str, float]
     image_bytes: int
     first_failed: tuple[tuple[int, str], ...]
-    abstained: int = 0
+    abstained: int
 
     @property
     def quarantined(self) -> int:
@@ -61,7 +61,14 @@ def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
     image_bytes = sum(receipt.image_bytes for receipt in receipts)
     first_failed = sorted(pair for receipt in receipts for pair in receipt.first_failed)[:NAMED_FAILURES]
     return Totals(
-        rows, predicted, reused, failures, stage_seconds(receipts), image_bytes, tuple(first_failed)
+        rows=rows,
+        predicted=predicted,
+        reused=reused,
+        failures=failures,
+        stage_seconds=stage_seconds(receipts),
+        image_bytes=image_bytes,
+        first_failed=tuple(first_failed),
+        abstained=sum(receipt.abstained for receipt in receipts),
     )
 
 
