@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from batchcls.config.common import TAP_PATTERN, JobConfig
+from batchcls.config.common import TAP_PATTERN, JobConfig, PreprocessingSettings
 from batchcls.config.engines import CacheSettings
 
 
@@ -16,7 +16,7 @@ class StoreSettings(JobConfig):
     )
 
 
-class BundleCreateConfig(StoreSettings):
+class BundleCreateConfig(StoreSettings, PreprocessingSettings):
     """Make a bundle from a name of the zoo, timm or torchvision and weights."""
 
     model: str = Field(
@@ -54,19 +54,6 @@ class BundleCreateConfig(StoreSettings):
         pattern=TAP_PATTERN,
         description="Where the embedding is taken: pooled, in front of the classifier, or stage1, stage2, ...: "
         "that stage's feature map, averaged over space.",
-    )
-    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R,G,B in 0..1.")
-    std: tuple[float, float, float] | None = Field(
-        default=None, description="Standard deviation of R,G,B in 0..1."
-    )
-    input_size: int | None = Field(
-        default=None, ge=16, le=4096, description="Side of the network's input in pixels."
-    )
-    crop_pct: float | None = Field(
-        default=None, gt=0, le=1, description="Input size divided by the resize size, e.g. 0.875."
-    )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        default=None, description="Resampling filter."
     )
 
 

@@ -48,6 +48,24 @@ class FetchSettings(JobConfig):
     )
 
 
+class PreprocessingSettings(JobConfig):
+    """What a user says of the preprocessing of weights that have no record of it."""
+
+    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R,G,B in 0..1.")
+    std: tuple[float, float, float] | None = Field(
+        default=None, description="Standard deviation of R,G,B in 0..1."
+    )
+    input_size: int | None = Field(
+        default=None, ge=16, le=4096, description="Side of the network's input in pixels."
+    )
+    crop_pct: float | None = Field(
+        default=None, gt=0, le=1, description="Input size divided by the resize size, e.g. 0.875."
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
+        default=None, description="Resampling filter."
+    )
+
+
 class ClusterSettings(JobConfig):
     """Where a job runs; shared by every job on Ray."""
 

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings
+from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings, PreprocessingSettings
 from batchcls.storage import is_remote, local_path, redact_options, redact_uri
 
 _WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
 
 
-class FinetuneConfig(FetchSettings, ClusterSettings):
+class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     """Train a network on labelled pictures: two manifests in, a model bundle out."""
 
     manifest: str = Field(
@@ -36,19 +36,6 @@ class FinetuneConfig(FetchSettings, ClusterSettings):
     from_scratch: bool = Field(
         default=False,
         description="Start from random weights of a named architecture instead of published ones.",
-    )
-    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R,G,B in 0..1.")
-    std: tuple[float, float, float] | None = Field(
-        default=None, description="Standard deviation of R,G,B in 0..1."
-    )
-    input_size: int | None = Field(
-        default=None, ge=16, le=4096, description="Side of the network's input in pixels."
-    )
-    crop_pct: float | None = Field(
-        default=None, gt=0, le=1, description="Input size divided by the resize size, e.g. 0.875."
-    )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        default=None, description="Resampling filter."
     )
     labels: str | None = Field(
         default=None,

@@ -68,11 +68,6 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
     """Build the model once, strictly, ask it for its golden answers, and write it as a bundle."""
     del console
     storage = Storage(config.storage_options)
-    given = {
-        name: value
-        for name in PreprocessingOverrides.model_fields
-        if (value := getattr(config, name)) is not None
-    }
     choices = ModelChoices(
         weights=config.weights,
         labels=config.labels,
@@ -82,7 +77,7 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
         dropout=config.dropout,
         trainable=tuple(config.trainable),
         arguments=parse_model_arguments(config.model_args or ""),
-        overrides=PreprocessingOverrides(**given),
+        overrides=PreprocessingOverrides.of(config),
     )
     bundle = with_golden(resolve_model(config.model, choices, storage))
     with explain(config.output):

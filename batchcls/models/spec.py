@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from batchcls.config.common import PreprocessingSettings
 from batchcls.preprocessing import Interpolation
 
 SourceName = Literal["timm", "torchvision"]
@@ -39,3 +40,9 @@ class PreprocessingOverrides(BaseModel):
         default=None, gt=0, le=1, description="Side of the crop divided by the short side after the resize."
     )
     interpolation: Interpolation | None = Field(default=None, description="Resampling filter.")
+
+    @classmethod
+    def of(cls, settings: PreprocessingSettings) -> Self:
+        """What a job's settings say; what they leave open is not among `model_fields_set`."""
+        values = {name: getattr(settings, name) for name in cls.model_fields}
+        return cls(**{name: value for name, value in values.items() if value is not None})

@@ -22,8 +22,6 @@ from batchcls.models.spec import PreprocessingOverrides
 from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.storage import Storage
 
-_OVERRIDES = tuple(PreprocessingOverrides.model_fields)
-
 
 def open_start(config: FinetuneConfig, storage: Storage) -> Bundle | None:
     """The bundle that --model names; None where it names an architecture.
@@ -122,10 +120,9 @@ def _named(config: FinetuneConfig, labels: Labels, storage: Storage) -> Bundle:
 
 
 def _choices(config: FinetuneConfig) -> ModelChoices:
-    given = {name: value for name in _OVERRIDES if (value := getattr(config, name)) is not None}
     return ModelChoices(
         weights=config.weights,
         arguments=parse_model_arguments(config.model_args or ""),
-        overrides=PreprocessingOverrides(**given),
+        overrides=PreprocessingOverrides.of(config),
         allow_random=config.from_scratch,
     )
