@@ -1,7 +1,7 @@
 """The bundle that training ends in: trained weights, the start's preprocessing, golden answers, lineage."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -32,6 +32,12 @@ def read_trained(data: bytes) -> Trained:
     return Trained(state["average"] or state["model"], tuple(state["history"]))
 
 
+def curves_of(history: Sequence[Record]) -> dict[str, list[float]]:
+    """What `evaluate` draws of the epochs: lists of one length, by name."""
+    names = ("epoch", "loss", "validation_loss", "learning_rate", "top1", "validation_top1")
+    return {name: [float(record[name]) for record in history] for name in names}
+
+
 def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mapping[str, Any]) -> Bundle:
     """The start with trained weights, asked for its golden answers.
 
@@ -53,6 +59,7 @@ def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mappin
             "lineage": start.config.lineage,
         },
         "history": list(trained.history),
+        "curves": curves_of(trained.history),
         "versions": {name: version(name) for name in _PACKAGES},
     }
     origin = {"kind": "trained", "name": run_id}

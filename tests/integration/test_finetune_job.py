@@ -119,6 +119,9 @@ def test_a_bundle_comes_out_that_answers_and_says_where_it_comes_from(
     assert (made.config.weights.kind, made.publishable) == ("trained", True)
     assert made.config.lineage["start"]["lineage"]["new_head_on"] == before.fingerprint
     history = made.config.lineage["history"]
+    curves = made.config.lineage["curves"]
+    assert curves["validation_top1"] == [record["validation_top1"] for record in history]
+    assert set(map(len, curves.values())) == {len(history)}
     assert history[-1]["validation_top1"] > 0.9
     assert history[0]["crop_pixels"] == [32, 32]
     assert history[-1]["crop_pixels"] == [64, 64]
