@@ -38,7 +38,7 @@ long: $(STAMP)  ## the long tests: every backbone of the zoo through the real jo
 	@$(BIN)/python -m pytest -m long -s
 
 chaos: $(STAMP)  ## 50 runs that are killed, a store that fails, mutated images; an hour on two cores
-	@$(BIN)/python -m pytest -m chaos -s tests/chaos
+	@$(BIN)/python -m pytest -m chaos -s
 
 lint: $(STAMP)  ## style
 	@$(BIN)/ruff check .

@@ -41,7 +41,7 @@ def receipts(output: Path) -> set[str]:
     return {path.name for path in output.glob("runs/*/receipts/*.json")}
 
 
-@pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.long)])
+@pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.chaos)])
 def test_a_killed_driver_s_run_goes_on_where_it_was(
     cluster: Cluster, job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str
 ):
@@ -130,6 +130,7 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
         "rows": rows,
         "predicted": 1,
         "reused": rows - 2,
+        "abstained": 0,
         "quarantined": 1,
         "quarantined_by_reason": {"truncated": 1},
     }
@@ -155,7 +156,7 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
     assert (record["counts"]["predicted"], record["counts"]["reused"]) == (1, rows - 1)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
     job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
 ):
@@ -179,7 +180,7 @@ def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
         subprocess.run(["umount", str(output)], check=True)
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.parametrize("shape", ["fused", "staged"])
 def test_images_that_kill_their_decoder_are_quarantined_and_no_others(
     tiny_bundle: str, tmp_path: Path, clean_environment: dict[str, str], shape: str
