@@ -78,6 +78,8 @@ class FaultyProxy:
                 pass
         except (OSError, asyncio.IncompleteReadError):
             self.seen["broken off by the client"] += 1
+        except asyncio.CancelledError:
+            self.seen["open at the end"] += 1
         finally:
             writer.close()
 

@@ -1,16 +1,19 @@
 """A store that fails: through a proxy that answers as stores and networks do on a bad night."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 import s3fs
 from ray._private.authentication_test_utils import reset_auth_token_state
 
-from batchcls.jobs import classify, manifest
+from batchcls.jobs import manifest
 from batchcls.jobs.command import run
 from tests.chaos.faulty_proxy import FaultyProxy
-from tests.conftest import S3Server
+from tests.conftest import REPOSITORY, S3Server
 from tests.drawing import draw, encode
 
 BROKEN = (7, 31)
@@ -46,16 +49,23 @@ def put_catalog(s3: S3Server, images: int) -> str:
 
 
 def start(catalog: str, model: str, output: str, endpoint: str, *more: str) -> int:
+    """The job in a process of its own, which is gone when it has ended, as its lease is then."""
     options = json.dumps({"endpoint_url": endpoint})
-    return run(
-        "classify",
-        classify.COMMANDS,
+    done = subprocess.run(
         [
+            *(sys.executable, "-m", "batchcls.jobs.classify"),
             *("--manifest", catalog, "--model", model, "--output", output, "--storage-options", options),
             *("--fragment-rows", "50", "--rows-per-file", "50", "--fetch-timeout-seconds", "2"),
             *("--ray-address", "local", *more),
         ],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
 
 
 def current_run(store: s3fs.S3FileSystem, output: str) -> tuple[str, dict[str, object]]:
