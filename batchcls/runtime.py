@@ -123,9 +123,11 @@ def hardware_of(nodes: Sequence[LivingNode]) -> list[Hardware]:
     here = ray.get_runtime_context().get_node_id()
     if [node.node_id for node in nodes] == [here]:
         return [Hardware.here()]
-    look = ray.remote(num_cpus=0)(Hardware.here)
+    look = ray.remote(num_cpus=0)(_call)
     tasks = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote()
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
+            Hardware.here
+        )
         for node in nodes
     ]
     return [_result(node, task, None) for node, task in zip(nodes, tasks, strict=True)]
