@@ -152,7 +152,8 @@ def _staged(
     """Load tasks on the CPUs that actors leave, actors, and write tasks that need no CPU of their own."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     actors, cpus_per_actor, gpus_per_actor = _actors(config, nodes, device)
-    load_cpu = _TASK_CPU if cpus - actors * cpus_per_actor >= _TASK_CPU else 0.5
+    free = _most_free(nodes, actors, cpus_per_actor, gpus_per_actor)
+    load_cpu = _TASK_CPU if free >= _TASK_CPU else 0.5
     load_tasks = _or(config.load_tasks, max(1, int((cpus - actors * cpus_per_actor) / load_cpu)))
     threads = _threads(nodes, actors, device)
     batch = _or(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
@@ -187,6 +188,13 @@ def _staged(
         rows_per_file=rows_per_file,
         reasons=reasons,
     )
+
+
+def _most_free(nodes: Sequence[Node], actors: int, cpus_per_actor: float, gpus_per_actor: float) -> float:
+    """CPUs that the emptiest node has left beside its actors, however they are spread: a task runs on one node."""
+    able = [node.cpus >= cpus_per_actor and node.gpus >= gpus_per_actor for node in nodes]
+    held = -(-actors // max(1, sum(able))) * cpus_per_actor
+    return max(node.cpus - held * holds for node, holds in zip(nodes, able, strict=True))
 
 
 def _device(config: ClassifyConfig, gpus: float) -> Device:

@@ -150,3 +150,12 @@ def test_the_arithmetic_is_said():
     text = " ".join(shape([Node(8, 0)]).reasons)
     for word in ("8 CPUs", "8 thread(s)", "images in flight", "files of up to 2048 rows"):
         assert word in text
+
+
+@pytest.mark.parametrize("nodes", [[Node(1, 0)] * 3, [Node(2, 0)] * 4, [Node(0, 0), Node(1, 0), Node(1, 0)]])
+def test_a_load_task_fits_on_a_node_whichever_the_actors_stand_on(nodes: list[Node]):
+    """Actors on three nodes of one CPU each leave more than one CPU in all, and no node where a whole one is free."""
+    found = shape(nodes, shape="staged")
+    able = [node for node in nodes if node.cpus]
+    on_each = -(-found.num_actors // len(able)) * found.cpus_per_actor
+    assert max(node.cpus for node in able) - on_each >= found.cpus_per_load_task
