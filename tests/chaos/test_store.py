@@ -19,6 +19,8 @@ from tests.drawing import draw, encode
 BROKEN = (7, 31)
 MOST_STARTS = 12
 
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
+
 
 @pytest.fixture(autouse=True)
 def _own_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +76,7 @@ def current_run(store: s3fs.S3FileSystem, output: str) -> tuple[str, dict[str, o
     return folder, record
 
 
-@pytest.mark.parametrize(
-    "images", [60, pytest.param(2000, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])]
-)
+@pytest.mark.parametrize("images", [60, 2000])
 def test_a_store_that_fails_half_of_all_requests_loses_no_row(s3: S3Server, tiny_bundle: str, images: int):
     catalog, output = put_catalog(s3, images), f"s3://{s3.bucket}/out"
     with FaultyProxy(s3.endpoint_url, share=0.1, seed=images, stall_seconds=5) as proxy:
