@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray._private.authentication_test_utils import reset_auth_token_state
 
+from batchcls.hardware import Hardware
+from batchcls.runtime import hardware_of, living_nodes, ray_session
 from tests.chaos.conftest import Chaos
 from tests.chaos.night import Night, published, receipts
 from tests.chaos.nodes import ThreeNodes
@@ -94,6 +97,15 @@ def strike(nodes: ThreeNodes, night: Night, target: str, chance: random.Random) 
         nodes.kill(chance.choice(nodes.others))
     else:
         kill_between_two_files(nodes, night)
+
+
+def test_every_node_says_what_machine_it_is(nodes: ThreeNodes, monkeypatch: pytest.MonkeyPatch):
+    """Engines are measured on the first node of each kind, so all are asked."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    reset_auth_token_state()  # Ray may remember the token of another cluster
+    with ray_session(nodes.address):
+        found = hardware_of(living_nodes())
+    assert [one.key for one in found] == [Hardware.here().key] * 3
 
 
 @pytest.mark.timeout(600)
