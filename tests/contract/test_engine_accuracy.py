@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from batchcls.hardware import Hardware
 from batchcls.models.bundle import Bundle
 from batchcls.models.choices import ModelChoices
 from batchcls.models.engines import Answer, EngineChoice, EnginePlace
@@ -98,7 +99,9 @@ class Bound:
     cosine: float
 
 
-FP32, BF16, INT8 = Bound(1, 1, 1e-5), Bound(6, 9, 0.01), Bound(9, 30, 0.01)
+FP32, BF16 = Bound(1, 1, 1e-5), Bound(6, 9, 0.01)
+# Where sums of int8 saturate, as on x86 before VNNI, embeddings lose more, and weights of seven bits still more.
+INT8 = Bound(9, 30, 0.01 if any("vnni" in feature for feature in Hardware.here().features) else 0.025)
 CHOICES = [
     ("openvino:fp32", FP32),
     ("openvino:bf16", BF16),
