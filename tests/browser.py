@@ -24,6 +24,9 @@ _FLAGS = (
 )
 
 
+PHONE, DESK, PAPER = 390, 1280, 1032  # CSS pixels; the last is A4 across, without its margins
+
+
 class Browser:
     """One window. Console messages and requests are kept by the browser until they are asked for."""
 

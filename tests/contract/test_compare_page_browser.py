@@ -1,6 +1,5 @@
 """The page of a comparison in a real browser: on a desk, on a phone, in the dark and on paper."""
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -8,17 +7,10 @@ import pytest
 
 from batchcls.comparison.recommend import Needs, recommend
 from batchcls.report.compare_page import PageContext, compare_page
-from tests.browser import Browser, open_browser
+from tests.browser import DESK, PAPER, PHONE, Browser
 from tests.measurements import SERVER, measurement, six_backbones
 
-PHONE, DESK, PAPER = 390, 1280, 1032  # CSS pixels; the last is A4 across, without its margins
 LONG_NAME = "s3://models/" + "a_long_way_to_a_bundle/" * 5
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with open_browser(tmp_path_factory.mktemp("browser")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +25,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(compare_page(measurements, needs, advice, context))
     assert path.stat().st_size < 1_000_000
     return path
-
-
-@pytest.fixture(autouse=True)
-def _light(browser: Browser) -> None:
-    browser.emulate()
 
 
 def test_it_loads_without_a_complaint_and_without_a_request(browser: Browser, page: Path):

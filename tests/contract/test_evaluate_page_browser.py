@@ -1,23 +1,14 @@
 """The page of an evaluation in a real browser: on a desk, on a phone, in the dark and on paper."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from batchcls.evaluation.answers import Answers
 from batchcls.evaluation.evaluated import evaluate_answers
-from tests.browser import Browser, open_browser
+from tests.browser import DESK, PAPER, PHONE, Browser
 from tests.evaluations import drawn_answers
 from tests.unit.test_evaluate_page import page_of, subject
-
-PHONE, DESK, PAPER = 390, 1280, 1032  # CSS pixels; the last is A4 across, without its margins
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with open_browser(tmp_path_factory.mktemp("browser")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +27,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_fits_the_window_without_a_complaint_and_without_a_request(
     browser: Browser, page: Path, width: int
 ):
-    browser.emulate()
     browser.open(page, width=width)
     # The pictures of the test are no JPEGs; Chromium says nothing about that.
     assert browser.console() == []
@@ -59,7 +49,6 @@ def test_in_the_dark_everything_turns_and_paper_stays_light(browser: Browser, pa
             browser.ask(style.format(".matrix td.diagonal", "backgroundColor")),
         ]
 
-    browser.emulate()
     browser.open(page, width=PAPER)
     light = colours()
     browser.emulate(dark=True)

@@ -1,6 +1,5 @@
 """The page of a run in a real browser: on a desk, on a phone, in the dark and on paper, with hostile strings in it."""
 
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,17 +10,9 @@ from batchcls.images.limits import DecodeLimits
 from batchcls.report.run_facts import Thumbnail
 from batchcls.report.run_page import run_page
 from batchcls.report.thumbnails import Source, make_thumbnails
-from tests.browser import Browser, open_browser
+from tests.browser import DESK, PAPER, PHONE, Browser
 from tests.drawing import draw, encode
 from tests.run_pages import full_facts
-
-PHONE, DESK, PAPER = 390, 1280, 1032  # CSS pixels; the last is A4 across, without its margins
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with open_browser(tmp_path_factory.mktemp("browser")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +32,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(run_page(full_facts(), thumbnails, "0.1.0"))
     assert path.stat().st_size < 1_000_000
     return path
-
-
-@pytest.fixture(autouse=True)
-def _light(browser: Browser) -> None:
-    browser.emulate()
 
 
 def test_it_loads_without_a_complaint_and_without_a_request(browser: Browser, page: Path):
