@@ -11,6 +11,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.processes import processes_with, title_of
+
 # A dead node is noticed within seconds instead of most of a minute.
 _SYSTEM = {
     "health_check_initial_delay_ms": 1000,
@@ -67,7 +69,7 @@ class ThreeNodes:
 
     def workers(self, title: str) -> list[int]:
         """Processes of this cluster with these words in their title."""
-        return [pid for pid in self._ours() if title in _title(pid)]
+        return self._ours(title)
 
     def end(self) -> None:
         """Kill what is ours, until nothing is left."""
@@ -97,31 +99,7 @@ class ThreeNodes:
         return Node(folder, raylet)
 
     def _ours(self, title: str = "") -> list[int]:
-        mark = f"BATCHCLS_CHAOS={self._folder}".encode()
-        found = set()
-        parents = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    status = (entry / "stat").read_text().rpartition(")")[2].split()
-                    environment = (entry / "environ").read_bytes()
-                except OSError:
-                    continue
-                if status[0] != "Z":
-                    parents[int(entry.name)] = int(status[1])
-                    if mark in environment.split(b"\0"):
-                        found.add(int(entry.name))
-        # Workers overwrite their environment with their title; their parents do not.
-        while more := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= more
-        return sorted(pid for pid in found if pid != os.getpid() and title in _title(pid))
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
+        return [pid for pid in processes_with(f"BATCHCLS_CHAOS={self._folder}") if title in title_of(pid)]
 
 
 def _kill(pid: int) -> None:

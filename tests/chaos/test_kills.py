@@ -16,7 +16,7 @@ from batchcls.runtime import hardware_of, living_nodes, ray_session
 from tests.chaos.conftest import Chaos
 from tests.chaos.night import Night, published, receipts
 from tests.chaos.nodes import ThreeNodes
-from tests.integration.test_classify_job import write_catalog
+from tests.integration.started import write_catalog
 
 ROWS = 2000
 BROKEN = tuple(range(3, ROWS, 97))  # so that nearly every part has two files

@@ -20,15 +20,24 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from batchcls.jobs import bundle, classify
 from batchcls.jobs.command import run
 from tests.conftest import REPOSITORY
+from tests.processes import processes_with, title_of
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Addresses of a running cluster, the environment that its clients need, and the folder of its session."""
+    """Addresses of a running cluster, the environment that its clients need, and the folder of its session.
+
+    Every process that it started has `mark` in its environment, or descends from one that has.
+    """
 
     address: str
     environment: dict[str, str]
     temporary: Path
+    mark: str
+
+    def workers(self, title: str) -> list[int]:
+        """Its processes with these words in their title."""
+        return [pid for pid in processes_with(self.mark) if title in title_of(pid)]
 
     def metrics(self) -> list[tuple[str, dict[str, str], float]]:
         """Name, tags and value of every metric that Prometheus would find now."""
@@ -58,7 +67,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[st
         dashboard = f"http://127.0.0.1:{(state / 'dashboard_port').read_text().strip()}"
         address = f"127.0.0.1:{(state / 'port').read_text().strip()}"
         temporary = Path((state / "temporary").read_text().strip())
-        yield Cluster(address, clean_environment | token | {"RAY_API_SERVER_ADDRESS": dashboard}, temporary)
+        clients = clean_environment | token | {"RAY_API_SERVER_ADDRESS": dashboard}
+        yield Cluster(address, clients, temporary, f"BATCHCLS_CLUSTER_DIR={state}")
     finally:
         subprocess.run([script, "down"], env=environment, check=True)
 

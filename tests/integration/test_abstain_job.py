@@ -11,7 +11,7 @@ from batchcls.models.bundle import Bundle
 from batchcls.models.calibration import Calibration, HeldOut
 from batchcls.storage import Storage
 from tests.integration.conftest import Outcome
-from tests.integration.test_classify_job import write_catalog
+from tests.integration.started import write_catalog
 
 Job = Callable[..., Outcome]
 

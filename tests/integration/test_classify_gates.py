@@ -9,7 +9,7 @@ from pathlib import Path
 from batchcls.jobs import runs
 from batchcls.jobs.command import run
 from tests.integration.conftest import Outcome
-from tests.integration.test_classify_job import write_catalog
+from tests.integration.started import write_catalog
 
 Job = Callable[..., Outcome]
 

@@ -1,12 +1,9 @@
-"""The main job's promises that hold for any model: rows, tables, exit codes, deaths."""
+"""The main job's promises that hold for any model: rows, tables, exit codes."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,29 +18,10 @@ import pytest
 
 from batchcls.schema import TOP_K_TYPE
 from tests.conftest import REPOSITORY
-from tests.drawing import draw, encode
 from tests.integration.conftest import Cluster, Outcome
+from tests.integration.started import start_job, write_catalog
 
 Job = Callable[..., Outcome]
-
-
-def write_catalog(folder: Path, images: int, broken: tuple[int, ...] = (), inline: bool = False) -> str:
-    """A manifest of drawn pictures; those in `broken` are cut."""
-    folder.mkdir(exist_ok=True)
-    files = []
-    for number in range(images):
-        data = encode(draw(number, 90, 70), "JPEG")
-        files.append(data[: len(data) // 2] if number in broken else data)
-    columns = {"item_id": [f"item-{n}" for n in range(images)], "shop": [n % 3 for n in range(images)]}
-    if inline:
-        columns["image"] = files
-    else:
-        for number, data in enumerate(files):
-            (folder / f"{number}.jpg").write_bytes(data)
-        columns["uri"] = [f"{n}.jpg" for n in range(images)]
-    path = folder / "manifest.parquet"
-    pq.write_table(pa.table(columns), path, row_group_size=max(1, images // 3))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -269,119 +247,6 @@ def test_bad_input_ends_with_2_one_line_and_nothing_written(
         assert word in errors[0]
     assert "Traceback" not in outcome.log
     assert not (tmp_path / "output").exists()
-
-
-def children_named(name: str, root: int) -> list[int]:
-    """Processes of our own cluster by their title."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if name in title and int(entry.name) != root:
-                found.append(int(entry.name))
-    return found
-
-
-def kill_one(name: str, root: int) -> None:
-    """SIGKILL for the first process with this title, as soon as there is one."""
-    deadline = time.monotonic() + 60
-    while not (found := children_named(name, root)):
-        assert time.monotonic() < deadline, f"no process named {name}"
-        os.sched_yield()
-    os.kill(found[0], signal.SIGKILL)
-
-
-def start_job(cluster: Cluster, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
-    command = [sys.executable, "-m", "batchcls.jobs.classify", *arguments, "--output", str(output)]
-    command += ["--log-interval-seconds", "0.2"]
-    return subprocess.Popen(
-        command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-def until_line(process: subprocess.Popen[str], words: str) -> str:
-    """Read the job's log up to the first line with these words."""
-    assert process.stderr is not None
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if words in line:
-            return seen
-    raise AssertionError(f"the job ended before it said {words!r}:\n{seen}")
-
-
-@pytest.fixture(scope="module")
-def long_catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_catalog(tmp_path_factory.mktemp("long"), 3000)
-
-
-def test_ctrl_c_ends_with_130_and_commits_nothing(
-    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
-):
-    process = start_job(cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle)
-    until_line(process, "of 3000 rows")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=90)
-    assert process.returncode == 130, err
-    assert "interrupted" in err
-    assert "Traceback" not in err
-    assert not list((tmp_path / "out").rglob("run.json"))
-
-
-@pytest.mark.parametrize(
-    ("shape", "killed"),
-    [
-        ("fused", ("ray::FragmentActor", "ray::FragmentActor")),
-        # A load task and an actor: two processes, so the stages are not fused by Ray either.
-        ("staged", ("ray::ReadImages", "ray::MapWorker")),
-    ],
-)
-def test_killed_workers_cost_no_row(
-    cluster: Cluster,
-    tiny_bundle: str,
-    long_catalog: str,
-    tmp_path: Path,
-    shape: str,
-    killed: tuple[str, str],
-):
-    process = start_job(
-        cluster,
-        tmp_path / "out",
-        *("--manifest", long_catalog, "--model", tiny_bundle, "--rows-per-file", "300", "--shape", shape),
-    )
-    until_line(process, "INFO run " if shape == "staged" else "images/s")
-    kill_one(killed[0], process.pid)
-    until_line(process, "images/s")
-    kill_one(killed[1], process.pid)
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    run = next((tmp_path / "out" / "runs").iterdir())
-    listed = [run / file["path"] for file in json.loads((run / "run.json").read_text())["files"]]
-    rows = pa.concat_tables(map(pq.read_table, listed)).column("row").to_pylist()
-    assert sorted(rows) == list(range(3000))
-
-
-@pytest.mark.long
-def test_rows_over_which_every_process_dies_are_named(
-    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
-):
-    process = start_job(
-        cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle, "--num-actors", "1"
-    )
-    until_line(process, "INFO run ")
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.append(process.communicate()[1]))
-    reader.start()
-    while reader.is_alive():
-        for pid in children_named("ray::FragmentActor.work", process.pid):
-            os.kill(pid, signal.SIGKILL)
-        reader.join(0.05)
-    assert process.returncode == 1
-    assert "4 processes died over rows 0 to 63" in said[0].splitlines()[-1]
 
 
 def test_the_engine_is_measured_once_and_the_choice_is_kept_for_the_next_night(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import Cluster
-from tests.integration.test_classify_job import write_catalog
+from tests.integration.started import write_catalog
 
 
 def test_the_job_runs_on_a_cluster_that_it_is_submitted_to(

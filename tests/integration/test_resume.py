@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.drawing import draw, encode
 from tests.integration.conftest import Cluster, Outcome
-from tests.integration.test_classify_job import start_job, until_line, write_catalog
+from tests.integration.started import start_job, until_line, write_catalog
 from tests.poison.sitecustomize import DEADLY
 
 Job = Callable[..., Outcome]

@@ -1,0 +1,94 @@
+"""The main job when it is interrupted, and when its workers are killed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.integration.conftest import Cluster
+from tests.integration.started import start_job, until_line, write_catalog
+
+
+@pytest.fixture(scope="module")
+def long_catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_catalog(tmp_path_factory.mktemp("long"), 3000)
+
+
+def kill_one(cluster: Cluster, title: str) -> None:
+    """SIGKILL for the first worker of the cluster with this title, as soon as there is one."""
+    deadline = time.monotonic() + 60
+    while not (found := cluster.workers(title)):
+        assert time.monotonic() < deadline, f"no process named {title}"
+        os.sched_yield()
+    os.kill(found[0], signal.SIGKILL)
+
+
+def test_ctrl_c_ends_with_130_and_commits_nothing(
+    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+):
+    process = start_job(cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle)
+    until_line(process, "of 3000 rows")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "out").rglob("run.json"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "killed"),
+    [
+        ("fused", ("ray::FragmentActor", "ray::FragmentActor")),
+        # A load task and an actor: two processes, so the stages are not fused by Ray either.
+        ("staged", ("ray::ReadImages", "ray::MapWorker")),
+    ],
+)
+def test_killed_workers_cost_no_row(
+    cluster: Cluster,
+    tiny_bundle: str,
+    long_catalog: str,
+    tmp_path: Path,
+    shape: str,
+    killed: tuple[str, str],
+):
+    process = start_job(
+        cluster,
+        tmp_path / "out",
+        *("--manifest", long_catalog, "--model", tiny_bundle, "--rows-per-file", "300", "--shape", shape),
+    )
+    until_line(process, "INFO run " if shape == "staged" else "images/s")
+    kill_one(cluster, killed[0])
+    until_line(process, "images/s")
+    kill_one(cluster, killed[1])
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    run = next((tmp_path / "out" / "runs").iterdir())
+    listed = [run / file["path"] for file in json.loads((run / "run.json").read_text())["files"]]
+    rows = pa.concat_tables(map(pq.read_table, listed)).column("row").to_pylist()
+    assert sorted(rows) == list(range(3000))
+
+
+@pytest.mark.long
+def test_rows_over_which_every_process_dies_are_named(
+    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+):
+    process = start_job(
+        cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle, "--num-actors", "1"
+    )
+    until_line(process, "INFO run ")
+    said: list[str] = []
+    reader = threading.Thread(target=lambda: said.append(process.communicate()[1]))
+    reader.start()
+    while reader.is_alive():
+        for pid in cluster.workers("ray::FragmentActor.work"):
+            os.kill(pid, signal.SIGKILL)
+        reader.join(0.05)
+    assert process.returncode == 1
+    assert "4 processes died over rows 0 to 63" in said[0].splitlines()[-1]
