@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,7 +79,9 @@ def test_batches_have_exactly_their_size_and_go_round_through_all_images():
     assert stopped is None
     assert [entry.batch_size for entry in found] == [1, 3, 12]
     assert all(entry.repeats >= 5 and entry.images_per_second > 0 for entry in found)
-    assert [entry.peak_memory_mib for entry in found] == sorted(entry.peak_memory_mib for entry in found)
+    # Linux counts pages for each thread and adds them up now and then, so its peak may shrink a little.
+    memory = [entry.peak_memory_mib for entry in found]
+    assert all(later > earlier - 2 for earlier, later in itertools.pairwise(memory))
     threes = [asked.tolist() for asked in engine.asked if len(asked) == 3]
     assert threes[:3] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
     assert next(asked.tolist() for asked in engine.asked if len(asked) == 12) == [*range(5), *range(5), 0, 1]
