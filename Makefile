@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo-output
+# Files of tests at once. Most of a test on Ray is waiting for processes to start; each of these has a cluster of its own.
+AT_ONCE ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test gpu long chaos lint format type bench docs clean
@@ -29,7 +31,7 @@ demo: $(STAMP)  ## draw a catalog, train a backbone, classify it with the real j
 	@$(BIN)/python examples/demo.py --output $(DEMO)
 
 test: $(STAMP)  ## unit, contract, integration and repository tests
-	@$(BIN)/python -m pytest -m 'not gpu and not long and not chaos'
+	@$(BIN)/python -m pytest -m 'not gpu and not long and not chaos' -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu

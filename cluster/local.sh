@@ -176,7 +176,7 @@ case $1 in
     python=$repository/.venv/bin/python
     [[ -x $python ]] || python=$(type -P python3) || { say "no python3 on PATH"; exit 1; }
     ray=$(dirname -- "$python")/ray
-    [[ -x $ray ]] || ray=$(type -P ray) || { say "no ray on PATH: make install, or activate its environment"; exit 1; }
+    [[ -x $ray ]] || ray=$(type -P ray) || { say "no ray on PATH: make setup, or activate its environment"; exit 1; }
     mkdir -p -- "$state"
     exec 9<"$state"
     flock -w 240 9 || { say "another start in $state does not end"; exit 1; }

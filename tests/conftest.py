@@ -23,6 +23,16 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _a_share_of_the_cores() -> None:
+    """Where several processes test at once, PyTorch's threads would wait for each other longer than they work."""
+    at_once = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if at_once > 1:
+        import torch
+
+        torch.set_num_threads(max(1, torch.get_num_threads() // at_once))
+
+
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What batchcls logs, whatever a job that ran in this process before did with its loggers."""

@@ -1,6 +1,7 @@
 """One training on Ray Train, from prepared pixels to the last checkpoint."""
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from batchcls.training.progress import Board, Seen
 from batchcls.training.settings import Record, TrainingSettings
 from batchcls.training.worker import CHECKPOINT, Assignment, train_worker
 from batchcls.training.workers import Workers
+
+# Every epoch waits until Ray Train's controller has taken its report, for which it looks every two seconds unless told
+# otherwise: more than an epoch of a small catalog takes. It hands this variable on to where the controller runs.
+_LOOKING = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 
 _logger = logging.getLogger(__name__)
 
@@ -105,6 +110,7 @@ def _fit(trainer: TorchTrainer) -> Any:
 
     In the main thread Ray Train puts its own handler in place of Ctrl-C's, which ends the process with 0.
     """
+    os.environ.setdefault(*_LOOKING)
     aside = ThreadPoolExecutor(1)
     try:
         return aside.submit(trainer.fit).result()

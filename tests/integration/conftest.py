@@ -25,13 +25,19 @@ from tests.processes import processes_with, title_of
 
 @dataclass(frozen=True)
 class Cluster:
-    """Addresses of a running cluster, the environment that its clients need, and the folder of its session.
-
-    Every process that it started has `mark` in its environment, or descends from one that has.
-    """
+    """Where jobs run: the address of a cluster, and the environment that its clients need."""
 
     address: str
     environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class OwnCluster(Cluster):
+    """One that we started: the folder of its session, and what marks its processes.
+
+    Every process of it has `mark` in its environment, or descends from one that has.
+    """
+
     temporary: Path
     mark: str
 
@@ -57,7 +63,9 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]) -> Iterator[Cluster]:
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]
+) -> Iterator[OwnCluster]:
     state = tmp_path_factory.mktemp("cluster")
     environment = clean_environment | {"BATCHCLS_CLUSTER_DIR": str(state)}
     script = REPOSITORY / "cluster" / "local.sh"
@@ -68,7 +76,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[st
         address = f"127.0.0.1:{(state / 'port').read_text().strip()}"
         temporary = Path((state / "temporary").read_text().strip())
         clients = clean_environment | token | {"RAY_API_SERVER_ADDRESS": dashboard}
-        yield Cluster(address, clients, temporary, f"BATCHCLS_CLUSTER_DIR={state}")
+        yield OwnCluster(address, clients, temporary, f"BATCHCLS_CLUSTER_DIR={state}")
     finally:
         subprocess.run([script, "down"], env=environment, check=True)
 

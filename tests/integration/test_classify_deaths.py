@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.integration.conftest import Cluster
+from tests.integration.conftest import OwnCluster
 from tests.integration.started import start_job, until_line, write_catalog
 
 
@@ -20,7 +20,7 @@ def long_catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_catalog(tmp_path_factory.mktemp("long"), 3000)
 
 
-def kill_one(cluster: Cluster, title: str) -> None:
+def kill_one(cluster: OwnCluster, title: str) -> None:
     """SIGKILL for the first worker of the cluster with this title, as soon as there is one."""
     deadline = time.monotonic() + 60
     while not (found := cluster.workers(title)):
@@ -30,7 +30,7 @@ def kill_one(cluster: Cluster, title: str) -> None:
 
 
 def test_ctrl_c_ends_with_130_and_commits_nothing(
-    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+    cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
 ):
     process = start_job(cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle)
     until_line(process, "of 3000 rows")
@@ -51,7 +51,7 @@ def test_ctrl_c_ends_with_130_and_commits_nothing(
     ],
 )
 def test_killed_workers_cost_no_row(
-    cluster: Cluster,
+    cluster: OwnCluster,
     tiny_bundle: str,
     long_catalog: str,
     tmp_path: Path,
@@ -77,7 +77,7 @@ def test_killed_workers_cost_no_row(
 
 @pytest.mark.long
 def test_rows_over_which_every_process_dies_are_named(
-    cluster: Cluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+    cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
 ):
     process = start_job(
         cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle, "--num-actors", "1"

@@ -18,7 +18,7 @@ import pytest
 
 from batchcls.schema import TOP_K_TYPE
 from tests.conftest import REPOSITORY
-from tests.integration.conftest import Cluster, Outcome
+from tests.integration.conftest import Cluster, Outcome, OwnCluster
 from tests.integration.started import start_job, write_catalog
 
 Job = Callable[..., Outcome]
@@ -100,7 +100,9 @@ def test_the_record_adds_up_and_readers_find_it(finished: Outcome):
         assert finished.quarantine.column(name).null_count == 0
 
 
-def counted(cluster: Cluster, run_id: str, name: str, tag: str, wanted: dict[str, float]) -> dict[str, float]:
+def counted(
+    cluster: OwnCluster, run_id: str, name: str, tag: str, wanted: dict[str, float]
+) -> dict[str, float]:
     """A counter of the run by one of its tags, once it is what is wanted, or after 30 s."""
     deadline = time.monotonic() + 30
     while True:
@@ -113,7 +115,7 @@ def counted(cluster: Cluster, run_id: str, name: str, tag: str, wanted: dict[str
         time.sleep(0.2)  # workers hand their metrics over every few seconds
 
 
-def test_rows_failures_and_seconds_are_metrics_of_the_cluster(cluster: Cluster, finished: Outcome):
+def test_rows_failures_and_seconds_are_metrics_of_the_cluster(cluster: OwnCluster, finished: Outcome):
     run_id, rows = finished.folder.name, {"predicted": 147.0, "quarantined": 3.0}
     assert counted(cluster, run_id, "batchcls_rows", "status", rows) == rows
     assert counted(cluster, run_id, "batchcls_failures", "reason", {"truncated": 3}) == {"truncated": 3}
