@@ -23,10 +23,10 @@ _SYSTEM = {
 
 @dataclass
 class Node:
-    """One raylet and the folder that it runs in."""
+    """One raylet, and what was started beside it."""
 
-    folder: Path
     raylet: int
+    beside: set[int]
 
 
 class ThreeNodes:
@@ -58,8 +58,13 @@ class ThreeNodes:
         return self._start("--address", self.address)
 
     def kill(self, node: Node) -> None:
-        """SIGKILL for its raylet; its workers end when they miss it."""
+        """SIGKILL for its raylet; its workers end when they miss it.
+
+        What reads its logs does not, and would read on for as long as there is a cluster.
+        """
         os.kill(node.raylet, signal.SIGKILL)
+        for pid in node.beside:
+            _kill(pid)
         self.others.remove(node)
 
     def replace_dead(self) -> None:
@@ -80,7 +85,7 @@ class ThreeNodes:
 
     def _start(self, *arguments: str) -> Node:
         self._started += 1
-        before = set(self._ours("raylet/raylet"))
+        before = set(self._ours())
         folder = self._folder / str(self._started)
         head = ("--temp-dir", str(folder)) if "--head" in arguments else ()
         subprocess.run(
@@ -96,7 +101,7 @@ class ThreeNodes:
             timeout=120,
         )
         (raylet,) = set(self._ours("raylet/raylet")) - before
-        return Node(folder, raylet)
+        return Node(raylet, set(self._ours("ray/_private/log_monitor.py")) - before)
 
     def _ours(self, title: str = "") -> list[int]:
         return [pid for pid in processes_with(f"BATCHCLS_CHAOS={self._folder}") if title in title_of(pid)]
