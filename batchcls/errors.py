@@ -14,6 +14,7 @@ decode, weights), with the thing that was wrong and the remedy in the message. A
 is not an exception that leaves its stage: it becomes a `schema.Failure`.
 """
 
+import re
 from enum import IntEnum
 
 
@@ -71,3 +72,14 @@ class ReconciliationError(BatchclsError):
 
 class GoldenMismatch(BatchclsError):  # noqa: N818 - a verdict, not a fault
     """A running network does not give the golden answers of its bundle; nothing was classified."""
+
+
+_EXCEPTION_LINE = re.compile(
+    r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
+)
+
+
+def innermost(text: str) -> str | None:
+    """The last line that names an exception, of a text that other programs put whole tracebacks into."""
+    found: list[str] = _EXCEPTION_LINE.findall(text)
+    return found[-1] if found else None

@@ -1,21 +1,17 @@
 """What went wrong in a worker, in one line."""
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 
-from batchcls.errors import BatchclsError, StorageStoppedError
+from batchcls.errors import BatchclsError, StorageStoppedError, innermost
 
 _DEATHS = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ActorDiedError,
     ray.exceptions.NodeDiedError,
-)
-_ERROR_LINE = re.compile(
-    r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
 )
 
 
@@ -27,8 +23,7 @@ def cause_of(error: BaseException) -> str:
     """
     found = type(error).__name__
     for inner in _chain(error):
-        named = _ERROR_LINE.findall(str(inner))
-        found = named[-1] if named else found
+        found = innermost(str(inner)) or found
     return found
 
 

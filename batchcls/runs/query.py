@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import duckdb
 
-from batchcls.errors import BatchclsError, InputError
+from batchcls.errors import BatchclsError, InputError, innermost
 
 MEMORY_MIB = 2048
 """What a query may take of the driver's memory; the rest goes to disk."""
@@ -37,4 +37,6 @@ def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]
                 "free some, or set TMPDIR to a larger disk"
             ) from None
         except (duckdb.InvalidInputException, duckdb.IOException) as error:
-            raise InputError(f"a file of the run cannot be read: {error}; see `runs verify`") from None
+            # Where Arrow reads through Python, DuckDB's message holds all of its traceback.
+            cause = innermost(str(error)) or error
+            raise InputError(f"a file of the run cannot be read: {cause}; see `runs verify`") from None
