@@ -40,8 +40,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether a worker's process died, or its allocation failed."""
-    return any(isinstance(one, (*_DEATHS, MemoryError)) for one in _chain(error))
+    """Whether a worker's process died, or its allocation failed.
+
+    Ray also calls an actor dead whose own start raised an exception; that is no death, and says why.
+    """
+    return any(
+        isinstance(one, (*_DEATHS, MemoryError)) and not _is_failed_start(one) for one in _chain(error)
+    )
+
+
+def _is_failed_start(error: BaseException) -> bool:
+    return isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

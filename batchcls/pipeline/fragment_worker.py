@@ -19,7 +19,7 @@ from batchcls.inference.predictor import Predictor
 from batchcls.manifest import Fragment, FragmentReader
 from batchcls.models.engines import Engine
 from batchcls.models.engines.start import describe
-from batchcls.pipeline.fused_actor import FRAGMENTS_IN_FLIGHT, Orders, UnderWay
+from batchcls.pipeline.fused_actor import FRAGMENTS_IN_FLIGHT, Orders, Part, UnderWay
 from batchcls.pipeline.worker_engine import start_for_node
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import keep_receipt
@@ -29,7 +29,8 @@ from batchcls.schema import Failure
 class _Call:
     """The CPU time of a thread that works on a fragment, and what it has answered so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_row: int) -> None:
+        self.first_row = first_row
         self._started = time.thread_time()
         self.rows = 0
         self.failures: Counter[str] = Counter()
@@ -66,10 +67,9 @@ class FragmentWorker:
 
     def under_way(self) -> UnderWay:
         """A look at the fragments that are not finished."""
-        calls = list(self._calls)
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        failures: Counter[str] = sum((call.failures for call in calls), Counter())
-        return UnderWay(sum(call.rows for call in calls), failures, peak_mib)
+        parts = {call.first_row: Part(call.rows, Counter(call.failures)) for call in list(self._calls)}
+        return UnderWay(parts, peak_mib)
 
     def work(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> Receipt:
         """Answer a fragment and write its rows as one part.
@@ -81,7 +81,7 @@ class FragmentWorker:
         Raises:
             StorageStoppedError: storage refused.
         """
-        call = _Call()
+        call = _Call(fragment.first_row)
         self._calls.add(call)
         reader = self._readers.get()
         try:

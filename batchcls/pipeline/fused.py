@@ -15,7 +15,14 @@ import ray
 from batchcls.errors import BatchclsError
 from batchcls.manifest import Fragment
 from batchcls.pipeline.causes import is_out_of_memory, stopped
-from batchcls.pipeline.fused_actor import CONCURRENCY, FRAGMENTS_IN_FLIGHT, FragmentActor, Orders, UnderWay
+from batchcls.pipeline.fused_actor import (
+    CONCURRENCY,
+    FRAGMENTS_IN_FLIGHT,
+    FragmentActor,
+    Orders,
+    Part,
+    UnderWay,
+)
 from batchcls.pipeline.metrics import metrics_of
 from batchcls.pipeline.poison import Suspects, rejected_in
 from batchcls.pipeline.tally import Progress
@@ -24,7 +31,7 @@ from batchcls.placement import fragment_sizes
 from batchcls.runs.parts import Receipt
 
 _LOOK_SECONDS = 0.5
-_NOTHING = UnderWay(0, Counter(), 0.0)
+_NOTHING, _NOT_BEGUN = UnderWay({}, 0.0), Part(0, Counter())
 _DEATHS = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
 
 
@@ -69,12 +76,16 @@ class FusedRun:
 
     def progress(self) -> Progress:
         """How far the run is, as far as the driver has heard."""
-        looks = [place.last for place in self._places]
+        # A look may be older than a receipt: only what is still worked on counts beside the receipts.
+        looks = [
+            place.last.parts.get(todo.fragment.first_row, _NOT_BEGUN)
+            for place, todo in list(self._working.values())
+        ]
         return Progress(
-            rows=min(self._finished_rows + sum(look.rows for look in looks), len(self._work.todo)),
+            rows=self._finished_rows + sum(look.rows for look in looks),
             failures=sum((look.failures for look in looks), self._failures),
             engines=Counter(place.engine for place in self._places if place.engine is not None),
-            peak_memory_mib=max((look.peak_memory_mib for look in looks), default=0.0),
+            peak_memory_mib=max((place.last.peak_memory_mib for place in self._places), default=0.0),
             ready_at=self._ready_at,
         )
 

@@ -42,11 +42,21 @@ class Orders:
 
 
 @dataclass(frozen=True, slots=True)
-class UnderWay:
-    """Rows of unfinished fragments that are answered already, and the most memory the actor ever took."""
+class Part:
+    """Rows of an unfinished fragment that are answered already, and those of them that failed, by reason."""
 
     rows: int
     failures: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """What an actor is doing: its unfinished fragments by their first row, and the most memory it ever took.
+
+    By fragment, since some may be finished by the time that the driver hears of it.
+    """
+
+    parts: Mapping[int, Part]
     peak_memory_mib: float
 
 

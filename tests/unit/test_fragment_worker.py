@@ -102,7 +102,7 @@ def test_two_fragments_at_once_give_each_row_once_and_what_it_cost(
         assert set(receipt.seconds) == {"fetch", "decode", "predict", "write", "other"}
         assert all(seconds >= 0 for seconds in receipt.seconds.values())
         assert receipt.seconds["decode"] > 0
-    assert (worker.under_way().rows, worker.under_way().failures) == (0, {})
+    assert worker.under_way().parts == {}
     assert worker.describe() == "torch fp32 on cpu"
 
 
@@ -121,6 +121,6 @@ def test_a_fragment_that_fails_leaves_the_worker_fit_for_the_next(worker: Fragme
     missing = Fragment(manifest.files[0].uri + ".gone", 0, 0, 10, 0)
     with pytest.raises(Exception, match="gone"):
         worker.work(missing, {})
-    assert worker.under_way().rows == 0
+    assert worker.under_way().parts == {}
     for fragment in manifest.fragments(itertools.repeat(45)):
         assert len(worker.work(fragment, {}).ranges) == 45
