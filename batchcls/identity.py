@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcls.errors import InputError
+from batchcls.errors import BatchclsError, InputError
 from batchcls.manifest import Manifest
 from batchcls.schema import Failure, Reason
 from batchcls.storage import Storage, explain, redact_uri
@@ -50,15 +50,26 @@ def find_bad_ids(manifest: Manifest, storage: Storage) -> BadIds:
         InputError: not one row has an id of its own; the first ten are named.
     """
     null: list[npt.NDArray[np.int64]] = []
+    refused: list[BatchclsError] = []
 
     def ids() -> Iterator[pa.RecordBatch]:
-        for rows, values in column_batches(manifest, manifest.columns.item_id, storage):
-            is_null = values.is_null().to_numpy(zero_copy_only=False)
-            if is_null.any():
-                null.append(rows[is_null])
-            yield pa.record_batch({"id": values})
+        try:
+            for rows, values in column_batches(manifest, manifest.columns.item_id, storage):
+                is_null = values.is_null().to_numpy(zero_copy_only=False)
+                if is_null.any():
+                    null.append(rows[is_null])
+                yield pa.record_batch({"id": values})
+        except BatchclsError as error:
+            refused.append(error)
+            raise
 
-    repeated_ids = _repeated(pa.RecordBatchReader.from_batches(pa.schema({"id": pa.string()}), ids()))
+    try:
+        repeated_ids = _repeated(pa.RecordBatchReader.from_batches(pa.schema({"id": pa.string()}), ids()))
+    except duckdb.InvalidInputException:
+        # DuckDB reads through Arrow, and makes an error of its own of what the stream raises.
+        if refused:
+            raise refused[0] from None
+        raise
     repeated = _later_rows(manifest, storage, repeated_ids) if len(repeated_ids) else np.empty(0, np.int64)
     bad = BadIds(np.concatenate([np.empty(0, np.int64), *null]), repeated)
     if len(bad.null) + len(bad.repeated) >= manifest.rows:

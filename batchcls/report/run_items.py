@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import duckdb
 import pyarrow.dataset as ds
 
 from batchcls.report.run_facts import Failed, Item, Refused, Text
+from batchcls.runs.query import connect
 
 _FAILED_OF_A_REASON = 6
 _LONGEST_ID = 300
@@ -49,8 +49,7 @@ def read_refused(quarantine: ds.Dataset) -> tuple[Refused, ...]:
     Args:
         quarantine: of the run, as `schema.quarantine_schema`.
     """
-    with duckdb.connect() as connection:
-        connection.execute("SET enable_progress_bar = false")
+    with connect() as connection:
         connection.register("quarantine", quarantine)
         counts = connection.execute(
             f"SELECT reason, count(*) AS rows, min(row, {_FAILED_OF_A_REASON}) FROM quarantine "

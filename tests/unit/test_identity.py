@@ -45,6 +45,17 @@ def test_a_manifest_without_one_good_id_stops_and_names_the_first_ten(tmp_path: 
     assert "row 10" not in str(caught.value)
 
 
+def test_a_file_that_is_gone_by_now_is_named_as_everywhere_else(tmp_path: Path):
+    write_manifest(tmp_path / "a.parquet", ["x", "y"])
+    write_manifest(tmp_path / "b.parquet", ["z"])
+    manifest = open_manifest(str(tmp_path), Storage())
+    (tmp_path / "b.parquet").unlink()
+    with pytest.raises(InputError) as caught:
+        find_bad_ids(manifest, Storage())
+    assert str(caught.value).startswith(str(tmp_path / "b.parquet"))
+    assert "Traceback" not in str(caught.value)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.text(max_size=2)), min_size=1, max_size=60))
 def test_agrees_with_a_plain_loop(tmp_path_factory: pytest.TempPathFactory, ids: list[str | None]):
