@@ -10,6 +10,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import aiohttp
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -27,6 +28,12 @@ from batchcls.uris import redact_uri
 
 OUT_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system answers when a disk, a quota or a file size limit is used up."""
+
+
+STORE_ERRORS: tuple[type[Exception], ...] = (OSError, BotoCoreError, ClientError, aiohttp.ClientError)
+"""What stores and their clients raise; the last is of answers that break off in the middle."""
+
+_EXPLAINED: tuple[type[Exception], ...] = (*STORE_ERRORS, ImportError)
 
 
 class UnsupportedSchemeError(InputError):
@@ -68,6 +75,7 @@ _TYPE_REMEDIES: tuple[tuple[type[BaseException], str], ...] = (
     (ParamValidationError, "the bucket or the key is not valid; correct the URI"),
     (asyncio.TimeoutError, _NO_ANSWER),
     (ConnectionError, _NO_ANSWER),
+    (aiohttp.ClientError, "the connection to the store broke off again and again; check the network"),
     (FileNotFoundError, _MISSING),
     (FileExistsError, "it is there already; choose another name"),
     (IsADirectoryError, "this is a folder, a file is expected"),
@@ -109,7 +117,7 @@ def explain(uri: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ImportError, BotoCoreError, ClientError) as error:
+    except _EXPLAINED as error:
         raise _explained(uri, error) from None
 
 
@@ -124,7 +132,7 @@ def resumable(uri: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, BotoCoreError, ClientError) as error:
+    except STORE_ERRORS as error:
         text = str(_explained(uri, error))
         raise StorageStoppedError(f"{text}; not committed, the same command goes on from here") from None
 

@@ -34,6 +34,7 @@ from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
 from batchcls.runs.resume import Begun, find_begun
 from batchcls.runtime import nodes, ray_session, wait_for
 from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage_errors import resumable
 from batchcls.tables import bottleneck_table, counts_table, gates_table
 
 _logger = logging.getLogger("batchcls.jobs.classify")  # __name__ is __main__ here
@@ -185,7 +186,7 @@ def _commit(run: _Run, done: _Done, started: float) -> tuple[Totals, dict[str, A
     verdict = judge(run.plan, done.receipts, totals, run.config, run.inputs.storage)
     findings = {"measured": measured} | verdict.as_json()
     run.lease.confirm()
-    with explain(run.folder):
+    with resumable(run.folder):
         commit(run.plan, done.receipts, totals, findings, run.inputs.storage, run.folder)
     return totals, measured, verdict
 

@@ -22,12 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from batchcls.errors import InputError, LeaseLostError
 from batchcls.runs.layout import LEASE
 from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.storage_errors import resumable
+from batchcls.storage_errors import STORE_ERRORS, resumable
 
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0
@@ -182,7 +180,7 @@ def _beat_until(lease: Lease, ended: threading.Event) -> None:
 def _try_to_beat(lease: Lease, *, released: bool = False) -> None:
     try:
         lease.beat(released=released)
-    except (OSError, BotoCoreError, ClientError) as error:
+    except STORE_ERRORS as error:
         # The next beat may come through; if none does, another job may take over, which is seen then.
         _logger.warning("the lease of the run could not be renewed this time (%s)", type(error).__name__)
 

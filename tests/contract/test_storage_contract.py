@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcls.errors import InputError
+from batchcls.errors import InputError, StorageStoppedError
 from batchcls.storage import Storage, explain, join
+from batchcls.storage_errors import resumable
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -221,3 +223,32 @@ def test_folders_files_from_disk_and_removal(storage: Storage, root: str, tmp_pa
     storage.remove([join(top, "b", "deep", "part"), join(top, "file")])
     storage.remove_empty_folders(top)
     assert not storage.exists(join(top, "file"))
+
+
+class BreakingOff(BaseHTTPRequestHandler):
+    """A store whose answers end in the middle."""
+
+    def do_GET(self) -> None:
+        """Half of what is announced."""
+        self.send_response(200)
+        self.send_header("Content-Length", "510")
+        self.end_headers()
+        self.wfile.write(b"x" * 255)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_answers_that_break_off_again_and_again_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    with ThreadingHTTPServer(("127.0.0.1", 0), BreakingOff) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        storage = Storage({"endpoint_url": f"http://127.0.0.1:{server.server_port}"})
+        for around, kind in ((explain, InputError), (resumable, StorageStoppedError)):
+            with (
+                pytest.raises(kind, match=r"s3://shop/a.json: the connection .* broke off"),
+                around("s3://shop/a.json"),
+            ):
+                storage.read_bytes("s3://shop/a.json")
+        server.shutdown()
