@@ -39,7 +39,7 @@ gpu: $(STAMP)  ## the tests that need a CUDA device
 long: $(STAMP)  ## the long tests: every backbone of the zoo through the real job, ten crops, accuracies
 	@$(BIN)/python -m pytest -m long -s
 
-chaos: $(STAMP)  ## 50 runs that are killed, a store that fails, mutated images; an hour on two cores
+chaos: $(STAMP)  ## 50 runs that are killed, a store that fails, mutated images; over an hour on two cores
 	@$(BIN)/python -m pytest -m chaos -s
 
 lint: $(STAMP)  ## style
