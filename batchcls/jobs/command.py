@@ -1,6 +1,7 @@
 """How every job starts and ends: arguments, logging, one line for an error, an exit code."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,8 +54,16 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
 
 
 def main(job: str, commands: Sequence[Command[Any]]) -> None:
-    """End the process with the job's exit code."""
-    sys.exit(run(job, commands))
+    """End the process with the job's exit code, at once.
+
+    Threads of Arrow may still wait for a store that has failed. The interpreter's own end would wait for
+    them for ever, or abort with them (exit code -6), and both have been seen.
+    """
+    exit_code = run(job, commands)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _parse(
