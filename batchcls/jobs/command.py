@@ -56,14 +56,16 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
 def main(job: str, commands: Sequence[Command[Any]]) -> None:
     """End the process with the job's exit code, at once.
 
-    Threads of Arrow may still wait for a store that has failed. The interpreter's own end would wait for
-    them for ever, or abort with them (exit code -6), and both have been seen.
+    Threads of Arrow may still wait for a store that has failed, and the interpreter's own end would wait for
+    them: four of six tries hung in it (docs/log.md).
     """
     exit_code = run(job, commands)
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    try:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where nobody reads the output any more
+        os._exit(exit_code)
 
 
 def _parse(

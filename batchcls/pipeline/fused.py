@@ -76,7 +76,8 @@ class FusedRun:
 
     def progress(self) -> Progress:
         """How far the run is, as far as the driver has heard."""
-        # A look may be older than a receipt: only what is still worked on counts beside the receipts.
+        # A look may be older than a receipt: only what is still worked on counts beside the receipts. A list, since
+        # the thread that shows progress asks as well.
         looks = [
             place.last.parts.get(todo.fragment.first_row, _NOT_BEGUN)
             for place, todo in list(self._working.values())

@@ -7,6 +7,7 @@ import pyarrow.dataset as ds
 
 from batchcls.report.run_facts import Failed, Item, Refused, Text
 from batchcls.runs.query import connect
+from batchcls.runs.records import read_columns
 
 _FAILED_OF_A_REASON = 6
 _LONGEST_ID = 300
@@ -50,7 +51,7 @@ def read_refused(quarantine: ds.Dataset) -> tuple[Refused, ...]:
         quarantine: of the run, as `schema.quarantine_schema`.
     """
     with connect() as connection:
-        connection.register("quarantine", quarantine)
+        connection.register("quarantine", read_columns(quarantine, ("row", "reason")))
         counts = connection.execute(
             f"SELECT reason, count(*) AS rows, min(row, {_FAILED_OF_A_REASON}) FROM quarantine "
             "GROUP BY reason ORDER BY rows DESC, reason"

@@ -183,7 +183,7 @@ def list_runs(output: str, storage: Storage) -> list[ListedRun]:
 def open_parts(record: RunRecord, kind: Kind, storage: Storage) -> ds.Dataset:
     """The rows of a run as a dataset over exactly the files that run.json lists.
 
-    It may be registered with DuckDB or scanned; `read_columns` scans it within bounded memory. A run
+    `read_columns` scans it within bounded memory, also for DuckDB. A run
     without rows of this kind gives an empty dataset with the columns that every run has.
 
     Raises:
@@ -216,7 +216,9 @@ def read_columns(dataset: ds.Dataset, columns: Sequence[str]) -> pa.RecordBatchR
     scanner = dataset.scanner(
         columns=list(columns), batch_size=_BATCH_ROWS, batch_readahead=2, fragment_readahead=2
     )
-    return scanner.to_reader()
+    # Not `to_reader`, which holds the interpreter while it starts: a read through Python that fails then waits for
+    # it, with a lock that the start waits for (pyarrow 25; one of six tries hung).
+    return pa.RecordBatchReader.from_batches(scanner.projected_schema, scanner.to_batches())
 
 
 def _listed(output: str, run_id: str, storage: Storage) -> ListedRun:

@@ -86,6 +86,13 @@ def test_a_broad_except_stands_only_where_it_has_a_reason(path: Path):
                 assert str(path.relative_to(PACKAGE)) in allowed, f"{path}:{node.lineno}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_scan_holds_the_interpreter(path: Path):
+    """Arrow's `to_reader` can hang for ever where a read through Python fails; see `runs.records.read_columns`."""
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not [func.lineno for func in calls if isinstance(func, ast.Attribute) and func.attr == "to_reader"]
+
+
 def test_importing_does_nothing_and_tests_are_not_needed():
     """In a fresh process: no output, no thread, no folder, no development package."""
     code = (

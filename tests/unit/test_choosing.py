@@ -5,12 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from batchcls.config.engines import EngineSettings
 from batchcls.errors import GoldenMismatch, InputError
-from batchcls.inference import candidates as candidates_module
 from batchcls.inference import choosing
 from batchcls.inference.agreement import Contract
-from batchcls.inference.candidates import candidates
 from batchcls.inference.choosing import Sample, choose, pick
 from batchcls.inference.measured import Figures, Measured, Wanted
 from batchcls.inference.reference import with_golden
@@ -22,6 +19,7 @@ from batchcls.models.engines.start import missing
 from batchcls.models.resolve import resolve_model
 from batchcls.models.spec import PreprocessingOverrides
 from batchcls.storage import Storage
+from tests.engines import only_installed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,77 +43,6 @@ def sample():
 @pytest.fixture
 def place(tmp_path):
     return EnginePlace("cpu", 1, 8, Conversions(tmp_path))
-
-
-def _installed(monkeypatch, *engines):
-    monkeypatch.setattr(
-        candidates_module, "missing", lambda engine: None if engine in engines else f"{engine} is not here"
-    )
-
-
-def _names(found):
-    return [str(choice) for choice in found.choices]
-
-
-def test_auto_on_a_cpu_tries_openvino_and_torch_and_leaves_compile_out(monkeypatch):
-    _installed(monkeypatch, "torch", "compile", "openvino")
-    found = candidates(Wanted(), "cpu")
-    assert _names(found) == ["openvino bf16", "openvino fp32", "torch bf16", "torch fp32"]
-    (note,) = found.notes
-    assert note.startswith("compile was left out")
-
-
-def test_without_openvino_compile_is_tried_and_what_is_missing_is_noted(monkeypatch):
-    _installed(monkeypatch, "torch", "compile")
-    found = candidates(Wanted(), "cpu")
-    assert _names(found) == ["compile bf16", "compile fp32", "torch bf16", "torch fp32"]
-    assert found.notes == ("openvino is not here",)
-
-
-def test_auto_on_a_gpu_tries_both_short_precisions(monkeypatch):
-    _installed(monkeypatch, "torch", "compile", "openvino")
-    found = candidates(Wanted(), "cuda")
-    assert {str(choice) for choice in found.choices} == {
-        f"{engine} {precision}" for engine in ("torch", "compile") for precision in ("fp32", "bf16", "fp16")
-    }
-    assert found.choices[-1] == REFERENCE
-
-
-def test_int8_comes_into_question_only_with_a_bound_or_by_name(monkeypatch):
-    _installed(monkeypatch, "torch", "compile", "openvino")
-    bound = Contract(int8_min_agreement=0.97)
-    assert _names(candidates(Wanted(contract=bound), "cpu"))[0] == "openvino int8"
-    assert _names(candidates(Wanted(precision="int8"), "cpu")) == ["openvino int8"]
-
-
-def test_an_engine_asked_for_by_name_has_its_own_candidates(monkeypatch):
-    _installed(monkeypatch, "torch", "compile", "openvino")
-    assert _names(candidates(Wanted(engine="compile"), "cpu")) == ["compile bf16", "compile fp32"]
-    assert _names(candidates(Wanted(engine="torch", precision="int8"), "cpu")) == ["torch int8"]
-    assert _names(candidates(Wanted(precision="bf16"), "cpu")) == ["openvino bf16", "torch bf16"]
-
-
-def test_what_is_asked_for_and_not_there_is_refused(monkeypatch):
-    _installed(monkeypatch, "torch", "compile")
-    with pytest.raises(InputError, match="--engine openvino: openvino is not here"):
-        candidates(Wanted(engine="openvino"), "cpu")
-    with pytest.raises(InputError, match="no such engine for a CPU; openvino is not here; choose another"):
-        candidates(Wanted(precision="int8"), "cpu")
-    with pytest.raises(InputError, match="no such engine for a GPU"):
-        candidates(Wanted(engine="openvino"), "cuda")
-
-
-def test_settings_of_a_job_become_a_request():
-    settings = EngineSettings(engine="torch", min_top1_agreement=0.98, int8_min_agreement=0.9)
-    wanted = Wanted.of(settings, batch_size=16)
-    assert (wanted.engine, wanted.precision, wanted.device, wanted.batch_size) == (
-        "torch",
-        "auto",
-        "auto",
-        16,
-    )
-    assert wanted.contract == Contract(0.98, 0.999, 0.9)
-    assert Wanted.model_validate_json(wanted.model_dump_json()) == wanted
 
 
 def _figures(engine, precision, rate, rejected=None):
@@ -232,7 +159,7 @@ class Paced:
 
 def _paced(monkeypatch, **paces):
     """Engines by name and precision: (seconds a batch, seconds an image, what becomes of the answer)."""
-    _installed(monkeypatch, "torch", "openvino")
+    only_installed(monkeypatch, "torch", "openvino")
     started = []
 
     def start(bundle, choice, place):

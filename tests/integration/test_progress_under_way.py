@@ -1,0 +1,72 @@
+"""What the driver counts while the pool works: nothing twice, however late a look arrives."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+import ray.cloudpickle
+from ray._private.authentication_test_utils import reset_auth_token_state
+
+from batchcls.config.classify import ClassifyConfig
+from batchcls.jobs.classify_inputs import open_inputs
+from batchcls.jobs.classify_work import work_of
+from batchcls.models.engines import REFERENCE
+from batchcls.pipeline.fused import FusedRun
+from batchcls.pipeline.fused_actor import FragmentActor, Part, UnderWay
+from batchcls.pipeline.settle import Settled
+from batchcls.pipeline.tally import Progress
+from batchcls.pipeline.work import Engines, NodeEngine
+from batchcls.placement import place
+from batchcls.runtime import nodes, ray_session
+from tests.integration.conftest import Cluster
+from tests.integration.started import write_catalog
+
+ROWS, FRAGMENT_ROWS = 300, 50
+
+
+class LateActor(FragmentActor):
+    """Its looks are as old as they can be: every fragment is all but finished, and all of it has failed."""
+
+    @ray.method(concurrency_group="look")
+    def under_way(self) -> UnderWay:
+        """Of every fragment of the manifest."""
+        part = Part(FRAGMENT_ROWS, Counter(truncated=FRAGMENT_ROWS))
+        return UnderWay(dict.fromkeys(range(0, ROWS, FRAGMENT_ROWS), part), 1.0)
+
+
+class LateRun(FusedRun):
+    """The pool with such actors."""
+
+    actor_class = LateActor
+
+
+def test_finished_fragments_count_by_their_receipts(
+    cluster: Cluster, tiny_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(variable, cluster.environment[variable])
+    reset_auth_token_state()
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    seen: list[Progress] = []
+    config = ClassifyConfig(
+        manifest=write_catalog(tmp_path / "catalog", ROWS),
+        model=tiny_bundle,
+        output=str(tmp_path / "out"),
+        shape="fused",
+        num_actors=1,
+        fragment_rows=FRAGMENT_ROWS,
+    )
+    with ray_session(cluster.address):
+        inputs = open_inputs(config)
+        shape = place(config, nodes(), remote_images=False, rows=ROWS)
+        engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
+        run = LateRun(work_of(config, inputs, shape, Settled(engines, None, ()), "late"), seen.append)
+        receipts = run.execute()
+        last = run.progress()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert max(progress.failures["truncated"] for progress in seen) > 0  # such looks were heard
+    assert all(progress.rows <= ROWS for progress in seen)
+    assert (last.rows, last.failures) == (ROWS, sum((one.failures for one in receipts), Counter()))
+    assert not last.failures
