@@ -38,14 +38,15 @@ __all__ = [
 
 _S3_SCHEMES = frozenset({"s3", "s3a"})
 
-# botocore repeats 429, 5xx and lost connections; s3fs repeats whole reads on top, so it is kept low.
+# botocore repeats 429, 5xx and lost connections; s3fs repeats on top what broke off in the middle of an answer.
+# Enough of both that a store which fails half of all requests lets a run end.
 _S3_CONFIG = {
     "connect_timeout": 10,
     "read_timeout": 60,
     "max_pool_connections": 64,
-    "retries": {"mode": "standard", "total_max_attempts": 4},
+    "retries": {"mode": "standard", "total_max_attempts": 6},
 }
-_S3FS_ATTEMPTS = 2
+_S3FS_ATTEMPTS = 5
 _S3_PART_BYTES = 16 << 20
 
 _CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict"})

@@ -69,6 +69,7 @@ def start(catalog: str, model: str, output: str, endpoint: str, *more: str) -> i
     assert "Traceback" not in done.stderr, done.stderr
     # 2: the manifest or the output could not be opened yet.
     assert done.returncode in (0, 2, 4), (done.returncode, done.stderr)
+    print(f"\nexit {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
     return done.returncode
 
 
