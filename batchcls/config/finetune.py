@@ -93,8 +93,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     )
     num_workers: str = Field(
         default="auto",
-        description="Training processes; auto: one for each GPU, or for each node without. MIN-MAX: as many of them as "
-        "the cluster has room for, also while it grows and shrinks.",
+        description="Training processes; auto: one for each GPU, or, without, as many on each node as have 16 pictures "
+        "of a step each. MIN-MAX: as many of them as the cluster has room for, also while it grows and shrinks.",
     )
     cpus_per_worker: AutoOrCount = Field(default="auto", description="CPUs, and threads, of a worker.")
     loader_processes: AutoOrCount | Literal[0] = Field(

@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
             claim = claim_run(config.state_folder, decides, inputs.storage, restart=config.restart)
             verb = "going on with" if claim.is_resumed else "beginning"
             _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.state_folder))
-            workers = settle_workers(config, nodes())
+            workers = settle_workers(config, nodes(), recipe.batch_size)
             _logger.info("%s, start %s", workers, bundle_line(inputs.start))
             pixels = _prepare(config, inputs, console)
             settings = _settings(config, inputs, pixels, workers)

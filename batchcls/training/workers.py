@@ -9,6 +9,10 @@ from batchcls.placement import Node
 
 _MOST_LOADERS = 8
 
+# Processes with a thread each do not wait for each other at the end of every operation, as threads do: on two cores
+# 45 images/s against 29 (docs/log.md, 2026-11-26). Below so many pictures of a step each has too little to do.
+_LEAST_PICTURES = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Workers:
@@ -35,8 +39,8 @@ class Workers:
         return f"{count} worker(s) x {self.cpus:g} CPU{', 1 GPU' if self.use_gpu else ''}"
 
 
-def settle_workers(config: FinetuneConfig, nodes: Sequence[Node]) -> Workers:
-    """Derive the workers from the settings and the nodes.
+def settle_workers(config: FinetuneConfig, nodes: Sequence[Node], step_pictures: int) -> Workers:
+    """Derive the workers from the settings, the nodes and the pictures of a step, over all workers.
 
     Raises:
         InputError: they do not fit into the cluster.
@@ -50,7 +54,7 @@ def settle_workers(config: FinetuneConfig, nodes: Sequence[Node]) -> Workers:
         raise InputError(
             "the cluster has no node with a CPU for workers; start nodes with --num-cpus 1 or more"
         )
-    least, most = _range(config.num_workers, gpus if use_gpu else len(fitting))
+    least, most = _range(config.num_workers, gpus if use_gpu else _on_cpus(config, fitting, step_pictures))
     if config.cpus_per_worker == "auto":
         a_node = -(-most // len(fitting))
         share = min(node.cpus / (node.gpus if use_gpu else a_node) for node in fitting)
@@ -68,6 +72,13 @@ def settle_workers(config: FinetuneConfig, nodes: Sequence[Node]) -> Workers:
     else:
         loaders = config.loader_processes
     return Workers(least, most, cpus, use_gpu, loaders)
+
+
+def _on_cpus(config: FinetuneConfig, nodes: Sequence[Node], step_pictures: int) -> int:
+    """As many workers on all nodes as find enough to do, the same number on each, and at least one."""
+    cpus = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
+    room = int(min(node.cpus for node in nodes) / cpus)
+    return len(nodes) * max(1, min(room, step_pictures // _LEAST_PICTURES // len(nodes)))
 
 
 def _range(text: str, auto: int) -> tuple[int, int]:

@@ -8,20 +8,26 @@ from batchcls.placement import Node
 from batchcls.training.workers import settle_workers
 
 
-def workers(nodes: list[Node], **changes: object):
+def workers(nodes: list[Node], step_pictures: int = 32, **changes: object):
     config = FinetuneConfig(manifest="m", validation="v", model="x", output="o", **changes)
-    return settle_workers(config, nodes)
+    return settle_workers(config, nodes, step_pictures)
 
 
 @pytest.mark.parametrize(
     ("nodes", "changes", "count", "cpus", "gpu", "loaders"),
     [
-        ([Node(2, 0)], {}, (1, 1), 2, False, 0),
+        ([Node(2, 0)], {}, (2, 2), 1, False, 0),
+        ([Node(1, 0)], {}, (1, 1), 1, False, 0),
+        ([Node(0.5, 0), Node(1, 0)], {}, (1, 1), 1, False, 0),
+        ([Node(2, 0)], {"step_pictures": 31}, (1, 1), 2, False, 0),
+        ([Node(2, 0)], {"cpus_per_worker": 2}, (1, 1), 2, False, 0),
         ([Node(8, 0), Node(4, 0)], {}, (2, 2), 4, False, 0),
+        ([Node(8, 0), Node(4, 0)], {"step_pictures": 128}, (8, 8), 1, False, 0),
+        ([Node(32, 0), Node(32, 0)], {"step_pictures": 128}, (8, 8), 8, False, 0),
         ([Node(2, 0)], {"num_workers": "2"}, (2, 2), 1, False, 0),
         ([Node(2, 0)], {"num_workers": "1-4"}, (1, 4), 0.5, False, 0),
         ([Node(32, 4), Node(8, 0)], {}, (4, 4), 8, True, 8),
-        ([Node(16, 1)], {"device": "cpu"}, (1, 1), 16, False, 0),
+        ([Node(16, 1)], {"device": "cpu"}, (2, 2), 8, False, 0),
         ([Node(16, 1)], {"cpus_per_worker": 3, "loader_processes": 2}, (1, 1), 3, True, 2),
     ],
 )
