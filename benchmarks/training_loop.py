@@ -1,9 +1,9 @@
 """The training job beside a bare PyTorch loop with the same recipe: `python -m benchmarks.training_loop`.
 
 The bare loop is what one writes by hand: pixels in memory, torchvision's transforms, a DataLoader, AdamW
-with two learning rates, OneCycleLR, timm's average of weights. The job runs
-as it is, with Ray Train and one worker, and its own record says how fast its epochs were. Both train
-the same network on the same pictures with the same crops, and take turns; ratios are of one round.
+with two learning rates, OneCycleLR, timm's average of weights. The job runs as it is on Ray Train, with
+one worker and with as many as it takes by itself, and its own record says how fast its epochs were. All
+train the same network on the same pictures with the same crops, and take turns; ratios are of one round.
 """
 
 import argparse
@@ -107,14 +107,16 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
     return rate
 
 
-def job_rate(folder: Path, validation: Path, architecture: str, recipe: Path, output: Path) -> float:
+def job_rate(
+    folder: Path, validation: Path, architecture: str, recipe: Path, output: Path, workers: str
+) -> float:
     """Images per second of the last epoch, as the job's own record has it."""
     command = [
         *(sys.executable, "-m", "batchcls.jobs.finetune", "--manifest", str(folder / "manifest.parquet")),
         *("--validation", str(validation), "--model", f"timm:{architecture}", "--from-scratch"),
         *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--input-size", str(INPUT)),
         *("--crop-pct", str(INPUT / RESIZE), "--interpolation", "bilinear", "--recipe", str(recipe)),
-        *("--output", str(output), "--ray-address", "local"),
+        *("--output", str(output), "--ray-address", "local", "--num-workers", workers),
     ]
     subprocess.run(command, check=True, capture_output=True)
     record = json.loads((output / "bundle.json").read_text(encoding="utf-8"))
@@ -141,17 +143,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         (folder / "recipe.toml").write_text("\n".join(lines), encoding="utf-8")
         for number in range(arguments.rounds):
-            job = job_rate(
-                folder / "training",
-                validation,
-                arguments.model,
-                folder / "recipe.toml",
-                folder / f"out{number}",
-            )
             bare = bare_rate(folder / "training", arguments.model, recipe, side, arguments.threads)
-            rounds.append({"job": job, "bare": bare, "ratio": job / bare})
+            found = {"bare": bare}
+            for workers in ("1", "auto"):
+                rate = job_rate(
+                    folder / "training",
+                    validation,
+                    arguments.model,
+                    folder / "recipe.toml",
+                    folder / f"out-{number}-{workers}",
+                    workers,
+                )
+                found |= {f"job, {workers}": rate, f"ratio, {workers}": rate / bare}
+            rounds.append(found)
             print(
-                f"round {number + 1}: job {job:.1f}, bare {bare:.1f} images/s, ratio {job / bare:.3f}",
+                f"round {number + 1}: bare {bare:.1f} images/s, job with one worker {found['job, 1']:.1f}, ratio "
+                f"{found['ratio, 1']:.3f}, as it is {found['job, auto']:.1f}, ratio {found['ratio, auto']:.3f}",
                 flush=True,
             )
     return {
@@ -161,7 +168,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "images": arguments.images,
         "crop_pixels": side,
         "rounds": rounds,
-        "median_ratio": statistics.median(found["ratio"] for found in rounds),
+        "median_ratio": {
+            workers: statistics.median(found[f"ratio, {workers}"] for found in rounds)
+            for workers in ("1", "auto")
+        },
     }
 
 
@@ -175,7 +185,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the record")
     arguments = parser.parse_args()
     found = measure(arguments)
-    print(f"median ratio {found['median_ratio']:.3f}")
+    print(
+        "median ratios: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in found["median_ratio"].items())
+    )
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=2), encoding="utf-8")
 
