@@ -104,8 +104,10 @@ def flows_table(found: RunDiff) -> Table:
         causes = (flow.by_image, flow.by_model, flow.by_image_and_model, flow.by_neither)
         confidence = f"{flow.old_probability:.2f} -> {flow.new_probability:.2f}"
         table.add_row(
-            shown(flow.old_label, 40),
-            shown(flow.new_label, 40),
+            *(
+                shown("(no label)" if label is None else label, 40)
+                for label in (flow.old_label, flow.new_label)
+            ),
             str(flow.items),
             *map(str, causes),
             confidence,

@@ -19,7 +19,7 @@ DIMENSION = 4
 
 @dataclass(frozen=True)
 class Item:
-    """One row: its answer, or the reason of its failure."""
+    """One row: its answer, or the reason of its failure. `abstained`: not sure enough for a label."""
 
     item_id: str | None
     label: str = "cat"
@@ -28,6 +28,7 @@ class Item:
     source_version: str | None = None
     reason: str | None = None
     embedding: Sequence[float] = (3.0, 0.0, 4.0, 0.0)
+    abstained: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
         "detail": pa.array([row.reason for row in rows], text),
         "fetch_seconds": pa.array([0.0] * len(rows), pa.float32()),
         "decode_seconds": pa.array([0.0] * len(rows), pa.float32()),
-        "label": pa.array([row.label if ok else None for row, ok in zip(rows, good, strict=True)], text),
+        "label": pa.array(
+            [row.label if ok and not row.abstained else None for row, ok in zip(rows, good, strict=True)],
+            text,
+        ),
         "probability": pa.array(
             [row.probability if ok else None for row, ok in zip(rows, good, strict=True)], pa.float32()
         ),

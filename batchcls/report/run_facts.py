@@ -54,16 +54,17 @@ class Item:
     Attributes:
         row: number in the manifest.
         item_id: the shop's name for it.
-        label: the best class.
-        probability: of that class, 0..1.
-        runner_up: the second class and its probability; None where only one was kept.
+        label: the best class; None where its probability is below its threshold (`classify --abstain`).
+        probability: of the best class, 0..1.
+        runner_up: the second class and its probability, or the best one where there is no label; None where
+            only one was kept.
         uri: address of its picture, null where the manifest holds the picture itself.
         content_hash: SHA-256 of the file that was classified, hex.
     """
 
     row: int
     item_id: Text
-    label: str
+    label: str | None
     probability: float
     runner_up: tuple[str, float] | None
     uri: Text
@@ -152,10 +153,10 @@ class Categories:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Rows that changed from one label to another, and some of them."""
+    """Rows that changed from one label to another, and some of them; None is no label, where the job abstained."""
 
-    before: str
-    after: str
+    before: str | None
+    after: str | None
     rows: int
     items: tuple[Item, ...]
 

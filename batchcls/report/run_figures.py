@@ -26,6 +26,10 @@ _EXAMPLES_OF_AN_END = 10  # least sure, most sure
 _FLOWS = 10
 _EXAMPLES_OF_A_FLOW = 4
 
+# An answered item has a probability, and has no label where the job abstains: then null is what it answers.
+_ANSWERED = "probability IS NOT NULL AND probability_before IS NOT NULL"
+_MOVED_ON = f"{_ANSWERED} AND label IS DISTINCT FROM label_before"
+
 _JOINED = """
 CREATE TEMP TABLE joined AS
 SELECT now.row AS row, now.label AS label, now.probability AS probability,
@@ -46,6 +50,10 @@ FROM (SELECT label, count(*) AS rows, avg(probability) AS mean FROM joined
 FULL OUTER JOIN (SELECT label_before AS label, count(*) AS rows_before FROM joined
       WHERE label_before IS NOT NULL GROUP BY label_before) AS earlier ON now.label = earlier.label
 """
+
+
+_FlowRow = tuple[str | None, str | None, int, list[int]]
+"""Label before, label now, rows, and some of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +184,11 @@ def _categories(
     )
 
 
-def _flows(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str, int, list[int]]]:
-    """Label before, label now, rows, and some of them; the largest first."""
+def _flows(connection: duckdb.DuckDBPyConnection) -> list[_FlowRow]:
+    """The largest first."""
     return connection.execute(
         f"SELECT label_before, label, count(*) AS rows, arg_max(row, probability, {_EXAMPLES_OF_A_FLOW}) "
-        "FROM joined WHERE label <> label_before GROUP BY label_before, label "
+        f"FROM joined WHERE {_MOVED_ON} GROUP BY label_before, label "
         f"ORDER BY rows DESC, label_before, label LIMIT {_FLOWS}"
     ).fetchall()
 
@@ -188,14 +196,15 @@ def _flows(connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str, int, l
 def _changes(
     connection: duckdb.DuckDBPyConnection,
     run_id: str,
-    flows: Sequence[tuple[str, str, int, list[int]]],
+    flows: Sequence[_FlowRow],
     items: Mapping[int, Item],
 ) -> Changes:
     same, changed, new, gone, flow_count = _one(
         connection,
-        """SELECT count(*) FILTER (label = label_before), count(*) FILTER (label <> label_before),
-                  count(*) FILTER (label_before IS NULL), count(*) FILTER (label IS NULL),
-                  count(DISTINCT (label_before, label)) FILTER (label <> label_before) FROM joined""",
+        f"""SELECT count(*) FILTER ({_ANSWERED} AND label IS NOT DISTINCT FROM label_before),
+                  count(*) FILTER ({_MOVED_ON}),
+                  count(*) FILTER (probability_before IS NULL), count(*) FILTER (probability IS NULL),
+                  count(DISTINCT (label_before, label)) FILTER ({_MOVED_ON}) FROM joined""",
     )
     return Changes(
         run_id=run_id,

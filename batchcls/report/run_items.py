@@ -29,12 +29,14 @@ def read_items(predictions: ds.Dataset, rows: Iterable[int]) -> dict[int, Item]:
 
 def _item(entry: Mapping[str, Any]) -> Item:
     top_k = entry["top_k"] or []
+    # Without a label the best class, which was not sure enough, is what came next.
+    following = top_k[1:2] if entry["label"] is not None else top_k[:1]
     return Item(
         row=entry["row"],
         item_id=_text(entry["item_id"], _LONGEST_ID),
         label=entry["label"],
         probability=entry["probability"],
-        runner_up=(top_k[1]["label"], top_k[1]["probability"]) if len(top_k) > 1 else None,
+        runner_up=next(((found["label"], found["probability"]) for found in following), None),
         uri=_text(entry["uri"], _LONGEST_URI),
         content_hash=entry["content_hash"],
     )

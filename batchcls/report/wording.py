@@ -81,9 +81,9 @@ def shown(text: Text, longest: int = LONGEST) -> str:
     return cut if text.length <= len(text.start) else f"{cut} ({text.length:,} characters)"
 
 
-def shown_label(label: str) -> str:
-    """A label, in the same way."""
-    return shown(Text(label, len(label)))
+def shown_label(label: str | None) -> str:
+    """A label, in the same way; None is that of an answer that was not sure enough for one."""
+    return "(no label)" if label is None else shown(Text(label, len(label)))
 
 
 def printable(text: str) -> str:

@@ -65,10 +65,10 @@ FROM (
         CASE
             WHEN old.item_id IS NULL THEN 'new'
             WHEN new.item_id IS NULL THEN 'gone'
-            WHEN old.label IS NULL AND new.label IS NULL THEN 'still_failed'
-            WHEN new.label IS NULL THEN 'failed'
-            WHEN old.label IS NULL THEN 'recovered'
-            WHEN old.label = new.label THEN 'unchanged'
+            WHEN old.probability IS NULL AND new.probability IS NULL THEN 'still_failed'
+            WHEN new.probability IS NULL THEN 'failed'
+            WHEN old.probability IS NULL THEN 'recovered'
+            WHEN old.label IS NOT DISTINCT FROM new.label THEN 'unchanged'
             ELSE 'changed' END AS status,
         coalesce(new.content_hash <> old.content_hash, false) AS image_changed,
         coalesce(new.uri, old.uri) AS uri,
@@ -80,6 +80,7 @@ FROM (
 )
 """
 
+# An answered item has a probability, and has no label where the job abstains: then null is what it answers.
 # Items whose label is the same are listed only where their image is another one.
 _ITEMS = """
 SELECT item_id, status, cause, image_changed, uri, old_row, new_row, old_label, new_label,
@@ -109,12 +110,12 @@ ORDER BY {_BY_SIZE}
 class Flow:
     """Items that went from one label to another.
 
-    `example_rows` are row numbers of the new run's manifest, the most confident first; the
-    probabilities are means.
+    A label is None where the job abstained. `example_rows` are row numbers of the new run's manifest,
+    the most confident first; the probabilities are means.
     """
 
-    old_label: str
-    new_label: str
+    old_label: str | None
+    new_label: str | None
     items: int
     by_image: int
     by_model: int
@@ -250,7 +251,7 @@ def _one(connection: duckdb.DuckDBPyConnection, query: str) -> int:
 
 
 def _largest(connection: duckdb.DuckDBPyConnection, largest: int) -> tuple[Flow, ...]:
-    query = f"SELECT * FROM ({_FLOWS}) WHERE old_label <> new_label ORDER BY {_BY_SIZE} LIMIT {largest:d}"
+    query = f"SELECT * FROM ({_FLOWS}) WHERE old_label IS DISTINCT FROM new_label ORDER BY {_BY_SIZE} LIMIT {largest:d}"
     cursor = connection.execute(query)
     names = [column[0] for column in cursor.description or ()]
     rows = (dict(zip(names, row, strict=True)) for row in cursor.fetchall())

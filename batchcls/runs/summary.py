@@ -22,7 +22,7 @@ HISTOGRAM_BINS = 20
 """Equal bins of the confidence from 0 to 1; 1.0 itself is in the last."""
 
 _BY_LABEL = f"""
-SELECT label, least(floor(probability * {HISTOGRAM_BINS}), {HISTOGRAM_BINS - 1})::INTEGER AS bin,
+SELECT coalesce(label, '') AS label, least(floor(probability * {HISTOGRAM_BINS}), {HISTOGRAM_BINS - 1})::INTEGER AS bin,
        count(*) AS items, sum(probability::DOUBLE) AS confidence
 FROM answers GROUP BY ALL
 """
@@ -45,7 +45,8 @@ class Summary:
 
     Attributes:
         answered: rows with an answer, computed or reused.
-        categories: rows by label, the largest first.
+        categories: rows by label, the largest first; the empty label is that of rows without one, where the job
+            abstained.
         mean_confidence: mean probability of the best label, 0..1; None without answers.
         confidence_histogram: rows by confidence, `HISTOGRAM_BINS` of them.
         embeddings: None where the run has none.
@@ -145,7 +146,7 @@ def _collected(
             histogram[max(0, bin_number)] += items
         total += confidence or 0.0
     answered = categories.total()
-    ordered = dict(sorted(categories.items(), key=lambda item: (-item[1], item[0] or "")))
+    ordered = dict(sorted(categories.items(), key=lambda item: (-item[1], item[0])))
     return Summary(answered, ordered, total / answered if answered else None, tuple(histogram), found)
 
 
@@ -190,12 +191,12 @@ class _Norms:
 
 
 def changed_labels(new: ds.Dataset, old: ds.Dataset) -> tuple[int, int]:
-    """How many items both runs have answered, and how many of these got another label."""
+    """How many items both runs have answered, and how many of these got another label, or lost or gained one."""
     with connect() as connection:
         for name, dataset in (("new", new), ("old", old)):
             connection.register(name, read_columns(dataset, ["item_id", "label"]))
         found = connection.execute(
-            "SELECT count(*), count(*) FILTER (new.label <> old.label) FROM new JOIN old USING (item_id)"
+            "SELECT count(*), count(*) FILTER (new.label IS DISTINCT FROM old.label) FROM new JOIN old USING (item_id)"
         ).fetchone()
     compared, changed = found or (0, 0)
     return int(compared), int(changed)

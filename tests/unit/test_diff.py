@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from batchcls.run_tables import flows_table
 from batchcls.runs.diff import CAUSES, STATUSES, RunDiff, diff_runs
 from batchcls.runs.records import read_record
 from batchcls.storage import Storage, join
@@ -108,3 +110,18 @@ def test_a_run_beside_itself_has_no_differences(tmp_path: Path):
     found = diff_runs(record, record, Storage())
     assert {name for name, count in found.statuses.items() if count} == {"unchanged", "still_failed"}
     assert (found.flows, found.category_shift, found.images_changed) == ((), 0.0, 0)
+
+
+def test_an_answer_without_a_label_is_an_answer(tmp_path: Path):
+    unsure = Item("unsure", "cat", abstained=True)
+    old = [Item("sure, then not", "cat"), Item("not sure, then", abstained=True), unsure]
+    new = [Item("sure, then not", "cat", abstained=True), Item("not sure, then", "dog"), unsure]
+    write_run(str(tmp_path), Night("old"), old)
+    write_run(str(tmp_path), Night("new"), new)
+    found = diff_runs(*(read_record(str(tmp_path), name, Storage()) for name in ("old", "new")), Storage())
+    assert (found.statuses["changed"], found.statuses["unchanged"], found.compared) == (2, 1, 3)
+    assert {(flow.old_label, flow.new_label) for flow in found.flows} == {("cat", None), (None, "dog")}
+    assert found.new_summary.categories == {"": 2, "dog": 1}
+    text = Console(width=200, record=True)
+    text.print(flows_table(found))
+    assert "(no label)" in text.export_text()

@@ -165,6 +165,7 @@ def test_coverage_falls_back_on_the_failed_fraction(tmp_path: Path):
             items(150, embedding=(0.0, 6.0, 0.0, 0.0)),
             0.2,
         ),
+        ("changed_labels_fraction", items(200), [*items(200)[:150], *items(200, abstained=True)[150:]], 0.25),
         ("row_count_change_fraction", items(200), items(150), 0.25),
         ("row_count_change_fraction", items(100), items(150), 0.5),
     ],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,24 @@ def test_figures_are_those_of_the_rows(output: Path):
     ]
     lamps = next(shown for entry, shown in categories.examples if entry.label == "lamp")
     assert [item.row for item in lamps] == [8, 7, 6, 5]
+
+
+def test_rows_without_a_label_are_shown_with_their_best_class(output: Path):
+    hashes = pictures(output, 3)
+    sure = [Item(f"SKU-{i}", "mug", 0.9, content_hash=hashes[i]) for i in range(3)]
+    unsure = [replace(sure[0], probability=0.4, abstained=True), *sure[1:]]
+    write_run(str(output), night("sure"), sure)
+    write_run(str(output), night("unsure", baseline="sure"), unsure)
+    facts = facts_of(output, "unsure", "sure")
+    assert facts.changes is not None
+    assert (facts.changes.same, facts.changes.changed, facts.changes.gone) == (2, 1, 0)
+    (flow,) = facts.changes.flows
+    assert (flow.before, flow.after, flow.rows) == ("mug", None, 1)
+    (item,) = flow.items
+    assert item.label is None
+    assert item.runner_up == ("mug", pytest.approx(0.4))
+    assert report_after_run(str(output), "unsure", STORAGE) is not None
+    assert "(no label)" in (output / "runs" / "unsure" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_verdict_follows_what_is_published_and_what_the_gates_said(output: Path):
