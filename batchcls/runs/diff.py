@@ -52,6 +52,7 @@ SELECT item_id, uri, "row", NULL, NULL, content_hash, reason FROM {side}_quarant
 WHERE item_id IS NOT NULL AND reason NOT IN {excluded}
 """
 
+# An answered item has a probability, and has no label where the job abstains: then null is what it answers.
 _JOINED = """
 CREATE TABLE joined AS
 SELECT *, CASE
@@ -80,7 +81,6 @@ FROM (
 )
 """
 
-# An answered item has a probability, and has no label where the job abstains: then null is what it answers.
 # Items whose label is the same are listed only where their image is another one.
 _ITEMS = """
 SELECT item_id, status, cause, image_changed, uri, old_row, new_row, old_label, new_label,
