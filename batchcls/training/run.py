@@ -33,8 +33,8 @@ from batchcls.training.workers import Workers
 _LOOKING = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 
 # With every activation of a network glibc hands memory back to the system, which has it mapped and zeroed anew page by
-# page: a third to half of the time of training (docs/log.md, 2026-11-26). With these it is kept. One arena, since only the
-# first can hold blocks of this size, and training runs in a thread that would have another.
+# page: a third to half of the time of training (docs/log.md, 2026-11-26). With these it is kept. One arena, since only
+# the first can hold blocks of this size, and training runs in a thread that would have another.
 _KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
