@@ -213,7 +213,7 @@ class Training:
         )
         # Workers' gradients are averaged, and each has a part of the step.
         torch.autograd.backward(losses.sum() * (self._place.workers / step_size))
-        measures.add(logits.detach().float(), targets)
+        measures.add(logits.detach().float(), shares)
         return losses.detach()
 
     def _passes(

@@ -26,15 +26,17 @@ class Measures:
 
         Args:
             logits: float N,K.
-            targets: int64 N, class indices.
+            targets: int64 N, class indices; or float N,K, shares of the categories in mixed pictures, the
+                largest of which is the right answer.
         """
-        known = targets >= 0
+        right = targets if targets.dim() == 1 else targets.argmax(dim=1)
+        known = right >= 0
         if bool(known.any()):
             self._loss.update(nn.functional.cross_entropy(logits[known], targets[known], reduction="none"))
-        best = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
+        best = logits.topk(min(_TOP, logits.shape[1])).indices == right[:, None]
         self._first.update(best[:, 0].float())
         self._best.update(best.any(dim=1).float())
-        self._rows.update(len(targets))
+        self._rows.update(len(right))
 
     def result(self) -> dict[str, Any]:
         """Mean loss, top-1 and top-5 in 0..1, and rows; every worker has to ask, and gets the same answer."""
