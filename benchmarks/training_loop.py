@@ -1,6 +1,6 @@
 """The training job beside a bare PyTorch loop with the same recipe: `python -m benchmarks.training_loop`.
 
-The bare loop is what one writes by hand: pixels in memory, torchvision's transforms, a DataLoader, AdamW
+The bare loop is what one writes by hand: pixels in memory, torchvision's transforms, MixUp, a DataLoader, AdamW
 with two learning rates, OneCycleLR, timm's average of weights. The job runs as it is on Ray Train, with
 one worker and with as many as it takes by itself, and its own record says how fast its epochs were. All
 train the same network on the same pictures with the same crops, and take turns; ratios are of one round.
@@ -80,6 +80,7 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
     model: Any = timm.create_model(architecture, num_classes=CATEGORIES)
     model = model.to(memory_format=torch.channels_last)
     average = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+    mixing = v2.MixUp(alpha=recipe.mixup, num_classes=CATEGORIES) if recipe.mixup else v2.Identity()
     head = list(model.get_classifier().parameters())
     known = {id(value) for value in head}
     body = [value for value in model.parameters() if id(value) not in known]
@@ -92,7 +93,8 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
     for _ in range(recipe.epochs):
         started = time.perf_counter()
         model.train()
-        for images, targets in loader:
+        for batch in loader:
+            images, targets = mixing(*batch)
             logits = model(images.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
             torch.autograd.backward(loss)

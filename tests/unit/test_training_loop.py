@@ -26,7 +26,9 @@ PREPROCESSING = Preprocessing(
 
 
 def recipe(**changes: object) -> Recipe:
-    values = {"epochs": 3, "head_epochs": 1, "batch_size": 10, "final_epochs": 0, "size_fraction": 1.0}
+    """Without mixing, whose partners depend on how a step is shared among workers and passes."""
+    values = {"epochs": 3, "head_epochs": 1, "batch_size": 10, "final_epochs": 0}
+    values |= {"size_fraction": 1.0, "mixup": 0.0}
     return read_recipe("fine-tune").with_changes(**(values | changes))
 
 
