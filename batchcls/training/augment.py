@@ -4,6 +4,8 @@ Each picture's random numbers come from seed, epoch and row alone, so what is se
 on how many workers there are or on what came before.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,8 +80,7 @@ class AugmentedPictures(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, item: Item) -> tuple[Tensor, int, int]:
         """The picture as this epoch shows it; the process's own random numbers stay as they are."""
         picture = torch.from_numpy(self._store[item.row]).permute(2, 0, 1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(*self._seed, item.row))
+        with _random_numbers(seed_of(*self._seed, item.row)):
             shown: Tensor = self._transform(picture)
         return shown, item.target, item.row
 
@@ -99,10 +100,21 @@ class Mixing:
         """Mix float N,3,H,W and int64 N; targets come back as float N,K, or as they are without mixing."""
         if self._mix is None or len(images) < 2:
             return images, targets
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(_MIXING, *seed))
+        with _random_numbers(seed_of(_MIXING, *seed)):
             mixed, shares = self._mix(images, targets)
         return mixed, shares
+
+
+@contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """Those of this seed, on the CPU, where transforms draw them; afterwards the process goes on with its own.
+
+    `torch.manual_seed` would seed GPUs as well, for whatever else draws there, and where there is none it writes
+    down who called it: 2.5 % of a training on CPUs (docs/log.md, 2026-11-26).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def seed_of(*parts: int) -> int:

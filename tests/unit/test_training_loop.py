@@ -185,6 +185,17 @@ def test_a_picture_of_an_epoch_depends_on_its_row_alone(stores):
     assert not torch.equal(first, other_epoch[Item(4, 1)][0])
 
 
+def test_random_numbers_of_pictures_are_the_cpu_s_alone(stores, monkeypatch: pytest.MonkeyPatch):
+    """Seeding GPUs for each picture would change what dropout draws there."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    transform = picture_transform(read_recipe("modern"), (32, 32), PREPROCESSING)
+    pictures = AugmentedPictures(stores[0], transform, (3, 0))
+    assert not torch.equal(pictures[Item(4, 1)][0], pictures[Item(7, 1)][0])
+    Mixing(read_recipe("modern"), CLASSES)(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), 1)
+    assert seeded == []
+
+
 def test_mixing_turns_indices_into_shares():
     mixed, shares = Mixing(read_recipe("modern"), CLASSES)(
         torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), 1, 2
