@@ -206,6 +206,23 @@ def test_mixing_turns_indices_into_shares():
     assert Mixing(read_recipe("classic"), CLASSES)(images, targets, 1) == (images, targets)
 
 
+def test_what_is_reported_of_mixed_pictures_is_held_against_what_was_mixed(
+    stores, monkeypatch: pytest.MonkeyPatch
+):
+    """A mixing that leaves pictures alone and names the next category is training on the next category."""
+    targets = ((np.arange(ROWS) + 1) % CLASSES).astype(np.int32)
+    expected, _, _ = train(settings(training=LabelledRows(np.arange(ROWS), targets)), stores)
+
+    def renamed(_, images: torch.Tensor, found: torch.Tensor, *seed: int):
+        return images, nn.functional.one_hot((found + 1) % CLASSES, CLASSES).float()
+
+    monkeypatch.setattr(Mixing, "__call__", renamed)
+    mixed, _, _ = train(settings(), stores)
+    for ours, theirs in zip(mixed.history, expected.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["top1"] == theirs["top1"]
+
+
 def test_crops_grow_at_the_end_in_multiples_of_32():
     big = PREPROCESSING.model_copy(
         update={"input_height": 224, "input_width": 224, "resize_height": 256, "resize_width": 256}
