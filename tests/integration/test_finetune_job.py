@@ -154,6 +154,9 @@ def test_two_workers_of_which_one_is_killed_end_like_one(
     log = output.with_suffix(".log")
     wait_for_line(process, log, r"epoch 4: ")
     first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
+    # What glibc and libgomp read when a process starts; later it would be too late.
+    environment = Path(f"/proc/{first.group(1)}/environ").read_bytes().split(b"\0")
+    assert {b"MALLOC_MMAP_MAX_=0", b"MALLOC_ARENA_MAX=1", b"GOMP_SPINCOUNT=10000"} <= set(environment)
     os.kill(int(first.group(1)), signal.SIGKILL)
     assert process.wait(timeout=200) == 0, log.read_text()
     assert "going on from the checkpoint of epoch" in log.read_text()
