@@ -6,17 +6,24 @@ filters run on uint8 in torch's vectorised kernel, which reads H x W x 3 memory 
 from Pillow's by one level at most (bilinear) or two (bicubic, lanczos).
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional
 
 from batchcls.preprocessing import Preprocessing
 from batchcls.views import Views
 
-_IN_TORCH = frozenset({"bilinear", "bicubic", "lanczos"})
+# What `torch.nn.functional.interpolate(antialias=True)` calls. It cannot be told to stop early.
+_KERNELS = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
+    "lanczos": torch.ops.aten._upsample_lanczos2d_aa,
+}
+# How far each filter reaches to both sides, in pixels of the coarser of source and result.
+_REACH = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
 # A picture 8 pixels high and ten million wide would grow to hundreds of gigabytes when its short
 # side meets the resize. Beyond this ratio only its middle is resized; the crop shows no more.
 _MAX_ASPECT_RATIO = 32
@@ -39,7 +46,7 @@ class Transform:
         A picture that is resized in no smooth way, or of which only the middle is, is given back its
         own size: it is needed whole (`decode`).
         """
-        if self._preprocessing.interpolation not in _IN_TORCH or _is_extremely_long(height, width):
+        if self._preprocessing.interpolation not in _KERNELS or _is_extremely_long(height, width):
             return height, width
         return _resized(height, width, self._preprocessing)
 
@@ -62,32 +69,43 @@ class Transform:
         if extent is None or extent == pixels.shape[:2]:
             if self._preprocessing.crop_mode == "center":
                 pixels = _without_far_ends(pixels)
-            height, width = pixels.shape[:2]
-            resized = self._resize(pixels, _resized(height, width, self._preprocessing))
-        else:
-            resized = self._resize_within(pixels, extent, _resized(*extent, self._preprocessing))
-        centre = self._crop_or_pad(resized)
+            extent = pixels.shape[0], pixels.shape[1]
+        size = _resized(*extent, self._preprocessing)
+        resized = self._resize(pixels, extent, size)
+        centre = self._crop_or_pad(resized, size)
         return centre if self._crops == 1 else np.stack([*self._corners(resized), centre])
 
-    def _resize(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """H x W x 3, possibly `pixels` themselves."""
-        if pixels.shape[:2] == size:
+    def _resize(self, pixels: np.ndarray, extent: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
+        """The upper left part, H x W x 3, of the picture resized to `size`: as much of it as is cropped to.
+
+        What lies below and to the right of it is neither read nor made, which is a fifth to a third of
+        the work; the values are those of the whole. Possibly `pixels` themselves.
+        """
+        factors = [after / before for after, before in zip(size, extent, strict=True)]
+        if factors == [1, 1]:
             return pixels
         mode = self._preprocessing.interpolation
-        if mode in _IN_TORCH:
-            return _to_pixels(functional.interpolate(_to_batch(pixels), size, mode=mode, antialias=True))
-        # torch's "nearest" takes other pixels than Pillow's, which is what weights were trained with.
-        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.NEAREST))
+        if mode not in _KERNELS:
+            # torch's "nearest" takes other pixels than Pillow's, which is what weights were trained with.
+            return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.NEAREST))
+        seen = self._seen(size)
+        pixels = pixels[: _source_rows(seen[0], factors[0], _REACH[mode])]
+        # The kernel takes an axis that comes out as long as it went in for one that is not resized.
+        made = [
+            last + (last == held and factor != 1)
+            for last, held, factor in zip(seen, pixels.shape, factors, strict=False)
+        ]
+        batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+        resized = _KERNELS[mode](batch, made, False, *factors)
+        hwc: np.ndarray = resized.squeeze(0).permute(1, 2, 0).numpy()
+        return hwc[: size[0], : size[1]]
 
-    def _resize_within(
-        self, pixels: np.ndarray, extent: tuple[float, float], size: tuple[int, int]
-    ) -> np.ndarray:
-        """H x W x 3 of the given size, which the extent is resized to, and not all rows and columns."""
-        # torch rounds the size down, and must not end one below for the last bit of the factor.
-        factors = [after / before * (1 + 1e-9) for after, before in zip(size, extent, strict=True)]
-        mode = self._preprocessing.interpolation
-        resized = functional.interpolate(_to_batch(pixels), scale_factor=factors, mode=mode, antialias=True)
-        return _to_pixels(resized)[: size[0], : size[1]]
+    def _seen(self, size: tuple[int, int]) -> tuple[int, int]:
+        """How many rows and columns of a picture resized to `size` reach to the end of what is cropped."""
+        if self._crops > 1:
+            return size
+        height, width, _ = self._preprocessing.shape
+        return _window(size[0], height)[0].stop, _window(size[1], width)[0].stop
 
     def _corners(self, hwc: np.ndarray) -> Iterator[np.ndarray]:
         height, width, _ = self._preprocessing.shape
@@ -95,9 +113,10 @@ class Transform:
             for columns in (slice(width), slice(hwc.shape[1] - width, None)):
                 yield hwc[rows, columns]
 
-    def _crop_or_pad(self, hwc: np.ndarray) -> np.ndarray:
-        rows, to_rows = _window(hwc.shape[0], self._preprocessing.input_height)
-        columns, to_columns = _window(hwc.shape[1], self._preprocessing.input_width)
+    def _crop_or_pad(self, hwc: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The centre of a picture resized to `size`, of which `hwc` holds at least what is seen."""
+        rows, to_rows = _window(size[0], self._preprocessing.input_height)
+        columns, to_columns = _window(size[1], self._preprocessing.input_width)
         result = np.empty(self._preprocessing.shape, dtype=np.uint8)
         if self._preprocessing.crop_mode == "border":
             result[:] = self._fill
@@ -105,14 +124,9 @@ class Transform:
         return result
 
 
-def _to_batch(pixels: np.ndarray) -> torch.Tensor:
-    """1 x 3 x H x W with the memory of `pixels`."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-
-
-def _to_pixels(batch: torch.Tensor) -> np.ndarray:
-    pixels: np.ndarray = batch.squeeze(0).permute(1, 2, 0).numpy()
-    return pixels
+def _source_rows(made: int, factor: float, reach: int) -> int:
+    """How many rows of a picture the first `made` rows of its resize read."""
+    return math.ceil(made / factor + reach * max(1.0, 1 / factor)) + 1
 
 
 def normalize(batch: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

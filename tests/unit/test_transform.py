@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 from timm.data import create_transform
+from torch.nn.functional import interpolate
 from torchvision.transforms import functional as reference
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.v2 import functional as on_tensors
@@ -109,6 +112,33 @@ def test_the_resize_equals_that_of_torchvision_on_uint8_tensors_bit_for_bit(widt
     theirs = on_tensors.center_crop(on_tensors.resize(chw, [109], mode, antialias=True), [96])
     ours = Transform(preprocessing(96, 109, interpolation=interpolation))(pixels)
     assert np.array_equal(ours, theirs.permute(1, 2, 0).numpy())
+
+
+@given(
+    height=st.integers(20, 300),
+    width=st.integers(20, 300),
+    crop_and_resize=st.sampled_from([(96, 109), (96, 96), (100, 128), (64, 255)]),
+    interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos"]),
+    crop_mode=st.sampled_from(["center", "squash"]),
+)
+# Sides that come out as long as the part that is cropped to: the kernel would not resize them at all.
+@example(254, 300, (254, 255), "bilinear", "center")
+@example(300, 254, (254, 255), "bicubic", "center")
+@example(118, 120, (96, 140), "lanczos", "center")
+def test_what_is_made_of_a_picture_is_what_is_cropped_from_all_of_it(
+    height, width, crop_and_resize, interpolation, crop_mode
+):
+    crop, resize = crop_and_resize
+    pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+    ours = Transform(preprocessing(crop, resize, interpolation=interpolation, crop_mode=crop_mode))
+    whole = interpolate(
+        torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0),
+        ours.resized_size(height, width),
+        mode=interpolation,
+        antialias=True,
+    )
+    theirs = on_tensors.center_crop(whole, [crop])[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(ours(pixels), theirs)
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
