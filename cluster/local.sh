@@ -113,9 +113,11 @@ start_head() {
     --temp-dir "$(cat "$state/temporary")"
   )
   [[ -z ${BATCHCLS_CLUSTER_GPUS:-} ]] || options+=(--num-gpus "$BATCHCLS_CLUSTER_GPUS")
-  # Jobs start as `python ...` with the head's PATH. The daemons must hold neither our output nor the lock.
+  # Jobs start as `python ...` with the head's PATH. Workers inherit MALLOC_..., with which they keep memory that they
+  # free (README.md). The daemons must hold neither our output nor the lock.
   env -u RAY_ADDRESS -u RAY_API_SERVER_ADDRESS -u RAY_AUTH_TOKEN PATH="$(dirname -- "$python"):$PATH" \
     BATCHCLS_CLUSTER_ID="$(cat "$state/id")" RAY_USAGE_STATS_ENABLED=0 \
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776 MALLOC_ARENA_MAX=1 \
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$state/token" \
     timeout 120 "$ray" start "${options[@]}" </dev/null >"$state/start.log" 2>&1 9<&-
 }

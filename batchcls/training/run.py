@@ -18,7 +18,7 @@ from batchcls.console import watching
 from batchcls.errors import BatchclsError
 from batchcls.models.bundle import Bundle
 from batchcls.pipeline.causes import cause_of
-from batchcls.runtime import WORKER_VARIABLES
+from batchcls.runtime import KEEP_MEMORY, WORKER_VARIABLES
 from batchcls.storage import Storage, is_remote, join, local_path
 from batchcls.training.bundle_out import Trained, read_trained
 from batchcls.training.divergence import Divergence
@@ -31,15 +31,6 @@ from batchcls.training.workers import Workers
 # Every epoch waits until Ray Train's controller has taken its report, for which it looks every two seconds unless told
 # otherwise: more than an epoch of a small catalog takes. It hands this variable on to where the controller runs.
 _LOOKING = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
-
-# With every activation of a network glibc hands memory back to the system, which has it mapped and zeroed anew page by
-# page: a third to half of the time of training (docs/log.md, 2026-11-26). With these it is kept. One arena, since only
-# the first can hold blocks of this size, and training runs in a thread that would have another.
-_KEEP_MEMORY = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_ARENA_MAX": "1",
-}
 
 # Threads of a worker sleep at the end of each operation, for the sake of other work (WORKER_VARIABLES), which costs
 # training a sixth of its time. They look for more of it so often first, for microseconds (docs/log.md, 2026-11-26).
@@ -141,7 +132,7 @@ def _run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfi
         name=name,
         failure_config=FailureConfig(max_failures=config.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-        worker_runtime_env={"env_vars": WORKER_VARIABLES | _LOOK_BEFORE_SLEEP | _KEEP_MEMORY},
+        worker_runtime_env={"env_vars": WORKER_VARIABLES | _LOOK_BEFORE_SLEEP | KEEP_MEMORY},
         **place,
     )
 

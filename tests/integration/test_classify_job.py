@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchcls.runtime import KEEP_MEMORY
 from batchcls.schema import TOP_K_TYPE
 from tests.conftest import REPOSITORY
 from tests.integration.conftest import Cluster, Outcome, OwnCluster
-from tests.integration.started import start_job, write_catalog
+from tests.integration.started import start_job, until_line, write_catalog
+from tests.processes import processes_with, title_of
 
 Job = Callable[..., Outcome]
 
@@ -284,13 +286,19 @@ def test_a_gpu_that_ray_promises_and_torch_does_not_find_is_said(
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; tests marked gpu cover it")
+    mark = f"BATCHCLS_TEST={tmp_path}"
     promise = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}', "RAY_AUTH_MODE": "disabled"}
+    promise |= dict([mark.split("=")])
     command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", catalog, "--model", tiny_bundle]
     command += ["--output", str(tmp_path / "out"), "--ray-address", "local"]
-    done = subprocess.run(
-        command, env=clean_environment | promise, cwd=REPOSITORY, capture_output=True, text=True, check=False
+    process = subprocess.Popen(
+        command, env=clean_environment | promise, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
     )
-    err = done.stderr
-    assert "1 actor(s) x 0 CPU, 1 GPU on cuda" in err
-    assert done.returncode == 1
+    until_line(process, "1 actor(s) x 0 CPU, 1 GPU on cuda")
+    # The Ray that it started for itself hands on what workers have to start with.
+    (raylet,) = (pid for pid in processes_with(mark) if "/raylet" in title_of(pid).split("\0")[0])
+    environment = Path(f"/proc/{raylet}/environ").read_text().split("\0")
+    assert set(environment) >= {f"{name}={value}" for name, value in KEEP_MEMORY.items()}
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
     assert "PyTorch finds no GPU" in err.splitlines()[-1]

@@ -1,5 +1,6 @@
 """What the driver counts while the pool works: nothing twice, however late a look arrives."""
 
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from batchcls.pipeline.settle import Settled
 from batchcls.pipeline.tally import Progress
 from batchcls.pipeline.work import Engines, NodeEngine
 from batchcls.placement import place
-from batchcls.runtime import nodes, ray_session
+from batchcls.runtime import KEEP_MEMORY, nodes, ray_session
 from tests.integration.conftest import Cluster
 from tests.integration.started import write_catalog
 
@@ -59,6 +60,9 @@ def test_finished_fragments_count_by_their_receipts(
         fragment_rows=FRAGMENT_ROWS,
     )
     with ray_session(cluster.address):
+        # A node of cluster/local.sh hands on what workers have to start with.
+        environment = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
+        assert environment.items() >= KEEP_MEMORY.items()
         inputs = open_inputs(config)
         shape = place(config, nodes(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
