@@ -9,6 +9,7 @@ from batchcls.runs.diff import CAUSES, STATUSES, RunDiff
 from batchcls.runs.prune import Choice
 from batchcls.runs.records import ListedRun, RunRecord, State
 from batchcls.runs.summary import HISTOGRAM_BINS, Summary
+from batchcls.schema import NO_LABEL
 
 _WIDE = 60
 _LARGEST_CATEGORIES = 10
@@ -104,10 +105,7 @@ def flows_table(found: RunDiff) -> Table:
         causes = (flow.by_image, flow.by_model, flow.by_image_and_model, flow.by_neither)
         confidence = f"{flow.old_probability:.2f} -> {flow.new_probability:.2f}"
         table.add_row(
-            *(
-                shown("(no label)" if label is None else label, 40)
-                for label in (flow.old_label, flow.new_label)
-            ),
+            *(shown(NO_LABEL if label is None else label, 40) for label in (flow.old_label, flow.new_label)),
             str(flow.items),
             *map(str, causes),
             confidence,

@@ -114,6 +114,9 @@ EMBEDDING_TYPES: dict[str, pa.DataType | None] = {
 BELOW_THRESHOLD = "below_threshold"
 """Why an answered row has no label under `--abstain`: no failure, so no `Reason`."""
 
+NO_LABEL = "(no label)"
+"""What people see in place of one."""
+
 # Seconds of work spent on a row, by stage; they travel with the row so that a written part can
 # say what it cost, and are summed there.
 FETCH_SECONDS = "fetch_seconds"

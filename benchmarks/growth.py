@@ -1,11 +1,12 @@
 """Simulated nodes on this machine, each with a stub that sleeps as a GPU would compute: does the pipeline scale?
 
     python -m benchmarks.growth                      1, 2 and 4 nodes at 40 images/s each
-    python -m benchmarks.growth --rate 120           until the two cores, or whatever there is, saturate
+    python -m benchmarks.growth --nodes 1,2 --rate 400 --seconds 25 --name growth-cores
+                                                     a stub faster than a core decodes: the report names it
 
 Everything but the network is real: Ray nodes with a daemon and an object store each, the manifest, fetching and
 decoding of the photographs beside the repository, Parquet files, the driver. Start-up is left out, since all nodes
-share this machine's cores for it. Writes benchmarks/results/DATE-growth.json.
+share this machine's cores for it. Writes benchmarks/results/DATE-NAME.json.
 """
 
 import argparse
@@ -41,6 +42,8 @@ from batchcls.runtime import nodes, ray_session
 from benchmarks.process import REPOSITORY
 
 _BATCH = 16
+# Of the bottleneck report, whose ideal is that of as many cores as the nodes have by name.
+_REPORTED = ("limited_by", "ideal_images_per_second", "efficiency", "busy_milliseconds_per_image")
 
 
 class SleepingActor(FragmentActor):
@@ -90,6 +93,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
     # The last actor to start decides from when on all nodes work.
     totals = reconcile(receipts, inputs.manifest.rows)
     found = find_bottleneck(executed.measured(totals.stage_seconds, engine_was_measured=False))
+    report = found.as_json()
     steady = _steady_rate([(receipt.written_at, receipt.rows) for receipt in receipts])
     return {
         "nodes": count,
@@ -97,7 +101,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
         "images_per_second": round(steady, 1),
         "stub_images_per_second": rate,
         "of_stubs": round(steady / (count * rate), 3),
-        "busy_milliseconds_per_image": found.as_json()["busy_milliseconds_per_image"],
+        **{name: report[name] for name in _REPORTED},
         "driver_peak_mib": executed.as_json()["peak_memory_mib_of_the_driver"],
     }
 
@@ -131,6 +135,7 @@ def main() -> None:
     parser.add_argument("--nodes", default="1,2,4", help="how many nodes, by commas")
     parser.add_argument("--rate", type=float, default=40.0, help="images per second of each stub")
     parser.add_argument("--seconds", type=float, default=40.0, help="length of each run, start-up left out")
+    parser.add_argument("--name", default="growth", help="of the file with the results")
     arguments = parser.parse_args()
     points = []
     with tempfile.TemporaryDirectory() as name:
@@ -138,7 +143,7 @@ def main() -> None:
             points.append(measure(count, arguments.rate, arguments.seconds, Path(name)))
             Console(stderr=True).print(json.dumps(points[-1]))
     today = datetime.now(UTC).date().isoformat()
-    target = REPOSITORY / "benchmarks" / "results" / f"{today}-growth.json"
+    target = REPOSITORY / "benchmarks" / "results" / f"{today}-{arguments.name}.json"
     target.parent.mkdir(exist_ok=True)
     record = {"date": today, "hardware": str(Hardware.here()), "points": points}
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

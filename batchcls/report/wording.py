@@ -1,6 +1,7 @@
 """Figures and strings of a run as people read them. Escaping is the templates' own."""
 
 from batchcls.report.run_facts import Text
+from batchcls.schema import NO_LABEL
 
 LONGEST = 56
 """Characters of an id or a label that a page shows."""
@@ -83,7 +84,7 @@ def shown(text: Text, longest: int = LONGEST) -> str:
 
 def shown_label(label: str | None) -> str:
     """A label, in the same way; None is that of an answer that was not sure enough for one."""
-    return "(no label)" if label is None else shown(Text(label, len(label)))
+    return NO_LABEL if label is None else shown(Text(label, len(label)))
 
 
 def printable(text: str) -> str:
