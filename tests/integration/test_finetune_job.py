@@ -21,7 +21,7 @@ from tests.conftest import S3Server
 from tests.integration.conftest import Cluster, run_here
 from tests.pictures import CATEGORIES, write_pictures
 
-EPOCHS = 24
+EPOCHS = 14
 RECIPE = f"""
 about = "For tests: without anything that depends on how pictures are shared among workers."
 epochs = {EPOCHS}
@@ -34,7 +34,7 @@ ema_decay = 0.9
 clip_norm = 5.0
 label_smoothing = 0.1
 size_fraction = 0.5
-final_epochs = 6
+final_epochs = 4
 """
 
 
