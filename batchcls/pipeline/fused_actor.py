@@ -1,11 +1,9 @@
 """The Ray actor around a fragment worker. The driver imports this module and so does without torch."""
 
-import gc
 import importlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,21 +60,6 @@ class UnderWay:
     peak_memory_mib: float
 
 
-@contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """No garbage collection meanwhile, and none ever of what is there at the end.
-
-    Hundreds of thousands of objects come with torch and live as long as the process. Looking at them
-    again and again was a sixth of the time of importing it (docs/log.md, 2026-11-26).
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 class FragmentActor:
     """One process with one worker."""
 
@@ -87,9 +70,8 @@ class FragmentActor:
         # Read when torch is loaded; given to Ray as a runtime environment it would cost the start a second.
         os.environ.update(WORKER_VARIABLES)
         module, name = self.worker_class
-        with collector_at_rest():
-            worker = getattr(importlib.import_module(module), name)
-            self._worker: FragmentWorker = worker(ray.get(orders[0]))
+        worker = getattr(importlib.import_module(module), name)
+        self._worker: FragmentWorker = worker(ray.get(orders[0]))
 
     @ray.method(concurrency_group="look", max_task_retries=-1)
     def ready(self) -> str:

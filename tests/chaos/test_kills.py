@@ -108,18 +108,32 @@ def test_every_node_says_what_machine_it_is(nodes: ThreeNodes, monkeypatch: pyte
     assert [one.key for one in found] == [Hardware.here().key] * 3
 
 
+@pytest.mark.timeout(600)
+def test_a_killed_driver_s_run_goes_on_over_three_nodes(
+    nodes: ThreeNodes, catalog: str, tiny_bundle: str, undisturbed: pa.Table, tmp_path: Path
+):
+    """The short form of the test below."""
+    require_undisturbed_rows(nodes, (catalog, tiny_bundle), undisturbed, tmp_path, Chaos(runs=1, seed=0))
+
+
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
 def test_whatever_is_killed_the_published_rows_are_those_of_an_undisturbed_run(
     nodes: ThreeNodes, catalog: str, tiny_bundle: str, undisturbed: pa.Table, tmp_path: Path, chaos: Chaos
 ):
+    require_undisturbed_rows(nodes, (catalog, tiny_bundle), undisturbed, tmp_path, chaos)
+
+
+def require_undisturbed_rows(
+    nodes: ThreeNodes, given: tuple[str, str], undisturbed: pa.Table, folder: Path, chaos: Chaos
+) -> None:
     """Kill something in each of some runs, start it again until it is done, and compare what is published."""
     starts: Counter[str] = Counter()
     for number in range(chaos.runs):
         chance = random.Random(1000 * chaos.seed + number)
         target = TARGETS[number % len(TARGETS)]
-        output = tmp_path / f"{number}"
-        night = Night(nodes, output, *arguments(catalog, tiny_bundle, target))
+        output = folder / f"{number}"
+        night = Night(nodes, output, *arguments(*given, target))
         strike(nodes, night, target, chance)
         started = 1
         while (code := night.exit_code()) != 0:
@@ -127,7 +141,7 @@ def test_whatever_is_killed_the_published_rows_are_those_of_an_undisturbed_run(
             assert not (output / "current.json").exists()
             assert started < MOST_STARTS, night.text
             nodes.replace_dead()
-            night = Night(nodes, output, *arguments(catalog, tiny_bundle, target))
+            night = Night(nodes, output, *arguments(*given, target))
             started += 1
         nodes.replace_dead()
         starts[f"{target}, {started} start(s)"] += 1

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -92,5 +91,4 @@ def test_rows_over_which_every_process_dies_are_named(
             os.kill(pid, signal.SIGKILL)
         reader.join(0.05)
     assert process.returncode == 1
-    # Which rows depends on how far the run was when the first process was found.
-    assert re.search(r"4 processes died over rows \d+ to \d+;", said[0].splitlines()[-1])
+    assert "4 processes died over rows 0 to 63" in said[0].splitlines()[-1]

@@ -286,19 +286,24 @@ def test_a_gpu_that_ray_promises_and_torch_does_not_find_is_said(
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; tests marked gpu cover it")
-    mark = f"BATCHCLS_TEST={tmp_path}"
     promise = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}', "RAY_AUTH_MODE": "disabled"}
-    promise |= dict([mark.split("=")])
+    promise["BATCHCLS_TEST"] = str(tmp_path)
     command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", catalog, "--model", tiny_bundle]
     command += ["--output", str(tmp_path / "out"), "--ray-address", "local"]
-    process = subprocess.Popen(
-        command, env=clean_environment | promise, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
-    )
-    until_line(process, "1 actor(s) x 0 CPU, 1 GPU on cuda")
-    # The Ray that it started for itself hands on what workers have to start with.
-    (raylet,) = (pid for pid in processes_with(mark) if "/raylet" in title_of(pid).split("\0")[0])
-    environment = Path(f"/proc/{raylet}/environ").read_text().split("\0")
+    with subprocess.Popen(
+        command,
+        env=clean_environment | promise,
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        until_line(process, "1 actor(s) x 0 CPU, 1 GPU on cuda")
+        # The Ray that it started for itself hands on what workers have to start with.
+        ours = processes_with(f"BATCHCLS_TEST={tmp_path}")
+        (raylet,) = (pid for pid in ours if "/raylet" in title_of(pid).split("\0")[0])
+        environment = Path(f"/proc/{raylet}/environ").read_text().split("\0")
+        _, err = process.communicate(timeout=120)
     assert set(environment) >= {f"{name}={value}" for name, value in KEEP_MEMORY.items()}
-    _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "PyTorch finds no GPU" in err.splitlines()[-1]

@@ -83,7 +83,7 @@ def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> 
 
 def wait_for_line(process: subprocess.Popen[str], log: Path, pattern: str) -> re.Match[str]:
     """The log is the only sign of how far another process is."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         if found := re.search(pattern, log.read_text()):
             return found
