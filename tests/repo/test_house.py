@@ -71,7 +71,7 @@ def test_imports_run_downwards_and_ray_stays_in_its_rooms(path: Path):
 def test_files_hold_one_idea_and_say_which(path: Path):
     text = path.read_text()
     assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= 350
+    assert len(text.splitlines()) <= 450
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 
 
