@@ -5,6 +5,7 @@ from rich.table import Table
 
 from batchcls.evaluation.evaluated import Evaluated
 from batchcls.evaluation.metrics import CategoryCounts
+from batchcls.evaluation.reliability import CalibrationError
 
 
 def metrics_table(found: Evaluated) -> Table:
@@ -14,13 +15,20 @@ def metrics_table(found: Evaluated) -> Table:
     for name, value in found.metrics.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.1%}")
-    table.add_row("calibration error", f"{found.ece_before:.3f}")
+    table.add_row("calibration error", _error(found.ece_before))
     if found.temperature is not None:
-        table.add_row("temperature", f"{found.temperature.value:.3f}")
-        table.add_row("calibration error after it, held-out", f"{found.held_out.ece:.3f}")
+        kept = "" if found.temperature.applied else f" ({found.temperature.fitted:.3f} is not applied)"
+        table.add_row("temperature", f"{found.temperature.value:.3f}{kept}")
+    if found.temperature is not None and found.temperature.applied:
+        table.add_row("calibration error after it, held-out", _error(found.held_out.ece))
     if found.hierarchy is not None:
         table.add_row("hierarchical F1", f"{found.hierarchy.flat.f1:.1%}")
     return table
+
+
+def _error(found: CalibrationError) -> str:
+    interval = f"95 % interval {found.low:.3f} to {found.high:.3f}"
+    return f"{found.value:.3f} ({interval}; by chance alone {found.by_chance:.3f})"
 
 
 def worst_categories_table(found: Evaluated, count: int) -> Table:

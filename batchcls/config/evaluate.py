@@ -7,6 +7,7 @@ from pydantic import Field
 from batchcls.config.common import FetchSettings
 from batchcls.config.engines import CacheSettings
 from batchcls.storage import redact_options, redact_uri
+from batchcls.views import AugmentationName
 
 
 class EvaluateConfig(FetchSettings, CacheSettings):
@@ -50,6 +51,11 @@ class EvaluateConfig(FetchSettings, CacheSettings):
     labels_are_paths: bool = Field(
         default=False,
         description="Labels are paths a/b/c in a tree of categories, for a model that has no category paths itself.",
+    )
+    tta: AugmentationName = Field(
+        default="none",
+        description="Views of an image that are averaged, as in `classify`: none, hflip, five-crop, ten-crop. "
+        "Thresholds are for these views only. Of a bundle, not of a run.",
     )
     engine: Literal["torch", "compile", "openvino"] = Field(
         default="torch", description="What runs the network."

@@ -22,10 +22,13 @@ from batchcls.schema import PIXELS, ROW, Reason
 class Answering:
     """One walk over the manifest; `rows` and `failures` may be looked at from another thread meanwhile."""
 
-    def __init__(self, labelled: Labelled, labels: tuple[str, ...], engine: Engine) -> None:
+    def __init__(self, labelled: Labelled, labels: tuple[str, ...], engine: Engine, batch_size: int) -> None:
+        """Take a manifest, the K labels of a model, and what runs it, at most `batch_size` crops at a time."""
         self._labelled = labelled
         self._labels = labels
         self._engine = engine
+        self._batch_size = batch_size
+        self._passes: deque[list[int]] = deque()
         self._notes: list[pa.Table] = []
         self._waiting: deque[Part] = deque()
         self._kept: list[tuple[Rows, Categories]] = []
@@ -37,8 +40,8 @@ class Answering:
         """Answer every row that has a label of the model.
 
         Args:
-            load: `block_rows` is the size of a batch as well; nothing is kept, the engine normalises.
-            room: for as many rows of logits as the manifest has.
+            load: nothing is kept, the engine normalizes.
+            room: for the logits of all views of as many rows as the manifest has.
 
         Returns:
             `labelled.NOTES` of all rows; the numbers of the answered rows; their answers.
@@ -46,13 +49,13 @@ class Answering:
         Raises:
             InputError: not one row could be judged; the message has the reasons.
         """
-        at = 0
+        at, views = 0, load.views.count
         flags: list[npt.NDArray[np.bool_]] = [np.empty(0, bool)]
-        for answer in answers_of(self._engine, self._batches(Loader(load), load)):
-            finite = np.asarray(np.isfinite(answer.logits).all(axis=1))
-            found = int(finite.sum())
-            room[at : at + found] = answer.logits[finite]
-            at += found
+        for logits in self._logits(load):
+            finite = np.asarray(np.isfinite(logits).reshape(-1, views * logits.shape[1]).all(axis=1))
+            good = logits[np.repeat(finite, views)]
+            room[at : at + len(good)] = good
+            at += len(good)
             flags.append(finite)
         rows, truth = _joined(self._kept)
         finite = np.concatenate(flags)
@@ -60,7 +63,21 @@ class Answering:
         notes = with_failures(pa.concat_tables(self._notes).combine_chunks(), self._failed)
         if at == 0:
             raise InputError(nothing_judged(notes))
-        return notes, rows[finite], Answers(self._labels, truth[finite], room[:at])
+        return notes, rows[finite], Answers(self._labels, truth[finite], room[:at], views)
+
+    def _logits(self, load: LoadSettings) -> Iterator[Floats]:
+        """Of each block n * V x K, the views of an image next to each other: its crops, of each both flips."""
+        found = answers_of(self._engine, self._batches(Loader(load), load))
+        for first in found:
+            # The passes of a block follow each other; what it takes was noted before the first was submitted.
+            answers = [first.logits]
+            passes = self._passes.popleft()
+            answers += [next(found).logits for _ in range(sum(passes) - 1)]
+            ends = np.cumsum(passes)
+            flips = [
+                np.concatenate(answers[end - count : end]) for end, count in zip(ends, passes, strict=True)
+            ]
+            yield np.stack(flips, axis=1).reshape(-1, len(self._labels))
 
     def _batches(self, loader: Loader, load: LoadSettings) -> Iterator[npt.NDArray[np.uint8]]:
         for block in loader.load(self._tables(load.block_rows), {}):
@@ -72,8 +89,15 @@ class Answering:
             self._fail({int(numbers[place]): reasons[place] for place in np.flatnonzero(~good)})
             self._kept.append((numbers[good], part.truth[good]))
             self.rows += part.notes.num_rows
-            if good.any():
-                yield pixels_of(pixels, load.preprocessing.shape)
+            if not good.any():
+                continue
+            crops = pixels_of(pixels, load.preprocessing.shape)
+            starts = range(0, len(crops), self._batch_size)
+            seen = (crops, crops[:, :, ::-1]) if load.views.flips else (crops,)
+            self._passes.append([len(starts)] * len(seen))
+            for view in seen:
+                for start in starts:
+                    yield view[start : start + self._batch_size]
 
     def _tables(self, block_rows: int) -> Iterator[pa.Table]:
         for part in self._labelled.parts(self._labels, block_rows):

@@ -1,6 +1,6 @@
 """Logits of labelled rows, in memory or on disk, and what they say at a temperature.
 
-Letters: N rows, K categories.
+Letters: N rows, V views of each image, K categories.
 """
 
 import shutil
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from batchcls.errors import InputError
 from batchcls.evaluation.outcomes import Categories, Floats, Outcomes, Rows
-from batchcls.inference.average import softmax
+from batchcls.inference.average import mean_probabilities
 
 _CHUNK_VALUES = 4_194_304  # 16 MiB of logits at a time
 _IN_MEMORY_BYTES = 512 * 2**20
@@ -23,25 +23,39 @@ _IN_MEMORY_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a network says about N rows whose right category is known: N x K logits."""
+    """What a network says about N rows whose right category is known.
+
+    Attributes:
+        labels: K names.
+        truth: N categories, by number.
+        logits: N * V x K, the views of an image next to each other.
+        views: V, the forward passes of an image whose probabilities are averaged.
+    """
 
     labels: tuple[str, ...]
     truth: Categories
     logits: Floats
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.truth)
 
     def chunks(self, rows: Rows | None = None) -> Iterator[tuple[Floats, Categories]]:
-        """Logits and right categories of some rows (None: all), in their order, as many at a time as fit."""
-        size = max(1, _CHUNK_VALUES // len(self.labels))
+        """n * V x K logits and n right categories of some rows (None: all), in their order, as many as fit."""
+        size = max(1, _CHUNK_VALUES // (self.views * len(self.labels)))
+        by_row = self.logits.reshape(-1, self.views, len(self.labels))
         for start in range(0, len(self) if rows is None else len(rows), size):
             part = slice(start, start + size) if rows is None else rows[start : start + size]
-            yield np.ascontiguousarray(self.logits[part]), self.truth[part]
+            yield np.ascontiguousarray(by_row[part]).reshape(-1, len(self.labels)), self.truth[part]
+
+    def probabilities(self, temperature: float) -> Iterator[tuple[Floats, Categories]]:
+        """n x K probabilities as the main job gives them at that temperature, and n right categories."""
+        for logits, truth in self.chunks():
+            yield mean_probabilities(logits, self.views, temperature), truth
 
     def outcomes(self, temperature: float) -> Outcomes:
         """The answers as the main job gives them at that temperature."""
-        parts = [_outcomes(softmax(logits, temperature), truth) for logits, truth in self.chunks()]
+        parts = [_outcomes(found, truth) for found, truth in self.probabilities(temperature)]
         predicted, probability, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
         return Outcomes(self.labels, self.truth, predicted, probability, rank)
 

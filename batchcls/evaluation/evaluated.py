@@ -20,12 +20,13 @@ from batchcls.evaluation.hierarchy import (
     path_scores,
 )
 from batchcls.evaluation.metrics import summary
-from batchcls.evaluation.outcomes import Categories, Outcomes
-from batchcls.evaluation.reliability import expected_calibration_error
-from batchcls.evaluation.temperature import Temperature, fit_temperature
+from batchcls.evaluation.outcomes import Categories, Outcomes, Rows
+from batchcls.evaluation.reliability import CalibrationError, calibration_error
+from batchcls.evaluation.temperature import Temperature, fit_temperature, negative_log_likelihood
 from batchcls.evaluation.thresholds import Thresholds, fit_thresholds
 from batchcls.inference.categories import levels_of
 from batchcls.models.calibration import Calibration, HeldOut
+from batchcls.views import AugmentationName
 
 _LEAST_ROWS = 2
 
@@ -73,7 +74,7 @@ class Evaluated:
     outcomes: Outcomes
     kept: int | None
     metrics: Mapping[str, float | None]
-    ece_before: float
+    ece_before: CalibrationError
     temperature: Temperature | None
     thresholds: Thresholds
     held_out: HeldOutCheck
@@ -86,21 +87,27 @@ class Evaluated:
         """Whether each row is sure enough at the thresholds of all rows, as `classify --abstain` has it."""
         return self.thresholds.accepts(self.outcomes.predicted, self.outcomes.probability)
 
-    def calibration(self, manifest_fingerprint: str) -> Calibration:
-        """What a bundle keeps of it. Only of answers that have a temperature."""
+    def calibration(self, manifest_fingerprint: str, tta: AugmentationName) -> Calibration:
+        """What a bundle keeps of it: only of answers whose logits are known.
+
+        Args:
+            manifest_fingerprint: of the labelled rows.
+            tta: the views that were averaged.
+        """
         assert self.temperature is not None
         both = self.held_out.together
         depths = self.hierarchy.depth_thresholds if self.hierarchy is not None else ()
         return Calibration(
             temperature=self.temperature.value,
-            ece_before=self.ece_before,
-            ece_after=self.held_out.ece,
+            ece_before=self.ece_before.value,
+            ece_after=self.held_out.ece.value,
             wished_precision=self.thresholds.wished_precision,
             thresholds=tuple(map(_finite, self.thresholds.by_category.tolist())),
             depth_thresholds=tuple(map(_finite, depths)) or None,
             held_out=HeldOut(rows=both.rows, precision=both.precision, coverage=both.coverage),
             rows=len(self.outcomes),
             manifest_fingerprint=manifest_fingerprint,
+            tta=tta,
         )
 
 
@@ -116,14 +123,22 @@ def evaluate_answers(answers: Answers, paths: Sequence[Path] | None, wished_prec
         InputError: there are fewer than two rows.
     """
     _require_rows(len(answers))
-    temperature = fit_temperature(answers)
-    held_out = check_held_out(
-        answers.truth, lambda rows: answers.outcomes(fit_temperature(answers, rows).value), wished_precision
+    halves = halves_of(answers.truth)
+    fitted = [fit_temperature(answers, half) for half in halves]
+    temperature = Temperature(
+        fitted=fit_temperature(answers),
+        nll_before=negative_log_likelihood(answers, 1.0),
+        nll_held_out=_crossed_nll(answers, fitted, halves),
     )
-    found = _evaluated(
-        answers.outcomes(1.0), answers.outcomes(temperature.value), held_out, wished_precision, paths
+    before = answers.outcomes(1.0)
+    after = (
+        (answers.outcomes(fitted[0]), answers.outcomes(fitted[1]))
+        if temperature.applied
+        else (before, before)
     )
-    found = replace(found, temperature=temperature)
+    held_out = check_held_out(answers.truth, after, wished_precision)
+    outcomes = answers.outcomes(temperature.value) if temperature.applied else before
+    found = replace(_evaluated(before, outcomes, held_out, wished_precision, paths), temperature=temperature)
     if paths is None:
         return found
     nodes = node_outcomes(answers, temperature.value, levels_of(paths))
@@ -139,7 +154,7 @@ def evaluate_outcomes(
         InputError: there are fewer than two rows.
     """
     _require_rows(len(outcomes))
-    held_out = check_held_out(outcomes.truth, lambda _: outcomes, wished_precision)
+    held_out = check_held_out(outcomes.truth, (outcomes, outcomes), wished_precision)
     return _evaluated(outcomes, outcomes, held_out, wished_precision, paths, kept)
 
 
@@ -163,7 +178,7 @@ def _evaluated(
         outcomes=outcomes,
         kept=kept,
         metrics=summary(outcomes, kept),
-        ece_before=expected_calibration_error(before.probability, before.right),
+        ece_before=calibration_error(before.probability, before.right),
         temperature=None,
         thresholds=fit_thresholds(
             outcomes.predicted, outcomes.probability, outcomes.right, len(outcomes.labels), wished_precision
@@ -201,6 +216,13 @@ def _hierarchy(found: Evaluated, nodes: Sequence[NodeOutcomes], paths: Sequence[
         names=names,
         place=place,
     )
+
+
+def _crossed_nll(answers: Answers, fitted: Sequence[float], halves: tuple[Rows, Rows]) -> float:
+    """Mean over all rows, those of each half at the temperature of the other."""
+    parts = zip(reversed(fitted), halves, strict=True)
+    total = sum(negative_log_likelihood(answers, value, half) * len(half) for value, half in parts)
+    return total / len(answers)
 
 
 def _leaves(nodes: Sequence[NodeOutcomes]) -> Categories:

@@ -5,19 +5,14 @@ and the other way round, so that every row is checked once. What a bundle keeps 
 which there are twice as many: it should do no worse.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from batchcls.evaluation.outcomes import Categories, Outcomes, Rows
-from batchcls.evaluation.reliability import expected_calibration_error
+from batchcls.evaluation.reliability import CalibrationError, calibration_error
 from batchcls.evaluation.thresholds import fit_thresholds, wilson
-
-TOLERANCE = 0.03
-"""How far below the wished precision the held-out one may be for thresholds to hold."""
 
 _SEED = 0
 _DEVIATIONS = 1.96  # 95 %, two-sided
@@ -56,7 +51,7 @@ class HeldOutCheck:
     halves: tuple[Half, Half]
     outcomes: Outcomes
     accepted: npt.NDArray[np.bool_]
-    ece: float
+    ece: CalibrationError
 
     @property
     def together(self) -> Half:
@@ -74,9 +69,11 @@ class HeldOutCheck:
         return float(low), float(high)
 
     def holds(self, wished_precision: float) -> bool:
-        """Whether the precision is at most TOLERANCE below the wished one; not so where nothing is accepted."""
-        precision = self.together.precision
-        return precision is not None and precision >= wished_precision - TOLERANCE
+        """Whether the held-out rows agree with the wish: it is not above the interval of the precision.
+
+        Not so where nothing is accepted.
+        """
+        return self.interval is not None and self.interval[1] >= wished_precision
 
 
 def halves_of(truth: Categories) -> tuple[Rows, Rows]:
@@ -87,21 +84,20 @@ def halves_of(truth: Categories) -> tuple[Rows, Rows]:
 
 
 def check_held_out(
-    truth: Categories, fitted_on: Callable[[Rows], Outcomes], wished_precision: float
+    truth: Categories, fitted: tuple[Outcomes, Outcomes], wished_precision: float
 ) -> HeldOutCheck:
-    """Fit on each half, check on the other.
+    """Fit thresholds on each half, check on the other.
 
     Args:
         truth: right categories of N rows, N at least 2.
-        fitted_on: outcomes of all rows at the temperature of some of them.
+        fitted: outcomes of all rows at the temperature of the first half of `halves_of`, and of the second.
         wished_precision: above 0 and below 1.
     """
     first, second = halves_of(truth)
     checked: list[Half] = []
     parts: list[Outcomes] = []
     accepted = np.zeros(len(truth), bool)
-    for here, there in pairwise((first, second, first)):
-        outcomes = fitted_on(here)
+    for outcomes, here, there in zip(fitted, (first, second), (second, first), strict=True):
         fit, check = outcomes.take(here), outcomes.take(there)
         limits = fit_thresholds(fit.predicted, fit.probability, fit.right, len(fit.labels), wished_precision)
         sure = limits.accepts(check.predicted, check.probability)
@@ -109,7 +105,7 @@ def check_held_out(
         checked.append(Half(len(there), int(sure.sum()), int(check.right[sure].sum())))
         parts.append(check)
     whole = _joined(parts, np.concatenate([second, first]))
-    ece = expected_calibration_error(whole.probability, whole.right)
+    ece = calibration_error(whole.probability, whole.right)
     return HeldOutCheck((checked[0], checked[1]), whole, accepted, ece)
 
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from batchcls.evaluation.answers import Answers
 from batchcls.evaluation.outcomes import Categories, Floats, Rows
 from batchcls.evaluation.thresholds import lowest_threshold
-from batchcls.inference.average import softmax
 from batchcls.inference.categories import Level
 
 Path = tuple[str, ...]
@@ -54,8 +53,7 @@ def node_outcomes(answers: Answers, temperature: float, levels: Sequence[Level])
     """For each level its most probable node for every row."""
     best: list[list[Categories]] = [[] for _ in levels]
     mass: list[list[Floats]] = [[] for _ in levels]
-    for logits, _ in answers.chunks():
-        probabilities = softmax(logits, temperature)
+    for probabilities, _ in answers.probabilities(temperature):
         for depth, level in enumerate(levels):
             masses = level.masses(probabilities)
             best[depth].append(masses.argmax(axis=1).astype(np.int32))

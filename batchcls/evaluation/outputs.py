@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchcls.evaluation.evaluated import Evaluated, Hierarchy
-from batchcls.evaluation.held_out import TOLERANCE, Half
+from batchcls.evaluation.held_out import Half
 from batchcls.evaluation.hierarchy import PathScores
 from batchcls.evaluation.outcomes import Rows
 from batchcls.evaluation.tables import categories_table, predictions_table, reliability_table
+from batchcls.evaluation.temperature import Temperature
+from batchcls.evaluation.thresholds import CONFIDENCE
 from batchcls.storage import Storage, explain, join
 
 METRICS, PAGE = "metrics.json", "evaluate.html"
@@ -62,17 +64,17 @@ def as_json(found: Evaluated, subject: Subject) -> dict[str, Any]:
         },
         "metrics": dict(found.metrics),
         "calibration": {
-            "temperature": None if found.temperature is None else asdict(found.temperature),
-            "ece_before": found.ece_before,
-            "ece_held_out": held.ece if found.temperature else None,
+            "temperature": None if found.temperature is None else _temperature(found.temperature),
+            "ece_before": asdict(found.ece_before),
+            "ece_held_out": asdict(held.ece) if found.temperature else None,
         },
         "thresholds": {
             "wished_precision": wished,
+            "confidence": CONFIDENCE,
             "held_out": {
                 **_half(held.together),
                 "interval_95": held.interval,
                 "holds": held.holds(wished),
-                "tolerance": TOLERANCE,
                 "halves": [_half(half) for half in held.halves],
             },
             "all_rows": _half(_in_sample(found)),
@@ -83,9 +85,16 @@ def as_json(found: Evaluated, subject: Subject) -> dict[str, Any]:
 
 
 def approximations(found: Evaluated) -> list[str]:
-    """What is missing or less than exact, and why; empty for a bundle."""
+    """What is missing or less than exact, and why."""
     if found.temperature is not None:
-        return []
+        return (
+            [
+                f"the search for a temperature ended at its limit, {found.temperature.fitted:.3g}: so few of the rows "
+                "are wrong, or so many, that they do not determine one and none is applied; label more rows"
+            ]
+            if found.temperature.at_limit
+            else []
+        )
     lines = [
         "no temperature and no masses of nodes: a run keeps no logits; evaluate the bundle for them",
         "categories are the labels that occur: one of the model that neither the manifest nor the run names is "
@@ -130,6 +139,10 @@ def _in_sample(found: Evaluated) -> Half:
 
 def _half(half: Half) -> dict[str, Any]:
     return {**asdict(half), "precision": half.precision, "coverage": half.coverage}
+
+
+def _temperature(found: Temperature) -> dict[str, Any]:
+    return {**asdict(found), "value": found.value, "applied": found.applied, "at_limit": found.at_limit}
 
 
 def _hierarchy(found: Hierarchy) -> dict[str, Any]:

@@ -28,6 +28,54 @@ class Bin:
     right: float | None
 
 
+_REPEATS = 1000
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationError:
+    """The expected calibration error of N rows, and what chance does to it.
+
+    Attributes:
+        value: 0..1.
+        low: lower end of its 95 % interval over samples of N such rows (bootstrap).
+        high: the upper end.
+        by_chance: what N rows of these probabilities would show on average if each were exactly as often right
+            as it says; an error near it is no evidence of anything.
+    """
+
+    value: float
+    low: float
+    high: float
+    by_chance: float
+
+
+def calibration_error(probability: Floats, right: npt.NDArray[np.bool_]) -> CalibrationError:
+    """The expected calibration error with its uncertainty.
+
+    Args:
+        probability: of the best category of N rows, N at least 1.
+        right: whether it is right.
+    """
+    random = np.random.default_rng(_SEED)
+    value = expected_calibration_error(probability, right)
+    bins = [one for one in reliability(probability, right) if one.rows]
+    rows = np.array([one.rows for one in bins])
+    mean = np.array([one.probability for one in bins])
+    hits = np.array([one.right for one in bins]) * rows
+    # Rows are drawn by bin, right or wrong; of a bin's probabilities only the mean enters the error.
+    cells = np.concatenate([hits, rows - hits])
+    drawn = random.multinomial(len(right), cells / cells.sum(), _REPEATS)
+    drawn_hits, drawn_misses = drawn[:, : len(bins)], drawn[:, len(bins) :]
+    errors = np.abs(drawn_hits - (drawn_hits + drawn_misses) * mean).sum(axis=1) / len(right)
+    # A sample of a sample has the chance of both in it; shifted back to the error that was seen.
+    errors += value - errors.mean()
+    low, high = np.clip(np.quantile(errors, (0.025, 0.975)), 0, 1)
+    honest = random.binomial(rows, np.clip(mean, 0, 1), (_REPEATS, len(bins)))
+    by_chance = np.abs(honest - rows * mean).sum(axis=1) / len(right)
+    return CalibrationError(value, float(low), float(high), float(by_chance.mean()))
+
+
 def expected_calibration_error(probability: Floats, right: npt.NDArray[np.bool_]) -> float:
     """Mean distance (0..1) between probability and share of right answers, over 15 bins of equal width.
 

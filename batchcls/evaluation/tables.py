@@ -34,7 +34,7 @@ def categories_table(found: Evaluated) -> pa.Table:
             "recall": _shares(counts.recall),
             "f1": _shares(counts.f1),
             "threshold": pa.array(limits.by_category, mask=limits.by_category == NEVER),
-            "evidence": [limits.evidence_of(category) for category in range(categories)],
+            "own_weight": pa.array(limits.own_weight, pa.float32()),
             "held_out_accepted": accepted.answered if accepted else zeros,
             "held_out_precision": _shares(accepted.precision if accepted else np.full(categories, np.nan)),
         }

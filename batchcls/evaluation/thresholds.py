@@ -1,28 +1,29 @@
 """From which probability on an answer is right as often as wished: a threshold for each category.
 
-Letters: N rows, K categories.
+All answers are ordered by the probability that they are right (`correctness`), which knows the network's
+probability and the category, and are accepted from the top down to one common score. That score becomes a
+threshold on the network's probability for each category. Letters: N rows, K categories.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
+
+from batchcls.evaluation.correctness import Doubles, Flags, cross_fit
+from batchcls.evaluation.outcomes import Categories, Floats
 
 NEVER = np.float32(np.inf)
 """Threshold of a category that is never sure enough."""
 
-Evidence = Literal["own", "small", "all"]
-"""Which rows a threshold comes from: those with the category's own answers, those of all categories with too
-few, or all rows."""
+CONFIDENCE = 0.95
+"""How sure it is that the wish holds on fresh rows of the same kind: checked by simulation, decisions/014."""
 
-# One-sided, 84 %: what is left of the optimism of a threshold that was chosen because it looked good.
-# Measured, with the coverage that it costs: docs/decisions/014.
-_DEVIATIONS = 1.0
-_WRONG_ROWS = 5
+# One-sided 97.5 % at each possible cut. The loosest cut that passes is taken, and that choice uses up the rest.
+_DEVIATIONS = 1.96
 
-Floats = npt.NDArray[np.float32]
+# The fitted curve counts as so many rows: a tenth of those that it was fitted to, up to a limit. Without it
+# nothing could be accepted where few rows are sure, since some 70 rows without one error are needed for 95 %.
+_CURVE_SHARE, _CURVE_ROWS = 0.1, 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,83 +33,50 @@ class Thresholds:
     Attributes:
         wished_precision: share (0..1) of the answers at or above their threshold that should be right.
         by_category: K probabilities in 0..1, or NEVER.
-        evidence: K places in the arguments of `Evidence`.
+        own_weight: K numbers in 0..1: how much of a category's threshold comes from its own answers; the rest
+            is what all categories have in common.
     """
 
     wished_precision: float
     by_category: Floats
-    evidence: npt.NDArray[np.int8]
+    own_weight: Doubles
 
-    def accepts(self, predicted: npt.NDArray[np.int32], probability: Floats) -> npt.NDArray[np.bool_]:
+    def accepts(self, predicted: Categories, probability: Floats) -> Flags:
         """For N answers and their probabilities, whether each is sure enough."""
-        accepted: npt.NDArray[np.bool_] = probability >= self.by_category[predicted]
+        accepted: Flags = probability >= self.by_category[predicted]
         return accepted
-
-    def evidence_of(self, category: int) -> Evidence:
-        """Which rows a category's threshold comes from."""
-        found: Evidence = get_args(Evidence)[self.evidence[category]]
-        return found
 
 
 def fit_thresholds(
-    predicted: npt.NDArray[np.int32],
-    probability: Floats,
-    right: npt.NDArray[np.bool_],
-    categories: int,
-    wished_precision: float,
+    predicted: Categories, probability: Floats, right: Flags, categories: int, wished_precision: float
 ) -> Thresholds:
-    """The lowest threshold of each category with which, allowing for chance, enough of its answers are right.
+    """The lowest thresholds with which, at `CONFIDENCE`, enough of the accepted answers are right.
 
-    A category that is answered too seldom for any such statement shares one threshold with all others
-    of its kind; where they are too few together, too, theirs is that of all rows.
+    The wish holds for all accepted answers together. A category that is answered often has a threshold of its
+    own; the less often, the nearer it is to that of all.
 
     Args:
-        predicted: best category of N rows.
+        predicted: best category of N rows, N at least 1.
         probability: its probability.
         right: whether it is the row's label.
         categories: K.
         wished_precision: above 0 and below 1.
     """
-    group = predicted.astype(np.int64)
-    answered = np.bincount(group, minlength=categories)
-    least = least_rows(wished_precision)
-    small = answered < least
-    of_small = small[group]
-    pool_is_enough = int(of_small.sum()) >= least
-    own = _lowest(group, probability, right, categories, wished_precision)
-    shared_rows = of_small if pool_is_enough else np.ones(len(group), bool)
-    shared = lowest_threshold(probability[shared_rows], right[shared_rows], wished_precision)
-    evidence = np.where(small, get_args(Evidence).index("small" if pool_is_enough else "all"), 0)
-    return Thresholds(wished_precision, np.where(small, shared, own), evidence.astype(np.int8))
+    fitted = cross_fit(predicted, probability, right, categories)
+    cut = _lowest_score(fitted.scores, right, wished_precision)
+    limits = np.full(categories, NEVER) if cut is None else fitted.model.thresholds(cut)
+    return Thresholds(wished_precision, limits, fitted.model.own_weight)
 
 
-def lowest_threshold(
-    probability: Floats, right: npt.NDArray[np.bool_], wished_precision: float
-) -> np.float32:
+def lowest_threshold(probability: Floats, right: Flags, wished_precision: float) -> np.float32:
     """The threshold of N rows taken together; NEVER where there is none."""
-    found: np.float32 = _lowest(np.zeros(len(right), np.int64), probability, right, 1, wished_precision)[0]
+    together = np.zeros(len(right), np.int32)
+    found: np.float32 = fit_thresholds(together, probability, right, 1, wished_precision).by_category[0]
     return found
 
 
-def least_rows(wished_precision: float) -> int:
-    """How many answers a category needs for a threshold of its own: at the wish, a few of them are wrong."""
-    return math.ceil(round(_WRONG_ROWS / (1 - wished_precision), 6))
-
-
-def lower_bound(right: npt.NDArray[np.float64], rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Lower end of Wilson's interval of a share: what it is at least, chance allowed for.
-
-    Args:
-        right: how many are right.
-        rows: of how many, each at least 1.
-    """
-    return wilson(right, rows, _DEVIATIONS)[0]
-
-
-def wilson(
-    right: npt.NDArray[np.float64] | float, rows: npt.NDArray[np.float64] | float, deviations: float
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Wilson's interval of a share, `deviations` standard deviations to each side."""
+def wilson(right: Doubles | float, rows: Doubles | float, deviations: float) -> tuple[Doubles, Doubles]:
+    """Wilson's interval of a share, `deviations` standard deviations to each side (Wilson, 1927)."""
     share, square = np.asarray(right) / rows, deviations**2
     middle = share + square / (2 * rows)
     reach = deviations * np.sqrt(share * (1 - share) / rows + square / (4 * np.square(rows)))
@@ -116,24 +84,20 @@ def wilson(
     return (middle - reach) / scale, (middle + reach) / scale
 
 
-def _lowest(
-    group: npt.NDArray[np.int64],
-    probability: Floats,
-    right: npt.NDArray[np.bool_],
-    groups: int,
-    wished_precision: float,
-) -> Floats:
-    """For each group the lowest probability down to which its rows are right often enough, or NEVER."""
-    order = np.lexsort((-probability, group))
-    group, probability, right = group[order], probability[order], right[order]
-    first = np.searchsorted(group, np.arange(groups))
-    before = np.concatenate([[0], np.cumsum(right)])
-    rows = np.arange(1, len(group) + 1) - first[group]
-    hits = before[1:] - before[first[group]]
-    # Rows of one probability stand or fall together: only the last of them is a possible threshold.
-    is_last = np.ones(len(group), bool)
-    is_last[:-1] = (np.diff(probability) != 0) | (np.diff(group) != 0)
-    passing = is_last & (lower_bound(hits.astype(np.float64), rows.astype(np.float64)) >= wished_precision)
-    found = np.full(groups, NEVER, np.float32)
-    np.minimum.at(found, group[passing], probability[passing])
-    return found
+def _lowest_score(scores: Doubles, right: Flags, wished_precision: float) -> float | None:
+    """The lowest score down to which the rows are right often enough, chance allowed for; None: there is none.
+
+    Args:
+        scores: probabilities that N rows are right, of models that have not seen the row.
+        right: whether they are.
+        wished_precision: above 0 and below 1.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ordered = scores[order]
+    rows = np.arange(1, len(scores) + 1, dtype=np.float64)
+    prior = min(_CURVE_SHARE * len(scores), _CURVE_ROWS)
+    hits = np.cumsum(right[order]) + prior * np.cumsum(ordered) / rows
+    passing = wilson(hits, rows + prior, _DEVIATIONS)[0] >= wished_precision
+    # Rows of one score stand or fall together: only the last of them is a possible cut.
+    passing[:-1] &= np.diff(ordered) != 0
+    return float(ordered[np.flatnonzero(passing)[-1]]) if passing.any() else None

@@ -32,12 +32,17 @@ def average(answer: Answer, views: int, *, l2_normalize: bool, temperature: floa
         l2_normalize: give each embedding the length 1, after the mean; one of zeros stays so.
         temperature: see `models.calibration.Calibration`.
     """
-    probabilities = _mean_of_views(softmax(answer.logits, temperature), views)
+    probabilities = mean_probabilities(answer.logits, views, temperature)
     embedding = _mean_of_views(answer.embedding, views)
     finite = np.isfinite(answer.logits).all(axis=1) & np.isfinite(answer.embedding).all(axis=1)
     if l2_normalize:
         embedding = torch.nn.functional.normalize(torch.from_numpy(embedding), dim=1).numpy()
     return Averaged(probabilities, embedding, np.logical_and.reduce(finite.reshape(-1, views), axis=1))
+
+
+def mean_probabilities(logits: Floats, views: int, temperature: float = 1.0) -> Floats:
+    """N * V x K logits, all views of an image next to each other -> N x K mean probabilities in 0..1."""
+    return _mean_of_views(softmax(logits, temperature), views)
 
 
 def softmax(logits: Floats, temperature: float = 1.0) -> Floats:

@@ -69,6 +69,7 @@ def open_inputs(config: ClassifyConfig) -> Inputs:
     _require_fingerprint(config, bundle)
     if config.abstain:
         Abstention.of(bundle.config)  # refuses a bundle without thresholds before Ray has started
+    _require_views(config, bundle)
     _logger.info("embedding: %s", _embedding_line(config, bundle))
     return Inputs(manifest, bad_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage)
 
@@ -80,6 +81,20 @@ def _require_fingerprint(config: ClassifyConfig, bundle: Bundle) -> None:
             f"--model-fingerprint {wanted}: {redact_uri(config.model)} has {bundle.fingerprint}; it is another "
             "model than the one this job is pinned to"
         )
+
+
+def _require_views(config: ClassifyConfig, bundle: Bundle) -> None:
+    """Probabilities that are averaged over other views are not what temperature and thresholds were fitted on."""
+    calibration = bundle.config.calibration
+    if calibration is None or calibration.tta == config.tta:
+        return
+    told = (
+        f"--tta {config.tta}: {redact_uri(config.model)} was calibrated with --tta {calibration.tta}; classify with "
+        f"that, or calibrate it again with `python -m batchcls.jobs.evaluate --tta {config.tta} --write-bundle BUNDLE`"
+    )
+    if config.abstain:
+        raise InputError(f"{told}; its thresholds do not hold for other views")
+    _logger.warning("%s; probabilities may be less well calibrated", told)
 
 
 def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:

@@ -30,6 +30,7 @@ from batchcls.images.settings import LoadSettings
 from batchcls.inference.self_test import start_tested_engine
 from batchcls.jobs.command import Command, main
 from batchcls.models.bundle import Bundle
+from batchcls.models.calibration import Calibration
 from batchcls.models.engines import Device, EngineChoice, EnginePlace
 from batchcls.models.engines.conversions import Conversions
 from batchcls.models.engines.start import describe
@@ -38,7 +39,7 @@ from batchcls.report.evaluate_page import PageParts, evaluate_page, verdict
 from batchcls.report.evaluate_plots import Curve
 from batchcls.storage import Storage, explain, is_remote, redact_uri
 from batchcls.tables import bundle_line
-from batchcls.views import Views
+from batchcls.views import Views, views_of
 
 _logger = logging.getLogger("batchcls.jobs.evaluate")  # __name__ is __main__ here
 
@@ -101,7 +102,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     page = _page(config, judged, subject, labelled)
     written = write_outputs(judged.found, subject, page, config.output, storage)
     if config.write_bundle is not None:
-        written.append(_write_bundle(config.write_bundle, bundle, judged.found, subject, storage))
+        calibration = judged.found.calibration(subject.manifest, config.tta)
+        written.append(_write_bundle(config.write_bundle, bundle, calibration, judged.found.paths, storage))
     _show(judged.found, subject, written)
     return ExitCode.DONE
 
@@ -114,6 +116,10 @@ def _check(config: EvaluateConfig, storage: Storage) -> None:
         raise InputError(
             "--write-bundle: a run keeps no logits, so there is no temperature; use --model BUNDLE"
         )
+    if config.model is None and config.tta != "none":
+        raise InputError(
+            "--tta: a run has averaged its views already; leave the flag out, or use --model BUNDLE"
+        )
     for place in (config.output, config.write_bundle):
         if place is not None:
             with explain(place):
@@ -124,13 +130,14 @@ def _judge_bundle(config: EvaluateConfig, bundle: Bundle, labelled: Labelled, co
     curves = read_curves(config.training_curves, bundle.config.lineage, labelled.storage)
     labels = bundle.config.labels
     paths = _paths(config, labels, bundle.config.category_paths)
+    views = views_of(config.tta, bundle.config.preprocessing)
+    load = _load(config, labelled, bundle.config.preprocessing, views)
     choice, place = EngineChoice(config.engine, config.precision), _place(config)
     engine, _ = start_tested_engine(bundle, choice, place)
     _logger.info("engine: %s", describe(engine))
-    answering = Answering(labelled, labels, engine)
+    answering = Answering(labelled, labels, engine, config.batch_size)
     rows = labelled.manifest.rows
-    load = _load(config, labelled, bundle.config.preprocessing)
-    with room_for_logits(rows, len(labels)) as room:
+    with room_for_logits(rows * views.count, len(labels)) as room:
         with watching(lambda: answering, rows, console, config.log_interval_seconds):
             notes, judged, answers = answering.run(load, room)
         _logger.info("%d rows answered; fitting", len(answers))
@@ -177,7 +184,9 @@ def _place(config: EvaluateConfig) -> EnginePlace:
     return EnginePlace(device, torch.get_num_threads(), config.batch_size, Conversions.at(config.cache_dir))
 
 
-def _load(config: EvaluateConfig, labelled: Labelled, preprocessing: Preprocessing) -> LoadSettings:
+def _load(
+    config: EvaluateConfig, labelled: Labelled, preprocessing: Preprocessing, views: Views
+) -> LoadSettings:
     cores = torch.get_num_threads()
     return LoadSettings(
         run_id="evaluate",
@@ -186,7 +195,7 @@ def _load(config: EvaluateConfig, labelled: Labelled, preprocessing: Preprocessi
         fetch=fetch_policy(config),
         limits=decode_limits(config),
         preprocessing=preprocessing,
-        views=Views(),
+        views=views,
         normalize="engine",
         fetch_threads=max(cores, _REMOTE_REQUESTS if is_remote(labelled.manifest.base) else 1),
         decode_threads=cores,
@@ -202,7 +211,7 @@ def _page(config: EvaluateConfig, judged: _Judged, subject: Subject, labelled: L
         manifest=redact_uri(config.manifest),
         version=version("batchcls"),
         pairs=pairs,
-        pictures=thumbnails(pairs, labelled, _load(config, labelled, _ANY_SIZE)),
+        pictures=thumbnails(pairs, labelled, _load(config, labelled, _ANY_SIZE, Views())),
         curves=[
             Curve(name.replace("_", " "), epochs, values)
             for name, values in judged.curves.items()
@@ -212,11 +221,13 @@ def _page(config: EvaluateConfig, judged: _Judged, subject: Subject, labelled: L
     return evaluate_page(judged.found, subject, parts)
 
 
-def _write_bundle(uri: str, bundle: Bundle, found: Evaluated, subject: Subject, storage: Storage) -> str:
+def _write_bundle(
+    uri: str, bundle: Bundle, calibration: Calibration, paths: Sequence[Path] | None, storage: Storage
+) -> str:
     """The same network with what was found; its golden answers stay, which are of temperature 1."""
-    changes: dict[str, Any] = {"calibration": found.calibration(subject.manifest)}
-    if bundle.config.category_paths is None and found.paths is not None:
-        changes["category_paths"] = found.paths
+    changes: dict[str, Any] = {"calibration": calibration}
+    if bundle.config.category_paths is None and paths is not None:
+        changes["category_paths"] = paths
     record = bundle.config.model_dump() | changes
     calibrated = Bundle(type(bundle.config).model_validate(record), bundle.weights)
     calibrated.save(uri, storage)

@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from batchcls.views import AugmentationName
+
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -44,3 +46,7 @@ class Calibration(BaseModel):
     held_out: HeldOut = Field(description="What such thresholds did on rows that were not used to fit them.")
     rows: int = Field(ge=1, description="Labelled rows that all of this was fitted on.")
     manifest_fingerprint: str = Field(description="Of the manifest with these rows.")
+    tta: AugmentationName = Field(
+        default="none",
+        description="The views that were averaged: probabilities of other views are not what the thresholds are for.",
+    )

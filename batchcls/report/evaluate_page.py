@@ -9,7 +9,9 @@ from markupsafe import Markup
 from batchcls.comparison.recommend import percent
 from batchcls.evaluation.evaluated import Evaluated
 from batchcls.evaluation.outputs import Subject, approximations
+from batchcls.evaluation.reliability import CalibrationError
 from batchcls.evaluation.tables import bins_of
+from batchcls.evaluation.temperature import Temperature
 from batchcls.evaluation.thumbnails import SIDE, WorstPair
 from batchcls.report.evaluate_plots import Curve, curve_plot, reliability_plot
 from batchcls.report.evaluate_tables import Matrix, category_tables, hierarchy_table, matrix_of
@@ -90,7 +92,12 @@ def evaluate_page(found: Evaluated, subject: Subject, parts: PageParts) -> str:
 
 
 def verdict(found: Evaluated) -> list[str]:
-    """What the thresholds are worth, in sentences, the first one the most important."""
+    """What thresholds and temperature are worth, in sentences, the first one the most important."""
+    sentences = _on_thresholds(found)
+    return sentences if found.temperature is None else [*sentences, _on_temperature(found, found.temperature)]
+
+
+def _on_thresholds(found: Evaluated) -> list[str]:
     held, wished = found.held_out, found.thresholds.wished_precision
     both, interval = held.together, held.interval
     if both.precision is None or interval is None:
@@ -109,14 +116,27 @@ def verdict(found: Evaluated) -> list[str]:
     halves = " and ".join(
         "nothing accepted" if half.precision is None else percent(half.precision) for half in held.halves
     )
-    sentences.append(f"The halves alone: {halves}.")
-    if found.temperature is not None:
-        change = "lowers" if held.ece < found.ece_before else "does not lower"
-        sentences.append(
-            f"A temperature of {found.temperature.value:.3g} {change} the expected calibration error from "
-            f"{found.ece_before:.3f} to {held.ece:.3f}, again on rows that it was not fitted on."
+    return [*sentences, f"The halves alone: {halves}."]
+
+
+def _on_temperature(found: Evaluated, temperature: Temperature) -> str:
+    likelihood = f"{temperature.nll_before:.4f} to {temperature.nll_held_out:.4f}"
+    if temperature.at_limit:
+        return "No temperature is applied: the rows do not determine one."
+    if not temperature.applied:
+        return (
+            f"No temperature is applied: one of {temperature.fitted:.3g} takes the negative log-likelihood of rows "
+            f"that it was not fitted on from {likelihood}, which is no improvement."
         )
-    return sentences
+    return (
+        f"A temperature of {temperature.value:.3g} lowers the negative log-likelihood of rows that it was not fitted "
+        f"on from {likelihood}; their expected calibration error goes from {_interval(found.ece_before)} to "
+        f"{_interval(found.held_out.ece)}. Chance alone would give {found.held_out.ece.by_chance:.3f} on so many rows."
+    )
+
+
+def _interval(error: CalibrationError) -> str:
+    return f"{error.value:.3f} (95 % interval {error.low:.3f} to {error.high:.3f})"
 
 
 def _facts(found: Evaluated, subject: Subject, parts: PageParts) -> list[tuple[str, str]]:
@@ -147,10 +167,11 @@ def _figures(found: Evaluated) -> list[_Figure]:
         )
         if value is not None
     ]
-    after = found.temperature is not None
+    after = found.temperature is not None and found.temperature.applied
     error = held.ece if after else found.ece_before
-    remark = f"{found.ece_before:.3f} before the temperature" if after else ""
-    return [*shown, _Figure("calibration error", f"{error:.3f}", remark)]
+    remark = f"{error.low:.3f} to {error.high:.3f}; by chance {error.by_chance:.3f}"
+    remark += f"; {found.ece_before.value:.3f} before the temperature" if after else ""
+    return [*shown, _Figure("calibration error", f"{error.value:.3f}", remark)]
 
 
 def _uncertainty(share: float | None, rows: int) -> str:

@@ -24,7 +24,7 @@ _COLUMNS: Sequence[Column[_Category]] = (
     Column("support", lambda row: f"{row['support']:,}", "rows"),
     Column("answered", lambda row: f"{row['answered']:,}", "rows"),
     Column("threshold", lambda row: "never" if row["threshold"] is None else f"{row['threshold']:.3f}"),
-    Column("from", lambda row: f"{row['evidence']} rows", kind="word"),
+    Column("own share", lambda row: _share(row["own_weight"]), "of the threshold"),
     Column("accepted", lambda row: f"{row['held_out_accepted']:,}", "held-out rows"),
     Column("of these right", lambda row: _share(row["held_out_precision"])),
 )

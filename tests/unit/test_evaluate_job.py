@@ -10,10 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from batchcls.config.classify import ClassifyConfig
+from batchcls.errors import InputError
 from batchcls.images.transform import Transform
+from batchcls.inference.average import softmax
 from batchcls.inference.reference import with_golden
 from batchcls.jobs import evaluate
+from batchcls.jobs.classify_inputs import open_inputs
 from batchcls.jobs.command import run
 from batchcls.models.build import build_backbone
 from batchcls.models.bundle import Bundle, sha256_hex
@@ -24,6 +29,7 @@ from batchcls.models.spec import PreprocessingOverrides
 from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.schema import TOP_K_TYPE
 from batchcls.storage import Storage
+from batchcls.views import views_of
 from tests.drawing import draw, encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,7 +187,7 @@ def test_the_written_bundle_is_the_same_network_with_what_was_found(judged: Path
     assert replace(after, config=after.config.model_copy(update={"calibration": None})) == before
     calibration = after.config.calibration
     assert calibration.temperature == metrics["calibration"]["temperature"]["value"]
-    assert calibration.ece_after == metrics["calibration"]["ece_held_out"]
+    assert calibration.ece_after == metrics["calibration"]["ece_held_out"]["value"]
     assert calibration.manifest_fingerprint == metrics["manifest"]
     assert calibration.held_out.coverage == metrics["thresholds"]["held_out"]["coverage"]
     thresholds = pq.read_table(judged / "categories.parquet").column("threshold").to_pylist()
@@ -276,6 +282,42 @@ def test_what_cannot_be_judged_is_refused_and_nothing_is_written(
     assert job("--manifest", str(folder / "manifest.parquet"), "--output", str(output), *given) == 2
     assert said in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_views_are_averaged_as_the_main_job_averages_them(folder: Path, tmp_path: Path):
+    """--tta ten-crop: probabilities are the means of the softmax of ten views, in batches of any size."""
+    given = ("--manifest", str(folder / "manifest.parquet"), "--model", str(folder / "model"))
+    found = {}
+    for size in ("1", "7", "32"):
+        output = tmp_path / size
+        assert job(*given, "--output", str(output), "--tta", "ten-crop", "--batch-size", size) == 0
+        found[size] = read(output)[1].column("probability").to_pylist()
+    assert found["1"] == pytest.approx(found["32"], abs=1e-5, nan_ok=True)
+    assert found["7"] == pytest.approx(found["32"], abs=1e-5, nan_ok=True)
+    bundle = Bundle.load(str(folder / "model"), Storage())
+    preprocessing, views = bundle.config.preprocessing, views_of("ten-crop", bundle.config.preprocessing)
+    engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", "fp32", 1)
+    crops = Transform(preprocessing, views)(np.array(Image.open(folder / "3.jpg").convert("RGB")))
+    seen = np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *preprocessing.shape)
+    expected = softmax(engine.answer(np.ascontiguousarray(seen)).logits).mean(axis=0).max()
+    assert found["32"][3] == pytest.approx(expected, abs=1e-4)
+
+
+def test_thresholds_say_which_views_they_are_for_and_other_views_are_refused(
+    judged: Path, folder: Path, tmp_path: Path, capsys
+):
+    given = ("--manifest", str(folder / "judged.parquet"), "--model", str(folder / "model"))
+    target = tmp_path / "flipped"
+    more = ("--tta", "hflip", "--write-bundle", str(target), "--output", str(tmp_path / "out"))
+    assert job(*given, *more, "--wished-precision", "0.6") == 0
+    assert Bundle.load(str(target), Storage()).config.calibration.tta == "hflip"
+    base = {"manifest": str(folder / "manifest.parquet"), "model": str(target), "output": str(tmp_path / "o")}
+    with pytest.raises(InputError, match=r"calibrated with --tta hflip; .*thresholds do not hold"):
+        open_inputs(ClassifyConfig(**base, abstain=True))
+    assert open_inputs(ClassifyConfig(**base, abstain=True, tta="hflip")).views.count == 2
+    assert open_inputs(ClassifyConfig(**base)).views.count == 1
+    assert job(*given[:2], "--run", "x", "--tta", "hflip", "--output", str(tmp_path / "p")) == 2
+    assert "averaged its views already" in capsys.readouterr().err
 
 
 def test_labels_that_the_model_does_not_have_are_named(folder: Path, tmp_path: Path, capsys):

@@ -55,8 +55,10 @@ def test_every_figure_is_there(found: Evaluated):
     text = " ".join(Reader(page).text.split())
     for name in ("top1", "top5", "balanced_accuracy", "macro_f1", "weighted_f1"):
         assert f"{100 * found.metrics[name]:.1f} %" in text
-    assert f"{found.held_out.ece:.3f}" in text
-    assert f"{found.ece_before:.3f} before the temperature" in text
+    error = found.held_out.ece
+    assert f"{error.value:.3f} (95 % interval {error.low:.3f} to {error.high:.3f})" in text
+    assert f"by chance {error.by_chance:.3f}" in text
+    assert f"{found.ece_before.value:.3f} before the temperature" in text
     for sentence in verdict(found):
         assert sentence in text
     assert "1,500 of 1,503 of labelled.parquet" in text

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 from batchcls.errors import InputError
 from batchcls.evaluation import answers as answers_module
 from batchcls.evaluation.answers import Answers, room_for_logits
+from batchcls.evaluation.evaluated import evaluate_answers
 from batchcls.evaluation.held_out import check_held_out, halves_of
-from batchcls.evaluation.reliability import BINS, expected_calibration_error, reliability
-from batchcls.evaluation.temperature import fit_temperature
+from batchcls.evaluation.outputs import approximations
+from batchcls.evaluation.reliability import BINS, calibration_error, expected_calibration_error, reliability
+from batchcls.evaluation.temperature import fit_temperature, negative_log_likelihood
 from batchcls.inference.average import softmax
 from batchcls.inference.topk import TopK
+from batchcls.report.evaluate_page import verdict
 from tests.evaluations import drawn_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,14 +25,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("made_with", [0.5, 1.0, 3.0])
 def test_the_temperature_that_answers_were_made_with_is_found(made_with: float):
-    found = fit_temperature(drawn_answers(6000, 8, overconfidence=made_with))
-    assert found.value == pytest.approx(made_with, rel=0.06)
-    assert found.nll_after <= found.nll_before
+    answers = drawn_answers(6000, 8, overconfidence=made_with)
+    found = fit_temperature(answers)
+    assert found == pytest.approx(made_with, rel=0.06)
+    assert negative_log_likelihood(answers, found) <= negative_log_likelihood(answers, 1.0)
 
 
 def test_a_temperature_lowers_the_calibration_error_and_changes_no_label():
     answers = drawn_answers(4000, 10, overconfidence=2.5)
-    before, after = answers.outcomes(1.0), answers.outcomes(fit_temperature(answers).value)
+    before, after = answers.outcomes(1.0), answers.outcomes(fit_temperature(answers))
     assert expected_calibration_error(before.probability, before.right) > 0.15
     assert expected_calibration_error(after.probability, after.right) < 0.03
     np.testing.assert_array_equal(before.predicted, after.predicted)
@@ -42,14 +46,69 @@ def test_it_is_found_on_the_rows_that_it_is_given():
         hot.labels, np.concatenate([hot.truth, cold.truth]), np.concatenate([hot.logits, cold.logits])
     )
     rows = np.arange(3000, 6000)
-    assert fit_temperature(both, rows).value == pytest.approx(fit_temperature(cold).value, rel=1e-4)
+    assert fit_temperature(both, rows) == pytest.approx(fit_temperature(cold), rel=1e-4)
 
 
 def test_where_every_row_is_right_the_temperature_has_an_end():
     answers = Answers(("a", "b"), np.zeros(50, np.int32), np.tile(np.float32([2, 0]), (50, 1)))
-    found = fit_temperature(answers)
-    assert 0.05 <= found.value < 0.2
-    assert found.nll_after < found.nll_before
+    found = evaluate_answers(answers, None, 0.9)
+    assert (found.temperature.fitted, found.temperature.value) == (0.05, 1)
+    assert found.temperature.at_limit
+    assert ["at its limit" in line for line in approximations(found)] == [True]
+
+
+def test_a_temperature_that_does_not_help_held_out_rows_is_not_applied():
+    """Answers that are calibrated already: what is fitted on a few of them makes the others less likely."""
+    kept = [evaluate_answers(drawn_answers(60, 10, seed=seed), None, 0.9) for seed in range(8)]
+    refused = [found for found in kept if not found.temperature.applied]
+    assert len(refused) >= 3
+    for found in refused:
+        assert found.temperature.fitted != 1
+        assert found.temperature.value == found.calibration("f", "none").temperature == 1
+        np.testing.assert_array_equal(found.outcomes.probability, found.before.probability)
+        np.testing.assert_array_equal(found.held_out.outcomes.probability, found.before.probability)
+        assert any("No temperature is applied" in sentence for sentence in verdict(found))
+    helped = evaluate_answers(drawn_answers(2000, 10, overconfidence=2), None, 0.9)
+    assert helped.temperature.applied
+    assert helped.temperature.value == pytest.approx(2, rel=0.1)
+    assert helped.calibration("f", "hflip").tta == "hflip"
+
+
+def test_the_temperature_of_averaged_views_divides_each_view_s_logits():
+    """Two views of each image: the likelihood is that of the mean of their probabilities, as `classify` has it."""
+    answers = drawn_answers(4000, 6, overconfidence=3)
+    views = np.repeat(answers.logits, 2, axis=0)
+    views[1::2] += np.random.default_rng(0).normal(0, 0.5, answers.logits.shape).astype(np.float32)
+    both = Answers(answers.labels, answers.truth, views, views=2)
+    found = both.outcomes(1.7)
+    mean = softmax(views, 1.7).reshape(-1, 2, 6).mean(axis=1)
+    np.testing.assert_allclose(found.probability, mean.max(axis=1), rtol=1e-6)
+    by_hand = -np.log(mean[np.arange(4000), answers.truth]).mean()
+    assert negative_log_likelihood(both, 1.7) == pytest.approx(by_hand, rel=1e-5)
+    rows = np.array([5, 17, 3999])
+    part = -np.log(mean[rows, answers.truth[rows]]).mean()
+    assert negative_log_likelihood(both, 1.7, rows) == pytest.approx(part, rel=1e-5)
+    assert fit_temperature(both) == pytest.approx(3, rel=0.15)
+
+
+def test_the_error_of_a_hundred_rows_has_its_uncertainty_beside_it():
+    """Of calibrated answers the error is what chance gives; the interval covers the error of all rows."""
+    random = np.random.default_rng(0)
+    probability = random.uniform(0.5, 1, 100_000).astype(np.float32)
+    overconfident = random.random(100_000) < probability - 0.1
+    covered = 0
+    for number in range(50):
+        part = slice(100 * number, 100 * (number + 1))
+        found = calibration_error(probability[part], overconfident[part])
+        covered += found.low <= expected_calibration_error(probability, overconfident) <= found.high
+        assert 0 <= found.low <= found.value <= found.high
+    assert covered >= 40
+    honest = random.random(100_000) < probability
+    errors = [calibration_error(probability[i : i + 100], honest[i : i + 100]) for i in range(0, 5_000, 100)]
+    assert np.mean([one.value for one in errors]) == pytest.approx(
+        np.mean([one.by_chance for one in errors]), rel=0.15
+    )
+    assert calibration_error(probability, honest).high < 0.01
 
 
 def test_chunks_change_nothing(monkeypatch):
@@ -57,7 +116,7 @@ def test_chunks_change_nothing(monkeypatch):
     whole, fitted = answers.outcomes(1.7), fit_temperature(answers)
     monkeypatch.setattr(answers_module, "_CHUNK_VALUES", 70)
     np.testing.assert_array_equal(answers.outcomes(1.7).probability, whole.probability)
-    assert fit_temperature(answers).value == pytest.approx(fitted.value, rel=1e-6)
+    assert fit_temperature(answers) == pytest.approx(fitted, rel=1e-6)
 
 
 def test_probability_and_rank_are_those_of_the_main_job():
@@ -107,12 +166,12 @@ def test_what_is_held_out_has_no_part_in_the_fit():
     answers = drawn_answers(4000, 6, overconfidence=2)
 
     def fitted_on(rows):
-        return answers.outcomes(fit_temperature(answers, rows).value)
+        return answers.outcomes(fit_temperature(answers, rows))
 
-    honest = check_held_out(answers.truth, fitted_on, 0.9)
-    assert honest.holds(0.9)
-    assert honest.ece < 0.05
     first, second = halves_of(answers.truth)
+    honest = check_held_out(answers.truth, (fitted_on(first), fitted_on(second)), 0.9)
+    assert honest.holds(0.9)
+    assert honest.ece.value < 0.05
     assert [half.rows for half in honest.halves] == [len(second), len(first)]
     both = honest.together
     assert both.accepted == sum(half.accepted for half in honest.halves) == honest.accepted.sum()
