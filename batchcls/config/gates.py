@@ -35,7 +35,8 @@ class GateSettings(JobConfig):
     gate_max_changed_labels_fraction: Fraction = Field(
         default=0.1,
         description="Publish only if at most this share of the items that the published run has, too, got "
-        "another label. 1 switches it off.",
+        "another label. 1 switches it off. This and the limits of shifts and of the mean confidence are widened by "
+        "what chance explains on so many rows (one-sided, 95 %).",
     )
     gate_max_category_shift: Fraction = Field(
         default=0.1,

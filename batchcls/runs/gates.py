@@ -1,20 +1,26 @@
 """The gates in front of a publish: a figure, a limit, and a sentence for people; a closed list.
 
+What is estimated from rows (shares of changed labels, means, the category mix) fails only where the figure is
+beyond its limit by more than chance explains, one-sided at 95 %: the limit is widened by what so many rows may
+show although nothing has changed. Counts that are exact (failed rows, coverage, number of rows) are not.
+
 The published run is the baseline. Without one, only the gates that need none judge. Another model than
 the baseline's is judged by the same limits, since the shop sees the same change; the sentences say so.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from batchcls.config.gates import GateSettings
 from batchcls.runs.records import Counts
-from batchcls.runs.summary import Summary, jensen_shannon
+from batchcls.runs.summary import Summary, divergence_by_chance, jensen_shannon
 
 Bound = Literal["at most", "at least"]
 
 _ABOVE_CHANCE = 1.05
+_CONFIDENCE, _DEVIATIONS = 0.95, 1.645
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +124,9 @@ def _confidence(subject: Subject, limits: Limits) -> list[GateResult]:
     given = limits.gates.gate_min_mean_confidence
     limit = min(1.0, _ABOVE_CHANCE / max(2, subject.classes)) if given is None else given
     text = f"the mean confidence is {summary.mean_confidence:.4f}"
-    return [_result(name, summary.mean_confidence, "at least", limit, text)]
+    chance = _DEVIATIONS * _standard_error(summary.std_confidence or 0.0, summary.answered)
+    widened = _Widened(limit, max(0.0, limit - chance), summary.answered)
+    return [_estimated(name, summary.mean_confidence, "at least", widened, text)]
 
 
 def _non_finite(subject: Subject, limits: Limits) -> list[GateResult]:
@@ -140,7 +148,11 @@ def _changed_labels(subject: Subject, baseline: Baseline, limits: Limits) -> Gat
         f"{figure:.2%} of the {baseline.compared} items that run {baseline.run_id} has, too, got another label"
         f"{_of_another_model(baseline)}"
     )
-    return _result(name, figure, "at most", limits.gates.gate_max_changed_labels_fraction, text, percent=True)
+    limit = limits.gates.gate_max_changed_labels_fraction
+    # The share at which the lower end of Wilson's interval is the limit.
+    chance = _DEVIATIONS * _standard_error(math.sqrt(limit * (1 - limit)), baseline.compared)
+    widened = _Widened(limit, limit + chance, baseline.compared)
+    return _estimated(name, figure, "at most", widened, text, percent=True)
 
 
 def _category_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
@@ -152,7 +164,10 @@ def _category_shift(subject: Subject, baseline: Baseline, limits: Limits) -> Gat
         f"the category mix is {figure:.4f} (Jensen-Shannon distance) from run {baseline.run_id}'s"
         f"{_of_another_model(baseline)}"
     )
-    return _result(name, figure, "at most", limits.gates.gate_max_category_shift, text)
+    limit = limits.gates.gate_max_category_shift
+    chance = divergence_by_chance(subject.summary.categories, baseline.summary.categories, _CONFIDENCE)
+    widened = _Widened(limit, min(1.0, math.sqrt(limit**2 + chance)), fewest)
+    return _estimated(name, figure, "at most", widened, text)
 
 
 def _confidence_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
@@ -165,7 +180,11 @@ def _confidence_shift(subject: Subject, baseline: Baseline, limits: Limits) -> G
         f"the mean confidence went from {old.mean_confidence:.4f} to {new.mean_confidence:.4f}"
         f"{_of_another_model(baseline)}"
     )
-    return _result(name, figure, "at most", limits.gates.gate_max_mean_confidence_shift, text)
+    limit = limits.gates.gate_max_mean_confidence_shift
+    chance = _DEVIATIONS * math.hypot(
+        *(_standard_error(one.std_confidence or 0.0, one.answered) for one in (new, old))
+    )
+    return _estimated(name, figure, "at most", _Widened(limit, limit + chance, fewest), text)
 
 
 def _norm_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
@@ -179,7 +198,9 @@ def _norm_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateRes
         f"{_of_another_model(baseline)}"
     )
     limit = limits.gates.gate_max_embedding_norm_shift_fraction
-    return _result(name, figure, "at most", limit, text, percent=True)
+    spread = math.hypot(*(_standard_error(one.std_norm, one.rows) for one in (new, old)))
+    widened = _Widened(limit, limit + _DEVIATIONS * spread / old.mean_norm, fewest)
+    return _estimated(name, figure, "at most", widened, text, percent=True)
 
 
 def _row_count(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
@@ -210,6 +231,31 @@ _RELATIVE: tuple[Callable[[Subject, Baseline, Limits], GateResult], ...] = (
 def _share(gate: str, count: int, rows: int, limit: float, what: str) -> GateResult:
     text = f"{count} of {rows} {what} ({count / rows:.2%})"
     return _result(gate, count / rows, "at most", limit, text, percent=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Widened:
+    """A limit as it was set, and with what chance adds on so many rows."""
+
+    given: float
+    limit: float
+    rows: int
+
+
+def _standard_error(deviation: float, rows: int) -> float:
+    """Of a mean over rows with this standard deviation."""
+    return deviation / math.sqrt(max(1, rows))
+
+
+def _estimated(
+    gate: str, figure: float, bound: Bound, widened: _Widened, text: str, *, percent: bool = False
+) -> GateResult:
+    """The result of a gate whose figure is an estimate from rows."""
+    found = _result(gate, figure, bound, widened.limit, text, percent=percent)
+    given = f"{widened.given:.2%}" if percent else f"{widened.given:.4g}"
+    return replace(
+        found, sentence=f"{found.sentence} ({given} and what chance explains on {widened.rows} rows)"
+    )
 
 
 def _result(

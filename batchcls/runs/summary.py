@@ -21,9 +21,11 @@ from batchcls.storage import Storage
 HISTOGRAM_BINS = 20
 """Equal bins of the confidence from 0 to 1; 1.0 itself is in the last."""
 
+_SAMPLES = 200
+
 _BY_LABEL = f"""
 SELECT coalesce(label, '') AS label, least(floor(probability * {HISTOGRAM_BINS}), {HISTOGRAM_BINS - 1})::INTEGER AS bin,
-       count(*) AS items, sum(probability::DOUBLE) AS confidence
+       count(*) AS items, sum(probability::DOUBLE) AS confidence, sum(probability::DOUBLE * probability) AS squares
 FROM answers GROUP BY ALL
 """
 
@@ -48,6 +50,7 @@ class Summary:
         categories: rows by label, the largest first; the empty label is that of rows without one, where the job
             abstained.
         mean_confidence: mean probability of the best label, 0..1; None without answers.
+        std_confidence: its standard deviation; of a run that did not keep it, the largest that its mean allows.
         confidence_histogram: rows by confidence, `HISTOGRAM_BINS` of them.
         embeddings: None where the run has none.
     """
@@ -55,6 +58,7 @@ class Summary:
     answered: int
     categories: Mapping[str, int]
     mean_confidence: float | None
+    std_confidence: float | None
     confidence_histogram: tuple[int, ...]
     embeddings: Embeddings | None = None
 
@@ -65,6 +69,7 @@ class Summary:
             "answered": self.answered,
             "categories": dict(self.categories),
             "mean_confidence": self.mean_confidence,
+            "std_confidence": self.std_confidence,
             "confidence_histogram": list(self.confidence_histogram),
             "embeddings": None
             if found is None
@@ -81,10 +86,14 @@ class Summary:
     def from_json(cls, raw: Mapping[str, Any]) -> Self:
         """The reverse of `as_json`. Raises KeyError, TypeError and ValueError for anything else."""
         found = raw["embeddings"]
+        mean = None if raw["mean_confidence"] is None else float(raw["mean_confidence"])
+        # Of values in 0..1 with mean m the variance is at most m (1 - m) (Bhatia and Davis, 2000).
+        widest = None if mean is None else float(np.sqrt(max(0.0, mean * (1 - mean))))
         return cls(
             answered=int(raw["answered"]),
             categories={str(label): int(count) for label, count in raw["categories"].items()},
-            mean_confidence=None if raw["mean_confidence"] is None else float(raw["mean_confidence"]),
+            mean_confidence=mean,
+            std_confidence=raw.get("std_confidence", widest),
             confidence_histogram=tuple(int(count) for count in raw["confidence_histogram"]),
             embeddings=None if found is None else Embeddings(**found),
         )
@@ -135,19 +144,22 @@ def summarise_rows(predictions: ds.Dataset) -> Summary:
 
 
 def _collected(
-    rows: Sequence[tuple[str, int | None, int, float | None]], found: Embeddings | None
+    rows: Sequence[tuple[str, int | None, int, float | None, float | None]], found: Embeddings | None
 ) -> Summary:
     categories: Counter[str] = Counter()
     histogram = [0] * HISTOGRAM_BINS
-    total = 0.0
-    for label, bin_number, items, confidence in rows:
+    total = squares = 0.0
+    for label, bin_number, items, confidence, square in rows:
         categories[label] += items
         if bin_number is not None:
             histogram[max(0, bin_number)] += items
         total += confidence or 0.0
+        squares += square or 0.0
     answered = categories.total()
     ordered = dict(sorted(categories.items(), key=lambda item: (-item[1], item[0])))
-    return Summary(answered, ordered, total / answered if answered else None, tuple(histogram), found)
+    mean = total / answered if answered else None
+    deviation = None if mean is None else float(np.sqrt(max(0.0, squares / answered - mean * mean)))
+    return Summary(answered, ordered, mean, deviation, tuple(histogram), found)
 
 
 def _dimension(schema: pa.Schema) -> int:
@@ -211,10 +223,30 @@ def shares(categories: Mapping[str, int], labels: Sequence[str]) -> npt.NDArray[
 def jensen_shannon(first: Mapping[str, int], second: Mapping[str, int]) -> float:
     """Jensen-Shannon distance of two category mixes, base 2: 0 for equal ones, 1 for ones without overlap."""
     labels = sorted(set(first) | set(second))
-    p, q = shares(first, labels), shares(second, labels)
-    middle = (p + q) / 2
-    divergence = 0.0
-    for side in (p, q):
+    return float(np.sqrt(_divergence(shares(first, labels), shares(second, labels))))
+
+
+def divergence_by_chance(first: Mapping[str, int], second: Mapping[str, int], share: float) -> float:
+    """The Jensen-Shannon divergence (the distance squared) below which `share` of all pairs of samples are.
+
+    Both samples are of the mix that the two have together, as large as the two are, drawn 200 times with a
+    fixed seed: a hundred rows in a hundred categories never have the same mix twice.
+    """
+    labels = sorted(set(first) | set(second))
+    counts = [sum(sample.values()) for sample in (first, second)]
+    together = np.array([first.get(label, 0) + second.get(label, 0) for label in labels], np.float64)
+    random = np.random.default_rng(0)
+    mix = together / together.sum()
+    drawn = [
+        _divergence(*(random.multinomial(count, mix) / count for count in counts)) for _ in range(_SAMPLES)
+    ]
+    return float(np.quantile(drawn, share))
+
+
+def _divergence(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
+    """Jensen-Shannon divergence of two mixes over the same categories, in bits, 0..1."""
+    middle, divergence = (first + second) / 2, 0.0
+    for side in (first, second):
         there = side > 0
         divergence += float((side[there] * np.log2(side[there] / middle[there])).sum()) / 2
-    return float(np.sqrt(max(0.0, divergence)))
+    return max(0.0, divergence)

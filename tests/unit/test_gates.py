@@ -11,13 +11,13 @@ from batchcls.config.gates import GateSettings
 from batchcls.errors import InputError, PublishRefused, StorageStoppedError
 from batchcls.flags import add_settings, parser_for, read_settings
 from batchcls.runs.commit import reconcile
-from batchcls.runs.gates import GateResult, refused
+from batchcls.runs.gates import Baseline, GateResult, Limits, Subject, judge_gates, refused
 from batchcls.runs.judge import Verdict, judge, publish_judged
 from batchcls.runs.layout import run_folder
 from batchcls.runs.plan import claim
 from batchcls.runs.publish import publish, read_published
-from batchcls.runs.records import read_current, read_record
-from batchcls.runs.summary import changed_labels, jensen_shannon, summarise, summary_of
+from batchcls.runs.records import Counts, read_current, read_record
+from batchcls.runs.summary import Embeddings, Summary, changed_labels, jensen_shannon, summarise, summary_of
 from batchcls.storage import Storage
 from tests.runs import Item, Night, items, plan_of, write_parts, write_run
 
@@ -73,6 +73,7 @@ def test_a_summary_is_what_numpy_says(tmp_path: Path):
     norms = np.linalg.norm(np.array([row.embedding for row in rows], np.float32), axis=1)
     assert summary.answered == 500
     assert summary.mean_confidence == pytest.approx(probabilities.mean(), rel=1e-6)
+    assert summary.std_confidence == pytest.approx(probabilities.std(), rel=1e-5)
     assert summary.confidence_histogram == tuple(np.histogram(probabilities, 20, (0, 1))[0])
     labels, counts = np.unique([row.label for row in rows], return_counts=True)
     assert summary.categories == dict(zip(labels.tolist(), counts.tolist(), strict=True))
@@ -195,6 +196,64 @@ def test_non_finite_embeddings_are_counted_and_left_out_of_the_norms(tmp_path: P
     assert (found.figure, found.limit, found.passed) == (1.0, 0.0, False)
     assert verdict.summary.embeddings is not None
     assert verdict.summary.embeddings.rows == 199
+
+
+def test_a_small_catalog_is_judged_by_limits_for_so_many_rows(tmp_path: Path):
+    """297 rows, each of a category of its own: eight other labels are 0.1 of distance, and no reason to refuse."""
+    rows = [Item(f"i{i}", f"label {i}", 0.5 + 0.4 * (i % 2)) for i in range(297)]
+    swapped = [
+        Item(f"i{i}", f"label {(i * 7 + 11) % 297}" if i < 8 else f"label {i}", 0.6) for i in range(297)
+    ]
+    published(tmp_path, rows)
+    verdict = verdict_on(tmp_path, swapped)
+    shift = gate(verdict, "category_shift")
+    assert shift.figure > 0.1
+    assert shift.passed
+    assert "(0.1 and what chance explains on 297 rows)" in shift.sentence
+    # The mean went from 0.7 to 0.6 and the rows of a night vary by 0.2: beyond 0.05 by more than chance.
+    assert not gate(verdict, "mean_confidence_shift").passed
+    collapsed = verdict_on(tmp_path, [Item(f"i{i}", "label 0", 0.7) for i in range(297)], Night("collapsed"))
+    assert {found.gate for found in refused(collapsed.gates)} == {"changed_labels_fraction", "category_shift"}
+
+
+@pytest.mark.parametrize("rows", [120, 1_000, 20_000])
+def test_samples_of_one_catalog_are_refused_no_more_often_than_chance(rows: int):
+    """Two nights of other items with the same mix and confidence; shifts of twice the limit are found by 1,000 rows."""
+    random = np.random.default_rng(0)
+    mix = random.dirichlet(np.ones(30))
+
+    def summary(shift: float) -> Summary:
+        counts = random.multinomial(rows, mix)
+        confidence = np.clip(random.beta(5, 2, rows) - shift, 0, 1)
+        found = {f"label {i}": int(count) for i, count in enumerate(counts)}
+        norms = 10 * (1 + 2 * shift) + random.normal(0, 2, rows)
+        embeddings = Embeddings(8, rows, float(norms.mean()), float(norms.std()), 0)
+        return Summary(rows, found, float(confidence.mean()), float(confidence.std()), (0,) * 20, embeddings)
+
+    def refused_by(shift: float) -> set[str]:
+        counts = Counts(rows, rows, 0, 0, {})
+        baseline = Baseline("old", False, rows, summary(0.0), rows, int(random.binomial(rows, 0.1 + shift)))
+        subject = Subject(counts, summary(shift), 30, baseline)
+        return {found.gate for found in refused(judge_gates(subject, Limits(GateSettings(), 0.01)))}
+
+    refusals = [name for _ in range(40) for name in refused_by(0.0)]
+    assert all(refusals.count(name) <= 6 for name in set(refusals)), refusals
+    if rows >= 1_000:
+        for _ in range(5):
+            assert {"changed_labels_fraction", "mean_confidence_shift", "embedding_norm_shift_fraction"} <= (
+                refused_by(0.1)
+            )
+
+
+def test_a_baseline_that_kept_no_deviation_is_taken_at_its_widest():
+    raw = {
+        "answered": 100,
+        "categories": {"a": 100},
+        "mean_confidence": 0.9,
+        "confidence_histogram": [0] * 20,
+        "embeddings": None,
+    }
+    assert Summary.from_json(raw).std_confidence == pytest.approx(0.3)
 
 
 def test_few_rows_are_not_judged_against_each_other(tmp_path: Path):
