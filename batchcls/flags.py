@@ -65,7 +65,7 @@ def read_settings(settings: type[Settings], namespace: argparse.Namespace) -> Se
     try:
         return settings.model_validate(values)
     except ValidationError as error:
-        raise InputError("; ".join(_complaints(error))) from None
+        raise InputError("; ".join(_complaints(error, settings))) from None
 
 
 def parser_for(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -116,16 +116,27 @@ def _parse(value: Any, field: FieldInfo) -> Any:
     return value
 
 
-def _complaints(error: ValidationError) -> list[str]:
-    lines: dict[str, str] = {}
+def _complaints(error: ValidationError, settings: type[BaseModel]) -> list[str]:
+    """One line a setting; of a setting that may be several things, what each of them would have to be."""
+    found: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_input=False, include_context=False):
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
-        if not item["loc"]:  # about several settings, which the message names
-            lines.setdefault(message, message)
-            continue
-        flag = "--" + str(item["loc"][0]).replace("_", "-")
-        lines.setdefault(flag, f"{flag}: {message}" if item["type"] != "missing" else f"{flag} {message}")
-    return list(lines.values())
+        # Without a place it is about several settings, which the message names.
+        name = str(item["loc"][0]) if item["loc"] else ""
+        found.setdefault(name, []).append(message.removeprefix("Input "))
+    lines = []
+    for name, messages in found.items():
+        flag = "--" + name.replace("_", "-")
+        field = settings.model_fields.get(name)
+        if not name:
+            lines += messages
+        elif messages == ["is required"]:
+            lines.append(f"{flag} is required")
+        elif field is not None and len(_alternatives(field.annotation)) > 1:
+            lines.append(f"{flag}: {' or '.join(dict.fromkeys(messages))}".replace(" or should be ", " or "))
+        else:
+            lines.append(f"{flag}: {messages[0]}")
+    return lines
 
 
 def _alternatives(annotation: Any) -> list[Any]:

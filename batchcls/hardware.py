@@ -49,6 +49,11 @@ class Hardware(BaseModel):
         )
 
     @property
+    def has_bf16(self) -> bool:
+        """Whether the CPU has instructions for bf16; without them it is emulated, ten times slower than fp32."""
+        return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(self.features)
+
+    @property
     def key(self) -> str:
         """Twelve hexadecimal digits that are the same for equal records."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]

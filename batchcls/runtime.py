@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from batchcls.errors import BatchclsError, InputError
+from batchcls.errors import BatchclsError, ClusterStartError, InputError
 from batchcls.hardware import Hardware
 from batchcls.placement import Node
 
@@ -63,6 +63,7 @@ def ray_session(address: str) -> Iterator[None]:
 
     Raises:
         InputError: there is no cluster at the address.
+        ClusterStartError: Ray was to be started here and did not come up, twice.
     """
     # A Ray that is started here hands its environment on to its workers.
     for name, value in (_QUIET_ENVIRONMENT | KEEP_MEMORY).items():
@@ -73,23 +74,40 @@ def ray_session(address: str) -> Iterator[None]:
             "RAY_ADDRESS is a dashboard; send the job there with `ray job submit --working-dir . -- python -m "
             "batchcls.jobs...`, or use --ray-address local or HOST:PORT"
         )
-    try:
-        with _without_native_log_lines():
-            ray.init(
-                address=target,
-                include_dashboard=False if target == "local" else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        raise InputError(
-            f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)}); start one with "
-            "cluster/local.sh up, or use --ray-address local"
-        ) from None
+    for is_last in (False, True):
+        try:
+            _init(target)
+            break
+        except (ConnectionError, RuntimeError, TimeoutError) as error:
+            raise InputError(
+                f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)}); start one with "
+                "cluster/local.sh up, or use --ray-address local"
+            ) from None
+        except Exception as error:
+            # Ray says by a bare Exception that a node that it has started did not come up in time.
+            if type(error) is not Exception:
+                raise
+            ray.shutdown()
+            if is_last:
+                raise ClusterStartError(
+                    f"Ray did not come up on this machine, twice ({_first_line(error)}); the machine may be busy or "
+                    "short of memory: try again, or start a cluster with cluster/local.sh up"
+                ) from None
+            _logger.warning("Ray did not come up in time; starting it once more")
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(target: str | None) -> None:
+    with _without_native_log_lines():
+        ray.init(
+            address=target,
+            include_dashboard=False if target == "local" else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
 
 
 def nodes() -> list[Node]:

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from batchcls.config.classify import ClassifyConfig
 from batchcls.hardware import Hardware
-from batchcls.jobs.classify_inputs import open_inputs
+from batchcls.jobs.classify_inputs import check_inputs, open_inputs
 from batchcls.jobs.classify_work import work_of
 from batchcls.models.engines import REFERENCE
 from batchcls.pipeline.execute import Executed
@@ -75,7 +75,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
                 fragment_rows=256,
                 cache_dir=str(rate),  # the one text that reaches the stub
             )
-            inputs = open_inputs(config)
+            inputs = open_inputs(config, check_inputs(config))
             shape = place(config, nodes(), inputs.manifest.rows, remote_images=False)
             engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
             work = replace(

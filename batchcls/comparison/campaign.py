@@ -61,6 +61,8 @@ def run_campaign(
         finished = results.find(candidate)
         if finished is None:
             try:
+                if candidate.pointless is not None:
+                    raise InputError(candidate.pointless)
                 measured = measure_one(candidate, _reference(candidate, results))
             except BatchclsError as error:
                 skipped.append(Skipped(candidate, error))

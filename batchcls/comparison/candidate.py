@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from batchcls.hardware import Hardware
-from batchcls.inference.candidates import candidates
+from batchcls.inference.candidates import NO_BF16, candidates
 from batchcls.inference.measured import Wanted
 from batchcls.models.engines import REFERENCE, Device, EngineChoice
 
@@ -76,6 +76,12 @@ class Candidate:
 
     def __str__(self) -> str:
         return f"{self.model}, {self.choice} on {self.place.device}"
+
+    @property
+    def pointless(self) -> str | None:
+        """Why measuring it would take minutes and tell nothing; None: it is worth it."""
+        emulated = self.choice.precision == "bf16" and self.place.device == "cpu"
+        return NO_BF16 if emulated and not self.place.hardware.has_bf16 else None
 
 
 def default_threads(device: Device, cpus: float) -> int:

@@ -16,8 +16,8 @@ from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.manifest import Manifest, open_manifest
 from batchcls.models.bundle import Bundle
 from batchcls.models.choices import ModelChoices
-from batchcls.models.resolve import resolve_model
-from batchcls.models.sources import is_model_name
+from batchcls.models.names import is_model_name
+from batchcls.models.resolve import check_model, resolve_model
 from batchcls.storage import Storage, explain, redact_uri
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ def open_inputs(config: CompareConfig) -> Inputs:
     """
     storage = Storage(config.storage_options)
     check_engines(config.engines)
+    for model in config.models:
+        check_model(model, _choices(config, model), storage)
     manifest = _open_manifest(config, storage)
     sample = take_sample(manifest, config.images, storage)
     labels = f"labels in {config.label_column}" if manifest.columns.kept else "no labels"
@@ -78,12 +80,15 @@ def _open_manifest(config: CompareConfig, storage: Storage) -> Manifest:
     return open_manifest(config.manifest, storage, id_column=config.id_column, keep=[config.label_column])
 
 
+def _choices(config: CompareConfig, model: str) -> ModelChoices:
+    return ModelChoices(allow_random=config.allow_random_weights and is_model_name(model))
+
+
 def _resolve(config: CompareConfig, storage: Storage) -> Mapping[str, Bundle]:
     """Every model that was named; of several names for one model the first."""
     bundles: dict[str, Bundle] = {}
     for model in config.models:
-        choices = ModelChoices(allow_random=config.allow_random_weights and is_model_name(model))
-        bundle, name = resolve_model(model, choices, storage), redact_uri(model)
+        bundle, name = resolve_model(model, _choices(config, model), storage), redact_uri(model)
         same = [known for known, other in bundles.items() if other.fingerprint == bundle.fingerprint]
         if same:
             _logger.warning("%s is the same model as %s and is measured once", name, same[0])

@@ -5,7 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchcls.config.common import TAP_PATTERN, Auto, AutoOrCount, ClusterSettings, FetchSettings
+from batchcls.config.common import (
+    TAP_PATTERN,
+    Auto,
+    AutoOrCount,
+    AutoOrFraction,
+    ClusterSettings,
+    FetchSettings,
+)
 from batchcls.config.engines import EngineSettings
 from batchcls.config.gates import GateSettings
 from batchcls.schema import RESERVED_COLUMNS, Reason
@@ -124,12 +131,11 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
     report: bool = Field(
         default=True, description="Draw report.html into the run's folder, with pictures fetched anew for it."
     )
-    max_failed_fraction: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        description="With a larger share of quarantined rows nothing is committed (exit 4). The run stops as soon as "
-        "that is certain, or likely from half of the images failing; the same command goes on with it.",
+    max_failed_fraction: AutoOrFraction = Field(
+        default="auto",
+        description="auto: 1 % of the rows, 10 % as long as nothing was ever published, and 10 rows where that is more "
+        "and no more than a quarter. With a larger share of quarantined rows nothing is committed (exit 4). The run "
+        "stops as soon as that is certain, or likely from half of the images failing; the same command resumes it.",
     )
     max_failed_fraction_by_reason: dict[str, float] = Field(
         default_factory=dict,

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
+AutoOrFraction = Auto | Annotated[float, Field(ge=0, le=1)]
 
 TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"
 

@@ -6,7 +6,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings, PreprocessingSettings
+from batchcls.config.common import (
+    AutoOrCount,
+    AutoOrFraction,
+    ClusterSettings,
+    FetchSettings,
+    PreprocessingSettings,
+)
 from batchcls.storage import is_remote, local_path, redact_options, redact_uri
 
 _WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
@@ -125,11 +131,10 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     max_pixels_gib: float = Field(
         default=200.0, gt=0, description="Most that the prepared pixels may take of the state folder."
     )
-    max_failed_fraction: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        description="With a larger share of pictures that cannot be read nothing is trained (exit 4).",
+    max_failed_fraction: AutoOrFraction = Field(
+        default="auto",
+        description="auto: 1 % of the rows, and 10 rows where that is more and no more than a quarter. With a larger "
+        "share of images that cannot be read nothing is trained (exit 4).",
     )
     log_interval_seconds: float = Field(
         default=10.0, gt=0, description="Seconds between progress lines where there is no terminal."

@@ -30,6 +30,11 @@ _WORTH_TRYING: Mapping[Device, tuple[EngineChoice, ...]] = {
 }
 
 
+NO_BF16 = (
+    "bf16 is left out: this processor has no instructions for it and would emulate it, far slower than fp32"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """What is to be measured, the likely winner first, and why others are not."""
@@ -38,8 +43,10 @@ class Candidates:
     notes: tuple[str, ...]
 
 
-def candidates(wanted: Wanted, device: Device) -> Candidates:
+def candidates(wanted: Wanted, device: Device, *, has_bf16: bool = True) -> Candidates:
     """The engines and precisions that come into question on a device.
+
+    On a CPU without instructions for bf16 (`has_bf16`) it is left out unless it was asked for.
 
     What was asked for by name of both is tried whatever it is: the engine itself refuses what it
     cannot do.
@@ -58,6 +65,9 @@ def candidates(wanted: Wanted, device: Device) -> Candidates:
     notes = []
     if wanted.precision == "auto" and wanted.contract.int8_min_agreement is None:
         found = [choice for choice in found if choice.precision != "int8"]
+    if wanted.precision == "auto" and device == "cpu" and not has_bf16:
+        found = [choice for choice in found if choice.precision != "bf16"]
+        notes.append(NO_BF16)
     for engine in dict.fromkeys(choice.engine for choice in found):
         lacking = missing(engine)
         if lacking is None:

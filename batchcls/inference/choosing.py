@@ -68,7 +68,7 @@ def choose(bundle: Bundle, sample: Sample, wanted: Wanted, place: EnginePlace, s
         GoldenMismatch: the network does not answer as its bundle says.
     """
     started = time.perf_counter()
-    asked = candidates(wanted, place.device)
+    asked = candidates(wanted, place.device, has_bf16=Hardware.here().has_bf16)
     if place.calibration is None:
         place = replace(place, calibration=lambda: sample.calibration)
     measuring = _Measuring(bundle, sample, wanted, place, seconds)

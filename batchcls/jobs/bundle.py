@@ -27,8 +27,8 @@ from batchcls.models.engines import REFERENCE, Device, EngineChoice, EnginePlace
 from batchcls.models.engines.conversions import Conversions
 from batchcls.models.engines.start import describe
 from batchcls.models.export import FILE_NAMES, describe_program, export_program, load_program
+from batchcls.models.names import suggestions
 from batchcls.models.resolve import parse_model_arguments, resolve_model
-from batchcls.models.sources import suggestions
 from batchcls.models.spec import PreprocessingOverrides
 from batchcls.models.trainable import mark_trainable
 from batchcls.models.zoo import find_record, zoo_records

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.console import Console
 from batchcls.config.classify import ClassifyConfig
 from batchcls.console import results_console
 from batchcls.errors import ExitCode
-from batchcls.jobs.classify_inputs import Inputs, open_inputs
+from batchcls.jobs.classify_inputs import Inputs, check_inputs, open_inputs
 from batchcls.jobs.classify_reuse import choose_earlier, reuse
 from batchcls.jobs.classify_work import fingerprints_of, plan_of, work_of
 from batchcls.jobs.command import Command, main
@@ -23,7 +24,7 @@ from batchcls.pipeline.tally import Progress
 from batchcls.placement import Placement, place
 from batchcls.report.run_report import report_after_run
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
-from batchcls.runs.budget import Budget, Seen
+from batchcls.runs.budget import Budget, Seen, allowed_fraction
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile, stage_seconds
 from batchcls.runs.judge import Verdict, judge, publish_judged
 from batchcls.runs.layout import new_run_id, run_folder
@@ -31,6 +32,7 @@ from batchcls.runs.lease import Lease, leased, require_free
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.plan import Plan, claim
 from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
+from batchcls.runs.records import read_current
 from batchcls.runs.resume import Begun, find_begun
 from batchcls.runtime import nodes, ray_session, wait_for
 from batchcls.storage import Storage, explain, join, redact_uri
@@ -52,7 +54,7 @@ exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written;
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Run:
     """A run that this job holds."""
 
@@ -63,6 +65,14 @@ class _Run:
     plan: Plan
     folder: str
     lease: Lease
+
+    @cached_property
+    def budget(self) -> Budget:
+        """How many rows may fail."""
+        config, rows = self.config, self.inputs.manifest.rows
+        first = read_current(config.output, self.inputs.storage) is None
+        allowed = allowed_fraction(config.max_failed_fraction, rows, first=first)
+        return Budget(rows, allowed, config.max_failed_fraction_by_reason, redact_uri(self.folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +86,10 @@ class _Done:
 def classify(config: ClassifyConfig, console: Console) -> ExitCode:
     """Run the job from manifest to publish; errors leave as `errors.BatchclsError`."""
     started = time.time()
+    manifest = check_inputs(config)
     # Ray takes seconds to start, most of them waiting; the inputs are opened meanwhile.
     with ThreadPoolExecutor(1) as aside:
-        opening = aside.submit(open_inputs, config)
+        opening = aside.submit(open_inputs, config, manifest)
         with ray_session(config.ray_address):
             inputs = opening.result()
             storage = inputs.storage
@@ -153,8 +164,7 @@ def _do(run: _Run, console: Console) -> _Done:
 
 def _checks(run: _Run, receipts: list[Receipt], todo: int) -> Callable[[Progress], None]:
     """What must hold while the pipeline runs: the lease, and the error budget."""
-    config, rows = run.config, run.inputs.manifest.rows
-    budget = Budget(rows, config.max_failed_fraction, config.max_failed_fraction_by_reason)
+    budget = run.budget
     failed_before = sum((receipt.failures for receipt in receipts), Counter[str]())
 
     def check(progress: Progress) -> None:
@@ -182,7 +192,7 @@ def _commit(run: _Run, done: _Done, started: float) -> tuple[Totals, dict[str, A
         "decode_margin": run.settled.decode_margin,
         "engine_choices": [choice.model_dump(mode="json") for choice in run.settled.measured],
     }
-    check_budget(totals, run.config.max_failed_fraction, run.config.max_failed_fraction_by_reason)
+    check_budget(totals, run.budget)
     verdict = judge(run.plan, done.receipts, totals, run.config, run.inputs.storage)
     findings = {"measured": measured} | verdict.as_json()
     run.lease.confirm()

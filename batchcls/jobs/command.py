@@ -43,7 +43,7 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
     except BatchclsError as error:
         if error.exit_code == ExitCode.UNEXPECTED:
             _logger.exception("where it came from:")
-        _logger.error("error: %s", error)  # noqa: TRY400 - the last line is the one for people
+        _logger.error("%s", error)  # noqa: TRY400 - the last line is the one for people
         return error.exit_code
     except KeyboardInterrupt:
         _logger.error("interrupted")  # noqa: TRY400

@@ -16,6 +16,7 @@ from batchcls.jobs.command import Command, main
 from batchcls.jobs.finetune_probe import LINEAR_PROBE, linear_probe
 from batchcls.manifest import Manifest
 from batchcls.models.bundle import CONFIG_FILE, Bundle
+from batchcls.runs.budget import allowed_fraction
 from batchcls.runtime import nodes, ray_session
 from batchcls.storage import Storage, explain, join, redact_uri
 from batchcls.tables import bundle_line
@@ -140,8 +141,13 @@ def _prepare(
     with watching(lambda: seen, rows, console, config.log_interval_seconds, "prepare"):
         training = prepared(inputs.training, 0)
         validation = prepared(inputs.validation, inputs.training.manifest.rows)
-    check_failures("training", training, inputs.training.manifest.rows, config.max_failed_fraction)
-    check_failures("validation", validation, inputs.validation.manifest.rows, config.max_failed_fraction)
+    given = config.max_failed_fraction
+    for which, pixels, part in (
+        ("training", training, inputs.training),
+        ("validation", validation, inputs.validation),
+    ):
+        rows = part.manifest.rows
+        check_failures(which, pixels, rows, allowed_fraction(given, rows))
     return training, validation
 
 

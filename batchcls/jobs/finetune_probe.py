@@ -14,6 +14,7 @@ from batchcls.errors import BudgetExceeded, ExitCode, InputError
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.models.bundle import CONFIG_FILE
 from batchcls.models.labels import read_labels
+from batchcls.runs.budget import allowed_fraction
 from batchcls.runs.layout import new_run_id
 from batchcls.storage import Storage, explain, join, redact_uri
 from batchcls.tables import bundle_line
@@ -55,7 +56,7 @@ def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
         labels=read_labels(config.labels, storage) if config.labels is not None else None,
     )
     probed = linear_probe_bundle(bundle, training, validation, settings, storage)
-    _require_budget(probed, training.rows, config.max_failed_fraction)
+    _require_budget(probed, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
     probed.bundle.save(config.output, storage)
     sink = pa.BufferOutputStream()
     pq.write_table(probed.noise, sink)

@@ -190,6 +190,18 @@ class Bundle:
         Raises:
             InputError: there is no bundle, or it is damaged, mixed from two, or of another version.
         """
+        config = cls.read_config(uri, storage)
+        weights_uri = join(uri, WEIGHTS_FILE)
+        with explain(weights_uri):
+            return cls(config, storage.read_bytes(weights_uri))
+
+    @staticmethod
+    def read_config(uri: str, storage: Storage) -> BundleConfig:
+        """Read the record of a bundle folder without its weights.
+
+        Raises:
+            InputError: there is no bundle, or its record is damaged or of another version.
+        """
         record_uri = join(uri, CONFIG_FILE)
         with explain(record_uri):
             try:
@@ -201,10 +213,7 @@ class Bundle:
                     f"{redact_uri(uri)} is no bundle: it holds no {CONFIG_FILE}; --model takes a folder made "
                     "by `python -m batchcls.jobs.bundle create`, timm:NAME or torchvision:NAME"
                 ) from None
-        config = _parse_config(record, redact_uri(record_uri))
-        weights_uri = join(uri, WEIGHTS_FILE)
-        with explain(weights_uri):
-            return cls(config, storage.read_bytes(weights_uri))
+        return _parse_config(record, redact_uri(record_uri))
 
     def save(self, uri: str, storage: Storage) -> None:
         """Write the folder, `bundle.json` last; a bundle that is there already is replaced.

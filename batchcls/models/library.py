@@ -2,7 +2,7 @@
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,9 +31,6 @@ class Pretrained:
 
 class Library(Protocol):
     """A source of architectures. Architecture names are checked before any other call."""
-
-    def names(self) -> Sequence[str]:
-        """Names of all architectures, without tags."""
 
     def check(self, architecture: str) -> bool:
         """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping
+from typing import cast
 
 from batchcls.errors import InputError
-from batchcls.models.bundle import CONFIG_FILE, Bundle
+from batchcls.models.bundle import CONFIG_FILE, Bundle, BundleConfig
 from batchcls.models.choices import ModelChoices
-from batchcls.models.spec import ArgumentValue
-from batchcls.storage import Storage, join
+from batchcls.models.names import find_name, is_known, is_model_name, suggestions
+from batchcls.models.spec import ArgumentValue, SourceName
+from batchcls.storage import Storage, explain, join, redact_uri
 
 _LIKE_A_NAME = re.compile(r"[A-Za-z0-9_.]+|[a-z]+:[^/].*")
 _ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
@@ -26,17 +28,44 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
     if not _is_name(model, storage):
         _refuse_choices(choices)
         return Bundle.load(model, storage)
-    return _named(model, choices, storage)
+    # The libraries take seconds to import, and a job whose model is a folder needs none of them.
+    from batchcls.models.named import bundle_of_name  # noqa: PLC0415
+
+    return bundle_of_name(model, choices, storage)
+
+
+def check_model(model: str, choices: ModelChoices, storage: Storage) -> BundleConfig | None:
+    """Refuse in a moment what `resolve_model` would refuse after seconds; imports no library.
+
+    Returns:
+        The record of a bundle; None for an architecture.
+
+    Raises:
+        InputError: there is no such architecture, bundle or file.
+    """
+    if not _is_name(model, storage):
+        _refuse_choices(choices)
+        return Bundle.read_config(model, storage)
+    source, _, architecture = (find_name(model) or model).partition(":")
+    if not is_known(cast("SourceName", source), architecture):
+        raise InputError(f"--model {model}: there is no such model{suggestions(model)}")
+    for flag, uri in (("--weights", choices.weights), ("--labels", choices.labels)):
+        if uri is not None:
+            with explain(uri):
+                if not storage.exists(uri):
+                    raise InputError(f"{flag} {redact_uri(uri)}: there is no such file")
+    return None
 
 
 def _is_name(model: str, storage: Storage) -> bool:
     """Whether `model` is an architecture's name. Raises InputError if it may be a bundle as well."""
     if not _LIKE_A_NAME.fullmatch(model):
         return False
-    # The libraries take seconds to import, and a job whose model is a folder needs none of them.
-    from batchcls.models.sources import find_name, is_model_name  # noqa: PLC0415
-
     if not is_model_name(model):
+        if not storage.exists(model):
+            raise InputError(
+                f"--model {model}: there is neither such a folder nor such a model{suggestions(model)}"
+            )
         return False
     if find_name(model) is not None and storage.exists(join(model, CONFIG_FILE)):
         raise InputError(
@@ -44,12 +73,6 @@ def _is_name(model: str, storage: Storage) -> bool:
             f"./{model} for the bundle or {find_name(model)} for the architecture"
         )
     return True
-
-
-def _named(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
-    from batchcls.models.named import bundle_of_name  # noqa: PLC0415 - see `_is_name`
-
-    return bundle_of_name(model, choices, storage)
 
 
 def parse_model_arguments(text: str) -> dict[str, ArgumentValue]:

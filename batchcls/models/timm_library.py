@@ -1,7 +1,6 @@
 """The library timm: its architectures, its configurations, its weights."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import huggingface_hub
@@ -44,10 +43,6 @@ _HUB_FILE = "model.safetensors"
 
 class TimmLibrary:
     """`timm:NAME` and `timm:NAME.TAG`."""
-
-    def names(self) -> Sequence[str]:
-        """Names of all architectures, without tags."""
-        return list(timm.list_models())
 
     def check(self, architecture: str) -> bool:
         """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""

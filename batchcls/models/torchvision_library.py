@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,10 @@ _DENSENET_KEY = re.compile(
 class TorchvisionLibrary:
     """`torchvision:NAME` and `torchvision:NAME.TAG`, where TAG is a member of its weights enum."""
 
-    def names(self) -> Sequence[str]:
-        """Names of all image classifiers, without tags."""
-        return list(torchvision_models.list_models(module=torchvision_models))
-
     def check(self, architecture: str) -> bool:
         """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""
         base, _, tag = architecture.partition(".")
-        if base not in self.names():
+        if base not in torchvision_models.list_models(module=torchvision_models):
             return False
         tags = [*torchvision_models.get_model_weights(base).__members__]
         if tag and tag not in tags:

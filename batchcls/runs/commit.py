@@ -15,8 +15,6 @@ from batchcls.runs.parts import NAMED_FAILURES, Receipt
 from batchcls.runs.plan import Plan
 from batchcls.storage import Storage, join, redact_uri
 
-_NONE: Mapping[str, float] = {}
-
 
 @dataclass(frozen=True, slots=True)
 class Totals:
@@ -80,14 +78,13 @@ def stage_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:
     return dict(seconds)
 
 
-def check_budget(totals: Totals, max_failed_fraction: float, by_reason: Mapping[str, float] = _NONE) -> None:
+def check_budget(totals: Totals, budget: Budget) -> None:
     """Refuse a run of which too much failed, in all or for one reason.
 
     Raises:
         BudgetExceeded: with the figure, the limit and the reasons.
     """
-    first = ", ".join(f"row {row} {reason}" for row, reason in totals.first_failed)
-    Budget(totals.rows, max_failed_fraction, by_reason).check(totals.failures, first)
+    budget.check(totals.failures, ", ".join(f"row {row} {reason}" for row, reason in totals.first_failed))
 
 
 def commit(

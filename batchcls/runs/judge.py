@@ -7,6 +7,7 @@ from typing import Any
 
 from batchcls.config.classify import ClassifyConfig
 from batchcls.errors import InputError, PublishRefused, StorageStoppedError
+from batchcls.runs.budget import allowed_fraction
 from batchcls.runs.commit import Totals
 from batchcls.runs.gates import Baseline, GateResult, Limits, Subject, judge_gates, refused
 from batchcls.runs.layout import run_folder
@@ -71,7 +72,8 @@ def judge(
             broken = (GateResult("baseline", None, None, False, text),)
     counts = Counts(totals.rows, totals.predicted, totals.reused, totals.quarantined, totals.failures)
     subject = Subject(counts, summary, int(plan.model.get("classes", 0)), baseline)
-    gates = judge_gates(subject, Limits(config, config.max_failed_fraction))
+    allowed = allowed_fraction(config.max_failed_fraction, totals.rows, first=published.run_id is None)
+    gates = judge_gates(subject, Limits(config, allowed))
     return Verdict(summary, (*broken, *gates), published)
 
 

@@ -16,8 +16,9 @@ from batchcls.models.bundle import WEIGHTS_FILE, Bundle, sha256_hex
 from batchcls.models.choices import ModelChoices
 from batchcls.models.heads import with_new_head
 from batchcls.models.labels import Labels
+from batchcls.models.names import is_model_name
 from batchcls.models.resolve import parse_model_arguments, resolve_model
-from batchcls.models.sources import is_model_name, library_of
+from batchcls.models.sources import library_of
 from batchcls.models.spec import PreprocessingOverrides
 from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.storage import Storage

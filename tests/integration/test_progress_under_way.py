@@ -11,7 +11,7 @@ import ray.cloudpickle
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.config.classify import ClassifyConfig
-from batchcls.jobs.classify_inputs import open_inputs
+from batchcls.jobs.classify_inputs import check_inputs, open_inputs
 from batchcls.jobs.classify_work import work_of
 from batchcls.models.engines import REFERENCE
 from batchcls.pipeline.fused import FusedRun
@@ -63,7 +63,7 @@ def test_finished_fragments_count_by_their_receipts(
         # A node of cluster/local.sh hands on what workers have to start with.
         environment = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
         assert environment.items() >= KEEP_MEMORY.items()
-        inputs = open_inputs(config)
+        inputs = open_inputs(config, check_inputs(config))
         shape = place(config, nodes(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
         run = LateRun(work_of(config, inputs, shape, Settled(engines, None, ()), "late"), seen.append)

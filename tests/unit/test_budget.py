@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from batchcls.errors import BudgetExceeded
-from batchcls.runs.budget import Budget, Seen
+from batchcls.runs.budget import Budget, Seen, allowed_fraction
 
 
 def seen(rows: int, todo: int, **failures: int) -> Seen:
@@ -33,6 +33,34 @@ def test_a_bad_stretch_of_a_long_manifest_does_not_stop_it():
     budget.check_under_way(seen(1_000, 1_000_000, not_found=1_000))
     budget.check_under_way(seen(20_000, 1_000_000, not_found=5_000))
     budget.check_under_way(seen(9_000, 1_000_000, null_id=8_000, duplicate_id=500, not_found=100))
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "most"),
+    [(1, True, 0), (2, False, 1), (5, False, 2), (20, False, 5), (40, False, 10), (299, False, 10)]
+    + [
+        (299, True, 29),
+        (1_000, False, 10),
+        (5_000, False, 50),
+        (5_000, True, 500),
+        (1_000_000, False, 10_000),
+    ],
+)
+def test_by_itself_a_small_catalog_may_have_a_few_failures_and_a_first_run_more(
+    rows: int, first: bool, most: int
+):
+    budget = Budget(rows, allowed_fraction("auto", rows, first=first))
+    budget.check(Counter(truncated=most))
+    with pytest.raises(BudgetExceeded):
+        budget.check(Counter(truncated=most + 1))
+
+
+def test_a_fraction_that_was_given_is_kept_and_the_message_says_what_to_type():
+    assert allowed_fraction(0.0, 299, first=True) == 0.0
+    budget = Budget(299, 0.01, folder="out/runs/night")
+    with pytest.raises(BudgetExceeded, match=r"out/runs/night/quarantine.*--max-failed-fraction 0\.011$"):
+        budget.check(Counter(truncated=3), "row 1 truncated")
+    Budget(299, 0.011).check(Counter(truncated=3))
 
 
 def test_one_reason_may_have_a_budget_of_its_own():

@@ -10,6 +10,7 @@ from batchcls.comparison.candidate import Candidate, Place, default_threads
 from batchcls.comparison.measure import Measured
 from batchcls.comparison.results import Finished, Results, newest
 from batchcls.errors import BatchclsError, InputError
+from batchcls.inference.candidates import NO_BF16
 from batchcls.models.engines import REFERENCE, EngineChoice
 from batchcls.storage import Storage
 from tests.measurements import LAPTOP, SERVER, measurement
@@ -63,6 +64,19 @@ def test_candidates_are_measured_and_kept_one_by_one(results, tmp_path, log):
     assert [found.find(candidate).answers for candidate in candidates] == [(1,), (2,), (3,)]
     assert "a, torch fp32 on cpu: p50 100.0 ms, 20.0 images/s in batches of 8 (1 of 3)" in log.text
     assert "larger batches were slower" in log.text
+
+
+def test_bf16_is_skipped_with_a_line_where_a_processor_would_emulate_it(results, log):
+    bench = Bench()
+    plain = SERVER.model_copy(update={"features": ("avx2",)})
+    candidates = [_candidate(hardware=plain), _candidate(choice=BF16, hardware=plain)]
+    (skipped,) = _run(candidates, results(), bench)
+    assert (skipped.candidate, skipped.reason) == (candidates[1], NO_BF16)
+    assert [candidate for candidate, _ in bench.measured] == candidates[:1]
+    assert log.text.count(NO_BF16) == 1
+    with pytest.raises(InputError, match="no instructions"):
+        _run([_candidate("c", choice=BF16, hardware=plain)], results(), bench)
+    assert not _run([_candidate("c", choice=BF16, hardware=plain, device="cuda")], results(), bench)
 
 
 def test_a_second_run_measures_nothing_that_is_there(results, log):

@@ -5,7 +5,7 @@ import pytest
 from batchcls.config.engines import EngineSettings
 from batchcls.errors import InputError
 from batchcls.inference.agreement import Contract
-from batchcls.inference.candidates import candidates
+from batchcls.inference.candidates import NO_BF16, candidates
 from batchcls.inference.measured import Wanted
 from batchcls.models.engines import REFERENCE
 from tests.engines import only_installed
@@ -51,6 +51,16 @@ def test_an_engine_asked_for_by_name_has_its_own_candidates(monkeypatch):
     assert _names(candidates(Wanted(engine="compile"), "cpu")) == ["compile bf16", "compile fp32"]
     assert _names(candidates(Wanted(engine="torch", precision="int8"), "cpu")) == ["torch int8"]
     assert _names(candidates(Wanted(precision="bf16"), "cpu")) == ["openvino bf16", "torch bf16"]
+
+
+def test_bf16_that_would_be_emulated_is_left_out_with_a_note_unless_asked_for(monkeypatch):
+    only_installed(monkeypatch, "torch", "compile", "openvino")
+    found = candidates(Wanted(), "cpu", has_bf16=False)
+    assert _names(found) == ["openvino fp32", "torch fp32"]
+    assert [note for note in found.notes if "no instructions" in note] == [NO_BF16]
+    asked = candidates(Wanted(precision="bf16"), "cpu", has_bf16=False)
+    assert _names(asked) == ["openvino bf16", "torch bf16"]
+    assert _names(candidates(Wanted(), "cuda", has_bf16=False)) == _names(candidates(Wanted(), "cuda"))
 
 
 def test_what_is_asked_for_and_not_there_is_refused(monkeypatch):

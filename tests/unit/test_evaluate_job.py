@@ -18,7 +18,7 @@ from batchcls.images.transform import Transform
 from batchcls.inference.average import softmax
 from batchcls.inference.reference import with_golden
 from batchcls.jobs import evaluate
-from batchcls.jobs.classify_inputs import open_inputs
+from batchcls.jobs.classify_inputs import check_inputs, open_inputs
 from batchcls.jobs.command import run
 from batchcls.models.build import build_backbone
 from batchcls.models.bundle import Bundle, sha256_hex
@@ -313,9 +313,10 @@ def test_thresholds_say_which_views_they_are_for_and_other_views_are_refused(
     assert Bundle.load(str(target), Storage()).config.calibration.tta == "hflip"
     base = {"manifest": str(folder / "manifest.parquet"), "model": str(target), "output": str(tmp_path / "o")}
     with pytest.raises(InputError, match=r"calibrated with --tta hflip; .*thresholds do not hold"):
-        open_inputs(ClassifyConfig(**base, abstain=True))
-    assert open_inputs(ClassifyConfig(**base, abstain=True, tta="hflip")).views.count == 2
-    assert open_inputs(ClassifyConfig(**base)).views.count == 1
+        check_inputs(ClassifyConfig(**base, abstain=True))
+    config = ClassifyConfig(**base, abstain=True, tta="hflip")
+    assert open_inputs(config, check_inputs(config)).views.count == 2
+    assert check_inputs(ClassifyConfig(**base)).rows == ROWS
     assert job(*given[:2], "--run", "x", "--tta", "hflip", "--output", str(tmp_path / "p")) == 2
     assert "averaged its views already" in capsys.readouterr().err
 

@@ -63,6 +63,8 @@ def test_three_numbers_are_read_as_a_mean():
     [
         ([], ["--manifest is required", "--output is required", "--model is required"]),
         ([*REQUIRED, "--batch-size", "many"], ["--batch-size"]),
+        ([*REQUIRED, "--batch-size", "0"], ["--batch-size: should be 'auto' or greater than or equal to 1"]),
+        ([*REQUIRED, "--max-failed-fraction", "2"], ["should be 'auto' or less than or equal to 1"]),
         ([*REQUIRED, "--top-k", "0"], ["--top-k", "1"]),
         ([*REQUIRED, "--no-such-flag"], ["--no-such-flag", "--help"]),
         ([*REQUIRED, "--storage-options", "anon"], ["JSON"]),

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import time
 
 import pytest
@@ -7,7 +9,8 @@ from timm.data import resolve_model_data_config
 from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
-from batchcls.models.sources import LIBRARIES, find_model, find_name, is_model_name, library_of
+from batchcls.models.names import find_name, is_known, is_model_name, library_names
+from batchcls.models.sources import LIBRARIES, find_model, library_of
 from batchcls.models.spec import ModelSpec, PreprocessingOverrides
 from batchcls.models.weights import load_strictly
 from batchcls.models.zoo import zoo_records
@@ -118,14 +121,31 @@ def test_torchvision_preprocessing_is_the_preset_of_the_tag(name, resize):
 def test_every_architecture_of_a_library_has_a_preprocessing(source):
     library = LIBRARIES[source]
     refused = set()
-    for name in library.names():
+    for name in sorted(library_names(source)):
         try:
             library.preprocessing(library.complete(ModelSpec(source, name)), NOTHING)
         except InputError:
             refused.add(name)
     # These crop more than the resize leaves, so that black is seen around the picture.
     assert refused <= {"volo_d4_448", "volo_d5_448", "volo_d5_512"}
-    assert len(library.names()) >= 80
+
+
+def test_names_read_from_the_source_files_are_those_that_the_libraries_register():
+    assert library_names("timm") == set(timm.list_models())
+    assert library_names("torchvision") == set(torchvision_models.list_models(module=torchvision_models))
+    assert is_known("timm", "vit_tiny_r_s16_p8_224_in21k")  # deprecated, and timm builds it
+    assert timm.is_model("vit_tiny_r_s16_p8_224_in21k")
+    assert not is_known("timm", "resnet51")
+
+
+def test_a_name_is_found_without_importing_torch():
+    code = (
+        "import sys; from batchcls.models.names import find_name, suggestions; "
+        "print(find_name('resnet50'), find_name('resnet51'), 'resnet50' in suggestions('resnet51')); "
+        "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["torchvision:resnet50", "None", "True"], done.stderr
 
 
 @pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:squeezenet1_1"])

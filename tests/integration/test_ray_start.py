@@ -1,0 +1,51 @@
+"""A Ray that does not come up: its raylet is stopped for real, and the job starts it once more."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import processes_with, title_of
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
+
+
+def stop_raylets(mark: str, stopped: set[int]) -> None:
+    """Freeze each raylet of the job, once, as early as it can be seen."""
+    for pid in processes_with(mark):
+        if "raylet/raylet" in title_of(pid).split(" ")[0] and pid not in stopped:
+            os.kill(pid, signal.SIGSTOP)
+            stopped.add(pid)
+
+
+@pytest.mark.parametrize(("frozen", "exit_code"), [(1, 0), (2, 4)])
+def test_it_is_started_once_more_and_then_told_in_a_line(
+    frozen: int, exit_code: int, catalog: str, tiny_bundle: str, clean_environment, tmp_path: Path
+):
+    mark = f"BATCHCLS_TEST_RAY_START={tmp_path}"
+    name, value = mark.split("=")
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", catalog, "--model", tiny_bundle]
+    more = ["--output", str(tmp_path / "out"), "--ray-address", "local", "--max-failed-fraction", "0.1"]
+    with log.open("wb") as file:
+        job = subprocess.Popen(
+            [*command, *more], env=clean_environment | {name: value}, stderr=file, stdout=file
+        )
+    stopped: set[int] = set()
+    while job.poll() is None:
+        if len(stopped) < frozen:
+            stop_raylets(mark, stopped)
+    said = log.read_text()
+    left = processes_with(mark)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert job.returncode == exit_code, said
+    assert "starting it once more" in said
+    assert "Traceback" not in said
+    if frozen == 2:
+        assert "Ray did not come up on this machine, twice" in said.splitlines()[-1]
+        assert not (tmp_path / "out" / "runs").exists()
+    assert left == []
