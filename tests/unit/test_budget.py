@@ -37,8 +37,13 @@ def test_a_bad_stretch_of_a_long_manifest_does_not_stop_it():
 
 @pytest.mark.parametrize(
     ("rows", "first", "most"),
-    [(1, True, 0), (2, False, 1), (5, False, 2), (20, False, 5), (40, False, 10), (299, False, 10)]
-    + [
+    [
+        (1, True, 0),
+        (2, False, 1),
+        (5, False, 2),
+        (20, False, 5),
+        (40, False, 10),
+        (299, False, 10),
         (299, True, 29),
         (1_000, False, 10),
         (5_000, False, 50),
