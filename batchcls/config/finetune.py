@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings, PreprocessingSettings
 from batchcls.storage import is_remote, local_path, redact_options, redact_uri
 
+RECIPE_FLAGS = ("epochs", "batch_size", "learning_rate", "head_learning_rate", "batch_norm")
+"""Settings that stand for one of the recipe's, of the same name, where they are given."""
+
 _WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
 
 

@@ -94,17 +94,17 @@ class Recipe(BaseModel):
         return self.final_size_fraction if epoch >= self.epochs - self.final_epochs else self.size_fraction
 
     def with_changes(self, **changes: object) -> "Recipe":
-        """The recipe with other values for what is not None; fewer epochs shorten its ends, too.
+        """The recipe with these values, None among them; fewer epochs shorten its ends, too.
 
         Raises:
             InputError: they do not fit together.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        given = dict(changes)
         epochs = given.get("epochs", self.epochs)
         assert isinstance(epochs, int)
         if epochs < self.head_epochs + self.final_epochs:
             given = {"head_epochs": 0, "final_epochs": min(self.final_epochs, epochs // 2)} | given
-        return _checked({**self.model_dump(), **given}, "the recipe with the flags' values")
+        return _checked({**self.model_dump(exclude_unset=True), **given}, "the recipe with the flags' values")
 
 
 def recipe_names() -> list[str]:
