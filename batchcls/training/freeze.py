@@ -74,7 +74,7 @@ def _reduce(values: Sequence[Tensor], operation: distributed.ReduceOp.RedOpType,
     distributed.all_reduce(flat, operation)
     if divisor > 1:
         flat /= divisor
-    for value, part in zip(values, flat.split([value.numel() for value in values]), strict=True):
+    for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
         value.copy_(part.view_as(value))
 
 
