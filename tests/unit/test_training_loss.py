@@ -16,24 +16,11 @@ from batchcls.training.measures import normalised
 from batchcls.training.pixels import PixelStore
 from batchcls.training.sampling import LabelledRows, steps_of_epoch
 from batchcls.training.settings import Place, TrainingSettings
-from tests.training import CLASSES, hooks, recipe, settings, train, write_stores
+from tests.training import CLASSES, Tiny, hooks, recipe, settings, train, write_stores
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNTS = (940, 10, 10)
-
-
-class Tiny(nn.Module):
-    """Nothing but a convolution and a classifier: milliseconds an epoch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 16, 4, stride=4)
-        self.fc = nn.Linear(16, CLASSES)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.conv(images).relu().mean((2, 3)))
 
 
 def uneven(folder: Path, held_out: int = 60) -> tuple[TrainingSettings, tuple[PixelStore, PixelStore]]:
