@@ -19,8 +19,14 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _STAGES = (Encoder, MaxVitBlock)
 
 # What torchvision's own training leaves out of weight decay beside biases and norms
-# (`--transformer-embedding-decay 0`), and ConvNeXt's factors, which timm leaves out.
-_TORCHVISION_EXEMPT = ("class_token", "pos_embedding", "relative_position_bias_table", "layer_scale")
+# (`--transformer-embedding-decay 0`), and the factors of ConvNeXt and Swin, which timm leaves out.
+_TORCHVISION_EXEMPT = (
+    "class_token",
+    "pos_embedding",
+    "relative_position_bias_table",
+    "layer_scale",
+    "logit_scale",
+)
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:

@@ -106,6 +106,8 @@ class Recipe(BaseModel):
                 f"final_epochs {self.final_epochs} changes nothing, since size_fraction and final_size_fraction are "
                 f"both {self.size_fraction:g}"
             )
+        if not all(0 < milestone < 1 for milestone in self.milestones):
+            raise ValueError(f"milestones {self.milestones} must be shares of the steps, between 0 and 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale {self.crop_scale} must rise within 0..1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:

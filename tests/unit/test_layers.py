@@ -141,6 +141,7 @@ def test_what_a_network_names_has_no_weight_decay():
     assert len(swin) == 12
     assert {name.rpartition(".")[2] for name in swin} == {"relative_position_bias_table"}
     assert len(long(torchvision_network("convnext_tiny"))) == 18
+    assert len(long(torchvision_network("swin_v2_t"))) == 12
     assert long(torchvision_network("resnet50")) == set()
 
 

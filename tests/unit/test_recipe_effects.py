@@ -134,6 +134,7 @@ def test_settings_of_speed_change_nothing_but_rounding(stores: Stores):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"schedule": "steps", "milestones": (30.0, 60.0)}, r"milestones .* must be shares of the steps"),
         ({"momentum": 0.5}, r'momentum has no effect without optimizer = "sgd"; leave it out'),
         ({"milestones": (0.1,)}, r'milestones has no effect without schedule = "steps"'),
         ({"final_size_fraction": 0.5}, r"final_size_fraction has no effect without final_epochs"),

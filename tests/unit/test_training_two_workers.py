@@ -5,6 +5,7 @@ import io
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed, multiprocessing, nn
@@ -13,7 +14,8 @@ from batchcls.training.bundle_out import read_trained
 from batchcls.training.freeze import WRAPPING, batch_norms
 from batchcls.training.loop import State, Training
 from batchcls.training.recipe import Recipe, read_recipe
-from batchcls.training.settings import Place
+from batchcls.training.sampling import LabelledRows
+from batchcls.training.settings import Place, TrainingSettings
 from tests.training import (
     ROWS,
     VALIDATION_ROWS,
@@ -89,6 +91,13 @@ def test_the_process_s_own_random_numbers_decide_nothing(tmp_path: Path):
     assert not torch.equal(found[0], plain)
 
 
+def uneven() -> TrainingSettings:
+    """Rows of which a few are of rare categories, so that workers and passes have shares of other weights."""
+    targets = np.zeros(ROWS, np.int32)
+    targets[:3] = (1, 2, 2)
+    return settings(training=LabelledRows(np.arange(ROWS), targets), balance="loss", pass_size=3)
+
+
 def statistics(model: nn.Module) -> torch.Tensor:
     return torch.cat(
         [value for layer in batch_norms(model) for value in (layer.running_mean, layer.running_var)]
@@ -123,6 +132,7 @@ def _worker(rank: int, folder: str) -> None:
     wrap, place = partial(nn.parallel.DistributedDataParallel, **WRAPPING), Place(rank, 2)
     training, _, _ = train(settings(pass_size=3), stores, place, wrap)
     found = {"weights": weights_of(training), "history": training.history}
+    found["weighted"] = weights_of(train(uneven(), stores, place, wrap)[0])
     found["statistics"] = gathered(stores, place, wrap)
     found["both"] = undisturbed_and_resumed(stores, place, wrap)
     torch.save(found, f"{folder}/{rank}.pt")
@@ -149,6 +159,13 @@ def test_two_workers_take_the_steps_of_one(tmp_path: Path, both: list[dict]):
         assert ours["validation_rows"] == VALIDATION_ROWS
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-2)
+
+
+@pytest.mark.long
+def test_two_workers_weigh_rows_as_one_does(tmp_path: Path, both: list[dict]):
+    alone, _, _ = train(uneven(), write_stores(tmp_path))
+    assert torch.equal(both[0]["weighted"], both[1]["weighted"])
+    assert torch.allclose(both[0]["weighted"], weights_of(alone), atol=2e-4)
 
 
 @pytest.mark.long
