@@ -5,6 +5,7 @@ both themselves; those of torchvision know neither.
 """
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 from timm.models import group_parameters
@@ -60,13 +61,17 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 def exempt_from_weight_decay(model: nn.Module) -> frozenset[str]:
     """Names of the parameters without weight decay: biases, norms, and those that the network names.
 
-    A network of timm says which by its method `no_weight_decay`, torchvision in its scripts for training.
+    A network of timm says which by its method `no_weight_decay` (names or globs), torchvision in its scripts for
+    training.
     """
     named = dict(model.named_parameters())
     small = {name for name, value in named.items() if value.ndim <= 1}
     known: Any = model
     if hasattr(model, "no_weight_decay"):
-        return frozenset(small | (set(known.no_weight_decay()) & named.keys()))
+        patterns = tuple(known.no_weight_decay())
+        return frozenset(
+            small | {name for name in named if any(fnmatchcase(name, part) for part in patterns)}
+        )
     return frozenset(small | {name for name in named if name.rpartition(".")[2] in _TORCHVISION_EXEMPT})
 
 

@@ -139,12 +139,22 @@ class Training:
         }
 
     def restore(self, state: State) -> None:
-        """Go on from a checkpoint of the same run."""
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            InputError: its optimizer has other groups of parameters, as that of another version may have.
+        """
         self._epoch, self._history = state["epoch"], state["history"]
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint of epoch {state['epoch']} is not one of this training ({error}), as where another version "
+                "of batchcls has written it; give --restart to train from the beginning"
+            ) from error
 
     def run(self, training: PixelStore, validation: PixelStore) -> Divergence | None:
         """Train the epochs that are missing.

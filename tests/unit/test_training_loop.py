@@ -71,6 +71,15 @@ def test_a_checkpoint_goes_on_to_the_same_end(stores):
     assert [record["epoch"] for record in resumed.history] == [1, 2, 3]
 
 
+def test_a_checkpoint_of_other_parameter_groups_is_refused(stores):
+    _, _, states = train(settings(recipe=recipe(epochs=1, head_epochs=0, layer_decay=1.0)), stores)
+    other = Training(network(), ["fc"], settings(), Place(), hooks())
+    with pytest.raises(
+        InputError, match=r"checkpoint of epoch 1 is not one of this training .*give --restart"
+    ):
+        other.restore(states[0])
+
+
 def test_every_validation_row_is_counted_once_and_an_unknown_category_as_wrong(stores):
     training, _, _ = train(settings(), stores)
     assert {record["validation_rows"] for record in training.history} == {VALIDATION_ROWS}
