@@ -152,8 +152,8 @@ class Training:
             self._optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise InputError(
-                f"the checkpoint of epoch {state['epoch']} is not one of this training ({error}), as where another version "
-                "of batchcls has written it; give --restart to train from the beginning"
+                f"the checkpoint of epoch {state['epoch']} is not one of this training ({error}), as where another "
+                "version of batchcls has written it; give --restart to train from the beginning"
             ) from error
 
     def run(self, training: PixelStore, validation: PixelStore) -> Divergence | None:
