@@ -1,6 +1,6 @@
 """Training pictures as a network sees them: other crops, mirrored, coloured, mixed; all of torchvision.
 
-Each picture's random numbers come from seed, epoch, row and how often the row came before in the epoch, so
+Each image's random numbers come from seed, epoch, row and how often the row came before in the epoch, so
 what is seen of it does not depend on how many workers there are (`randomness`).
 """
 

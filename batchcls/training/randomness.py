@@ -1,6 +1,6 @@
 """Random numbers of training, all of which follow from the run's seed and from where training stands.
 
-No generator's state is kept: whoever draws is seeded first, by what is drawn for. So a run that goes on from
+No generator's state is kept: whoever draws is seeded first, by what is drawn for. So a run that resumes from
 a checkpoint draws what the undisturbed run would have drawn, and what is seen of an image does not depend on
 how many workers there are or on what came before.
 """

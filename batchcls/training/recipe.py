@@ -63,7 +63,7 @@ class Recipe(BaseModel):
         default=None,
         gt=0,
         lt=1,
-        description="Moving average of the weights, which becomes the network; the decay rises to this as "
+        description="Moving average of the weights, used as the network; the decay rises to this as "
         "1 - (1 + step)^(-2/3).",
     )
     size_fraction: Fraction = Field(
