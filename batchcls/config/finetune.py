@@ -15,6 +15,26 @@ from batchcls.config.common import (
 )
 from batchcls.storage import is_remote, local_path, redact_options, redact_uri
 
+RECIPE_FLAGS = ("epochs", "batch_size", "learning_rate", "head_learning_rate", "batch_norm")
+"""Settings that stand for one of the recipe's, of the same name, where they are given."""
+
+LINEAR_PROBE = "linear-probe"
+
+# A linear probe has no steps and no workers, so none of these would change anything.
+_NOT_OF_THE_PROBE = (
+    *RECIPE_FLAGS,
+    *(
+        "pass_size",
+        "precision",
+        "device",
+        "num_workers",
+        "cpus_per_worker",
+        "loader_processes",
+        "max_failures",
+    ),
+    *("peer_timeout_seconds", "keep_checkpoints", "keep_pixels", "max_pixels_gib"),
+)
+
 _WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
 
 
@@ -72,7 +92,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         default=None,
         ge=1,
         description="Most pictures of one forward and backward pass; a larger share of a step is gathered over several "
-        "passes, for machines with little memory. Default: a worker's whole share.",
+        "passes, for machines with little memory. Images are mixed, and BatchNorm is trained, within a pass. Default: "
+        "a worker's whole share.",
     )
     learning_rate: float | None = Field(
         default=None, gt=0, description="Peak of the body's learning rate, instead of the recipe's."
@@ -83,7 +104,7 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     batch_norm: Literal["frozen", "trained"] | None = Field(
         default=None,
         description="Statistics of BatchNorm, instead of the recipe's: frozen: those of the start weights, as in "
-        "classifying; trained: those of each batch, gathered anew.",
+        "classifying; trained: gathered from each pass, and averaged over the workers after every epoch.",
     )
     class_balance: Literal["none", "sampling", "loss"] = Field(
         default="none",
@@ -154,6 +175,15 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     def _start_is_one(self) -> "FinetuneConfig":
         if self.from_scratch and self.weights is not None:
             raise ValueError("--from-scratch and --weights exclude each other; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "FinetuneConfig":
+        fields = type(self).model_fields
+        ignored = [name for name in _NOT_OF_THE_PROBE if getattr(self, name) != fields[name].default]
+        if self.recipe == LINEAR_PROBE and ignored:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+            raise ValueError(f"with --recipe {LINEAR_PROBE} {flags} would have no effect; leave it out")
         return self
 
     @property

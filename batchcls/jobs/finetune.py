@@ -8,12 +8,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from batchcls.config.finetune import FinetuneConfig
+from batchcls.config.finetune import LINEAR_PROBE, FinetuneConfig
 from batchcls.console import results_console, watching
 from batchcls.errors import BatchclsError, ExitCode, InputError
 from batchcls.identity import column_batches
 from batchcls.jobs.command import Command, main
-from batchcls.jobs.finetune_probe import LINEAR_PROBE, linear_probe
+from batchcls.jobs.finetune_probe import linear_probe
 from batchcls.manifest import Manifest
 from batchcls.models.bundle import CONFIG_FILE, Bundle
 from batchcls.runs.budget import allowed_fraction

@@ -24,7 +24,6 @@ from batchcls.training.linear import LinearSettings
 from batchcls.training.probe import Probed, ProbeSettings, linear_probe_bundle
 from batchcls.training.start import open_frozen
 
-LINEAR_PROBE = "linear-probe"
 NOISE_FILE = "label-noise.parquet"
 
 _logger = logging.getLogger(__name__)

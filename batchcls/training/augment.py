@@ -1,14 +1,11 @@
 """Training pictures as a network sees them: other crops, mirrored, coloured, mixed; all of torchvision.
 
-Each picture's random numbers come from seed, epoch and row alone, so what is seen of it does not depend
-on how many workers there are or on what came before.
+Each image's random numbers come from seed, epoch, row and how often the row came before in the epoch, so
+what is seen of it does not depend on how many workers there are (`randomness`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,6 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from batchcls.preprocessing import Preprocessing
 from batchcls.training.pixels import PixelStore
+from batchcls.training.randomness import random_numbers, seed_of
 from batchcls.training.recipe import Recipe
 
 _STRIDE = 32  # of almost every network: sides that are no multiple of it waste a border
@@ -64,10 +62,17 @@ def _filter(preprocessing: Preprocessing) -> InterpolationMode:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One training picture of one epoch: row of the manifest and class index."""
+    """One training image of one epoch.
+
+    Attributes:
+        row: of the manifest.
+        target: class index.
+        occurrence: how often the row came before in this epoch; above 0 only where rows are drawn repeatedly.
+    """
 
     row: int
     target: int
+    occurrence: int = 0
 
 
 class AugmentedPictures(Dataset[tuple[Tensor, int, int]]):
@@ -78,9 +83,9 @@ class AugmentedPictures(Dataset[tuple[Tensor, int, int]]):
         self._store, self._transform, self._seed = store, transform, seed
 
     def __getitem__(self, item: Item) -> tuple[Tensor, int, int]:
-        """The picture as this epoch shows it; the process's own random numbers stay as they are."""
+        """The image as this epoch shows it, each time in another way; the process's random numbers stay as they are."""
         picture = torch.from_numpy(self._store[item.row]).permute(2, 0, 1)
-        with _random_numbers(seed_of(*self._seed, item.row)):
+        with random_numbers(seed_of(*self._seed, item.row, item.occurrence)):
             shown: Tensor = self._transform(picture)
         return shown, item.target, item.row
 
@@ -96,28 +101,15 @@ class Mixing:
             ways.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
         self._mix = v2.RandomChoice(ways) if ways else None
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the recipe mixes images at all; a batch of a single image stays as it is."""
+        return self._mix is not None
+
     def __call__(self, images: Tensor, targets: Tensor, *seed: int) -> tuple[Tensor, Tensor]:
         """Mix float N,3,H,W and int64 N; targets come back as float N,K, or as they are without mixing."""
         if self._mix is None or len(images) < 2:
             return images, targets
-        with _random_numbers(seed_of(_MIXING, *seed)):
+        with random_numbers(seed_of(_MIXING, *seed)):
             mixed, shares = self._mix(images, targets)
         return mixed, shares
-
-
-@contextmanager
-def _random_numbers(seed: int) -> Iterator[None]:
-    """Those of this seed, on the CPU, where transforms draw them; afterwards the process goes on with its own.
-
-    `torch.manual_seed` would seed GPUs as well, for whatever else draws there, and where there is none it writes
-    down who called it: 2.5 % of a training on CPUs (docs/log.md, 2026-11-26).
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def seed_of(*parts: int) -> int:
-    """One seed out of several numbers, none of them negative; any change gives another one."""
-    words = np.random.SeedSequence(list(parts)).generate_state(2, np.uint32)
-    return int(words[0]) << 31 | int(words[1]) >> 1

@@ -1,18 +1,24 @@
-"""What of a network training changes: parameters by `requires_grad`, statistics of BatchNorm by its mode.
+"""What of a network training changes: parameters by `requires_grad`, running statistics by their layer's mode.
 
 The two are separate settings. A frozen parameter in a BatchNorm whose statistics move is a network that
 changes all the same, which is seen too late; so both are said in the log.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch
+from torch import Tensor, distributed, nn
 
+from batchcls.errors import InputError
 from batchcls.models.trainable import Trainable, mark_trainable
 
 BatchNormMode = Literal["frozen", "trained"]
+
+WRAPPING: Mapping[str, bool] = {"broadcast_buffers": False}
+"""For DistributedDataParallel, which else replaces all workers' statistics by the first one's in every pass."""
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def set_training_mode(model: nn.Module, batch_norm: BatchNormMode) -> int:
@@ -27,21 +33,76 @@ def set_training_mode(model: nn.Module, batch_norm: BatchNormMode) -> int:
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """All layers of a network that have running statistics."""
+    """All layers of a network that have running statistics: BatchNorm, and what libraries have in its place."""
     return [
         module
         for module in model.modules()
-        if isinstance(module, _BatchNorm) and getattr(module, "running_mean", None) is not None
+        if any(isinstance(getattr(module, name, None), Tensor) for name in _STATISTICS[:2])
     ]
 
 
-def train_head_only(model: nn.Module, classifiers: Sequence[str]) -> Trainable:
-    """Let gradients reach the classifiers and nothing else."""
-    return mark_trainable(model, [f"{path}.*" for path in classifiers])
+@torch.no_grad()
+def average_statistics(models: Sequence[nn.Module], workers: int) -> None:
+    """Replace running statistics by their mean over all workers, each of which has to call.
+
+    Every worker normalizes its share of a step by that share's own mean and variance and adds these to its
+    running statistics, which do not feed back into training. They are linear in what was added, so their mean at
+    the end of an epoch is what a mean after each pass would have given. Counts of passes become the largest.
+
+    Args:
+        models: the network and where there is one its average; of the same architecture on all workers.
+        workers: how many there are.
+    """
+    if workers == 1:
+        return
+    found = [
+        value
+        for model in models
+        for layer in batch_norms(model)
+        for name in _STATISTICS
+        if isinstance(value := getattr(layer, name, None), Tensor)
+    ]
+    _reduce([value for value in found if value.is_floating_point()], distributed.ReduceOp.SUM, workers)
+    _reduce([value for value in found if not value.is_floating_point()], distributed.ReduceOp.MAX, 1)
 
 
-def describe(trainable: Trainable, model: nn.Module, batch_norm: BatchNormMode) -> str:
-    """Both settings in one line for the log."""
+def _reduce(values: Sequence[Tensor], operation: distributed.ReduceOp.RedOpType, divisor: int) -> None:
+    """All tensors in one exchange, in place."""
+    if not values:
+        return
+    flat = torch.cat([value.flatten() for value in values])
+    distributed.all_reduce(flat, operation)
+    if divisor > 1:
+        flat /= divisor
+    for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
+        value.copy_(part.view_as(value))
+
+
+def train_head_only(model: nn.Module, classifiers: Sequence[str], trainable: Sequence[str]) -> Trainable:
+    """Let gradients reach those parameters of the classifiers that `trainable` matches, and nothing else.
+
+    Args:
+        model: the network.
+        classifiers: paths of its last layers.
+        trainable: globs over names of parameters.
+
+    Raises:
+        InputError: there are none.
+    """
+    names = mark_trainable(model, trainable).names
+    heads = tuple(f"{path}." for path in classifiers)
+    chosen = [name for name in names if name.startswith(heads)]
+    if not chosen:
+        raise InputError(
+            f"the recipe trains the classifier ({', '.join(classifiers)}) alone in its first epochs, and the bundle's "
+            f"trainable parameters ({', '.join(trainable)}) leave it out; take a recipe with head_epochs = 0, or a "
+            "bundle whose `trainable` has the classifier"
+        )
+    return mark_trainable(model, chosen)
+
+
+def describe(trainable: Trainable, model: nn.Module, batch_norm: BatchNormMode, workers: int) -> str:
+    """Both settings in one line for the log, and what is done with the statistics of several workers."""
     count = len(batch_norms(model))
     if count == 0:
         norms = "no BatchNorm"
@@ -49,4 +110,6 @@ def describe(trainable: Trainable, model: nn.Module, batch_norm: BatchNormMode) 
         norms = f"{count} BatchNorm layers keep their statistics"
     else:
         norms = f"{count} BatchNorm layers gather new statistics"
+        if workers > 1:
+            norms += f": each of {workers} workers from its own images, averaged after every epoch"
     return f"{trainable.parameters:,} of {trainable.of:,} parameters are trained; {norms}"

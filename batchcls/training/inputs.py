@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from batchcls.config.finetune import FinetuneConfig
+from batchcls.config.finetune import RECIPE_FLAGS, FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.identity import BadIds, find_bad_ids
 from batchcls.images.policies import decode_limits, fetch_policy
@@ -108,12 +108,9 @@ def settle_recipe(config: FinetuneConfig) -> Recipe:
     Raises:
         InputError: there is none of that name, or it does not fit the flags or the start.
     """
+    flags = {name: getattr(config, name) for name in RECIPE_FLAGS}
     recipe = read_recipe(config.recipe).with_changes(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        head_learning_rate=config.head_learning_rate,
-        batch_norm=config.batch_norm,
+        **{name: value for name, value in flags.items() if value is not None}
     )
     if config.from_scratch and recipe.batch_norm == "frozen":
         raise InputError(

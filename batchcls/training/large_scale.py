@@ -21,6 +21,7 @@ from batchcls.training.discriminant import discriminant, measure_moments
 from batchcls.training.examples import Examples, Space, split_folds, standard_space
 from batchcls.training.held_out import Tried, calibrated
 from batchcls.training.logistic import Fitted, Objective
+from batchcls.training.loss import mean_loss
 
 _logger = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ def _train(
     ):
         with torch.enable_grad():
             logits = torch.nn.functional.linear(space.put(embeddings), weight, bias)
-            loss = torch.nn.functional.cross_entropy(
-                logits, classes, weight=weights, label_smoothing=objective.smoothing
-            )
+            loss = mean_loss(logits, classes, objective.smoothing, weights)
             if objective.l2 is not None:
                 loss = loss + 0.5 * objective.l2 * weight.square().sum()
             optimizer.zero_grad()

@@ -12,6 +12,7 @@ import torch
 
 from batchcls.training.examples import Examples, Space, split_folds, standard_space
 from batchcls.training.held_out import Tried, calibrated
+from batchcls.training.loss import mean_loss
 
 # The strongest first; each one starts where the last ended.
 STRENGTHS = (0.3, 0.1, 0.03, 0.01)
@@ -28,7 +29,7 @@ class Objective:
     Attributes:
         l2: strength; None: found by cross-validation.
         smoothing: share of a target that is spread over all categories.
-        weights: K, in the loss; None: all rows alike.
+        weights: K, of the rows of each category; None: all rows alike.
         seed: of what is held out.
     """
 
@@ -119,12 +120,8 @@ def _minimise(
 
     def loss() -> torch.Tensor:
         solver.zero_grad()
-        value = torch.nn.functional.cross_entropy(
-            torch.addmm(solution[-1], features, solution[:-1]),
-            classes,
-            weight=weights,
-            label_smoothing=objective.smoothing,
-        )
+        logits = torch.addmm(solution[-1], features, solution[:-1])
+        value = mean_loss(logits, classes, objective.smoothing, weights)
         value = value + 0.5 * l2 * solution[:-1].square().sum()
         torch.autograd.backward(value)
         return value

@@ -12,24 +12,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from batchcls.errors import InputError
 from batchcls.models.trainable import mark_trainable
 from batchcls.training.augment import AugmentedPictures, Item, Mixing, crop_size, picture_transform
 from batchcls.training.balance import RowSampler, class_weights
 from batchcls.training.categories import count_classes
 from batchcls.training.divergence import Divergence, gather_divergence
-from batchcls.training.freeze import set_training_mode, train_head_only
+from batchcls.training.freeze import average_statistics, set_training_mode, train_head_only
+from batchcls.training.loss import row_losses, row_weights
 from batchcls.training.measures import Measures, normalised
 from batchcls.training.optimizer import make_optimizer, schedule_factor, set_learning_rate
 from batchcls.training.pixels import PixelStore
-from batchcls.training.sampling import number_of_steps, passes_of, share_of, steps_of_epoch
+from batchcls.training.randomness import seed_device, seed_of
+from batchcls.training.sampling import (
+    number_of_steps,
+    passes_of,
+    share_of,
+    steps_of_epoch,
+    with_occurrences,
+)
 from batchcls.training.settings import Place, Record, TrainingSettings
 
 _VALIDATION_BATCH = 64
+_FORWARD = 0x666F72
 
 State = dict[str, Any]
 """What a checkpoint holds: epochs done, history, model, average and optimizer."""
@@ -40,7 +51,7 @@ class Hooks:
     """What the loop calls while it runs.
 
     Attributes:
-        wrap: the network for several workers at once, as DistributedDataParallel does it.
+        wrap: the network for several workers at once, as DistributedDataParallel does it with `freeze.WRAPPING`.
         step_done: pictures of this epoch so far, over all workers.
         epoch_done: the epoch's record, and what makes the state of a checkpoint.
     """
@@ -48,6 +59,23 @@ class Hooks:
     wrap: Callable[[nn.Module], nn.Module]
     step_done: Callable[[int, int], None]
     epoch_done: Callable[[Record, Callable[[], State]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of an epoch.
+
+    Attributes:
+        number: counts from 0.
+        images: over all workers.
+        weight: of all its images together, over all workers.
+        passes: those of this worker: uint8 N,3,h,w, class indices, and rows of the manifest.
+    """
+
+    number: int
+    images: int
+    weight: float
+    passes: list[tuple[Tensor, Tensor, Tensor]]
 
 
 class Training:
@@ -75,10 +103,12 @@ class Training:
         self._mean, self._std = (
             torch.tensor(values, device=place.device).reshape(1, 3, 1, 1) for values in colours
         )
-        self._weights: Tensor | None = None
+        self._class_weights: npt.NDArray[np.float32] | None = None
         if settings.balance == "loss":
-            weights = class_weights(count_classes(settings.training.targets, settings.classes))
-            self._weights = torch.from_numpy(weights).to(place.device)
+            self._class_weights = class_weights(count_classes(settings.training.targets, settings.classes))
+        self._weights = (
+            None if self._class_weights is None else torch.from_numpy(self._class_weights).to(place.device)
+        )
         self._sampler = RowSampler(settings.training.targets, settings.seed)
         if settings.balance == "sampling":
             self._sampler = RowSampler.balanced(settings.training.targets, settings.classes, settings.seed)
@@ -109,12 +139,22 @@ class Training:
         }
 
     def restore(self, state: State) -> None:
-        """Go on from a checkpoint of the same run."""
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            InputError: its optimizer has other groups of parameters, as that of another version may have.
+        """
         self._epoch, self._history = state["epoch"], state["history"]
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        try:
+            self._optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise InputError(
+                f"the checkpoint of epoch {state['epoch']} is not one of this training ({error}), as where another "
+                "version of batchcls has written it; give --restart to train from the beginning"
+            ) from error
 
     def run(self, training: PixelStore, validation: PixelStore) -> Divergence | None:
         """Train the epochs that are missing.
@@ -129,7 +169,7 @@ class Training:
             head_only = epoch < self._recipe.head_epochs
             if network is None or epoch == self._recipe.head_epochs:
                 if head_only:
-                    train_head_only(self._model, self._classifiers)
+                    train_head_only(self._model, self._classifiers, self._settings.trainable)
                 else:
                     mark_trainable(self._model, self._settings.trainable)
                 network = self._hooks.wrap(self._model)
@@ -138,6 +178,9 @@ class Training:
             diverged = self._train_epoch(epoch, network, training, measures)
             if diverged is not None:
                 return diverged
+            if self._recipe.batch_norm == "trained" and not head_only:
+                averaged = [self._model] if self._average is None else [self._model, self._average.module]
+                average_statistics(averaged, self._place.workers)
             found = measures.result()
             seconds = time.perf_counter() - started
             self._epoch += 1
@@ -167,24 +210,24 @@ class Training:
         steps = number_of_steps(count, recipe.batch_size)
         parameters = [value for value in self._model.parameters() if value.requires_grad]
         seen = 0
-        for step, size, passes in self._passes(epoch, store):
-            set_learning_rate(
-                self._optimizer, schedule_factor(recipe, epoch * steps + step, recipe.epochs * steps)
-            )
+        for step in self._steps(epoch, store):
+            place = epoch * steps + step.number
+            set_learning_rate(self._optimizer, schedule_factor(recipe, place, recipe.epochs * steps))
             losses = []
-            for number, (images, targets, rows) in enumerate(passes):
-                last = number == len(passes) - 1
+            for number, (images, targets, rows) in enumerate(step.passes):
+                last = number == len(step.passes) - 1
+                at = (epoch, step.number, number)
                 with nullcontext() if last else _unsynchronised(network):
-                    loss = self._backward(network, images, targets, (epoch, step, number), size, measures)
+                    loss = self._backward(network, images, targets, at, step.weight, measures)
                 losses.append((loss, rows))
             norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or math.inf)
             if not bool(torch.isfinite(norm)):
-                return gather_divergence(epoch + 1, step + 1, losses, self._place.workers)
+                return gather_divergence(epoch + 1, step.number + 1, losses, self._place.workers)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             if self._average is not None:
-                self._average.update(self._model, step=epoch * steps + step)
-            seen += size
+                self._average.update(self._model, step=place)
+            seen += step.images
             self._hooks.step_done(epoch, seen)
         return None
 
@@ -194,44 +237,48 @@ class Training:
         images: Tensor,
         targets: Tensor,
         at: tuple[int, int, int],
-        step_size: int,
+        step_weight: float,
         measures: Measures,
     ) -> Tensor:
-        """Add the gradient of N pictures, a share of a step of `step_size`; N losses."""
-        device = self._place.device
-        pixels = normalised(images.to(device, non_blocking=True), self._mean, self._std)
-        targets = targets.to(device, non_blocking=True)
-        mixed, shares = self._mixing(pixels, targets, self._settings.seed, *at, self._place.rank)
+        """Add the gradient of N images, a share of a step of this weight; N losses.
+
+        `at` is the epoch, the step and the pass, all of which count from 0.
+        """
+        place, seed = self._place, self._settings.seed
+        pixels = normalised(images.to(place.device, non_blocking=True), self._mean, self._std)
+        targets = targets.to(place.device, non_blocking=True)
+        mixed, shares = self._mixing(pixels, targets, seed, *at, place.rank)
+        seed_device(place.device, seed_of(_FORWARD, seed, *at, place.rank))
         with self._arithmetic():
-            logits = network(mixed)
-        losses = nn.functional.cross_entropy(
-            logits.float(),
-            shares,
-            weight=self._weights,
-            label_smoothing=self._recipe.label_smoothing,
-            reduction="none",
-        )
+            logits = network(mixed).float()
+        weights = None if self._weights is None else row_weights(shares, self._weights)
+        losses = row_losses(logits, shares, self._recipe.label_smoothing, weights)
         # Workers' gradients are averaged, and each has a part of the step.
-        torch.autograd.backward(losses.sum() * (self._place.workers / step_size))
-        measures.add(logits.detach().float(), shares)
+        torch.autograd.backward(losses.sum() * (place.workers / step_weight))
+        measures.add(logits.detach(), shares)
         return losses.detach()
 
-    def _passes(
-        self, epoch: int, store: PixelStore
-    ) -> Iterator[tuple[int, int, list[tuple[Tensor, Tensor, Tensor]]]]:
-        """Number of a step, pictures in it over all workers, and this worker's passes, step by step."""
-        settings = self._settings
-        labelled = settings.training
-        steps = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size)
+    def _steps(self, epoch: int, store: PixelStore) -> Iterator[_Step]:
+        """The steps of an epoch, each with this worker's passes.
+
+        Raises:
+            InputError: the images of a step are too few for so many workers, or for mixing.
+        """
+        settings, labelled = self._settings, self._settings.training
+        steps = with_occurrences(steps_of_epoch(self._sampler, epoch, self._recipe.batch_size))
         shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
         cut = [passes_of(share, settings.pass_size) for share in shares]
+        self._require_mixing([len(chosen) for passes in cut for chosen in passes])
         transform = picture_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
         )
         loader = DataLoader(
             AugmentedPictures(store, transform, (settings.seed, epoch)),
             batch_sampler=[
-                [Item(int(labelled.rows[place]), int(labelled.targets[place])) for place in chosen]
+                [
+                    Item(int(labelled.rows[place]), int(labelled.targets[place]), int(occurrence))
+                    for place, occurrence in chosen
+                ]
                 for passes in cut
                 for chosen in passes
             ],
@@ -240,7 +287,21 @@ class Training:
         )
         batches = iter(loader)
         for number, (step, passes) in enumerate(zip(steps, cut, strict=True)):
-            yield number, len(step), [next(batches) for _ in passes]
+            weight = self._weight_of(labelled.targets[step[:, 0]])
+            yield _Step(number, len(step), weight, [next(batches) for _ in passes])
+
+    def _weight_of(self, targets: npt.NDArray[np.int32]) -> float:
+        """What all images of a step weigh together: their number, unless categories have weights."""
+        if self._class_weights is None:
+            return float(len(targets))
+        return float(self._class_weights[targets].sum(dtype=np.float64))
+
+    def _require_mixing(self, sizes: Sequence[int]) -> None:
+        if self._mixing.mixes and max(sizes) < 2:
+            raise InputError(
+                "the recipe mixes the images of a pass (mixup, cutmix), and each pass has a single one; raise "
+                "--pass-size or --batch-size, lower --num-workers, or take a recipe that does not mix"
+            )
 
     @torch.inference_mode()
     def _validated(self, store: PixelStore) -> Record:

@@ -1,4 +1,4 @@
-"""Optimiser and schedule of a recipe: parameter groups of timm, optimisers of PyTorch.
+"""Optimizer and schedule of a recipe: a learning rate for each layer, optimizers of PyTorch.
 
 A schedule here is a function of the step alone, so a run that goes on needs no state of it.
 """
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
+from batchcls.models.layers import exempt_from_weight_decay, layer_depths
 from batchcls.training.recipe import Recipe
 
 _LEAST = 1e-3  # of the peak, at the end of a cosine
@@ -21,28 +21,39 @@ _HEAD_WARMUP = 0.1  # share of the steps in which the classifier is trained alon
 
 
 def make_optimizer(model: nn.Module, classifiers: Sequence[str], recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimiser over all trainable parameters.
+    """The optimizer over all trainable parameters.
 
-    Each group has `peak`, its largest learning rate: the recipe's for the classifier, and for the
-    body one that falls from layer to layer towards the image, by timm's record of the layers. Biases
-    and norms have no weight decay.
+    Each group has `peak`, its largest learning rate: the recipe's for the classifier, and for the body one that
+    falls by `layer_decay` from layer to layer towards the image. Biases, norms and what the network names have no
+    weight decay (`models.layers`).
+
+    Raises:
+        InputError: the recipe's rates fall and the order of the network's layers is not known.
     """
-    heads = {id(value) for path in classifiers for value in model.get_submodule(path).parameters()}
-    groups: list[dict[str, Any]] = []
-    layers: Any = param_groups_layer_decay
-    for layer in layers(model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay):
-        for is_head in (False, True):
-            chosen = [value for value in layer["params"] if (id(value) in heads) == is_head]
-            peak = recipe.head_learning_rate if is_head else recipe.learning_rate * layer["lr_scale"]
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": layer["weight_decay"], "peak": peak})
-    for group in groups:
-        group["lr"] = group["peak"]
+    exempt = exempt_from_weight_decay(model)
+    depths = layer_depths(model) if recipe.layer_decay < 1 else {}
+    deepest = max(depths.values(), default=0)
+    heads = tuple(f"{path}." for path in classifiers)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            continue
+        peak = recipe.head_learning_rate
+        if not name.startswith(heads):
+            peak = recipe.learning_rate * recipe.layer_decay ** (deepest - depths.get(name, deepest))
+        decay = 0.0 if name in exempt else recipe.weight_decay
+        group = groups.setdefault(
+            (peak, decay), {"params": [], "weight_decay": decay, "peak": peak, "lr": peak}
+        )
+        group["params"].append(value)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
-            groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0
+            groups.values(),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            nesterov=recipe.momentum > 0,
         )
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups.values(), lr=recipe.learning_rate)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

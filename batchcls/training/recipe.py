@@ -26,35 +26,51 @@ class Recipe(BaseModel):
     head_epochs: int = Field(default=0, ge=0, description="The first of them train the classifier alone.")
     batch_size: int = Field(ge=2, description="Pictures of a step of the optimiser, over all workers.")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="torch.optim.AdamW or SGD.")
-    learning_rate: float = Field(gt=0, description="Peak for the last layer of the body.")
+    learning_rate: float = Field(
+        gt=0, description="Peak for the body, as if its last layer were the classifier's; see layer_decay."
+    )
     head_learning_rate: float = Field(gt=0, description="Peak for the classifier.")
     layer_decay: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Factor on the learning rate from each layer to the one before it.",
+        description="Factor on the body's learning rate from each layer to the one before it: once in the layer before "
+        "the classifier, twice in the one before that.",
     )
-    weight_decay: float = Field(default=0.05, ge=0, description="Of all parameters but biases and norms.")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="Of SGD, with Nesterov's correction.")
+    weight_decay: float = Field(
+        default=0.05, ge=0, description="Of all parameters but biases, norms and embeddings of places."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Of sgd, with Nesterov's correction.")
     schedule: Literal["one-cycle", "cosine", "steps"] = Field(
         default="one-cycle",
         description="After the warm-up: one-cycle and cosine: down along a cosine, the first from a cosine up; "
         "steps: a tenth at each milestone.",
     )
     warmup_fraction: Fraction = Field(default=0.1, ge=0, lt=1, description="Share of the steps that go up.")
-    milestones: tuple[Fraction, ...] = Field(default=(0.5, 0.75), description="Where steps lie, in 0..1.")
+    milestones: tuple[Fraction, ...] = Field(
+        default=(0.5, 0.75), description="Of steps: where they lie, in 0..1."
+    )
     clip_norm: float | None = Field(default=None, gt=0, description="Longest gradient over all parameters.")
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="Share given to all categories alike."
     )
     batch_norm: Literal["frozen", "trained"] = Field(
-        default="frozen", description="Running statistics of BatchNorm: kept, or gathered anew."
+        default="frozen",
+        description="Running statistics of BatchNorm: kept, or gathered during training, by each worker from its own "
+        "images and averaged over the workers after every epoch.",
     )
     ema_decay: float | None = Field(
-        default=None, gt=0, lt=1, description="Moving average of the weights, which becomes the network."
+        default=None,
+        gt=0,
+        lt=1,
+        description="Moving average of the weights, used as the network; the decay rises to this as "
+        "1 - (1 + step)^(-2/3).",
     )
     size_fraction: Fraction = Field(
-        default=1.0, gt=0, le=1, description="Side of training crops over the side of the network's input."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Side of training crops over the side of the network's input, rounded to 32 pixels.",
     )
     final_size_fraction: Fraction = Field(default=1.0, gt=0, le=1, description="The same in the last epochs.")
     final_epochs: int = Field(default=0, ge=0, description="How many epochs are the last ones.")
@@ -73,7 +89,9 @@ class Recipe(BaseModel):
         default=0, ge=0, le=30, description="Magnitude of RandAugment, two operations; 0: without."
     )
     random_erasing: Fraction = Field(default=0.0, ge=0, le=1, description="Probability of RandomErasing.")
-    mixup: float = Field(default=0.0, ge=0, description="Alpha of MixUp; 0: without.")
+    mixup: float = Field(
+        default=0.0, ge=0, description="Alpha of MixUp, among the images of a pass; 0: without."
+    )
     cutmix: float = Field(default=0.0, ge=0, description="Alpha of CutMix; 0: without. With both, half each.")
 
     @model_validator(mode="after")
@@ -83,10 +101,29 @@ class Recipe(BaseModel):
                 f"head_epochs {self.head_epochs} and final_epochs {self.final_epochs} are more than the "
                 f"{self.epochs} epochs"
             )
+        if self.final_epochs and self.size_fraction == self.final_size_fraction:
+            raise ValueError(
+                f"final_epochs {self.final_epochs} changes nothing, since size_fraction and final_size_fraction are "
+                f"both {self.size_fraction:g}"
+            )
+        if not all(0 < milestone < 1 for milestone in self.milestones):
+            raise ValueError(f"milestones {self.milestones} must be shares of the steps, between 0 and 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale {self.crop_scale} must rise within 0..1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio {self.crop_ratio} must rise from above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Self:
+        needs = (
+            ("momentum", self.optimizer == "sgd", 'optimizer = "sgd"'),
+            ("milestones", self.schedule == "steps", 'schedule = "steps"'),
+            ("final_size_fraction", "final_epochs" in self.model_fields_set, "final_epochs"),
+        )
+        for name, is_used, needed in needs:
+            if getattr(self, name) != type(self).model_fields[name].default and not is_used:
+                raise ValueError(f"{name} has no effect without {needed}; leave it out")
         return self
 
     def size_fraction_at(self, epoch: int) -> float:
@@ -94,17 +131,17 @@ class Recipe(BaseModel):
         return self.final_size_fraction if epoch >= self.epochs - self.final_epochs else self.size_fraction
 
     def with_changes(self, **changes: object) -> "Recipe":
-        """The recipe with other values for what is not None; fewer epochs shorten its ends, too.
+        """The recipe with these values, None among them; fewer epochs shorten its ends, too.
 
         Raises:
             InputError: they do not fit together.
         """
-        given = {name: value for name, value in changes.items() if value is not None}
+        given = dict(changes)
         epochs = given.get("epochs", self.epochs)
         assert isinstance(epochs, int)
         if epochs < self.head_epochs + self.final_epochs:
             given = {"head_epochs": 0, "final_epochs": min(self.final_epochs, epochs // 2)} | given
-        return _checked({**self.model_dump(), **given}, "the recipe with the flags' values")
+        return _checked({**self.model_dump(exclude_unset=True), **given}, "the recipe with the flags' values")
 
 
 def recipe_names() -> list[str]:

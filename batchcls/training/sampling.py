@@ -3,6 +3,7 @@
 Everything follows from seed and epoch, and a step is the same pictures however many workers share it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,18 @@ def steps_of_epoch(sampler: RowSampler, epoch: int, batch_size: int) -> list[npt
     """Places of an epoch's pictures among the sampler's, one array a step, all of almost the same length."""
     order = sampler.order(epoch)
     return np.array_split(order, number_of_steps(len(order), batch_size))
+
+
+def with_occurrences(steps: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
+    """For each step an array of n,2: its places, and how often each place came before in the epoch."""
+    order = np.concatenate(steps)
+    sorting = np.argsort(order, kind="stable")
+    ordered = order[sorting]
+    first = np.searchsorted(ordered, ordered, side="left")
+    occurrences = np.empty_like(order)
+    occurrences[sorting] = np.arange(len(order)) - first
+    both = np.stack([order, occurrences], axis=1)
+    return np.split(both, np.cumsum([len(step) for step in steps])[:-1])
 
 
 def number_of_steps(count: int, batch_size: int) -> int:

@@ -16,7 +16,8 @@ Record = dict[str, Any]
 class TrainingSettings:
     """All that decides what training ends in, beside the start weights and the pixels.
 
-    `pass_size` and `loader_processes` change the seconds only; None: a worker's share of a step at once.
+    `loader_processes` changes the seconds only, and so does `pass_size` but for what is drawn for each pass: which
+    images are mixed, dropout, and the statistics of a trained BatchNorm. None: a worker's share of a step at once.
     """
 
     recipe: Recipe

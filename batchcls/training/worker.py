@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from batchcls.models.trainable import mark_trainable
 from batchcls.storage import Storage
 from batchcls.training.curves import Curves
 from batchcls.training.divergence import Divergence
-from batchcls.training.freeze import describe, set_training_mode
+from batchcls.training.freeze import WRAPPING, describe, set_training_mode
 from batchcls.training.loop import Hooks, State, Training
 from batchcls.training.pixels import PixelStore
 from batchcls.training.settings import Place, Record, TrainingSettings
@@ -65,7 +66,6 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
     settings = assignment.settings
-    torch.manual_seed(settings.seed + place.rank)
     bundle: Bundle = ray.get(assignment.bundle)
     model = build_model(bundle)
     classifiers = library_of(bundle.config.spec).classifiers(model)
@@ -94,7 +94,7 @@ def _restore(training: Training, told: "_Told") -> None:
 def _description(model: nn.Module, settings: TrainingSettings, place: Place) -> str:
     trainable = mark_trainable(model, settings.trainable)
     set_training_mode(model, settings.recipe.batch_norm)
-    what = describe(trainable, model, settings.recipe.batch_norm)
+    what = describe(trainable, model, settings.recipe.batch_norm, place.workers)
     where = f"the first of them process {os.getpid()} on {socket.gethostname()}"
     return f"{what}; {place.workers} worker(s) on {place.device}, {settings.precision}, {where}"
 
@@ -110,7 +110,8 @@ class _Told:
 
     def hooks(self) -> Hooks:
         """For the loop."""
-        return Hooks(wrap=prepare_model, step_done=self._step_done, epoch_done=self._epoch_done)
+        wrap = partial(prepare_model, parallel_strategy_kwargs=dict(WRAPPING))
+        return Hooks(wrap=wrap, step_done=self._step_done, epoch_done=self._epoch_done)
 
     def note(self, text: str) -> None:
         """A line for the driver's log, from the first worker only."""

@@ -34,7 +34,7 @@ def test_a_file_with_a_wrong_line_is_refused_by_name(tmp_path: Path):
 
 def test_fewer_epochs_shorten_the_ends_of_a_recipe():
     recipe = read_recipe("fine-tune")
-    assert recipe.with_changes(epochs=None) == recipe
+    assert recipe.with_changes() == recipe
     short = recipe.with_changes(epochs=2)
     assert (short.epochs, short.head_epochs, short.final_epochs) == (2, 0, 1)
     assert short.size_fraction_at(0) == recipe.size_fraction
@@ -44,3 +44,9 @@ def test_fewer_epochs_shorten_the_ends_of_a_recipe():
 def test_crops_must_be_shares():
     with pytest.raises(InputError, match="crop_scale"):
         read_recipe("fine-tune").with_changes(crop_scale=(0.9, 0.1))
+
+
+def test_none_is_a_value_as_any_other():
+    assert read_recipe("fine-tune").with_changes(ema_decay=None, clip_norm=None) == read_recipe(
+        "fine-tune"
+    ).model_copy(update={"ema_decay": None, "clip_norm": None})

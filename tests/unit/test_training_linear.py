@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from batchcls.errors import InputError
+from batchcls.training.balance import BalanceName, class_weights
 from batchcls.training.examples import Examples, split_folds, standard_space
 from batchcls.training.large_scale import Passes, fit_large_scale
 from batchcls.training.linear import LinearSettings, train_linear_probe
@@ -95,6 +96,27 @@ def test_weights_lift_a_small_category():
         found[balance] = probe.head.logits(torch.from_numpy(values[0, 950:])).argmax(1).float().mean().item()
     assert found["loss"] > found["none"] + 0.3
     assert found["sampling"] == found["loss"]
+
+
+@pytest.mark.parametrize("balance", ["loss", "sampling"])
+@pytest.mark.parametrize("passes", [None, Passes(20, 64, 3e-3)])
+def test_smoothed_labels_do_not_cost_the_largest_category_its_rows(
+    balance: BalanceName, passes: Passes | None
+):
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.array([0, 1, 2], np.int32), [940, 10, 10])
+    values = rng.normal(size=(1, 960, 4)).astype(np.float32)
+    values[0, np.arange(960), classes] += 4
+    examples = Examples.of(values, np.ones(960, bool), classes, 3)
+    if passes is None:
+        head = train_linear_probe(
+            examples, LinearSettings(balance=balance, label_smoothing=0.1, folds=2, l2=0.01)
+        ).head
+    else:
+        fitted = fit_large_scale(examples, Objective(None, 0.1, class_weights(examples.counts), 0), passes)
+        head = fitted.space.head(fitted.weight, fitted.bias)
+    answers = head.logits(torch.from_numpy(values[0])).argmax(1).numpy()
+    assert min((answers[classes == k] == k).mean() for k in range(3)) > 0.8
 
 
 def test_folds_keep_a_row_of_every_category_and_spread_the_rest():

@@ -1,98 +1,40 @@
 """The loop in one process, and among two of gloo: the same pictures, the same gradient, every row once."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
-from batchcls.preprocessing import Preprocessing
-from batchcls.storage import Storage
+from batchcls.errors import InputError
 from batchcls.training.augment import AugmentedPictures, Item, Mixing, crop_size, picture_transform
 from batchcls.training.divergence import Divergence
-from batchcls.training.loop import Hooks, Training
+from batchcls.training.loop import Training
 from batchcls.training.pixels import PixelStore
-from batchcls.training.recipe import Recipe, read_recipe
+from batchcls.training.recipe import read_recipe
 from batchcls.training.sampling import LabelledRows, passes_of, share_of
-from batchcls.training.settings import Place, TrainingSettings
-
-ROWS, VALIDATION_ROWS, CLASSES = 26, 11, 3
-PREPROCESSING = Preprocessing(
-    input_height=32, input_width=32, resize_height=36, resize_width=36, mean=(0.5,) * 3, std=(0.5,) * 3
+from batchcls.training.settings import Place
+from tests.training import (
+    CLASSES,
+    PREPROCESSING,
+    ROWS,
+    VALIDATION_ROWS,
+    hooks,
+    network,
+    recipe,
+    settings,
+    train,
+    weights_of,
+    write_stores,
 )
-
-
-def recipe(**changes: object) -> Recipe:
-    """Without mixing, whose partners depend on how a step is shared among workers and passes."""
-    values = {"epochs": 3, "head_epochs": 1, "batch_size": 10, "final_epochs": 0}
-    values |= {"size_fraction": 1.0, "mixup": 0.0}
-    return read_recipe("fine-tune").with_changes(**(values | changes))
-
-
-def settings(**changes: object) -> TrainingSettings:
-    targets = (np.arange(ROWS) % CLASSES).astype(np.int32)
-    known = TrainingSettings(
-        recipe=recipe(),
-        preprocessing=PREPROCESSING,
-        classes=CLASSES,
-        trainable=("*",),
-        training=LabelledRows(np.arange(ROWS), targets),
-        validation=LabelledRows(
-            np.arange(VALIDATION_ROWS), (np.arange(VALIDATION_ROWS) % CLASSES).astype(np.int32)
-        ),
-        balance="none",
-        seed=3,
-        pass_size=None,
-        precision="fp32",
-        loader_processes=0,
-    )
-    return replace(known, **changes)
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> tuple[PixelStore, PixelStore]:
     return write_stores(tmp_path)
-
-
-def write_stores(folder: Path) -> tuple[PixelStore, PixelStore]:
-    random = np.random.default_rng(0)
-    found = []
-    for name, rows, side in (("training", ROWS, 36), ("validation", VALIDATION_ROWS, 32)):
-        pixels = random.integers(0, 120, (rows, side, side, 3), np.uint8)
-        for row in range(rows):
-            pixels[row, :, :, row % CLASSES] += 100
-        np.save(folder / f"{name}.npy", pixels)
-        found.append(PixelStore([str(folder / name)], Storage(), str(folder)))
-    return found[0], found[1]
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("test_resnet", num_classes=CLASSES)
-
-
-def train(chosen: TrainingSettings, stores, place: Place = Place(), wrap=lambda model: model):  # noqa: B008
-    states: list[dict] = []
-    hooks = Hooks(
-        wrap=wrap, step_done=lambda *_: None, epoch_done=lambda _, state: states.append(copied(state()))
-    )
-    training = Training(network(), ["fc"], chosen, place, hooks)
-    return training, training.run(*stores), states
-
-
-def copied(state: dict) -> dict:
-    import copy
-
-    return copy.deepcopy(state)
-
-
-def weights_of(training: Training) -> torch.Tensor:
-    return torch.cat(
-        [value.flatten() for value in training.trained.state_dict().values() if value.is_floating_point()]
-    )
 
 
 def test_the_same_seed_gives_the_same_network_and_another_gives_another(stores):
@@ -122,12 +64,20 @@ def test_small_passes_add_up_to_the_same_step(stores):
 
 def test_a_checkpoint_goes_on_to_the_same_end(stores):
     undisturbed, _, states = train(settings(), stores)
-    hooks = Hooks(wrap=lambda model: model, step_done=lambda *_: None, epoch_done=lambda *_: None)
-    resumed = Training(network(), ["fc"], settings(), Place(), hooks)
+    resumed = Training(network(), ["fc"], settings(), Place(), hooks())
     resumed.restore(states[1])
     assert resumed.run(*stores) is None
     assert torch.equal(weights_of(undisturbed), weights_of(resumed))
     assert [record["epoch"] for record in resumed.history] == [1, 2, 3]
+
+
+def test_a_checkpoint_of_other_parameter_groups_is_refused(stores):
+    _, _, states = train(settings(recipe=recipe(epochs=1, head_epochs=0, layer_decay=1.0)), stores)
+    other = Training(network(), ["fc"], settings(), Place(), hooks())
+    with pytest.raises(
+        InputError, match=r"checkpoint of epoch 1 is not one of this training .*give --restart"
+    ):
+        other.restore(states[0])
 
 
 def test_every_validation_row_is_counted_once_and_an_unknown_category_as_wrong(stores):
@@ -144,9 +94,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rows(stores, tmp_path: Path):
     broken = network()
     with torch.no_grad():
         broken.fc.bias[1] = float("nan")
-    hooks = Hooks(wrap=lambda model: model, step_done=lambda *_: None, epoch_done=lambda *_: None)
-    training = Training(broken, ["fc"], settings(), Place(), hooks)
-    found = training.run(*stores)
+    training, found, _ = train(settings(), stores, model=broken)
     assert isinstance(found, Divergence)
     assert (found.epoch, found.step, found.loss_is_finite) == (1, 1, False)
     assert len(found.rows) == 9
@@ -239,27 +187,38 @@ def test_shares_of_a_step_are_all_of_it():
     assert [len(part) for part in passes_of(step, None)] == [11]
 
 
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    stores = write_stores(Path(folder) / str(rank))
-    chosen = settings(pass_size=3)
-    training, _, _ = train(chosen, stores, Place(rank, 2), nn.parallel.DistributedDataParallel)
-    torch.save({"weights": weights_of(training), "history": training.history}, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+@pytest.mark.parametrize("balance", ["none", "sampling"])
+def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
+    """What is shown depends on seed, epoch, row and occurrence: the same for any number of workers and passes."""
+    targets = np.zeros(ROWS, np.int32)
+    targets[:2] = 1
+    chosen = settings(training=LabelledRows(np.arange(ROWS), targets), balance=balance)
+
+    def shown(place: Place, pass_size: int | None) -> list[tuple[int, bytes]]:
+        training = Training(network(), ["fc"], replace(chosen, pass_size=pass_size), place, hooks())
+        return [
+            (row, image.numpy().tobytes())
+            for step in training._steps(1, stores[0])
+            for images, _, rows in step.passes
+            for row, image in zip(rows.tolist(), images, strict=True)
+        ]
+
+    alone = shown(Place(), None)
+    assert len(set(alone)) == len(alone) == ROWS
+    assert (Counter(row for row, _ in alone).most_common(1)[0][1] > 4) == (balance == "sampling")
+    shared = [shown(Place(rank, 3), 2) for rank in range(3)]
+    assert sorted(part for rank in shared for part in rank) == sorted(alone)
 
 
-@pytest.mark.long
-def test_two_workers_take_the_steps_of_one(stores, tmp_path: Path):
-    alone, _, _ = train(settings(), stores)
-    for rank in range(2):
-        (tmp_path / str(rank)).mkdir()
-    multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert torch.equal(both[0]["weights"], both[1]["weights"])
-    assert torch.allclose(both[0]["weights"], weights_of(alone), atol=2e-4)
-    for ours, theirs in zip(both[0]["history"], alone.history, strict=True):
-        assert ours["images"] == theirs["images"] == ROWS
-        assert ours["validation_rows"] == VALIDATION_ROWS
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-        assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-2)
+def test_recipes_that_mix_refuse_passes_of_a_single_image(stores):
+    with pytest.raises(InputError, match=r"each pass has a single one; raise --pass-size"):
+        train(settings(recipe=recipe(mixup=0.2), pass_size=1), stores)
+
+
+def test_the_head_alone_is_trained_as_far_as_it_is_trainable(stores):
+    with pytest.raises(InputError, match=r"classifier \(fc\) alone.*\(layer4\.\*\) leave it out"):
+        train(settings(trainable=("layer4.*",)), stores)
+    training, _, states = train(settings(trainable=("layer4.*", "fc.bias")), stores)
+    assert torch.equal(states[0]["model"]["fc.weight"], network().state_dict()["fc.weight"])
+    assert not torch.equal(states[0]["model"]["fc.bias"], network().state_dict()["fc.bias"])
+    assert training.history[-1]["epoch"] == 3

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.layers import EvoNorm2dB0
 
 from batchcls.training.freeze import batch_norms, describe, set_training_mode, train_head_only
 from batchcls.training.optimizer import make_optimizer, schedule_factor, set_learning_rate
@@ -76,7 +77,24 @@ def test_parameters_and_statistics_are_frozen_separately():
     assert set_training_mode(model, "trained") == 0
     model(images)
     assert not torch.equal(model.bn1.running_mean, before)
-    trainable = train_head_only(model, ["fc"])
+    trainable = train_head_only(model, ["fc"], ["*"])
     assert set(trainable.names) == {"fc.weight", "fc.bias"}
-    assert "gather new statistics" in describe(trainable, model, "trained")
-    assert "keep their statistics" in describe(trainable, model, "frozen")
+    assert describe(trainable, model, "trained", 1).endswith("BatchNorm layers gather new statistics")
+    assert describe(trainable, model, "trained", 2).endswith(
+        "gather new statistics: each of 2 workers from its own images, averaged after every epoch"
+    )
+    assert "keep their statistics" in describe(trainable, model, "frozen", 2)
+
+
+def test_statistics_of_layers_that_are_no_batch_norm_are_frozen_and_gathered_too():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), EvoNorm2dB0(8))
+    images = torch.randn(4, 3, 16, 16)
+    before = [layer.running_var.clone() for layer in batch_norms(model)]
+    set_training_mode(model, "frozen")
+    model(images)
+    assert all(
+        torch.equal(*pair) for pair in zip(before, (x.running_var for x in batch_norms(model)), strict=True)
+    )
+    set_training_mode(model, "trained")
+    model(images)
+    assert not torch.equal(before[0], batch_norms(model)[0].running_var)

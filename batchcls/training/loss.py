@@ -1,0 +1,48 @@
+"""The loss of a row, and how much a row counts where categories are of unequal size.
+
+Letters: N rows, K categories.
+"""
+
+from torch import Tensor, nn
+
+
+def row_losses(logits: Tensor, targets: Tensor, label_smoothing: float, row_weight: Tensor | None) -> Tensor:
+    """N cross-entropies against smoothed targets, each times the weight of its row.
+
+    The weight belongs to the row. `torch.nn.functional.cross_entropy(weight=...)` weights each class of a
+    target instead, so that with label smoothing a row of a large category is mostly trained towards the rare
+    ones: at 940, 10 and 10 rows the share that smoothing gives away counts ten times the row's own category.
+
+    Args:
+        logits: float N,K.
+        targets: int64 N, class indices; or float N,K, shares of the categories.
+        label_smoothing: 0..1, share of a target that all categories get alike.
+        row_weight: N, as `row_weights` gives them; None: all rows count alike.
+    """
+    losses = nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+    return losses if row_weight is None else losses * row_weight
+
+
+def row_weights(targets: Tensor, class_weights: Tensor) -> Tensor:
+    """N weights: that of the row's class, or for shares of several classes the mean of theirs.
+
+    MixUp and CutMix mix the rows of a batch with a permutation of them, at one ratio, so the weights of a
+    mixed batch have the sum that they have without mixing.
+
+    Args:
+        targets: int64 N, class indices; or float N,K, shares of the categories.
+        class_weights: float K.
+    """
+    if targets.dim() == 1:
+        return class_weights[targets]
+    return targets.to(class_weights.dtype) @ class_weights
+
+
+def mean_loss(
+    logits: Tensor, targets: Tensor, label_smoothing: float, class_weights: Tensor | None
+) -> Tensor:
+    """The weighted mean of the losses of all N rows; see `row_losses`."""
+    if class_weights is None:
+        return row_losses(logits, targets, label_smoothing, None).mean()
+    weights = row_weights(targets, class_weights)
+    return row_losses(logits, targets, label_smoothing, weights).sum() / weights.sum()
