@@ -2,12 +2,30 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from batchcls.schema import RESERVED_COLUMNS
 
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
 
 TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"
+
+
+def _free_names(value: list[str]) -> list[str]:
+    # DuckDB and Spark do not tell capitals from small letters in names of columns.
+    taken = sorted(name for name in set(value) if name.casefold() in RESERVED_COLUMNS)
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken)}: the output has columns of that name itself; rename in the manifest"
+        )
+    if len({name.casefold() for name in value}) != len(value):
+        raise ValueError("a column is named twice, capitals and small letters taken as one")
+    return value
+
+
+KeptColumns = Annotated[list[str], AfterValidator(_free_names)]
+"""Columns of a manifest that pass through to the predictions."""
 
 
 class JobConfig(BaseModel):

@@ -24,7 +24,7 @@ ROOMS = (
     ("placement", "runs", "comparison", "evaluation"),
     ("inference",),
     ("images", "models", "identity"),
-    ("manifest", "manifest_columns", "config", "flags"),
+    ("manifest", "manifest_columns", "manifest_footer", "manifest_types", "config", "flags"),
     ("swap",),
     ("storage", "storage_errors", "local_files", "uris"),
     ("views",),
