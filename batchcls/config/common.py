@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from batchcls.preprocessing import Deviations, Means
 from batchcls.schema import RESERVED_COLUMNS
 
 Auto = Literal["auto"]
@@ -69,10 +70,8 @@ class FetchSettings(JobConfig):
 class PreprocessingSettings(JobConfig):
     """What a user says of the preprocessing of weights that have no record of it."""
 
-    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R,G,B in 0..1.")
-    std: tuple[float, float, float] | None = Field(
-        default=None, description="Standard deviation of R,G,B in 0..1."
-    )
+    mean: Means | None = Field(default=None, description="Mean of R,G,B in 0..1.")
+    std: Deviations | None = Field(default=None, description="Standard deviation of R,G,B in 0..1.")
     input_size: int | None = Field(
         default=None, ge=16, le=4096, description="Side of the network's input in pixels."
     )
