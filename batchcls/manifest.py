@@ -220,9 +220,10 @@ def open_labelled(
         if optional:
             return manifest
         raise InputError(
-            f"{redact_uri(manifest.files[0].uri)} has no column {label_column}; it has {manifest.column_names}; name "
-            "the one with the right class names with --label-column, or make a manifest from folders with `python -m "
-            "batchcls.jobs.manifest from-folder --labels-from-folders`"
+            f"--label-column {label_column} is missing: {redact_uri(manifest.files[0].uri)} has no column "
+            f"{label_column}; it has {manifest.column_names}; name the one with the right class names with "
+            "--label-column, or make a manifest from folders with `python -m batchcls.jobs.manifest from-folder "
+            "--labels-from-folders`"
         )
     return with_text_labels(manifest)
 
