@@ -29,6 +29,7 @@ from rich.text import Text
 
 _logger = logging.getLogger(__name__)
 _BAR_SECONDS = 0.5
+_LONGEST_LINE = 8_000
 
 
 class Seen(Protocol):
@@ -62,6 +63,11 @@ def _printable(character: str) -> str:
     return f"\\u{code:04x}" if 0x7F <= code < 0x100 else character.encode("unicode_escape").decode()
 
 
+def _cut(text: str) -> str:
+    left = len(text) - _LONGEST_LINE
+    return text if left <= 0 else f"{text[:_LONGEST_LINE]}… ({left} more characters)"
+
+
 def _printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
@@ -89,8 +95,8 @@ class PlainFormatter(logging.Formatter):
     """A message is one line, and the lines of a traceback are indented, so that neither can pass for a message."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - a name of logging's
-        """The line of a message."""
-        record.message = printable(record.message)
+        """The line of a message; of one that repeats somebody's megabytes, the beginning."""
+        record.message = printable(_cut(record.message))
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - a name of logging's
@@ -99,7 +105,7 @@ class PlainFormatter(logging.Formatter):
 
     def formatStack(self, stack_info: str) -> str:  # noqa: N802 - a name of logging's
         """A stack, or the text of a traceback."""
-        return "\n".join(f"    {printable(line)}" for line in stack_info.splitlines())
+        return "\n".join(f"    {printable(_cut(line))}" for line in stack_info.splitlines())
 
 
 def results_console() -> Console:

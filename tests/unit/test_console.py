@@ -149,6 +149,15 @@ def test_warnings_of_other_libraries_are_text_too(capfd: pytest.CaptureFixture[s
     assert not DANGEROUS.search(capfd.readouterr().err.rstrip("\n"))
 
 
+@pytest.mark.usefixtures("loggers")
+def test_a_message_with_megabytes_in_it_is_cut(capfd: pytest.CaptureFixture[str]):
+    set_up_logging(messages_console())
+    logging.getLogger("batchcls.test").error("no such label: %s; add it", "x" * 2**20)
+    said = capfd.readouterr().err
+    assert len(said) < 10_000
+    assert "more characters)" in said
+
+
 ALL = {"bundle": bundle, "classify": classify, "compare": compare, "evaluate": evaluate} | {
     "finetune": finetune,
     "manifest": manifest,

@@ -521,6 +521,15 @@ def test_labels_that_are_no_utf8_are_refused(tmp_path: Path):
         find_bad_ids(manifest, STORAGE)
 
 
+def test_null_bytes_controls_and_megabytes_in_ids_are_told_apart(tmp_path: Path):
+    ids = ["a\0b", "a\0c", "a", "\x1b[31m", "x" * 2**20, "x" * 2**20 + "y", "\u202e", "a\0b", "x" * 2**20]
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"item_id": ids, "uri": ids, "label": ids}), path)
+    manifest = open_labelled(str(path), STORAGE, "label")
+    assert find_bad_ids(manifest, STORAGE).repeated.tolist() == [7, 8]
+    assert read(manifest).column("label").to_pylist() == ids
+
+
 def test_labels_may_be_whole_numbers_and_are_read_as_text(tmp_path: Path):
     path = write(tmp_path / "m.parquet", label=pa.array([3, 12, None, 3]))
     assert read(open_labelled(str(path), STORAGE, "label")).column("label").to_pylist() == [
