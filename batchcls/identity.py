@@ -4,7 +4,7 @@ Ids are streamed through DuckDB, which counts them exactly and spills to disk wh
 its memory limit, so the driver needs no more than that however many rows the manifest has.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import duckdb
@@ -12,14 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchcls.errors import BatchclsError, InputError
 from batchcls.manifest import Manifest
+from batchcls.manifest_footer import UNREADABLE, open_parquet
+from batchcls.manifest_types import as_plain, holds_text, readable_text, require_text
 from batchcls.schema import Failure, Reason
 from batchcls.storage import Storage, explain, redact_uri
 
 _BATCH_ROWS = 131_072
+_BATCH_ROWS_OF_TEXTS = 16_384
 _MEMORY_LIMIT = "1GB"
 _NAMED_ROWS = 10
 
@@ -44,17 +46,18 @@ class BadIds:
 
 
 def find_bad_ids(manifest: Manifest, storage: Storage) -> BadIds:
-    """Walk over the id column of the whole snapshot.
+    """Walk over the id column of the whole snapshot, and over the other columns whose text must be UTF-8.
 
     Raises:
-        InputError: not one row has an id of its own; the first ten are named.
+        InputError: not one row has an id of its own, the first ten are named; a column cannot be read,
+            or has text that is no UTF-8.
     """
     null: list[npt.NDArray[np.int64]] = []
     refused: list[BatchclsError] = []
 
     def ids() -> Iterator[pa.RecordBatch]:
         try:
-            for rows, values in column_batches(manifest, manifest.columns.item_id, storage):
+            for rows, values in _ids_of_readable_rows(manifest, storage):
                 is_null = values.is_null().to_numpy(zero_copy_only=False)
                 if is_null.any():
                     null.append(rows[is_null])
@@ -99,39 +102,73 @@ def _later_rows(manifest: Manifest, storage: Storage, repeated: pa.Array) -> npt
     return np.array(rows_found, np.int64)
 
 
+def _ids_of_readable_rows(
+    manifest: Manifest, storage: Storage
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
+    """Row numbers and ids, while the other columns with text are looked at."""
+    kinds = {name: pa.string() for name in manifest.columns.texts.values()}
+    kinds |= {field.name: field.type for field in manifest.columns.kept if holds_text(field.type)}
+    for rows, batch in _batches(manifest, kinds, storage):
+        yield rows, batch[manifest.columns.item_id]
+
+
 def column_batches(
     manifest: Manifest, column: str, storage: Storage
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
     """Row numbers and a column's values as strings, in order, a batch at a time; no other column is read.
 
+    A uri that is no UTF-8 is null.
+
     Raises:
-        InputError: the column cannot be read, or its values are no text.
+        InputError: the column cannot be read, its values are no text, or text that is no UTF-8.
     """
+    for rows, batch in _batches(manifest, {column: pa.string()}, storage):
+        yield rows, batch[column]
+
+
+def _batches(
+    manifest: Manifest, kinds: Mapping[str, pa.DataType], storage: Storage
+) -> Iterator[tuple[npt.NDArray[np.int64], Mapping[str, pa.Array]]]:
+    """Row numbers and columns as their plain types."""
+    size = _BATCH_ROWS if len(kinds) == 1 else _BATCH_ROWS_OF_TEXTS
     for file in manifest.files:
         row = file.first_row
         if row >= manifest.rows:
             return
-        filesystem, path = storage.arrow_filesystem(file.uri)
-        with explain(file.uri), pq.ParquetFile(filesystem.open_input_file(path)) as parquet:
-            for batch in _batches(parquet, column, file.uri):
-                values = _as_text(batch.column(0), column).slice(0, max(0, manifest.rows - row))
-                yield np.arange(row, row + len(values), dtype=np.int64), values
-                row += len(values)
+        with explain(file.uri), open_parquet(file.uri, storage) as parquet:
+            for batch in _read(parquet.iter_batches(size, columns=list(kinds)), file.uri, kinds):
+                rows = np.arange(row, min(row + batch.num_rows, manifest.rows), dtype=np.int64)
+                row += batch.num_rows
+                found = {}
+                for name, kind in kinds.items():
+                    values = _plain(batch, name, kind, file.uri).slice(0, len(rows))
+                    if name == manifest.columns.uri and name != manifest.columns.item_id:
+                        values, _ = readable_text(values)
+                    else:
+                        require_text(values, rows, name, file.uri)
+                    found[name] = values.combine_chunks()
+                yield rows, found
+                if row >= manifest.rows:
+                    return
 
 
-def _batches(parquet: pq.ParquetFile, column: str, uri: str) -> Iterator[pa.RecordBatch]:
+def _read(
+    batches: Iterator[pa.RecordBatch], uri: str, kinds: Mapping[str, pa.DataType]
+) -> Iterator[pa.RecordBatch]:
     try:
-        yield from parquet.iter_batches(_BATCH_ROWS, columns=[column])
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{redact_uri(uri)}: column {column} cannot be read: {error}") from None
+        yield from batches
+    except UNREADABLE as error:
+        names = ", ".join(kinds)
+        raise InputError(f"{redact_uri(uri)}: column {names} cannot be read: {error}") from None
 
 
-def _as_text(values: pa.Array, column: str) -> pa.Array:
+def _plain(batch: pa.RecordBatch, column: str, kind: pa.DataType, uri: str) -> pa.ChunkedArray:
+    values = pa.chunked_array([batch.column(column)])
     try:
-        return values.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return as_plain(values, kind)
+    except pa.ArrowException:
         raise InputError(
-            f"column {column}: its values ({values.type}) are no names; name a column of text"
+            f"{redact_uri(uri)}: column {column}: its values ({values.type}) are no names; name a column of text"
         ) from None
 
 

@@ -16,18 +16,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
-from batchcls.manifest_columns import Columns, agree_on_columns
+from batchcls.manifest_columns import Columns, agree, columns_of, some_names
+from batchcls.manifest_footer import Footer, open_parquet, read_footer, require_plain
+from batchcls.manifest_types import as_plain, image_bytes, image_paths, readable_text, require_text
 from batchcls.row_ranges import RowRanges, Rows
-from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI
-from batchcls.storage import FileInfo, Storage, explain, local_path, redact_uri
+from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, URI_FAULT
+from batchcls.storage import FileInfo, Storage, explain, is_remote, local_path, redact_uri
 
-__all__ = ["Columns", "Fragment", "FragmentReader", "Manifest", "ManifestFile", "open_manifest"]
+__all__ = [
+    "Columns",
+    "Fragment",
+    "FragmentReader",
+    "Manifest",
+    "ManifestFile",
+    "open_labelled",
+    "open_manifest",
+]
 
 _FOOTER_THREADS = 16
 _CACHED_ROW_GROUP_BYTES = 256 * 2**20
+_PATHS = "\0paths"  # no column of Parquet's users has this name
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +92,15 @@ class Manifest:
     """A validated snapshot of the manifest's files.
 
     `rows` is what the job has to account for: the rows of all files, or fewer under a limit.
-    `base` is the folder that relative uris are resolved against.
+    `base` is the folder that relative uris are resolved against. `column_names` are those of the first
+    file, some at its beginning, for messages.
     """
 
     base: str
     files: tuple[ManifestFile, ...]
     columns: Columns
     rows: int
+    column_names: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -132,6 +144,7 @@ def open_manifest(
     id_column: str = ITEM_ID,
     keep: Sequence[str] = (),
     limit: int | None = None,
+    optional: bool = False,
 ) -> Manifest:
     """Read and check the footers of every file of the manifest.
 
@@ -141,24 +154,93 @@ def open_manifest(
         id_column: the column with the unique ids.
         keep: columns to pass through.
         limit: look at the first rows only.
+        optional: columns to pass through may be missing, then from all files.
 
     Raises:
-        InputError: nothing there, unreadable, empty, a column missing or of the wrong type; the
-            message names the file and the column.
+        InputError: nothing there, unreadable, empty, a column missing, repeated, encrypted or of the
+            wrong type; the message names the file and the column.
     """
     found = _find_files(uri, storage)
+
+    def look(info: FileInfo) -> tuple[ManifestFile, Columns, str]:
+        footer = _read_footer(info, storage)
+        columns = columns_of(footer.schema, info.uri, id_column, keep, optional=optional)
+        if footer.may_be_encrypted and any(footer.row_groups):
+            require_plain(info.uri, storage, _first_with_rows(footer), columns.names)
+        # Of a footer only this is kept: those of thousands of files would not fit into memory.
+        file = ManifestFile(info.uri, footer.row_groups, 0, _digest(info, footer, storage))
+        return file, columns, some_names(footer.schema.names)
+
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda info: _read_footer(info, storage), found))
-    columns = agree_on_columns(found, footers, id_column, keep)
+        looks = list(pool.map(look, found))
+    columns = agree([(file.uri, columns) for file, columns, _ in looks])
     files: list[ManifestFile] = []
     first_row = 0
-    for info, footer in zip(found, footers, strict=True):
-        row_groups = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-        files.append(ManifestFile(info.uri, row_groups, first_row, _digest(info, footer)))
-        first_row += footer.num_rows
+    for file, _, _ in looks:
+        files.append(replace(file, first_row=first_row))
+        first_row += file.rows
     if first_row == 0:
         raise InputError(f"the manifest {redact_uri(uri)} is empty: {len(files)} Parquet file(s), no rows")
-    return Manifest(_base_of(uri, found), tuple(files), columns, min(first_row, limit or first_row))
+    rows = min(first_row, limit or first_row)
+    return Manifest(_base_of(uri, found), tuple(files), columns, rows, looks[0][2])
+
+
+def open_labelled(
+    uri: str,
+    storage: Storage,
+    label_column: str,
+    *,
+    id_column: str = ITEM_ID,
+    limit: int | None = None,
+    optional: bool = False,
+) -> Manifest:
+    """Open a manifest with its labels as the one kept column, read as text: whole numbers are names too.
+
+    Args:
+        uri: a Parquet file, a folder or a glob, local or remote.
+        storage: how to reach it.
+        label_column: the column with the right class names.
+        id_column: the column with the unique ids.
+        limit: look at the first rows only.
+        optional: there may be no labels; the manifest then has no kept column.
+
+    Raises:
+        InputError: as `open_manifest`, or that column is missing, names images, or is no text.
+    """
+    if label_column in (id_column, URI, IMAGE):
+        raise InputError(f"--label-column {label_column}: that column names images; name one of labels")
+    if label_column in (ROW, ITEM_ID, SOURCE_VERSION, URI_FAULT):
+        raise InputError(
+            f"--label-column {label_column}: this program needs that name itself; rename the column"
+        )
+    manifest = open_manifest(
+        uri, storage, id_column=id_column, keep=[label_column], limit=limit, optional=True
+    )
+    if not manifest.columns.kept:
+        if optional:
+            return manifest
+        raise InputError(
+            f"--label-column {label_column} is missing: {redact_uri(manifest.files[0].uri)} has no column "
+            f"{label_column}; it has {manifest.column_names}; name the one with the right class names with "
+            "--label-column, or make a manifest from folders with `python -m batchcls.jobs.manifest from-folder "
+            "--labels-from-folders`"
+        )
+    return with_text_labels(manifest)
+
+
+def with_text_labels(manifest: Manifest) -> Manifest:
+    """A manifest whose one kept column, the labels, is read as text. Raises InputError if it is no text."""
+    (field,) = manifest.columns.kept
+    kind = field.type
+    if not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise InputError(
+            f"--label-column {field.name}: its values ({kind}) are no names; name a column of text"
+        )
+    return replace(manifest, columns=replace(manifest.columns, kept=(pa.field(field.name, pa.string()),)))
+
+
+def _first_with_rows(footer: Footer) -> int:
+    return next(place for place, rows in enumerate(footer.row_groups) if rows)
 
 
 def _find_files(uri: str, storage: Storage) -> list[FileInfo]:
@@ -190,26 +272,33 @@ def _base_of(uri: str, found: list[FileInfo]) -> str:
     return uri.rstrip("/")
 
 
-def _read_footer(info: FileInfo, storage: Storage) -> pq.FileMetaData:
-    with explain(info.uri):
-        filesystem, path = storage.arrow_filesystem(info.uri)
-        try:
-            with filesystem.open_input_file(path) as file:
-                return pq.read_metadata(file)
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{redact_uri(info.uri)} is not a readable Parquet file: {error}") from None
+def _read_footer(info: FileInfo, storage: Storage) -> Footer:
+    try:
+        info.uri.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{info.uri}: the name of this file is no valid UTF-8; rename it") from None
+    return read_footer(info.uri, storage)
 
 
-def _digest(info: FileInfo, footer: pq.FileMetaData) -> str:
+def _digest(info: FileInfo, footer: Footer, storage: Storage) -> str:
     """What tells one state of a file from another without reading all of it.
 
     The store's ETag where there is one, the time of the last change where there is none, and the
     footer, which holds the place and the statistics of every column chunk.
     """
-    digest = hashlib.sha256(repr(footer.to_dict()).encode())
-    changed = info.etag or Path(local_path(info.uri)).stat().st_mtime_ns
-    digest.update(f"{info.size} {changed}".encode())
-    return digest.hexdigest()
+    changed = info.etag or _changed(info.uri, storage)
+    return hashlib.sha256(f"{footer.digest} {info.size} {changed}".encode()).hexdigest()
+
+
+def _changed(uri: str, storage: Storage) -> object:
+    with explain(uri):
+        if not is_remote(uri):
+            return Path(local_path(uri)).stat().st_mtime_ns
+        filesystem, path = storage.filesystem(uri)
+        try:
+            return filesystem.modified(path)
+        except NotImplementedError:  # the footer has to do
+            return None
 
 
 class FragmentReader:
@@ -227,12 +316,19 @@ class FragmentReader:
     def read(self, fragment: Fragment, rows_per_table: int) -> Iterator[pa.Table]:
         """Yield the fragment's rows in order, `rows_per_table` a table, the last one shorter.
 
-        The tables have the columns row, item_id, uri, image, source_version (null where the manifest
-        has none) and the kept ones, text as plain strings.
+        The tables have the columns row, item_id, uri, image, source_version, uri_fault (null where the
+        manifest has none) and the kept ones, of plain types. A uri that is no UTF-8 is null, and uri_fault
+        holds its escaped bytes.
+
+        Raises:
+            InputError: another column has text that is no UTF-8, or cannot be read as its plain type.
         """
         numbers, start = fragment.row_numbers(), 0
         for table in self._slices(fragment, rows_per_table):
-            yield self._named(table, numbers[start : start + table.num_rows])
+            rows = numbers[start : start + table.num_rows]
+            for name, shown in self._columns.texts.items():
+                require_text(table.column(name), rows, shown, fragment.uri)
+            yield self._named(table, rows)
             start += table.num_rows
 
     def _slices(self, fragment: Fragment, rows_per_table: int) -> Iterator[pa.Table]:
@@ -245,8 +341,9 @@ class FragmentReader:
             for start in range(0, table.num_rows, rows_per_table):
                 yield table.slice(start, rows_per_table)
             return
-        with explain(fragment.uri), self._open(fragment.uri) as file:
-            batches = file.iter_batches(rows_per_table, [fragment.row_group], self._columns.names)
+        with explain(fragment.uri), open_parquet(fragment.uri, self._storage) as file:
+            read = file.iter_batches(rows_per_table, [fragment.row_group], self._columns.names)
+            batches = (one for batch in read for one in self._plain(pa.table(batch), fragment).to_batches())
             if fragment.picked is None:
                 yield from _cut(batches, fragment.offset, fragment.rows, rows_per_table)
             else:
@@ -256,33 +353,57 @@ class FragmentReader:
         key = (fragment.uri, fragment.row_group)
         if self._cached is not None and self._cached[0] == key:
             return self._cached[1]
-        with explain(fragment.uri), self._open(fragment.uri) as file:
-            table = file.read_row_group(fragment.row_group, columns=self._columns.names)
+        with explain(fragment.uri), open_parquet(fragment.uri, self._storage) as file:
+            table = self._plain(
+                file.read_row_group(fragment.row_group, columns=self._columns.names), fragment
+            )
         self._cached = (key, table) if table.nbytes <= _CACHED_ROW_GROUP_BYTES else None
         return table
 
-    def _open(self, uri: str) -> pq.ParquetFile:
-        filesystem, path = self._storage.arrow_filesystem(uri)
-        return pq.ParquetFile(filesystem.open_input_file(path), pre_buffer=True)
+    def _plain(self, table: pa.Table, fragment: Fragment) -> pa.Table:
+        """The columns that are read, each as its plain type."""
+        columns = self._columns
+        texts = {ITEM_ID: columns.item_id, URI: columns.uri, SOURCE_VERSION: columns.version}
+        data: dict[str, Any] = {}
+        try:
+            for name, column in texts.items():
+                if column is not None:
+                    data[name] = as_plain(table.column(column), pa.string())
+            if columns.image is not None:
+                images = table.column(columns.image)
+                data[IMAGE], paths = image_bytes(images), image_paths(images)
+                if paths is not None:
+                    data[_PATHS] = paths
+            for field in columns.kept:
+                data[field.name] = as_plain(table.column(field.name), field.type)
+        except pa.ArrowException as error:
+            raise InputError(
+                f"{redact_uri(fragment.uri)}, row group {fragment.row_group}: a column cannot be read ({error}); "
+                "write smaller row groups"
+            ) from None
+        return pa.table(data)
 
     def _named(self, table: pa.Table, numbers: Rows) -> pa.Table:
-        columns = self._columns
-        rows = table.num_rows
+        nothing = pa.nulls(table.num_rows, pa.string())
+        given = {name: table.column(name) for name in table.column_names}
+        uris, faults = readable_text(given[URI]) if URI in given else (nothing, nothing)
+        if _PATHS in given:
+            paths, path_faults = readable_text(given[_PATHS])
+            uris, faults = pc.coalesce(uris, paths), pc.coalesce(faults, path_faults)
         data = {
             ROW: pa.array(numbers),
-            ITEM_ID: table.column(columns.item_id).cast(pa.string()),
-            URI: table.column(columns.uri).cast(pa.string()) if columns.uri else pa.nulls(rows, pa.string()),
-            IMAGE: table.column(columns.image) if columns.image else pa.nulls(rows, pa.binary()),
-            SOURCE_VERSION: _versions(table, columns.version),
+            ITEM_ID: given[ITEM_ID],
+            URI: uris,
+            IMAGE: given.get(IMAGE, pa.nulls(table.num_rows, pa.large_binary())),
+            SOURCE_VERSION: _versions(given[SOURCE_VERSION]) if SOURCE_VERSION in given else nothing,
+            URI_FAULT: faults,
         }
-        return pa.table(data | {field.name: table.column(field.name) for field in columns.kept})
+        return pa.table(data | {field.name: given[field.name] for field in self._columns.kept})
 
 
-def _versions(table: pa.Table, column: str | None) -> Any:
+def _versions(versions: pa.ChunkedArray) -> Any:
     """What the manifest says of the state of each image: `version:` and its word."""
-    if column is None:
-        return pa.nulls(table.num_rows, pa.string())
-    return pc.binary_join_element_wise("version", table.column(column).cast(pa.string()), ":")
+    return pc.binary_join_element_wise("version", versions, ":")
 
 
 def _places(fragment: Fragment) -> Rows:

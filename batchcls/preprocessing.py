@@ -5,12 +5,41 @@ way costs points of accuracy without any error. So this record is part of the bu
 workers and the engines both read it from there, and no job has constants of its own.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode = Literal["center", "squash", "border"]
+
+_LEAST_DEVIATION, _LARGEST_DEVIATION = 1e-3, 1e3
+
+
+def _means(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(0 <= value <= 1 for value in values):  # NaN is not
+        raise ValueError(f"mean must be in 0..1, got {values}")
+    return values
+
+
+def _deviations(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    if not all(_LEAST_DEVIATION <= value <= _LARGEST_DEVIATION for value in values):
+        raise ValueError(
+            f"std must be above 0, from {_LEAST_DEVIATION:g} to {_LARGEST_DEVIATION:g}, got {values}"
+        )
+    return values
+
+
+Means = Annotated[tuple[float, float, float], AfterValidator(_means)]
+"""The means of R, G, B, of values in 0..1."""
+
+Deviations = Annotated[tuple[float, float, float], AfterValidator(_deviations)]
+"""What R, G, B are divided by: 1/255 gives a network values up to 255."""
+
+InputSide = Annotated[int, Field(gt=0, le=4096)]
+"""Pixels of a network's input; no network takes more, and a batch of them has to fit into memory."""
+
+ResizeSide = Annotated[int, Field(gt=0, le=16_384)]
+"""Pixels that a resize aims at, before the crop."""
 
 
 class Preprocessing(BaseModel):
@@ -22,23 +51,23 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    input_height: int = Field(gt=0, description="Height of the network's input in pixels.")
-    input_width: int = Field(gt=0, description="Width of the network's input in pixels.")
-    resize_height: int = Field(gt=0, description="Height in pixels that the resize aims at, before the crop.")
-    resize_width: int = Field(gt=0, description="Width in pixels that the resize aims at, before the crop.")
+    input_height: InputSide = Field(description="Height of the network's input in pixels.")
+    input_width: InputSide = Field(description="Width of the network's input in pixels.")
+    resize_height: ResizeSide = Field(
+        description="Height in pixels that the resize aims at, before the crop."
+    )
+    resize_width: ResizeSide = Field(description="Width in pixels that the resize aims at, before the crop.")
     crop_mode: CropMode = Field(
         default="center",
         description="center: the short side meets the resize size, ratio kept (torchvision, timm); "
         "squash: both sides, ratio lost; border: the long side meets it, ratio kept, padded with the mean.",
     )
     interpolation: Interpolation = Field(default="bilinear", description="Resampling filter, antialiased.")
-    mean: tuple[float, float, float] = Field(description="Mean of R, G, B in 0..1, subtracted.")
-    std: tuple[float, float, float] = Field(description="Standard deviation of R, G, B in 0..1, divided by.")
+    mean: Means = Field(description="Mean of R, G, B in 0..1, subtracted.")
+    std: Deviations = Field(description="Standard deviation of R, G, B in 0..1, divided by.")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, got {self.std}")
         if self.crop_mode != "border" and (
             self.resize_height < self.input_height or self.resize_width < self.input_width
         ):

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from batchcls.console import printable
 from batchcls.runs.diff import CAUSES, STATUSES, RunDiff
 from batchcls.runs.prune import Choice
 from batchcls.runs.records import ListedRun, RunRecord, State
@@ -17,9 +18,8 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def shown(text: object, width: int = _WIDE) -> Text:
-    """Text of a catalog for a table: one line, no control characters, no markup, cut to `width`."""
-    raw = str(text)
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in raw[: width + 1])
+    """Text of a catalog for a table: one line, cut to `width`."""
+    line = printable(str(text)[: width + 1])
     return Text(line if len(line) <= width else f"{line[: width - 1]}…")
 
 

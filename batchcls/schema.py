@@ -56,7 +56,9 @@ REASONS: dict[Reason, ReasonRecord] = {
     Reason.NULL_ID: ReasonRecord(Stage.MANIFEST, "the item id is null"),
     Reason.DUPLICATE_ID: ReasonRecord(Stage.MANIFEST, "an earlier row has the same item id"),
     Reason.NO_IMAGE: ReasonRecord(Stage.MANIFEST, "the row names no image: uri and image are null"),
-    Reason.FORBIDDEN_URI: ReasonRecord(Stage.FETCH, "the address or path is not allowed"),
+    Reason.FORBIDDEN_URI: ReasonRecord(
+        Stage.FETCH, "the address or path is not allowed, or is no valid text"
+    ),
     Reason.UNSUPPORTED_SCHEME: ReasonRecord(Stage.FETCH, "no installed filesystem speaks this scheme"),
     Reason.NOT_FOUND: ReasonRecord(Stage.FETCH, "there is no such file or object"),
     Reason.ACCESS_DENIED: ReasonRecord(Stage.FETCH, "the store refused to give it"),
@@ -99,6 +101,7 @@ URI = "uri"
 IMAGE = "image"
 VERSION = "version"
 SOURCE_VERSION = "source_version"
+URI_FAULT = "uri_fault"
 PIXELS = "pixels"
 
 TOP_K_TYPE = pa.list_(
@@ -226,6 +229,7 @@ def quarantine_schema() -> pa.Schema:
 RESERVED_COLUMNS = frozenset(
     field.name
     for schema in (
+        pa.schema([(URI_FAULT, pa.string())]),
         loaded_schema(),
         classified_schema((), pa.float16(), 1),
         predictions_schema((), None, 0, abstain=True),

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich.table import Table
-from rich.text import Text
 
 from batchcls.models.bundle import Bundle
 from batchcls.runs.bottleneck import Bottleneck
@@ -33,7 +32,7 @@ def gates_table(gates: Sequence[GateResult]) -> Table:
     table = Table("gate", "", "found", box=None, pad_edge=False, header_style="bold")
     for gate in gates:
         word = "refused" if not gate.passed else "-" if gate.figure is None else "passed"
-        table.add_row(gate.gate, word, Text(gate.sentence), style=None if gate.passed else "bold red")
+        table.add_row(gate.gate, word, gate.sentence, style=None if gate.passed else "bold red")
     return table
 
 

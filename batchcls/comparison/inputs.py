@@ -4,21 +4,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
-
 from batchcls.comparison.candidate import check_engines
 from batchcls.comparison.sample import Sample, take_sample
 from batchcls.config.compare import CompareConfig
-from batchcls.errors import InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.limits import DecodeLimits
 from batchcls.images.policies import decode_limits, fetch_policy
-from batchcls.manifest import Manifest, open_manifest
+from batchcls.manifest import Manifest, open_labelled
 from batchcls.models.bundle import Bundle
 from batchcls.models.choices import ModelChoices
 from batchcls.models.names import is_model_name
 from batchcls.models.resolve import check_model, resolve_model
-from batchcls.storage import Storage, explain, redact_uri
+from batchcls.storage import Storage, redact_uri
 
 _logger = logging.getLogger(__name__)
 
@@ -61,23 +58,13 @@ def open_inputs(config: CompareConfig) -> Inputs:
 
 def _open_manifest(config: CompareConfig, storage: Storage) -> Manifest:
     """The manifest, with its labels if it has any; a column that somebody named has to be there."""
-    manifest = open_manifest(config.manifest, storage, id_column=config.id_column)
-    first = manifest.files[0].uri
-    with explain(first):
-        filesystem, path = storage.arrow_filesystem(first)
-        with filesystem.open_input_file(path) as file:
-            names = pq.read_schema(file).names
-    if config.label_column not in names:
-        if "label_column" in config.model_fields_set:
-            raise InputError(
-                f"--label-column {config.label_column}: the manifest has no such column; it has {', '.join(names)}"
-            )
-        return manifest
-    if config.label_column in manifest.columns.names:
-        raise InputError(
-            f"--label-column {config.label_column}: that column names images; name one of labels"
-        )
-    return open_manifest(config.manifest, storage, id_column=config.id_column, keep=[config.label_column])
+    return open_labelled(
+        config.manifest,
+        storage,
+        config.label_column,
+        id_column=config.id_column,
+        optional="label_column" not in config.model_fields_set,
+    )
 
 
 def _choices(config: CompareConfig, model: str) -> ModelChoices:

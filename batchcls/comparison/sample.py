@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from batchcls.errors import InputError
-from batchcls.manifest import Fragment, FragmentReader, Manifest
-from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
+from batchcls.manifest import Fragment, FragmentReader, Manifest, with_text_labels
+from batchcls.schema import IMAGE, ITEM_ID, ROW, URI, URI_FAULT
 from batchcls.storage import Storage, is_remote, local_path
 
 LABEL = "label"
@@ -25,7 +24,7 @@ class Sample:
     """Rows of the manifest, not yet fetched.
 
     Attributes:
-        rows: row, item_id, uri and image as `manifest.FragmentReader` gives them, and `label` as text
+        rows: row, item_id, uri, image and uri_fault as `manifest.FragmentReader` gives them, and `label` as text
             where the manifest has labels; in the manifest's order.
         base: the folder that relative uris are resolved against.
     """
@@ -41,7 +40,11 @@ class Sample:
         """
         place = self.base if is_remote(self.base) else str(Path(local_path(self.base)).resolve())
         digest = hashlib.sha256(place.encode())
-        named = (self.rows.column(name).to_pylist() for name in self.rows.column_names if name != ROW)
+        named = (
+            self.rows.column(name).to_pylist()
+            for name in self.rows.column_names
+            if name not in (ROW, URI_FAULT)
+        )
         for values in zip(*named, strict=True):
             for value in values:
                 data = value if isinstance(value, bytes) else repr(value).encode()
@@ -68,8 +71,10 @@ def take_sample(manifest: Manifest, count: int, storage: Storage) -> Sample:
         storage: how to reach the manifest.
 
     Raises:
-        InputError: a file of the manifest cannot be read, or labels are no text.
+        InputError: a file of the manifest cannot be read, labels are no text, or text is no UTF-8.
     """
+    if manifest.columns.kept:
+        manifest = with_text_labels(manifest)
     reader = FragmentReader(manifest.columns, storage)
     wanted = np.array(spread(manifest.rows, count))
     tables: list[pa.Table] = []
@@ -78,19 +83,10 @@ def take_sample(manifest: Manifest, count: int, storage: Storage) -> Sample:
         if first < last:
             tables += _rows_of(row_group, wanted[first:last].tolist(), reader)
     rows = pa.concat_tables(tables).combine_chunks()
-    columns = {name: rows.column(name) for name in (ROW, ITEM_ID, URI, IMAGE)}
+    columns = {name: rows.column(name) for name in (ROW, ITEM_ID, URI, IMAGE, URI_FAULT)}
     for field in manifest.columns.kept:
-        columns[LABEL] = _as_text(rows.column(field.name), field.name)
+        columns[LABEL] = rows.column(field.name)
     return Sample(pa.table(columns), manifest.base)
-
-
-def _as_text(labels: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    try:
-        return labels.cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise InputError(
-            f"--label-column {name}: its values ({labels.type}) are no class names; name a column of text"
-        ) from None
 
 
 def _rows_of(row_group: Fragment, wanted: Sequence[int], reader: FragmentReader) -> Iterator[pa.Table]:

@@ -106,11 +106,11 @@ def watching_candidates(console: Console, count: int) -> Iterator[Callable[[Cand
         What is to be told of each candidate when its turn comes.
     """
     columns = (
-        TextColumn("compare"),
+        TextColumn("compare", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     # Drawn once a second: the bar must not disturb what it shows.
     with Progress(
@@ -118,4 +118,8 @@ def watching_candidates(console: Console, count: int) -> Iterator[Callable[[Cand
     ) as progress:
         task = progress.add_task("", total=count)
         begun = itertools.count()
-        yield lambda candidate: progress.update(task, completed=next(begun), description=str(candidate))
+
+        def begin(candidate: Candidate) -> None:
+            progress.update(task, completed=next(begun), description=str(candidate).replace("\n", " "))
+
+        yield begin

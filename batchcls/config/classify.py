@@ -12,10 +12,11 @@ from batchcls.config.common import (
     AutoOrFraction,
     ClusterSettings,
     FetchSettings,
+    KeptColumns,
 )
 from batchcls.config.engines import EngineSettings
 from batchcls.config.gates import GateSettings
-from batchcls.schema import RESERVED_COLUMNS, Reason
+from batchcls.schema import Reason
 from batchcls.storage import redact_options, redact_uri
 from batchcls.views import AugmentationName
 
@@ -63,7 +64,7 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
     id_column: str = Field(
         default="item_id", min_length=1, description="The manifest's column with unique ids."
     )
-    keep: list[str] = Field(
+    keep: KeptColumns = Field(
         default_factory=list, description="Manifest columns to pass through to the predictions, by commas."
     )
     top_k: int = Field(default=5, ge=1, le=1000, description="Classes per image in the column top_k.")
@@ -180,18 +181,6 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
             raise ValueError(f"{', '.join(unknown)}: no such reason; there are {', '.join(Reason)}")
         if not all(0 <= fraction <= 1 for fraction in value.values()):
             raise ValueError("fractions are between 0 and 1")
-        return value
-
-    @field_validator("keep")
-    @classmethod
-    def _kept_names_are_free(cls, value: list[str]) -> list[str]:
-        taken = sorted(set(value) & RESERVED_COLUMNS)
-        if taken:
-            raise ValueError(
-                f"{', '.join(taken)}: the output has columns of that name itself; rename in the manifest"
-            )
-        if len(set(value)) != len(value):
-            raise ValueError("a column is named twice")
         return value
 
     def redacted(self) -> dict[str, Any]:

@@ -2,13 +2,32 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from batchcls.preprocessing import Deviations, Means
+from batchcls.schema import RESERVED_COLUMNS
 
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
 AutoOrFraction = Auto | Annotated[float, Field(ge=0, le=1)]
 
 TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"
+
+
+def _free_names(value: list[str]) -> list[str]:
+    # DuckDB and Spark do not tell capitals from small letters in names of columns.
+    taken = sorted(name for name in set(value) if name.casefold() in RESERVED_COLUMNS)
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken)}: the output has columns of that name itself; rename in the manifest"
+        )
+    if len({name.casefold() for name in value}) != len(value):
+        raise ValueError("a column is named twice, capitals and small letters taken as one")
+    return value
+
+
+KeptColumns = Annotated[list[str], AfterValidator(_free_names)]
+"""Columns of a manifest that pass through to the predictions."""
 
 
 class JobConfig(BaseModel):
@@ -52,10 +71,8 @@ class FetchSettings(JobConfig):
 class PreprocessingSettings(JobConfig):
     """What a user says of the preprocessing of weights that have no record of it."""
 
-    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R,G,B in 0..1.")
-    std: tuple[float, float, float] | None = Field(
-        default=None, description="Standard deviation of R,G,B in 0..1."
-    )
+    mean: Means | None = Field(default=None, description="Mean of R,G,B in 0..1.")
+    std: Deviations | None = Field(default=None, description="Standard deviation of R,G,B in 0..1.")
     input_size: int | None = Field(
         default=None, ge=16, le=4096, description="Side of the network's input in pixels."
     )

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
-from batchcls.config.common import JobConfig
+from batchcls.config.common import JobConfig, KeptColumns
 
 
 class ManifestFromFolderConfig(JobConfig):
@@ -27,9 +27,10 @@ class ManifestCheckConfig(JobConfig):
 
     manifest: str = Field(min_length=1, description="Parquet file, folder or glob, local or s3://.")
     id_column: str = Field(default="item_id", min_length=1, description="The column with unique ids.")
-    keep: list[str] = Field(
+    keep: KeptColumns = Field(
         default_factory=list, description="Columns that the job would pass through, by commas."
     )
+    limit: int | None = Field(default=None, ge=1, description="Only the first N rows, as the job would.")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, description="JSON object for non-local storage."
     )

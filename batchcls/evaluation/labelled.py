@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcls.errors import InputError
 from batchcls.evaluation.outcomes import Categories
 from batchcls.identity import BadIds, find_bad_ids
-from batchcls.manifest import FragmentReader, Manifest, open_manifest
+from batchcls.manifest import FragmentReader, Manifest, open_labelled
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
 from batchcls.storage import Storage
 
@@ -59,15 +58,7 @@ class Labelled:
         Raises:
             InputError: it cannot be read, or has no such column of text.
         """
-        manifest = open_manifest(uri, storage, id_column=id_column, keep=[label_column], limit=limit)
-        if label_column in (id_column, URI, IMAGE):
-            raise InputError(f"--label-column {label_column}: that column names images; name one of labels")
-        kind = manifest.columns.kept[0].type
-        text = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-            raise InputError(
-                f"--label-column {label_column}: its values ({kind}) are no class names; name a column of text"
-            )
+        manifest = open_labelled(uri, storage, label_column, id_column=id_column, limit=limit)
         return cls(manifest, find_bad_ids(manifest, storage), storage)
 
     def without_images(self) -> "Labelled":
@@ -87,7 +78,7 @@ class Labelled:
         (column,) = self.manifest.columns.kept
         for fragment in self.manifest.fragments(repeat(rows_per_part * _FRAGMENT_TABLES)):
             for table in reader.read(fragment, rows_per_part):
-                yield self._part(table, table.column(column.name).cast(pa.string()), known)
+                yield self._part(table, table.column(column.name), known)
 
     def _part(self, table: pa.Table, label: pa.ChunkedArray, known: pa.Array | None) -> Part:
         places = pc.index_in(label, value_set=known) if known is not None else _zeros(label)

@@ -34,10 +34,14 @@ from batchcls.schema import (
     ROW,
     SOURCE_VERSION,
     URI,
+    URI_FAULT,
     Failure,
     Reason,
     loaded_schema,
 )
+from batchcls.uris import redact_uri
+
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +224,12 @@ def _typed(values: Any, kind: pa.DataType) -> Any:
 def _rows(
     table: pa.Table, rejected: Mapping[int, Failure]
 ) -> Iterator[tuple[str | None, bytes | None, Failure | None]]:
-    columns = (table.column(name).to_pylist() for name in (ROW, URI, IMAGE))
-    for row, uri, image in zip(*columns, strict=True):
-        yield uri, image, rejected.get(row)
+    columns = [table.column(name).to_pylist() for name in (ROW, URI, IMAGE)]
+    is_given = URI_FAULT in table.column_names
+    faults = table.column(URI_FAULT).to_pylist() if is_given else [None] * table.num_rows
+    for row, uri, image, fault in zip(*columns, faults, strict=True):
+        failure = rejected.get(row)
+        if failure is None and image is None and uri is None and fault is not None:
+            shown = redact_uri(fault)[:_SHOWN_CHARACTERS]
+            failure = Failure(Reason.FORBIDDEN_URI, f"the uri is no valid UTF-8: {shown}")
+        yield uri, image, failure

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel
 from rich.console import Console
 
-from batchcls.console import set_up_logging
+from batchcls.console import messages_console, set_up_logging
 from batchcls.errors import BatchclsError, ExitCode, InputError
 from batchcls.flags import add_settings, parser_for, read_settings
 
@@ -35,7 +35,7 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
 
     A job of one command has its flags directly; with several, the first word chooses.
     """
-    console = Console(stderr=True)
+    console = messages_console()
     set_up_logging(console)
     try:
         command, settings = _parse(job, commands, arguments)

@@ -189,12 +189,14 @@ def _show(verdict: Verdict, written: Sequence[str]) -> None:
     """The closing words, on stdout: a table and an answer for each kind of hardware, never for two."""
     out = results_console()
     for key, measurements in verdict.kinds.items():
-        out.print(f"\n{measurements[0].hardware}")
+        out.print()
+        out.print(str(measurements[0].hardware))
         out.print(results_table(measurements, verdict.needs.price_per_hour, out.width))
         out.print()
         for sentence in verdict.recommendations[key].sentences:
             out.print(sentence)
-    out.print(f"\n{LEGEND}")
+    out.print()
+    out.print(LEGEND)
     for entry in verdict.skipped:
         out.print(f"not measured: {entry.candidate}: {entry.reason}")
     for uri in written:

@@ -12,6 +12,7 @@ from batchcls.config.finetune import FinetuneConfig
 from batchcls.console import results_console
 from batchcls.errors import BudgetExceeded, ExitCode, InputError
 from batchcls.images.policies import decode_limits, fetch_policy
+from batchcls.manifest import open_labelled
 from batchcls.models.bundle import CONFIG_FILE
 from batchcls.models.labels import read_labels
 from batchcls.runs.budget import allowed_fraction
@@ -19,7 +20,6 @@ from batchcls.runs.layout import new_run_id
 from batchcls.storage import Storage, explain, join, redact_uri
 from batchcls.tables import bundle_line
 from batchcls.training.embeddings import EmbeddingSettings
-from batchcls.training.labelled import open_labelled
 from batchcls.training.linear import LinearSettings
 from batchcls.training.probe import Probed, ProbeSettings, linear_probe_bundle
 from batchcls.training.start import open_frozen
@@ -42,7 +42,7 @@ def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
             "replace it"
         )
     training, validation = (
-        open_labelled(uri, storage, config.label_column, config.id_column)
+        open_labelled(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     )
     bundle = open_frozen(config, storage)

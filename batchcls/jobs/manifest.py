@@ -52,6 +52,7 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
 
 def _table(pictures: list[FileInfo], config: ManifestFromFolderConfig) -> pa.Table:
     # Local uris are made absolute, so that the manifest may lie anywhere.
+    _require_readable_names(pictures, config.folder)
     root = config.folder.rstrip("/")
     names = [info.uri.removeprefix(root).lstrip("/") for info in pictures]
     remote = is_remote(config.folder)
@@ -67,11 +68,31 @@ def _table(pictures: list[FileInfo], config: ManifestFromFolderConfig) -> pa.Tab
     return pa.table(columns)
 
 
+def _require_readable_names(pictures: list[FileInfo], folder: str) -> None:
+    """Refuse names that are no UTF-8, which no column of text can hold."""
+    bad = [info.uri for info in pictures if not _is_utf8(info.uri)]
+    if bad:
+        raise InputError(
+            f"{len(bad)} of {len(pictures)} images below {redact_uri(folder)} have names that are no valid UTF-8, the "
+            f"first is {redact_uri(bad[0])}; rename them"
+        )
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check(config: ManifestCheckConfig, console: Console) -> ExitCode:
     """Validate a manifest as the main job would, and say what is in it."""
     del console
     storage = Storage(config.storage_options)
-    manifest = open_manifest(config.manifest, storage, id_column=config.id_column, keep=config.keep)
+    manifest = open_manifest(
+        config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
+    )
     bad = find_bad_ids(manifest, storage)
     largest = max(rows for file in manifest.files for rows in file.row_groups)
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -7,12 +7,13 @@ no torch; `batchcls.models.build` makes a network of it.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from batchcls.config.common import TAP_PATTERN
 from batchcls.errors import GoldenMismatch, InputError
@@ -51,7 +52,7 @@ class WeightsOrigin(BaseModel):
 class BundleConfig(BaseModel):
     """The contents of `bundle.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: Literal[2] = Field(default=2, description="Version of this record.")
     source: SourceName = Field(description="Library that builds the architecture.")
@@ -95,6 +96,12 @@ class BundleConfig(BaseModel):
     lineage: dict[str, Any] = Field(
         default_factory=dict, description="What is known of how it was made; JSON values."
     )
+
+    @field_validator("lineage")
+    @classmethod
+    def _lineage_is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        cleaned: dict[str, Any] = _without_non_finite(value)
+        return cleaned
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
@@ -221,7 +228,7 @@ class Bundle:
         Raises:
             InputError: the place cannot be written to.
         """
-        text = json.dumps(self.config.as_json(), indent=2, ensure_ascii=False)
+        text = json.dumps(self.config.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
         for name, data in ((WEIGHTS_FILE, self.weights), (CONFIG_FILE, f"{text}\n".encode())):
             with explain(join(uri, name)):
                 storage.write_whole(join(uri, name), data)
@@ -231,10 +238,23 @@ def _fingerprint(config: BundleConfig) -> str:
     return sha256_hex(json.dumps(config.as_json(), sort_keys=True, separators=(",", ":")).encode())
 
 
+def _without_non_finite(value: Any) -> Any:
+    """None in place of NaN and infinity, such as a loss may be, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _without_non_finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_non_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON value")
+
+
 def _parse_config(data: bytes, name: str) -> BundleConfig:
     try:
-        record = json.loads(data)
-    except ValueError as error:
+        record = json.loads(data, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is damaged ({error}); copy the bundle again or create it anew") from error
     version = record.get("format_version") if isinstance(record, Mapping) else None
     if version != FORMAT_VERSION:

@@ -12,7 +12,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 class HeldOut(BaseModel):
     """What thresholds did on rows that had no part in choosing them; each row was held out once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rows: int = Field(ge=1, description="Labelled rows.")
     precision: _Share | None = Field(
@@ -24,7 +24,7 @@ class HeldOut(BaseModel):
 class Calibration(BaseModel):
     """A temperature and thresholds, and on which rows they were found."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(
         gt=0, description="Logits are divided by it before softmax; golden answers are of temperature 1."

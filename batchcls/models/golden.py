@@ -24,7 +24,7 @@ TOP = 5
 class GoldenAnswer(BaseModel):
     """What the network says about one drawn image, in float32 on a CPU."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     labels: tuple[str, ...] = Field(description="The best labels, the best first; five where there are.")
     class_indices: tuple[int, ...] = Field(description="Their class indices.")
@@ -35,7 +35,7 @@ class GoldenAnswer(BaseModel):
 class Golden(BaseModel):
     """The answers to all drawn images."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     drawing: int = Field(description="Version of the drawn images.")
     labels_sha256: str = Field(

@@ -59,7 +59,7 @@ def check_labels(labels: Sequence[str], where: str) -> Labels:
     """The labels as a tuple.
 
     Raises:
-        InputError: there is none, or one is empty or repeated.
+        InputError: there is none, or one is empty, repeated or no valid text.
     """
     return _checked(labels, f"{where}, label")
 
@@ -81,6 +81,10 @@ def _checked(labels: Sequence[str], where: str) -> Labels:
     for number, label in enumerate(labels, start=1):
         if not label.strip():
             raise InputError(f"{where} {number}: the label is empty; each class needs a name")
+        if not label.isascii() and label.encode(errors="replace").decode() != label:
+            raise InputError(
+                f"{where} {number}: {label!r} is no valid text (half of a surrogate pair); correct it"
+            )
         if label in first:
             raise InputError(
                 f"{where} {number}: {label!r} stands in {first[label]} already; make each label different"

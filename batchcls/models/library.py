@@ -85,7 +85,7 @@ def make_preprocessing(
     try:
         return Preprocessing.model_validate({**values, **overridden})
     except ValidationError as error:
-        problem = "; ".join(str(item["msg"]) for item in error.errors())
+        problem = "; ".join(": ".join((*map(str, item["loc"][:1]), item["msg"])) for item in error.errors())
         raise InputError(
             f"preprocessing of {where}: {problem}; change it with --input-size, --crop-pct, --mean, --std or "
             "--interpolation"

@@ -14,13 +14,13 @@ from batchcls.errors import InputError
 from batchcls.identity import BadIds, find_bad_ids
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.images.settings import LoadSettings
-from batchcls.manifest import Manifest
+from batchcls.manifest import Manifest, open_labelled
 from batchcls.models.bundle import Bundle
 from batchcls.models.labels import labels_digest, read_labels
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage import Storage, is_remote
 from batchcls.training.categories import Categories, describe_categories, settle_order
-from batchcls.training.labelled import NO_LABEL, LabelColumn, open_labelled, read_labels_of
+from batchcls.training.labelled import NO_LABEL, LabelColumn, read_labels_of
 from batchcls.training.pixels import whole_picture
 from batchcls.training.recipe import Recipe, read_recipe
 from batchcls.training.start import open_start, start_for
@@ -79,7 +79,7 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> Inputs:
     """
     storage = Storage(config.storage_options)
     manifests = [
-        open_labelled(uri, storage, config.label_column, config.id_column)
+        open_labelled(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     ]
     columns = [read_labels_of(manifest, storage) for manifest in manifests]

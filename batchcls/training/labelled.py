@@ -9,13 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
 from batchcls.identity import column_batches
-from batchcls.manifest import Manifest, open_manifest
-from batchcls.schema import ITEM_ID
-from batchcls.storage import Storage, explain, redact_uri
+from batchcls.manifest import Manifest
+from batchcls.storage import Storage
 
 NO_LABEL = -1
 """The class of a row without a label: null, or nothing but blanks."""
@@ -55,33 +53,11 @@ class LabelColumn:
         return classes
 
 
-def open_labelled(uri: str, storage: Storage, label_column: str, id_column: str = ITEM_ID) -> Manifest:
-    """A manifest with its labels as the one kept column.
-
-    Raises:
-        InputError: as `open_manifest`, or there is no such column.
-    """
-    manifest = open_manifest(uri, storage, id_column=id_column)
-    first = manifest.files[0].uri
-    filesystem, path = storage.arrow_filesystem(first)
-    with explain(first), filesystem.open_input_file(path) as file:
-        names = pq.read_schema(file).names
-    if label_column not in names:
-        raise InputError(
-            f"{redact_uri(first)} has no column {label_column}; it has {', '.join(names)}; name the one with "
-            "the categories with --label-column, or make a manifest from folders with `python -m "
-            "batchcls.jobs.manifest from-folder --labels-from-folders`"
-        )
-    if label_column in manifest.columns.names:
-        raise InputError(f"--label-column {label_column}: that column names images; name one of categories")
-    return open_manifest(uri, storage, id_column=id_column, keep=[label_column])
-
-
 def read_labels_of(manifest: Manifest, storage: Storage) -> LabelColumn:
     """Walk over the labels of the whole snapshot; memory follows 4 bytes a row and the distinct labels.
 
     Args:
-        manifest: opened with the labels as the one kept column, as `open_labelled` does.
+        manifest: opened with the labels as the one kept column, as `batchcls.manifest.open_labelled` does.
         storage: how to reach it.
 
     Raises:

@@ -86,7 +86,7 @@ def linear_probe_bundle(
 
     Args:
         bundle: trunk, preprocessing and tap are kept, and its labels where all training labels are among them.
-        train: opened with its labels, as `labelled.open_labelled` does.
+        train: opened with its labels, as `batchcls.manifest.open_labelled` does.
         validation: the same; None: nothing is measured but held-out training rows.
         settings: how.
         storage: how to reach the manifests.

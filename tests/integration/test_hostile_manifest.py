@@ -42,12 +42,26 @@ def test_no_address_is_reached_and_no_id_is_changed(
     (catalog / "images" / "good.jpg").write_bytes(encode(draw(1, 90, 70), "JPEG"))
     (tmp_path / "secret.jpg").write_bytes(encode(draw(2, 90, 70), "JPEG"))
     (catalog / "images" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
-    ids = [*IDS, *(f"address-{n}" for n in range(len(FORBIDDEN)))]
-    uris = [*("images/good.jpg" for _ in IDS), *FORBIDDEN]
-    pq.write_table(pa.table({"item_id": ids, "uri": uris}), catalog / "manifest.parquet")
+    ids = [*IDS, *(f"address-{n}" for n in range(len(FORBIDDEN))), "no-utf8"]
+    raw = pa.array([*("images/good.jpg" for _ in IDS), *FORBIDDEN, b"images/\xff.jpg"], pa.binary())
+    uris = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    kept = pa.array([f"shop {item[:9]!r}" for item in ids], pa.string_view())
+    table = pa.table({"item_id": ids, "uri": uris, "shop": kept, "until": [2**63 - 1] * len(ids)})
+    pq.write_table(
+        table.set_column(3, "until", table["until"].cast("timestamp[us]")), catalog / "manifest.parquet"
+    )
     outcome = job(
         *("--manifest", str(catalog / "manifest.parquet"), "--model", tiny_bundle),
-        *("--allow-root", str(catalog), "--max-failed-fraction", "1", "--fetch-attempts", "1"),
+        *(
+            "--allow-root",
+            str(catalog),
+            "--max-failed-fraction",
+            "1",
+            "--fetch-attempts",
+            "1",
+            "--keep",
+            "shop",
+        ),
     )
     assert outcome.exit_code == 0, outcome.log
     assert outcome.predictions.column("item_id").to_pylist() == list(IDS)
@@ -57,9 +71,11 @@ def test_no_address_is_reached_and_no_id_is_changed(
             strict=True,
         )
     )
-    assert refused.keys() == set(FORBIDDEN)
+    assert refused.keys() == {*FORBIDDEN, None}
+    assert refused[None] == "forbidden_uri"
+    assert outcome.predictions.column("shop").to_pylist() == [f"shop {item[:9]!r}" for item in IDS]
     assert set(refused.values()) <= {"forbidden_uri", "unsupported_scheme"}, refused
-    assert outcome.quarantine.column("content_hash").null_count == len(FORBIDDEN)
+    assert outcome.quarantine.column("content_hash").null_count == len(FORBIDDEN) + 1
     assert "root:" not in outcome.log
     assert "\x1b[31m" not in outcome.log
     # Nothing was written where an id or an address points to.

@@ -24,7 +24,7 @@ ROOMS = (
     ("placement", "runs", "comparison", "evaluation"),
     ("inference",),
     ("images", "models", "identity"),
-    ("manifest", "manifest_columns", "config", "flags"),
+    ("manifest", "manifest_columns", "manifest_footer", "manifest_types", "config", "flags"),
     ("swap",),
     ("storage", "storage_errors", "local_files", "uris"),
     ("views",),
@@ -147,3 +147,13 @@ def test_every_flag_is_in_the_reference():
         for command in module.COMMANDS:
             for name in command.settings.model_fields:
                 assert name.replace("_", "-") in reference, f"run `make docs`: {name} is missing"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_text_leaves_in_one_place_where_it_is_made_harmless(path: Path):
+    if path == PACKAGE / "console.py":
+        return
+    called = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = {one.attr if isinstance(one, ast.Attribute) else getattr(one, "id", "") for one in called}
+    assert not names & {"Console", "RichHandler", "StreamHandler", "basicConfig", "print_exc"}
+    assert not any(isinstance(one, ast.Name) and one.id == "print" for one in called)

@@ -133,6 +133,56 @@ def test_the_fingerprint_changes_with_anything_in_the_bundle(bundle, tmp_path):
     assert len({bundle.fingerprint, *(other.fingerprint for other in changed)}) == 5
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": [float("nan"), 0.5, 0.5]}, "NaN is no JSON value"),
+        ({"std": [0.5, float("inf"), 0.5]}, "Infinity is no JSON value"),
+        ({"mean": [0.5, -0.5, 0.5]}, r"mean: .*mean must be in 0\.\.1"),
+        ({"mean": [123.675, 116.28, 103.53]}, r"mean: .*mean must be in 0\.\.1"),
+        ({"std": [0.5, 0.0, 0.5]}, "std: .*std must be above 0"),
+        ({"std": [-0.5, 0.5, 0.5]}, "std: .*std must be above 0"),
+        ({"std": [1e-40, 0.5, 0.5]}, "std: .*std must be above 0"),
+        ({"std": [1e300, 0.5, 0.5]}, "std: .*std must be above 0"),
+        ({"input_height": 10**6, "resize_height": 10**6}, "input_height: .*less than or equal to 4096"),
+        ({"resize_width": 10**6}, "resize_width: .*less than or equal to 16384"),
+        ({"input_width": 10**400}, "input_width|damaged"),
+    ],
+)
+def test_preprocessing_that_no_network_has_is_refused(bundle, tmp_path, changes, message):
+    bundle.save(str(tmp_path / "b"), Storage())
+    record = json.loads((tmp_path / "b" / CONFIG_FILE).read_text())
+    _edit(tmp_path / "b", preprocessing=record["preprocessing"] | changes)
+    with pytest.raises(InputError, match=message):
+        Bundle.load(str(tmp_path / "b"), Storage())
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_numbers_beyond_all_floats_are_refused(bundle, tmp_path, number):
+    bundle.save(str(tmp_path / "b"), Storage())
+    text = (tmp_path / "b" / CONFIG_FILE).read_text()
+    for name in ("mean", "std"):
+        start = text.index("[", text.index(f'"{name}"')) + 1
+        (tmp_path / "b" / CONFIG_FILE).write_text(f"{text[:start]}{number}{text[text.index(',', start) :]}")
+        with pytest.raises(InputError, match=f"{name} must be"):
+            Bundle.load(str(tmp_path / "b"), Storage())
+
+
+def test_a_record_nested_without_end_is_damaged(tmp_path):
+    (tmp_path / CONFIG_FILE).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="is damaged"):
+        Bundle.load(str(tmp_path), Storage())
+
+
+def test_a_loss_that_is_not_finite_is_kept_as_null_and_the_bundle_comes_back(bundle, tmp_path):
+    history = {"loss": [1.0, float("nan"), float("inf")], "best": (float("-inf"), 1)}
+    config = BundleConfig.model_validate(bundle.config.model_dump() | {"lineage": history})
+    Bundle(config, bundle.weights).save(str(tmp_path / "b"), Storage())
+    loaded = Bundle.load(str(tmp_path / "b"), Storage())
+    assert loaded.config.lineage == {"loss": [1.0, None, None], "best": [None, 1]}
+    assert loaded.fingerprint == Bundle(config, bundle.weights).fingerprint
+
+
 def test_a_folder_without_a_record_is_no_bundle_and_the_message_says_how_to_make_one(tmp_path):
     with pytest.raises(InputError, match=r"is no bundle.*bundle create.*timm:NAME"):
         Bundle.load(str(tmp_path), Storage())

@@ -83,3 +83,10 @@ def test_public_label_sets_have_a_different_name_for_each_class(classes):
 @pytest.mark.parametrize("classes", [1, 10, 999, 1001])
 def test_other_counts_of_classes_have_no_known_labels(classes):
     assert known_labels(classes) is None
+
+
+def test_half_of_a_surrogate_pair_is_no_label(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text('["mug", "\\ud83d\\ude00", "\\ud800"]')
+    with pytest.raises(InputError, match=r"item 3: .*no valid text"):
+        read_labels(str(path), Storage())

@@ -66,7 +66,7 @@ def test_kept_columns_travel_and_others_do_not(tmp_path: Path):
     )
     manifest = open_manifest(str(path), STORAGE, keep=["price"])
     (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(10))), 10)
-    assert table.column_names == ["row", "item_id", "uri", "image", "source_version", "price"]
+    assert table.column_names == ["row", "item_id", "uri", "image", "source_version", "uri_fault", "price"]
     assert table.column("price").to_pylist() == [1.5, None]
 
 

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from batchcls.errors import InputError
+from batchcls.manifest import open_labelled
 from batchcls.storage import Storage
 from batchcls.training.categories import describe_categories, settle_order
 from batchcls.training.labelled import (
@@ -12,7 +13,6 @@ from batchcls.training.labelled import (
     UNKNOWN_LABEL,
     LabelColumn,
     label_column,
-    open_labelled,
     read_labels_of,
 )
 from tests.manifests import write_manifest

@@ -14,6 +14,7 @@ from batchcls.images.limits import DecodeLimits
 from batchcls.images.policies import fetch_policy
 from batchcls.inference.reference import with_golden
 from batchcls.inference.self_test import start_tested_engine
+from batchcls.manifest import open_labelled
 from batchcls.models.bundle import Bundle
 from batchcls.models.choices import ModelChoices
 from batchcls.models.engines import REFERENCE, EnginePlace
@@ -22,7 +23,6 @@ from batchcls.models.resolve import resolve_model
 from batchcls.models.spec import PreprocessingOverrides
 from batchcls.storage import Storage
 from batchcls.training.embeddings import EmbeddingSettings
-from batchcls.training.labelled import open_labelled
 from batchcls.training.linear import LinearSettings
 from batchcls.training.new_head import pooled
 from batchcls.training.noise import NOISE_SCHEMA
