@@ -4,7 +4,8 @@
     |- InputError                      2  bad configuration or input; nothing was written
     |- PublishRefused                  3  committed, and the published run stays as it was
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
-    |- StorageStoppedError             4  storage failed or is full in mid-run; not committed, resumable
+    |- StorageStoppedError             4  storage failed or is full in mid-run; the same command goes on, or publishes
+    |                                     what is committed already
     |- LeaseLostError                  4  another job has taken the run over; not committed by this one
     |- ReconciliationError             1  rows do not add up; not committed
     `- GoldenMismatch                  1  a network does not answer as its bundle says; nothing classified
@@ -26,7 +27,8 @@ class ExitCode(IntEnum):
     BAD_INPUT = 2
     PUBLISH_REFUSED = 3
     BUDGET_EXCEEDED = 4
-    """Stopped, not committed, resumable: by the error budget, by storage, or by another job."""
+    """Stopped by the error budget, by storage or by another job: not committed, or committed and not published yet.
+    The same command goes on from there."""
     INTERRUPTED = 130
 
 
