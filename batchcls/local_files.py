@@ -61,6 +61,16 @@ def _refuse_gap(error: OSError) -> None:
         raise error
 
 
+def remove_empty(top: Path) -> None:
+    """Remove a folder and those below it, as far as they hold nothing."""
+    for folder, _, _ in os.walk(top, topdown=False):
+        try:
+            Path(folder).rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
 def remove_tree(top: Path, keep: frozenset[str] = frozenset()) -> int:
     """Remove a folder with all that is below; returns the bytes of its files. See `Storage.remove_folder`.
 

@@ -18,7 +18,7 @@ import pyarrow.fs
 from fsspec.registry import get_filesystem_class
 
 from batchcls.errors import InputError
-from batchcls.local_files import copy_local, remove_tree, walk, write_local
+from batchcls.local_files import copy_local, remove_empty, remove_tree, walk, write_local
 from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
 from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
 
@@ -205,6 +205,11 @@ class Storage:
             filesystem.rm_file(paths[0])
         else:
             filesystem.rm(paths)
+
+    def remove_empty_folders(self, uri: str) -> None:
+        """Remove a folder and those below that hold nothing; an object store has no folders."""
+        if not is_remote(uri):
+            remove_empty(Path(local_path(uri)))
 
     def remove_folder(self, uri: str, keep: frozenset[str] = frozenset()) -> int:
         """Remove all that is in a folder and below, and the folder; returns how many bytes its files had.

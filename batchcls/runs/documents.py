@@ -113,6 +113,7 @@ class _Summary(_Document):
     answered: Count
     categories: dict[str, Count]
     mean_confidence: float | None
+    std_confidence: float | None = None
     confidence_histogram: Annotated[list[Count], Field(min_length=HISTOGRAM_BINS, max_length=HISTOGRAM_BINS)]
     embeddings: _Embeddings | None
 

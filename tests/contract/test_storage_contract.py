@@ -218,7 +218,7 @@ def test_folders_files_from_disk_and_removal(storage: Storage, root: str, tmp_pa
     assert storage.size(join(top, "a", "deep", "part")) == 6 << 20
     storage.remove([])
     storage.remove([join(top, "a", "deep", "part")])
-    assert storage.remove_folder(join(top, "a")) == 0
+    storage.remove_empty_folders(join(top, "a"))
     assert storage.list_folders(top) == ["b"]
     storage.write_whole(join(top, "bb", "file"), b"a neighbor whose name begins alike")
     storage.write_whole(join(top, "b", "kept", "file"), b"1")
