@@ -107,16 +107,15 @@ def _too_young(run: ListedRun, keeping: Keeping) -> str | None:
 
 
 def held_by(output: str, run: ListedRun, storage: Storage, now: datetime) -> str | None:
-    """Why a run that is old enough must not be removed all the same; None: it may be.
-
-    Raises:
-        InputError: the store refuses.
-    """
-    return (
-        _not_ours(output, run, storage)
-        or _at_work(output, run.run_id, storage)
-        or _reader(output, run, storage, now)
-    )
+    """Why a run that is old enough must stay all the same, such as that it cannot be read; None: it may go."""
+    try:
+        return (
+            _not_ours(output, run, storage)
+            or _at_work(output, run.run_id, storage)
+            or _reader(output, run, storage, now)
+        )
+    except InputError as error:
+        return f"left alone: {error}"
 
 
 def _not_ours(output: str, run: ListedRun, storage: Storage) -> str | None:

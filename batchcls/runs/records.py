@@ -280,7 +280,10 @@ def _leftover(run_id: str) -> ListedRun:
 def _was_leased(folder: str, storage: Storage) -> bool:
     """Whether a driver of this program once held the run: its lease is the last that goes."""
     with explain(folder):
-        found = storage.list_files(join(folder, LEASE), ".json")
+        try:
+            found = storage.list_files(join(folder, LEASE), ".json")
+        except PermissionError:
+            raise DamagedRunError(f"{redact_uri(join(folder, LEASE))} cannot be read") from None
     for info in found:
         data = read_or_none(info.uri, storage)
         with suppress(DocumentError):

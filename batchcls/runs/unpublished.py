@@ -98,7 +98,10 @@ def _why_not(record: RunRecord, plan: PlanRecord, published: Published, storage:
         theirs = begun_at(record.output, published.run_id, storage)
         if theirs is not None and plan.created < theirs:
             return "a newer one is published"
-    faults = presence_faults(record, storage)
+    try:
+        faults = presence_faults(record, storage)
+    except InputError as error:
+        faults = [str(error)]
     if faults:
         _logger.warning("run %s is committed and not published, and not whole: %s", record.run_id, faults[0])
         return "it is not whole"

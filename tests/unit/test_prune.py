@@ -178,6 +178,29 @@ def test_a_removal_that_is_cut_short_leaves_no_run_and_is_ended_by_the_next(plai
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("unreadable", [".", "run.json", "plan.json", "lease", "predictions", "readers"])
+def test_a_run_that_this_user_may_not_read_is_named_and_keeps_no_other(
+    plain_folder: Path, prune: Call, unreadable: str
+):
+    output = str(plain_folder)
+    folder = Path(write_run(output, Night("odd"), items(4)))
+    put(output, "odd/readers/search.json", b'{"until": "2020-01-01T00:00:00"}')
+    with leased(str(folder), Storage()):
+        pass
+    write_run(output, Night("a"), items(4))
+    (folder / unreadable).chmod(0)
+    try:
+        code, said = prune(output)
+        assert (names(output), "a" in said) == (["odd"], True)
+        if unreadable == "predictions":  # what has to be removed cannot be; the next prune goes on
+            assert (code, "this user may not do this" in said) == (2, True)
+        else:
+            assert (code, "left alone" in said) == (0, True), said
+        assert [run.run_id for run in list_runs(output, Storage())] == ["odd"]
+    finally:
+        (folder / unreadable).chmod(0o700)
+
+
 @pytest.mark.parametrize(
     "left", [[REMOVAL], ["lease"], [REMOVAL, "plan.json", "predictions"], ["lease", "predictions"]]
 )
