@@ -87,7 +87,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             storage = inputs.storage
             finished = find_unpublished(config, fingerprints_of(config, inputs), storage)
             if finished is not None:
-                return _publish_finished(config, finished, storage)
+                return publish_finished(config, finished, storage)
             begun = _find_begun(config, inputs)
             placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
             for reason in placement.reasons:
@@ -130,8 +130,13 @@ def _find_begun(config: ClassifyConfig, inputs: Inputs) -> Begun | None:
     return begun
 
 
-def _publish_finished(config: ClassifyConfig, record: RunRecord, storage: Storage) -> ExitCode:
-    """Publish what an earlier start of this command has committed, if the gates still let it."""
+def publish_finished(config: ClassifyConfig, record: RunRecord, storage: Storage) -> ExitCode:
+    """Publish what an earlier start of this command has committed, if the gates still let it.
+
+    Raises:
+        PublishRefused: a gate refused it, or a run is published that was begun later.
+        StorageStoppedError: the store failed; the same command tries again.
+    """
     _logger.info(
         "run %s is committed and was not published: it is judged again, nothing is computed", record.run_id
     )

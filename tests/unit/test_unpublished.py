@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from batchcls.config.classify import ClassifyConfig
+from batchcls.errors import ExitCode, PublishRefused, StorageStoppedError
+from batchcls.jobs.classify import publish_finished
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.fingerprints import Fingerprints
 from batchcls.runs.plan import claim
 from batchcls.runs.publish import publish, roll_back
+from batchcls.runs.records import read_current
 from batchcls.runs.unpublished import find_unpublished
 from batchcls.storage import Storage, join
 from tests.conftest import S3Server
@@ -138,3 +141,43 @@ def test_another_version_s_plan_is_not_found(tmp_path: Path):
     (folder / "plan.json").write_text(json.dumps(plan | {"fingerprints": {}, "config": {}}))
     assert found(str(tmp_path)) is None
     assert Storage().exists(join(str(folder), "run.json"))
+
+
+def test_what_is_found_is_judged_again_and_published_and_nothing_is_computed(output: str):
+    folder = committed(output, "night")
+    config = config_of(output, report=False)
+    before = Storage().list_files(folder)
+    record = find_unpublished(config, about(config), Storage())
+    assert record is not None
+    assert publish_finished(config, record, Storage()) == ExitCode.DONE
+    assert read_current(output, Storage()) == "night"
+    assert Storage().list_files(folder) == before
+
+
+def test_what_is_found_and_cannot_be_published_yet_stops_and_is_found_again(tmp_path: Path):
+    output = str(tmp_path)
+    committed(output, "night")
+    config = config_of(output, report=False)
+    lock = tmp_path / ".current.json.lock"
+    lock.mkdir()
+    for _ in range(2):
+        record = find_unpublished(config, about(config), Storage())
+        assert record is not None
+        with pytest.raises(StorageStoppedError, match="the same command publishes it") as caught:
+            publish_finished(config, record, Storage())
+        assert caught.value.exit_code == ExitCode.BUDGET_EXCEEDED
+    lock.rmdir()
+    assert publish_finished(config, record, Storage()) == ExitCode.DONE
+    assert found(output) is None
+
+
+def test_what_is_found_is_refused_where_its_answers_do_not_fit_what_is_published(output: str):
+    write_run(output, Night("before"), items(4, label="dog"))
+    publish(output, "before", Storage())
+    committed(output, "night")
+    config = config_of(output, report=False, gate_from_rows=1, gate_min_mean_confidence=0)
+    record = find_unpublished(config, about(config), Storage())
+    assert record is not None
+    with pytest.raises(PublishRefused, match="gate changed_labels_fraction"):
+        publish_finished(config, record, Storage())
+    assert read_current(output, Storage()) == "before"
