@@ -108,6 +108,15 @@ class PlainFormatter(logging.Formatter):
         return "\n".join(f"    {printable(_cut(line))}" for line in stack_info.splitlines())
 
 
+class _TerminalFormatter(PlainFormatter):
+    """On a terminal only warnings and errors say what they are."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - a name of logging's
+        """The line of a message."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return level + super().formatMessage(record)
+
+
 def results_console() -> Console:
     """Where a job prints its results: stdout, unfolded where it is no terminal."""
     return PlainConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -124,7 +133,7 @@ def set_up_logging(console: Console) -> None:
         handler: logging.Handler = RichHandler(
             console=console, show_path=False, show_level=False, markup=False
         )
-        handler.setFormatter(PlainFormatter("%(message)s"))
+        handler.setFormatter(_TerminalFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))

@@ -4,7 +4,8 @@
     |- InputError                      2  bad configuration or input; nothing was written
     |- PublishRefused                  3  committed, and the published run stays as it was
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
-    |- StorageStoppedError             4  storage failed or is full in mid-run; not committed, resumable
+    |- StorageStoppedError             4  storage failed or is full in mid-run; the same command resumes, or publishes
+    |                                     what is committed already
     |- ClusterStartError               4  Ray did not come up on this machine; nothing was written, try again
     |- LeaseLostError                  4  another job has taken the run over; not committed by this one
     |- ReconciliationError             1  rows do not add up; not committed
@@ -27,7 +28,8 @@ class ExitCode(IntEnum):
     BAD_INPUT = 2
     PUBLISH_REFUSED = 3
     BUDGET_EXCEEDED = 4
-    """Stopped, not committed, resumable: by the error budget, by storage, or by another job."""
+    """Stopped by the error budget, by storage or by another job: not committed, or committed and not published yet.
+    The same command goes on from there."""
     INTERRUPTED = 130
 
 

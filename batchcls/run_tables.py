@@ -7,9 +7,10 @@ from rich.text import Text
 
 from batchcls.console import printable
 from batchcls.runs.diff import CAUSES, STATUSES, RunDiff
+from batchcls.runs.documents import HISTOGRAM_BINS
 from batchcls.runs.prune import Choice
 from batchcls.runs.records import ListedRun, RunRecord, State
-from batchcls.runs.summary import HISTOGRAM_BINS, Summary
+from batchcls.runs.summary import Summary
 from batchcls.schema import NO_LABEL
 
 _WIDE = 60

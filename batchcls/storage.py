@@ -18,7 +18,7 @@ import pyarrow.fs
 from fsspec.registry import get_filesystem_class
 
 from batchcls.errors import InputError
-from batchcls.local_files import copy_local, remove_empty, walk, write_local
+from batchcls.local_files import copy_local, remove_empty, remove_tree, walk, write_local
 from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
 from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
 
@@ -210,6 +210,35 @@ class Storage:
         """Remove a folder and those below that hold nothing; an object store has no folders."""
         if not is_remote(uri):
             remove_empty(Path(local_path(uri)))
+
+    def remove_folder(self, uri: str, keep: frozenset[str] = frozenset()) -> int:
+        """Remove all that is in a folder and below, and the folder; returns how many bytes its files had.
+
+        Symbolic links are removed themselves, what they lead to is untouched; where the folder itself is one,
+        nothing is removed. A folder that is not there is no error. Raises OSError, and what the store's client
+        raises; what is left then can be removed by another call.
+
+        Args:
+            uri: of the folder.
+            keep: names in it that stay, with all that is below them.
+        """
+        if not is_remote(uri):
+            return remove_tree(Path(local_path(uri)), keep)
+        filesystem, path = self.filesystem(uri)
+        filesystem.invalidate_cache()
+        root = f"{path.rstrip('/')}/"
+        found = {
+            name: entry
+            for name, entry in filesystem.find(path, detail=True).items()
+            if name.startswith(root) and name[len(root) :].partition("/")[0] not in keep
+        }
+        if found:
+            filesystem.rm(list(found))
+        return sum(int(entry["size"] or 0) for entry in found.values())
+
+    def is_link(self, uri: str) -> bool:
+        """Whether a local path is itself a symbolic link; object stores have none."""
+        return not is_remote(uri) and Path(local_path(uri)).is_symlink()
 
     def list_folders(self, uri: str) -> list[str]:
         """Names of the folders directly in a folder, sorted, always fresh; none if it is not there."""

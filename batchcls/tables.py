@@ -23,8 +23,13 @@ def counts_table(predicted: int, failures: Counter[str], *, reused: int = 0, abs
             "", BELOW_THRESHOLD, str(abstained), "of these: not sure enough for a label (--abstain)"
         )
     for reason, count in failures.most_common():
-        table.add_row("quarantined", reason, str(count), REASONS[Reason(reason)].meaning)
+        table.add_row("quarantined", reason, str(count), _meaning(reason))
     return table
+
+
+def _meaning(reason: str) -> str:
+    """Of a reason in a run's record, which a later version may have written."""
+    return REASONS[Reason(reason)].meaning if reason in set(Reason) else "not known to this version"
 
 
 def gates_table(gates: Sequence[GateResult]) -> Table:

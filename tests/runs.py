@@ -1,6 +1,7 @@
 """Run folders that tests write with the real writer and the real commit, small or large."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,6 +121,13 @@ def write_run(
 def begin_run(output: str, night: Night, storage: Storage | None = None) -> str:
     """A run that was begun and never committed; returns its folder."""
     return claim(plan_of(night, 1), output, storage or Storage())
+
+
+def begun_on(output: str, run_id: str, created: str, storage: Storage | None = None) -> None:
+    """Let a run have been begun at another time, an ISO time."""
+    storage, uri = storage or Storage(), join(output, "runs", run_id, "plan.json")
+    plan = json.loads(storage.read_bytes(uri))
+    storage.write_whole(uri, json.dumps(plan | {"created": created}).encode())
 
 
 def record_uri(output: str, run_id: str) -> str:

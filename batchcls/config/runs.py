@@ -61,8 +61,8 @@ class RunsPublishConfig(RunsConfig):
     run: str = Field(min_length=1, description=_RUN)
     force: bool = Field(
         default=False,
-        description="Publish although a gate refused it. Runs of random weights or of a part of the manifest "
-        "are refused all the same.",
+        description="Publish although a gate refused it, in place of a run that was begun later, or in place of a "
+        "damaged current.json. Runs of random weights or of a part of the manifest are refused all the same.",
     )
     verify: bool = Field(
         default=False, description="Read every file first; else only their presence and sizes are held."

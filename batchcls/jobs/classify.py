@@ -26,14 +26,15 @@ from batchcls.report.run_report import report_after_run
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.budget import Budget, Seen, allowed_fraction
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile, stage_seconds
-from batchcls.runs.judge import Verdict, judge, publish_judged
+from batchcls.runs.judge import Verdict, judge, judge_again, limits_of, publish_judged
 from batchcls.runs.layout import new_run_id, run_folder
 from batchcls.runs.lease import Lease, leased, require_free
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.plan import Plan, claim
 from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
-from batchcls.runs.records import read_current
-from batchcls.runs.resume import Begun, find_begun
+from batchcls.runs.records import RunRecord, read_current
+from batchcls.runs.resume import Begun, find_begun, require_begun
+from batchcls.runs.unpublished import find_unpublished
 from batchcls.runtime import nodes, ray_session, wait_for
 from batchcls.storage import Storage, explain, join, redact_uri
 from batchcls.storage_errors import resumable
@@ -46,11 +47,12 @@ _EXAMPLES = """examples:
   python -m batchcls.jobs.classify --config jobs/classify.toml
   python -m batchcls.jobs.classify --manifest s3://shop/catalog/ --model s3://shop/models/v7 --output s3://shop/out
 
-The same command again goes on with a run that was killed or stopped.
+The same command again goes on with a run that was killed or stopped, and publishes one that was only committed.
 
 exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written;
             3 committed, a gate refused the publish;
-            4 stopped (error budget, storage, another job took over): not committed, the same command goes on
+            4 stopped (error budget, storage, another job took over): the same command goes on, or publishes what
+              was committed and not published
 """
 
 
@@ -93,6 +95,9 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
         with ray_session(config.ray_address):
             inputs = opening.result()
             storage = inputs.storage
+            finished = find_unpublished(config, fingerprints_of(config, inputs), storage)
+            if finished is not None:
+                return publish_finished(config, finished, storage)
             begun = _find_begun(config, inputs)
             placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
             for reason in placement.reasons:
@@ -115,6 +120,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             else:
                 plan = replace(plan, reuse=begun.plan["reuse"])
             with leased(folder, storage) as lease:
+                require_begun(config.output, run_id, storage)
                 _logger.info("run %s in %s", run_id, redact_uri(folder))
                 run = _Run(config, inputs, placement, settled, plan, folder, lease)
                 done = _do(run, console)
@@ -132,6 +138,24 @@ def _find_begun(config: ClassifyConfig, inputs: Inputs) -> Begun | None:
     if begun is not None:
         require_free(run_folder(config.output, begun.run_id), inputs.storage)
     return begun
+
+
+def publish_finished(config: ClassifyConfig, record: RunRecord, storage: Storage) -> ExitCode:
+    """Publish what an earlier start of this command has committed, if the gates still let it.
+
+    Raises:
+        PublishRefused: a gate refused it, or a run is published that was begun later.
+        StorageStoppedError: the store failed; the same command tries again.
+    """
+    _logger.info(
+        "run %s is committed and was not published: it is judged again, nothing is computed", record.run_id
+    )
+    try:
+        verdict = judge_again(record, limits_of(config), storage)
+        _publish(config, record, verdict, storage)
+    finally:
+        _report(config, record.run_id, storage)
+    return ExitCode.DONE
 
 
 def _place(config: ClassifyConfig, inputs: Inputs) -> Placement:
@@ -219,15 +243,17 @@ def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
     out.print(f"results: {redact_uri(folder)}")
 
 
-def _publish(config: ClassifyConfig, plan: Plan, verdict: Verdict, storage: Storage) -> None:
+def _publish(config: ClassifyConfig, run: Plan | RunRecord, verdict: Verdict, storage: Storage) -> None:
     out = results_console()
     out.print(gates_table(verdict.gates))
-    if plan.unpublishable:
-        out.print(f"not published: {'; '.join(plan.unpublishable)}")
+    if run.unpublishable:
+        out.print(f"not published: {'; '.join(run.unpublishable)}")
     elif not config.publish:
         out.print("not published: --no-publish")
     else:
-        publish_judged(plan, verdict, config.output, storage)
+        by = publish_judged(run, verdict, config.output, storage)
+        if by is not verdict:
+            out.print(gates_table(by.gates))
         out.print(f"published: {redact_uri(join(config.output, 'current.json'))}")
 
 

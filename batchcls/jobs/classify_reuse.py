@@ -15,6 +15,7 @@ from batchcls.runs.parts import Receipt
 from batchcls.runs.plan import Plan
 from batchcls.runs.records import DamagedRunError, RunRecord, read_current, read_record
 from batchcls.runs.reuse import open_earlier
+from batchcls.runs.verify import presence_faults
 from batchcls.storage import Storage, explain, join
 from batchcls.storage_errors import resumable
 
@@ -38,7 +39,7 @@ def choose_earlier(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict
     """What plan.json says of reuse: run_id and by_row, or nothing where nothing can be taken over.
 
     Raises:
-        InputError: --reuse names no committed run, or --retry-quarantine has no run to start from.
+        InputError: --reuse names no whole committed run, or --retry-quarantine has no run to start from.
     """
     record = _record(config, storage)
     if record is None:
@@ -72,17 +73,23 @@ def reuse(
         base: what relative uris of the manifest belong to, as plan.json says it.
         check: called now and then; what it raises ends the work.
 
+    Where the earlier run is gone or damaged by now, nothing is taken over and all rows are computed; a warning says so.
+
     Raises:
-        BatchclsError: the earlier run or the storage of this one failed.
+        BatchclsError: the storage of this run failed.
     """
     chosen = Reuse.of(plan)
     storage, marker = work.writer.storage, join(work.writer.folder, REUSED)
     with explain(marker):
         if chosen is None or storage.exists(marker):
             return []
-    record = read_record(config.output, chosen.run_id, storage)
-    same_base = record.manifest.get("base") == base
-    earlier = open_earlier(record, storage, same_base=same_base, same_manifest=chosen.by_row)
+    try:
+        record = read_record(config.output, chosen.run_id, storage)
+        same_base = record.manifest.get("base") == base
+        earlier = open_earlier(record, storage, same_base=same_base, same_manifest=chosen.by_row)
+    except InputError as error:
+        _logger.warning("reuse: nothing, run %s cannot be read: %s", chosen.run_id, error)
+        return []
     receipts = take_over(work, earlier, check)
     with resumable(marker):
         done = {"run_id": chosen.run_id, "rows": sum(receipt.rows for receipt in receipts)}
@@ -94,12 +101,17 @@ def _record(config: ClassifyConfig, storage: Storage) -> RunRecord | None:
     if config.reuse == "none":
         return None
     if config.reuse != "published":
-        return read_record(config.output, config.reuse, storage)
-    current = read_current(config.output, storage)
-    if current is None:
-        return None
+        return _whole(read_record(config.output, config.reuse, storage), storage)
     try:
-        return read_record(config.output, current, storage)
-    except DamagedRunError as error:
+        current = read_current(config.output, storage)
+        return None if current is None else _whole(read_record(config.output, current, storage), storage)
+    except InputError as error:
         _logger.warning("reuse: nothing, the published run cannot be read: %s", error)
         return None
+
+
+def _whole(record: RunRecord, storage: Storage) -> RunRecord:
+    faults = presence_faults(record, storage)
+    if faults:
+        raise DamagedRunError(f"run {record.run_id} is not whole: {'; '.join(faults)}")
+    return record

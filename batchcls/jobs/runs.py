@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from batchcls.config.runs import (
     RunsVerifyConfig,
 )
 from batchcls.console import results_console
-from batchcls.errors import ExitCode, PublishRefused
+from batchcls.errors import ExitCode, InputError, PublishRefused
 from batchcls.jobs.command import Command, main
 from batchcls.report.run_report import write_run_report
 from batchcls.run_tables import (
@@ -33,13 +34,12 @@ from batchcls.run_tables import (
     statuses_table,
 )
 from batchcls.runs.diff import diff_runs
-from batchcls.runs.gates import GateResult
-from batchcls.runs.layout import run_folder
-from batchcls.runs.lease import living_holder
+from batchcls.runs.gates import refused
+from batchcls.runs.judge import recorded_gates, verdict_now
 from batchcls.runs.names import resolve_run
-from batchcls.runs.prune import Keeping, choose, reader_of, remove
-from batchcls.runs.publish import publish, read_published, roll_back
-from batchcls.runs.records import RunRecord, list_runs, read_record
+from batchcls.runs.prune import Keeping, choose, held_by, keep_after_all, remove
+from batchcls.runs.publish import Published, publish, published_or_damage, read_published, roll_back
+from batchcls.runs.records import ListedRun, RunRecord, list_runs, read_record
 from batchcls.runs.summary import summary_of
 from batchcls.runs.verify import presence_faults, verify
 from batchcls.storage import Storage, redact_uri
@@ -54,7 +54,7 @@ def show_list(config: RunsListConfig, console: Console) -> ExitCode:
     """All runs with their state; * is the published one, < the one that a rollback goes back to."""
     del console
     storage = Storage(config.storage_options)
-    published = read_published(config.output, storage)
+    published = _published(config, storage)
     runs = list_runs(config.output, storage)
     out = results_console()
     if not runs:
@@ -71,11 +71,11 @@ def show(config: RunsShowConfig, console: Console) -> ExitCode:
     record, storage = _record(config, config.run)
     summary, counts = summary_of(record, storage), record.counts
     out = results_console()
-    out.print(facts_table(run_facts(record, read_published(config.output, storage).run_id)))
+    out.print(facts_table(run_facts(record, _published(config, storage).run_id)))
     out.print()
     out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), reused=counts.reused))
     out.print()
-    out.print(gates_table(_gates(record)) if record.gates else "no gate has judged this run")
+    out.print(gates_table(recorded_gates(record)) if record.gates else "no gate has judged this run")
     out.print()
     out.print(categories_table(summary))
     out.print(confidence_line(record.run_id, summary))
@@ -123,25 +123,39 @@ def report(config: RunsReportConfig, console: Console) -> ExitCode:
 
 
 def publish_run(config: RunsPublishConfig, console: Console) -> ExitCode:
-    """Make a run the current one, if it is whole and the gates let it, or --force does."""
+    """Make a run the current one, if it is whole, the gates let it and none that is newer is published."""
     del console
+    storage = Storage(config.storage_options)
     # What was published when the person decided is what may be replaced; nothing newer.
-    expected = read_published(config.output, Storage(config.storage_options))
-    record, storage = _record(config, config.run)
-    wrong = [gate for gate in _gates(record) if not gate.passed]
-    if wrong and not config.force and not record.unpublishable:
-        refusals = "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in wrong)
-        raise PublishRefused(
-            f"run {record.run_id} is not published; {refusals}; --force publishes it nevertheless"
-        )
+    if config.force:
+        expected, damage = published_or_damage(config.output, storage)
+        if damage is not None:
+            _logger.warning("replaced by --force: %s", damage)
+    else:
+        expected = read_published(config.output, storage)
+    record, _ = _record(config, config.run)
+    if record.run_id != expected.run_id:
+        _publish(config, record, expected, storage)
+    results_console().print(f"published: {record.run_id}")
+    return ExitCode.DONE
+
+
+def _publish(config: RunsPublishConfig, record: RunRecord, expected: Published, storage: Storage) -> None:
+    if config.force or record.unpublishable:
+        wrong = refused(recorded_gates(record))
+    else:
+        wrong = refused(verdict_now(record, expected, storage))
+        if wrong:
+            refusals = "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in wrong)
+            raise PublishRefused(
+                f"run {record.run_id} is not published; {refusals}; --force publishes it nevertheless"
+            )
     faults = (verify if config.verify else presence_faults)(record, storage)
     if faults:
         raise PublishRefused(f"run {record.run_id} is not whole and not published: {'; '.join(faults)}")
-    publish(config.output, record.run_id, storage, expected)
-    for gate in wrong if config.force else ():
+    publish(config.output, record.run_id, storage, expected, force=config.force)
+    for gate in wrong:
         _logger.warning("published by --force against gate %s: %s", gate.gate, gate.sentence)
-    results_console().print(f"published: {record.run_id}")
-    return ExitCode.DONE
 
 
 def rollback(config: RunsRollbackConfig, console: Console) -> ExitCode:
@@ -168,35 +182,43 @@ def prune(config: RunsPruneConfig, console: Console) -> ExitCode:
         previous=config.keep_previous,
         now=now,
     )
+    published = read_published(config.output, storage)
     choices = choose(
         list_runs(config.output, storage),
-        read_published(config.output, storage),
+        published,
         keeping,
-        lambda run_id: _in_use(config.output, run_id, storage, now),
+        lambda run: held_by(config.output, run, storage, now),
     )
     out = results_console()
     out.print(prune_table(choices))
-    going = [choice.run.run_id for choice in choices if choice.kept_because is None]
+    going = [choice.run for choice in choices if choice.kept_because is None]
     if not config.yes:
         out.print(f"{len(going)} runs would be removed; --yes removes them")
         return ExitCode.DONE
-    freed = 0
-    for run_id in going:
-        if read_published(config.output, storage).run_id == run_id:
-            _logger.warning("%s was published in the meantime and stays", run_id)
-            continue
-        freed += remove(config.output, run_id, storage)
-        out.print(f"removed: {shown(run_id)}")
-    out.print(f"{freed / 2**20:.1f} MiB freed")
+    if any(run.is_leftover and run.run_id == published.run_id for run in (choice.run for choice in choices)):
+        keep_after_all(config.output, str(published.run_id), storage)
+    _remove(config, going, keeping, storage)
     return ExitCode.DONE
 
 
-def _in_use(output: str, run_id: str, storage: Storage, now: datetime) -> str | None:
-    """Who works on a run or reads it."""
-    holder = living_holder(run_folder(output, run_id), storage)
-    if holder is not None:
-        return f"process {holder.pid} on {holder.host} works on it"
-    return reader_of(output, run_id, storage, now)
+def _remove(config: RunsPruneConfig, going: Sequence[ListedRun], keeping: Keeping, storage: Storage) -> None:
+    """Remove these runs; one that cannot be removed does not keep the others."""
+    out = results_console()
+    freed, failures = 0, []
+    for run in going:
+        try:
+            removed = remove(config.output, run, keeping, storage)
+        except InputError as error:
+            failures.append(str(error))
+            continue
+        freed += removed.freed
+        if removed.kept_because is None:
+            out.print(f"removed: {shown(run.run_id)}")
+        else:
+            _logger.warning("%s stays: %s", shown(run.run_id), removed.kept_because)
+    out.print(f"{freed / 2**20:.1f} MiB freed")
+    if failures:
+        raise InputError(f"not removed whole, the next prune goes on: {'; '.join(failures)}")
 
 
 def verify_run(config: RunsVerifyConfig, console: Console) -> ExitCode:
@@ -222,8 +244,12 @@ def _record(config: RunsConfig, word: str) -> tuple[RunRecord, Storage]:
     return read_record(config.output, resolve_run(word, config.output, storage), storage), storage
 
 
-def _gates(record: RunRecord) -> list[GateResult]:
-    return [GateResult(**gate) for gate in record.gates]
+def _published(config: RunsConfig, storage: Storage) -> Published:
+    """For what is only shown: of a damaged current.json it is said what is wrong."""
+    published, damage = published_or_damage(config.output, storage)
+    if damage is not None:
+        _logger.warning("nothing counts as published: %s", damage)
+    return published
 
 
 def _examples(*lines: str) -> str:

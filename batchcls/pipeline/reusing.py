@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from batchcls.errors import InputError
 from batchcls.images.addresses import resolve_uri
 from batchcls.images.fetch import Fetcher
 from batchcls.manifest import Fragment, FragmentReader
@@ -44,10 +45,11 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a task has taken over; `ways` counts rows by how they were found."""
+    """What a task has taken over; `ways` counts rows by how they were found, `lost` says why none could be."""
 
     receipt: Receipt | None
     ways: Counter[str]
+    lost: str = ""
 
 
 def take_over(work: Work, earlier: Earlier, check: Callable[[], None]) -> list[Receipt]:
@@ -69,7 +71,10 @@ def take_over(work: Work, earlier: Earlier, check: Callable[[], None]) -> list[R
     receipts: list[Receipt] = []
     ways: Counter[str] = Counter()
 
+    lost = ""
+
     def collect(least_left: int) -> None:
+        nonlocal lost
         while len(waiting) > least_left:
             (call,), waiting[:] = ray.wait(waiting)
             check()
@@ -78,6 +83,7 @@ def take_over(work: Work, earlier: Earlier, check: Callable[[], None]) -> list[R
             except ray.exceptions.RayError as error:
                 raise stopped(error) from error
             ways.update(found.ways)
+            lost = lost or found.lost
             if found.receipt is not None:
                 receipts.append(found.receipt)
 
@@ -86,11 +92,11 @@ def take_over(work: Work, earlier: Earlier, check: Callable[[], None]) -> list[R
         rejected = work.bad_ids.between(fragment.first_row, fragment.stop)
         waiting.append(task.remote([shared], fragment, rejected))
     collect(0)
-    _tell(earlier, ways, len(work.todo))
+    _tell(earlier, ways, len(work.todo), lost)
     return receipts
 
 
-def _tell(earlier: Earlier, ways: Counter[str], rows: int) -> None:
+def _tell(earlier: Earlier, ways: Counter[str], rows: int, lost: str) -> None:
     taken = sum(ways[way] for way in ("row", "version", "etag", "stat", "content"))
     by = ", ".join(
         f"{ways[way]} by {way}" for way in ("row", "version", "etag", "stat", "content") if ways[way]
@@ -98,6 +104,13 @@ def _tell(earlier: Earlier, ways: Counter[str], rows: int) -> None:
     _logger.info(
         "reuse: %d of %d rows taken over from %s%s", taken, rows, earlier.run_id, f" ({by})" if by else ""
     )
+    if lost:
+        _logger.warning(
+            "reuse: %d rows are computed, files of run %s cannot be read: %s",
+            ways["lost"],
+            earlier.run_id,
+            lost,
+        )
     if ways["unnamed"]:
         _logger.warning(
             "reuse: for %d rows neither the manifest (column version) nor the store (ETag, size and time) says what "
@@ -138,6 +151,9 @@ def take_over_fragment(given: Given, fragment: Fragment, rejected: Mapping[int, 
         fragment: of the manifest.
         rejected: rows that have failed before they are fetched, by row number.
 
+    Returns:
+        Nothing taken over, and why, where a file of the earlier run is gone or damaged: the rows are computed.
+
     Raises:
         StorageStoppedError: storage refused.
     """
@@ -146,6 +162,18 @@ def take_over_fragment(given: Given, fragment: Fragment, rejected: Mapping[int, 
         _workers.clear()
         _workers[run_id] = _Worker(given)
     worker = _workers[run_id]
+    try:
+        return _found(worker, fragment, rejected)
+    except EarlierLostError as error:
+        return Found(None, Counter(lost=fragment.rows), str(error))
+
+
+class EarlierLostError(Exception):
+    """A file of the earlier run is gone, or is not what was committed; the text says which."""
+
+
+def _found(worker: _Worker, fragment: Fragment, rejected: Mapping[int, Failure]) -> Found:
+    given = worker.given
     table = pa.concat_tables(worker.reader.read(fragment, fragment.rows))
     table = table.filter(pc.invert(pc.is_in(table.column(ROW), pa.array(list(rejected), pa.int64()))))
     ways: Counter[str] = Counter()
@@ -209,12 +237,19 @@ def _verified(
     found = np.flatnonzero(places >= 0)
     if not len(found):
         return places
-    rows = worker.rows.take(places[found], columns)
+    rows = _taken(worker, places[found], columns)
     same = pc.equal(text_of(rows), wanted.take(pa.array(found))).to_numpy(zero_copy_only=False)
     checked = np.full(len(places), -1, np.int64)
     good = found[np.asarray(same, bool)]
     checked[good] = places[good]
     return checked
+
+
+def _taken(worker: _Worker, places: Places, columns: list[str]) -> pa.Table:
+    try:
+        return worker.rows.take(places, columns)
+    except InputError as error:
+        raise EarlierLostError(str(error)) from None
 
 
 def _state(worker: _Worker, uri: str | None, state: str | None) -> str | None:
@@ -246,7 +281,7 @@ def _write(worker: _Worker, table: pa.Table, places: npt.NDArray[np.int64]) -> R
         # Nobody has looked at the images: what is said of them is what was said of them then.
         names.append(SOURCE_VERSION)
         table = table.drop_columns([SOURCE_VERSION])
-    rows = worker.rows.take(places, names)
+    rows = _taken(worker, places, names)
     for name in names:
         table = table.append_column(rows.schema.field(name), rows.column(name))
     return keep_receipt(writer.write_reused(table), writer.folder, writer.storage)

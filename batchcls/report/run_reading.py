@@ -1,11 +1,11 @@
 """A committed run on storage -> what its page shows of it."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from batchcls.errors import InputError
 from batchcls.report.run_facts import Before, Gate, RunFacts, StageCost, Throughput, Verdict
 from batchcls.report.run_figures import read_figures
 from batchcls.report.run_items import read_refused
@@ -13,6 +13,7 @@ from batchcls.report.wording import count, size
 from batchcls.runs.diff import CAUSES, count_causes
 from batchcls.runs.layout import PLAN
 from batchcls.runs.records import RunRecord, open_parts, read_current
+from batchcls.runs.records import read_plan as read_plan_record
 from batchcls.storage import Storage, explain, join, redact_uri
 
 _PACKAGES = ("batchcls", "ray", "torch", "timm", "python")
@@ -63,12 +64,12 @@ def read_plan(record: RunRecord, storage: Storage) -> Mapping[str, Any]:
     """plan.json of a run, as it stands there.
 
     Raises:
-        InputError: it is missing, or the store refuses.
+        InputError: it is missing or damaged, or the store refuses.
     """
-    uri = join(record.folder, PLAN)
-    with explain(uri):
-        found: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    return found
+    plan = read_plan_record(record.output, record.run_id, storage)
+    if plan is None:
+        raise InputError(f"{redact_uri(join(record.folder, PLAN))}: there is no plan of this run")
+    return plan.raw
 
 
 def _verdict(record: RunRecord, gates: tuple[Gate, ...], current: str | None) -> Verdict:

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from batchcls.config.common import AutoOrFraction
 from batchcls.config.gates import GateSettings
+from batchcls.runs.budget import allowed_fraction
 from batchcls.runs.records import Counts
 from batchcls.runs.summary import Summary, divergence_by_chance, jensen_shannon
 
@@ -67,13 +69,14 @@ class Limits:
     """The gates' settings, and the error budget that some of them fall back on."""
 
     gates: GateSettings
-    max_failed_fraction: float
+    max_failed_fraction: AutoOrFraction
 
-    @property
-    def failed_fraction(self) -> float:
+    def failed_fraction(self, subject: Subject) -> float:
         """Largest share of failed rows."""
         given = self.gates.gate_max_failed_fraction
-        return self.max_failed_fraction if given is None else given
+        if given is not None:
+            return given
+        return allowed_fraction(self.max_failed_fraction, subject.counts.rows, first=subject.baseline is None)
 
 
 def judge_gates(subject: Subject, limits: Limits) -> tuple[GateResult, ...]:
@@ -91,9 +94,8 @@ def refused(gates: Sequence[GateResult]) -> list[GateResult]:
 
 def _failed(subject: Subject, limits: Limits) -> list[GateResult]:
     counts = subject.counts
-    results = [
-        _share("failed_fraction", counts.quarantined, counts.rows, limits.failed_fraction, "rows failed")
-    ]
+    most = limits.failed_fraction(subject)
+    results = [_share("failed_fraction", counts.quarantined, counts.rows, most, "rows failed")]
     by_reason = limits.gates.gate_max_failed_fraction_by_reason
     for reason, limit in sorted(by_reason.items()):
         count = counts.quarantined_by_reason.get(reason, 0)
@@ -111,7 +113,7 @@ def _failed(subject: Subject, limits: Limits) -> list[GateResult]:
 
 def _coverage(subject: Subject, limits: Limits) -> list[GateResult]:
     counts, given = subject.counts, limits.gates.gate_min_coverage_fraction
-    limit = 1 - limits.failed_fraction if given is None else given
+    limit = 1 - limits.failed_fraction(subject) if given is None else given
     figure = (counts.predicted + counts.reused) / counts.rows
     text = f"{figure:.2%} of {counts.rows} rows have an answer"
     return [_result("coverage_fraction", figure, "at least", limit, text, percent=True)]

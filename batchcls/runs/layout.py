@@ -9,6 +9,7 @@ OUTPUT/runs/RUN_ID/plan.json            first
                    reused.json          once what an earlier run had is taken over
                    run.json             last, the commit record
                    readers/NAME.json    who wants the run kept for a while, {"until": TIME}
+                   removal.json         first of a removal, and with lease/ the last that goes
 """
 
 import secrets
@@ -26,6 +27,7 @@ READERS = "readers"
 RECEIPTS = "receipts"
 LEASE = "lease"
 REUSED = "reused.json"
+REMOVAL = "removal.json"
 
 
 def new_run_id(now: datetime | None = None) -> str:

@@ -4,6 +4,10 @@ The history stands in the same file, so that it changes with it in one swap:
 
 {"run_id": ..., "path": "runs/...", "published": ..., "previous": RUN_ID or null,
  "history": [{"run_id", "published", "replaced", "withdrawn"}, ...]}     the latest first
+
+Three rules protect readers (docs/decisions/021): the file is swapped only if it still holds, byte for byte, what the
+decision was made on; a run never replaces one that was begun later, unless it is forced; and all files of a run are
+there before the swap and after it, or the swap is undone.
 """
 
 import json
@@ -14,11 +18,32 @@ from typing import Any
 
 from batchcls.errors import InputError, PublishRefused
 from batchcls.runs.layout import CURRENT, RUNS
-from batchcls.runs.records import DamagedRunError, RunRecord, read_record
+from batchcls.runs.records import (
+    DamagedRunError,
+    RunRecord,
+    parse_current,
+    read_or_none,
+    read_plan,
+    read_record,
+)
+from batchcls.runs.verify import presence_faults
 from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage_errors import STORE_ERRORS
 from batchcls.swap import ChangedMeanwhileError, Seen, look, swap
 
 _KEPT_HISTORY = 100
+
+
+class PublishedMeanwhileError(PublishRefused):
+    """current.json is not what the decision to publish was made on; it is untouched."""
+
+
+class DamagedCurrentError(DamagedRunError):
+    """current.json is damaged; `published` can be given to `publish` to replace just this content."""
+
+    def __init__(self, message: str, published: "Published") -> None:
+        super().__init__(message)
+        self.published = published
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +91,43 @@ def read_published(output: str, storage: Storage) -> Published:
     """The published run with its history; what is to be given to `publish` after a decision.
 
     Raises:
-        DamagedRunError: current.json is not what this program writes.
+        DamagedCurrentError: current.json is not what this program writes.
         InputError: the store refuses.
     """
     uri = join(output, CURRENT)
+    if (
+        read_or_none(uri, storage) is None
+    ):  # also says where a folder or a file without rights is in its place
+        return Published()
     with explain(uri):
         seen = look(uri, storage)
     if seen is None:
         return Published()
     try:
-        raw = json.loads(seen.data)
-        history = tuple(_former(entry) for entry in raw.get("history", ()))
-        return Published(str(raw["run_id"]), str(raw["published"]), history, seen)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedRunError(
-            f"{redact_uri(uri)} is damaged ({type(error).__name__}: {error}); remove it and publish a run"
-        ) from None
+        raw = parse_current(output, seen.data)
+    except DamagedRunError as error:
+        raise DamagedCurrentError(str(error), Published(seen=seen)) from None
+    history = tuple(_former(entry) for entry in raw.get("history", ()))
+    return Published(raw["run_id"], raw["published"], history, seen)
 
 
-def publish(output: str, run_id: str, storage: Storage, expected: Published | None = None) -> None:
+def published_or_damage(output: str, storage: Storage) -> tuple[Published, str | None]:
+    """The same for those who can do without: a damaged current.json publishes nothing, and what is wrong is said.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    try:
+        return read_published(output, storage), None
+    except DamagedCurrentError as error:
+        return error.published, str(error)
+    except DamagedRunError as error:
+        return Published(), str(error)
+
+
+def publish(
+    output: str, run_id: str, storage: Storage, expected: Published | None = None, *, force: bool = False
+) -> None:
     """Make a committed run the current one; a reader sees the old or the new one, never half.
 
     Args:
@@ -92,9 +135,11 @@ def publish(output: str, run_id: str, storage: Storage, expected: Published | No
         run_id: of a committed run.
         storage: how to reach it.
         expected: what was published when it was decided to publish; None: whatever is now.
+        force: also in place of a run that was begun later.
 
     Raises:
-        PublishRefused: the run must never be published, or another one was published meanwhile; what
+        PublishedMeanwhileError: another run was published since; what was published stays.
+        PublishRefused: the run must never be published, is not whole, or was begun before the published one; what
             was published stays.
         InputError: there is no such committed run, or the store refuses.
     """
@@ -103,9 +148,57 @@ def publish(output: str, run_id: str, storage: Storage, expected: Published | No
         raise PublishRefused(f"run {run_id} is never published: {'; '.join(record.unpublishable)}")
     before = expected or read_published(output, storage)
     if before.run_id == run_id:
+        now = read_published(output, storage)
+        if now.run_id != run_id:
+            raise _meanwhile(output, run_id, before, now)
         return
+    if not force:
+        require_not_older(output, run_id, before, storage)
+    faults = presence_faults(record, storage)
+    if faults:
+        raise PublishRefused(f"run {run_id} is not whole and not published: {'; '.join(faults)}")
     history = [entry for entry in _pushed(before, withdrawn=False) if entry.run_id != run_id]
-    _swap(output, run_id, history, before, storage)
+    _swap(record, history, before, storage)
+
+
+def require_not_older(output: str, run_id: str, published: Published, storage: Storage) -> None:
+    """Refuse to replace a run by one that was begun before it.
+
+    A run is begun, its plan.json written, after its manifest was opened: of two runs, the one that was begun later
+    has the newer state of the catalog. Of a run whose plan is gone, the time of its commit counts; where a run says
+    neither, nothing is known to be newer. Times are those of the drivers' clocks, in whole seconds.
+
+    Raises:
+        PublishRefused: the published run was begun later.
+        InputError: the store refuses.
+    """
+    if published.run_id is None:
+        return
+    ours, theirs = (begun_at(output, name, storage) for name in (run_id, published.run_id))
+    if ours is not None and theirs is not None and ours < theirs:
+        raise PublishRefused(
+            f"run {run_id} is committed and not published: it was begun {ours:%Y-%m-%d %H:%M:%S} UTC, before run "
+            f"{published.run_id}, which is published and was begun {theirs:%Y-%m-%d %H:%M:%S} UTC from a newer "
+            f"manifest; to go back all the same: `runs rollback`, or `runs publish {run_id} --force`"
+        )
+
+
+def begun_at(output: str, run_id: str, storage: Storage) -> datetime | None:
+    """When a run was begun, or at least when it was committed, in UTC; None where neither can be read.
+
+    Raises:
+        InputError: the store refuses.
+    """
+    try:
+        plan = read_plan(output, run_id, storage)
+    except DamagedRunError:
+        plan = None
+    if plan is not None:
+        return plan.created
+    try:
+        return read_record(output, run_id, storage).committed
+    except InputError:
+        return None
 
 
 def roll_back(output: str, storage: Storage, faults: Callable[[RunRecord], Sequence[str]]) -> RolledBack:
@@ -117,7 +210,8 @@ def roll_back(output: str, storage: Storage, faults: Callable[[RunRecord], Seque
         faults: what is wrong with a run; such a run is passed over.
 
     Raises:
-        PublishRefused: no earlier run is left and whole, or another run was published meanwhile.
+        PublishedMeanwhileError: another run was published meanwhile; it stays.
+        PublishRefused: no earlier run is left and whole.
         InputError: nothing is published, or the store refuses.
     """
     before = read_published(output, storage)
@@ -125,24 +219,21 @@ def roll_back(output: str, storage: Storage, faults: Callable[[RunRecord], Seque
         raise InputError(f"{redact_uri(output)}: nothing is published, so there is nothing to roll back")
     skipped: dict[str, str] = {}
     for run_id in before.former:
-        wrong = _faults(output, run_id, storage, faults)
+        try:
+            record = read_record(output, run_id, storage)
+            wrong = "; ".join(faults(record))
+        except InputError as error:
+            wrong = str(error)
         if wrong:
             skipped[run_id] = wrong
             continue
         history = [entry for entry in _pushed(before, withdrawn=True) if entry.run_id != run_id]
-        _swap(output, run_id, history, before, storage)
+        _swap(record, history, before, storage)
         return RolledBack(run_id, before.run_id, skipped)
     tried = "; ".join(f"{run_id}: {wrong}" for run_id, wrong in skipped.items())
     raise PublishRefused(
         f"no run that was published before {before.run_id} is left{f' and whole: {tried}' if tried else ''}"
     )
-
-
-def _faults(output: str, run_id: str, storage: Storage, faults: Callable[[RunRecord], Sequence[str]]) -> str:
-    try:
-        return "; ".join(faults(read_record(output, run_id, storage)))
-    except InputError as error:
-        return str(error)
 
 
 def _pushed(before: Published, withdrawn: bool) -> list[Former]:
@@ -153,9 +244,11 @@ def _pushed(before: Published, withdrawn: bool) -> list[Former]:
     return [former, *(entry for entry in before.history if entry.run_id != before.run_id)][:_KEPT_HISTORY]
 
 
-def _swap(output: str, run_id: str, history: Sequence[Former], before: Published, storage: Storage) -> None:
+def _swap(record: RunRecord, history: Sequence[Former], before: Published, storage: Storage) -> None:
+    """Swap current.json for one that names this run, and look whether the run is still whole then."""
+    output, run_id = record.output, record.run_id
     after = Published(run_id, _now(), tuple(history))
-    record = {
+    current = {
         "format": "batchcls-current-1",
         "run_id": run_id,
         "path": f"{RUNS}/{run_id}",
@@ -163,17 +256,53 @@ def _swap(output: str, run_id: str, history: Sequence[Former], before: Published
         "previous": next(iter(after.former), None),
         "history": [asdict(entry) for entry in history],
     }
-    data = json.dumps(record, indent=2).encode()
+    data = json.dumps(current, indent=2).encode()
     uri = join(output, CURRENT)
     try:
         with explain(uri):
-            swap(uri, data, before.seen, storage)
+            _write(uri, data, before, storage)
     except ChangedMeanwhileError:
-        now = read_published(output, storage).run_id
-        raise PublishRefused(
-            f"{redact_uri(uri)}: run {now} was published in the meantime, in place of {before.run_id}; run "
-            f"{run_id} is not published; look at both (`runs diff`) and publish the right one (`runs publish`)"
-        ) from None
+        now = read_published(output, storage)
+        if now.run_id == run_id:  # another job has published this very run
+            return
+        raise _meanwhile(output, run_id, before, now) from None
+    _require_still_whole(record, data, before, storage)
+
+
+def _write(uri: str, data: bytes, before: Published, storage: Storage) -> None:
+    try:
+        swap(uri, data, before.seen, storage)
+    except STORE_ERRORS:
+        now = look(uri, storage)
+        if now is None or now.data != data:  # else it was written, and only the answer was lost
+            raise
+
+
+def _require_still_whole(record: RunRecord, data: bytes, before: Published, storage: Storage) -> None:
+    """`runs prune` marks a run before it looks what is published; here is looked for the mark after publishing."""
+    faults = presence_faults(record, storage)
+    if not faults:
+        return
+    uri = join(record.output, CURRENT)
+    with explain(uri):
+        now = look(uri, storage)
+        if now is not None and now.data == data:
+            if before.seen is None:
+                storage.remove([uri])
+            else:
+                swap(uri, before.seen.data, now, storage)
+    raise PublishRefused(
+        f"run {record.run_id} was removed or damaged while it was being published, and is not published: "
+        f"{'; '.join(faults)}"
+    )
+
+
+def _meanwhile(output: str, run_id: str, before: Published, now: Published) -> PublishedMeanwhileError:
+    return PublishedMeanwhileError(
+        f"{redact_uri(join(output, CURRENT))}: run {now.run_id} was published in the meantime, in place of "
+        f"{before.run_id}; run {run_id} is not published; look at both (`runs diff`) and publish the right one "
+        "(`runs publish`)"
+    )
 
 
 def _former(entry: Mapping[str, Any]) -> Former:

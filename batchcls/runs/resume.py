@@ -1,16 +1,20 @@
 """Which run a command is about: one that was begun and not finished, or a new one."""
 
-import json
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from batchcls.errors import InputError
+from batchcls.errors import InputError, LeaseLostError
 from batchcls.runs.fingerprints import Fingerprints
-from batchcls.runs.layout import PLAN, RUN, RUNS, run_folder
-from batchcls.runs.records import read_current
+from batchcls.runs.layout import REMOVAL, RUN, run_folder
+from batchcls.runs.publish import published_or_damage
+from batchcls.runs.records import DamagedRunError, State, list_run, read_plan, run_names
 from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage_errors import resumable
+
+_logger = logging.getLogger(__name__)
 
 _THREADS = 16
 
@@ -26,7 +30,7 @@ class Begun:
 def find_begun(output: str, run_id: str | None, fingerprints: Fingerprints, storage: Storage) -> Begun | None:
     """The run that this command goes on with; None: it begins a new one.
 
-    Without a run id that is the newest unfinished run that is about the same.
+    Without a run id that is the newest unfinished run that is about the same; runs that cannot be read are none.
 
     Raises:
         InputError: the run id is that of a committed run, or of one that is about something else; the
@@ -34,8 +38,7 @@ def find_begun(output: str, run_id: str | None, fingerprints: Fingerprints, stor
     """
     if run_id is not None:
         return _named(output, run_id, fingerprints, storage)
-    with explain(output):
-        names = storage.list_folders(join(output, RUNS))
+    names = run_names(output, storage)
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _unfinished(output, name, storage), names)
         same = [one for one in found if one is not None and _is_same(one.plan, fingerprints)]
@@ -46,50 +49,63 @@ def _named(output: str, run_id: str, fingerprints: Fingerprints, storage: Storag
     folder = redact_uri(run_folder(output, run_id))
     with explain(output):
         is_committed = storage.exists(join(run_folder(output, run_id), RUN))
+        is_going = storage.exists(join(run_folder(output, run_id), REMOVAL))
     if is_committed:
-        is_published = read_current(output, storage) == run_id
+        is_published = published_or_damage(output, storage)[0].run_id == run_id
         remedy = "" if is_published else f", or publish it: `python -m batchcls.jobs.runs publish {run_id}`"
         raise InputError(
             f"run {run_id} is committed {'and published' if is_published else 'and not published'} in {folder}; "
             f"choose another --run-id or leave it out{remedy}"
         )
-    plan = _read_plan(output, run_id, storage)
+    if is_going:
+        raise InputError(
+            f"{folder} is being removed by `runs prune`; choose another --run-id or leave it out"
+        )
+    plan = read_plan(output, run_id, storage)
     if plan is None:
         return None
-    differences = Fingerprints.from_json(plan.get("fingerprints", {})).differences(fingerprints)
+    differences = Fingerprints.from_json(plan.raw["fingerprints"]).differences(fingerprints)
     if differences:
         raise InputError(
             f"run {run_id} was begun in {folder} with another configuration, it cannot go on with this one: "
             f"{'; '.join(differences)}; choose another --run-id or leave it out"
         )
-    return Begun(run_id, plan)
+    return Begun(run_id, plan.raw)
+
+
+def require_begun(output: str, run_id: str, storage: Storage) -> None:
+    """Look whether a run whose lease was just taken is still one to go on with.
+
+    Raises:
+        LeaseLostError: since it was chosen, it was committed by another job or removed by `runs prune`.
+        StorageStoppedError: the store refuses.
+    """
+    folder = run_folder(output, run_id)
+    with resumable(folder):
+        state = list_run(output, run_id, storage).state
+    if state is not State.UNFINISHED:
+        raise LeaseLostError(
+            f"{redact_uri(folder)} was {'committed by another job' if state is State.COMMITTED else 'removed'} "
+            "meanwhile; this job has committed nothing, the same command begins a run of its own"
+        )
 
 
 def _unfinished(output: str, run_id: str, storage: Storage) -> Begun | None:
-    run = join(run_folder(output, run_id), RUN)
-    with explain(run):
-        if storage.exists(run):
-            return None
-    plan = _read_plan(output, run_id, storage)
-    return None if plan is None else Begun(run_id, plan)
+    folder = run_folder(output, run_id)
+    try:
+        plan = read_plan(output, run_id, storage)
+    except DamagedRunError as error:
+        _logger.warning("not gone on with: %s", error)
+        return None
+    if plan is None:
+        return None
+    with explain(folder):
+        is_over = any(storage.exists(join(folder, name)) for name in (RUN, REMOVAL))
+    return None if is_over else Begun(run_id, plan.raw)
 
 
 def _is_same(plan: Mapping[str, Any], fingerprints: Fingerprints) -> bool:
     try:
-        return not Fingerprints.from_json(plan.get("fingerprints", {})).differences(fingerprints)
+        return not Fingerprints.from_json(plan["fingerprints"]).differences(fingerprints)
     except InputError:  # of an earlier version: nobody can say what it is about
         return False
-
-
-def _read_plan(output: str, run_id: str, storage: Storage) -> Mapping[str, Any] | None:
-    uri = join(run_folder(output, run_id), PLAN)
-    with explain(uri):
-        try:
-            found = json.loads(storage.read_bytes(uri))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            raise InputError(f"{redact_uri(uri)} is damaged; remove the run's folder") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{redact_uri(uri)} is damaged; remove the run's folder")
-    return found

@@ -5,8 +5,10 @@ node has one copy of them in shared memory. A hash only says where to look: what
 as it is, so two texts with one hash cost a row's reuse and never give it a wrong answer.
 """
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import duckdb
@@ -16,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcls.runs.records import RunRecord, open_parts, read_columns
+from batchcls.runs.records import DamagedRunError, RunRecord, one_line, open_parts, read_columns
+from batchcls.runs.verify import presence_faults
 from batchcls.schema import ITEM_ID, ROW, SOURCE_VERSION, URI
-from batchcls.storage import Storage, explain, join
+from batchcls.storage import Storage, explain, join, redact_uri
 
 Hashes = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
@@ -56,6 +59,7 @@ class Earlier:
         run_id: its name.
         folder: its folder.
         paths: of its files of predictions, relative to the folder.
+        digests: SHA-256 of these files, in hex.
         starts: place of the first row of each file, and the number of rows.
         by_state: finds what `state_keys` gives.
         by_content: finds content hashes.
@@ -65,6 +69,7 @@ class Earlier:
     run_id: str
     folder: str
     paths: tuple[str, ...]
+    digests: tuple[str, ...]
     starts: Places
     by_state: Index
     by_content: Index
@@ -81,8 +86,11 @@ def open_earlier(record: RunRecord, storage: Storage, *, same_base: bool, same_m
         same_manifest: rows are to be found by their numbers, whatever their images are now.
 
     Raises:
-        InputError: a file is missing or unreadable.
+        InputError: a file is missing, cut or unreadable.
     """
+    faults = presence_faults(record, storage)
+    if faults:
+        raise DamagedRunError(f"run {record.run_id} is not whole: {'; '.join(faults)}")
     files = [file for file in record.files if file.kind == "predictions"]
     starts = np.cumsum([0, *(file.rows for file in files)]).astype(np.int64)
     columns = [ROW] if same_manifest else [ITEM_ID, URI, SOURCE_VERSION, "content_hash"]
@@ -90,7 +98,7 @@ def open_earlier(record: RunRecord, storage: Storage, *, same_base: bool, same_m
     content: list[tuple[Hashes, Places]] = []
     rows: list[tuple[Hashes, Places]] = []
     start = 0
-    with explain(record.folder), duckdb.connect() as connection:
+    with _explained(record.folder), duckdb.connect() as connection:
         for batch in read_columns(open_parts(record, "predictions", storage), columns):
             if same_manifest:
                 rows.append((batch.column(0).to_numpy().astype(np.uint64), _from(start, batch.num_rows)))
@@ -103,11 +111,24 @@ def open_earlier(record: RunRecord, storage: Storage, *, same_base: bool, same_m
         run_id=record.run_id,
         folder=record.folder,
         paths=tuple(file.path for file in files),
+        digests=tuple(file.digest for file in files),
         starts=starts,
         by_state=_index(state),
         by_content=_index(content),
         by_row=_index(rows) if same_manifest else None,
     )
+
+
+@contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """What the store and Arrow say of a file of an earlier run, as an InputError about `uri`."""
+    try:
+        with explain(uri):
+            yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError) as error:
+        raise DamagedRunError(
+            f"{redact_uri(uri)} is damaged ({one_line(error)}); see `runs verify`"
+        ) from None
 
 
 def state_keys(item_ids: pa.Array, uris: pa.Array, states: pa.Array, *, with_uris: bool = True) -> pa.Array:
@@ -136,7 +157,11 @@ class EarlierRows:
         self._files: OrderedDict[int, pa.Table] = OrderedDict()
 
     def take(self, places: Places, columns: Sequence[str]) -> pa.Table:
-        """The rows at these places, in this order."""
+        """The rows at these places, in this order.
+
+        Raises:
+            InputError: a file is missing, or is not what was committed.
+        """
         numbers = np.searchsorted(self._earlier.starts, places, side="right") - 1
         parts, order = [], []
         for number in np.unique(numbers):
@@ -152,9 +177,11 @@ class EarlierRows:
             if len(self._files) >= _FILES_IN_MEMORY:
                 self._files.popitem(last=False)
             uri = join(self._earlier.folder, self._earlier.paths[number])
-            filesystem, path = self._storage.arrow_filesystem(uri)
-            with explain(uri), filesystem.open_input_file(path) as file:
-                self._files[number] = pq.read_table(file)
+            with _explained(uri):
+                data = self._storage.read_bytes(uri)
+                if hashlib.sha256(data).hexdigest() != self._earlier.digests[number]:
+                    raise DamagedRunError(f"{redact_uri(uri)} has other content than when it was committed")
+                self._files[number] = pq.read_table(pa.BufferReader(data))
         self._files.move_to_end(number)
         return self._files[number]
 

@@ -5,7 +5,7 @@ It is made of the files that the receipts name, before run.json is written, sinc
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import numpy as np
@@ -13,13 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
+from batchcls.runs.documents import HISTOGRAM_BINS
 from batchcls.runs.parts import PartFile
 from batchcls.runs.query import connect
 from batchcls.runs.records import RunRecord, open_files, read_columns
 from batchcls.storage import Storage
-
-HISTOGRAM_BINS = 20
-"""Equal bins of the confidence from 0 to 1; 1.0 itself is in the last."""
 
 _SAMPLES = 200
 
@@ -39,6 +37,9 @@ class Embeddings:
     mean_norm: float
     std_norm: float
     non_finite: int
+
+
+_EMBEDDING_FIELDS = tuple(entry.name for entry in fields(Embeddings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class Summary:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Self:
-        """The reverse of `as_json`. Raises KeyError, TypeError and ValueError for anything else."""
+        """The reverse of `as_json`, of an object that `documents.RunDocument` has checked."""
         found = raw["embeddings"]
         mean = None if raw["mean_confidence"] is None else float(raw["mean_confidence"])
         # Of values in 0..1 with mean m the variance is at most m (1 - m) (Bhatia and Davis, 2000).
@@ -95,7 +96,9 @@ class Summary:
             mean_confidence=mean,
             std_confidence=raw.get("std_confidence", widest),
             confidence_histogram=tuple(int(count) for count in raw["confidence_histogram"]),
-            embeddings=None if found is None else Embeddings(**found),
+            embeddings=None
+            if found is None
+            else Embeddings(**{name: found[name] for name in _EMBEDDING_FIELDS}),
         )
 
 

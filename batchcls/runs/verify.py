@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchcls.row_ranges import RowRanges
+from batchcls.runs.layout import REMOVAL, RUN
 from batchcls.runs.ledger import balance
 from batchcls.runs.parts import PartFile
 from batchcls.runs.query import connect
-from batchcls.runs.records import RunRecord, open_parts, read_columns
+from batchcls.runs.records import RunRecord, one_line, open_parts, read_columns
 from batchcls.schema import Reason, predictions_schema, quarantine_schema
 from batchcls.storage import Storage, explain, join
 
@@ -47,12 +48,14 @@ class _Checked:
 def presence_faults(record: RunRecord, storage: Storage) -> list[str]:
     """Files of a run that are missing or have another size, by one listing; nothing is read.
 
+    A run whose removal has begun is not whole either, however many of its files are left.
+
     Raises:
         InputError: the store refuses.
     """
     with explain(record.folder):
+        faults = ["its removal has begun (`runs prune`)"] if _is_being_removed(record, storage) else []
         sizes = {info.uri: info.size for info in storage.list_files(record.folder, ".parquet")}
-    faults = []
     for file in record.files:
         size = sizes.get(join(record.folder, file.path))
         if size is None:
@@ -60,6 +63,10 @@ def presence_faults(record: RunRecord, storage: Storage) -> list[str]:
         elif size != file.bytes:
             faults.append(f"{file.path} has {size} bytes, run.json says {file.bytes}")
     return _few(faults)
+
+
+def _is_being_removed(record: RunRecord, storage: Storage) -> bool:
+    return storage.exists(join(record.folder, REMOVAL)) or not storage.exists(join(record.folder, RUN))
 
 
 def verify(record: RunRecord, storage: Storage) -> list[str]:
@@ -100,10 +107,12 @@ def _check(record: RunRecord, file: PartFile, storage: Storage) -> _Checked:
         with pq.ParquetFile(pa.BufferReader(data)) as parquet:
             rows = parquet.read(columns=["row", _tallied(file)])
             schema = parquet.schema_arrow
-    except (pa.ArrowInvalid, OSError) as error:
-        return _bad(f"{file.path} cannot be read: {error}")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        return _bad(f"{file.path} cannot be read: {one_line(error)}")
     if rows.num_rows != file.rows:
         return _bad(f"{file.path} has {rows.num_rows} rows, run.json says {file.rows}")
+    if rows.column_names != ["row", _tallied(file)] or not pa.types.is_int64(rows.schema.field(0).type):
+        return _bad(f"{file.path} has no columns row (int64) and {_tallied(file)}")
     try:
         ranges = RowRanges.of(rows.column("row").to_numpy())
     except ValueError as error:

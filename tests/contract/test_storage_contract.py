@@ -220,8 +220,15 @@ def test_folders_files_from_disk_and_removal(storage: Storage, root: str, tmp_pa
     storage.remove([join(top, "a", "deep", "part")])
     storage.remove_empty_folders(join(top, "a"))
     assert storage.list_folders(top) == ["b"]
-    storage.remove([join(top, "b", "deep", "part"), join(top, "file")])
-    storage.remove_empty_folders(top)
+    storage.write_whole(join(top, "bb", "file"), b"a neighbor whose name begins alike")
+    storage.write_whole(join(top, "b", "kept", "file"), b"1")
+    storage.write_whole(join(top, "b", "kept-not"), b"22")
+    assert storage.remove_folder(join(top, "b"), frozenset({"kept"})) == (6 << 20) + 2
+    assert [info.uri for info in storage.list_files(join(top, "b"))] == [join(top, "b", "kept", "file")]
+    assert storage.remove_folder(join(top, "b")) == 1
+    assert storage.remove_folder(join(top, "b")) == 0
+    assert storage.list_folders(top) == ["bb"]
+    assert storage.remove_folder(top) > 0
     assert not storage.exists(join(top, "file"))
 
 

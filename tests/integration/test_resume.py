@@ -156,6 +156,48 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
     assert (record["counts"]["predicted"], record["counts"]["reused"]) == (1, rows - 1)
 
 
+def test_the_same_command_publishes_what_it_committed_and_a_cut_neighbor_stops_no_night(
+    job: Job, tiny_bundle: str, tmp_path: Path
+):
+    rows, output = 60, tmp_path / "output"
+    manifest = write_catalog(tmp_path / "catalog", rows)
+    arguments = ["--manifest", manifest, "--model", tiny_bundle, "--no-report"]
+    (output / ".current.json.lock").mkdir(parents=True)  # so that current.json cannot be written
+    first = job(*arguments)
+    assert first.exit_code == 4, first.log
+    assert "is committed and not published" in first.log
+    assert "the same command publishes it" in first.log
+    before = receipts(output)
+    (output / ".current.json.lock").rmdir()
+    second = job(*arguments)
+    assert second.exit_code == 0, second.log
+    assert "nothing is computed" in second.log
+    assert receipts(output) == before
+    assert published(output).column("row").to_pylist() == list(range(rows))
+
+    part = next((first.folder / "predictions").iterdir())
+    whole = part.read_bytes()
+    away = (tmp_path / "catalog" / "7.jpg").rename(tmp_path / "7.jpg")
+    lost = job(*arguments, "--run-id", "night", "--max-failed-fraction", "0")
+    assert lost.exit_code == 4, lost.log
+    night = output / "runs" / "night"
+    assert json.loads((night / "plan.json").read_text())["reuse"]["run_id"] == first_run(output)
+    away.rename(tmp_path / "catalog" / "7.jpg")
+    for path in [night / "reused.json", *(night / "receipts").iterdir()]:
+        path.unlink()  # as if the job had died before it took anything over
+    part.write_bytes(whole[:-9])
+    resumed = job(*arguments, "--run-id", "night")
+    assert resumed.exit_code == 3, resumed.log
+    assert resumed.log.count("reuse: nothing, run") == 1
+    assert "gate baseline: the published run" in resumed.log
+    counts = json.loads((night / "run.json").read_text())["counts"]
+    assert (counts["predicted"], counts["reused"]) == (rows, 0)
+
+
+def first_run(output: Path) -> str:
+    return str(json.loads((output / "current.json").read_text())["run_id"])
+
+
 @pytest.mark.chaos
 def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
     job: Job, tiny_bundle: str, catalog: str, tmp_path: Path

@@ -1,5 +1,6 @@
 """Gates: the summary they judge by, each figure against a hand-made one, and the verdict on a run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ from batchcls.config.classify import ClassifyConfig
 from batchcls.config.gates import GateSettings
 from batchcls.errors import InputError, PublishRefused, StorageStoppedError
 from batchcls.flags import add_settings, parser_for, read_settings
-from batchcls.runs.commit import reconcile
+from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.gates import Baseline, GateResult, Limits, Subject, judge_gates, refused
-from batchcls.runs.judge import Verdict, judge, publish_judged
+from batchcls.runs.judge import Verdict, judge, judge_again, publish_judged
 from batchcls.runs.layout import run_folder
 from batchcls.runs.plan import claim
 from batchcls.runs.publish import publish, read_published
 from batchcls.runs.records import Counts, read_current, read_record
 from batchcls.runs.summary import Embeddings, Summary, changed_labels, jensen_shannon, summarise, summary_of
 from batchcls.storage import Storage
-from tests.runs import Item, Night, items, plan_of, write_parts, write_run
+from tests.runs import Item, Night, begun_on, items, plan_of, write_parts, write_run
 
 
 def config_of(output: object, **settings: Any) -> ClassifyConfig:
@@ -299,15 +300,94 @@ def test_a_refused_publish_leaves_the_old_run_and_says_gate_figure_and_limit(tmp
     assert caught.value.exit_code == 3
 
 
-def test_a_publish_after_the_verdict_makes_it_void(tmp_path: Path):
+def ready(output: Path, rows: list[Item], created: str = "2026-11-26T01:15:00+00:00") -> Verdict:
+    """The run `ready`, committed and not published yet, and its verdict."""
+    night = Night("ready")
+    verdict = verdict_on(output, rows, night)
+    receipts = write_parts(run_folder(str(output), "ready"), rows, Storage())
+    findings = {"measured": {}} | verdict.as_json()
+    folder = run_folder(str(output), "ready")
+    commit(plan_of(night, len(rows)), receipts, reconcile(receipts, len(rows)), findings, Storage(), folder)
+    begun_on(str(output), "ready", created)
+    return verdict
+
+
+def publish_ready(output: Path, verdict: Verdict, rows: int) -> Verdict:
+    return publish_judged(plan_of(Night("ready"), rows), verdict, str(output), Storage())
+
+
+def publish_meanwhile(output: Path, rows: list[Item], created: str) -> None:
+    write_run(str(output), Night("other"), rows)
+    begun_on(str(output), "other", created)
+    publish(str(output), "other", Storage(), force=True)
+
+
+def test_where_another_run_was_published_since_the_gates_judge_again(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    assert verdict.published.run_id is None
+    publish_meanwhile(tmp_path, mixed(195, 0), "2026-11-25T01:15:00+00:00")
+    by = publish_ready(tmp_path, verdict, 200)
+    assert read_current(str(tmp_path), Storage()) == "ready"
+    assert by.published.run_id == "other"
+    assert "200 rows after 195 in run other" in gate(by, "row_count_change_fraction").sentence
+
+
+def test_what_is_judged_again_may_be_refused(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    publish_meanwhile(tmp_path, mixed(100, 100), "2026-11-25T01:15:00+00:00")
+    with pytest.raises(
+        PublishRefused, match=r"gate changed_labels_fraction: 0.00%|gate category_shift"
+    ) as caught:
+        publish_ready(tmp_path, verdict, 200)
+    assert caught.value.exit_code == 3
+    assert read_current(str(tmp_path), Storage()) == "other"
+
+
+def test_a_run_of_a_newer_manifest_is_never_replaced_by_a_late_driver(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    publish_meanwhile(tmp_path, mixed(200, 0), "2026-11-27T01:15:00+00:00")
+    before = read_published(str(tmp_path), Storage())
+    with pytest.raises(PublishRefused, match="before run other, which is published") as caught:
+        publish_ready(tmp_path, verdict, 200)
+    assert caught.value.exit_code == 3
+    late = judge_again(read_record(str(tmp_path), "ready", Storage()), verdict.limits, Storage())
+    assert not refused(late.gates)
+    with pytest.raises(PublishRefused, match="before run other, which is published"):
+        publish_ready(tmp_path, late, 200)
+    assert read_published(str(tmp_path), Storage()) == before
+
+
+def test_a_store_that_fails_at_the_publish_stops_and_the_same_command_publishes(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    lock = tmp_path / ".current.json.lock"
+    lock.mkdir()
+    with pytest.raises(
+        StorageStoppedError, match=r"ready is committed and not published: .*same command"
+    ) as caught:
+        publish_ready(tmp_path, verdict, 200)
+    assert caught.value.exit_code == 4
+    assert "nothing" not in str(caught.value)
+    lock.rmdir()
+    publish_ready(tmp_path, verdict, 200)
+    assert read_current(str(tmp_path), Storage()) == "ready"
+
+
+def test_a_published_run_that_is_cut_is_a_refusal_and_no_error(tmp_path: Path):
     published(tmp_path, mixed(200, 0))
-    write_run(str(tmp_path), Night("other"), mixed(200, 0))
-    write_run(str(tmp_path), Night("ready"), mixed(200, 0))
-    verdict = verdict_on(tmp_path, mixed(200, 0))
-    publish(str(tmp_path), "other", Storage())
-    with pytest.raises(PublishRefused, match="run other was published in the meantime"):
-        publish_judged(plan_of(Night("ready"), 200), verdict, str(tmp_path), Storage())
-    assert read_published(str(tmp_path), Storage()).run_id == "other"
+    part = next((tmp_path / "runs" / "old" / "predictions").iterdir())
+    whole = part.read_bytes()
+    for name, data in (("cut", whole[:100]), ("zeros", b"\0" * len(whole)), ("swapped", whole[::-1])):
+        part.write_bytes(data)
+        verdict = verdict_on(tmp_path, mixed(200, 0), Night(name))
+        assert [entry.gate for entry in refused(verdict.gates)] == ["baseline"]
+
+
+@pytest.mark.parametrize("entry", ["summary", "counts", "gates", "files", "model", "measured"])
+def test_a_published_run_whose_record_is_odd_is_a_refusal_and_no_error(tmp_path: Path, entry: str):
+    published(tmp_path, mixed(200, 0))
+    path = tmp_path / "runs" / "old" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: [5]}))
+    assert [one.gate for one in refused(verdict_on(tmp_path, mixed(200, 0)).gates)] == ["baseline"]
 
 
 def test_labels_are_compared_by_item_and_not_by_row(tmp_path: Path):

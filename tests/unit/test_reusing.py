@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchcls.errors import InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.limits import DecodeLimits
 from batchcls.images.settings import LoadSettings
@@ -161,3 +162,44 @@ def test_by_row_everything_that_was_predicted_is_taken_over(tmp_path: Path, nigh
     assert table.column("item_id").to_pylist() == ["i0", "i1", "i4", "i5"]
     assert table.column("source_version").to_pylist()[1] == night[1].source_version
     assert ways == Counter(row=4)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "bit"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_rows_whose_earlier_file_is_lost_meanwhile_are_computed(
+    tmp_path: Path, night: list[Item], damage: str, by_row: bool
+):
+    """The earlier run is opened, and one of its files goes or changes before a task reads it."""
+    manifest = write_manifest(
+        tmp_path, item_id=[f"i{n}" for n in range(6)], uri=[f"{n}.jpg" for n in range(6)]
+    )
+    record = read_record(str(tmp_path / "out"), "n1", STORAGE)
+    earlier = open_earlier(record, STORAGE, same_base=True, same_manifest=by_row)
+    part = Path(record.folder) / earlier.paths[0]
+    data = part.read_bytes()
+    if damage == "gone":
+        part.unlink()
+    else:
+        part.write_bytes(data[:50] if damage == "cut" else data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    kept = manifest.columns.kept
+    given = Given(
+        Load(manifest.columns, STORAGE, settings(f"lost-{tmp_path}", manifest.base, kept)),
+        PartWriter(str(tmp_path / "out" / "runs" / "n2"), STORAGE, kept, pa.float32(), DIMENSION),
+        earlier,
+    )
+    found = [take_over_fragment(given, fragment, {}) for fragment in manifest.fragments(repeat(6))]
+    assert [one.receipt for one in found] == [None] * len(found)
+    assert sum((one.ways for one in found), Counter()) == Counter(lost=6)
+    assert str(part) in found[0].lost
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "zeros"])
+def test_an_earlier_run_that_is_not_whole_is_not_opened(tmp_path: Path, night: list[Item], damage: str):
+    record = read_record(str(tmp_path / "out"), "n1", STORAGE)
+    part = Path(record.folder) / next(file.path for file in record.files if file.kind == "predictions")
+    data = part.read_bytes()
+    part.unlink()
+    if damage != "gone":
+        part.write_bytes(data[:-1] if damage == "cut" else b"\0" * len(data))
+    with pytest.raises(InputError, match=r"runs/n1|run n1"):
+        open_earlier(record, STORAGE, same_base=True, same_manifest=False)

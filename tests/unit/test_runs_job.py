@@ -1,9 +1,7 @@
 """The job about runs, as a person calls it: what it says, what it changes, and how it ends."""
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from batchcls.runs.publish import publish
 from batchcls.runs.records import read_current, read_record
 from batchcls.storage import Storage, join
 from tests.conftest import S3Server
-from tests.runs import Item, Night, begin_run, items, record_uri, write_run
+from tests.runs import Item, Night, begin_run, begun_on, items, record_uri, write_run
 
 REFUSED = {
     "gates": [
@@ -60,6 +58,7 @@ def night(output: str, name: str, *, days_old: float = 0.0, count: int = 4, **mo
     record = json.loads(storage.read_bytes(record_uri(output, name)))
     record["committed"] = (datetime.now(UTC) - timedelta(days=days_old)).isoformat()
     storage.write_whole(record_uri(output, name), json.dumps(record).encode())
+    begun_on(output, name, record["committed"])
     return Path(folder)
 
 
@@ -134,6 +133,35 @@ def test_publish_needs_force_against_a_gate(output: str, call):
     assert read_current(output, Storage()) == "b"
 
 
+def test_by_hand_a_run_is_judged_again_where_another_one_is_published_than_it_was_judged_against(
+    output: str, call
+):
+    """Categories swap from cats to dogs; each night was judged when nothing was published."""
+    unjudged = {"baseline": None, "gates": []}
+    write_run(output, Night("cats", more=unjudged), items(200))
+    write_run(output, Night("dogs", more=unjudged), items(200, label="dog"))
+    write_run(output, Night("more-cats", more=unjudged), items(205))
+    assert call("publish", "cats", "--output", output)[0] == 0
+    code, said = call("publish", "dogs", "--output", output)
+    assert (code, "gate changed_labels_fraction: 100.00% of the 200 items" in said) == (3, True)
+    assert call("publish", "more-cats", "--output", output)[0] == 0
+    assert call("publish", "dogs", "--output", output, "--force")[0] == 0
+    assert read_current(output, Storage()) == "dogs"
+
+
+def test_an_older_run_is_published_by_force_or_by_a_rollback(output: str, call):
+    for name, created in (("old", "2026-11-25T01:15:00+00:00"), ("new", "2026-11-26T01:15:00+00:00")):
+        night(output, name)
+        begun_on(output, name, created)
+        assert call("publish", name, "--output", output)[0] == 0
+    code, said = call("publish", "old", "--output", output)
+    assert (code, "`runs rollback`, or `runs publish old --force`" in said) == (3, True)
+    assert call("publish", "new", "--output", output) == (0, "published: new\n")
+    assert call("publish", "old", "--output", output, "--force") == (0, "published: old\n")
+    assert call("rollback", "--output", output)[0] == 0
+    assert read_current(output, Storage()) == "new"
+
+
 def test_a_trial_is_never_published(tmp_path: Path, call):
     write_run(str(tmp_path), Night("a", unpublishable=["--limit 4"]), items(4))
     code, said = call("publish", "a", "--output", str(tmp_path), "--force")
@@ -199,14 +227,11 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
         join(output, "runs", "read", "readers", "search.json"), json.dumps({"until": until}).encode()
     )
     (tmp_path / "runs" / "damaged" / "run.json").write_text("{")
-    left = tmp_path / "runs" / "leftover" / "predictions"
-    left.mkdir(parents=True)
-    (left / "part.parquet").write_bytes(b"x")
     code, said = call("prune", "--keep", "0", "--output", output, "--yes")
     assert code == 0
     assert "read by search" in said
     assert "until a short time ago" in said
-    assert "removed: leftover" in said
+    assert "left alone: " in said
     remaining = Storage().list_folders(join(output, "runs"))
     assert remaining == ["a", "b", "begun", "c", "d", "damaged", "read", "young"]
     with leased(join(output, "runs", "begun"), Storage()):
@@ -215,36 +240,6 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
     assert Storage().list_folders(join(output, "runs")) == ["begun", "c", "d", "damaged", "read"]
     call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
     assert Storage().list_folders(join(output, "runs")) == ["c", "d", "damaged", "read"]
-
-
-@pytest.fixture
-def plain_folder() -> Iterator[Path]:
-    """A folder in which this process has the rights of a plain user, who can be refused something."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o777)
-        if os.geteuid() != 0:
-            yield folder
-            return
-        os.seteuid(65534)
-        try:
-            yield folder
-        finally:
-            os.seteuid(0)
-
-
-def test_a_removal_that_is_cut_short_leaves_no_run(plain_folder: Path, call):
-    output = str(plain_folder)
-    folder = night(output, "a", days_old=10)
-    (folder / "predictions").chmod(0o500)
-    code, said = call("prune", "--keep", "0", "--output", output, "--yes")
-    assert (code, "this user may not do this" in said) == (2, True)
-    (folder / "predictions").chmod(0o700)
-    assert any((folder / "predictions").iterdir())
-    assert not (folder / "run.json").exists()
-    assert not (folder / "plan.json").exists()
-    assert call("prune", "--keep", "0", "--output", output, "--yes")[0] == 0
-    assert not folder.exists()
 
 
 def test_prune_needs_a_measure(call):
