@@ -1,10 +1,10 @@
 """The images that every candidate answers: a sample of the manifest, spread evenly over its rows."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,8 @@ import pyarrow as pa
 from batchcls.errors import InputError
 from batchcls.manifest import Fragment, FragmentReader, Manifest
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
-from batchcls.storage import Storage, is_remote, local_path
+from batchcls.storage import Storage
+from batchcls.uris import real_place
 
 LABEL = "label"
 """The column of a sample with class names."""
@@ -39,8 +40,7 @@ class Sample:
 
         An image that stands in the manifest itself counts with its bytes.
         """
-        place = self.base if is_remote(self.base) else str(Path(local_path(self.base)).resolve())
-        digest = hashlib.sha256(place.encode())
+        digest = hashlib.sha256(os.fsencode(real_place(self.base)))
         named = (self.rows.column(name).to_pylist() for name in self.rows.column_names if name != ROW)
         for values in zip(*named, strict=True):
             for value in values:

@@ -8,8 +8,8 @@ from batchcls.models.bundle import CONFIG_FILE, Bundle
 from batchcls.models.choices import ModelChoices
 from batchcls.models.spec import ArgumentValue
 from batchcls.storage import Storage, join
+from batchcls.uris import may_be_model_name, normal
 
-_LIKE_A_NAME = re.compile(r"[A-Za-z0-9_.]+|[a-z]+:[^/].*")
 _ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS: Mapping[str, ArgumentValue] = {"true": True, "false": False, "none": None}
 
@@ -25,13 +25,13 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
     """
     if not _is_name(model, storage):
         _refuse_choices(choices)
-        return Bundle.load(model, storage)
+        return Bundle.load(normal(model), storage)
     return _named(model, choices, storage)
 
 
 def _is_name(model: str, storage: Storage) -> bool:
     """Whether `model` is an architecture's name. Raises InputError if it may be a bundle as well."""
-    if not _LIKE_A_NAME.fullmatch(model):
+    if not may_be_model_name(model):
         return False
     # The libraries take seconds to import, and a job whose model is a folder needs none of them.
     from batchcls.models.sources import find_name, is_model_name  # noqa: PLC0415
