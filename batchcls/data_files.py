@@ -16,10 +16,11 @@ from fnmatch import fnmatchcase
 
 from batchcls.errors import InputError
 from batchcls.storage import Entry, FileInfo, Found, Kind, Storage, explain, redact_uri
-from batchcls.uris import below, folder_of, is_http
+from batchcls.uris import below, folder_of, is_http, is_remote
 
 _MAGIC = re.compile(r"[*?[]")
 _ANY_DEPTH = "**"
+_PLACE_OF_BUCKET = 2  # among the segments of scheme://bucket/key
 _KEPT_BY_DEVICES = frozenset({"@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"})
 _SHOWN = 3
 _THREADS = 8
@@ -124,6 +125,11 @@ def find_data(
     Raises:
         InputError: it cannot be read, or is a part of such a table.
     """
+    if is_http(uri):
+        raise InputError(
+            f"{redact_uri(uri)}: lists of files and manifests are not read over http(s); download it, or name it in "
+            "its object store (s3://...)"
+        )
     with explain(uri):
         pattern = Pattern((_ANY_DEPTH, "*"), photographs)
         found = storage.look_into(uri, enter=pattern.may_enter)
@@ -138,7 +144,7 @@ def find_data(
             data = DataFiles(folder_of(found.uri), (found.file,), LeftOut({}))
         else:
             data = _chosen(found, pattern, wanted)
-        if not photographs and not is_http(uri):  # which has no folders to look into
+        if not photographs:
             _refuse_tables(data, found, storage)
     return data
 
@@ -223,6 +229,10 @@ def _split(uri: str, storage: Storage) -> tuple[str, list[str]]:
     """A glob's fixed folder and the segments below it; folders that exist are fixed, whatever their names."""
     segments = uri.split("/")
     fixed = next(place for place, segment in enumerate(segments) if _MAGIC.search(segment))
+    if is_remote(uri) and fixed <= _PLACE_OF_BUCKET:
+        raise InputError(
+            f"{redact_uri(uri)}: a pattern can stand for folders and files, not for buckets or hosts"
+        )
     while True:
         rest = [place for place in range(fixed + 1, len(segments)) if _MAGIC.search(segments[place])]
         if not rest or not storage.exists("/".join(segments[: fixed + 1])):

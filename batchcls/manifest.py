@@ -25,7 +25,7 @@ from batchcls.manifest_columns import Columns, agree_on_columns
 from batchcls.row_ranges import RowRanges, Rows
 from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI
 from batchcls.storage import FileInfo, Storage, explain, local_path, redact_uri
-from batchcls.uris import below, is_http, is_remote, normal
+from batchcls.uris import below, is_remote, normal
 
 __all__ = ["Columns", "Fragment", "FragmentReader", "Manifest", "ManifestFile", "open_manifest"]
 
@@ -191,7 +191,7 @@ def _find_files(uri: str, storage: Storage) -> DataFiles:
         _logger.warning("the manifest %s leaves out %s", place, left_out)
     if found.left_out.hidden:
         _logger.info("the manifest %s leaves out %s", place, found.left_out.hidden)
-    empty = [redact_uri(info.uri) for info in found.files if info.size == 0 and not is_http(info.uri)]
+    empty = [redact_uri(info.uri) for info in found.files if info.size == 0]
     if empty:
         raise InputError(
             f"{empty[0]} is empty (0 bytes, as {len(empty)} of {len(found.files)} files): what writes it has failed or "

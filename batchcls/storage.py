@@ -209,7 +209,13 @@ class Storage:
             return _local_infos(walk(Path(local_path(uri_prefix))), suffix)
         filesystem, path = self.filesystem(uri_prefix)
         filesystem.invalidate_cache()
-        return _remote_infos(filesystem, scheme(uri_prefix), filesystem.find(path, detail=True), suffix)
+        found = filesystem.find(path, detail=True)
+        # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
+        return sorted(
+            _info(uri_prefix, path, name, entry)
+            for name, entry in found.items()
+            if entry["type"] == "file" and not name.endswith("/") and name.endswith(suffix)
+        )
 
     def write_file(self, uri: str, path: Path) -> None:
         """Write or replace a file with the content of a local one, whole, however large it is."""
@@ -291,18 +297,12 @@ class Storage:
         filesystem, path = self.filesystem(uri)
         filesystem.invalidate_cache()
         listed = filesystem.find(path, detail=True, withdirs=True, **({"maxdepth": depth} if depth else {}))
-        root = _full_uri(filesystem, scheme(uri), path)
-        start = path.removesuffix("/") + "/"
-        entries = []
-        for name, entry in listed.items():
-            if name.endswith(("/", _FOLDER_MARK)) or (name == path and entry["type"] == "directory"):
-                continue
-            kind = _KINDS.get(entry["type"], Kind.SPECIAL)
-            info = FileInfo(
-                _full_uri(filesystem, scheme(uri), name), int(entry.get("size") or 0), _etag(entry)
-            )
-            entries.append(Entry("" if name == path else name.removeprefix(start), kind, info))
-        return Found(root, tuple(entries)) if entries else None
+        entries = [
+            Entry(_below(name, path), _KINDS.get(entry["type"], Kind.SPECIAL), _info(uri, path, name, entry))
+            for name, entry in listed.items()
+            if not name.endswith(("/", _FOLDER_MARK)) and (name != path or entry["type"] == "file")
+        ]
+        return Found(uri, tuple(entries)) if entries else None
 
 
 def _filesystem_class(name: str, uri: str) -> Any:
@@ -354,28 +354,16 @@ def _local_infos(paths: Iterable[Path], suffix: str | tuple[str, ...]) -> list[F
     return sorted(FileInfo(str(path), path.stat().st_size, None) for path in wanted)
 
 
-def _remote_infos(
-    filesystem: Any, name: str, entries: Mapping[str, Mapping[str, Any]], suffix: str | tuple[str, ...]
-) -> list[FileInfo]:
-    # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
-    files = {
-        path: entry
-        for path, entry in entries.items()
-        if entry["type"] == "file" and not path.endswith("/") and path.endswith(suffix)
-    }
-    return sorted(
-        FileInfo(_full_uri(filesystem, name, path), int(entry["size"] or 0), _etag(entry))
-        for path, entry in files.items()
-    )
+def _info(uri: str, path: str, name: str, entry: Mapping[str, Any]) -> FileInfo:
+    """A file that a store lists below `path`, spelled as `uri`, which names that path, is."""
+    below = _below(name, path)
+    place = f"{uri.removesuffix('/')}/{below}" if below else uri
+    return FileInfo(place, int(entry.get("size") or 0), _etag(entry))
 
 
-def _full_uri(filesystem: Any, name: str, path: str) -> str:
-    """Where a path of a filesystem is, under the scheme that it was asked for by."""
-    if name in _S3_SCHEMES:
-        return f"{name}://{path}"
-    own, mark, rest = str(filesystem.unstrip_protocol(path)).partition("://")
-    protocols = (filesystem.protocol,) if isinstance(filesystem.protocol, str) else filesystem.protocol
-    return f"{name if own in protocols else own}{mark}{rest}"
+def _below(name: str, path: str) -> str:
+    """The path of a listed name below the listed path; empty where it is that itself."""
+    return "" if name == path else name.removeprefix(path.removesuffix("/") + "/")
 
 
 def _etag(entry: Mapping[str, Any]) -> str | None:

@@ -156,7 +156,7 @@ def is_remote(uri: str) -> bool:
 
 
 def is_http(uri: str) -> bool:
-    """Whether the URI is one of http(s), which knows neither folders nor what is in them."""
+    """Whether the URI is one of http(s), which knows no folders."""
     return scheme(uri) in _HTTP
 
 
@@ -182,8 +182,6 @@ def folder_of(uri: str) -> str:
 
     An object whose key holds an empty segment in front of its name keeps both slashes.
     """
-    if is_http(uri):
-        uri = re.split(r"[?#]", uri, maxsplit=1)[0]
     folder, slash, _ = uri.rpartition("/")
     if not slash:
         return "."

@@ -130,6 +130,11 @@ def test_every_spelling_is_one_place(storage: Storage, root: str, monkeypatch: p
         assert [file.uri for file in manifest.files] == [f"{place}/m.parquet"]
 
 
+def test_a_bucket_is_no_pattern() -> None:
+    with pytest.raises(InputError, match="buckets"):
+        open_manifest("memory://sho*/m.parquet", Storage())
+
+
 def test_keys_of_s3_are_opaque(s3, root: str) -> None:
     storage, bucket = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}"
     for key in ("/m.parquet", "x//m.parquet", "x/m.parquet", "x/./n.parquet", "x/../o.parquet", "x//"):

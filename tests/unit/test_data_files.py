@@ -272,6 +272,12 @@ def test_nothing_there_is_told_from_nothing_that_is_data(tmp_path: Path):
         open_manifest(str(tmp_path), STORAGE)
 
 
+def test_a_manifest_over_http_is_refused_without_its_signature():
+    with pytest.raises(InputError, match=r"https://host/m.parquet: .* not read over http") as caught:
+        open_manifest("HTTPS://host/m.parquet?token=secret", STORAGE)
+    assert "secret" not in str(caught.value)
+
+
 def test_a_manifest_leaves_out_with_a_word_and_refuses_what_is_empty(
     tmp_path: Path, log: pytest.LogCaptureFixture
 ):
