@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from batchcls.errors import InputError
-from batchcls.uris import is_remote, normal, normal_model
+from batchcls.uris import is_remote, local_path, normal, normal_model
 
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
@@ -26,6 +26,11 @@ def _local_folder(value: str) -> str:
     return _address(value)
 
 
+def _node_folder(value: str) -> str:
+    _local_folder(value)
+    return local_path(value)
+
+
 def _checked(normalize: Callable[[str], str], value: str) -> str:
     """Pydantic reports a ValueError together with the name of the setting."""
     if not value:
@@ -41,6 +46,9 @@ Address = Annotated[str, AfterValidator(_address)]
 
 LocalFolder = Annotated[str, AfterValidator(_local_folder)]
 """A folder of this machine, in the same form."""
+
+NodeFolder = Annotated[str, AfterValidator(_node_folder)]
+"""A folder of every node: `~` and relative paths are for the node to resolve."""
 
 ModelAddress = Annotated[str, AfterValidator(_model)]
 """A bundle's folder in that form, or the name of an architecture as it is."""

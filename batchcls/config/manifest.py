@@ -11,7 +11,7 @@ class ManifestFromFolderConfig(JobConfig):
     """Make a manifest from a folder of pictures."""
 
     folder: Address = Field(
-        min_length=1, description="Folder with pictures, local or s3://, searched at any depth."
+        min_length=1, description="Folder with pictures, local or s3://, searched at any depth; or a glob."
     )
     output: Address = Field(min_length=1, description="Parquet file to write.")
     labels_from_folders: bool = Field(

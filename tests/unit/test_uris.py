@@ -240,3 +240,11 @@ def test_names_of_models_stay(here: Path, name: str):
 def test_one_bundle_named_twice_is_named_twice(here: Path):
     with pytest.raises(ValidationError, match="twice"):
         CompareConfig(manifest="m", output="o", models=["./x", f"{here}/x/"])
+
+
+def test_the_cache_is_a_folder_of_each_node(here: Path):
+    for given, kept in (("~/cache", "~/cache"), ("file:///a%20b", "/a b"), ("x/../y", "x/../y")):
+        assert BundleTestConfig(bundle="b", cache_dir=given).cache_dir == kept
+    for wrong in ("s3://b/cache", "s3:/b", r"C:\cache"):
+        with pytest.raises(ValidationError):
+            BundleTestConfig(bundle="b", cache_dir=wrong)
