@@ -1,5 +1,6 @@
 """Which files of a place are data, and its spellings: the same on local disk, in memory and on a real S3 server."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,9 +10,12 @@ import pytest
 from batchcls.data_files import find_data
 from batchcls.errors import InputError
 from batchcls.images.addresses import resolve_uri
+from batchcls.jobs import manifest as manifest_job
+from batchcls.jobs.command import run
 from batchcls.manifest import open_manifest
 from batchcls.storage import Storage, join
 from batchcls.uris import below, normal
+from tests.conftest import S3Server
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -135,7 +139,7 @@ def test_a_bucket_is_no_pattern() -> None:
         open_manifest("memory://sho*/m.parquet", Storage())
 
 
-def test_keys_of_s3_are_opaque(s3, root: str) -> None:
+def test_keys_of_s3_are_opaque(s3: S3Server) -> None:
     storage, bucket = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}"
     for key in ("/m.parquet", "x//m.parquet", "x/m.parquet", "x/./n.parquet", "x/../o.parquet", "x//"):
         filesystem, _ = storage.filesystem(bucket)
@@ -148,3 +152,26 @@ def test_keys_of_s3_are_opaque(s3, root: str) -> None:
         image = resolve_uri("images/a.jpg", manifest.base)
         assert image == f"{bucket}/{key.rpartition('/')[0]}/images/a.jpg"
     assert names(storage, f"{bucket}/x") == ["/m.parquet", "m.parquet"]
+
+
+def test_every_spelling_of_a_prefix_makes_the_same_manifest(s3: S3Server, tmp_path: Path) -> None:
+    options = {"endpoint_url": s3.endpoint_url}
+    storage, folder = Storage(options), f"s3://{s3.bucket}/photos"
+    for name in ("a/1.jpg", "b [1].png", ".Trash/2.jpg", "a/._1.jpg", "_DSC3.jpg"):
+        storage.write_whole(f"{folder}/{name}", b"x")
+    made = []
+    for number, spelling in enumerate((folder, f"{folder}/", f"S3{folder[2:]}", f"s3a{folder[2:]}//")):
+        output = tmp_path / f"{number}.parquet"
+        arguments = [
+            "from-folder",
+            spelling,
+            "--output",
+            str(output),
+            "--storage-options",
+            json.dumps(options),
+        ]
+        assert run("manifest", manifest_job.COMMANDS, arguments) == 0
+        made.append(pq.read_table(output).to_pydict())
+    assert made[0]["item_id"] == ["_DSC3.jpg", "a/1.jpg", "b [1].png"]
+    assert made[0]["uri"] == [f"{folder}/{name}" for name in made[0]["item_id"]]
+    assert all(one == made[0] for one in made)

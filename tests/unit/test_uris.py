@@ -19,6 +19,7 @@ from batchcls.config.finetune import FinetuneConfig
 from batchcls.config.manifest import ManifestCheckConfig, ManifestFromFolderConfig
 from batchcls.config.runs import RunsDiffConfig, RunsListConfig
 from batchcls.errors import InputError
+from batchcls.runs.fingerprints import Fingerprints
 from batchcls.uris import below, folder_of, has_scheme, local_path, normal, real_place, redact_uri
 
 
@@ -248,3 +249,17 @@ def test_the_cache_is_a_folder_of_each_node(here: Path):
     for wrong in ("s3://b/cache", "s3:/b", r"C:\cache"):
         with pytest.raises(ValidationError):
             BundleTestConfig(bundle="b", cache_dir=wrong)
+
+
+def test_a_run_goes_on_however_the_same_places_are_spelled(here: Path):
+    plain = ClassifyConfig(manifest="m", output="o", model="timm:x", allow_root=["real/deep", "a"])
+    other = ClassifyConfig(
+        manifest=f"file://{here}/m",
+        output="./o/",
+        model="timm:x",
+        allow_root=["./real//deep/", f"file:{here}/a"],
+    )
+    assert other == plain
+    found = Fingerprints.of(plain, "m", "b").differences(Fingerprints.of(other, "m", "b"))
+    assert found == []
+    assert plain.redacted() == other.redacted()
