@@ -3,11 +3,15 @@
 import errno
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
+
+_NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
 def write_local(path: str, data: bytes, place: Callable[[Path, Path], None]) -> None:
@@ -44,21 +48,74 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def walk(top: Path) -> Iterable[Path]:
-    """Files in a folder and below, or the file itself; nothing if it is not there.
+class Kind(StrEnum):
+    """What an entry of a folder is. Links to files are files; links to folders are not entered."""
+
+    FILE = "file"
+    FOLDER = "folder"
+    FOLDER_LINK = "link to a folder"
+    DANGLING_LINK = "link that leads nowhere"
+    SPECIAL = "neither file nor folder"
+
+
+def kind_of(path: str) -> Kind | None:
+    """What stands at a path, links followed; None where there is nothing. Raises OSError where it may not be seen."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - the text of a path, which Path would change
+    except OSError as error:
+        if error.errno not in _NOTHING_THERE:
+            raise
+        return Kind.DANGLING_LINK if os.path.islink(path) else None  # noqa: PTH114
+    if stat.S_ISREG(mode):
+        return Kind.FILE
+    return Kind.FOLDER if stat.S_ISDIR(mode) else Kind.SPECIAL
+
+
+def scan(top: str, enter: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Kind, int]]:
+    """Everything in a folder and below, in no order: path below it, kind, and size in bytes where it is a file.
+
+    Args:
+        top: the folder, which may be a link; where it is not there, nothing comes.
+        enter: is given the path of each folder below, and says whether to look into it.
 
     Raises:
-        OSError: a folder below cannot be read; its files must not silently be left out.
+        OSError: a folder that is to be entered cannot be read; its files must not silently be left out.
     """
+    waiting = [""]
+    while waiting:
+        above = waiting.pop()
+        try:
+            entries = list(os.scandir(f"{top}/{above}".rstrip("/") or "/"))
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        for entry in entries:
+            kind, size = _entry_kind(entry)
+            name = above + entry.name
+            if kind is not None:
+                yield name, kind, size
+            if kind is Kind.FOLDER and enter(name):
+                waiting.append(f"{name}/")
+
+
+def _entry_kind(entry: "os.DirEntry[str]") -> tuple[Kind | None, int]:
+    if entry.is_dir(follow_symlinks=False):
+        return Kind.FOLDER, 0
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno not in _NOTHING_THERE:
+            raise
+        return (Kind.DANGLING_LINK if entry.is_symlink() else None), 0
+    if stat.S_ISREG(status.st_mode):
+        return Kind.FILE, status.st_size
+    return (Kind.FOLDER_LINK if stat.S_ISDIR(status.st_mode) else Kind.SPECIAL), 0
+
+
+def walk(top: Path) -> Iterable[Path]:
+    """Files in a folder and below, or the file itself; nothing if it is not there. Raises as `scan` does."""
     if top.is_file():
         return [top]
-    return (Path(folder) / name for folder, _, names in os.walk(top, onerror=_refuse_gap) for name in names)
-
-
-def _refuse_gap(error: OSError) -> None:
-    """Make os.walk raise for a folder it cannot read; by itself it would leave the folder out."""
-    if not isinstance(error, FileNotFoundError):
-        raise error
+    return (top / name for name, kind, _ in scan(str(top)) if kind is Kind.FILE)
 
 
 def remove_empty(top: Path) -> None:

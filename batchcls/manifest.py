@@ -6,7 +6,8 @@ over the ids is in `batchcls.identity`.
 """
 
 import hashlib
-import re
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,13 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchcls.data_files import DataFiles, find_data
 from batchcls.errors import InputError
 from batchcls.manifest_columns import Columns, agree, columns_of, some_names
 from batchcls.manifest_footer import Footer, open_parquet, read_footer, require_plain
 from batchcls.manifest_types import as_plain, image_bytes, image_paths, readable_text, require_text
 from batchcls.row_ranges import RowRanges, Rows
 from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, URI_FAULT
-from batchcls.storage import FileInfo, Storage, explain, is_remote, local_path, redact_uri
+from batchcls.storage import FileInfo, Storage, explain, local_path, redact_uri
+from batchcls.uris import below, is_remote, normal
 
 __all__ = [
     "Columns",
@@ -34,6 +37,8 @@ __all__ = [
     "open_labelled",
     "open_manifest",
 ]
+
+_logger = logging.getLogger(__name__)
 
 _FOOTER_THREADS = 16
 _CACHED_ROW_GROUP_BYTES = 256 * 2**20
@@ -107,7 +112,7 @@ class Manifest:
         """SHA-256 over names, sizes, versions and footers of the files and the number of rows, hex."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.uri.removeprefix(self.base)}\0{file.digest}\0{file.rows}\n".encode())
+            digest.update(os.fsencode(f"/{below(file.uri, self.base)}\0{file.digest}\0{file.rows}\n"))
         digest.update(str(self.rows).encode())
         return digest.hexdigest()
 
@@ -160,10 +165,11 @@ def open_manifest(
         InputError: nothing there, unreadable, empty, a column missing, repeated, encrypted or of the
             wrong type; the message names the file and the column.
     """
-    found = _find_files(uri, storage)
+    data = _find_files(normal(uri), storage)
 
     def look(info: FileInfo) -> tuple[ManifestFile, Columns, str]:
         footer = _read_footer(info, storage)
+        _refuse_partition_keys(data, footer.schema.names, (id_column, *keep))
         columns = columns_of(footer.schema, info.uri, id_column, keep, optional=optional)
         if footer.may_be_encrypted and any(footer.row_groups):
             require_plain(info.uri, storage, _first_with_rows(footer), columns.names)
@@ -172,7 +178,7 @@ def open_manifest(
         return file, columns, some_names(footer.schema.names)
 
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        looks = list(pool.map(look, found))
+        looks = list(pool.map(look, data.files))
     columns = agree([(file.uri, columns) for file, columns, _ in looks])
     files: list[ManifestFile] = []
     first_row = 0
@@ -182,7 +188,7 @@ def open_manifest(
     if first_row == 0:
         raise InputError(f"the manifest {redact_uri(uri)} is empty: {len(files)} Parquet file(s), no rows")
     rows = min(first_row, limit or first_row)
-    return Manifest(_base_of(uri, found), tuple(files), columns, rows, looks[0][2])
+    return Manifest(data.base, tuple(files), columns, rows, looks[0][2])
 
 
 def open_labelled(
@@ -243,33 +249,52 @@ def _first_with_rows(footer: Footer) -> int:
     return next(place for place, rows in enumerate(footer.row_groups) if rows)
 
 
-def _find_files(uri: str, storage: Storage) -> list[FileInfo]:
-    with explain(uri):
-        if _is_glob(uri):
-            found = storage.glob(uri)
-        else:
-            # A file lists itself, whatever its name; in a folder only Parquet counts.
-            found = storage.list_files(uri, ".parquet") or storage.list_files(uri)
-            if [info.uri for info in found] != [uri]:
-                found = [info for info in found if info.uri.endswith(".parquet")]
-    if not found:
-        raise InputError(
-            f"no Parquet files at {redact_uri(uri)}; make a manifest from pictures with "
-            "`python -m batchcls.jobs.manifest from-folder`"
+def _find_files(uri: str, storage: Storage) -> DataFiles:
+    """The manifest's files, each with something in it; what was left out is logged.
+
+    Raises:
+        InputError: there are none, one is empty, or they are part of a table with a log.
+    """
+    found = find_data(uri, storage, _is_parquet)
+    place = redact_uri(uri)
+    left_out = found.left_out.unexpected if found else ""
+    if found is None or not found.files:
+        others = (
+            f"; it holds {', '.join(found.others)}, ...: name them by a glob"
+            if found and found.others
+            else ""
         )
-    return sorted(found)
+        raise InputError(
+            f"no Parquet files at {place}{f' but {left_out}' if left_out else ''}{others}; make a manifest from "
+            "pictures with `python -m batchcls.jobs.manifest from-folder`"
+        )
+    if left_out:
+        _logger.warning("the manifest %s leaves out %s", place, left_out)
+    if found.left_out.hidden:
+        _logger.info("the manifest %s leaves out %s", place, found.left_out.hidden)
+    empty = [redact_uri(info.uri) for info in found.files if info.size == 0]
+    if empty:
+        raise InputError(
+            f"{empty[0]} is empty (0 bytes, as {len(empty)} of {len(found.files)} files): what writes it has failed or "
+            "has not finished; write it again or remove it"
+        )
+    return found
 
 
-def _is_glob(uri: str) -> bool:
-    return any(character in uri for character in "*?[")
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")
 
 
-def _base_of(uri: str, found: list[FileInfo]) -> str:
-    """The folder that relative uris of images belong to: the manifest's own, without any glob."""
-    if _is_glob(uri) or found[0].uri == uri:
-        fixed = re.split(r"[*?[]", uri)[0]
-        return fixed.rpartition("/")[0] if "/" in fixed else "."
-    return uri.rstrip("/")
+def _refuse_partition_keys(data: DataFiles, columns: Sequence[str], names: Iterable[str]) -> None:
+    """Say of a column that only folders `key=value` name that it is none, instead of that it is missing."""
+    keys = data.partition_keys()
+    for name in names:
+        if name in keys and name not in columns:
+            raise InputError(
+                f"column {name} is not in the files of {redact_uri(data.base)} but in the names of their folders "
+                f"({name}=...), which are not read as columns; write it into the files, for example with DuckDB: COPY "
+                "(FROM read_parquet('FOLDER/**/*.parquet', hive_partitioning = true)) TO 'rows.parquet'"
+            )
 
 
 def _read_footer(info: FileInfo, storage: Storage) -> Footer:

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,24 @@ import pyarrow.fs
 from fsspec.registry import get_filesystem_class
 
 from batchcls.errors import InputError
-from batchcls.local_files import copy_local, remove_empty, remove_tree, walk, write_local
+from batchcls.local_files import (
+    Kind,
+    copy_local,
+    kind_of,
+    remove_empty,
+    remove_tree,
+    scan,
+    walk,
+    write_local,
+)
 from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
 from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
 
 __all__ = [
+    "Entry",
     "FileInfo",
+    "Found",
+    "Kind",
     "Storage",
     "UnsupportedSchemeError",
     "error_code",
@@ -51,6 +63,9 @@ _S3_PART_BYTES = 16 << 20
 
 _CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict"})
 
+_FOLDER_MARK = "_$folder$"  # the name of Hadoop's empty objects that stand for folders
+_KINDS = {"file": Kind.FILE, "directory": Kind.FOLDER}
+
 _filesystems: dict[tuple[int, int, str, str], Any] = {}
 
 
@@ -61,6 +76,28 @@ class FileInfo:
     uri: str
     size: int
     etag: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing in a folder: its path below it, what it is, and, of a file, where it is and how large."""
+
+    name: str
+    kind: Kind
+    info: FileInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What there is at an address: a file, which is its own only entry, or a folder. `uri` as entries begin."""
+
+    uri: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def file(self) -> FileInfo | None:
+        """The file; None: it is a folder."""
+        return self.entries[0].info if self.entries and self.entries[0].name == "" else None
 
 
 class Storage:
@@ -181,7 +218,13 @@ class Storage:
             return _local_infos(walk(Path(local_path(uri_prefix))), suffix)
         filesystem, path = self.filesystem(uri_prefix)
         filesystem.invalidate_cache()
-        return _remote_infos(filesystem, scheme(uri_prefix), filesystem.find(path, detail=True), suffix)
+        found = filesystem.find(path, detail=True)
+        # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
+        return sorted(
+            _info(uri_prefix, path, name, entry)
+            for name, entry in found.items()
+            if entry["type"] == "file" and not name.endswith("/") and name.endswith(suffix)
+        )
 
     def write_file(self, uri: str, path: Path) -> None:
         """Write or replace a file with the content of a local one, whole, however large it is."""
@@ -256,14 +299,48 @@ class Storage:
         found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
         return sorted(name.rpartition("/")[2] for name in found)
 
-    def glob(self, pattern: str) -> list[FileInfo]:
-        """Files that match a pattern with `*`, `?`, `[...]` and `**`, sorted by URI, always fresh."""
-        filesystem, path = self.filesystem(pattern)
+    def look_into(
+        self, uri: str, *, depth: int | None = None, enter: Callable[[str], bool] = lambda _: True
+    ) -> "Found | None":
+        """What there is at an address: a file, or a folder with all that is in it; None: nothing. Always fresh.
+
+        Args:
+            uri: in its normal form (`uris.normal`).
+            depth: how many levels of a folder to list in a store, at least 1; None: all.
+            enter: is given the path of each local folder below, and says whether to look into it.
+
+        Raises:
+            InputError: what stands there is neither file nor folder, or a link that leads nowhere.
+            OSError: a local folder that is to be entered cannot be read; the store refuses.
+        """
+        if is_remote(uri):
+            return self._look_into_remote(uri, depth)
+        path = local_path(uri)
+        kind = kind_of(path)
+        if kind is None:
+            return None
+        if kind is Kind.FILE:
+            return Found(path, (Entry("", kind, FileInfo(path, Path(path).stat().st_size, None)),))
+        if kind is not Kind.FOLDER:
+            article = "a " if kind is Kind.DANGLING_LINK else ""
+            raise InputError(f"{path} is {article}{kind}; name a file or a folder")
+        start = path.removesuffix("/")
+        found = (
+            Entry(name, kind, FileInfo(f"{start}/{name}", size, None))
+            for name, kind, size in scan(path, enter)
+        )
+        return Found(path, tuple(found))
+
+    def _look_into_remote(self, uri: str, depth: int | None) -> "Found | None":
+        filesystem, path = self.filesystem(uri)
         filesystem.invalidate_cache()
-        found = filesystem.glob(path, detail=True)
-        if not is_remote(pattern):
-            return _local_infos((Path(name) for name in found), "")
-        return _remote_infos(filesystem, scheme(pattern), found, "")
+        listed = filesystem.find(path, detail=True, withdirs=True, **({"maxdepth": depth} if depth else {}))
+        entries = [
+            Entry(_below(name, path), _KINDS.get(entry["type"], Kind.SPECIAL), _info(uri, path, name, entry))
+            for name, entry in listed.items()
+            if not name.endswith(("/", _FOLDER_MARK)) and (name != path or entry["type"] == "file")
+        ]
+        return Found(uri, tuple(entries)) if entries else None
 
 
 def _filesystem_class(name: str, uri: str) -> Any:
@@ -315,23 +392,16 @@ def _local_infos(paths: Iterable[Path], suffix: str | tuple[str, ...]) -> list[F
     return sorted(FileInfo(str(path), path.stat().st_size, None) for path in wanted)
 
 
-def _remote_infos(
-    filesystem: Any, name: str, entries: Mapping[str, Mapping[str, Any]], suffix: str | tuple[str, ...]
-) -> list[FileInfo]:
-    # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
-    files = {
-        path: entry
-        for path, entry in entries.items()
-        if entry["type"] == "file" and not path.endswith("/") and path.endswith(suffix)
-    }
-    return sorted(
-        FileInfo(_full_uri(filesystem, name, path), int(entry["size"] or 0), _etag(entry))
-        for path, entry in files.items()
-    )
+def _info(uri: str, path: str, name: str, entry: Mapping[str, Any]) -> FileInfo:
+    """A file that a store lists below `path`, spelled as `uri`, which names that path, is."""
+    below = _below(name, path)
+    place = f"{uri.removesuffix('/')}/{below}" if below else uri
+    return FileInfo(place, int(entry.get("size") or 0), _etag(entry))
 
 
-def _full_uri(filesystem: Any, name: str, path: str) -> str:
-    return f"{name}://{path}" if name in _S3_SCHEMES else str(filesystem.unstrip_protocol(path))
+def _below(name: str, path: str) -> str:
+    """The path of a listed name below the listed path; empty where it is that itself."""
+    return "" if name == path else name.removeprefix(path.removesuffix("/") + "/")
 
 
 def _etag(entry: Mapping[str, Any]) -> str | None:

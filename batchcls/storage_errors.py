@@ -138,7 +138,9 @@ def resumable(uri: str) -> Iterator[None]:
 
 
 def _explained(uri: str, error: BaseException) -> BatchclsError:
-    place = redact_uri(uri)
+    named = error.filename if isinstance(error, OSError) else None
+    # Of what lies in a local folder the path is told, not only the folder's.
+    place = named if isinstance(named, str) and named.startswith(f"{uri}/") else redact_uri(uri)
     if is_out_of_room(error):
         return StorageStoppedError(f"{place}: no room left on the device or quota; free some")
     code = error_code(error)

@@ -1,17 +1,18 @@
 """The images that every candidate answers: a sample of the manifest, spread evenly over its rows."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from batchcls.manifest import Fragment, FragmentReader, Manifest, with_text_labels
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI, URI_FAULT
-from batchcls.storage import Storage, is_remote, local_path
+from batchcls.storage import Storage
+from batchcls.uris import real_place
 
 LABEL = "label"
 """The column of a sample with class names."""
@@ -38,8 +39,7 @@ class Sample:
 
         An image that stands in the manifest itself counts with its bytes.
         """
-        place = self.base if is_remote(self.base) else str(Path(local_path(self.base)).resolve())
-        digest = hashlib.sha256(place.encode())
+        digest = hashlib.sha256(os.fsencode(real_place(self.base)))
         named = (
             self.rows.column(name).to_pylist()
             for name in self.rows.column_names

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from batchcls.config.common import TAP_PATTERN, JobConfig, PreprocessingSettings
+from batchcls.config.common import TAP_PATTERN, Address, JobConfig, ModelAddress, PreprocessingSettings
 from batchcls.config.engines import CacheSettings
 
 
@@ -19,21 +19,21 @@ class StoreSettings(JobConfig):
 class BundleCreateConfig(StoreSettings, PreprocessingSettings):
     """Make a bundle from a name of the zoo, timm or torchvision and weights."""
 
-    model: str = Field(
+    model: ModelAddress = Field(
         min_length=1, description="A name of the zoo, timm:NAME or torchvision:NAME, perhaps with a tag."
     )
-    output: str = Field(min_length=1, description="Folder to write, local or s3://.")
+    output: Address = Field(min_length=1, description="Folder to write, local or s3://.")
     model_args: str | None = Field(
         default=None, description="Arguments of the architecture as key=value,key=value."
     )
-    weights: str | None = Field(
+    weights: Address | None = Field(
         default=None,
         description=".safetensors or .pth file; without it the library's pretrained weights are downloaded.",
     )
-    labels: str | None = Field(
+    labels: Address | None = Field(
         default=None, description="Class names in order, one a line; default for 1000: ImageNet's."
     )
-    category_paths: str | None = Field(
+    category_paths: Address | None = Field(
         default=None, description="Paths of the labels in a tree of categories, one a/b/c a line."
     )
     new_head: bool = Field(
@@ -60,13 +60,13 @@ class BundleCreateConfig(StoreSettings, PreprocessingSettings):
 class BundleInspectConfig(StoreSettings):
     """Say what a bundle holds."""
 
-    bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
+    bundle: Address = Field(min_length=1, description="The bundle's folder, local or s3://.")
 
 
 class BundleTestConfig(StoreSettings, CacheSettings):
     """Hold a bundle's network against its golden answers, on this machine."""
 
-    bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
+    bundle: Address = Field(min_length=1, description="The bundle's folder, local or s3://.")
     engine: Literal["torch", "compile", "openvino"] = Field(
         default="torch", description="What runs the network."
     )
@@ -84,8 +84,8 @@ class BundleTestConfig(StoreSettings, CacheSettings):
 class BundleExportConfig(StoreSettings):
     """Write a bundle's network as a program that other runtimes load: pixels in, logits and embedding out."""
 
-    bundle: str = Field(min_length=1, description="The bundle's folder, local or s3://.")
-    output: str = Field(min_length=1, description="Folder to write, local or s3://.")
+    bundle: Address = Field(min_length=1, description="The bundle's folder, local or s3://.")
+    output: Address = Field(min_length=1, description="Folder to write, local or s3://.")
     format: Literal["onnx", "torch-export"] = Field(
         default="onnx",
         description="onnx: for ONNX Runtime, TensorRT, OpenVINO and others; torch-export: for "

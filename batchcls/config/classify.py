@@ -7,12 +7,14 @@ from pydantic import Field, field_validator
 
 from batchcls.config.common import (
     TAP_PATTERN,
+    Address,
     Auto,
     AutoOrCount,
     AutoOrFraction,
     ClusterSettings,
     FetchSettings,
     KeptColumns,
+    ModelAddress,
 )
 from batchcls.config.engines import EngineSettings
 from batchcls.config.gates import GateSettings
@@ -26,21 +28,21 @@ RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSettings):
     """Classify a catalog: manifest in, predictions and embeddings out."""
 
-    manifest: str = Field(
+    manifest: Address = Field(
         min_length=1,
         description="Parquet file, folder or glob, local or s3://: item_id, and uri or image.",
     )
-    output: str = Field(min_length=1, description="Folder for runs/ and current.json, local or s3://.")
-    model: str = Field(
+    output: Address = Field(min_length=1, description="Folder for runs/ and current.json, local or s3://.")
+    model: ModelAddress = Field(
         min_length=1,
         description="A bundle's folder (local or s3://), a name of the zoo (`bundle zoo`), timm:NAME or "
         "torchvision:NAME, perhaps with a tag: resnet50.IMAGENET1K_V1.",
     )
-    weights: str | None = Field(
+    weights: Address | None = Field(
         default=None,
         description="Weights for a named architecture, a .safetensors file, local or s3://.",
     )
-    labels: str | None = Field(
+    labels: Address | None = Field(
         default=None, description="Class names in order, one a line; default for 1000 classes: ImageNet's."
     )
     model_args: str | None = Field(

@@ -1,15 +1,60 @@
 """What the settings of several jobs have in common."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from batchcls.errors import InputError
 from batchcls.preprocessing import Deviations, Means
 from batchcls.schema import RESERVED_COLUMNS
+from batchcls.uris import is_remote, local_path, normal, normal_model
 
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
 AutoOrFraction = Auto | Annotated[float, Field(ge=0, le=1)]
+
+
+def _address(value: str) -> str:
+    return _checked(normal, value)
+
+
+def _model(value: str) -> str:
+    return _checked(normal_model, value)
+
+
+def _local_folder(value: str) -> str:
+    if is_remote(value):
+        raise ValueError("a folder of this machine is expected, and this is none")
+    return _address(value)
+
+
+def _node_folder(value: str) -> str:
+    _local_folder(value)
+    return local_path(value)
+
+
+def _checked(normalize: Callable[[str], str], value: str) -> str:
+    """Pydantic reports a ValueError together with the name of the setting."""
+    if not value:
+        raise ValueError("is empty; leave it out, or name a place")
+    try:
+        return normalize(value)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""A file, folder or glob that a user names, local or remote, in the one form that `uris.normal` gives it."""
+
+LocalFolder = Annotated[str, AfterValidator(_local_folder)]
+"""A folder of this machine, in the same form."""
+
+NodeFolder = Annotated[str, AfterValidator(_node_folder)]
+"""A folder of every node: `~` and relative paths are for the node to resolve."""
+
+ModelAddress = Annotated[str, AfterValidator(_model)]
+"""A bundle's folder in that form, or the name of an architecture as it is."""
 
 TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"
 
@@ -44,7 +89,7 @@ class FetchSettings(JobConfig):
         description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
         "Credentials come from the usual AWS chain and are better left out of here.",
     )
-    allow_root: list[str] = Field(
+    allow_root: list[LocalFolder] = Field(
         default_factory=list,
         description="Local images are read below these folders only; repeat or separate by commas. "
         "Empty: any local path.",

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from batchcls.config.common import AutoOrCount, ClusterSettings, FetchSettings
+from batchcls.config.common import Address, AutoOrCount, ClusterSettings, FetchSettings, ModelAddress
 from batchcls.config.engines import CacheSettings
 from batchcls.storage import redact_options, redact_uri
 
@@ -14,16 +14,16 @@ _Positive = Annotated[int, Field(ge=1)]
 class CompareConfig(FetchSettings, ClusterSettings, CacheSettings):
     """Measure backbones on your hardware and your images, and say which to take."""
 
-    manifest: str = Field(
+    manifest: Address = Field(
         min_length=1,
         description="Parquet file, folder or glob, local or s3://: item_id, and uri or image. With a column of "
         "labels, accuracy is measured too.",
     )
-    models: list[str] = Field(
+    models: list[ModelAddress] = Field(
         min_length=1,
         description="Names of the zoo, timm:NAME, torchvision:NAME or folders of bundles, by commas.",
     )
-    output: str = Field(
+    output: Address = Field(
         min_length=1,
         description="Folder for measurements, tables and the page, local or s3://. The same command goes on where "
         "it stopped; more models can be added later.",

@@ -4,13 +4,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from batchcls.config.common import JobConfig
+from batchcls.config.common import JobConfig, NodeFolder
 
 
 class CacheSettings(JobConfig):
     """Where a node keeps converted networks; shared by every job that runs one."""
 
-    cache_dir: str | None = Field(
+    cache_dir: NodeFolder | None = Field(
         default=None,
         description="Folder of each node for converted networks; default: BATCHCLS_CACHE_DIR, or else the user's "
         "cache folder.",

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from batchcls.config.common import FetchSettings
+from batchcls.config.common import Address, FetchSettings
 from batchcls.config.engines import CacheSettings
 from batchcls.storage import redact_options, redact_uri
 from batchcls.views import AugmentationName
@@ -13,24 +13,24 @@ from batchcls.views import AugmentationName
 class EvaluateConfig(FetchSettings, CacheSettings):
     """Judge a bundle or a run on labelled rows: accuracy, confusion, calibration, thresholds."""
 
-    manifest: str = Field(
+    manifest: Address = Field(
         min_length=1,
         description="Labelled rows, which the model was not trained on: Parquet file, folder or glob, local or s3://: "
         "item_id, label, and uri or image.",
     )
-    model: str | None = Field(
+    model: Address | None = Field(
         default=None,
         min_length=1,
         description="The bundle to judge, a folder, local or s3://. This or --run.",
     )
-    run: str | None = Field(
+    run: Address | None = Field(
         default=None,
         min_length=1,
         description="A finished run to judge, OUTPUT/runs/ID, or OUTPUT for the published one; joined with the "
         "manifest by item_id. Without logits: no temperature. This or --model.",
     )
-    output: str = Field(min_length=1, description="Folder for tables and the page, local or s3://.")
-    write_bundle: str | None = Field(
+    output: Address = Field(min_length=1, description="Folder for tables and the page, local or s3://.")
+    write_bundle: Address | None = Field(
         default=None,
         min_length=1,
         description="Folder for a copy of the bundle with the temperature and the thresholds that were found; "
@@ -68,7 +68,7 @@ class EvaluateConfig(FetchSettings, CacheSettings):
     )
     batch_size: int = Field(default=32, ge=1, description="Images per forward pass.")
     limit: int | None = Field(default=None, ge=1, description="Only the first N rows of the manifest.")
-    training_curves: str | None = Field(
+    training_curves: Address | None = Field(
         default=None,
         min_length=1,
         description='JSON file with lists of one length, {"epoch": [...], "loss": [...], "learning_rate": [...], '

@@ -1,19 +1,20 @@
 """Settings of the job that trains a network on the shop's own categories."""
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from batchcls.config.common import (
+    Address,
     AutoOrCount,
     AutoOrFraction,
     ClusterSettings,
     FetchSettings,
+    ModelAddress,
     PreprocessingSettings,
 )
-from batchcls.storage import is_remote, local_path, redact_options, redact_uri
+from batchcls.storage import redact_options, redact_uri
 
 RECIPE_FLAGS = ("epochs", "batch_size", "learning_rate", "head_learning_rate", "batch_norm")
 """Settings that stand for one of the recipe's, of the same name, where they are given."""
@@ -41,19 +42,19 @@ _WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
 class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     """Train a network on labelled pictures: two manifests in, a model bundle out."""
 
-    manifest: str = Field(
+    manifest: Address = Field(
         min_length=1,
         description="Pictures to train on: Parquet file, folder or glob with item_id, uri or image, and label.",
     )
-    validation: str = Field(
+    validation: Address = Field(
         min_length=1, description="Other pictures, to measure with after each epoch; the same columns."
     )
-    output: str = Field(min_length=1, description="Folder of the new bundle, local or s3://.")
-    model: str = Field(
+    output: Address = Field(min_length=1, description="Folder of the new bundle, local or s3://.")
+    model: ModelAddress = Field(
         min_length=1,
         description="Where training starts: a bundle's folder, a name of the zoo, timm:NAME or torchvision:NAME.",
     )
-    weights: str | None = Field(
+    weights: Address | None = Field(
         default=None, description="Weights for a named architecture, a .safetensors file, local or s3://."
     )
     model_args: str | None = Field(
@@ -63,7 +64,7 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         default=False,
         description="Start from random weights of a named architecture instead of published ones.",
     )
-    labels: str | None = Field(
+    labels: Address | None = Field(
         default=None,
         description="Categories in order, one a line. Without it: those of the bundle that training starts from, if "
         "all labels are among them, or else the labels in alphabetical order.",
@@ -135,7 +136,7 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     peer_timeout_seconds: float = Field(
         default=180.0, gt=0, description="Longest that workers wait for each other before one counts as dead."
     )
-    state: str | None = Field(
+    state: Address | None = Field(
         default=None,
         description="Folder for checkpoints, curves and prepared pixels, shared by all nodes, local or s3://; default: "
         "the output's name with .training behind it. The same command goes on from there after any death.",
@@ -188,9 +189,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
 
     @property
     def state_folder(self) -> str:
-        """Where checkpoints, curves and prepared pixels lie; absolute, since Ray Train's workers run elsewhere."""
-        folder = self.state or f"{self.output.rstrip('/')}.training"
-        return folder if is_remote(folder) else str(Path(local_path(folder)).absolute())
+        """Where checkpoints, curves and prepared pixels lie."""
+        return self.state or f"{self.output}.training"
 
     def redacted(self) -> dict[str, Any]:
         """The settings as plain JSON values, without anything secret, for records and logs."""

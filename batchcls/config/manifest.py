@@ -4,16 +4,16 @@ from typing import Any
 
 from pydantic import Field
 
-from batchcls.config.common import JobConfig, KeptColumns
+from batchcls.config.common import Address, JobConfig, KeptColumns
 
 
 class ManifestFromFolderConfig(JobConfig):
     """Make a manifest from a folder of pictures."""
 
-    folder: str = Field(
-        min_length=1, description="Folder with pictures, local or s3://, searched at any depth."
+    folder: Address = Field(
+        min_length=1, description="Folder with pictures, local or s3://, searched at any depth; or a glob."
     )
-    output: str = Field(min_length=1, description="Parquet file to write.")
+    output: Address = Field(min_length=1, description="Parquet file to write.")
     labels_from_folders: bool = Field(
         default=False, description="Fill the column label with the path of the folder a picture lies in."
     )
@@ -25,7 +25,7 @@ class ManifestFromFolderConfig(JobConfig):
 class ManifestCheckConfig(JobConfig):
     """Validate a manifest and say what is in it."""
 
-    manifest: str = Field(min_length=1, description="Parquet file, folder or glob, local or s3://.")
+    manifest: Address = Field(min_length=1, description="Parquet file, folder or glob, local or s3://.")
     id_column: str = Field(default="item_id", min_length=1, description="The column with unique ids.")
     keep: KeptColumns = Field(
         default_factory=list, description="Columns that the job would pass through, by commas."

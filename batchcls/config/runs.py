@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from batchcls.config.common import JobConfig
+from batchcls.config.common import Address, JobConfig
 
 _RUN = (
     "A run's id, or an unambiguous beginning of it; published, previous (the one before it) or latest (the "
@@ -15,7 +15,7 @@ _RUN = (
 class RunsConfig(JobConfig):
     """What all commands about runs have in common."""
 
-    output: str = Field(min_length=1, description="Folder with runs/ and current.json, local or s3://.")
+    output: Address = Field(min_length=1, description="Folder with runs/ and current.json, local or s3://.")
     storage_options: dict[str, Any] = Field(
         default_factory=dict, description="JSON object for non-local storage."
     )
@@ -36,7 +36,7 @@ class RunsDiffConfig(RunsConfig):
 
     old: str = Field(min_length=1, description=_RUN)
     new: str = Field(min_length=1, description="The run to look at, in the same words.")
-    to: str | None = Field(
+    to: Address | None = Field(
         default=None,
         min_length=1,
         description="Folder for diff-items.parquet, flows.parquet and diff.json; default: nothing is written.",

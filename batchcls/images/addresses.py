@@ -7,7 +7,6 @@ connect to, so names, redirects and odd spellings of numbers cannot go around it
 """
 
 import ipaddress
-import posixpath
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,13 +127,18 @@ def is_public(text: str) -> bool:
 def resolve_uri(uri: str, base: str) -> str:
     """A manifest's `uri`: absolute ones as they are, relative ones under the folder `base`.
 
-    In a store `..` stops at the bucket or host, as it does in a browser; on local disk it does not
-    stop: confine local paths with `AddressPolicy.allow_roots`.
+    In a store `..` stops at the bucket or host, as it does in a browser, and keys are opaque beside dot
+    segments; on local disk `..` does not stop: confine local paths with `AddressPolicy.allow_roots`.
     """
     if has_scheme(uri) or uri.startswith("/"):
         return uri
     if not is_remote(base):
         return join(base, uri)
-    head, mark, rest = base.partition("://")
-    place, _, folder = rest.partition("/")
-    return f"{head}{mark}{place}{posixpath.normpath(posixpath.join('/', folder, uri))}"
+    head, mark, rest = base.removesuffix("/").partition("://")
+    place, *folders = rest.split("/")
+    for segment in uri.split("/"):
+        if segment == "..":
+            del folders[-1:]
+        elif segment != ".":
+            folders.append(segment)
+    return f"{head}{mark}{'/'.join([place, *folders])}"

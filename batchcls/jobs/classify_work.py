@@ -1,7 +1,5 @@
 """The plan of a run and the orders for its workers, from the settings and what was opened."""
 
-from pathlib import Path
-
 from batchcls.config.classify import ClassifyConfig
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.images.settings import LoadSettings
@@ -17,7 +15,8 @@ from batchcls.runs.layout import run_folder
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.plan import Plan
 from batchcls.schema import EMBEDDING_TYPES
-from batchcls.storage import is_remote, local_path, redact_uri
+from batchcls.storage import redact_uri
+from batchcls.uris import real_place
 
 
 def fingerprints_of(config: ClassifyConfig, inputs: Inputs) -> Fingerprints:
@@ -41,7 +40,7 @@ def plan_of(
         config=config.redacted(),
         manifest={
             "uri": redact_uri(config.manifest),
-            "base": _base(manifest.base),
+            "base": real_place(manifest.base),
             "fingerprint": manifest.fingerprint,
             "rows": manifest.rows,
             "files": len(manifest.files),
@@ -61,11 +60,6 @@ def plan_of(
         engines=settled.as_json(),
         answers=answers_of(fingerprints, settled.precisions, settled.decode_margin),
     )
-
-
-def _base(uri: str) -> str:
-    """What relative uris belong to, the same text from wherever the job is started."""
-    return redact_uri(uri) if is_remote(uri) else str(Path(local_path(uri)).resolve())
 
 
 def work_of(

@@ -1,7 +1,7 @@
 """`python -m batchcls.jobs.manifest`: make a manifest from pictures, or validate one."""
 
 import logging
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,11 +10,13 @@ from rich.table import Table
 
 from batchcls.config.manifest import ManifestCheckConfig, ManifestFromFolderConfig
 from batchcls.console import results_console
+from batchcls.data_files import DataFiles, find_data
 from batchcls.errors import ExitCode, InputError
 from batchcls.identity import find_bad_ids
 from batchcls.jobs.command import Command, main
 from batchcls.manifest import open_manifest
-from batchcls.storage import FileInfo, Storage, explain, is_remote, redact_uri
+from batchcls.storage import FileInfo, Storage, explain, redact_uri
+from batchcls.uris import below
 
 _logger = logging.getLogger("batchcls.jobs.manifest")  # __name__ is __main__ here
 
@@ -36,12 +38,8 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
     """Write a manifest of every picture below a folder: item_id is the path below it."""
     del console
     storage = Storage(config.storage_options)
-    with explain(config.folder):
-        found = storage.list_files(config.folder)
-    pictures = [info for info in found if info.uri.lower().endswith(_SUFFIXES)]
-    if not pictures:
-        raise InputError(f"no pictures ({', '.join(_SUFFIXES)}) below {redact_uri(config.folder)}")
-    table = _table(pictures, config)
+    found = _find_pictures(config.folder, storage)
+    table = _table(found, config)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
     with explain(config.output):
@@ -50,17 +48,24 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _table(pictures: list[FileInfo], config: ManifestFromFolderConfig) -> pa.Table:
-    # Local uris are made absolute, so that the manifest may lie anywhere.
-    _require_readable_names(pictures, config.folder)
-    root = config.folder.rstrip("/")
-    names = [info.uri.removeprefix(root).lstrip("/") for info in pictures]
-    remote = is_remote(config.folder)
-    uris = [info.uri if remote else str(Path(info.uri).absolute()) for info in pictures]
+def _find_pictures(folder: str, storage: Storage) -> DataFiles:
+    found = find_data(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), photographs=True)
+    told = "; ".join(filter(None, (found.left_out.unexpected, found.left_out.hidden))) if found else ""
+    if found is None or not found.files:
+        but = f" but {told}" if told else ""
+        raise InputError(f"no pictures ({', '.join(_SUFFIXES)}) below {redact_uri(folder)}{but}")
+    if told:
+        _logger.warning("%s: left out: %s", redact_uri(folder), told)
+    return found
+
+
+def _table(found: DataFiles, config: ManifestFromFolderConfig) -> pa.Table:
+    _require_readable_names(list(found.files), config.folder)
+    names = [below(info.uri, found.base) for info in found.files]
     columns = {
         "item_id": pa.array(names, pa.string()),
-        "uri": pa.array(uris, pa.string()),
-        "version": pa.array([info.etag for info in pictures], pa.string()),
+        "uri": pa.array([info.uri for info in found.files], pa.string()),
+        "version": pa.array([info.etag for info in found.files], pa.string()),
     }
     if config.labels_from_folders:
         parents = [str(PurePosixPath(name).parent) for name in names]

@@ -10,8 +10,8 @@ from batchcls.models.choices import ModelChoices
 from batchcls.models.names import find_name, is_known, is_model_name, suggestions
 from batchcls.models.spec import ArgumentValue, SourceName
 from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.uris import may_be_model_name, normal
 
-_LIKE_A_NAME = re.compile(r"[A-Za-z0-9_.]+|[a-z]+:[^/].*")
 _ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS: Mapping[str, ArgumentValue] = {"true": True, "false": False, "none": None}
 
@@ -27,7 +27,7 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
     """
     if not _is_name(model, storage):
         _refuse_choices(choices)
-        return Bundle.load(model, storage)
+        return Bundle.load(normal(model), storage)
     # The libraries take seconds to import, and a job whose model is a folder needs none of them.
     from batchcls.models.named import bundle_of_name  # noqa: PLC0415
 
@@ -45,7 +45,7 @@ def check_model(model: str, choices: ModelChoices, storage: Storage) -> BundleCo
     """
     if not _is_name(model, storage):
         _refuse_choices(choices)
-        return Bundle.read_config(model, storage)
+        return Bundle.read_config(normal(model), storage)
     source, _, architecture = (find_name(model) or model).partition(":")
     if not is_known(cast("SourceName", source), architecture):
         raise InputError(f"--model {model}: there is no such model{suggestions(model)}")
@@ -59,7 +59,7 @@ def check_model(model: str, choices: ModelChoices, storage: Storage) -> BundleCo
 
 def _is_name(model: str, storage: Storage) -> bool:
     """Whether `model` is an architecture's name. Raises InputError if it may be a bundle as well."""
-    if not _LIKE_A_NAME.fullmatch(model):
+    if not may_be_model_name(model):
         return False
     if not is_model_name(model):
         if not storage.exists(model):

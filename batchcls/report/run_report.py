@@ -1,7 +1,6 @@
 """report.html of a run: gathered from its committed files, with pictures fetched anew, and written beside them."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -17,6 +16,7 @@ from batchcls.report.thumbnails import Source, make_thumbnails
 from batchcls.runs.records import RunRecord, read_record
 from batchcls.schema import REASONS, Reason, Stage
 from batchcls.storage import Storage, explain, join
+from batchcls.uris import folder_of
 
 REPORT = "report.html"
 THUMBNAIL_SECONDS = 20.0
@@ -104,7 +104,8 @@ def _thumbnails(
         {name: config[name] for name in FetchSettings.model_fields if name in config}
         | {"storage_options": dict(storage_options)}
     )
-    base = str(record.manifest.get("base") or _base_of(str(record.manifest["uri"])))
+    # Records of early versions lack the base; then their manifests were single files as a rule.
+    base = str(record.manifest.get("base") or folder_of(str(record.manifest["uri"])))
     sources: dict[int, Source] = {}
     without: dict[int, Thumbnail] = {}
     for entry in _pictured(facts):
@@ -132,10 +133,3 @@ def _pictured(facts: RunFacts) -> Iterator[Item | Failed]:
         # Only what a decoder has gone through without harm is decoded in this process.
         if REASONS[Reason(group.reason)].stage is Stage.PREDICT:
             yield from group.first
-
-
-def _base_of(manifest: str) -> str:
-    """The folder that relative addresses belong to, of a run whose record does not say it."""
-    if manifest.endswith(".parquet") or re.search(r"[*?[]", manifest):
-        return re.split(r"[*?[]", manifest)[0].rpartition("/")[0] or "."
-    return manifest.rstrip("/")

@@ -38,6 +38,7 @@ from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, ROW, Reason
 from batchcls.storage import Storage, is_remote
 from batchcls.training.embedding_store import EmbeddingStore, FloatName, Shape, Values, open_store
+from batchcls.uris import real_place
 from batchcls.views import Views
 
 _logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def _key(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> dic
         "network": [config.source, config.architecture, config.arguments, config.embedding_tap],
         "preprocessing": config.preprocessing.model_dump(mode="json"),
         "manifest": manifest.fingerprint,
-        "base": manifest.base if is_remote(manifest.base) else str(Path(manifest.base).resolve()),
+        "base": real_place(manifest.base),
         "limits": [settings.limits.max_pixels, settings.limits.min_side_pixels, settings.fetch.max_bytes],
         "engine": "measured" if settings.choice is None else str(settings.choice),
     }

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchcls.data_files import find_data
 from batchcls.errors import InputError, StorageStoppedError
 from batchcls.storage import Storage, explain, join
 from batchcls.storage_errors import resumable
@@ -84,8 +85,12 @@ def test_a_listing_is_recursive_sorted_complete_and_fresh(storage: Storage, root
     Storage(storage._options).write_whole(join(root, "b/3.parquet"), b"12345")
     assert [info.size for info in storage.list_files(root, ".parquet")] == [4, 4, 4, 5]
     assert [info.uri for info in storage.list_files(uris[0])] == uris[:1]
-    assert [info.uri for info in storage.glob(join(root, "b/[12].parquet"))] == uris[1:]
-    assert [info.uri for info in storage.glob(join(root, "**/1.parquet"))] == uris[1:2]
+    found = find_data(join(root, "b/[12].parquet"), storage, lambda _: True)
+    assert found is not None
+    assert [info.uri for info in found.files] == uris[1:]
+    found = find_data(join(root, "**/1.parquet"), storage, lambda _: True)
+    assert found is not None
+    assert [info.uri for info in found.files] == uris[1:2]
 
 
 def test_arrow_reads_parquet_by_range(storage: Storage, root: str) -> None:

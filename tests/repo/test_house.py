@@ -25,6 +25,7 @@ ROOMS = (
     ("inference",),
     ("images", "models", "identity"),
     ("manifest", "manifest_columns", "manifest_footer", "manifest_types", "config", "flags"),
+    ("data_files",),
     ("swap",),
     ("storage", "storage_errors", "local_files", "uris"),
     ("views",),

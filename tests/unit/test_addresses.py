@@ -100,6 +100,12 @@ def test_a_scheme_whose_host_cannot_be_checked_needs_the_same_permission_as_priv
         ("./x/a.jpg", "s3://bucket/day/", "s3://bucket/day/x/a.jpg"),
         ("../../../other/a.jpg", "s3://bucket/day", "s3://bucket/other/a.jpg"),
         ("http://host/a.jpg", "s3://bucket/day", "http://host/a.jpg"),
+        ("file:/abs/b.jpg", "s3://bucket/x", "file:/abs/b.jpg"),
+        ("S3://other/a.jpg", "/data", "S3://other/a.jpg"),
+        ("a.jpg", "s3://bucket/a//c", "s3://bucket/a//c/a.jpg"),
+        ("a//b.jpg", "s3://bucket/c", "s3://bucket/c/a//b.jpg"),
+        ("a.jpg", "s3://bucket//", "s3://bucket//a.jpg"),
+        ("../x..jpg", "s3://bucket/a/c", "s3://bucket/a/x..jpg"),
     ],
 )
 def test_a_relative_uri_is_resolved_against_the_manifests_folder(uri: str, base: str, resolved: str) -> None:

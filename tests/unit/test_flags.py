@@ -34,7 +34,7 @@ def test_flags_win_over_the_file(tmp_path: Path):
     file.write_text('manifest = "a"\noutput = "b"\nmodel = "timm:resnet18"\ntop-k = 3\nbatch_size = 8\n')
     config = parse(["--config", str(file), "--top-k", "7"])
     assert isinstance(config, ClassifyConfig)
-    assert (config.top_k, config.batch_size, config.manifest) == (7, 8, "a")
+    assert (config.top_k, config.batch_size, config.manifest) == (7, 8, str(Path("a").absolute()))
 
 
 def test_values_are_typed(tmp_path: Path):

@@ -187,3 +187,39 @@ def test_a_column_version_says_the_state_of_an_image_as_text_or_number(tmp_path:
     write_manifest(tmp_path / "b.parquet", ["x"], version=pa.array([1.5]))
     with pytest.raises(InputError, match="column version has type double"):
         open_manifest(str(tmp_path / "b.parquet"), STORAGE)
+
+
+def test_every_spelling_of_a_manifest_is_one_place_with_one_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_manifest(tmp_path / "sub" / "m [1].parquet", ["a"])
+    expected = open_manifest(str(path), STORAGE)
+    monkeypatch.chdir(tmp_path)
+    spellings = [
+        *(
+            "sub/m [1].parquet",
+            "./sub/m [1].parquet",
+            "sub//m [1].parquet",
+            "sub/../sub/m [1].parquet",
+            "sub",
+            "./sub/",
+        ),
+        *(
+            f"file://{path}",
+            f"file:{path}".replace(" ", "%20"),
+            f"local://{path}",
+            "sub/*.parquet",
+            "s*b/m*t",
+        ),
+    ]
+    for spelling in spellings:
+        found = open_manifest(spelling, STORAGE)
+        if spelling != "s*b/m*t":
+            assert found == expected, spelling
+            assert found.base == str(tmp_path / "sub")
+        else:
+            assert found.base == str(tmp_path)
+    monkeypatch.chdir(tmp_path / "sub")
+    for spelling in ("m [1].parquet", "./m [1].parquet", ".", "*.parquet"):
+        found = open_manifest(spelling, STORAGE)
+        assert (found, found.fingerprint) == (expected, expected.fingerprint), spelling

@@ -1,0 +1,177 @@
+"""Which files of a place are data, and its spellings: the same on local disk, in memory and on a real S3 server."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchcls.data_files import find_data
+from batchcls.errors import InputError
+from batchcls.images.addresses import resolve_uri
+from batchcls.jobs import manifest as manifest_job
+from batchcls.jobs.command import run
+from batchcls.manifest import open_manifest
+from batchcls.storage import Storage, join
+from batchcls.uris import below, normal
+from tests.conftest import S3Server
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder to work in that no other test uses, in its normal form."""
+    if request.param == "local":
+        return str(tmp_path)
+    if request.param == "memory":
+        return f"memory:///{tmp_path.name}"
+    return f"s3://{request.getfixturevalue('s3').bucket}/folder"
+
+
+@pytest.fixture
+def storage(root: str, request: pytest.FixtureRequest) -> Storage:
+    if not root.startswith("s3"):
+        return Storage()
+    return Storage({"endpoint_url": request.getfixturevalue("s3").endpoint_url})
+
+
+def manifest_bytes(*ids: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"item_id": ids, "uri": [f"images/{name}.jpg" for name in ids]}), sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def put(storage: Storage, root: str, *names: str) -> None:
+    for name in names:
+        storage.write_whole(join(root, name), manifest_bytes(name))
+
+
+def names(storage: Storage, uri: str) -> list[str]:
+    found = find_data(normal(uri), storage, lambda name: name.endswith(".parquet"))
+    return [below(info.uri, found.base) for info in found.files] if found else []
+
+
+def test_a_folder_and_globs_give_the_same_files_in_every_store(storage: Storage, root: str) -> None:
+    put(
+        storage,
+        root,
+        *("a.parquet", "s/b.parquet", "s/t/c.parquet", "day=1/d.parquet", "_k=v/e.parquet"),
+        *("_temporary/0/f.parquet", ".Trash/g.parquet", ".h.parquet", "._a.parquet", "s/_tmp/i.parquet"),
+    )
+    everything = ["_k=v/e.parquet", "a.parquet", "day=1/d.parquet", "s/b.parquet", "s/t/c.parquet"]
+    assert names(storage, root) == names(storage, f"{root}/") == names(storage, f"{root}/**") == everything
+    assert names(storage, f"{root}/*.parquet") == ["a.parquet"]
+    assert names(storage, f"{root}/*/*.parquet") == ["_k=v/e.parquet", "day=1/d.parquet", "s/b.parquet"]
+    assert names(storage, f"{root}/s/**/[bc].parquet") == ["b.parquet", "t/c.parquet"]
+    assert names(storage, f"{root}/**/?.parquet") == everything
+    assert names(storage, f"{root}/_t*/0/*.parquet") == ["_temporary/0/f.parquet"]
+    assert names(storage, f"{root}/no/*.parquet") == names(storage, f"{root}/no") == []
+    found = find_data(normal(root), storage, lambda name: name.endswith(".parquet"))
+    assert found is not None
+    assert found.left_out.hidden == "5 hidden names (.Trash, ._a.parquet, .h.parquet, ...)"
+
+
+def test_an_existing_object_is_itself_whatever_its_characters(storage: Storage, root: str) -> None:
+    put(storage, root, "m[1].parquet", "m1.parquet", "v[1]/a.parquet", "v1/b.parquet", "100%20?.parquet")
+    assert names(storage, f"{root}/m[1].parquet") == ["m[1].parquet"]
+    assert names(storage, f"{root}/100%20?.parquet") == ["100%20?.parquet"]
+    assert names(storage, f"{root}/v[1]") == names(storage, f"{root}/v[1]/*.parquet") == ["a.parquet"]
+    assert names(storage, f"{root}/v[1]/b.parquet") == ["v1/b.parquet"]
+    assert open_manifest(f"{root}/v[1]/*.parquet", storage).base == f"{root}/v[1]"
+
+
+@pytest.mark.parametrize("mark", ["_delta_log/0.json", "metadata/v3.metadata.json", ".hoodie/x.properties"])
+def test_a_table_with_a_log_is_refused_in_every_store(storage: Storage, root: str, mark: str) -> None:
+    put(storage, root, "t/data/k=1/a.parquet", "t/b.parquet", f"t/{mark}", "plain/c.parquet", "d.parquet")
+    for uri in (
+        "",
+        "/t",
+        "/t/data",
+        "/t/*.parquet",
+        "/*/b.parquet",
+        "/t/data/*/*.parquet",
+        "/t/b.parquet",
+        "/**",
+    ):
+        with pytest.raises(InputError, match="is a table of") as caught:
+            names(storage, root + uri)
+        assert str(caught.value).startswith(f"{root}/t is")
+    assert names(storage, f"{root}/plain") == ["c.parquet"]
+    assert names(storage, f"{root}/*.parquet") == ["d.parquet"]
+
+
+def test_every_spelling_is_one_place(storage: Storage, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(storage, root, "a b/é+%20/m.parquet")
+    place = f"{root}/a b/é+%20"
+    first = open_manifest(f"{place}/m.parquet", storage)
+    spellings = [place, f"{place}/", f"{place}/*.parquet", f"{place}//"]
+    head, mark, rest = root.partition("://")
+    if not mark:
+        monkeypatch.chdir(root)
+        (Path(root) / "link").symlink_to(Path(root) / "a b")
+        quoted = place.replace(" ", "%20").replace("é", "%C3%A9").replace("+%20", "+%2520")
+        spellings += [
+            *(
+                "a b/é+%20/m.parquet",
+                "./a b/é+%20/m.parquet",
+                "a b//é+%20///m.parquet",
+                "a b/é+%20/../é+%20/./",
+            ),
+            *(
+                f"file://{quoted}/m.parquet",
+                f"file:{quoted}/m.parquet",
+                f"FILE://localhost{quoted}/",
+                f"/{place}",
+            ),
+            *("link/é+%20/../é+%20/m.parquet", f"local://{quoted}"),
+        ]
+    else:
+        spellings += [f"{head.upper()}://{rest}/a b/é+%20/m.parquet"]
+        spellings += [f"s3a://{rest}/a b/é+%20/m.parquet", f"S3A://{rest}/a b/é+%20/"] if head == "s3" else []
+    for spelling in spellings:
+        manifest = open_manifest(spelling, storage)
+        assert (manifest.base, manifest.fingerprint) == (place, first.fingerprint), spelling
+        assert [file.uri for file in manifest.files] == [f"{place}/m.parquet"]
+
+
+def test_a_bucket_is_no_pattern() -> None:
+    with pytest.raises(InputError, match="buckets"):
+        open_manifest("memory://sho*/m.parquet", Storage())
+
+
+def test_keys_of_s3_are_opaque(s3: S3Server) -> None:
+    storage, bucket = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}"
+    for key in ("/m.parquet", "x//m.parquet", "x/m.parquet", "x/./n.parquet", "x/../o.parquet", "x//"):
+        filesystem, _ = storage.filesystem(bucket)
+        filesystem.call_s3(
+            "put_object", Bucket=s3.bucket, Key=key, Body=manifest_bytes(key) if key[-1] != "/" else b""
+        )
+    for key in ("/m.parquet", "x//m.parquet", "x/m.parquet", "x/./n.parquet", "x/../o.parquet"):
+        manifest = open_manifest(f"{bucket}/{key}", storage)
+        assert [file.uri for file in manifest.files] == [f"{bucket}/{key}"]
+        image = resolve_uri("images/a.jpg", manifest.base)
+        assert image == f"{bucket}/{key.rpartition('/')[0]}/images/a.jpg"
+    assert names(storage, f"{bucket}/x") == ["/m.parquet", "m.parquet"]
+
+
+def test_every_spelling_of_a_prefix_makes_the_same_manifest(s3: S3Server, tmp_path: Path) -> None:
+    options = {"endpoint_url": s3.endpoint_url}
+    storage, folder = Storage(options), f"s3://{s3.bucket}/photos"
+    for name in ("a/1.jpg", "b [1].png", ".Trash/2.jpg", "a/._1.jpg", "_DSC3.jpg"):
+        storage.write_whole(f"{folder}/{name}", b"x")
+    made = []
+    for number, spelling in enumerate((folder, f"{folder}/", f"S3{folder[2:]}", f"s3a{folder[2:]}//")):
+        output = tmp_path / f"{number}.parquet"
+        arguments = [
+            "from-folder",
+            spelling,
+            "--output",
+            str(output),
+            "--storage-options",
+            json.dumps(options),
+        ]
+        assert run("manifest", manifest_job.COMMANDS, arguments) == 0
+        made.append(pq.read_table(output).to_pydict())
+    assert made[0]["item_id"] == ["_DSC3.jpg", "a/1.jpg", "b [1].png"]
+    assert made[0]["uri"] == [f"{folder}/{name}" for name in made[0]["item_id"]]
+    assert all(one == made[0] for one in made)
