@@ -1,9 +1,8 @@
 """Bytes of an image file to RGB pixels, or a reason why not.
 
-Two ways lead to the pixels. Plain JPEG (8 bits, grey or three components, sequential or
-progressive) goes straight from the bytes through libjpeg-turbo (`batchcls.images.jpeg_pixels`), at
-a reduced scale where the picture is far larger than it is needed; everything else goes through
-Pillow (`batchcls.images.rgb`). Both release the GIL, and neither has state here: `decode` may be
+Two ways lead to the pixels. JPEG goes through libjpeg-turbo (`batchcls.images.jpeg_pixels`), plain
+JPEG at a reduced scale where the picture is far larger than it is needed; everything else goes
+through Pillow (`batchcls.images.rgb`). Both release the GIL, and neither has state here: `decode` may be
 called from many threads at once.
 
 What a decoder would pass over in silence and is refused here: JPEG data that ends early behind an
@@ -17,12 +16,10 @@ of a sequential JPEG, from the last refinement scan of a progressive one, or, be
 marker, from a CMYK one.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL.JpegImagePlugin import JpegImageFile
 
 from batchcls.images.formats import DecodeError, Header, JpegFrame
 from batchcls.images.header import read_header
@@ -34,7 +31,7 @@ from batchcls.images.jpeg import (
 )
 from batchcls.images.jpeg_pixels import decode_jpeg, reduction
 from batchcls.images.limits import DecodeLimits
-from batchcls.images.rgb import open_unloaded, orientation_of, to_rgb
+from batchcls.images.rgb import open_unloaded, orientation_of, orientation_of_metadata, to_rgb
 from batchcls.schema import Reason
 
 __all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "decode"]
@@ -78,7 +75,7 @@ def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Dec
     header = read_header(data)
     _require_size(header, limits)
     try:
-        if header.jpeg is not None and header.jpeg.is_plain:
+        if header.jpeg is not None:
             hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
         else:
             (hwc, orientation), factor = _decode_with_pillow(data, header, limits), 1
@@ -110,25 +107,25 @@ def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tu
 def _decode_jpeg(
     data: bytes, header: Header, frame: JpegFrame, least: Least | None
 ) -> tuple[np.ndarray, int, int]:
-    """H x W x 3 as stored, the orientation, and the factor by which it is reduced.
-
-    The orientation is read by Pillow, for the same answer in every format.
-    """
+    """H x W x 3 as stored, the orientation, and the factor by which it is reduced."""
+    orientation = orientation_of_metadata(data[body] for body in frame.application_1)
+    if not frame.is_plain:
+        return decode_jpeg(data, header, frame), orientation, 1
     suspicious = False
     if has_several_scans(data, frame):
         suspicious = not scans_are_complete(data, frame)
     else:
         require_end_marker(data, frame)
-    orientation = orientation_of(JpegImageFile(io.BytesIO(data))) if frame.has_application_1 else 1
     factor = 1
     if least is not None:
         upright = _upright_size(header, orientation)
         # A turned picture would have the row that lies partly outside of it in front: none may.
         factor = reduction(upright, least(*upright), whole=orientation in _TURNS)
-    pixels = decode_jpeg(data, header, factor)
+    pixels = decode_jpeg(data, header, frame, factor)
     # 128 is what a block that never came decodes to, at every scale.
     if suspicious or bool((pixels[-1, -1] == 128).all()):
-        _require_complete(data, header, frame, pixels if factor == 1 else decode_jpeg(data, header))
+        whole = pixels if factor == 1 else decode_jpeg(data, header, frame)
+        _require_complete(data, header, frame, whole)
     return pixels, orientation, factor
 
 
@@ -140,7 +137,7 @@ def _require_complete(data: bytes, header: Header, frame: JpegFrame, pixels: np.
     """
     end, has_end_marker = end_of_coded_data(data, frame)
     lengthened = data[:end] + bytes(range(1, 200)) * 3 + data[end:]
-    if np.array_equal(decode_jpeg(lengthened, header), pixels):
+    if np.array_equal(decode_jpeg(lengthened, header, frame), pixels):
         return
     if has_end_marker:
         raise DecodeError(Reason.TRUNCATED, "the JPEG's data ends before its picture is whole")

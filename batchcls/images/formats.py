@@ -33,15 +33,16 @@ class JpegFrame:
 
     `start_of_frame` is the number n of its SOFn marker (0 and 1 sequential, 2 progressive, 9 and
     10 the same with arithmetic coding). `component_ids` are those of the frame, in order.
-    `adobe_transform` is None without an Adobe segment. `has_application_1` tells whether EXIF or
-    XMP, and with it an orientation, may be there. `scan_offset` is where the first SOS marker stands.
+    `adobe_transform` is None without an Adobe segment. `application_1` holds where the bodies of the
+    APP1 segments lie, in which EXIF and XMP, and with them an orientation, may be. `scan_offset` is
+    where the first SOS marker stands.
     """
 
     start_of_frame: int
     precision: int
     component_ids: tuple[int, ...]
     adobe_transform: int | None
-    has_application_1: bool
+    application_1: tuple[slice, ...]
     scan_offset: int
 
     @property

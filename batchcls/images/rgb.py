@@ -2,12 +2,12 @@
 
 import io
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
-from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -16,13 +16,13 @@ from batchcls.images.formats import DecodeError, Format, Header
 from batchcls.schema import Reason
 
 _PLUGINS: dict[Format, type[ImageFile.ImageFile]] = {
-    Format.JPEG: JpegImageFile,
     Format.PNG: PngImageFile,
     Format.WEBP: WebPImageFile,
     Format.GIF: GifImageFile,
     Format.BMP: BmpImageFile,
     Format.TIFF: TiffImageFile,
 }
+_EXIF_START, _XMP_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 # 32-bit samples and L*a*b* have no agreed range to bring down to 0..255.
 _WITHOUT_RANGE = frozenset({"I", "F", "LAB"})
 # What Pillow raises on an EXIF block that is damaged or a text that only claims to be one.
@@ -58,7 +58,26 @@ def orientation_of(image: Image.Image) -> int:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _EXIF_ERRORS:
         return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+    return int(orientation) if orientation in range(1, 9) else 1
+
+
+def orientation_of_metadata(blocks: Iterable[bytes]) -> int:
+    """EXIF orientation 1 to 8 from the bodies of a JPEG's APP1 segments, in order; 1 where there is none.
+
+    Pillow puts EXIF that is split over segments together and reads XMP where EXIF names none; it does
+    so here, for the same answer as in every other format, without reading the rest of the file.
+    """
+    exif, xmp = b"", b""
+    for block in blocks:
+        if block.startswith(_EXIF_START):
+            exif += block[len(_EXIF_START) :] if exif else block
+        elif block.startswith(_XMP_START):
+            xmp = block[len(_XMP_START) :]
+    if not exif and not xmp:
+        return 1
+    image = Image.new("L", (1, 1))
+    image.info = {name: block for name, block in (("exif", exif), ("xmp", xmp)) if block}
+    return orientation_of(image)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
