@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batchcls.images.formats import DecodeError, Header, JpegFrame
+from batchcls.images.formats import DecodeError, Format, Header, JpegFrame
 from batchcls.images.header import read_header
 from batchcls.images.jpeg import (
     end_of_coded_data,
@@ -78,14 +78,18 @@ def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Dec
         if header.jpeg is not None:
             hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
         else:
-            (hwc, orientation), factor = _decode_with_pillow(data, header, limits), 1
+            hwc, orientation = _decode_with_pillow(data, header, limits)
+            factor = 1
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # the decoders' edge: damage makes them raise whatever it does
         raise _translated(error, header) from error
+    pixels = _upright(hwc, orientation)
+    if header.jpeg is None:
+        height, width = pixels.shape[:2]
+        return Decoded(pixels, *_stored_size(hwc, header), (height, width))
     height, width = _upright_size(header, orientation)
-    extent = height / factor, width / factor
-    return Decoded(_upright(hwc, orientation), header.width, header.height, extent)
+    return Decoded(pixels, header.width, header.height, (height / factor, width / factor))
 
 
 def _require_size(header: Header, limits: DecodeLimits) -> None:
@@ -154,6 +158,14 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     7: (True, (0, 1)),
     8: (True, (0,)),
 }
+
+
+def _stored_size(hwc: np.ndarray, header: Header) -> tuple[int, int]:
+    """Width and height as stored: of a HEIC those that its decoder left of it when it cropped it."""
+    if header.format != Format.HEIC:
+        return header.width, header.height
+    height, width = hwc.shape[:2]
+    return (height, width) if header.is_turned_by_decoder else (width, height)
 
 
 def _upright_size(header: Header, orientation: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Callable
 
+from batchcls.images.bmff import read_bmff
 from batchcls.images.formats import DecodeError, Format, Header, checked_header, unpack
 from batchcls.images.jpeg import read_jpeg
 from batchcls.images.tiff import read_tiff
@@ -148,11 +149,10 @@ _READERS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], Header]], ...] = (
     # "BM" alone begins many a text; the size of the second header is one of seven.
     (_signature(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|BM.{0,15}\Z"), _read_bmp),
     (_signature(rb"II(?:\x2a\0|\x2b\0)|MM(?:\0\x2a|\0\x2b)"), read_tiff),
+    (_signature(rb"\0\0..ftyp|\0\0(?:.{0,2}|..f|..ft|..fty)\Z"), read_bmff),
 )
 
 _UNSUPPORTED: tuple[tuple[re.Pattern[bytes], str], ...] = (
-    (_signature(rb"....ftypavi[fs]"), "AVIF"),
-    (_signature(rb"....ftyp(?:he[iv][cxms]|mif1|msf1)"), "HEIF"),
     (_signature(rb"8BPS"), "Photoshop (PSD)"),
     (_signature(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
     (_signature(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  "), "JPEG 2000"),
@@ -172,4 +172,5 @@ _SHORTEST_STARTS = (
     b"MM\0\x2a",
     b"II\x2b\0",
     b"MM\0\x2b",
+    b"\0\0\0",
 )

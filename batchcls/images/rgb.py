@@ -5,7 +5,8 @@ import struct
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import AvifImagePlugin, ExifTags, Image, ImageFile
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -21,6 +22,7 @@ _PLUGINS: dict[Format, type[ImageFile.ImageFile]] = {
     Format.GIF: GifImageFile,
     Format.BMP: BmpImageFile,
     Format.TIFF: TiffImageFile,
+    Format.AVIF: AvifImageFile,
 }
 _EXIF_START, _XMP_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 # 32-bit samples and L*a*b* have no agreed range to bring down to 0..255.
@@ -42,11 +44,40 @@ def open_unloaded(data: bytes, header: Header, max_pixels: int) -> ImageFile.Ima
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
-    image = _PLUGINS[header.format](io.BytesIO(data))
-    # A TIFF's plugin exchanges the sides at once where the orientation asks for it.
-    if sorted(image.size) != sorted((header.width, header.height)):
+    image = _plugin(header.format)(io.BytesIO(data))
+    # A TIFF's plugin exchanges the sides at once where the orientation asks for it; a HEIC's does so always.
+    same = sorted(image.size) == sorted((header.width, header.height))
+    if not same and not (header.format == Format.HEIC and _fits(image.size, header)):
         raise DecodeError(Reason.CORRUPT, f"the {header.format} header contradicts itself about the size")
     return image
+
+
+def _fits(size: tuple[int, int], header: Header) -> bool:
+    """Whether an upright image has the sides of the header, up to a rounding of its crop."""
+    width, height = reversed(size) if header.is_turned_by_decoder else size
+    return abs(width - header.width) <= 1 and abs(height - header.height) <= 1
+
+
+def _plugin(kind: Format) -> type[ImageFile.ImageFile]:
+    """The class that opens a format. Decoders with threads of their own get one: the workers have the cores.
+
+    Raises:
+        DecodeError: unsupported_format for HEIC without the extra that decodes it.
+    """
+    if kind == Format.AVIF:
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    elif kind == Format.HEIC:
+        try:
+            import pillow_heif  # noqa: PLC0415
+        except ImportError as error:
+            raise DecodeError(
+                Reason.UNSUPPORTED_FORMAT, "HEIC needs an extra: pip install 'batchcls[heic]'"
+            ) from error
+        pillow_heif.options.DECODE_THREADS = 1
+        pillow_heif.options.DEPTH_IMAGES = False
+        plugin: type[ImageFile.ImageFile] = pillow_heif.HeifImageFile
+        return plugin
+    return _PLUGINS[kind]
 
 
 def orientation_of(image: Image.Image) -> int:

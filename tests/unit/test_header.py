@@ -21,7 +21,8 @@ def test_format_and_stored_size_of_every_sample_are_read(name):
     header = read_header(samples()[name])
     assert header.format == Format(name.split()[0])
     assert (header.width, header.height) == (61, 47)
-    assert header.allocated_pixels == 61 * 47
+    # HEVC is coded in whole blocks.
+    assert header.allocated_pixels == (64 * 64 if header.format == Format.HEIC else 61 * 47)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -76,9 +77,6 @@ def test_jpeg_that_no_decoder_here_reads_is_unsupported_and_says_why(data, what)
 @pytest.mark.parametrize(
     ("start", "name"),
     [
-        (b"\0\0\0\x1cftypheic", "HEIF"),
-        (b"\0\0\0\x1cftypmif1", "HEIF"),
-        (b"\0\0\0\x20ftypavif", "AVIF"),
         (b"8BPS\0\1", "PSD"),
         (b"\xff\x0a\xfa", "JPEG XL"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
