@@ -31,6 +31,7 @@ from batchcls.images.jpeg import (
 )
 from batchcls.images.jpeg_pixels import decode_jpeg, reduction
 from batchcls.images.limits import DecodeLimits
+from batchcls.images.png import png_without_metadata
 from batchcls.images.rgb import open_unloaded, orientation_of, orientation_of_metadata, to_rgb
 from batchcls.schema import Reason
 
@@ -103,8 +104,14 @@ def _require_size(header: Header, limits: DecodeLimits) -> None:
 
 
 def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tuple[np.ndarray, int]:
-    image = open_unloaded(data, header, limits.max_pixels)
-    image.load()
+    try:
+        image = open_unloaded(data, header, limits.max_pixels)
+        image.load()
+    except (SyntaxError, ValueError):
+        if header.format != Format.PNG:
+            raise
+        image = open_unloaded(png_without_metadata(data), header, limits.max_pixels)
+        image.load()
     return to_rgb(image), orientation_of(image)
 
 
@@ -189,6 +196,7 @@ _OUT_OF_MEMORY = (
     "out of memory",
     "memory allocation failure",
 )
+_NOT_BUILT_IN = ("unsupported", "not implemented", "unknown pixel mode", "cannot handle")
 _CUT_SHORT = ("truncated", "incomplete", "not enough image data", "unexpected end")
 
 
@@ -199,4 +207,8 @@ def _translated(error: Exception, header: Header) -> DecodeError:
         raise MemoryError(f"out of memory on {header.width} x {header.height} pixels") from error
     if any(words in text for words in _CUT_SHORT):
         return DecodeError(Reason.TRUNCATED, f"the {header.format} data ends before its picture is whole")
+    if any(words in text for words in _NOT_BUILT_IN):
+        return DecodeError(
+            Reason.UNSUPPORTED_FORMAT, f"{header.format} of a kind that its decoder does not know"
+        )
     return DecodeError(Reason.CORRUPT, f"the {header.format} decoder stopped ({type(error).__name__})")

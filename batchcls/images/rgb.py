@@ -24,9 +24,10 @@ _PLUGINS: dict[Format, type[ImageFile.ImageFile]] = {
     Format.TIFF: TiffImageFile,
     Format.AVIF: AvifImageFile,
 }
+_BITS_PER_SAMPLE = 258
 _EXIF_START, _XMP_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-# 32-bit samples and L*a*b* have no agreed range to bring down to 0..255.
-_WITHOUT_RANGE = frozenset({"I", "F", "LAB"})
+# 32-bit samples have no agreed range to bring down to 0..255.
+_WITHOUT_RANGE = frozenset({"I", "F"})
 # What Pillow raises on an EXIF block that is damaged or a text that only claims to be one.
 _EXIF_ERRORS = (SyntaxError, ValueError, KeyError, TypeError, IndexError, OSError, struct.error)
 
@@ -115,7 +116,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     """Pixels of a loaded image as writable uint8 H x W x 3, transparency on white.
 
     Raises:
-        DecodeError: unsupported_format for samples without a range (32-bit, float, L*a*b*).
+        DecodeError: unsupported_format for samples without a range (32-bit, signed, float).
     """
     if image.mode in _WITHOUT_RANGE:
         raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"samples of mode {image.mode} have no range to scale")
@@ -131,7 +132,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 def _from_16_bit_grey(image: Image.Image) -> np.ndarray:
     """The upper 8 bits, as Pillow does for 16-bit colour; its own conversion of grey clips instead."""
     samples = np.asarray(image)
-    grey = (samples >> 8).astype(np.uint8)
+    # Pillow leaves the 12 bits of a TIFF where they are, and so the image all but black.
+    is_12_bit = isinstance(image, TiffImageFile) and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,)
+    grey = (samples >> (4 if is_12_bit else 8)).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[samples == transparent] = 255
