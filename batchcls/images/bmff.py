@@ -33,6 +33,8 @@ _MAX_EXTENTS = 50_000
 _MAX_PARTS = 2_000
 # Coded frames are padded to whole blocks.
 _PADDING = 64
+# Entropy-coded data does not end in so many of them; a download that never came to its end does.
+_ZEROS = 64
 
 
 @dataclass(slots=True)
@@ -267,6 +269,8 @@ def _sizes(data: bytes, items: _Items, item: int, whole: Size) -> Iterator[Size]
 def _coded_sizes(data: bytes, items: _Items, item: int) -> Iterator[Size]:
     location, kind = items.locations.get(item), items.kinds.get(item)
     content = _content(data, items, location) if location else b""
+    if kind in _FORMATS and len(content) >= _ZEROS and not any(content[-_ZEROS:]):
+        raise DecodeError(Reason.TRUNCATED, "the coded data is filled up with zeros")
     if kind in (b"grid", b"iovl"):
         yield from _derived_size(content, 2 if kind == b"grid" else 8)
     elif kind == b"av01":

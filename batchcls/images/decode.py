@@ -2,18 +2,17 @@
 
 Two ways lead to the pixels. JPEG goes through libjpeg-turbo (`batchcls.images.jpeg_pixels`), plain
 JPEG at a reduced scale where the picture is far larger than it is needed; everything else goes
-through Pillow (`batchcls.images.rgb`). Both release the GIL, and neither has state here: `decode` may be
-called from many threads at once.
+through Pillow (`batchcls.images.rgb`). Both release the GIL, except Pillow for AVIF, and neither has
+state here: `decode` may be called from many threads at once.
 
 What a decoder would pass over in silence and is refused here: JPEG data that ends early behind an
 end marker (libjpeg paints the rest grey), progressive JPEG with scans missing, PNG data that
-belies its checksum, files shorter than their own header says.
+belies its checksum, AVIF and HEIC data filled up with zeros, files shorter than their own header says.
 
-What cannot be told at low cost, and passes: a flipped bit in JPEG, WebP, GIF, BMP or TIFF data
-that still decodes (these formats carry no checksum; about nine in ten single flips in a JPEG
-resynchronise without a trace even in libjpeg's own warnings); data missing from the last block
-of a sequential JPEG, from the last refinement scan of a progressive one, or, behind a forged end
-marker, from a CMYK one.
+What cannot be told at low cost, and passes: a flipped bit in data of any format but PNG that still
+decodes (the others carry no checksum; about nine in ten single flips in a JPEG resynchronise without
+a trace even in libjpeg's own warnings); data missing from the last block of a sequential JPEG, from
+the last refinement scan of a progressive one, or, behind a forged end marker, from a CMYK one.
 """
 
 from collections.abc import Callable

@@ -171,6 +171,15 @@ def test_data_that_lies_beyond_the_end_is_truncated(name):
     assert reason_of(bytes(data[:-40])) == Reason.TRUNCATED
 
 
+@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize(("kind", "options"), [("AVIF", {}), ("HEIF", {}), ("HEIF", {"tile_size": 128})])
+def test_data_filled_up_with_zeros_is_truncated(kind, options, fraction):
+    data = encode(draw(2, 320, 240), kind, **options)
+    start = data.index(b"mdat") + 4
+    kept = start + int((len(data) - start) * fraction)
+    assert reason_of(data[:kept] + bytes(len(data) - kept)) == Reason.TRUNCATED
+
+
 def item_boxes(**parts: bytes) -> bytes:
     """A file of one meta box that holds what is given, by the type of the box."""
     meta = box(b"hdlr", bytes(8) + b"pict" + bytes(13))
