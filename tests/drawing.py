@@ -4,12 +4,14 @@ Nothing here comes from a camera or a file. What Pillow cannot write (16-bit col
 that promise too much) is put together by hand.
 """
 
+import functools
 import io
 import struct
 import zlib
 from typing import Any
 
 import numpy as np
+import pillow_heif
 from PIL import Image
 
 ORIENTATION_TAG = 0x0112
@@ -39,6 +41,8 @@ def alpha(width: int = 61, height: int = 47) -> Image.Image:
 
 def encode(image: Image.Image, kind: str, orientation: int | None = None, **options: Any) -> bytes:
     """The bytes of a file of format `kind` (Pillow's name), with an EXIF orientation if given."""
+    if kind == "HEIF":
+        pillow_heif.register_heif_opener()
     if orientation is not None:
         options["exif"] = exif(orientation)
     buffer = io.BytesIO()
@@ -110,6 +114,15 @@ def tiff(samples: np.ndarray, endian: str = "<", **tags: int) -> bytes:
     return start + struct.pack(f"{endian}H", len(fields)) + entries + bytes(4)
 
 
+def heic_10_bit(samples: np.ndarray) -> bytes:
+    """A HEIC of 10 bits a sample from uint16 H x W x 3."""
+    height, width = samples.shape[:2]
+    file = pillow_heif.from_bytes("RGB;16", (width, height), samples.astype("<u2").tobytes())
+    buffer = io.BytesIO()
+    file.save(buffer)
+    return buffer.getvalue()
+
+
 def ycck(seed: int = 0) -> bytes:
     """A four-component JPEG whose Adobe segment says YCCK."""
     data = bytearray(encode(draw(seed).convert("CMYK"), "JPEG", quality=90))
@@ -159,7 +172,29 @@ def bombs(width: int = 40_000, height: int = 40_000) -> dict[str, bytes]:
         "webp lossy": bytes(lossy),
         "tiff": tiff(samples, t256=width, t257=height),
         "tiff tile": tiff(samples, t322=65536, t323=65536),
+        "avif": with_extents(encode(image, "AVIF"), width, height),
+        "heic": with_extents(encode(image, "HEIF"), width, height),
+        "heic tile": with_extents(encode(image, "HEIF", tile_size=32), width, height, 1),
+        "heic canvas": with_canvas(encode(image, "HEIF", tile_size=32), width, height),
     }  # fmt: skip
+
+
+def with_extents(data: bytes, width: int, height: int, number: int = 0) -> bytes:
+    """An AVIF or HEIC in which one of the ispe boxes says another size."""
+    changed, place = bytearray(data), -1
+    for _ in range(number + 1):
+        place = data.index(b"ispe", place + 1)
+    changed[place + 8 : place + 16] = struct.pack(">II", width, height)
+    return bytes(changed)
+
+
+def with_canvas(data: bytes, width: int, height: int) -> bytes:
+    """A HEIC of tiles whose grid says another size than the boxes."""
+    changed = bytearray(data)
+    place = data.index(b"idat") + 4
+    assert changed[place] == changed[place + 1] == 0, "version 0, sides of 16 bits"
+    changed[place + 4 : place + 8] = struct.pack(">HH", width, height)
+    return bytes(changed)
 
 
 def animation(kind: str, **options: Any) -> bytes:
@@ -168,6 +203,7 @@ def animation(kind: str, **options: Any) -> bytes:
     return encode(first, kind, save_all=True, append_images=others, duration=80, **options)
 
 
+@functools.cache
 def samples() -> dict[str, bytes]:
     """One good file for each format and mode of the decode contract, by a name that says which."""
     image = draw(7)
@@ -214,4 +250,16 @@ def samples() -> dict[str, bytes]:
         "tiff rgba": encode(transparent(7), "TIFF"),
         "tiff 16 bit colour": tiff(colors),
         "tiff big": encode(image, "TIFF", big_tiff=True),
+        "avif": encode(image, "AVIF"),
+        "avif 4:4:4": encode(image, "AVIF", quality=100, subsampling="4:4:4"),
+        "avif grey": encode(image.convert("L"), "AVIF"),
+        "avif rgba": encode(transparent(7), "AVIF"),
+        "avif animated": animation("AVIF"),
+        "heic": encode(image, "HEIF"),
+        "heic 4:4:4": encode(image, "HEIF", quality=90, chroma=444),
+        "heic grey": encode(image.convert("L"), "HEIF"),
+        "heic rgba": encode(transparent(7), "HEIF"),
+        "heic 10 bit": heic_10_bit(colors),
+        "heic grid": encode(image, "HEIF", tile_size=32),
+        "heic animated": animation("HEIF"),
     }  # fmt: skip

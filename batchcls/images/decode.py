@@ -1,30 +1,26 @@
 """Bytes of an image file to RGB pixels, or a reason why not.
 
-Two ways lead to the pixels. Plain JPEG (8 bits, grey or three components, sequential or
-progressive) goes straight from the bytes through libjpeg-turbo (`batchcls.images.jpeg_pixels`), at
-a reduced scale where the picture is far larger than it is needed; everything else goes through
-Pillow (`batchcls.images.rgb`). Both release the GIL, and neither has state here: `decode` may be
-called from many threads at once.
+Two ways lead to the pixels. JPEG goes through libjpeg-turbo (`batchcls.images.jpeg_pixels`), plain
+JPEG at a reduced scale where the picture is far larger than it is needed; everything else goes
+through Pillow (`batchcls.images.rgb`). Both release the GIL, except Pillow for AVIF, and neither has
+state here: `decode` may be called from many threads at once.
 
 What a decoder would pass over in silence and is refused here: JPEG data that ends early behind an
 end marker (libjpeg paints the rest grey), progressive JPEG with scans missing, PNG data that
-belies its checksum, files shorter than their own header says.
+belies its checksum, AVIF and HEIC data filled up with zeros, files shorter than their own header says.
 
-What cannot be told at low cost, and passes: a flipped bit in JPEG, WebP, GIF, BMP or TIFF data
-that still decodes (these formats carry no checksum; about nine in ten single flips in a JPEG
-resynchronise without a trace even in libjpeg's own warnings); data missing from the last block
-of a sequential JPEG, from the last refinement scan of a progressive one, or, behind a forged end
-marker, from a CMYK one.
+What cannot be told at low cost, and passes: a flipped bit in data of any format but PNG that still
+decodes (the others carry no checksum; about nine in ten single flips in a JPEG resynchronise without
+a trace even in libjpeg's own warnings); data missing from the last block of a sequential JPEG, from
+the last refinement scan of a progressive one, or, behind a forged end marker, from a CMYK one.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL.JpegImagePlugin import JpegImageFile
 
-from batchcls.images.formats import DecodeError, Header, JpegFrame
+from batchcls.images.formats import DecodeError, Format, Header, JpegFrame
 from batchcls.images.header import read_header
 from batchcls.images.jpeg import (
     end_of_coded_data,
@@ -34,7 +30,8 @@ from batchcls.images.jpeg import (
 )
 from batchcls.images.jpeg_pixels import decode_jpeg, reduction
 from batchcls.images.limits import DecodeLimits
-from batchcls.images.rgb import open_unloaded, orientation_of, to_rgb
+from batchcls.images.png import png_without_metadata
+from batchcls.images.rgb import open_unloaded, orientation_of, orientation_of_metadata, to_rgb
 from batchcls.schema import Reason
 
 __all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "decode"]
@@ -78,17 +75,21 @@ def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Dec
     header = read_header(data)
     _require_size(header, limits)
     try:
-        if header.jpeg is not None and header.jpeg.is_plain:
+        if header.jpeg is not None:
             hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
         else:
-            (hwc, orientation), factor = _decode_with_pillow(data, header, limits), 1
+            hwc, orientation = _decode_with_pillow(data, header, limits)
+            factor = 1
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # the decoders' edge: damage makes them raise whatever it does
         raise _translated(error, header) from error
+    pixels = _upright(hwc, orientation)
+    if header.jpeg is None:
+        height, width = pixels.shape[:2]
+        return Decoded(pixels, *_stored_size(hwc, header), (height, width))
     height, width = _upright_size(header, orientation)
-    extent = height / factor, width / factor
-    return Decoded(_upright(hwc, orientation), header.width, header.height, extent)
+    return Decoded(pixels, header.width, header.height, (height / factor, width / factor))
 
 
 def _require_size(header: Header, limits: DecodeLimits) -> None:
@@ -102,33 +103,39 @@ def _require_size(header: Header, limits: DecodeLimits) -> None:
 
 
 def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tuple[np.ndarray, int]:
-    image = open_unloaded(data, header, limits.max_pixels)
-    image.load()
+    try:
+        image = open_unloaded(data, header, limits.max_pixels)
+        image.load()
+    except (SyntaxError, ValueError):
+        if header.format != Format.PNG:
+            raise
+        image = open_unloaded(png_without_metadata(data), header, limits.max_pixels)
+        image.load()
     return to_rgb(image), orientation_of(image)
 
 
 def _decode_jpeg(
     data: bytes, header: Header, frame: JpegFrame, least: Least | None
 ) -> tuple[np.ndarray, int, int]:
-    """H x W x 3 as stored, the orientation, and the factor by which it is reduced.
-
-    The orientation is read by Pillow, for the same answer in every format.
-    """
+    """H x W x 3 as stored, the orientation, and the factor by which it is reduced."""
+    orientation = orientation_of_metadata(data[body] for body in frame.application_1)
+    if not frame.is_plain:
+        return decode_jpeg(data, header, frame), orientation, 1
     suspicious = False
     if has_several_scans(data, frame):
         suspicious = not scans_are_complete(data, frame)
     else:
         require_end_marker(data, frame)
-    orientation = orientation_of(JpegImageFile(io.BytesIO(data))) if frame.has_application_1 else 1
     factor = 1
     if least is not None:
         upright = _upright_size(header, orientation)
         # A turned picture would have the row that lies partly outside of it in front: none may.
         factor = reduction(upright, least(*upright), whole=orientation in _TURNS)
-    pixels = decode_jpeg(data, header, factor)
+    pixels = decode_jpeg(data, header, frame, factor)
     # 128 is what a block that never came decodes to, at every scale.
     if suspicious or bool((pixels[-1, -1] == 128).all()):
-        _require_complete(data, header, frame, pixels if factor == 1 else decode_jpeg(data, header))
+        whole = pixels if factor == 1 else decode_jpeg(data, header, frame)
+        _require_complete(data, header, frame, whole)
     return pixels, orientation, factor
 
 
@@ -140,7 +147,7 @@ def _require_complete(data: bytes, header: Header, frame: JpegFrame, pixels: np.
     """
     end, has_end_marker = end_of_coded_data(data, frame)
     lengthened = data[:end] + bytes(range(1, 200)) * 3 + data[end:]
-    if np.array_equal(decode_jpeg(lengthened, header), pixels):
+    if np.array_equal(decode_jpeg(lengthened, header, frame), pixels):
         return
     if has_end_marker:
         raise DecodeError(Reason.TRUNCATED, "the JPEG's data ends before its picture is whole")
@@ -157,6 +164,14 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
     7: (True, (0, 1)),
     8: (True, (0,)),
 }
+
+
+def _stored_size(hwc: np.ndarray, header: Header) -> tuple[int, int]:
+    """Width and height as stored: of a HEIC those that its decoder left of it when it cropped it."""
+    if header.format != Format.HEIC:
+        return header.width, header.height
+    height, width = hwc.shape[:2]
+    return (height, width) if header.is_turned_by_decoder else (width, height)
 
 
 def _upright_size(header: Header, orientation: int) -> tuple[int, int]:
@@ -180,6 +195,7 @@ _OUT_OF_MEMORY = (
     "out of memory",
     "memory allocation failure",
 )
+_NOT_BUILT_IN = ("unsupported", "not implemented", "unknown pixel mode", "cannot handle")
 _CUT_SHORT = ("truncated", "incomplete", "not enough image data", "unexpected end")
 
 
@@ -190,4 +206,8 @@ def _translated(error: Exception, header: Header) -> DecodeError:
         raise MemoryError(f"out of memory on {header.width} x {header.height} pixels") from error
     if any(words in text for words in _CUT_SHORT):
         return DecodeError(Reason.TRUNCATED, f"the {header.format} data ends before its picture is whole")
+    if any(words in text for words in _NOT_BUILT_IN):
+        return DecodeError(
+            Reason.UNSUPPORTED_FORMAT, f"{header.format} of a kind that its decoder does not know"
+        )
     return DecodeError(Reason.CORRUPT, f"the {header.format} decoder stopped ({type(error).__name__})")

@@ -17,6 +17,8 @@ class Format(StrEnum):
     GIF = "gif"
     BMP = "bmp"
     TIFF = "tiff"
+    AVIF = "avif"
+    HEIC = "heic"
 
 
 class DecodeError(Exception):
@@ -33,15 +35,16 @@ class JpegFrame:
 
     `start_of_frame` is the number n of its SOFn marker (0 and 1 sequential, 2 progressive, 9 and
     10 the same with arithmetic coding). `component_ids` are those of the frame, in order.
-    `adobe_transform` is None without an Adobe segment. `has_application_1` tells whether EXIF or
-    XMP, and with it an orientation, may be there. `scan_offset` is where the first SOS marker stands.
+    `adobe_transform` is None without an Adobe segment. `application_1` holds where the bodies of the
+    APP1 segments lie, in which EXIF and XMP, and with them an orientation, may be. `scan_offset` is
+    where the first SOS marker stands.
     """
 
     start_of_frame: int
     precision: int
     component_ids: tuple[int, ...]
     adobe_transform: int | None
-    has_application_1: bool
+    application_1: tuple[slice, ...]
     scan_offset: int
 
     @property
@@ -60,8 +63,9 @@ class Header:
     """Format and size of an image, from its first bytes.
 
     `width` and `height` are stored pixels, before any orientation. `allocated_pixels` is the most
-    that a decoder allocates at once: width x height, or one tile of a TIFF where that is larger.
-    `jpeg` is None for every other format.
+    that a decoder allocates at once: width x height, or one tile of a TIFF or one of the images that
+    an AVIF or HEIC is put together from where that is larger. `jpeg` is None for every other format.
+    `is_turned_by_decoder` says that the decoder itself exchanges width and height (HEIC).
     """
 
     format: Format
@@ -69,9 +73,10 @@ class Header:
     height: int
     allocated_pixels: int
     jpeg: JpegFrame | None = None
+    is_turned_by_decoder: bool = False
 
 
-def unpack(layout: str, data: bytes, offset: int) -> tuple[Any, ...]:
+def unpack(layout: str, data: bytes | memoryview, offset: int) -> tuple[Any, ...]:
     """`struct.unpack_from`, but bytes that are not there are a truncated image.
 
     Raises:
@@ -83,13 +88,19 @@ def unpack(layout: str, data: bytes, offset: int) -> tuple[Any, ...]:
 
 
 def checked_header(
-    kind: Format, width: int, height: int, *, jpeg: JpegFrame | None = None, tile: int = 0
+    kind: Format,
+    width: int,
+    height: int,
+    *,
+    jpeg: JpegFrame | None = None,
+    tile: int = 0,
+    is_turned_by_decoder: bool = False,
 ) -> Header:
-    """A header whose sides are at least one pixel; `tile` is the pixels of one tile, if any.
+    """A header whose sides are at least one pixel; `tile` is the pixels of the largest tile, if any.
 
     Raises:
         DecodeError: corrupt, where a side is zero or negative.
     """
     if width <= 0 or height <= 0:
         raise DecodeError(Reason.CORRUPT, f"the {kind} header says {width} x {height} pixels")
-    return Header(kind, width, height, max(width * height, tile), jpeg)
+    return Header(kind, width, height, max(width * height, tile), jpeg, is_turned_by_decoder)

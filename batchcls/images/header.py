@@ -8,11 +8,12 @@ is `truncated` even where its decoder would have been content with what was ther
 """
 
 import re
-import zlib
 from collections.abc import Callable
 
+from batchcls.images.bmff import read_bmff
 from batchcls.images.formats import DecodeError, Format, Header, checked_header, unpack
 from batchcls.images.jpeg import read_jpeg
+from batchcls.images.png import read_png
 from batchcls.images.tiff import read_tiff
 from batchcls.schema import Reason
 
@@ -39,31 +40,6 @@ def read_header(data: bytes) -> Header:
     raise DecodeError(Reason.NOT_AN_IMAGE, "the bytes begin like no image format that is known")
 
 
-def _read_png(data: bytes) -> Header:
-    kind, width, height = unpack(">4sII", data, 12)
-    if kind == b"CgBI":
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, "PNG in Apple's own dialect (CgBI) is not decoded")
-    if kind != b"IHDR":
-        raise DecodeError(Reason.CORRUPT, "the PNG does not begin with its header chunk")
-    header = checked_header(Format.PNG, width, height)
-    _check_png_chunks(data)
-    return header
-
-
-def _check_png_chunks(data: bytes) -> None:
-    """Hold every critical chunk to its checksum, which Pillow does not do for the pixels themselves."""
-    view, offset, kind = memoryview(data), 8, b""
-    while kind != b"IEND":
-        length, kind = unpack(">I4s", data, offset)
-        end = offset + 12 + length
-        if end > len(data):
-            raise DecodeError(Reason.TRUNCATED, "the PNG ends before its end chunk")
-        is_critical = not kind[0] & 0x20
-        if is_critical and zlib.crc32(view[offset + 4 : end - 4]) != unpack(">I", data, end - 4)[0]:
-            raise DecodeError(Reason.CORRUPT, "a chunk of the PNG does not match its checksum")
-        offset = end
-
-
 def _read_webp(data: bytes) -> Header:
     (size,) = unpack("<I", data, 4)
     if size + 8 > len(data):
@@ -86,12 +62,15 @@ def _read_webp(data: bytes) -> Header:
 
 
 def _read_gif(data: bytes) -> Header:
-    """Size of the canvas, grown by a first frame that reaches beyond it, as Pillow grows it."""
+    """Size of the canvas, grown by a first frame that reaches beyond it, as Pillow grows it.
+
+    Stray bytes before the first frame are passed over, and behind it they end the file, as in Pillow.
+    """
     width, height, flags = unpack("<HHB", data, 6)
     offset, frames = 13 + _gif_palette_bytes(flags), 0
     while True:
         (kind,) = unpack("B", data, offset)
-        if kind == 0x3B:
+        if kind == 0x3B or (frames and kind not in (0x2C, 0x21)):
             break
         if kind == 0x2C:
             left, top, frame_width, frame_height, flags = unpack("<HHHHB", data, offset + 1)
@@ -102,7 +81,7 @@ def _read_gif(data: bytes) -> Header:
         elif kind == 0x21:
             offset = _after_gif_blocks(data, offset + 2)
         else:
-            raise DecodeError(Reason.CORRUPT, "the GIF has an unknown block")
+            offset += 1
     if not frames:
         raise DecodeError(Reason.CORRUPT, "the GIF has no frame")
     return checked_header(Format.GIF, width, height)
@@ -142,17 +121,16 @@ def _signature(pattern: bytes) -> re.Pattern[bytes]:
 
 _READERS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], Header]], ...] = (
     (_signature(rb"\xff\xd8\xff"), read_jpeg),
-    (_signature(rb"\x89PNG\r\n\x1a\n"), _read_png),
+    (_signature(rb"\x89PNG\r\n\x1a\n"), read_png),
     (_signature(rb"RIFF....WEBP|RIFF.{0,7}\Z"), _read_webp),
     (_signature(rb"GIF8[79]a"), _read_gif),
     # "BM" alone begins many a text; the size of the second header is one of seven.
     (_signature(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|BM.{0,15}\Z"), _read_bmp),
     (_signature(rb"II(?:\x2a\0|\x2b\0)|MM(?:\0\x2a|\0\x2b)"), read_tiff),
+    (_signature(rb"\0\0..ftyp|\0\0(?:.{0,2}|..f|..ft|..fty)\Z"), read_bmff),
 )
 
 _UNSUPPORTED: tuple[tuple[re.Pattern[bytes], str], ...] = (
-    (_signature(rb"....ftypavi[fs]"), "AVIF"),
-    (_signature(rb"....ftyp(?:he[iv][cxms]|mif1|msf1)"), "HEIF"),
     (_signature(rb"8BPS"), "Photoshop (PSD)"),
     (_signature(rb"\xff\x0a|\0\0\0\x0cJXL "), "JPEG XL"),
     (_signature(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  "), "JPEG 2000"),
@@ -172,4 +150,5 @@ _SHORTEST_STARTS = (
     b"MM\0\x2a",
     b"II\x2b\0",
     b"MM\0\x2b",
+    b"\0\0\0",
 )

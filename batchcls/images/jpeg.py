@@ -7,15 +7,20 @@ What can be told of that from the markers, at the price of a search for 0xFF, is
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from batchcls.images.formats import DecodeError, Format, Header, JpegFrame, checked_header, unpack
 from batchcls.schema import Reason
 
+_START_OF_IMAGE = b"\xff\xd8"
 _START_OF_SCAN = 0xDA
 _END_OF_IMAGE = 0xD9
+_APPLICATION_0 = 0xE0
 _APPLICATION_1 = 0xE1
 _APPLICATION_14 = 0xEE
+# APP0 to APP15 and COM.
+_METADATA = frozenset({*range(0xE0, 0xF0), 0xFE})
 # SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which lie between them.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _DECODED_FRAMES = frozenset({0, 1, 2, 9, 10})
@@ -64,27 +69,33 @@ def read_jpeg(data: bytes) -> Header:
     """
     frame: Segment | None = None
     adobe_transform = None
-    has_application_1 = False
+    application_1: list[slice] = []
     for segment in _segments(data, 2):
         if segment.marker in (_START_OF_SCAN, _END_OF_IMAGE):
             if frame is None:
                 raise DecodeError(Reason.CORRUPT, "the JPEG has no frame header before its data")
             if segment.marker == _END_OF_IMAGE:
                 raise DecodeError(Reason.CORRUPT, "the JPEG has no picture data")
-            return _header(data, frame, adobe_transform, has_application_1, segment.offset)
+            coding = _coding(data, frame, segment.offset)
+            found = replace(coding, adobe_transform=adobe_transform, application_1=tuple(application_1))
+            height, width = unpack(">HH", data, frame.start + 1)
+            return checked_header(Format.JPEG, width, height, jpeg=found)
         if segment.marker in _START_OF_FRAME:
             frame = frame or segment
         elif segment.marker == _APPLICATION_1:
-            has_application_1 = True
-        elif segment.marker == _APPLICATION_14 and data[segment.start : segment.start + 5] == b"Adobe":
-            (adobe_transform,) = unpack(">B", data, segment.start + 11)
+            application_1.append(slice(segment.start, segment.end))
+        elif segment.marker == _APPLICATION_14:
+            adobe_transform = _adobe_transform(data[segment.start : segment.end], adobe_transform)
     raise AssertionError("_segments ends with the end marker or with an error")
 
 
-def _header(
-    data: bytes, segment: Segment, adobe_transform: int | None, has_application_1: bool, scan_offset: int
-) -> Header:
-    precision, height, width, count = unpack(">BHHB", data, segment.start)
+def _adobe_transform(body: bytes, before: int | None) -> int | None:
+    """What an Adobe segment says of its colors; one that is too short for it says nothing, as to libjpeg."""
+    return body[11] if body.startswith(b"Adobe") and len(body) >= 12 else before
+
+
+def _coding(data: bytes, segment: Segment, scan_offset: int) -> JpegFrame:
+    precision, height, _, count = unpack(">BHHB", data, segment.start)
     kind = segment.marker - 0xC0
     if kind not in _DECODED_FRAMES:
         raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of kind SOF{kind} (lossless or hierarchical)")
@@ -97,8 +108,35 @@ def _header(
     if segment.end < segment.start + 6 + 3 * count:
         raise DecodeError(Reason.CORRUPT, "the JPEG's frame header is too short")
     ids = tuple(data[segment.start + 6 : segment.start + 6 + 3 * count : 3])
-    frame = JpegFrame(kind, precision, ids, adobe_transform, has_application_1, scan_offset)
-    return checked_header(Format.JPEG, width, height, jpeg=frame)
+    return JpegFrame(kind, precision, ids, None, (), scan_offset)
+
+
+def without_metadata(data: bytes, frame: JpegFrame) -> bytes:
+    """The same image without the segments and stray bytes that a decoder has to read past.
+
+    APP0 and APP14 stay, which say what the components mean, and so does everything that no decoder
+    passes over. The bytes from the first scan on are the same.
+    """
+    kept, end = [data[:2]], 2
+    for segment in _segments(data, 2):
+        gap = data[end : segment.offset]
+        # A second start marker is an error to libjpeg, and stays one.
+        kept.append(gap if _START_OF_IMAGE in gap else b"")
+        if segment.offset >= frame.scan_offset:
+            break
+        if not _is_metadata(data, segment):
+            kept.append(data[segment.offset : segment.end])
+        end = segment.end
+    return b"".join([*kept, data[frame.scan_offset :]])
+
+
+def _is_metadata(data: bytes, segment: Segment) -> bool:
+    body = data[segment.start : segment.end]
+    if segment.marker == _APPLICATION_0:
+        return not (body.startswith(b"JFIF\0") and len(body) >= 14)
+    if segment.marker == _APPLICATION_14:
+        return _adobe_transform(body, None) is None
+    return segment.marker in _METADATA
 
 
 def has_several_scans(data: bytes, frame: JpegFrame) -> bool:

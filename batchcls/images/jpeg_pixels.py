@@ -1,4 +1,7 @@
-"""A plain JPEG to RGB pixels as stored, whole or at a reduced scale.
+"""A JPEG to RGB pixels as stored, whole or at a reduced scale.
+
+Plain JPEG (8 bits, grey or three components, sequential or progressive) goes straight from the bytes
+through libjpeg-turbo; everything else, and what TurboJPEG's interface refuses, through Pillow.
 
 libjpeg-turbo can leave out the fine half of each block's frequencies and so give a picture of a
 half, a quarter or an eighth of its size for less work than the whole one. The scales between these
@@ -15,7 +18,9 @@ import numpy as np
 import simplejpeg
 from PIL.JpegImagePlugin import JpegImageFile
 
-from batchcls.images.formats import Header
+from batchcls.images.formats import DecodeError, Header, JpegFrame
+from batchcls.images.jpeg import without_metadata
+from batchcls.schema import Reason
 
 _FACTORS = (8, 4, 2)
 
@@ -32,21 +37,33 @@ def reduction(size: tuple[int, int], least: tuple[float, float], whole: bool = F
     return 1
 
 
-def decode_jpeg(data: bytes, header: Header, factor: int = 1) -> np.ndarray:
-    """uint8 H x W x 3, C-contiguous, RGB as stored; with a factor of 2, 4 or 8 perhaps smaller by it.
+def decode_jpeg(data: bytes, header: Header, frame: JpegFrame, factor: int = 1) -> np.ndarray:
+    """uint8 H x W x 3, C-contiguous, RGB as stored; with a factor of 2, 4 or 8 smaller by it.
 
-    Data that is missing is painted grey, without a word.
+    What libjpeg warns about and passes over is passed over here. Data that is missing is painted grey, without a word.
 
     Raises:
         Exception: what the decoder raises on damage that it cannot pass over.
     """
+    if not frame.is_plain:
+        return _decode_with_pillow(data, header, frame, factor)
     # Of all the scales simplejpeg takes the smallest that still has this size: the one that was meant.
     least = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
     try:
         pixels: np.ndarray = simplejpeg.decode_jpeg(data, strict=False, **least)
-    except ValueError as error:
-        # TurboJPEG decodes no sampling that it has no name for, such as 4:1:0; the libjpeg below it does.
-        if "subsampling" not in str(error):
-            raise
-        return np.array(JpegImageFile(io.BytesIO(data)).convert("RGB"))
+    except ValueError:
+        # TurboJPEG takes what libjpeg only warns about while it reads the header for an error (stray
+        # bytes between segments, parts of an ICC profile that do not fit), and has no name for some
+        # samplings, such as 4:1:0. The libjpeg below it decodes them, and so does Pillow with it.
+        return _decode_with_pillow(data, header, frame, factor)
     return pixels
+
+
+def _decode_with_pillow(data: bytes, header: Header, frame: JpegFrame, factor: int) -> np.ndarray:
+    # Pillow has a parser of its own, which stops at damaged metadata that libjpeg does not even read.
+    image = JpegImageFile(io.BytesIO(without_metadata(data, frame)))
+    if image.size != (header.width, header.height):
+        raise DecodeError(Reason.CORRUPT, "the jpeg header contradicts itself about the size")
+    if factor > 1:
+        image.draft("RGB", (header.width // factor, header.height // factor))
+    return np.array(image.convert("RGB"))

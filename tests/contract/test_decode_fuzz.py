@@ -1,24 +1,35 @@
 """Whatever happens to a file, the answer is a picture or a reason, never another exception."""
 
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from batchcls.images.decode import Decoded, DecodeError, decode
-from batchcls.images.limits import DecodeLimits
-from batchcls.schema import REASONS, Stage
-from tests.drawing import samples
+from batchcls.images.formats import Format
+from tests.drawing import draw, encode, samples, transparent
+from tests.fuzzing import LIMITS, outcome
 
 MUTATIONS_PER_FILE = 40
-# Small, so that a mutated header cannot make the test slow.
-LIMITS = DecodeLimits(max_pixels=4_000_000)
+MANY = ("avif", "heic", "webp", "tiff", "bmp")
+# Of one decode, on a core shared with others.
+MOST_SECONDS = 5.0
+# Of 4 threads at a time: at most 30 bytes for each pixel that the limit allows.
+MOST_MIB = 4 * 30 * LIMITS.max_pixels / 2**20
+# What fields of 4 bytes hold when someone means harm: nothing, too much, negative, a little too much.
+NUMBERS = (0, 1, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
 def mutate(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
-    """One of: flipped bits, flipped bits in the header, a cut, another file's header, a hole, a part twice."""
+    """One of: flipped bits, changed header, a cut, another file's header, a hole, a part twice, a wild number."""
     mutated = bytearray(data)
     position = int(random.integers(len(data)))
     length = int(random.integers(1, 200))
-    match random.integers(6):
+    match random.integers(7):
         case 0:
             for place in random.integers(0, len(data), int(random.integers(1, 20))):
                 mutated[place] ^= 1 << int(random.integers(8))
@@ -31,6 +42,10 @@ def mutate(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
             mutated[:length] = other[:length]
         case 4:
             mutated[position : position + length] = bytes(len(mutated[position : position + length]))
+        case 5:
+            place = int(random.integers(min(1000, len(data))))
+            order = "big" if random.integers(2) else "little"
+            mutated[place : place + 4] = NUMBERS[int(random.integers(len(NUMBERS)))].to_bytes(4, order)
         case _:
             mutated[position:position] = mutated[max(0, position - length) : position]
     return bytes(mutated)
@@ -42,13 +57,47 @@ def test_mutated_files_give_a_picture_or_a_reason(name):
     others = list(files.values())
     random = np.random.default_rng(list(name.encode()))
     for _ in range(MUTATIONS_PER_FILE):
-        data = mutate(random, files[name], others[int(random.integers(len(others)))])
-        try:
-            decoded = decode(data, LIMITS)
-        except DecodeError as error:
-            failure = error.failure
-            assert REASONS[failure.reason].stage == Stage.DECODE
-            assert 0 < len(failure.detail) < 200
-        else:
-            assert isinstance(decoded, Decoded)
-            assert sorted(decoded.pixels.shape[:2]) == sorted((decoded.width, decoded.height))
+        outcome(mutate(random, files[name], others[int(random.integers(len(others)))]))
+
+
+def fuzzed(kind: str, count: int) -> Iterator[bytes]:
+    """Mutations, one to three at a time, of small and of larger files of one format, the same every time."""
+    writer = {"heic": "HEIF"}.get(kind, kind.upper())
+    images = [draw(2, 640, 480), draw(3, 333, 251).convert("L")]
+    if kind != "bmp":
+        images.append(transparent(4).resize((300, 400)))
+    originals = [data for name, data in samples().items() if name.split()[0] == kind]
+    originals += [encode(image, writer) for image in images]
+    others = list(samples().values())
+    random = np.random.default_rng(list(kind.encode()))
+    for _ in range(count):
+        data = originals[int(random.integers(len(originals)))]
+        for _ in range(int(random.integers(1, 4))):
+            data = mutate(random, data or b"\0", others[int(random.integers(len(others)))])
+        yield data
+
+
+@pytest.mark.parametrize(
+    "count", [60, pytest.param(2000, marks=[pytest.mark.chaos, pytest.mark.timeout(1200)])]
+)
+@pytest.mark.parametrize("kind", MANY)
+def test_fuzzed_files_are_accounted_for_in_time_and_memory(kind: str, count: int, tmp_path: Path):
+    """In a process of its own, which has encoded nothing, so that its peak is that of decoding."""
+    path = tmp_path / "files"
+    path.write_bytes(pickle.dumps([samples()[kind], *fuzzed(kind, count)]))
+    program = f"from tests.fuzzing import decode_all; decode_all({str(path)!r})"
+    repository = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        check=False,
+    )
+    assert done.returncode == 0, f"the process died ({done.returncode}): {done.stderr[-2000:]}"
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{count} {Format(kind)}: {found}")
+    assert sum(found["outcomes"].values()) == count + 1
+    assert {"image", "truncated"} <= set(found["outcomes"])
+    assert found["slowest_on_core"] < MOST_SECONDS
+    assert found["grown_mib"] < MOST_MIB

@@ -140,6 +140,13 @@ def test_each_reason_has_its_case(data, reason):
     assert reason_of(data) == reason
 
 
+@pytest.mark.parametrize(("field", "value"), [(28, 2), (28, 5), (30, 6), (30, 4)])
+def test_a_bmp_of_a_kind_that_pillow_does_not_know_is_unsupported(field, value):
+    data = bytearray(encode(draw(), "BMP"))
+    data[field] = value
+    assert reason_of(bytes(data)) == Reason.UNSUPPORTED_FORMAT
+
+
 def test_damaged_pixels_under_a_right_checksum_are_corrupt():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 61, 47, 8, 2, 0, 0, 0))
     deflated = bytearray(zlib.compress(bytes(47 * 184)))

@@ -153,9 +153,9 @@ def test_the_full_scale_is_asked_for_only_where_the_end_is_suspicious(monkeypatc
     factors = []
     original = decode_module.decode_jpeg
 
-    def counting(data, header, factor=1):
+    def counting(data, header, frame, factor=1):
         factors.append(factor)
-        return original(data, header, factor)
+        return original(data, header, frame, factor)
 
     monkeypatch.setattr(decode_module, "decode_jpeg", counting)
     reduced(encode(draw(9, 640, 480), "JPEG"))

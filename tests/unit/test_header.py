@@ -21,7 +21,8 @@ def test_format_and_stored_size_of_every_sample_are_read(name):
     header = read_header(samples()[name])
     assert header.format == Format(name.split()[0])
     assert (header.width, header.height) == (61, 47)
-    assert header.allocated_pixels == 61 * 47
+    # HEVC is coded in whole blocks.
+    assert header.allocated_pixels == (64 * 64 if header.format == Format.HEIC else 61 * 47)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -37,14 +38,14 @@ def test_jpeg_coding_is_read():
     assert baseline.adobe_transform is None
     assert baseline.is_plain
     assert not baseline.is_progressive
-    assert not baseline.has_application_1
+    assert baseline.application_1 == ()
 
 
 def test_progressive_four_component_and_exif_jpeg_are_told_apart():
     progressive = read_header(encode(draw(), "JPEG", progressive=True, orientation=3)).jpeg
     assert progressive is not None
     assert progressive.is_progressive
-    assert progressive.has_application_1
+    assert len(progressive.application_1) == 1
     four = read_header(ycck()).jpeg
     assert four is not None
     assert (len(four.component_ids), four.adobe_transform, four.is_plain) == (4, 2, False)
@@ -76,9 +77,6 @@ def test_jpeg_that_no_decoder_here_reads_is_unsupported_and_says_why(data, what)
 @pytest.mark.parametrize(
     ("start", "name"),
     [
-        (b"\0\0\0\x1cftypheic", "HEIF"),
-        (b"\0\0\0\x1cftypmif1", "HEIF"),
-        (b"\0\0\0\x20ftypavif", "AVIF"),
         (b"8BPS\0\1", "PSD"),
         (b"\xff\x0a\xfa", "JPEG XL"),
         (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
