@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -68,13 +67,11 @@ class _Step:
     Attributes:
         number: counts from 0.
         images: over all workers.
-        weight: of all its images together, over all workers.
         passes: those of this worker: uint8 N,3,h,w, class indices, and rows of the manifest.
     """
 
     number: int
     images: int
-    weight: float
     passes: list[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -103,12 +100,10 @@ class Training:
         self._mean, self._std = (
             torch.tensor(values, device=place.device).reshape(1, 3, 1, 1) for values in colours
         )
-        self._class_weights: npt.NDArray[np.float32] | None = None
+        self._weights: Tensor | None = None
         if settings.balance == "loss":
-            self._class_weights = class_weights(count_classes(settings.training.targets, settings.classes))
-        self._weights = (
-            None if self._class_weights is None else torch.from_numpy(self._class_weights).to(place.device)
-        )
+            weights = class_weights(count_classes(settings.training.targets, settings.classes))
+            self._weights = torch.from_numpy(weights).to(place.device)
         self._sampler = RowSampler(settings.training.targets, settings.seed)
         if settings.balance == "sampling":
             self._sampler = RowSampler.balanced(settings.training.targets, settings.classes, settings.seed)
@@ -218,7 +213,7 @@ class Training:
                 last = number == len(step.passes) - 1
                 at = (epoch, step.number, number)
                 with nullcontext() if last else _unsynchronised(network):
-                    loss = self._backward(network, images, targets, at, step.weight, measures)
+                    loss = self._backward(network, images, targets, at, step.images, measures)
                 losses.append((loss, rows))
             norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or math.inf)
             if not bool(torch.isfinite(norm)):
@@ -237,10 +232,10 @@ class Training:
         images: Tensor,
         targets: Tensor,
         at: tuple[int, int, int],
-        step_weight: float,
+        step_size: int,
         measures: Measures,
     ) -> Tensor:
-        """Add the gradient of N images, a share of a step of this weight; N losses.
+        """Add the gradient of N images, a share of a step of `step_size`; N losses.
 
         `at` is the epoch, the step and the pass, all of which count from 0.
         """
@@ -254,7 +249,7 @@ class Training:
         weights = None if self._weights is None else row_weights(shares, self._weights)
         losses = row_losses(logits, shares, self._recipe.label_smoothing, weights)
         # Workers' gradients are averaged, and each has a part of the step.
-        torch.autograd.backward(losses.sum() * (place.workers / step_weight))
+        torch.autograd.backward(losses.sum() * (place.workers / step_size))
         measures.add(logits.detach(), shares)
         return losses.detach()
 
@@ -287,14 +282,7 @@ class Training:
         )
         batches = iter(loader)
         for number, (step, passes) in enumerate(zip(steps, cut, strict=True)):
-            weight = self._weight_of(labelled.targets[step[:, 0]])
-            yield _Step(number, len(step), weight, [next(batches) for _ in passes])
-
-    def _weight_of(self, targets: npt.NDArray[np.int32]) -> float:
-        """What all images of a step weigh together: their number, unless categories have weights."""
-        if self._class_weights is None:
-            return float(len(targets))
-        return float(self._class_weights[targets].sum(dtype=np.float64))
+            yield _Step(number, len(step), [next(batches) for _ in passes])
 
     def _require_mixing(self, sizes: Sequence[int]) -> None:
         if self._mixing.mixes and max(sizes) < 2:

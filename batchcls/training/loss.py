@@ -41,8 +41,11 @@ def row_weights(targets: Tensor, class_weights: Tensor) -> Tensor:
 def mean_loss(
     logits: Tensor, targets: Tensor, label_smoothing: float, class_weights: Tensor | None
 ) -> Tensor:
-    """The weighted mean of the losses of all N rows; see `row_losses`."""
-    if class_weights is None:
-        return row_losses(logits, targets, label_smoothing, None).mean()
-    weights = row_weights(targets, class_weights)
-    return row_losses(logits, targets, label_smoothing, weights).sum() / weights.sum()
+    """The mean of the weighted losses of N rows; see `row_losses`.
+
+    It is divided by N and not by the weights of these rows: class weights have a mean of 1 over all training rows, so
+    every step is an unbiased part of the whole. Divided by its own weights, a step with a rare row in it would
+    count that row for little more than any other.
+    """
+    weights = None if class_weights is None else row_weights(targets, class_weights)
+    return row_losses(logits, targets, label_smoothing, weights).mean()

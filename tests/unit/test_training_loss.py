@@ -56,7 +56,7 @@ def test_no_category_is_given_up_at_940_10_10(tmp_path: Path, mixup: float):
 
 @pytest.mark.parametrize(("pass_size", "mixup"), [(None, 0.0), (4, 0.0), (None, 0.4)])
 def test_weighted_training_is_that_of_a_plain_loop(tmp_path: Path, pass_size: int | None, mixup: float):
-    """A step's loss is the weighted mean over all of its rows, also where several passes add up to it."""
+    """A step's loss is the mean of its rows' weighted losses, also where several passes add up to it."""
     chosen, stores = uneven(tmp_path)
     some = np.r_[0:20, 940:944, 950:953]
     how = recipe(
@@ -94,6 +94,6 @@ def plain_loop(chosen: TrainingSettings, store: PixelStore) -> nn.Module:
             losses = -(smooth * model(mixed).log_softmax(1)).sum(1)
             rows = shares @ weights
             solver.zero_grad()
-            torch.autograd.backward((rows * losses).sum() / rows.sum())
+            torch.autograd.backward((rows * losses).mean())
             solver.step()
     return model
