@@ -137,4 +137,18 @@ def resolve_uri(uri: str, base: str) -> str:
         return join(base, uri)
     head, mark, rest = base.partition("://")
     place, _, folder = rest.partition("/")
-    return f"{head}{mark}{place}{posixpath.normpath(posixpath.join('/', folder, uri))}"
+    return f"{head}{mark}{place}{remove_dot_segments(posixpath.join('/', folder, uri))}"
+
+
+def remove_dot_segments(path: str) -> str:
+    """An absolute path without `.` and `..`, as RFC 3986, 5.2.4 has it: empty segments stay, the root is the end."""
+    *folders, last = path.removeprefix("/").split("/")
+    kept: list[str] = []
+    for segment in folders:
+        if segment == "..":
+            kept[-1:] = []
+        elif segment != ".":
+            kept.append(segment)
+    if last == "..":
+        kept[-1:] = []
+    return "/".join(["", *kept, "" if last in (".", "..") else last])
