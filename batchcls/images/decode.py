@@ -18,7 +18,7 @@ marker, from a CMYK one.
 """
 
 import io
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,14 +33,14 @@ from batchcls.images.jpeg import (
     scans_are_complete,
 )
 from batchcls.images.jpeg_pixels import decode_jpeg, reduction
-from batchcls.images.limits import DecodeLimits
+from batchcls.images.limits import DecodeLimits, Least
 from batchcls.images.rgb import open_unloaded, orientation_of, to_rgb
 from batchcls.schema import Reason
 
-__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "decode"]
+__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "allowed_header", "decode"]
 
-Least = Callable[[int, int], tuple[float, float]]
-"""From the height and width of an upright picture to those that it must keep at a reduced scale."""
+# Three whole images at a time, which no header tells of: no two threads do that at once.
+_checking_a_whole_image = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,20 @@ class Decoded:
     extent: tuple[float, float]
 
 
-def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Decoded:
+def allowed_header(data: bytes, limits: DecodeLimits) -> Header:
+    """The header of an image that is within the limits, with no pixel decoded.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    header = read_header(data)
+    _require_size(header, limits)
+    return header
+
+
+def decode(
+    data: bytes, limits: DecodeLimits, least: Least | None = None, header: Header | None = None
+) -> Decoded:
     """Decode the first picture of a file.
 
     Transparency is composed on white, 16 bits keep their upper 8, animations give their first frame.
@@ -69,14 +82,14 @@ def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Dec
         limits: how large and how small the stored picture may be.
         least: with it a JPEG may be decoded at a reduced scale that leaves at least what it says.
             Without it every picture comes at its full size.
+        header: what `allowed_header` has said of the file, where it was asked before.
 
     Raises:
         DecodeError: empty, not_an_image, unsupported_format, truncated, corrupt, too_many_pixels
             or too_small; its detail holds nothing of the file.
         MemoryError: the process is out of memory, which says nothing about the file.
     """
-    header = read_header(data)
-    _require_size(header, limits)
+    header = header or allowed_header(data, limits)
     try:
         if header.jpeg is not None and header.jpeg.is_plain:
             hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
@@ -128,7 +141,8 @@ def _decode_jpeg(
     pixels = decode_jpeg(data, header, factor)
     # 128 is what a block that never came decodes to, at every scale.
     if suspicious or bool((pixels[-1, -1] == 128).all()):
-        _require_complete(data, header, frame, pixels if factor == 1 else decode_jpeg(data, header))
+        with _checking_a_whole_image:
+            _require_complete(data, header, frame, pixels if factor == 1 else decode_jpeg(data, header))
     return pixels, orientation, factor
 
 

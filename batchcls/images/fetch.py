@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from batchcls.errors import InputError
 from batchcls.images.addresses import INDIRECT_SCHEMES, AddressPolicy
@@ -145,7 +146,7 @@ class Fetcher:
 
     def _stat_local(self, path: str) -> str:
         if not self._policy.addresses.allow_roots:
-            return _stat_version(os.stat(path))
+            return _stat_version(Path(path).stat())
         # What is described must be what lies below the root, as with what is read.
         descriptor = self._policy.addresses.open_path(path, os.O_PATH)
         try:

@@ -61,7 +61,8 @@ class Header:
 
     `width` and `height` are stored pixels, before any orientation. `allocated_pixels` is the most
     that a decoder allocates at once: width x height, or one tile of a TIFF where that is larger.
-    `jpeg` is None for every other format.
+    `jpeg` is None for every other format. `overhead_bytes` is memory that decoding takes beside that of
+    the pixels.
     """
 
     format: Format
@@ -69,6 +70,7 @@ class Header:
     height: int
     allocated_pixels: int
     jpeg: JpegFrame | None = None
+    overhead_bytes: int = 0
 
 
 def unpack(layout: str, data: bytes, offset: int) -> tuple[Any, ...]:

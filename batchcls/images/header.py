@@ -10,11 +10,15 @@ is `truncated` even where its decoder would have been content with what was ther
 import re
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 from batchcls.images.formats import DecodeError, Format, Header, checked_header, unpack
 from batchcls.images.jpeg import read_jpeg
 from batchcls.images.tiff import read_tiff
 from batchcls.schema import Reason
+
+# What Pillow keeps of a chunk of a PNG or a block of a GIF, at most, beside its bytes.
+_BYTES_OF_A_BLOCK = 128
 
 __all__ = ["DecodeError", "Format", "Header", "read_header"]
 
@@ -46,14 +50,18 @@ def _read_png(data: bytes) -> Header:
     if kind != b"IHDR":
         raise DecodeError(Reason.CORRUPT, "the PNG does not begin with its header chunk")
     header = checked_header(Format.PNG, width, height)
-    _check_png_chunks(data)
-    return header
+    return replace(header, overhead_bytes=_BYTES_OF_A_BLOCK * _check_png_chunks(data))
 
 
-def _check_png_chunks(data: bytes) -> None:
-    """Hold every critical chunk to its checksum, which Pillow does not do for the pixels themselves."""
-    view, offset, kind = memoryview(data), 8, b""
+def _check_png_chunks(data: bytes) -> int:
+    """Hold every critical chunk to its checksum, which Pillow does not do for the pixels themselves.
+
+    Returns:
+        The number of chunks.
+    """
+    view, offset, kind, count = memoryview(data), 8, b"", 0
     while kind != b"IEND":
+        count += 1
         length, kind = unpack(">I4s", data, offset)
         end = offset + 12 + length
         if end > len(data):
@@ -62,6 +70,7 @@ def _check_png_chunks(data: bytes) -> None:
         if is_critical and zlib.crc32(view[offset + 4 : end - 4]) != unpack(">I", data, end - 4)[0]:
             raise DecodeError(Reason.CORRUPT, "a chunk of the PNG does not match its checksum")
         offset = end
+    return count
 
 
 def _read_webp(data: bytes) -> Header:
@@ -88,7 +97,7 @@ def _read_webp(data: bytes) -> Header:
 def _read_gif(data: bytes) -> Header:
     """Size of the canvas, grown by a first frame that reaches beyond it, as Pillow grows it."""
     width, height, flags = unpack("<HHB", data, 6)
-    offset, frames = 13 + _gif_palette_bytes(flags), 0
+    offset, frames, overhead = 13 + _gif_palette_bytes(flags), 0, 0
     while True:
         (kind,) = unpack("B", data, offset)
         if kind == 0x3B:
@@ -97,6 +106,8 @@ def _read_gif(data: bytes) -> Header:
             left, top, frame_width, frame_height, flags = unpack("<HHHHB", data, offset + 1)
             if frames == 0:
                 width, height = max(width, left + frame_width), max(height, top + frame_height)
+                # A block has two bytes at least, and Pillow keeps those of comments before the first frame.
+                overhead = _BYTES_OF_A_BLOCK * offset // 2
             frames += 1
             offset = _after_gif_blocks(data, offset + 11 + _gif_palette_bytes(flags))
         elif kind == 0x21:
@@ -105,7 +116,7 @@ def _read_gif(data: bytes) -> Header:
             raise DecodeError(Reason.CORRUPT, "the GIF has an unknown block")
     if not frames:
         raise DecodeError(Reason.CORRUPT, "the GIF has no frame")
-    return checked_header(Format.GIF, width, height)
+    return replace(checked_header(Format.GIF, width, height), overhead_bytes=overhead)
 
 
 def _gif_palette_bytes(flags: int) -> int:
