@@ -41,6 +41,7 @@ class Reason(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_SMALL = "too_small"
     DECODER_CRASH = "decoder_crash"
+    DECODE_TIMEOUT = "decode_timeout"
     NON_FINITE = "non_finite"
 
 
@@ -74,6 +75,7 @@ REASONS: dict[Reason, ReasonRecord] = {
     Reason.TOO_MANY_PIXELS: ReasonRecord(Stage.DECODE, "the header promises more pixels than the limit"),
     Reason.TOO_SMALL: ReasonRecord(Stage.DECODE, "a side is shorter than the limit"),
     Reason.DECODER_CRASH: ReasonRecord(Stage.DECODE, "the decoder's process died on it"),
+    Reason.DECODE_TIMEOUT: ReasonRecord(Stage.DECODE, "decoding took more processor time than the limit"),
     Reason.NON_FINITE: ReasonRecord(Stage.PREDICT, "the network answered with NaN or infinity"),
 }
 

@@ -111,6 +111,15 @@ class FetchSettings(JobConfig):
     min_image_side_pixels: int = Field(
         default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
     )
+    decode_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="Processor time that decoding one image may take."
+    )
+    decode_memory_mib: int = Field(
+        default=2048,
+        ge=1,
+        description="Memory that the images which a worker decodes at a time may take together; one that takes "
+        "more is decoded alone.",
+    )
 
 
 class PreprocessingSettings(JobConfig):

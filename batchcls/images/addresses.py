@@ -6,7 +6,9 @@ allows nor a service that only this machine's network can see (a cloud's metadat
 connect to, so names, redirects and odd spellings of numbers cannot go around it.
 """
 
+import errno
 import ipaddress
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,9 @@ HOST_SCHEMES = frozenset(
 """Filesystems whose URI names the host to connect to, through libraries that this guard cannot enter."""
 
 
+_TRIES_TO_OPEN = 3
+
+
 class ForbiddenAddressError(PermissionError):
     """The address is not allowed; the text says why, without repeating the address."""
 
@@ -69,20 +74,46 @@ class AddressPolicy:
     allow_roots: tuple[str, ...] = ()
     allow_private_addresses: bool = False
 
-    def check_path(self, path: str) -> Path:
-        """The path to open, free of links when confined.
+    def open_path(self, path: str, flags: int) -> int:
+        """Open a local path and return its descriptor, which the caller closes.
+
+        Where paths are confined no step of the way can be changed between the check and the opening:
+        the links are resolved first, and what they lead to is opened folder by folder below the root,
+        following none. A link that appears meanwhile makes it begin again.
+
+        Args:
+            path: as the manifest has it, absolute or relative to the working directory.
+            flags: those of `os.open`.
 
         Raises:
             ForbiddenAddressError: it lies outside of every allowed root, or holds a null byte.
+            OSError: what opening raises; ELOOP where links keep appearing on the way.
         """
         if "\0" in path:
             raise ForbiddenAddressError("the path holds a null byte")
         if not self.allow_roots:
-            return Path(path)
-        resolved = Path(path).resolve()
-        if not any(resolved.is_relative_to(Path(root).resolve()) for root in self.allow_roots):
-            raise ForbiddenAddressError("the path is outside of the allowed roots")
-        return resolved
+            return os.open(path, flags | os.O_CLOEXEC)
+        error: OSError = ForbiddenAddressError("the path is outside of the allowed roots")
+        for _ in range(_TRIES_TO_OPEN):
+            place = self._place(path)
+            if place is None:
+                continue  # a root that is a link may have been changed between the two
+            try:
+                return _open_without_links(*place, flags)
+            except OSError as refused:
+                if refused.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise
+                error = refused
+        raise error
+
+    def _place(self, path: str) -> tuple[str, list[str]] | None:
+        """The allowed root, and the names below it, that a path leads to once its links are resolved."""
+        roots = [os.path.realpath(root) for root in self.allow_roots]
+        resolved = Path(os.path.realpath(path))
+        for root in roots:
+            if resolved.is_relative_to(root):
+                return root, list(resolved.relative_to(root).parts)
+        return None
 
     def check_ip(self, text: str) -> None:
         """Raise ForbiddenAddressError unless the IP address (v4, v6, with or without zone) is allowed."""
@@ -103,6 +134,22 @@ class AddressPolicy:
         family, kind, protocol, _, target = address
         self.check_ip(str(target[0]))  # type: ignore[index]
         return socket.socket(family=family, type=kind, proto=protocol)  # type: ignore[arg-type]
+
+
+def _open_without_links(root: str, names: list[str], flags: int) -> int:
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW
+    if not names:  # a root that is itself a file
+        return os.open(root, flags)
+    step = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    folder = os.open(root, step)
+    try:
+        for name in names[:-1]:
+            below = os.open(name, step | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = below
+        return os.open(names[-1], flags, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def is_public(text: str) -> bool:

@@ -15,7 +15,7 @@ a trace even in libjpeg's own warnings); data missing from the last block of a s
 the last refinement scan of a progressive one, or, behind a forged end marker, from a CMYK one.
 """
 
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,15 +29,15 @@ from batchcls.images.jpeg import (
     scans_are_complete,
 )
 from batchcls.images.jpeg_pixels import decode_jpeg, reduction
-from batchcls.images.limits import DecodeLimits
+from batchcls.images.limits import DecodeLimits, Least
 from batchcls.images.png import png_without_metadata
 from batchcls.images.rgb import open_unloaded, orientation_of, orientation_of_metadata, to_rgb
 from batchcls.schema import Reason
 
-__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "decode"]
+__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "allowed_header", "decode"]
 
-Least = Callable[[int, int], tuple[float, float]]
-"""From the height and width of an upright picture to those that it must keep at a reduced scale."""
+# Three whole images at a time, which no header tells of: no two threads do that at once.
+_checking_a_whole_image = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,20 @@ class Decoded:
     extent: tuple[float, float]
 
 
-def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Decoded:
+def allowed_header(data: bytes, limits: DecodeLimits) -> Header:
+    """The header of an image that is within the limits, with no pixel decoded.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    header = read_header(data)
+    _require_size(header, limits)
+    return header
+
+
+def decode(
+    data: bytes, limits: DecodeLimits, least: Least | None = None, header: Header | None = None
+) -> Decoded:
     """Decode the first picture of a file.
 
     Transparency is composed on white, 16 bits keep their upper 8, animations give their first frame.
@@ -66,14 +79,14 @@ def decode(data: bytes, limits: DecodeLimits, least: Least | None = None) -> Dec
         limits: how large and how small the stored picture may be.
         least: with it a JPEG may be decoded at a reduced scale that leaves at least what it says.
             Without it every picture comes at its full size.
+        header: what `allowed_header` has said of the file, where it was asked before.
 
     Raises:
         DecodeError: empty, not_an_image, unsupported_format, truncated, corrupt, too_many_pixels
             or too_small; its detail holds nothing of the file.
         MemoryError: the process is out of memory, which says nothing about the file.
     """
-    header = read_header(data)
-    _require_size(header, limits)
+    header = header or allowed_header(data, limits)
     try:
         if header.jpeg is not None:
             hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
@@ -134,8 +147,9 @@ def _decode_jpeg(
     pixels = decode_jpeg(data, header, frame, factor)
     # 128 is what a block that never came decodes to, at every scale.
     if suspicious or bool((pixels[-1, -1] == 128).all()):
-        whole = pixels if factor == 1 else decode_jpeg(data, header, frame)
-        _require_complete(data, header, frame, whole)
+        with _checking_a_whole_image:
+            whole = pixels if factor == 1 else decode_jpeg(data, header, frame)
+            _require_complete(data, header, frame, whole)
     return pixels, orientation, factor
 
 

@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from batchcls.errors import InputError
 from batchcls.images.addresses import INDIRECT_SCHEMES, AddressPolicy
@@ -105,7 +106,7 @@ class Fetcher:
         name = scheme(uri)
         try:
             if name == LOCAL:
-                return _stat_version(self._policy.addresses.check_path(local_path(uri)).stat())
+                return self._stat_local(local_path(uri))
             return self._objects.version(uri) if name in S3_SCHEMES else None
         except Exception as error:  # noqa: BLE001 - the row boundary: fetching says what is wrong
             logger.debug("%s: no version (%s)", redact_uri(uri), type(error).__name__)
@@ -128,11 +129,9 @@ class Fetcher:
             path = local_path(uri)
         except InputError:
             raise refusal(Reason.FORBIDDEN_URI, "a file:// URI with a host") from None
-        resolved = self._policy.addresses.check_path(path)
-        # Non-blocking, since opening a FIFO would wait for a writer that never comes. A confined
-        # path has no links left; one that appears in the meantime must not be followed.
-        no_links = os.O_NOFOLLOW if self._policy.addresses.allow_roots else 0
-        descriptor = os.open(resolved, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | no_links)
+        # Non-blocking, since opening a FIFO would wait for a writer that never comes.
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+        descriptor = self._policy.addresses.open_path(path, flags)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -144,6 +143,16 @@ class Fetcher:
             if len(data) > status.st_size:  # it grew, or is one of the kernel's
                 data += file.read(self._policy.max_bytes + 1 - len(data))
         return self._checked(data, status.st_size), _stat_version(status)
+
+    def _stat_local(self, path: str) -> str:
+        if not self._policy.addresses.allow_roots:
+            return _stat_version(Path(path).stat())
+        # What is described must be what lies below the root, as with what is read.
+        descriptor = self._policy.addresses.open_path(path, os.O_PATH)
+        try:
+            return _stat_version(os.fstat(descriptor))
+        finally:
+            os.close(descriptor)
 
     def _checked(self, data: bytes, expected: int) -> bytes:
         """A file may grow or shrink while it is read, and those of the kernel claim to be empty."""

@@ -21,6 +21,10 @@ class Format(StrEnum):
     HEIC = "heic"
 
 
+BYTES_OF_A_BLOCK = 128
+"""What Pillow keeps of a chunk of a PNG or a block of a GIF, at most, beside its bytes."""
+
+
 class DecodeError(Exception):
     """The bytes of one row do not give a picture; the load stage makes `failure` the row's."""
 
@@ -66,6 +70,7 @@ class Header:
     that a decoder allocates at once: width x height, or one tile of a TIFF or one of the images that
     an AVIF or HEIC is put together from where that is larger. `jpeg` is None for every other format.
     `is_turned_by_decoder` says that the decoder itself exchanges width and height (HEIC).
+    `overhead_bytes` is memory that decoding takes beside that of the pixels.
     """
 
     format: Format
@@ -74,6 +79,7 @@ class Header:
     allocated_pixels: int
     jpeg: JpegFrame | None = None
     is_turned_by_decoder: bool = False
+    overhead_bytes: int = 0
 
 
 def unpack(layout: str, data: bytes | memoryview, offset: int) -> tuple[Any, ...]:

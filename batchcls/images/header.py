@@ -9,9 +9,10 @@ is `truncated` even where its decoder would have been content with what was ther
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from batchcls.images.bmff import read_bmff
-from batchcls.images.formats import DecodeError, Format, Header, checked_header, unpack
+from batchcls.images.formats import BYTES_OF_A_BLOCK, DecodeError, Format, Header, checked_header, unpack
 from batchcls.images.jpeg import read_jpeg
 from batchcls.images.png import read_png
 from batchcls.images.tiff import read_tiff
@@ -67,7 +68,7 @@ def _read_gif(data: bytes) -> Header:
     Stray bytes before the first frame are passed over, and behind it they end the file, as in Pillow.
     """
     width, height, flags = unpack("<HHB", data, 6)
-    offset, frames = 13 + _gif_palette_bytes(flags), 0
+    offset, frames, overhead = 13 + _gif_palette_bytes(flags), 0, 0
     while True:
         (kind,) = unpack("B", data, offset)
         if kind == 0x3B or (frames and kind not in (0x2C, 0x21)):
@@ -76,6 +77,8 @@ def _read_gif(data: bytes) -> Header:
             left, top, frame_width, frame_height, flags = unpack("<HHHHB", data, offset + 1)
             if frames == 0:
                 width, height = max(width, left + frame_width), max(height, top + frame_height)
+                # A block has two bytes at least, and Pillow keeps those of comments before the first frame.
+                overhead = BYTES_OF_A_BLOCK * offset // 2
             frames += 1
             offset = _after_gif_blocks(data, offset + 11 + _gif_palette_bytes(flags))
         elif kind == 0x21:
@@ -84,7 +87,7 @@ def _read_gif(data: bytes) -> Header:
             offset += 1
     if not frames:
         raise DecodeError(Reason.CORRUPT, "the GIF has no frame")
-    return checked_header(Format.GIF, width, height)
+    return replace(checked_header(Format.GIF, width, height), overhead_bytes=overhead)
 
 
 def _gif_palette_bytes(flags: int) -> int:

@@ -14,12 +14,12 @@ import os
 import weakref
 
 import aiohttp
-from yarl import URL
 
 from batchcls import __version__
 from batchcls.images import background
 from batchcls.images.addresses import AddressPolicy
 from batchcls.images.retry import answer_error, refusal, too_large
+from batchcls.images.urls import next_url, parse_url
 from batchcls.schema import Reason
 
 _MAX_REDIRECTS = 5
@@ -48,13 +48,13 @@ class HttpClient:
         return background.run(self._get(uri), self._timeout_seconds)
 
     async def _get(self, uri: str) -> bytes:
-        url = _parse(uri)
+        url = parse_url(uri)
         session = self._open_session()
         for _ in range(_MAX_REDIRECTS + 1):
             async with session.get(url, allow_redirects=False) as response:
                 if response.status not in _REDIRECTS:
                     return await self._body(response)
-                url = _next_url(url, response.headers.get("Location"))
+                url = next_url(url, response.headers.get("Location"))
         raise refusal(Reason.FETCH_FAILED, f"more than {_MAX_REDIRECTS} redirects")
 
     def _open_session(self) -> aiohttp.ClientSession:
@@ -94,28 +94,3 @@ def _close(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> N
     """Close without waiting: the collector may call this from the loop's own thread."""
     if loop.is_running() and not session.closed:
         asyncio.run_coroutine_threadsafe(session.close(), loop)
-
-
-def _parse(uri: str) -> URL:
-    try:
-        url = URL(uri)
-    except ValueError:
-        raise refusal(Reason.FORBIDDEN_URI, "this is no valid URL") from None
-    if not url.host:
-        raise refusal(Reason.FORBIDDEN_URI, "the URL names no host")
-    return url
-
-
-def _next_url(url: URL, location: str | None) -> URL:
-    """Where a redirect leads, from http(s) to http(s) only, and never back from TLS to plain text."""
-    if not location:
-        raise refusal(Reason.FETCH_FAILED, "a redirect that does not say where to")
-    try:
-        target = url.join(URL(location))
-    except ValueError:
-        raise refusal(Reason.FORBIDDEN_URI, "a redirect to an invalid URL") from None
-    if target.scheme not in ("http", "https") or not target.host:
-        raise refusal(Reason.FORBIDDEN_URI, "a redirect to something other than http(s)")
-    if url.scheme == "https" and target.scheme == "http":
-        raise refusal(Reason.FORBIDDEN_URI, "a redirect from https to http")
-    return target

@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import IO
 
 from batchcls.errors import BatchclsError
+from batchcls.images.memory import most_bytes_to_decode
 from batchcls.images.settings import LoadSettings
+from batchcls.images.time_limit import HELD
 from batchcls.schema import Failure, Reason
 
 _BEGUN, _THROUGH, _OUT_OF_MEMORY = "begun", "through", "memory"
-_LEAST_MEMORY_BYTES = 1 << 30
-# An image in RGB, and three copies of it on the way to the network's input.
-_BYTES_A_PIXEL = 4 * 3
-_DECODE_SECONDS = 60.0
+# Address space beside that of an image: stacks, arenas, libraries that come with the first image.
+_SPARE_MEMORY_BYTES = 1 << 30
+# So many times its processor time may an image hold the process: others may share the core.
+_WAITS = 8
 _PAUSE_SECONDS = 10.0
 
 
@@ -45,13 +47,13 @@ class _End:
 
     place: int | None
     why: str
+    reason: Reason = Reason.DECODER_CRASH
 
 
 def find_killers(settings: LoadSettings, suspects: Sequence[Suspect]) -> dict[int, Failure]:
     """Fetch and decode rows apart from this process.
 
-    Each may take as much memory as the largest picture that is allowed needs (a GiB at least), and a
-    minute beside what fetching is allowed.
+    Each may take as much memory as the largest image that is allowed needs, and as much time.
 
     Returns:
         By row number, the failures of those that end their process, or hold it for ever.
@@ -68,13 +70,13 @@ def find_killers(settings: LoadSettings, suspects: Sequence[Suspect]) -> dict[in
         alone = left[end.place : end.place + 1]
         again = _try(settings, alone)
         if again.place is not None:
-            found[alone[0].row] = Failure(Reason.DECODER_CRASH, again.why)
+            found[alone[0].row] = Failure(again.reason, again.why)
         left = left[end.place + 1 :]
     return found
 
 
 def _try(settings: LoadSettings, suspects: Sequence[Suspect]) -> _End:
-    memory = max(_LEAST_MEMORY_BYTES, _BYTES_A_PIXEL * settings.limits.max_pixels)
+    memory = _SPARE_MEMORY_BYTES + most_bytes_to_decode(settings.limits, settings.fetch.max_bytes)
     with tempfile.TemporaryFile() as orders:
         pickle.dump((settings, list(suspects), memory), orders)
         orders.seek(0)
@@ -87,7 +89,7 @@ def _try(settings: LoadSettings, suspects: Sequence[Suspect]) -> _End:
         ) as child:
             assert child.stdout is not None
             seconds = (settings.fetch.timeout_seconds + _PAUSE_SECONDS) * settings.fetch.max_attempts
-            return _watch(child, child.stdout, len(suspects), seconds + _DECODE_SECONDS)
+            return _watch(child, child.stdout, len(suspects), seconds + _WAITS * settings.limits.seconds)
 
 
 def _watch(child: "subprocess.Popen[bytes]", said: IO[bytes], count: int, seconds: float) -> _End:
@@ -117,9 +119,11 @@ def _watch(child: "subprocess.Popen[bytes]", said: IO[bytes], count: int, second
     if not begun:
         raise BatchclsError(f"no process for trying images can be started (it ended with {code})")
     if is_over_time.is_set():
-        return _End(through, f"not decoded after {seconds:.0f} s")
+        return _End(through, f"not decoded after {seconds:.0f} s", Reason.DECODE_TIMEOUT)
+    if code == HELD:
+        return _End(through, "its decoder does not come back", Reason.DECODE_TIMEOUT)
     if last == _OUT_OF_MEMORY:
-        return _End(through, "needs more memory to decode than the largest picture that is allowed")
+        return _End(through, "needs more memory to decode than the largest image that is allowed")
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return _End(through, f"ended the process that decoded it ({name})")
 

@@ -13,6 +13,7 @@ needs. How much that is depends on the network: `inference.reduced_scale` measur
 """
 
 import io
+import threading
 
 import numpy as np
 import simplejpeg
@@ -23,6 +24,7 @@ from batchcls.images.jpeg import without_metadata
 from batchcls.schema import Reason
 
 _FACTORS = (8, 4, 2)
+_through_pillow = threading.Lock()
 
 
 def reduction(size: tuple[int, int], least: tuple[float, float], whole: bool = False) -> int:
@@ -54,8 +56,10 @@ def decode_jpeg(data: bytes, header: Header, frame: JpegFrame, factor: int = 1) 
     except ValueError:
         # TurboJPEG takes what libjpeg only warns about while it reads the header for an error (stray
         # bytes between segments, parts of an ICC profile that do not fit), and has no name for some
-        # samplings, such as 4:1:0. The libjpeg below it decodes them, and so does Pillow with it.
-        return _decode_with_pillow(data, header, frame, factor)
+        # samplings, such as 4:1:0. The libjpeg below it decodes them, and so does Pillow with it. That takes four
+        # times the memory that was counted by the header, so no two threads do it at once.
+        with _through_pillow:
+            return _decode_with_pillow(data, header, frame, factor)
     return pixels
 
 

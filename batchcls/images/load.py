@@ -8,6 +8,7 @@ whatever fails and whatever is slow: a replayed task must yield the same blocks 
 import hashlib
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +21,12 @@ import pyarrow.compute as pc
 import torch
 
 from batchcls.images.addresses import resolve_uri
-from batchcls.images.decode import decode
+from batchcls.images.decode import Decoded, allowed_header, decode
 from batchcls.images.fetch import Fetched, Fetcher
 from batchcls.images.formats import DecodeError
+from batchcls.images.memory import MemoryBudget, bytes_to_decode
 from batchcls.images.settings import LoadSettings
+from batchcls.images.time_limit import OverTimeError, within
 from batchcls.images.transform import Transform, normalize
 from batchcls.schema import (
     DECODE_SECONDS,
@@ -71,11 +74,14 @@ class Loader:
         # The cores belong to the decode threads; torch's own pool would take them a second time.
         torch.set_num_threads(1)
         pa.set_cpu_count(1)
+        # Pillow has a warning for each damaged tag, and Python remembers each by its text.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         self._settings = settings
         self._fetcher = Fetcher(settings.fetch)
         self._transform = Transform(settings.preprocessing, settings.views)
         self._pool = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="load")
         self._decoding = threading.Semaphore(settings.decode_threads)
+        self._memory = MemoryBudget(settings.limits.memory_bytes)
         margin = settings.decode_margin
         self._least = None if margin is None else self._transform.with_margin(margin)
         self._counting = threading.Lock()
@@ -149,14 +155,12 @@ class Loader:
         content_hash = hashlib.sha256(data).hexdigest()
         pixels, failure, width, height = None, None, None, None
         try:
-            decoded = decode(data, self._settings.limits, self._least)
+            pixels, width, height = self._pixels(data)
         except DecodeError as error:
             failure = error.failure
-        else:
-            pixels = self._transform(decoded.pixels, decoded.extent)
-            if self._settings.normalize == "worker":
-                pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
-            width, height = decoded.width, decoded.height
+        except OverTimeError:
+            seconds = self._settings.limits.seconds
+            failure = Failure(Reason.DECODE_TIMEOUT, f"not decoded in {seconds:g} s of processor time")
         decode_seconds = time.thread_time() - started
         return _Row(
             pixels=pixels,
@@ -170,6 +174,21 @@ class Loader:
             fetch_seconds=fetch_seconds,
             decode_seconds=decode_seconds,
         )
+
+    def _pixels(self, data: bytes) -> tuple[np.ndarray[Any, Any], int, int]:
+        """The network's input, and the stored width and height."""
+        limits = self._settings.limits
+        header = within(limits.seconds, lambda: allowed_header(data, limits))
+        with self._memory.share(bytes_to_decode(data, header, self._least)):
+            return within(
+                limits.seconds, lambda: self._transformed(decode(data, limits, self._least, header))
+            )
+
+    def _transformed(self, decoded: Decoded) -> tuple[np.ndarray[Any, Any], int, int]:
+        pixels = self._transform(decoded.pixels, decoded.extent)
+        if self._settings.normalize == "worker":
+            pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
+        return pixels, decoded.width, decoded.height
 
     def _block(self, table: pa.Table, futures: list[Future[_Row]]) -> pa.Table:
         rows = [future.result() for future in futures]

@@ -28,8 +28,8 @@ class ObjectReader:
 
     def version(self, uri: str) -> str | None:
         """`etag:` and the ETag of an object of S3, None where the server gives none; raises as `get` does."""
-        filesystem, path = self._s3_storage.filesystem(uri)
-        return background.run(self._head_s3(filesystem, path), self._timeout_seconds)
+        filesystem, _ = self._s3_storage.filesystem(uri)
+        return background.run(self._head_s3(filesystem, uri), self._timeout_seconds)
 
     def get(self, uri: str) -> tuple[bytes, str | None]:
         """The object at `uri`, complete, and its version where the store is S3.
@@ -40,8 +40,8 @@ class ObjectReader:
             Exception: what the store's client raises; see `retry.attempt_error`.
         """
         if scheme(uri) in S3_SCHEMES:
-            filesystem, path = self._s3_storage.filesystem(uri)
-            return background.run(self._get_s3(filesystem, path), self._timeout_seconds)
+            filesystem, _ = self._s3_storage.filesystem(uri)
+            return background.run(self._get_s3(filesystem, uri), self._timeout_seconds)
         filesystem, path = self._storage.filesystem(uri)
         # Time limits of these filesystems are their own: fsspec has no common one.
         with filesystem.open(path, "rb") as file:
@@ -50,12 +50,12 @@ class ObjectReader:
             raise too_large(None, self._max_bytes)
         return data, None
 
-    async def _head_s3(self, filesystem: Any, path: str) -> str | None:
-        client, request = await _request(filesystem, path, "HeadObject")
+    async def _head_s3(self, filesystem: Any, uri: str) -> str | None:
+        client, request = await _request(filesystem, uri, "HeadObject")
         return _version_of(await client.head_object(**request))
 
-    async def _get_s3(self, filesystem: Any, path: str) -> tuple[bytes, str | None]:
-        client, request = await _request(filesystem, path, "GetObject")
+    async def _get_s3(self, filesystem: Any, uri: str) -> tuple[bytes, str | None]:
+        client, request = await _request(filesystem, uri, "GetObject")
         response = await client.get_object(**request)
         expected = response.get("ContentLength")
         async with response["Body"] as body:
@@ -75,9 +75,13 @@ class ObjectReader:
         return bytes(data)
 
 
-async def _request(filesystem: Any, path: str, operation: str) -> tuple[Any, dict[str, object]]:
-    """The client for a bucket, and what names an object in it."""
-    bucket, key, version = filesystem.split_path(path)
+async def _request(filesystem: Any, uri: str, operation: str) -> tuple[Any, dict[str, object]]:
+    """The client for a bucket, and what names an object in it.
+
+    The key is the text behind the bucket as it stands: a slash at its end, which a stripped path has
+    lost, is part of it.
+    """
+    bucket, key, version = filesystem.split_path(uri.partition("://")[2])
     await filesystem.set_session()
     client = await filesystem.get_s3(bucket)
     request = {"Bucket": bucket, "Key": key, **_extra_parameters(filesystem, client, operation)}

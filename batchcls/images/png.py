@@ -2,9 +2,10 @@
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
-from batchcls.images.formats import DecodeError, Format, Header, checked_header, unpack
+from batchcls.images.formats import BYTES_OF_A_BLOCK, DecodeError, Format, Header, checked_header, unpack
 from batchcls.schema import Reason
 
 _SIGNATURE_BYTES = 8
@@ -38,10 +39,12 @@ def read_png(data: bytes) -> Header:
         raise DecodeError(Reason.CORRUPT, "the PNG does not begin with its header chunk")
     header = checked_header(Format.PNG, width, height)
     # Pillow holds the pixels themselves to no checksum.
+    count = 0
     for chunk in _chunks(data):
+        count += 1
         if chunk.is_critical and not _is_sound(data, chunk):
             raise DecodeError(Reason.CORRUPT, "a chunk of the PNG does not match its checksum")
-    return header
+    return replace(header, overhead_bytes=BYTES_OF_A_BLOCK * count)
 
 
 def png_without_metadata(data: bytes) -> bytes:

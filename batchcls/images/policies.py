@@ -18,5 +18,10 @@ def fetch_policy(settings: FetchSettings) -> FetchPolicy:
 
 
 def decode_limits(settings: FetchSettings) -> DecodeLimits:
-    """How large and how small an image may be."""
-    return DecodeLimits(settings.max_image_pixels, settings.min_image_side_pixels)
+    """How large and how small an image may be, and what decoding it may take."""
+    return DecodeLimits(
+        max_pixels=settings.max_image_pixels,
+        min_side_pixels=settings.min_image_side_pixels,
+        memory_bytes=settings.decode_memory_mib << 20,
+        seconds=settings.decode_timeout_seconds,
+    )

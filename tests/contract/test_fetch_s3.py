@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import botocore.session
 import pytest
 import s3fs
+from botocore.config import Config
 
 from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
 from batchcls.schema import Reason
@@ -36,6 +38,12 @@ def put(s3: S3Server, key: str, data: bytes) -> str:
     return uri
 
 
+def client_of(s3: S3Server) -> Any:
+    return botocore.session.Session().create_client(
+        "s3", endpoint_url=s3.endpoint_url, region_name="us-east-1", config=Config(signature_version="s3v4")
+    )
+
+
 def told(fetched: Fetched) -> tuple[Reason, str, int]:
     assert fetched.data is None
     assert fetched.failure is not None
@@ -45,6 +53,35 @@ def told(fetched: Fetched) -> tuple[Reason, str, int]:
 def test_an_object_comes_whole(s3: S3Server, fetcher: Fetcher) -> None:
     assert fetcher.fetch(put(s3, "a b/ä+%20#?.jpg", b"pixels")) == Fetched(b"pixels", None, 1, 6)
     assert fetcher.fetch(put(s3, "empty.jpg", b"")) == Fetched(b"", None, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("a%2Fb.jpg", "a b+c@d.jpg", "ä/你好.jpg", "a//b///c.jpg", "a/../b.jpg", "../c.jpg", "./d.jpg"),
+        *("100%.jpg", "a;b=c&d#e?f", "/leading.jpg", "folder/", "folder///", "a?version=1", "[1]*{2}.jpg"),
+    ],
+)
+def test_a_key_is_asked_for_as_it_is_written(s3: S3Server, fetcher: Fetcher, key: str) -> None:
+    client_of(s3).put_object(Bucket=s3.bucket, Key=key, Body=key.encode())
+    uri = f"s3://{s3.bucket}/{key}"
+    fetched = fetcher.fetch(uri)
+    assert fetched.data == key.encode()
+    assert fetched.version == fetcher.version(uri) is not None
+
+
+def test_one_state_of_an_object_is_asked_for_by_its_version_id(s3: S3Server, fetcher: Fetcher) -> None:
+    client = client_of(s3)
+    client.put_bucket_versioning(Bucket=s3.bucket, VersioningConfiguration={"Status": "Enabled"})
+    ids = [
+        client.put_object(Bucket=s3.bucket, Key="a b.jpg", Body=body)["VersionId"]
+        for body in (b"old", b"new")
+    ]
+    uri = f"s3://{s3.bucket}/a b.jpg"
+    assert [fetcher.fetch(f"{uri}?versionId={one}").data for one in ids] == [b"old", b"new"]
+    assert fetcher.fetch(uri).data == b"new"
+    assert fetcher.version(f"{uri}?versionId={ids[0]}") != fetcher.version(uri)
+    assert told(fetcher.fetch(f"{uri}?versionId=0"))[0] in (Reason.NOT_FOUND, Reason.FETCH_FAILED)
 
 
 def test_the_state_of_an_object_is_its_etag_with_and_without_reading_it(

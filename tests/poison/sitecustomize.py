@@ -1,6 +1,7 @@
 """Put on PYTHONPATH by tests: files that hold a mark end the process that decodes them, as a decoder's fault would."""
 
 import ctypes
+import hashlib
 import importlib.abc
 import importlib.util
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 DEADLY = b"ends its decoder"
 GREEDY = b"takes all memory"
+ENDLESS = b"never comes back"
 HOLDING = []
 
 
@@ -21,6 +23,8 @@ def _break(module: ModuleType) -> None:
         if GREEDY in data:
             while True:
                 HOLDING.append(bytearray(64 << 20))
+        if ENDLESS in data:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
         return decode(data, *arguments)
 
     module.decode = deadly  # type: ignore[attr-defined]

@@ -1,11 +1,16 @@
 """What a manifest may make the program read."""
 
+import os
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from batchcls.errors import InputError
 from batchcls.images.addresses import AddressPolicy, ForbiddenAddressError, is_public, resolve_uri
+from batchcls.images.fetch import Fetcher, FetchPolicy
 from batchcls.uris import is_remote, join, local_path, redact_options, redact_uri, scheme
 
 
@@ -51,33 +56,114 @@ def test_an_address_of_the_open_internet_is_allowed(address: str) -> None:
     AddressPolicy().check_ip(address)
 
 
+def read(policy: AddressPolicy, path: Path | str) -> bytes:
+    with os.fdopen(policy.open_path(str(path), os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
 def test_a_path_is_confined_after_dots_and_links_are_resolved(tmp_path: Path) -> None:
     allowed, outside = tmp_path / "allowed", tmp_path / "outside"
-    allowed.mkdir()
+    (allowed / "deep" / "er").mkdir(parents=True)
     outside.mkdir()
-    (allowed / "a.jpg").touch()
+    (allowed / "a.jpg").write_bytes(b"a")
+    (allowed / "deep" / "er" / "b.jpg").write_bytes(b"b")
     (outside / "secret").touch()
     (allowed / "link").symlink_to(outside / "secret")
     (allowed / "folder").symlink_to(outside)
+    (allowed / "loop").symlink_to("loop")
     (tmp_path / "allowed-too").mkdir()
+    (tmp_path / "allowed-too" / "x").touch()
     policy = AddressPolicy(allow_roots=(str(allowed),))
-    assert policy.check_path(f"{allowed}/x/../a.jpg") == allowed / "a.jpg"
+    assert read(policy, f"{allowed}/x/../a.jpg") == b"a"
+    assert read(policy, f"{allowed}//deep/./er/b.jpg") == b"b"
     for path in ("../outside/secret", "link", "folder/secret", "../allowed-too/x", "/etc/passwd"):
         with pytest.raises(ForbiddenAddressError):
-            policy.check_path(str(allowed / path))
+            read(policy, allowed / path)
+    with pytest.raises(FileNotFoundError):
+        read(policy, allowed / "gone" / "c.jpg")
+    with pytest.raises(NotADirectoryError):
+        read(policy, allowed / "a.jpg" / "c.jpg")
+    for path in ("loop", "loop/a.jpg"):
+        with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+            read(policy, allowed / path)
 
 
-def test_a_link_among_the_allowed_roots_is_an_allowed_root(tmp_path: Path) -> None:
+def test_links_that_stay_below_an_allowed_root_are_followed(tmp_path: Path) -> None:
+    first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
+    for folder in (first / "day", second, other):
+        folder.mkdir(parents=True)
+    (first / "day" / "a.jpg").write_bytes(b"a")
+    (second / "b.jpg").write_bytes(b"b")
+    (first / "relative").symlink_to("day/../day/a.jpg")
+    (first / "absolute").symlink_to(first / "day")
+    (first / "chain").symlink_to("absolute/a.jpg")
+    (first / "to-second").symlink_to(second)
+    (first / "day" / "up").symlink_to("../../second/b.jpg")
+    (other / "way-in").symlink_to(first / "day")
+    policy = AddressPolicy(allow_roots=(str(first), str(second)))
+    for path in ("relative", "absolute/a.jpg", "chain"):
+        assert read(policy, first / path) == b"a"
+    for path in ("to-second/b.jpg", "day/up"):
+        assert read(policy, first / path) == b"b"
+    assert read(policy, other / "way-in" / "a.jpg") == b"a"
+
+
+def test_a_link_and_a_file_and_the_whole_disk_may_be_allowed_roots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.jpg").write_bytes(b"a")
     (tmp_path / "current").symlink_to(tmp_path / "real")
-    policy = AddressPolicy(allow_roots=(str(tmp_path / "current"),))
-    assert policy.check_path(f"{tmp_path}/current/a.jpg") == tmp_path / "real" / "a.jpg"
+    linked = AddressPolicy(allow_roots=(str(tmp_path / "current"),))
+    for path in ("current/a.jpg", "real/a.jpg"):
+        assert read(linked, tmp_path / path) == b"a"
+        assert read(AddressPolicy(allow_roots=("/",)), tmp_path / path) == b"a"
+        assert (
+            read(AddressPolicy(allow_roots=(str(tmp_path / "current" / "a.jpg"),)), tmp_path / path) == b"a"
+        )
+    monkeypatch.chdir(tmp_path)
+    assert read(AddressPolicy(allow_roots=("current",)), "real/a.jpg") == b"a"
 
 
 def test_a_null_byte_is_refused_with_and_without_roots(tmp_path: Path) -> None:
     for policy in (AddressPolicy(), AddressPolicy(allow_roots=(str(tmp_path),))):
         with pytest.raises(ForbiddenAddressError):
-            policy.check_path(f"{tmp_path}/a.jpg\0.png")
+            policy.open_path(f"{tmp_path}/a.jpg\0.png", os.O_RDONLY)
+
+
+_SWAP = """
+import os, sys
+folder = sys.argv[1]
+real, link, place = (os.path.join(folder, name) for name in ("real", "link", "day"))
+print("begun", flush=True)
+while True:
+    os.rename(place, real); os.rename(link, place)
+    os.rename(place, link); os.rename(real, place)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "deep/a.jpg"])
+def test_a_folder_that_turns_into_a_link_and_back_lets_nothing_out(tmp_path: Path, name: str) -> None:
+    """A second process exchanges a folder below the root for a link to the outside, without an end."""
+    allowed, outside = tmp_path / "allowed", tmp_path / "outside"
+    for folder, content in ((allowed / "day", b"inside"), (outside, b"secret of another size")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+    (allowed / "link").symlink_to(outside)
+    fetcher = Fetcher(FetchPolicy(addresses=AddressPolicy((str(allowed),)), max_attempts=1))
+    uri = str(allowed / "day" / name)
+    expected = fetcher.version(uri)
+    with subprocess.Popen([sys.executable, "-c", _SWAP, str(allowed)], stdout=subprocess.PIPE) as swapper:
+        try:
+            assert swapper.stdout is not None
+            assert swapper.stdout.readline() == b"begun\n"
+            contents = Counter(fetcher.fetch(uri).data for _ in range(1500))
+            versions = Counter(fetcher.version(uri) for _ in range(1500))
+        finally:
+            swapper.kill()
+    assert set(contents) <= {b"inside", None}
+    assert set(versions) <= {expected, None}
+    assert contents[b"inside"] > 0
 
 
 def test_a_scheme_whose_host_cannot_be_checked_needs_the_same_permission_as_private_hosts() -> None:

@@ -1,0 +1,95 @@
+"""Files that cost far more than their size tells, through the loader: all accounted for, in their time and memory."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.load import Loader
+from batchcls.schema import Reason
+from tests import bombs
+from tests.contract.test_decode_memory import peak_bytes
+from tests.unit.test_load import settings
+
+_QUICK: dict[str, tuple[Callable[[], bytes], Reason | None]] = {
+    "TIFF, 500 tags over each other": (bombs.tiff_overlapping_tags, Reason.CORRUPT),
+    "TIFF, the same, deflated": (lambda: bombs.tiff_overlapping_tags(compression=8), Reason.CORRUPT),
+    "TIFF, 4,000 strips over each other": (bombs.tiff_overlapping_strips, Reason.CORRUPT),
+    "TIFF, two million strips": (bombs.tiff_many_strips, Reason.CORRUPT),
+    "TIFF, directories in a circle": (bombs.tiff_loop, None),
+    "PNG, 256 MiB of text": (bombs.png_text_bomb, Reason.CORRUPT),
+    "PNG, 256 MiB of profile": (bombs.png_profile_bomb, Reason.CORRUPT),
+    "PNG, 256 MiB of pixels": (bombs.png_pixel_bomb, None),
+    "PNG, EXIF over itself": (
+        lambda: bombs.png_with(bombs.png_chunk(b"eXIf", bombs.exif_overlapping(1 << 20)[6:])),
+        None,
+    ),
+    "WebP, EXIF over itself": (bombs.webp_exif, None),
+    "WebP, 300 frames": (bombs.webp_frames, None),
+    "JPEG, EXIF over itself": (lambda: bombs.jpeg_many_segments(20), None),
+    "GIF, tens of thousands of frames": (lambda: bombs.gif_many_frames(50_000), None),
+}
+
+_SLOW: dict[str, Callable[[], bytes]] = {
+    "PNG, a million chunks": bombs.png_tiny_chunks,
+    "GIF, four million blocks": bombs.gif_small_blocks,
+    "BMP, runs of one pixel": lambda: bombs.bmp_runs(3000, 8),
+    "BMP, runs of four bits": lambda: bombs.bmp_runs(6000, 4),
+}
+
+
+def load(loader: Loader, images: list[bytes]) -> list[dict[str, object]]:
+    rows = len(images)
+    table = pa.table(
+        {
+            "row": pa.array(range(rows), pa.int64()),
+            "item_id": [str(n) for n in range(rows)],
+            "uri": pa.nulls(rows, pa.string()),
+            "image": pa.array(images, pa.large_binary()),
+            "shop": ["s"] * rows,
+        }
+    )
+    return [row for block in loader.load(iter([table]), {}) for row in block.to_pylist()]
+
+
+def test_files_that_claim_more_than_they_hold_cost_what_they_hold(tmp_path: Path):
+    loader = Loader(settings(tmp_path))
+    images = {name: make() for name, (make, _) in _QUICK.items()}
+    load(loader, [bombs.saved(bombs.drawn(300, 200), "JPEG")])
+    rows: list[dict[str, object]] = []
+    peak = peak_bytes(lambda: rows.extend(load(loader, list(images.values()))))
+    assert {name: row["reason"] for name, row in zip(images, rows, strict=True)} == {
+        name: reason and reason.value for name, (_, reason) in _QUICK.items()
+    }
+    assert peak < 300 << 20
+    # Seconds of a core, which the other work on this machine does not change much.
+    assert max(float(str(row["decode_seconds"])) for row in rows) < 5
+
+
+@pytest.mark.long
+def test_files_that_take_too_long_are_given_up_and_the_rest_is_loaded(tmp_path: Path):
+    loader = Loader(settings(tmp_path, limits=DecodeLimits(seconds=0.3)))
+    good = bombs.saved(bombs.drawn(300, 200), "JPEG")
+    images = [image for make in _SLOW.values() for image in (make(), good)]
+    rows = load(loader, images)
+    assert [row["reason"] for row in rows] == ["decode_timeout", None] * len(_SLOW)
+    assert all(row["detail"] == "not decoded in 0.3 s of processor time" for row in rows[::2])
+    assert all(row["pixels"] is not None for row in rows[1::2])
+
+
+@pytest.mark.long
+def test_large_images_wait_for_each_other(tmp_path: Path):
+    """Eight threads with images of 96 MB each, and a budget for two of them."""
+    image = bombs.saved(bombs.drawn(2000, 2000, "RGBA"), "PNG", compress_level=1)
+    given = settings(tmp_path, fetch_threads=8, decode_threads=8)
+    peaks = {}
+    for budget in (2 << 30, 200 << 20):
+        loader = Loader(replace(given, limits=DecodeLimits(memory_bytes=budget)))
+        load(loader, [image])
+        peaks[budget] = peak_bytes(lambda loader=loader: load(loader, [image] * 24))  # type: ignore[misc]
+        assert loader._memory.most_bytes <= budget
+    assert peaks[200 << 20] < 260 << 20
+    assert peaks[2 << 30] > peaks[200 << 20]

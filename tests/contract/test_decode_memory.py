@@ -1,0 +1,125 @@
+"""The peaks of the process while images of every mode are decoded, held against what their headers are taken for."""
+
+import ctypes
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchcls.images.decode import allowed_header, decode
+from batchcls.images.limits import DecodeLimits
+from batchcls.images.memory import bytes_to_decode
+from batchcls.images.transform import Transform
+from batchcls.preprocessing import Preprocessing
+from tests.bombs import drawn, png_chunk, saved
+
+WIDTH, HEIGHT = 1600, 1200
+TRANSFORM = Transform(
+    Preprocessing(
+        input_height=64, input_width=64, resize_height=70, resize_width=70, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+)
+# What comes and goes in the process beside the images.
+NOISE_BYTES = 4 << 20
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that the process takes during `work` beside what it had."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    work()
+    return _status("VmHWM") - before
+
+
+def exif(orientation: int) -> bytes:
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
+def png16(kind: int, channels: int) -> bytes:
+    rows = b"".join(b"\0" + (np.arange(WIDTH * channels) + y).astype(">u2").tobytes() for y in range(HEIGHT))
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def cases() -> dict[str, bytes]:
+    rgb = drawn(WIDTH, HEIGHT)
+    rgba = rgb.convert("RGBA")
+    rgba.putalpha(rgb.convert("L"))
+    modes = {mode: rgb.convert(mode) for mode in ("L", "P", "1", "CMYK", "YCbCr")} | {
+        "RGB": rgb,
+        "RGBA": rgba,
+    }
+    modes |= {
+        "LA": rgba.convert("LA"),
+        "I;16": Image.fromarray(np.asarray(modes["L"]).astype(np.uint16) * 257),
+    }
+    written = {
+        "JPEG": ("L", "RGB", "CMYK"),
+        "PNG": ("L", "LA", "P", "1", "I;16", "RGB", "RGBA"),
+        "WEBP": ("RGB", "RGBA"),
+        "GIF": ("L", "P", "RGB", "RGBA"),
+        "BMP": ("L", "P", "1", "RGB", "RGBA"),
+        "TIFF": ("L", "LA", "P", "1", "I;16", "RGB", "RGBA", "CMYK", "YCbCr"),
+    }
+    options: dict[str, dict[str, object]] = {"PNG": {"compress_level": 1}, "WEBP": {"method": 0}}
+    found = {
+        f"{kind} {mode}": saved(modes[mode], kind, **options.get(kind, {}))
+        for kind, names in written.items()
+        for mode in names
+    }
+    for mode in ("L", "RGB", "CMYK"):
+        found[f"JPEG progressive {mode}"] = saved(modes[mode], "JPEG", progressive=True, subsampling=0)
+    for mode in ("L", "P", "RGB"):
+        transparent = (1, 2, 3) if mode == "RGB" else 3
+        found[f"PNG {mode} with a transparent color"] = saved(modes[mode], "PNG", transparency=transparent)
+    for mode in ("RGB", "RGBA"):
+        found[f"WEBP lossless {mode}"] = saved(modes[mode], "WEBP", lossless=True, quality=0, method=0)
+        found[f"TIFF deflated {mode}"] = saved(modes[mode], "TIFF", compression="tiff_adobe_deflate")
+        found[f"TIFF turned {mode}"] = saved(modes[mode], "TIFF", exif=exif(6))
+        found[f"PNG turned {mode}"] = saved(modes[mode], "PNG", exif=exif(6), compress_level=1)
+    found["TIFF with JPEG"] = saved(rgb, "TIFF", compression="jpeg")
+    found["JPEG turned"] = saved(rgb, "JPEG", exif=exif(6))
+    found["GIF with a transparent color"] = saved(modes["P"], "GIF", transparency=3)
+    for kind, channels in ((0, 1), (2, 3), (4, 2), (6, 4)):
+        found[f"PNG of 16 bits, color type {kind}"] = png16(kind, channels)
+    return found
+
+
+@pytest.mark.long
+def test_no_image_takes_more_than_its_header_is_taken_for():
+    limits, images = DecodeLimits(), cases()
+
+    def work(data: bytes) -> None:
+        decoded = decode(data, limits)
+        TRANSFORM(decoded.pixels, decoded.extent)
+
+    work(saved(drawn(300, 200), "JPEG"))  # what the libraries keep for themselves
+    wrong = {}
+    for name, data in images.items():
+        reckoned = bytes_to_decode(data, allowed_header(data, limits))
+        measured = peak_bytes(lambda data=data: work(data))  # type: ignore[misc]
+        if not 0.3 * reckoned < measured + NOISE_BYTES or measured > reckoned + NOISE_BYTES:
+            wrong[name] = (measured, reckoned)
+    assert not wrong
+    assert len(images) > 40
+
+
+@pytest.mark.parametrize(("side", "factor"), [(70, 8), (300, 4), (600, 2), (1200, 1)])
+def test_a_jpeg_at_a_reduced_scale_takes_as_much_less(side: int, factor: int):
+    data = saved(drawn(WIDTH, HEIGHT), "JPEG")
+    header = allowed_header(data, DecodeLimits())
+    pixels = bytes_to_decode(data, header, lambda height, width: (side, side)) - 2 * len(data) - (1 << 20)
+    assert pixels == 3 * WIDTH * HEIGHT // factor**2

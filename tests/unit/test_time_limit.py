@@ -1,0 +1,93 @@
+"""A limit on the processor time of a thread: what it ends, what it leaves alone, and that it hits nobody else."""
+
+import hashlib
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+
+from batchcls.images import time_limit
+from batchcls.images.time_limit import HELD, OverTimeError, within
+from tests.conftest import REPOSITORY
+
+
+def spin(seconds: float) -> str:
+    """Take so much processor time, in Python."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+    return "through"
+
+
+def test_work_within_its_time_gives_its_result_or_its_exception():
+    assert within(5.0, lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        within(5.0, lambda: 1 // 0)
+
+
+def test_a_loop_is_ended_soon_after_its_time_is_used_up():
+    before = time.thread_time()
+    with pytest.raises(OverTimeError):
+        within(0.1, lambda: spin(60.0))
+    assert time.thread_time() - before < 10.0
+    assert spin(0.3) == "through"
+
+
+def test_a_handler_of_damage_does_not_keep_the_exception():
+    def stubborn() -> None:
+        while True:
+            try:
+                spin(0.05)
+            except Exception:  # noqa: BLE001 - the subject of the test
+                continue
+
+    with pytest.raises(OverTimeError):
+        within(0.1, stubborn)
+
+
+def test_a_call_into_c_that_comes_back_late_is_over_its_time_too():
+    with pytest.raises(OverTimeError):
+        within(0.2, lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000))
+
+
+def test_waiting_takes_no_time():
+    woken = threading.Event()
+    timer = threading.Timer(0.8, woken.set)
+    timer.start()
+    assert within(0.2, woken.wait)
+    timer.join()
+
+
+def test_nothing_is_hit_outside_of_the_work(monkeypatch: pytest.MonkeyPatch):
+    """Work that ends about when its time does, many times in several threads: no exception comes later."""
+    monkeypatch.setattr(time_limit, "_POLL_SECONDS", 0.0005)
+
+    def rounds(thread: int) -> tuple[int, int]:
+        over, through = 0, 0
+        for number in range(150):
+            try:
+                through += within(0.002, partial(spin, 0.0005 * (1 + number % 6))) == "through"
+            except OverTimeError:
+                over += 1
+            assert spin(0.001) == "through"
+        return over, through
+
+    with ThreadPoolExecutor(4) as pool:
+        for over, through in pool.map(rounds, range(4)):
+            assert over + through == 150
+            assert min(over, through) > 0
+    assert not time_limit._watched
+
+
+def test_a_call_that_does_not_come_back_ends_its_process():
+    code = (
+        "import hashlib; from batchcls.images.time_limit import within; "
+        "within(0.1, lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=False)
+    assert done.returncode == HELD
+    assert b"this process ends" in done.stderr
