@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow.fs
 from fsspec.registry import get_filesystem_class
 
 from batchcls.errors import InputError
-from batchcls.local_files import copy_local, remove_empty, walk, write_local
+from batchcls.local_files import copy_local, create_local, remove_empty, walk, write_local
 from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
 from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
 
@@ -49,7 +50,8 @@ _S3_CONFIG = {
 _S3FS_ATTEMPTS = 5
 _S3_PART_BYTES = 16 << 20
 
-_CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict"})
+_CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+_CONFLICT_ATTEMPTS = 5
 
 _filesystems: dict[tuple[int, int, str, str], Any] = {}
 
@@ -123,7 +125,7 @@ class Storage:
         leaves nothing behind. Raises OSError, and what the store's client raises.
         """
         if not is_remote(uri):
-            write_local(local_path(uri), data, os.replace)
+            write_local(local_path(uri), data)
             return
         filesystem, path = self.filesystem(uri)
         parts = {"chunksize": _S3_PART_BYTES} if scheme(uri) in _S3_SCHEMES else {}
@@ -132,15 +134,29 @@ class Storage:
     def create_exclusive(self, uri: str, data: bytes) -> None:
         """Write a file that must not exist yet: of any number of writers at once, one wins.
 
-        A writer whose answer is lost on the way and who asks again finds its own file and loses
-        too, so `data` should name the writer. S3 needs a server that knows `If-None-Match`.
+        `data` has to name its writer, by a random token or the like: a store may have written it, lose the
+        answer on the way, and refuse the repeated request. What stands there then is compared, and a writer
+        that finds its own content has won. S3 needs a server that knows `If-None-Match`.
 
         Raises:
-            FileExistsError: the file is there already; it is untouched.
+            FileExistsError: the file is there already, with another content; it is untouched.
         """
         if not is_remote(uri):
-            write_local(local_path(uri), data, os.link)
+            create_local(local_path(uri), data)
             return
+        for _ in range(_CONFLICT_ATTEMPTS):
+            try:
+                self._put_new(uri, data)
+                return
+            except FileExistsError:
+                # A conflict with a request that has come to nothing leaves no file: once more then.
+                with suppress(FileNotFoundError):
+                    if self.read_bytes(uri) == data:
+                        return
+                    raise
+        raise FileExistsError(f"{redact_uri(uri)} is being written by others")
+
+    def _put_new(self, uri: str, data: bytes) -> None:
         filesystem, path = self.filesystem(uri)
         # Completing a multipart upload ignores the condition on some servers: one PUT always.
         single = {"chunksize": len(data) + 1} if scheme(uri) in _S3_SCHEMES else {}
