@@ -32,6 +32,7 @@ __all__ = [
     "is_remote",
     "join",
     "local_path",
+    "parse_json",
     "redact_options",
     "redact_uri",
     "scheme",
@@ -199,6 +200,23 @@ class Storage:
         filesystem.invalidate_cache()
         return _remote_infos(filesystem, scheme(uri_prefix), filesystem.find(path, detail=True), suffix)
 
+    def list_here(self, uri: str) -> list[FileInfo]:
+        """Files directly in a folder, sorted by URI, always fresh; none if it is not there."""
+        if not is_remote(uri):
+            try:
+                return _local_infos(Path(local_path(uri)).iterdir(), "")
+            except FileNotFoundError:
+                return []
+        filesystem, path = self.filesystem(uri)
+        filesystem.invalidate_cache()
+        try:
+            entries = filesystem.ls(path, detail=True)
+        except FileNotFoundError as error:
+            if error_code(error) == "NoSuchBucket":
+                raise
+            return []
+        return _remote_infos(filesystem, scheme(uri), {entry["name"]: entry for entry in entries}, "")
+
     def write_file(self, uri: str, path: Path) -> None:
         """Write or replace a file with the content of a local one, whole, however large it is."""
         if not is_remote(uri):
@@ -319,6 +337,14 @@ def _remote_infos(
 
 def _full_uri(filesystem: Any, name: str, path: str) -> str:
     return f"{name}://{path}" if name in _S3_SCHEMES else str(filesystem.unstrip_protocol(path))
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON of a file. Raises ValueError for whatever is not, with nesting that no program writes."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _etag(entry: Mapping[str, Any]) -> str | None:

@@ -158,7 +158,7 @@ def test_folders_that_are_made_are_synced_from_the_top_down(tmp_path: Path, monk
     synced = []
 
     def fsync(descriptor: int) -> None:
-        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        synced.append(os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), tmp_path))
 
     monkeypatch.setattr(os, "fsync", fsync)
     create_local(str(tmp_path / "a" / "b" / "file"), b"data")
