@@ -5,6 +5,7 @@
     |- PublishRefused                  3  committed, and the published run stays as it was
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
     |- StorageStoppedError             4  storage failed or is full in mid-run; not committed, resumable
+    |- RunStoppedError                 4  an input failed in mid-run; not committed, resumable
     |- LeaseLostError                  4  another job has taken the run over; not committed by this one
     |- ReconciliationError             1  rows do not add up; not committed
     `- GoldenMismatch                  1  a network does not answer as its bundle says; nothing classified
@@ -56,6 +57,12 @@ class BudgetExceeded(BatchclsError):  # noqa: N818 - a verdict, not a fault
 
 class StorageStoppedError(BatchclsError):
     """Storage failed or is full in the middle of a run; the same command goes on once that is mended."""
+
+    exit_code = ExitCode.BUDGET_EXCEEDED
+
+
+class RunStoppedError(BatchclsError):
+    """An input that was right at first failed after something was written; the same command goes on."""
 
     exit_code = ExitCode.BUDGET_EXCEEDED
 

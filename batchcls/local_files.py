@@ -28,6 +28,7 @@ _BUSY = frozenset({errno.EACCES, errno.EBUSY, errno.ETXTBSY})
 """What SMB answers for a moment when a file is replaced that somebody else has open."""
 _BUSY_ATTEMPTS, _BUSY_SECONDS = 6, 0.05
 _FOLDER_ATTEMPTS = 5
+_TURN_SECONDS = 0.02
 
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
@@ -60,29 +61,44 @@ def copy_local(source: Path, path: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, patience: float | None = None) -> Iterator[bool]:
     """Hold the lock file `path` alone, waiting for other threads and processes; it is made and it stays.
 
     The kernel gives the lock back when its holder dies. Yields False where the file system has no locks:
     nobody is kept out then.
+
+    Args:
+        path: of the lock file.
+        patience: seconds to wait for a holder that lives, or that is stopped; None: any time.
+
+    Raises:
+        TimeoutError: it was held for longer than that.
     """
     _make_folder(path.parent)
     # The file stays: who removes a lock file locks one that the next does not see.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        yield _lock(descriptor)
+        yield _lock(descriptor, path, patience)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
+def _lock(descriptor: int, path: Path, patience: float | None) -> bool:
+    ends_at = None if patience is None else time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if ends_at is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if ends_at is not None and time.monotonic() > ends_at:
+                text = "another process holds this lock and does not give it back"
+                raise TimeoutError(errno.ETIMEDOUT, text, str(path)) from None
+            time.sleep(_TURN_SECONDS)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
+        else:
+            return True
 
 
 def _write(target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]) -> None:

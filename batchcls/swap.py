@@ -13,6 +13,9 @@ from pathlib import Path
 from batchcls.local_files import locked
 from batchcls.storage import Storage, error_code, is_remote, local_path, redact_uri, scheme
 
+PATIENCE_SECONDS = 60.0
+"""A writer that has its turn for longer is stopped in the middle of it."""
+
 _S3_SCHEMES = frozenset({"s3", "s3a"})
 _CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"})
 _NO_CONDITIONS = frozenset({"NotImplemented", "501"})
@@ -57,6 +60,7 @@ def swap(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
 
     Raises:
         ChangedMeanwhileError: somebody else was first.
+        TimeoutError: a writer that lives has its turn and does not end it.
         OSError: the store refuses; what its client raises.
     """
     if not is_remote(uri):
@@ -72,7 +76,7 @@ def swap(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
 
 def _swap_local(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
     target = Path(local_path(uri))
-    with locked(target.with_name(f".{target.name}.lock")) as is_alone:
+    with locked(target.with_name(f".{target.name}.lock"), PATIENCE_SECONDS) as is_alone:
         if is_alone:
             _refuse_change(uri, seen, storage)
             storage.write_whole(uri, data)

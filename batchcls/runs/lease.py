@@ -38,6 +38,7 @@ DEAD_SECONDS = 60.0
 
 _WATCHED_BEATS = 1.5
 """How many beats long a holder is watched that seems dead by the clocks of two hosts."""
+_END_SECONDS = 10.0
 _TRIED_NUMBERS = 100
 _LARGEST_BYTES = 65_536
 _NAME = re.compile(r"([0-9]{6,18})\.json")
@@ -106,11 +107,22 @@ class Holder:
         )
 
 
+class HeldError(InputError):
+    """A living driver has the run; `named` says which."""
+
+    def __init__(self, folder: str, holder: Holder | None) -> None:
+        self.named = f"process {holder.pid} on {holder.host}" if holder else "another job"
+        super().__init__(
+            f"{redact_uri(folder)}: {self.named} works on this run; wait for it to end, or give another --run-id for "
+            f"a run beside it (a job of another host that has died is noticed after {DEAD_SECONDS:g} s)"
+        )
+
+
 class Lease:
-    """The hold of this driver on one run; a thread renews it until the driver ends it."""
+    """The hold of this driver on one run, by the file `uri`; a thread renews it until the driver ends it."""
 
     def __init__(self, uri: str, folder: str, holder: Holder, storage: Storage) -> None:
-        self._uri = uri
+        self.uri = uri
         self._folder = folder
         self._holder = holder
         self._storage = storage
@@ -155,25 +167,27 @@ class Lease:
         if self._lost.is_set():
             return
         holder = replace(self._holder, beat=time.time(), released=released)
-        self._storage.write_whole(self._uri, _to_json(holder))
+        self._storage.write_whole(self.uri, _to_json(holder))
         self._renewed_at = began
 
     def start(self) -> None:
         """Begin to renew the lease."""
         self._thread.start()
 
-    def end(self) -> None:
-        """Stop renewing the lease, and say that this driver has ended."""
+    def end(self, *, is_kept: bool = True) -> None:
+        """Stop renewing the lease, and say that this driver has ended, or remove it with all before it."""
         self._ended.set()
-        self._thread.join(timeout=BEAT_SECONDS)
+        self._thread.join(timeout=_END_SECONDS)
         if self._thread.is_alive():
             _logger.warning(
                 "the lease of the run could not be given back, its store does not answer; another host waits for "
                 "it for %g s",
                 DEAD_SECONDS,
             )
-        elif self._cause is None:
+        elif self._cause is None and is_kept:
             self._try_to_beat(released=True)
+        elif self._cause is None:
+            self._try_to_remove()
 
     def _require_held(self) -> None:
         if self._lost.is_set():
@@ -190,7 +204,7 @@ class Lease:
     def _look(self) -> None:
         newest = _newest(self._folder, self._storage)
         holder = None if newest is None else _read(newest, self._storage)
-        if newest is None or newest.uri != self._uri or (holder and holder.owner != self._holder.owner):
+        if newest is None or newest.uri != self.uri or (holder and holder.owner != self._holder.owner):
             self._lost.set()
 
     def _renew_until_ended(self) -> None:
@@ -208,27 +222,48 @@ class Lease:
             # The next beat may come through; if none does, another job may take over, which is seen then.
             _logger.warning("the lease of the run could not be renewed this time (%s)", type(error).__name__)
 
+    def _try_to_remove(self) -> None:
+        try:
+            self._look()
+            if not self._lost.is_set():
+                for info in self._storage.list_here(join(self._folder, LEASE)):
+                    self._storage.remove([info.uri])
+                self._storage.remove_empty_folders(self._folder)
+        except STORE_ERRORS as error:  # the next command of the same kind takes it over
+            _logger.warning("%s could not be removed (%s)", redact_uri(self.uri), type(error).__name__)
+
 
 @contextmanager
-def leased(folder: str, storage: Storage) -> Iterator[Lease]:
+def leased(folder: str, storage: Storage, *, is_kept: bool = True) -> Iterator[Lease]:
     """Hold a run while the block runs; a thread says so every ten seconds.
 
+    Args:
+        folder: of the run.
+        storage: how to reach it.
+        is_kept: the lease stays when the block has ended, so that its number is never given again.
+
     Raises:
-        InputError: a living job has the run; it is named.
+        HeldError: a living job has the run; it is named.
+        InputError: the store refuses.
     """
     lease = _take(folder, storage)
     lease.start()
     try:
         yield lease
     finally:
-        lease.end()
+        lease.end(is_kept=is_kept)
+
+
+def last_holder(folder: str, storage: Storage) -> Holder | None:
+    """The driver that has, or had last, a run. Raises InputError if the store cannot be read."""
+    with explain(folder):
+        newest = _newest(folder, storage)
+        return _read(newest, storage) if newest else None
 
 
 def living_holder(folder: str, storage: Storage) -> Holder | None:
     """The driver that works on a run now, if there is one. Raises InputError if the store cannot be read."""
-    with explain(folder):
-        newest = _newest(folder, storage)
-        holder = _read(newest, storage) if newest else None
+    holder = last_holder(folder, storage)
     return holder if holder is not None and holder.is_living() else None
 
 
@@ -236,7 +271,7 @@ def require_free(folder: str, storage: Storage) -> None:
     """Raise InputError if a living job works on the run: said before anything costs time."""
     holder = living_holder(folder, storage)
     if holder is not None:
-        raise InputError(_refusal(folder, holder))
+        raise HeldError(folder, holder)
 
 
 def _take(folder: str, storage: Storage) -> Lease:
@@ -244,7 +279,7 @@ def _take(folder: str, storage: Storage) -> Lease:
         newest = _newest(folder, storage)
         before = _read_twice(newest, storage) if newest else None
         if newest and before and (before.is_living() or _stirs(newest, before, storage)):
-            raise InputError(_refusal(folder, before))
+            raise HeldError(folder, before)
         holder = Holder.here()
         uri = _create_next(folder, holder, storage)
     if before is not None and not before.released:
@@ -266,7 +301,7 @@ def _create_next(folder: str, holder: Holder, storage: Storage) -> str:
             winner = _newest(folder, storage)
             faster = _read(winner, storage) if winner and _number(winner) >= number else None
             if faster is not None and faster.is_living():
-                raise InputError(_refusal(folder, faster)) from None
+                raise HeldError(folder, faster) from None
         else:
             return uri
     raise InputError(f"{redact_uri(place)} is full of files that are no leases; remove the folder")
@@ -286,14 +321,6 @@ def _stirs(newest: FileInfo, before: Holder, storage: Storage) -> bool:
         if now is not None and _to_json(now) != _to_json(before):
             return not now.released
     return False
-
-
-def _refusal(folder: str, holder: Holder | None) -> str:
-    named = f"process {holder.pid} on {holder.host}" if holder else "another job"
-    return (
-        f"{redact_uri(folder)}: {named} works on this run; wait for it to end, or give another --run-id for a run "
-        f"beside it (a job of another host that has died is noticed after {DEAD_SECONDS:g} s)"
-    )
 
 
 def _newest(folder: str, storage: Storage) -> FileInfo | None:
