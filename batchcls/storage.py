@@ -20,7 +20,7 @@ from fsspec.registry import get_filesystem_class
 
 from batchcls.errors import InputError
 from batchcls.local_files import copy_local, create_local, remove_empty, walk, write_local
-from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
+from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain, resumable
 from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "redact_options",
     "redact_uri",
     "scheme",
+    "write_files",
 ]
 
 _S3_SCHEMES = frozenset({"s3", "s3a"})
@@ -337,6 +338,22 @@ def _remote_infos(
 
 def _full_uri(filesystem: Any, name: str, path: str) -> str:
     return f"{name}://{path}" if name in _S3_SCHEMES else str(filesystem.unstrip_protocol(path))
+
+
+def write_files(folder: str, files: Mapping[str, bytes], storage: Storage) -> list[str]:
+    """Write files into a folder, each whole, in this order; returns where.
+
+    Raises:
+        InputError: the first cannot be written, so that nothing is.
+        StorageStoppedError: a later one cannot be written.
+    """
+    written: list[str] = []
+    for name, data in files.items():
+        uri = join(folder, name)
+        with resumable(uri) if written else explain(uri):
+            storage.write_whole(uri, data)
+        written.append(uri)
+    return written
 
 
 def parse_json(data: bytes) -> Any:

@@ -1,6 +1,6 @@
 """Which run a command is about: one that was begun and not finished, or a new one."""
 
-import logging
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,15 +10,9 @@ from batchcls.errors import InputError
 from batchcls.runs.fingerprints import Fingerprints
 from batchcls.runs.layout import PLAN, RUN, RUNS, run_folder
 from batchcls.runs.records import read_current
-from batchcls.storage import Storage, explain, join, parse_json, redact_uri
+from batchcls.storage import Storage, explain, join, redact_uri
 
 _THREADS = 16
-
-_logger = logging.getLogger(__name__)
-
-
-class _DamagedPlanError(InputError):
-    """plan.json is there and is not what this program writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +70,7 @@ def _unfinished(output: str, run_id: str, storage: Storage) -> Begun | None:
     with explain(run):
         if storage.exists(run):
             return None
-    try:
-        plan = _read_plan(output, run_id, storage)
-    except _DamagedPlanError as error:  # one odd folder among many keeps no other run from being found
-        _logger.warning("%s", error)
-        return None
+    plan = _read_plan(output, run_id, storage)
     return None if plan is None else Begun(run_id, plan)
 
 
@@ -95,13 +85,11 @@ def _read_plan(output: str, run_id: str, storage: Storage) -> Mapping[str, Any] 
     uri = join(run_folder(output, run_id), PLAN)
     with explain(uri):
         try:
-            found = parse_json(storage.read_bytes(uri))
-        except (FileNotFoundError, NotADirectoryError):
+            found = json.loads(storage.read_bytes(uri))
+        except FileNotFoundError:
             return None
-        except (ValueError, IsADirectoryError):
-            found = None
+        except ValueError:
+            raise InputError(f"{redact_uri(uri)} is damaged; remove the run's folder") from None
     if not isinstance(found, dict):
-        raise _DamagedPlanError(
-            f"{redact_uri(uri)} is damaged; remove the run's folder, or choose another --run-id"
-        )
+        raise InputError(f"{redact_uri(uri)} is damaged; remove the run's folder")
     return found
