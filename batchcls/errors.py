@@ -16,6 +16,8 @@ is not an exception that leaves its stage: it becomes a `schema.Failure`.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -65,6 +67,19 @@ class RunStoppedError(BatchclsError):
     """An input that was right at first failed after something was written; the same command goes on."""
 
     exit_code = ExitCode.BUDGET_EXCEEDED
+
+
+@contextmanager
+def something_is_written() -> Iterator[None]:
+    """Keep the promise of `InputError`, that nothing was written, for a block that comes after a write.
+
+    Raises:
+        RunStoppedError: the block raised InputError, which is chained.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise RunStoppedError(f"{error}; the same command goes on from here") from error
 
 
 class LeaseLostError(BatchclsError):

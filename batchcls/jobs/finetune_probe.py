@@ -16,6 +16,7 @@ from batchcls.models.bundle import CONFIG_FILE
 from batchcls.models.labels import read_labels
 from batchcls.runs.layout import new_run_id
 from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage_errors import resumable
 from batchcls.tables import bundle_line
 from batchcls.training.embeddings import EmbeddingSettings
 from batchcls.training.labelled import open_labelled
@@ -59,7 +60,7 @@ def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
     probed.bundle.save(config.output, storage)
     sink = pa.BufferOutputStream()
     pq.write_table(probed.noise, sink)
-    with explain(config.state_folder):
+    with resumable(config.state_folder):
         storage.write_whole(join(config.state_folder, NOISE_FILE), sink.getvalue().to_pybytes())
     _summarize(config, probed, time.time() - started)
     return ExitCode.DONE
