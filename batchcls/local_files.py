@@ -27,7 +27,7 @@ _NO_LOCKS = _UNSUPPORTED | {errno.ENOLCK}
 _BUSY = frozenset({errno.EACCES, errno.EBUSY, errno.ETXTBSY})
 """What SMB answers for a moment when a file is replaced that somebody else has open."""
 _BUSY_ATTEMPTS, _BUSY_SECONDS = 6, 0.05
-_FOLDER_ATTEMPTS = 5
+_REMOVED_ATTEMPTS = 5
 _TURN_SECONDS = 0.02
 
 _RENAME_NOREPLACE = 1
@@ -56,8 +56,12 @@ def create_local(path: str, data: bytes) -> None:
 
 def copy_local(source: Path, path: str) -> None:
     """Put a copy of a file in the place of another one, which stays whole until the copy is on disk."""
-    with source.open("rb") as opened:
-        _write(Path(path), lambda file: shutil.copyfileobj(opened, file), _replace)
+
+    def fill(file: BinaryIO) -> None:
+        with source.open("rb") as opened:
+            shutil.copyfileobj(opened, file)
+
+    _write(Path(path), fill, _replace)
 
 
 @contextmanager
@@ -102,9 +106,24 @@ def _lock(descriptor: int, path: Path, patience: float | None) -> bool:
 
 
 def _write(target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]) -> None:
-    temporary, file = _open_beside(target)
+    """Another job may meanwhile remove the folder, while it is empty, or take the new file for a dead job's."""
+    for attempt in range(_REMOVED_ATTEMPTS):
+        _make_folder(target.parent)
+        try:
+            _write_once(target, fill, place)
+        except FileNotFoundError:
+            if attempt == _REMOVED_ATTEMPTS - 1:
+                raise
+        else:
+            return
+
+
+def _write_once(
+    target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]
+) -> None:
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with file:
+        with temporary.open("xb") as file:
             fill(file)
             file.flush()
             _sync(file.fileno())
@@ -112,19 +131,6 @@ def _write(target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Pa
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
-
-
-def _open_beside(target: Path) -> tuple[Path, BinaryIO]:
-    """A new file in the folder of the target, which is made; another job may remove it meanwhile while it is empty."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    for attempt in range(_FOLDER_ATTEMPTS):
-        _make_folder(target.parent)
-        try:
-            return temporary, temporary.open("xb")
-        except FileNotFoundError:
-            if attempt == _FOLDER_ATTEMPTS - 1:
-                raise
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _make_folder(folder: Path) -> None:

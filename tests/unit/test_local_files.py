@@ -164,3 +164,22 @@ def test_folders_that_are_made_are_synced_from_the_top_down(tmp_path: Path, monk
     create_local(str(tmp_path / "a" / "b" / "file"), b"data")
     assert [*synced[:2], synced[-1]] == [".", "a", "a/b"]
     assert len(synced) == 4  # and the file itself
+
+
+def test_a_writer_whose_file_or_folder_is_removed_under_it_writes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    link, removed = os.link, []
+
+    def remove_first(source: Path, target: Path, **more: bool) -> None:
+        if not removed:
+            removed.append(source)
+            Path(source).unlink()
+            Path(source).parent.rmdir()
+        link(source, target, **more)
+
+    monkeypatch.setattr(os, "link", remove_first)
+    create_local(str(tmp_path / "lease" / "000001.json"), b"data")
+    assert removed
+    assert [path.name for path in (tmp_path / "lease").iterdir()] == ["000001.json"]
+    assert (tmp_path / "lease" / "000001.json").read_bytes() == b"data"
