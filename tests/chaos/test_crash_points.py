@@ -151,7 +151,8 @@ class Nights:
     def spec(self, output: str, manifest: Path | None = None) -> Spec:
         """The command of a night."""
         arguments = self.catalog.arguments(manifest or self.catalog.tonight, output)
-        log = str(self.catalog.folder / f"{self._count:04d}.log")
+        kind = "local" if self.store.filesystem is None else "s3"
+        log = str(self.catalog.folder / f"{kind}-{self._count:04d}.log")
         return Spec(arguments, output, log, environment=self.store.environment)
 
     def start(self, spec: Spec) -> tuple[ForkServerProcess, Connection]:
