@@ -6,6 +6,7 @@
     |- BudgetExceeded                  4  too many rows failed; not committed, resumable
     |- StorageStoppedError             4  storage failed or is full in mid-run; the same command resumes, or publishes
     |                                     what is committed already
+    |- RunStoppedError                 4  an input failed in mid-run; not committed, resumable
     |- ClusterStartError               4  Ray did not come up on this machine; nothing was written, try again
     |- LeaseLostError                  4  another job has taken the run over; not committed by this one
     |- ReconciliationError             1  rows do not add up; not committed
@@ -17,6 +18,8 @@ is not an exception that leaves its stage: it becomes a `schema.Failure`.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -63,10 +66,29 @@ class StorageStoppedError(BatchclsError):
     exit_code = ExitCode.BUDGET_EXCEEDED
 
 
+class RunStoppedError(BatchclsError):
+    """An input that was right at first failed after something was written; the same command goes on."""
+
+    exit_code = ExitCode.BUDGET_EXCEEDED
+
+
 class ClusterStartError(BatchclsError):
     """Ray was to be started here and did not come up, twice; the same command may succeed on a quieter machine."""
 
     exit_code = ExitCode.BUDGET_EXCEEDED
+
+
+@contextmanager
+def something_is_written() -> Iterator[None]:
+    """Keep the promise of `InputError`, that nothing was written, for a block that comes after a write.
+
+    Raises:
+        RunStoppedError: the block raised InputError, which is chained.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise RunStoppedError(f"{error}; the same command goes on from here") from error
 
 
 class LeaseLostError(BatchclsError):

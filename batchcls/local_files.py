@@ -1,49 +1,247 @@
-"""Local files, whole or not at all."""
+"""Local files, whole or not at all, on disks with and without hard links, locks and a sync of folders.
 
+Network and removable file systems (SMB, exFAT, FAT, many FUSE mounts) lack some of what a local disk has. What a
+file must not lose, its whole content and that one of many writers creates it, is kept by the next best means.
+"""
+
+import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
 _NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
+_UNSUPPORTED = frozenset(
+    {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EACCES}
+)
+"""What a file system answers when it does not know an operation; some call that a missing right."""
 
-def write_local(path: str, data: bytes, place: Callable[[Path, Path], None]) -> None:
-    """Write beside the target, force to disk, then `place` (os.replace or os.link) the whole file."""
-    _write(Path(path), lambda file: file.write(data), place)
+_NO_LINKS = _UNSUPPORTED | {errno.EMLINK, errno.EXDEV}
+_NO_LOCKS = _UNSUPPORTED | {errno.ENOLCK}
+
+_BUSY = frozenset({errno.EACCES, errno.EBUSY, errno.ETXTBSY})
+"""What SMB answers for a moment when a file is replaced that somebody else has open."""
+_BUSY_ATTEMPTS, _BUSY_SECONDS = 6, 0.05
+_REMOVED_ATTEMPTS = 5
+_TURN_SECONDS = 0.02
+
+_RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
+
+
+def write_local(path: str, data: bytes) -> None:
+    """Write or replace a file, whole; it is on disk when this returns. Raises OSError."""
+    _write(Path(path), lambda file: file.write(data), _replace)
+
+
+def create_local(path: str, data: bytes) -> None:
+    """Write a file that must not exist yet, whole; it is on disk when this returns.
+
+    Of any number of writers one wins: by a hard link to the finished file, or else by a rename that does not
+    replace, or else by a look and a rename under a lock. Where the file system has none of the three, the name
+    itself is created and then filled: one writer wins there too, but one that dies in between leaves a part of
+    the file, which its readers have to tell from a whole one.
+
+    Raises:
+        FileExistsError: it is there already; it is untouched.
+        OSError: it cannot be written; nothing of it is left.
+    """
+    _write(Path(path), lambda file: file.write(data), _place_new)
 
 
 def copy_local(source: Path, path: str) -> None:
     """Put a copy of a file in the place of another one, which stays whole until the copy is on disk."""
-    with source.open("rb") as opened:
-        _write(Path(path), lambda file: shutil.copyfileobj(opened, file), os.replace)
+
+    def fill(file: BinaryIO) -> None:
+        with source.open("rb") as opened:
+            shutil.copyfileobj(opened, file)
+
+    _write(Path(path), fill, _replace)
+
+
+@contextmanager
+def locked(path: Path, patience: float | None = None) -> Iterator[bool]:
+    """Hold the lock file `path` alone, waiting for other threads and processes; it is made and it stays.
+
+    The kernel gives the lock back when its holder dies. Yields False where the file system has no locks:
+    nobody is kept out then.
+
+    Args:
+        path: of the lock file.
+        patience: seconds to wait for a holder that lives, or that is stopped; None: any time.
+
+    Raises:
+        TimeoutError: it was held for longer than that.
+    """
+    _make_folder(path.parent)
+    # The file stays: who removes a lock file locks one that the next does not see.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        yield _lock(descriptor, path, patience)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, patience: float | None) -> bool:
+    ends_at = None if patience is None else time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if ends_at is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if ends_at is not None and time.monotonic() > ends_at:
+                text = "another process holds this lock and does not give it back"
+                raise TimeoutError(errno.ETIMEDOUT, text, str(path)) from None
+            time.sleep(_TURN_SECONDS)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
+        else:
+            return True
 
 
 def _write(target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Another job may meanwhile remove the folder, while it is empty, or take the new file for a dead job's."""
+    for attempt in range(_REMOVED_ATTEMPTS):
+        _make_folder(target.parent)
+        try:
+            _write_once(target, fill, place)
+        except FileNotFoundError:
+            if attempt == _REMOVED_ATTEMPTS - 1:
+                raise
+        else:
+            return
+
+
+def _write_once(
+    target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]
+) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             fill(file)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         place(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force a folder's entries to disk, so that a new name survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those above it; each survives a power cut, as the files in it do."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        _make_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:  # is said of a file that is created, never of a folder above it
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    _sync_folder(folder.parent)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    for attempt in range(_BUSY_ATTEMPTS):
+        try:
+            temporary.replace(target)
+        except OSError as error:
+            if error.errno not in _BUSY or attempt == _BUSY_ATTEMPTS - 1 or not target.is_file():
+                raise
+            time.sleep(_BUSY_SECONDS * 2**attempt)
+        else:
+            return
+
+
+def _place_new(temporary: Path, target: Path) -> None:
+    """Give the finished file its name, unless that is taken."""
+    try:
+        target.hardlink_to(temporary)
+    except FileExistsError:
+        # An answer of a file server that was lost and asked for again finds the link that it has made.
+        if not _is_same(temporary, target):
+            raise
+    except OSError as error:
+        # The temporary file was made in the same folder, so that no right is missing.
+        if error.errno not in _NO_LINKS:
+            raise
+        _rename_new(temporary, target)
+
+
+def _is_same(temporary: Path, target: Path) -> bool:
+    try:
+        return os.path.samestat(temporary.stat(follow_symlinks=False), target.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _rename_new(temporary: Path, target: Path) -> None:
+    """The same where there are no hard links."""
+    try:
+        _rename_noreplace(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    else:
+        return
+    with locked(target.with_name(f".{target.name}.lock")) as is_alone:
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        if is_alone:
+            _replace(temporary, target)
+        else:
+            _fill_new(temporary, target)
+
+
+def _rename_noreplace(temporary: Path, target: Path) -> None:
+    """`renameat2` of Linux with RENAME_NOREPLACE. Raises OSError, ENOSYS where the system has no such call."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(temporary), None, str(target))
+
+
+def _fill_new(temporary: Path, target: Path) -> None:
+    with temporary.open("rb") as source, target.open("xb") as file:
+        try:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            _sync(file.fileno())
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+
+
+def _sync(descriptor: int) -> None:
+    """Force a file or the entries of a folder to disk, as far as the file system can."""
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk, so that a new name survives a power cut."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # a folder that may be written to and not read
+        return
+    try:
+        _sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -124,7 +322,7 @@ def remove_empty(top: Path) -> None:
         try:
             Path(folder).rmdir()
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from batchcls.errors import InputError
 from batchcls.local_files import (
     Kind,
     copy_local,
+    create_local,
     kind_of,
     remove_empty,
     remove_tree,
@@ -28,7 +30,7 @@ from batchcls.local_files import (
     walk,
     write_local,
 )
-from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain
+from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain, resumable
 from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
 
 __all__ = [
@@ -43,9 +45,11 @@ __all__ = [
     "is_remote",
     "join",
     "local_path",
+    "parse_json",
     "redact_options",
     "redact_uri",
     "scheme",
+    "write_files",
 ]
 
 _S3_SCHEMES = frozenset({"s3", "s3a"})
@@ -61,7 +65,8 @@ _S3_CONFIG = {
 _S3FS_ATTEMPTS = 5
 _S3_PART_BYTES = 16 << 20
 
-_CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict"})
+_CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
+_CONFLICT_ATTEMPTS = 5
 
 _FOLDER_MARK = "_$folder$"  # the name of Hadoop's empty objects that stand for folders
 _KINDS = {"file": Kind.FILE, "directory": Kind.FOLDER}
@@ -160,7 +165,7 @@ class Storage:
         leaves nothing behind. Raises OSError, and what the store's client raises.
         """
         if not is_remote(uri):
-            write_local(local_path(uri), data, os.replace)
+            write_local(local_path(uri), data)
             return
         filesystem, path = self.filesystem(uri)
         parts = {"chunksize": _S3_PART_BYTES} if scheme(uri) in _S3_SCHEMES else {}
@@ -169,15 +174,29 @@ class Storage:
     def create_exclusive(self, uri: str, data: bytes) -> None:
         """Write a file that must not exist yet: of any number of writers at once, one wins.
 
-        A writer whose answer is lost on the way and who asks again finds its own file and loses
-        too, so `data` should name the writer. S3 needs a server that knows `If-None-Match`.
+        `data` has to name its writer, by a random token or the like: a store may have written it, lose the
+        answer on the way, and refuse the repeated request. What stands there then is compared, and a writer
+        that finds its own content has won. S3 needs a server that knows `If-None-Match`.
 
         Raises:
-            FileExistsError: the file is there already; it is untouched.
+            FileExistsError: the file is there already, with another content; it is untouched.
         """
         if not is_remote(uri):
-            write_local(local_path(uri), data, os.link)
+            create_local(local_path(uri), data)
             return
+        for _ in range(_CONFLICT_ATTEMPTS):
+            try:
+                self._put_new(uri, data)
+                return
+            except FileExistsError:
+                # A conflict with a request that has come to nothing leaves no file: once more then.
+                with suppress(FileNotFoundError):
+                    if self.read_bytes(uri) == data:
+                        return
+                    raise
+        raise FileExistsError(f"{redact_uri(uri)} is being written by others")
+
+    def _put_new(self, uri: str, data: bytes) -> None:
         filesystem, path = self.filesystem(uri)
         # Completing a multipart upload ignores the condition on some servers: one PUT always.
         single = {"chunksize": len(data) + 1} if scheme(uri) in _S3_SCHEMES else {}
@@ -218,13 +237,24 @@ class Storage:
             return _local_infos(walk(Path(local_path(uri_prefix))), suffix)
         filesystem, path = self.filesystem(uri_prefix)
         filesystem.invalidate_cache()
-        found = filesystem.find(path, detail=True)
-        # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
-        return sorted(
-            _info(uri_prefix, path, name, entry)
-            for name, entry in found.items()
-            if entry["type"] == "file" and not name.endswith("/") and name.endswith(suffix)
-        )
+        return _remote_infos(uri_prefix, path, filesystem.find(path, detail=True), suffix)
+
+    def list_here(self, uri: str) -> list[FileInfo]:
+        """Files directly in a folder, sorted by URI, always fresh; none if it is not there."""
+        if not is_remote(uri):
+            try:
+                return _local_infos(Path(local_path(uri)).iterdir(), "")
+            except FileNotFoundError:
+                return []
+        filesystem, path = self.filesystem(uri)
+        filesystem.invalidate_cache()
+        try:
+            entries = filesystem.ls(path, detail=True)
+        except FileNotFoundError as error:
+            if error_code(error) == "NoSuchBucket":
+                raise
+            return []
+        return _remote_infos(uri, path, {entry["name"]: entry for entry in entries})
 
     def write_file(self, uri: str, path: Path) -> None:
         """Write or replace a file with the content of a local one, whole, however large it is."""
@@ -392,6 +422,17 @@ def _local_infos(paths: Iterable[Path], suffix: str | tuple[str, ...]) -> list[F
     return sorted(FileInfo(str(path), path.stat().st_size, None) for path in wanted)
 
 
+def _remote_infos(
+    uri: str, path: str, entries: Mapping[str, Mapping[str, Any]], suffix: str | tuple[str, ...] = ""
+) -> list[FileInfo]:
+    # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
+    return sorted(
+        _info(uri, path, name, entry)
+        for name, entry in entries.items()
+        if entry["type"] == "file" and not name.endswith("/") and name.endswith(suffix)
+    )
+
+
 def _info(uri: str, path: str, name: str, entry: Mapping[str, Any]) -> FileInfo:
     """A file that a store lists below `path`, spelled as `uri`, which names that path, is."""
     below = _below(name, path)
@@ -402,6 +443,30 @@ def _info(uri: str, path: str, name: str, entry: Mapping[str, Any]) -> FileInfo:
 def _below(name: str, path: str) -> str:
     """The path of a listed name below the listed path; empty where it is that itself."""
     return "" if name == path else name.removeprefix(path.removesuffix("/") + "/")
+
+
+def write_files(folder: str, files: Mapping[str, bytes], storage: Storage) -> list[str]:
+    """Write files into a folder, each whole, in this order; returns where.
+
+    Raises:
+        InputError: the first cannot be written, so that nothing is.
+        StorageStoppedError: a later one cannot be written.
+    """
+    written: list[str] = []
+    for name, data in files.items():
+        uri = join(folder, name)
+        with resumable(uri) if written else explain(uri):
+            storage.write_whole(uri, data)
+        written.append(uri)
+    return written
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON of a file. Raises ValueError for whatever is not, with nesting that no program writes."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _etag(entry: Mapping[str, Any]) -> str | None:

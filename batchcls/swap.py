@@ -2,18 +2,19 @@
 
 Local disk has no compare-and-swap, so writers take turns by a lock (`flock`, which a dead process
 gives back) and replace the file by renaming. S3 has one: PUT with `If-Match`, or `If-None-Match: *`
-where there is no file yet. Other stores, and servers that say they do not know conditions, get the
-next best: look once more, write, and look whether it is there; between the first two looks a second
-writer can slip in, which the last look finds unless it came first.
+where there is no file yet. File systems without locks, other stores, and servers that say they do not
+know conditions, get the next best: look once more, write, and look whether it is there; between the
+first two looks a second writer can slip in, which the last look finds unless it came first.
 """
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from batchcls.local_files import locked
 from batchcls.storage import Storage, error_code, is_remote, local_path, redact_uri, scheme
+
+PATIENCE_SECONDS = 60.0
+"""A writer that has its turn for longer is stopped in the middle of it."""
 
 _S3_SCHEMES = frozenset({"s3", "s3a"})
 _CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"})
@@ -59,12 +60,11 @@ def swap(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
 
     Raises:
         ChangedMeanwhileError: somebody else was first.
+        TimeoutError: a writer that lives has its turn and does not end it.
         OSError: the store refuses; what its client raises.
     """
     if not is_remote(uri):
-        with _turn(uri):
-            _refuse_change(uri, seen, storage)
-            storage.write_whole(uri, data)
+        _swap_local(uri, data, seen, storage)
         return
     try:
         _swap_remote(uri, data, seen, storage)
@@ -72,6 +72,16 @@ def swap(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
         now = look(uri, storage)
         if now is None or now.data != data:
             raise
+
+
+def _swap_local(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
+    target = Path(local_path(uri))
+    with locked(target.with_name(f".{target.name}.lock"), PATIENCE_SECONDS) as is_alone:
+        if is_alone:
+            _refuse_change(uri, seen, storage)
+            storage.write_whole(uri, data)
+        else:
+            _swap_unconditionally(uri, data, seen, storage)
 
 
 def _swap_remote(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
@@ -136,13 +146,3 @@ def _etag_or_none(uri: str, storage: Storage) -> str | None:
         return _etag(uri, storage)
     except FileNotFoundError:
         return None
-
-
-@contextmanager
-def _turn(uri: str) -> Iterator[None]:
-    """Wait until no other writer, thread or process, is between its look and its rename."""
-    target = Path(local_path(uri))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -13,7 +13,7 @@ from batchcls.comparison.campaign import Skipped
 from batchcls.comparison.columns import to_table
 from batchcls.comparison.measurement import Measurement
 from batchcls.comparison.recommend import Needs, Recommendation
-from batchcls.storage import Storage, explain, join
+from batchcls.storage import Storage, write_files
 
 PARQUET, PAGE, RECOMMENDATION = "measurements.parquet", "compare.html", "recommendation.json"
 
@@ -74,7 +74,7 @@ def write_outputs(verdict: Verdict, page: str, output: str, storage: Storage) ->
     """Write table, page and record into the output folder, each whole; returns where.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError, StorageStoppedError: as `storage.write_files` says.
     """
     table = pa.BufferOutputStream()
     pq.write_table(to_table(verdict.measurements, verdict.needs.price_per_hour), table)
@@ -83,7 +83,4 @@ def write_outputs(verdict: Verdict, page: str, output: str, storage: Storage) ->
         PAGE: page.encode(),
         RECOMMENDATION: f"{json.dumps(verdict.as_json(), indent=2, ensure_ascii=False)}\n".encode(),
     }
-    for name, data in files.items():
-        with explain(join(output, name)):
-            storage.write_whole(join(output, name), data)
-    return [join(output, name) for name in files]
+    return write_files(output, files, storage)

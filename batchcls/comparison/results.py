@@ -13,6 +13,7 @@ from batchcls.comparison.measure import Measured
 from batchcls.comparison.measurement import Measurement, Record
 from batchcls.errors import InputError
 from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage_errors import resumable
 
 MEASUREMENTS_FOLDER = "measurements"
 _SUFFIX = ".json"
@@ -82,7 +83,12 @@ class Results:
         return join(self._folder, f"{key_of(candidate, self._sample)}{_SUFFIX}")
 
     def add(self, candidate: Candidate, measured: Measured) -> Finished:
-        """Keep a measurement, on storage when this returns."""
+        """Keep a measurement, on storage when this returns.
+
+        Raises:
+            InputError: it cannot be written, and none was before.
+            StorageStoppedError: it cannot be written; what was measured before is kept.
+        """
         finished = Finished(
             created=datetime.now(UTC),
             sample=self._sample,
@@ -91,7 +97,7 @@ class Results:
             measurement=measured.measurement,
         )
         uri = self.uri_of(candidate)
-        with explain(uri):
+        with resumable(uri) if self._finished else explain(uri):
             self._storage.write_whole(uri, f"{finished.model_dump_json()}\n".encode())
         self._finished[key_of(candidate, self._sample)] = finished
         return finished

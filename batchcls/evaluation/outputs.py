@@ -17,7 +17,7 @@ from batchcls.evaluation.outcomes import Rows
 from batchcls.evaluation.tables import categories_table, predictions_table, reliability_table
 from batchcls.evaluation.temperature import Temperature
 from batchcls.evaluation.thresholds import CONFIDENCE
-from batchcls.storage import Storage, explain, join
+from batchcls.storage import Storage, write_files
 
 METRICS, PAGE = "metrics.json", "evaluate.html"
 
@@ -109,7 +109,7 @@ def write_outputs(found: Evaluated, subject: Subject, page: str, output: str, st
     """Write everything, each file whole, metrics.json last; returns where.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError, StorageStoppedError: as `storage.write_files` says.
     """
     files = {
         "categories.parquet": _parquet(categories_table(found)),
@@ -119,10 +119,7 @@ def write_outputs(found: Evaluated, subject: Subject, page: str, output: str, st
         PAGE: page.encode(),
         METRICS: f"{json.dumps(as_json(found, subject), indent=2, ensure_ascii=False)}\n".encode(),
     }
-    for name, data in files.items():
-        with explain(join(output, name)):
-            storage.write_whole(join(output, name), data)
-    return [join(output, name) for name in files]
+    return write_files(output, files, storage)
 
 
 def _parquet(table: pa.Table) -> bytes:

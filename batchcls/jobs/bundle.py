@@ -32,7 +32,7 @@ from batchcls.models.resolve import parse_model_arguments, resolve_model
 from batchcls.models.spec import PreprocessingOverrides
 from batchcls.models.trainable import mark_trainable
 from batchcls.models.zoo import find_record, zoo_records
-from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage import Storage, redact_uri, write_files
 from batchcls.tables import bundle_line
 from batchcls.zoo_tables import record_table, zoo_table
 
@@ -80,8 +80,7 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
         overrides=PreprocessingOverrides.of(config),
     )
     bundle = with_golden(resolve_model(config.model, choices, storage))
-    with explain(config.output):
-        bundle.save(config.output, storage)
+    bundle.save(config.output, storage)
     _logger.info("%s: %s", redact_uri(config.output), bundle_line(bundle))
     return ExitCode.DONE
 
@@ -160,10 +159,8 @@ def export(config: BundleExportConfig, console: Console) -> ExitCode:
         "model.json": (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
         "labels.txt": "".join(f"{label}\n" for label in bundle.config.labels).encode(),
     }
-    for name, content in files.items():
-        with explain(config.output):
-            storage.write_whole(join(config.output, name), content)
-        _logger.info("%s: %.1f MiB", redact_uri(join(config.output, name)), len(content) / 2**20)
+    for uri, content in zip(write_files(config.output, files, storage), files.values(), strict=True):
+        _logger.info("%s: %.1f MiB", redact_uri(uri), len(content) / 2**20)
     return ExitCode.DONE
 
 

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,20 +24,22 @@ from batchcls.pipeline.settle import Settled, settle_engines
 from batchcls.pipeline.tally import Progress
 from batchcls.placement import Placement, place
 from batchcls.report.run_report import report_after_run
+from batchcls.runs import choices
+from batchcls.runs.beginning import begin_once, held_run, no_empty_folders
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.budget import Budget, Seen, allowed_fraction
 from batchcls.runs.commit import Totals, check_budget, commit, reconcile, stage_seconds
 from batchcls.runs.judge import Verdict, judge, judge_again, limits_of, publish_judged
 from batchcls.runs.layout import new_run_id, run_folder
-from batchcls.runs.lease import Lease, leased, require_free
+from batchcls.runs.lease import Lease, require_free
 from batchcls.runs.parts import PartFile, Receipt
-from batchcls.runs.plan import Plan, claim
+from batchcls.runs.plan import Plan
 from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
 from batchcls.runs.records import RunRecord, read_current
 from batchcls.runs.resume import Begun, find_begun, require_begun
 from batchcls.runs.unpublished import find_unpublished
 from batchcls.runtime import nodes, ray_session, wait_for
-from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage import Storage, join, redact_uri
 from batchcls.storage_errors import resumable
 from batchcls.tables import bottleneck_table, counts_table, gates_table
 
@@ -92,9 +95,16 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
     # Ray takes seconds to start, most of them waiting; the inputs are opened meanwhile.
     with ThreadPoolExecutor(1) as aside:
         opening = aside.submit(open_inputs, config, manifest)
-        with ray_session(config.ray_address):
+        with ray_session(config.ray_address), ExitStack() as turn:
             inputs = opening.result()
             storage = inputs.storage
+            turn.enter_context(no_empty_folders(config.output, storage))
+            beginning = turn.enter_context(ExitStack())
+            decision = None
+            if config.run_id is None:
+                decision = beginning.enter_context(
+                    begin_once(config.output, fingerprints_of(config, inputs), storage)
+                )
             finished = find_unpublished(config, fingerprints_of(config, inputs), storage)
             if finished is not None:
                 return publish_finished(config, finished, storage)
@@ -102,26 +112,18 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
             for reason in placement.reasons:
                 _logger.info(reason)
-            settled = settle_engines(
-                config,
-                inputs.manifest,
-                inputs.bundle,
-                placement,
-                storage,
-                begun.plan["engines"] if begun else None,
-            )
-            run_id = begun.run_id if begun else config.run_id or new_run_id()
-            plan = plan_of(config, inputs, placement, settled, run_id)
-            folder = run_folder(config.output, run_id)
-            if begun is None:
-                plan = replace(plan, reuse=choose_earlier(config, plan, storage))
-                with explain(config.output):
-                    claim(plan, config.output, storage)
-            else:
-                plan = replace(plan, reuse=begun.plan["reuse"])
-            with leased(folder, storage) as lease:
-                require_begun(config.output, run_id, storage)
-                _logger.info("run %s in %s", run_id, redact_uri(folder))
+            engines = begun.plan["engines"] if begun else None
+            settled = settle_engines(config, inputs.manifest, inputs.bundle, placement, storage, engines)
+            plan = _plan(config, inputs, placement, settled, begun)
+            folder = run_folder(config.output, plan.run_id)
+            if decision is not None:
+                decision.confirm()
+            with held_run(plan, config.output, storage, is_new=begun is None) as lease:
+                require_begun(config.output, plan.run_id, storage)
+                beginning.close()
+                _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
+                for choice in settled.new:
+                    choices.save(config.output, choice, storage)
                 run = _Run(config, inputs, placement, settled, plan, folder, lease)
                 done = _do(run, console)
                 totals, measured, verdict = _commit(run, done, started)
@@ -156,6 +158,16 @@ def publish_finished(config: ClassifyConfig, record: RunRecord, storage: Storage
     finally:
         _report(config, record.run_id, storage)
     return ExitCode.DONE
+
+
+def _plan(
+    config: ClassifyConfig, inputs: Inputs, placement: Placement, settled: Settled, begun: Begun | None
+) -> Plan:
+    """The plan of the run that this job goes on with, or begins."""
+    run_id = begun.run_id if begun else config.run_id or new_run_id()
+    plan = plan_of(config, inputs, placement, settled, run_id)
+    reuse = begun.plan["reuse"] if begun else choose_earlier(config, plan, inputs.storage)
+    return replace(plan, reuse=reuse)
 
 
 def _place(config: ClassifyConfig, inputs: Inputs) -> Placement:

@@ -26,7 +26,7 @@ from batchcls.comparison.results import Results
 from batchcls.comparison.terminal import LEGEND, results_table, watching_candidates
 from batchcls.config.compare import CompareConfig
 from batchcls.console import results_console
-from batchcls.errors import ExitCode, InputError
+from batchcls.errors import ExitCode, InputError, something_is_written
 from batchcls.hardware import Hardware
 from batchcls.jobs.command import Command, main
 from batchcls.models.engines import Device
@@ -44,7 +44,8 @@ _EXAMPLES = """examples:
       --engines torch:bf16 --device cuda --output s3://shop/compared
 
 The same command goes on where it stopped; other models are added to the same output.
-exit codes: 0 done; 1 unexpected, or nothing could be measured; 2 bad configuration or input; 130 interrupted
+exit codes: 0 done; 1 unexpected, or nothing could be measured; 2 bad configuration or input, nothing written;
+            4 stopped, and the measurements are kept; 130 interrupted
 """
 
 
@@ -64,7 +65,8 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
         version=version("batchcls"),
     )
     page = compare_page(verdict.measurements, verdict.needs, verdict.recommendations, context)
-    written = write_outputs(verdict, page, config.output, inputs.storage)
+    with something_is_written():
+        written = write_outputs(verdict, page, config.output, inputs.storage)
     _show(verdict, written)
     return ExitCode.DONE
 

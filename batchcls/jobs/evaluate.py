@@ -13,7 +13,7 @@ from rich.console import Console
 
 from batchcls.config.evaluate import EvaluateConfig
 from batchcls.console import results_console, watching
-from batchcls.errors import ExitCode, InputError
+from batchcls.errors import ExitCode, InputError, something_is_written
 from batchcls.evaluation.answering import Answering
 from batchcls.evaluation.answers import room_for_logits
 from batchcls.evaluation.curves import EPOCH, Curves, read_curves
@@ -52,7 +52,8 @@ _EXAMPLES = """examples:
 
 Then `python -m batchcls.jobs.classify --model models/v1-calibrated --abstain ...` leaves a label null where the
 model is not sure enough.
-exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written; 130 interrupted
+exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written; 4 stopped after a part was written;
+            130 interrupted
 """
 
 _REMOTE_REQUESTS = 16
@@ -103,7 +104,9 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     written = write_outputs(judged.found, subject, page, config.output, storage)
     if config.write_bundle is not None:
         calibration = judged.found.calibration(subject.manifest, config.tta)
-        written.append(_write_bundle(config.write_bundle, bundle, calibration, judged.found.paths, storage))
+        with something_is_written():
+            uri = _write_bundle(config.write_bundle, bundle, calibration, judged.found.paths, storage)
+        written.append(uri)
     _show(judged.found, subject, written)
     return ExitCode.DONE
 

@@ -18,6 +18,7 @@ from batchcls.models.labels import read_labels
 from batchcls.runs.budget import allowed_fraction
 from batchcls.runs.layout import new_run_id
 from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage_errors import resumable
 from batchcls.tables import bundle_line
 from batchcls.training.embeddings import EmbeddingSettings
 from batchcls.training.linear import LinearSettings
@@ -59,7 +60,7 @@ def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
     probed.bundle.save(config.output, storage)
     sink = pa.BufferOutputStream()
     pq.write_table(probed.noise, sink)
-    with explain(config.state_folder):
+    with resumable(config.state_folder):
         storage.write_whole(join(config.state_folder, NOISE_FILE), sink.getvalue().to_pybytes())
     _summarize(config, probed, time.time() - started)
     return ExitCode.DONE

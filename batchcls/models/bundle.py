@@ -22,7 +22,7 @@ from batchcls.models.golden import Golden
 from batchcls.models.labels import check_labels, labels_digest
 from batchcls.models.spec import ArgumentValue, ModelSpec, SourceName
 from batchcls.preprocessing import Preprocessing
-from batchcls.storage import Storage, error_code, explain, join, redact_uri
+from batchcls.storage import Storage, error_code, explain, join, redact_uri, write_files
 
 CONFIG_FILE = "bundle.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -226,12 +226,11 @@ class Bundle:
         """Write the folder, `bundle.json` last; a bundle that is there already is replaced.
 
         Raises:
-            InputError: the place cannot be written to.
+            InputError: the place cannot be written to; nothing was written.
+            StorageStoppedError: the weights are written, and `bundle.json` cannot be.
         """
         text = json.dumps(self.config.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        for name, data in ((WEIGHTS_FILE, self.weights), (CONFIG_FILE, f"{text}\n".encode())):
-            with explain(join(uri, name)):
-                storage.write_whole(join(uri, name), data)
+        write_files(uri, {WEIGHTS_FILE: self.weights, CONFIG_FILE: f"{text}\n".encode()}, storage)
 
 
 def _fingerprint(config: BundleConfig) -> str:

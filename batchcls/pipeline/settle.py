@@ -41,12 +41,14 @@ class Settled:
     """What runs the network and how far JPEGs may be reduced for it; `measured` says how that was found.
 
     `decode_margin` is that of `LoadSettings`: one for all kinds of nodes, so that an image gets the
-    same answer wherever it is loaded.
+    same answer wherever it is loaded. `new` are those of `measured` that are not kept in the output
+    folder yet.
     """
 
     engines: Engines
     decode_margin: float | None
     measured: tuple[Measured, ...]
+    new: tuple[Measured, ...] = ()
 
     @property
     def precisions(self) -> set[str]:
@@ -117,6 +119,7 @@ def settle_engines(
         return Settled(Engines({}, otherwise, config.cache_dir, None, probe), _margin(config, ()), ())
     images = _images(config, manifest, bundle, storage)
     found: dict[str, Measured] = {}
+    new: list[Measured] = []
     kept = None if begun is None else _measured_before(begun)
     for hardware, node in _kinds(placement.device):
         known = None if kept is None else kept.get(hardware.key)
@@ -129,7 +132,7 @@ def settle_engines(
             and (manifest.rows >= config.measure_from_rows or wanted.precision == "int8")
         ):
             known = _measure(config, node, bundle, images, wanted, placement)
-            choices.save(config.output, known, storage)
+            new.append(known)
         if known is None:
             _logger.info("engine: %s, not measured for %d rows", plain, manifest.rows)
         else:
@@ -140,7 +143,7 @@ def settle_engines(
     engines = Engines(by_hardware, otherwise, config.cache_dir, calibration, probe)
     measured = tuple(found.values())
     margin = _margin(config, measured) if begun is None else begun["decode_margin"]
-    return Settled(engines, margin, measured)
+    return Settled(engines, margin, measured, tuple(new))
 
 
 def _measured_before(begun: Mapping[str, Any]) -> dict[str, Measured]:

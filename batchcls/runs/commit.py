@@ -1,6 +1,7 @@
 """Reconcile the receipts with the plan and write run.json, the record that makes a run readable."""
 
 import json
+import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def commit(
     record = {
         "format": "batchcls-run-1",
         "run_id": plan.run_id,
+        "writer": secrets.token_hex(8),
         "committed": datetime.now(UTC).isoformat(timespec="seconds"),
         "manifest": plan.manifest,
         "model": plan.model,
@@ -131,5 +133,4 @@ def commit(
     try:
         storage.create_exclusive(join(folder, RUN), data)
     except FileExistsError:
-        if storage.read_bytes(join(folder, RUN)) != data:  # else the answer to our own write was lost
-            raise LeaseLostError(f"{redact_uri(folder)} has been committed by another job") from None
+        raise LeaseLostError(f"{redact_uri(folder)} has been committed by another job") from None

@@ -17,6 +17,7 @@ from batchcls.runs.records import RunRecord, open_parts, read_columns
 from batchcls.runs.summary import Summary, jensen_shannon, summary_of
 from batchcls.schema import Reason
 from batchcls.storage import Storage, explain, join
+from batchcls.storage_errors import resumable
 
 ITEMS = "diff-items.parquet"
 FLOWS = "flows.parquet"
@@ -259,13 +260,15 @@ def _largest(connection: duckdb.DuckDBPyConnection, largest: int) -> tuple[Flow,
 
 
 def _write(connection: duckdb.DuckDBPyConnection, found: RunDiff, to: str, storage: Storage) -> None:
-    with tempfile.TemporaryDirectory(prefix="batchcls-diff-") as folder, explain(to):
+    with tempfile.TemporaryDirectory(prefix="batchcls-diff-") as folder:
         items, flows = Path(folder, ITEMS), Path(folder, FLOWS)
-        connection.execute(_COPY.format(query=_ITEMS, path=_quoted(items)))
-        connection.execute(_COPY.format(query=_FLOWS, path=_quoted(flows)))
-        storage.write_file(join(to, ITEMS), items)
-        storage.write_file(join(to, FLOWS), flows)
-        storage.write_whole(join(to, DIFF), json.dumps(found.as_json(), indent=2).encode())
+        with explain(to):
+            connection.execute(_COPY.format(query=_ITEMS, path=_quoted(items)))
+            connection.execute(_COPY.format(query=_FLOWS, path=_quoted(flows)))
+            storage.write_file(join(to, ITEMS), items)
+        with resumable(to):
+            storage.write_file(join(to, FLOWS), flows)
+            storage.write_whole(join(to, DIFF), json.dumps(found.as_json(), indent=2).encode())
 
 
 def _quoted(path: Path) -> str:

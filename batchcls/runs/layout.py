@@ -1,6 +1,7 @@
 """Names of the folders and files of an output folder; the contract with readers.
 
 OUTPUT/current.json
+OUTPUT/beginning/DIGEST/lease/*.json   who is about to begin a run; gone once it holds the run
 OUTPUT/runs/RUN_ID/plan.json            first
                    predictions/*.parquet
                    quarantine/*.parquet
@@ -21,6 +22,7 @@ PLAN = "plan.json"
 RUN = "run.json"
 CURRENT = "current.json"
 RUNS = "runs"
+BEGINNING = "beginning"
 PREDICTIONS = "predictions"
 QUARANTINE = "quarantine"
 READERS = "readers"

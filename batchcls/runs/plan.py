@@ -2,6 +2,7 @@
 
 import json
 import platform
+import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -48,6 +49,7 @@ class Plan:
         return {
             "format": "batchcls-plan-1",
             "run_id": self.run_id,
+            "writer": secrets.token_hex(8),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprints": self.fingerprints.as_json() if self.fingerprints else {},
             "config": self.config,

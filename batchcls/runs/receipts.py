@@ -19,7 +19,7 @@ from batchcls.row_ranges import RowRanges
 from batchcls.runs.layout import RECEIPTS
 from batchcls.runs.ledger import balance
 from batchcls.runs.parts import PartFile, Receipt
-from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage import Storage, explain, join, parse_json, redact_uri
 from batchcls.storage_errors import resumable
 
 _FORMAT = "batchcls-receipt-1"
@@ -95,8 +95,8 @@ def _first_come(receipts: Sequence[Receipt], rows: int) -> set[str]:
 
 def _read(uri: str, storage: Storage) -> Receipt | None:
     try:
-        return _from_json(uri.rpartition("/")[2], json.loads(storage.read_bytes(uri)))
-    except (ValueError, KeyError, TypeError) as error:
+        return _from_json(uri.rpartition("/")[2], parse_json(storage.read_bytes(uri)))
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         name = type(error).__name__
         _logger.warning(
             "%s is damaged or of another version (%s); its rows are done again", redact_uri(uri), name

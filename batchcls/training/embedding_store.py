@@ -5,13 +5,11 @@ each row, and `key.json`, which says what the values are of. A row counts once i
 that is written after its values, so whoever dies loses no more than the rows since the last `flush`.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcls.errors import InputError
-from batchcls.local_files import write_local
+from batchcls.local_files import locked, write_local
 from batchcls.schema import REASONS, Reason, Stage
 
 FloatName = Literal["float16", "float32"]
@@ -131,25 +129,32 @@ def open_store(parent: Path, key: Mapping[str, Any], shape: Shape) -> Iterator[E
     )
     name = "".join(letter if letter.isalnum() else "-" for letter in str(key.get("name", "embeddings")))
     folder = parent / f"{name[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise InputError(
-            f"embeddings cannot be kept in {folder} ({error.strerror or error}); name a folder that can be "
-            "written to with --cache-dir"
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone(folder):
         if not (folder / _KEY).is_file():
-            write_local(str(folder / _KEY), f"{text}\n".encode(), os.replace)
+            write_local(str(folder / _KEY), f"{text}\n".encode())
         store = _open(folder, shape)
         try:
             yield store
         finally:
             store.flush()
-    finally:
-        os.close(lock)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made."""
+    remedy = "name a folder that can be written to, on a disk of this machine, with --cache-dir"
+    with ExitStack() as held:
+        try:
+            is_alone = held.enter_context(locked(folder / _LOCK))
+        except OSError as error:
+            raise InputError(
+                f"embeddings cannot be kept in {folder} ({error.strerror or error}); {remedy}"
+            ) from error
+        if not is_alone:
+            raise InputError(
+                f"embeddings cannot be kept in {folder}, whose file system knows no locks; {remedy}"
+            )
+        yield
 
 
 def _open(folder: Path, shape: Shape) -> EmbeddingStore:

@@ -37,6 +37,8 @@ class FaultyProxy:
         self._stall_seconds = stall_seconds
         self.expire_after: int | None = None
         """Requests until every answer is that the credentials have expired; None: never."""
+        self.lose_answers_to: set[str] = set()
+        """Ends of paths; the answer to the first PUT of each is lost after the server has done it."""
         self.seen: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -109,9 +111,23 @@ class FaultyProxy:
             writer.write(b"" if head.startswith(b"HEAD") else text)
             await writer.drain()
             return False
+        if self._is_lost(head):
+            self.seen["lost answer"] += 1
+            await self._answer(head, body)
+            writer.transport.abort()
+            return False
         return await self._pass_on(head, body, writer, cut=fault == "cut")
 
-    async def _pass_on(self, head: bytes, body: bytes, writer: asyncio.StreamWriter, cut: bool) -> bool:
+    def _is_lost(self, head: bytes) -> bool:
+        method, path, _ = head.split(b" ", 2)
+        ends = {end for end in self.lose_answers_to if path.decode().partition("?")[0].endswith(end)}
+        if method != b"PUT":
+            return False
+        self.lose_answers_to -= ends
+        return bool(ends)
+
+    async def _answer(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """What the server answers: its head and its body."""
         above, below = await asyncio.open_connection(*self._backend)
         try:
             below.write(_without_expect(head) + body)
@@ -128,6 +144,10 @@ class FaultyProxy:
                 content = await (_chunks(above) if chunked else above.readexactly(_length(answer)))
         finally:
             below.close()
+        return answer, content
+
+    async def _pass_on(self, head: bytes, body: bytes, writer: asyncio.StreamWriter, cut: bool) -> bool:
+        answer, content = await self._answer(head, body)
         if cut:
             writer.write(answer + content[: len(content) // 2])
             await writer.drain()

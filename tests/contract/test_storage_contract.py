@@ -18,6 +18,8 @@ from batchcls.data_files import find_data
 from batchcls.errors import InputError, StorageStoppedError
 from batchcls.storage import Storage, explain, join
 from batchcls.storage_errors import resumable
+from batchcls.swap import look, swap
+from tests.chaos.faulty_proxy import FaultyProxy
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server
@@ -72,6 +74,25 @@ def test_of_many_exclusive_writers_exactly_one_wins(storage: Storage, root: str)
         winners = [writer for writer in pool.map(write, range(8)) if writer is not None]
     assert len(winners) == 1
     assert storage.read_bytes(uri) == f"writer {winners[0]}".encode()
+
+
+def test_whoever_asks_again_after_a_lost_answer_finds_the_file_its_own(s3: S3Server) -> None:
+    uri = f"s3://{s3.bucket}/lost/plan.json"
+    with FaultyProxy(s3.endpoint_url) as proxy:
+        storage = Storage({"endpoint_url": proxy.url})
+        proxy.lose_answers_to = {"/plan.json"}
+        storage.create_exclusive(uri, b"mine")
+        assert proxy.seen["lost answer"] == 1
+        with pytest.raises(FileExistsError):
+            storage.create_exclusive(uri, b"another's")
+        assert storage.read_bytes(uri) == b"mine"
+        proxy.lose_answers_to = {"/current.json"}
+        pointer = f"s3://{s3.bucket}/lost/current.json"
+        swap(pointer, b"first", None, storage)
+        proxy.lose_answers_to = {"/current.json"}
+        swap(pointer, b"second", look(pointer, storage), storage)
+        assert proxy.seen["lost answer"] == 3
+        assert storage.read_bytes(pointer) == b"second"
 
 
 def test_a_listing_is_recursive_sorted_complete_and_fresh(storage: Storage, root: str) -> None:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcls.errors import BatchclsError, InputError
-from batchcls.storage import Storage, UnsupportedSchemeError, explain
+from batchcls.errors import BatchclsError, InputError, StorageStoppedError
+from batchcls.storage import Storage, UnsupportedSchemeError, explain, parse_json, write_files
 
 
 def names(folder: Path) -> list[str]:
@@ -197,3 +197,34 @@ def test_our_own_errors_pass_through_an_explanation_unchanged() -> None:
     with pytest.raises(InputError) as raised, explain("s3://b/k"):
         raise own
     assert raised.value is own
+
+
+def test_of_several_files_only_the_first_may_say_that_nothing_was_written(tmp_path: Path):
+    files = {"weights": b"1", "record": b"2"}
+    assert write_files(str(tmp_path / "good"), files, Storage()) == [
+        str(tmp_path / "good" / name) for name in files
+    ]
+    (tmp_path / "first" / "weights").mkdir(parents=True)
+    with pytest.raises(InputError):
+        write_files(str(tmp_path / "first"), files, Storage())
+    (tmp_path / "later" / "record").mkdir(parents=True)
+    with pytest.raises(StorageStoppedError):
+        write_files(str(tmp_path / "later"), files, Storage())
+
+
+def test_json_that_no_program_writes_is_a_value_error():
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}
+    for data in (b"", b"{", b"\xff", b"[" * 500_000, b'{"a":' * 500_000):
+        with pytest.raises(ValueError, match=r".*"):
+            parse_json(data)
+
+
+def test_a_folder_lists_what_is_directly_in_it(tmp_path: Path):
+    for name in ("b.json", "a.json", "below/c.json"):
+        Storage().write_whole(str(tmp_path / name), b"12")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    found = Storage().list_here(str(tmp_path))
+    assert [(info.uri, info.size) for info in found] == [
+        (str(tmp_path / name), 2) for name in ("a.json", "b.json")
+    ]
+    assert Storage().list_here(str(tmp_path / "none")) == []

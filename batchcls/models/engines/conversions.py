@@ -5,7 +5,6 @@ A conversion is a folder. It is made under a temporary name and renamed when it 
 that a file which was cut off or changed leads to a new conversion and never to other answers.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,13 +12,13 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from batchcls.errors import InputError
-from batchcls.local_files import walk
+from batchcls.local_files import locked, walk
 
 VARIABLE = "BATCHCLS_CACHE_DIR"
 """The environment variable that names the folder of everything that a node keeps."""
@@ -76,15 +75,15 @@ class Conversions:
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         """One process or thread at a time. The kernel gives the lock back when its holder dies."""
-        with self._explained():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # The file stays: who deletes a lock file locks one that the next does not see.
-            descriptor = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with ExitStack() as held:
+            with self._explained():
+                is_alone = held.enter_context(locked(self.folder / f".{name}.lock"))
+            if not is_alone:
+                raise InputError(
+                    f"converted networks cannot be kept in {self.folder}, whose file system knows no locks; set "
+                    f"{VARIABLE} to a folder on a disk of this machine"
+                )
             yield
-        finally:
-            os.close(descriptor)
 
     def _make(self, target: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> None:
         """Only with the lock: nobody else is at work on this conversion, whatever lies there is dead."""

@@ -1,0 +1,304 @@
+"""The job ends at each of its writes in turn, loses what was not synced, or is stopped there while another one runs.
+
+Afterwards the same command ends with the same rows, and the pointer is never older than it was.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+
+from tests.chaos.crash_night import Spec, night
+from tests.chaos.night import LENIENT
+from tests.drawing import draw, encode
+from tests.manifests import write_manifest
+
+ROWS = 10
+BEFORE = 5
+"""Rows of the night before; their answers are taken over."""
+BROKEN = 7
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Manifests of two nights, a model, and a folder for outputs."""
+
+    yesterday: Path
+    tonight: Path
+    model: str
+    folder: Path
+
+    def arguments(self, manifest: Path, output: str) -> tuple[str, ...]:
+        """Of a command line."""
+        return (
+            *("--manifest", str(manifest), "--model", self.model, "--output", output, "--engine", "torch"),
+            *("--precision", "fp32", "--device", "cpu", "--max-failed-fraction", "0.5", *LENIENT),
+        )
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Catalog:
+    folder = tmp_path_factory.mktemp("catalog")
+    for number in range(ROWS):
+        data = encode(draw(number, 60, 50), "JPEG")
+        (folder / f"{number}.jpg").write_bytes(data[:200] if number == BROKEN else data)
+    ids = [f"item-{number}" for number in range(ROWS)]
+    return Catalog(
+        write_manifest(folder / "yesterday.parquet", ids[:BEFORE]),
+        write_manifest(folder / "tonight.parquet", ids),
+        tiny_bundle,
+        tmp_path_factory.mktemp("outputs"),
+    )
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[multiprocessing.context.ForkServerContext]:
+    """A process that has loaded all that a night needs, and forks."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.chaos.crash_night"])
+    try:
+        yield context
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where outputs lie, read without the code under test."""
+
+    filesystem: s3fs.S3FileSystem | None
+    root: str
+    environment: Mapping[str, str]
+
+    def read(self, path: str) -> bytes | None:
+        """The content of a file; None if it is not there."""
+        if self.filesystem is None:
+            return Path(path).read_bytes() if Path(path).exists() else None
+        self.filesystem.invalidate_cache()
+        return self.filesystem.cat_file(path) if self.filesystem.exists(path) else None
+
+    def copy(self, source: str, target: str) -> None:
+        """A copy of a folder."""
+        if self.filesystem is None:
+            shutil.copytree(source, target)
+            return
+        for path in self.filesystem.find(source):
+            self.filesystem.pipe_file(
+                target + path.removeprefix(source.removeprefix("s3://")), self.read(path)
+            )
+
+    def names(self, folder: str) -> list[str]:
+        """What lies in a folder."""
+        if self.filesystem is None:
+            return sorted(path.name for path in Path(folder).glob("*"))
+        self.filesystem.invalidate_cache()
+        if not self.filesystem.exists(folder):
+            return []
+        return sorted(name.rpartition("/")[2] for name in self.filesystem.ls(folder, detail=False))
+
+
+class Nights:
+    """Starts nights of one kind of store, and reads what they have published."""
+
+    def __init__(
+        self, catalog: Catalog, context: multiprocessing.context.ForkServerContext, store: Store
+    ) -> None:
+        self.catalog = catalog
+        self.context = context
+        self.store = store
+        self._count = 0
+        self.base = self.place()
+        yesterday = self.spec(self.base, catalog.yesterday)
+        assert self.run(yesterday)[0] == 0
+        self.yesterday = self.published(self.base)[0]
+        reference = self.copied()
+        code, self.writes = self.run(self.spec(reference))
+        assert code == 0
+        self.rows = self.published(reference)[1]
+        assert self.rows.column("row").to_pylist() == [row for row in range(ROWS) if row != BROKEN]
+        assert set(self.rows.column("origin").to_pylist()) == {"computed", "reused"}
+
+    def place(self) -> str:
+        """A new output folder."""
+        self._count += 1
+        return f"{self.store.root}/{self._count:04d}"
+
+    def copied(self) -> str:
+        """A new output folder in which yesterday's run is published."""
+        place = self.place()
+        self.store.copy(self.base, place)
+        return place
+
+    def spec(self, output: str, manifest: Path | None = None) -> Spec:
+        """The command of a night."""
+        arguments = self.catalog.arguments(manifest or self.catalog.tonight, output)
+        kind = "local" if self.store.filesystem is None else "s3"
+        log = str(self.catalog.folder / f"{kind}-{self._count:04d}.log")
+        return Spec(arguments, output, log, environment=self.store.environment)
+
+    def start(self, spec: Spec) -> tuple[ForkServerProcess, Connection]:
+        """A night that runs."""
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=night, args=(spec, there))
+        process.start()
+        there.close()
+        return process, here
+
+    def run(self, spec: Spec) -> tuple[int, list[str]]:
+        """A night to its end: exit code, negative for a signal, and what it wrote."""
+        process, told = self.start(spec)
+        try:
+            seen = told.recv()
+        except EOFError:
+            seen = []
+        return ended(process), seen
+
+    def published(self, output: str) -> tuple[str, pa.Table]:
+        """Run id and rows of predictions, as a reader finds them."""
+        pointer = json.loads(self.store.read(f"{output}/current.json") or b"null")
+        folder = f"{output}/{pointer['path']}"
+        record = json.loads(self.store.read(f"{folder}/run.json") or b"null")
+        assert record["run_id"] == pointer["run_id"]
+        tables = []
+        for file in record["files"]:
+            data = self.store.read(f"{folder}/{file['path']}")
+            assert data is not None, file
+            assert len(data) == file["bytes"]
+            if file["kind"] == "predictions":
+                tables.append(pq.read_table(pa.BufferReader(data), columns=COLUMNS))
+        return pointer["run_id"], pa.concat_tables(tables).sort_by("row")
+
+    def is_tonights(self, output: str) -> bool:
+        """Whether the pointer names a run of tonight with all its rows; else it is yesterday's still."""
+        run_id, rows = self.published(output)
+        if run_id == self.yesterday:
+            return False
+        assert rows.drop_columns(["origin"]).equals(self.rows.drop_columns(["origin"])), rows
+        return True
+
+    def log(self, spec: Spec) -> str:
+        """What all starts of a night have said."""
+        return Path(spec.log).read_text()
+
+
+COLUMNS = ["row", "item_id", "label", "probability", "content_hash", "origin"]
+
+
+def ended(process: ForkServerProcess, seconds: float = 120) -> int:
+    """The exit code of a process."""
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise AssertionError("the night does not end")
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def local(catalog: Catalog, server: multiprocessing.context.ForkServerContext) -> Nights:
+    return Nights(catalog, server, Store(None, str(catalog.folder), {}))
+
+
+@pytest.fixture(scope="module")
+def remote(
+    catalog: Catalog, server: multiprocessing.context.ForkServerContext, _s3_process: dict[str, str]
+) -> Nights:
+    filesystem = s3fs.S3FileSystem(
+        endpoint_url=_s3_process["S3_ENDPOINT_URL"],
+        key=_s3_process["AWS_ACCESS_KEY_ID"],
+        secret=_s3_process["AWS_SECRET_ACCESS_KEY"],
+        skip_instance_cache=True,
+    )
+    filesystem.mkdir("crash-points")
+    return Nights(catalog, server, Store(filesystem, "s3://crash-points", dict(_s3_process)))
+
+
+@pytest.fixture(params=["local", "s3"])
+def nights(request: pytest.FixtureRequest) -> Nights:
+    found: Nights = request.getfixturevalue("local" if request.param == "local" else "remote")
+    return found
+
+
+def finish(nights: Nights, spec: Spec, what: str) -> None:
+    """The same command once more: it ends well, and what it has published is tonight's."""
+    again = replace(spec, act="none", at=0, other_host=False)
+    code, _ = nights.run(again)
+    assert code == 0, f"{what}: exit {code}\n{nights.log(spec)}"
+    assert nights.is_tonights(spec.output), what
+    assert "beginning" not in nights.store.names(spec.output), what
+    assert "Traceback" not in nights.log(spec), nights.log(spec)
+
+
+def test_a_night_that_dies_or_loses_power_at_any_write_is_finished_by_the_same_command(local: Nights):
+    kept = local.catalog.folder / "kept"
+    kept.mkdir()
+    code, seen = local.run(replace(local.spec(local.copied()), act="keep", kept=str(kept)))
+    assert code == 0
+    states = sorted(path for path in kept.iterdir() if path.is_dir())
+    assert len(states) > len(seen) > 15
+    for state in states:
+        what = f"{state.name}: {state.with_suffix('.txt').read_text()}"
+        spec = local.spec(local.place())
+        shutil.copytree(state, spec.output)
+        local.is_tonights(spec.output)
+        finish(local, spec, what)
+        shutil.rmtree(spec.output)
+
+
+def test_a_night_that_is_killed_at_any_request_is_finished_by_the_same_command(remote: Nights):
+    assert len(remote.writes) > 15
+    for number, what in enumerate(remote.writes, 1):
+        spec = replace(remote.spec(remote.copied()), act="kill", at=number)
+        code, _ = remote.run(spec)
+        assert code == -signal.SIGKILL, f"{number}: {what}\n{remote.log(spec)}"
+        remote.is_tonights(spec.output)
+        finish(remote, spec, f"killed at {number}: {what}")
+
+
+def test_a_second_driver_runs_while_the_first_is_stopped_at_any_write(nights: Nights):
+    for number, what in enumerate(nights.writes, 1):
+        stopped_at(nights, number, what)
+
+
+def stopped_at(nights: Nights, number: int, what: str) -> None:
+    """Stop a night at a write, let a driver of another host do it, and let the first go on."""
+    spec = replace(nights.spec(nights.copied()), act="stop", at=number)
+    first, told = nights.start(spec)
+    pid = told.recv()
+    if isinstance(pid, list):  # it made fewer writes this time
+        assert ended(first) == 0
+        return
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+    try:
+        second, _ = nights.run(replace(spec, act="none", at=0, other_host=True))
+        was_tonights = nights.is_tonights(spec.output)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    code = ended(first)
+    exits = f"stopped at {number}: {what}: exits {code} and {second}\n{nights.log(spec)}"
+    assert second in (0, 2, 4), exits
+    assert code in (0, 3, 4), exits
+    assert "Traceback" not in exits
+    assert nights.is_tonights(spec.output) >= was_tonights, exits
+    if not nights.is_tonights(spec.output):
+        finish(nights, spec, exits)
