@@ -19,7 +19,7 @@ from batchcls.errors import BatchclsError
 from batchcls.models.bundle import Bundle
 from batchcls.pipeline.causes import cause_of
 from batchcls.runtime import KEEP_MEMORY, WORKER_VARIABLES
-from batchcls.storage import Storage, is_remote, join, local_path
+from batchcls.storage import Storage, join
 from batchcls.training.bundle_out import Trained, read_trained
 from batchcls.training.divergence import Divergence
 from batchcls.training.prepare import PreparedPixels
@@ -92,7 +92,7 @@ def run_training(
             use_gpu=workers.use_gpu,
             resources_per_worker=workers.resources,
         ),
-        run_config=_run_config(config, name, storage),
+        run_config=run_config(config, name, storage),
     )
     images = settings.recipe.epochs * len(settings.training.rows)
     with watching(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
@@ -122,18 +122,17 @@ def _fit(trainer: TorchTrainer) -> Any:
         aside.shutdown(wait=False)
 
 
-def _run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
+def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
+    """What Ray Train is to do about checkpoints, failures and the environment of workers, for a run of this name."""
     folder = join(config.state_folder, "checkpoints")
-    place: dict[str, Any] = {"storage_path": local_path(folder)}
-    if is_remote(folder):
-        filesystem, path = storage.arrow_filesystem(folder)
-        place = {"storage_path": path, "storage_filesystem": filesystem}
+    filesystem, path = storage.arrow_filesystem(folder)
     return RunConfig(
         name=name,
         failure_config=FailureConfig(max_failures=config.max_failures),
         checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
         worker_runtime_env={"env_vars": WORKER_VARIABLES | _LOOK_BEFORE_SLEEP | KEEP_MEMORY},
-        **place,
+        storage_path=path,
+        storage_filesystem=filesystem,
     )
 
 
