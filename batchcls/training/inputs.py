@@ -20,6 +20,7 @@ from batchcls.models.labels import labels_digest, read_labels
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage import Storage, is_remote
 from batchcls.training.categories import Categories, describe_categories, settle_order
+from batchcls.training.crops import fitting_recipe
 from batchcls.training.labelled import NO_LABEL, LabelColumn, open_labelled, read_labels_of
 from batchcls.training.pixels import whole_picture
 from batchcls.training.recipe import Recipe, read_recipe
@@ -99,7 +100,7 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> Inputs:
         _logger.info("%s: %d rows, %d with a label", which, found.manifest.rows, len(found.usable()))
     _logger.info("%d categories", len(labels))
     categories.log_notes()
-    return Inputs(storage, training, validation, categories, recipe, start)
+    return Inputs(storage, training, validation, categories, fitting_recipe(recipe, start), start)
 
 
 def settle_recipe(config: FinetuneConfig) -> Recipe:
