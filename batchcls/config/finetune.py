@@ -62,6 +62,12 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         ge=2,
         description="Pictures of a step of the optimiser, over all workers, instead of the recipe's.",
     )
+    worker_batch_size: AutoOrCount = Field(
+        default="auto",
+        description="Images of a step for each worker, instead of --batch-size for all of them; learning rates follow "
+        "the batch, as its root for AdamW, in proportion for SGD. auto: the recipe's batch for each GPU while an epoch "
+        "keeps 32 steps; without GPUs the recipe's batch over all workers.",
+    )
     pass_size: int | None = Field(
         default=None,
         ge=1,
@@ -94,7 +100,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     num_workers: str = Field(
         default="auto",
         description="Training processes; auto: one for each GPU, or, without, as many on each node as have 16 pictures "
-        "of a step each. MIN-MAX: as many of them as the cluster has room for, also while it grows and shrinks.",
+        "of a step each, and no more than find images in every step. MIN-MAX: as many of them as the cluster has room "
+        "for, also while it grows and shrinks.",
     )
     cpus_per_worker: AutoOrCount = Field(default="auto", description="CPUs, and threads, of a worker.")
     loader_processes: AutoOrCount | Literal[0] = Field(
@@ -149,6 +156,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     def _start_is_one(self) -> "FinetuneConfig":
         if self.from_scratch and self.weights is not None:
             raise ValueError("--from-scratch and --weights exclude each other; leave one out")
+        if self.batch_size is not None and self.worker_batch_size != "auto":
+            raise ValueError("--batch-size and --worker-batch-size exclude each other; leave one out")
         return self
 
     @property

@@ -6,8 +6,9 @@ as most vision transformers and MLP mixers, take images of one size only.
 
 import logging
 
-from batchcls.models.build import build_model
-from batchcls.models.bundle import Bundle
+from torch import nn
+
+from batchcls.models.bundle import BundleConfig
 from batchcls.models.taps import ImageSizeError, evaluation, random_image, run_intact
 from batchcls.training.augment import crop_size
 from batchcls.training.recipe import Recipe
@@ -15,7 +16,7 @@ from batchcls.training.recipe import Recipe
 _logger = logging.getLogger(__name__)
 
 
-def fitting_recipe(recipe: Recipe, start: Bundle) -> Recipe:
+def fitting_recipe(recipe: Recipe, model: nn.Module, config: BundleConfig) -> Recipe:
     """The recipe with crops of the network's own input size in place of those that the network does not take.
 
     What it takes is found out by a forward pass of one image, since no library says it of all networks. The input
@@ -23,12 +24,10 @@ def fitting_recipe(recipe: Recipe, start: Bundle) -> Recipe:
 
     Args:
         recipe: whose crops may be smaller than the network's input.
-        start: the network that is going to be trained.
-
-    Raises:
-        InputError: the bundle does not hold together.
+        model: the network that is going to be trained; it stays as it is.
+        config: the record that belongs to it.
     """
-    preprocessing = start.config.preprocessing
+    preprocessing = config.preprocessing
     own = (preprocessing.input_height, preprocessing.input_width)
     sizes = {
         "size_fraction": crop_size(recipe, 0, preprocessing),
@@ -36,7 +35,6 @@ def fitting_recipe(recipe: Recipe, start: Bundle) -> Recipe:
     }
     if set(sizes.values()) == {own}:
         return recipe
-    model = build_model(start)
     refused: dict[tuple[int, int], str] = {}
     with evaluation(model):
         for size in sorted(set(sizes.values()) - {own}):
@@ -49,7 +47,7 @@ def fitting_recipe(recipe: Recipe, start: Bundle) -> Recipe:
     named = ", ".join(f"{height} x {width}" for height, width in refused)
     _logger.info(
         "%s takes no images of %s (%s): its training crops are %d x %d, its own size",
-        start.config.spec,
+        config.spec,
         named,
         next(iter(refused.values())),
         *own,

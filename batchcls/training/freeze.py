@@ -35,6 +35,16 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def images_needed(model: nn.Module, batch_norm: BatchNormMode) -> int:
+    """Images that a pass in training needs at least: 2 where a BatchNorm normalizes by the batch, else 1.
+
+    Its variance of one image is that of the image's places, and of a map of one place there is none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    by_batch = layers if batch_norm == "trained" else [one for one in layers if one.running_mean is None]
+    return 2 if by_batch else 1
+
+
 def train_head_only(model: nn.Module, classifiers: Sequence[str]) -> Trainable:
     """Let gradients reach the classifiers and nothing else."""
     return mark_trainable(model, [f"{path}.*" for path in classifiers])

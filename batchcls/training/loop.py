@@ -164,7 +164,7 @@ class Training:
     ) -> Divergence | None:
         settings, recipe = self._settings, self._recipe
         count = len(settings.training.rows)
-        steps = number_of_steps(count, recipe.batch_size)
+        steps = number_of_steps(count, recipe.batch_size, settings.least_step)
         parameters = [value for value in self._model.parameters() if value.requires_grad]
         seen = 0
         for step, size, passes in self._passes(epoch, store):
@@ -222,9 +222,9 @@ class Training:
         """Number of a step, pictures in it over all workers, and this worker's passes, step by step."""
         settings = self._settings
         labelled = settings.training
-        steps = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size)
+        steps = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size, settings.least_step)
         shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
-        cut = [passes_of(share, settings.pass_size) for share in shares]
+        cut = [passes_of(share, settings.pass_size, settings.least_pass) for share in shares]
         transform = picture_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
         )

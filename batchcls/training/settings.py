@@ -17,6 +17,7 @@ class TrainingSettings:
     """All that decides what training ends in, beside the start weights and the pixels.
 
     `pass_size` and `loader_processes` change the seconds only; None: a worker's share of a step at once.
+    `least_step` and `least_pass` are the images that a step, and a pass of a worker, has at least.
     """
 
     recipe: Recipe
@@ -30,6 +31,8 @@ class TrainingSettings:
     pass_size: int | None
     precision: Literal["fp32", "bf16"]
     loader_processes: int
+    least_step: int = 1
+    least_pass: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from batchcls.errors import InputError
+from batchcls.models.build import build_model
 from batchcls.models.bundle import Bundle
 from batchcls.models.choices import ModelChoices
 from batchcls.models.resolve import parse_model_arguments, resolve_model
@@ -48,7 +49,7 @@ def test_a_network_is_trained_on_crops_that_it_takes(
     name: str, arguments: str, expected: tuple[int, int], log: pytest.LogCaptureFixture
 ):
     made = start(name, arguments)
-    found = fitting_recipe(read_recipe("fine-tune"), made)
+    found = fitting_recipe(read_recipe("fine-tune"), build_model(made), made.config)
     assert crops(found, made)[0] == expected
     lines = [line for line in log.messages if "takes no images of" in line]
     assert len(lines) == (1 if found != read_recipe("fine-tune") else 0)
@@ -56,7 +57,7 @@ def test_a_network_is_trained_on_crops_that_it_takes(
 
 def test_a_size_below_what_a_network_takes_is_no_crop_either():
     made = start("torchvision:alexnet", input_size=64)
-    found = fitting_recipe(read_recipe("fine-tune"), made)
+    found = fitting_recipe(read_recipe("fine-tune"), build_model(made), made.config)
     assert crops(read_recipe("fine-tune"), made) == [(32, 32), (64, 64)]
     assert crops(found, made) == [(64, 64), (64, 64)]
 
