@@ -123,6 +123,11 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     restart: bool = Field(
         default=False, description="Forget what the state folder holds of an unfinished run, and begin anew."
     )
+    checkpoint_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        description="Within an epoch a checkpoint is written after so many minutes, beside the one after each epoch.",
+    )
     keep_checkpoints: int = Field(
         default=1, ge=1, description="Checkpoints that are kept while training runs."
     )

@@ -25,6 +25,7 @@ from batchcls.training.bundle_out import Trained, trained_bundle
 from batchcls.training.claim import Claim, digest_of, find_claim, finish_run, take_claim
 from batchcls.training.divergence import Divergence
 from batchcls.training.inputs import Inputs, Labelled, open_inputs, settle_recipe
+from batchcls.training.nodes import require_nodes
 from batchcls.training.plan import StepPlan, fit_workers, plan_steps
 from batchcls.training.prepare import PreparedPixels, check_failures, prepare_pixels
 from batchcls.training.progress import Seen
@@ -91,6 +92,19 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
+def _pixel_bytes(config: FinetuneConfig, inputs: Inputs) -> int:
+    """Bytes of the prepared pixels of both manifests. Raises InputError if they are more than is allowed."""
+    both = (inputs.training, inputs.validation)
+    needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both)
+    if needed > config.max_pixels_gib * 2**30:
+        raise InputError(
+            f"the prepared pixels would take {needed / 2**30:.0f} GiB of {redact_uri(config.state_folder)}, more than "
+            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer pictures"
+        )
+    _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.state_folder))
+    return needed
+
+
 def _begin(
     config: FinetuneConfig, inputs: Inputs, decides: Mapping[str, Any]
 ) -> tuple[Claim, StepPlan, Workers]:
@@ -105,6 +119,7 @@ def _begin(
     else:
         plan = plan_steps(config, inputs.recipe, workers, rows, needed)
     workers = fit_workers(config, workers, plan, rows, needed)
+    require_nodes(config.state_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
     take_claim(config.state_folder, claim, decides, plan.as_json(), inputs.storage)
     verb = "going on with" if claim.is_resumed else "beginning"
     _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.state_folder))
@@ -141,14 +156,6 @@ def _prepare(
     config: FinetuneConfig, inputs: Inputs, console: Console
 ) -> tuple[PreparedPixels, PreparedPixels]:
     """The pixels of both manifests, within the budgets of bytes and of failures."""
-    both = (inputs.training, inputs.validation)
-    needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both) / 2**30
-    if needed > config.max_pixels_gib:
-        raise InputError(
-            f"the prepared pixels would take {needed:.0f} GiB of {redact_uri(config.state_folder)}, more than "
-            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer pictures"
-        )
-    _logger.info("preparing pixels: %.2f GiB in %s", needed, redact_uri(config.state_folder))
     seen = Seen()
 
     def prepared(part: Labelled, before: int) -> PreparedPixels:

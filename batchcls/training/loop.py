@@ -32,7 +32,7 @@ from batchcls.training.settings import Place, Record, TrainingSettings
 _VALIDATION_BATCH = 64
 
 State = dict[str, Any]
-"""What a checkpoint holds: epochs done, history, model, average and optimizer."""
+"""What a checkpoint holds: epochs done, what is done of the next one, history, model, average and optimizer."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,15 @@ class Hooks:
         wrap: the network for several workers at once, as DistributedDataParallel does it.
         step_done: pictures of this epoch so far, over all workers.
         epoch_done: the epoch's record, and what makes the state of a checkpoint.
+        is_due: after each step, whether a checkpoint is due; every worker asks and gets the same answer.
+        checkpoint: within an epoch: epochs and steps done, and what makes the state; every worker calls it.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
     step_done: Callable[[int, int], None]
     epoch_done: Callable[[Record, Callable[[], State]], None]
+    is_due: Callable[[], bool] = lambda: False
+    checkpoint: Callable[[Record, Callable[[], State]], None] = lambda *_: None
 
 
 class Training:
@@ -83,6 +87,7 @@ class Training:
         if settings.balance == "sampling":
             self._sampler = RowSampler.balanced(settings.training.targets, settings.classes, settings.seed)
         self._epoch = 0
+        self._part: State | None = None
         self._history: list[Record] = []
 
     @property
@@ -102,6 +107,7 @@ class Training:
         """All that `restore` needs."""
         return {
             "epoch": self._epoch,
+            "part": self._part,
             "history": self._history,
             "model": self._model.state_dict(),
             "average": self._average.module.state_dict() if self._average is not None else None,
@@ -111,6 +117,7 @@ class Training:
     def restore(self, state: State) -> None:
         """Go on from a checkpoint of the same run."""
         self._epoch, self._history = state["epoch"], state["history"]
+        self._part = state.get("part")
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])
@@ -135,7 +142,11 @@ class Training:
                 network = self._hooks.wrap(self._model)
             set_training_mode(self._model, "frozen" if head_only else self._recipe.batch_norm)
             measures = Measures(self._place.device)
-            diverged = self._train_epoch(epoch, network, training, measures)
+            if self._part is not None:
+                started -= self._part["seconds"]
+                if self._place.rank == 0:
+                    measures.resume(self._part["found"])
+            diverged = self._train_epoch(epoch, network, training, measures, started)
             if diverged is not None:
                 return diverged
             found = measures.result()
@@ -160,14 +171,15 @@ class Training:
         }
 
     def _train_epoch(
-        self, epoch: int, network: nn.Module, store: PixelStore, measures: Measures
+        self, epoch: int, network: nn.Module, store: PixelStore, measures: Measures, started: float
     ) -> Divergence | None:
         settings, recipe = self._settings, self._recipe
         count = len(settings.training.rows)
         steps = number_of_steps(count, recipe.batch_size, settings.least_step)
         parameters = [value for value in self._model.parameters() if value.requires_grad]
-        seen = 0
-        for step, size, passes in self._passes(epoch, store):
+        done, seen = (0, 0) if self._part is None else (self._part["steps"], self._part["found"]["rows"])
+        self._part = None
+        for step, size, passes in self._passes(epoch, store, done):
             set_learning_rate(
                 self._optimizer, schedule_factor(recipe, epoch * steps + step, recipe.epochs * steps)
             )
@@ -186,7 +198,15 @@ class Training:
                 self._average.update(self._model, step=epoch * steps + step)
             seen += size
             self._hooks.step_done(epoch, seen)
+            if self._hooks.is_due():
+                self._checkpoint(epoch, step + 1, measures, time.perf_counter() - started)
         return None
+
+    def _checkpoint(self, epoch: int, steps: int, measures: Measures, seconds: float) -> None:
+        """Keep what is done of an epoch, from which `run` resumes as if nothing had happened."""
+        self._part = {"steps": steps, "found": measures.result(), "seconds": seconds}
+        self._hooks.checkpoint({"epoch": epoch, "steps": steps}, self.state)
+        self._part = None
 
     def _backward(
         self,
@@ -217,14 +237,14 @@ class Training:
         return losses.detach()
 
     def _passes(
-        self, epoch: int, store: PixelStore
+        self, epoch: int, store: PixelStore, done: int
     ) -> Iterator[tuple[int, int, list[tuple[Tensor, Tensor, Tensor]]]]:
-        """Number of a step, pictures in it over all workers, and this worker's passes, step by step."""
+        """Number of a step, pictures in it over all workers, and this worker's passes, after the steps done."""
         settings = self._settings
         labelled = settings.training
         steps = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size, settings.least_step)
         shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
-        cut = [passes_of(share, settings.pass_size, settings.least_pass) for share in shares]
+        cut = [passes_of(share, settings.pass_size, settings.least_pass) for share in shares[done:]]
         transform = picture_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
         )
@@ -239,7 +259,7 @@ class Training:
             pin_memory=self._place.device != "cpu",
         )
         batches = iter(loader)
-        for number, (step, passes) in enumerate(zip(steps, cut, strict=True)):
+        for number, (step, passes) in enumerate(zip(steps[done:], cut, strict=True), start=done):
             yield number, len(step), [next(batches) for _ in passes]
 
     @torch.inference_mode()
