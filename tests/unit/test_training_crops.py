@@ -1,19 +1,27 @@
 """Training crops of a size that the network takes; and an input size that it does not take, refused with a remedy."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from batchcls.errors import InputError
 from batchcls.models.build import build_model
 from batchcls.models.bundle import Bundle
 from batchcls.models.choices import ModelChoices
 from batchcls.models.resolve import parse_model_arguments, resolve_model
+from batchcls.models.sources import library_of
 from batchcls.models.spec import PreprocessingOverrides
 from batchcls.storage import Storage
 from batchcls.training.augment import crop_size
 from batchcls.training.crops import fitting_recipe
+from batchcls.training.loop import Hooks, Training
+from batchcls.training.pixels import PixelStore, whole_picture
 from batchcls.training.recipe import Recipe, read_recipe
+from batchcls.training.sampling import LabelledRows
+from batchcls.training.settings import Place, TrainingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,3 +83,60 @@ def test_an_input_size_that_a_network_does_not_take_is_refused_with_what_works(n
     assert remedy is not None
     assert remedy[1] == more
     assert start(name, more, input_size=128).config.preprocessing.input_height == 128
+
+
+# Names whose size is fixed, or that cut an image into windows or patches.
+OF_PATCHES = (
+    *(
+        "vit_b_16",
+        "swin_t",
+        "torchvision:maxvit_t",
+        "timm:vit_tiny_patch16_224",
+        "timm:deit_tiny_patch16_224",
+    ),
+    *(
+        "timm:deit_tiny_distilled_patch16_224",
+        "timm:swin_tiny_patch4_window7_224",
+        "timm:swinv2_cr_tiny_ns_224",
+    ),
+    *("timm:mixer_s32_224", "timm:resmlp_12_224", "timm:gmlp_ti16_224", "timm:maxvit_rmlp_pico_rw_256"),
+    *("timm:coatnet_pico_rw_224", "timm:cait_xxs24_224", "timm:levit_128s", "timm:xcit_nano_12_p16_224"),
+    *("timm:crossvit_tiny_240", "timm:nest_tiny_jx", "timm:pit_ti_224", "timm:convit_tiny"),
+    *("timm:eva02_tiny_patch14_224", "timm:mobilevitv2_050", "timm:poolformer_s12", "timm:twins_svt_small"),
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", OF_PATCHES)
+def test_two_steps_of_the_default_recipe_train_a_network_of_patches(name: str, tmp_path: Path):
+    made = start(name)
+    model = build_model(made)
+    preprocessing = made.config.preprocessing
+    chosen = read_recipe("fine-tune").with_changes(epochs=1, batch_size=2)
+    whole = whole_picture(preprocessing)
+    random, rows, stores = np.random.default_rng(0), 4, []
+    for part, taken in (("training", whole), ("validation", preprocessing)):
+        np.save(tmp_path / f"{part}.npy", random.integers(0, 256, (rows, *taken.shape), np.uint8))
+        stores.append(PixelStore([str(tmp_path / part)], Storage(), "unused"))
+    labelled = LabelledRows(np.arange(rows), np.arange(rows, dtype=np.int32))
+    settings = TrainingSettings(
+        recipe=fitting_recipe(chosen, model, made.config),
+        preprocessing=preprocessing,
+        classes=len(made.config.labels),
+        trainable=("*",),
+        training=labelled,
+        validation=labelled,
+        balance="none",
+        seed=0,
+        pass_size=None,
+        precision="fp32",
+        loader_processes=0,
+    )
+    steps: list[int] = []
+    hooks = Hooks(lambda one: one, lambda _, seen: steps.append(seen), lambda *_: None)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    training = Training(model, library_of(made.config.spec).classifiers(model), settings, Place(), hooks)
+    assert training.run(*stores) is None
+    assert steps == [2, 4]
+    assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert training.history[0]["validation_rows"] == rows
