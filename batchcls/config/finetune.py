@@ -89,6 +89,12 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         ge=2,
         description="Pictures of a step of the optimiser, over all workers, instead of the recipe's.",
     )
+    worker_batch_size: AutoOrCount = Field(
+        default="auto",
+        description="Images of a step for each worker, instead of --batch-size for all of them; learning rates follow "
+        "the batch, as its root for AdamW, in proportion for SGD. auto: the recipe's batch for each GPU while an epoch "
+        "keeps 32 steps; without GPUs the recipe's batch over all workers.",
+    )
     pass_size: int | None = Field(
         default=None,
         ge=1,
@@ -122,7 +128,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     num_workers: str = Field(
         default="auto",
         description="Training processes; auto: one for each GPU, or, without, as many on each node as have 16 pictures "
-        "of a step each. MIN-MAX: as many of them as the cluster has room for, also while it grows and shrinks.",
+        "of a step each, and no more than find images in every step. MIN-MAX: as many of them as the cluster has room "
+        "for, also while it grows and shrinks.",
     )
     cpus_per_worker: AutoOrCount = Field(default="auto", description="CPUs, and threads, of a worker.")
     loader_processes: AutoOrCount | Literal[0] = Field(
@@ -143,6 +150,11 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     )
     restart: bool = Field(
         default=False, description="Forget what the state folder holds of an unfinished run, and begin anew."
+    )
+    checkpoint_minutes: float = Field(
+        default=10.0,
+        gt=0,
+        description="Within an epoch a checkpoint is written after so many minutes, beside the one after each epoch.",
     )
     keep_checkpoints: int = Field(
         default=1, ge=1, description="Checkpoints that are kept while training runs."
@@ -176,6 +188,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     def _start_is_one(self) -> "FinetuneConfig":
         if self.from_scratch and self.weights is not None:
             raise ValueError("--from-scratch and --weights exclude each other; leave one out")
+        if self.batch_size is not None and self.worker_batch_size != "auto":
+            raise ValueError("--batch-size and --worker-batch-size exclude each other; leave one out")
         return self
 
     @model_validator(mode="after")

@@ -30,6 +30,23 @@ def with_golden(bundle: Bundle) -> Bundle:
     return replace(bundle, config=bundle.config.model_copy(update={"golden": golden}))
 
 
+def proven(bundle: Bundle) -> Bundle:
+    """The bundle read back from the bytes of its files, after its network has given the golden answers.
+
+    What `classify` does before its first image; for whoever is about to put a bundle in place.
+
+    Raises:
+        InputError: the files would be refused.
+        GoldenMismatch: the network does not answer as the bundle says.
+    """
+    found = bundle.reopened()
+    engine = TorchEager(
+        build_backbone(found), found.config.preprocessing, "cpu", REFERENCE.precision, torch.get_num_threads()
+    )
+    self_test(found.config, engine)
+    return found
+
+
 def tested_backbone(bundle: Bundle, place: EnginePlace) -> Backbone:
     """The bundle's network, after it has given the golden answers in float32 on the place's device.
 

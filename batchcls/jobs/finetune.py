@@ -2,7 +2,9 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,9 +23,11 @@ from batchcls.runtime import nodes, ray_session
 from batchcls.storage import Storage, explain, join, redact_uri
 from batchcls.tables import bundle_line
 from batchcls.training.bundle_out import Trained, trained_bundle
-from batchcls.training.claim import claim_run, digest_of, finish_run
+from batchcls.training.claim import Claim, digest_of, find_claim, finish_run, take_claim
 from batchcls.training.divergence import Divergence
 from batchcls.training.inputs import Inputs, Labelled, open_inputs, settle_recipe
+from batchcls.training.nodes import require_nodes
+from batchcls.training.plan import StepPlan, fit_workers, plan_steps
 from batchcls.training.prepare import PreparedPixels, check_failures, prepare_pixels
 from batchcls.training.progress import Seen
 from batchcls.training.run import Diverged, run_training
@@ -62,13 +66,11 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
             decides = inputs.decides(config)
             if _is_done(config, digest_of(decides), inputs.storage):
                 return ExitCode.DONE
-            claim = claim_run(config.state_folder, decides, inputs.storage, restart=config.restart)
-            verb = "going on with" if claim.is_resumed else "beginning"
-            _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.state_folder))
-            workers = settle_workers(config, nodes(), recipe.batch_size)
-            _logger.info("%s, start %s", workers, bundle_line(inputs.start))
+            claim, plan, workers = _begin(config, inputs, decides)
             pixels = _prepare(config, inputs, console)
-            settings = _settings(config, inputs, pixels, workers)
+            settings = _settings(config, inputs, pixels, workers, plan)
+            rows = len(settings.training.rows)
+            workers = fit_workers(config, workers, plan, rows, inputs.images_needed)
             run = (claim.run_id, inputs.storage, console)
             try:
                 trained = run_training(config, settings, inputs.start, pixels, workers, run)
@@ -80,6 +82,7 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
         "config": config.redacted(),
         "left_out": {"training": len(pixels[0].failed), "validation": len(pixels[1].failed)},
         "workers": str(workers),
+        "plan": plan.as_json(),
     }
     bundle = trained_bundle(inputs.start, trained, claim.run_id, lineage)
     bundle.save(config.output, inputs.storage)
@@ -88,6 +91,41 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
         _remove(join(config.state_folder, "pixels"), inputs.storage)
     _summarize(config, bundle, trained, time.time() - started)
     return ExitCode.DONE
+
+
+def _pixel_bytes(config: FinetuneConfig, inputs: Inputs) -> int:
+    """Bytes of the prepared pixels of both manifests. Raises InputError if they are more than is allowed."""
+    both = (inputs.training, inputs.validation)
+    needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both)
+    if needed > config.max_pixels_gib * 2**30:
+        raise InputError(
+            f"the prepared pixels would take {needed / 2**30:.0f} GiB of {redact_uri(config.state_folder)}, more than "
+            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer pictures"
+        )
+    _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.state_folder))
+    return needed
+
+
+def _begin(
+    config: FinetuneConfig, inputs: Inputs, decides: Mapping[str, Any]
+) -> tuple[Claim, StepPlan, Workers]:
+    """Settle all that may be refused before anything is prepared, then take the state folder."""
+    rows, needed = len(inputs.training.usable()), inputs.images_needed
+    claim = find_claim(config.state_folder, decides, inputs.storage, restart=config.restart)
+    workers = settle_workers(config, nodes(), config.batch_size or inputs.recipe.batch_size)
+    if claim.plan is not None:
+        plan = StepPlan(**claim.plan)
+    elif claim.is_resumed:  # by a version that made no plans
+        plan = StepPlan(inputs.recipe.batch_size, 1)
+    else:
+        plan = plan_steps(config, inputs.recipe, workers, rows, needed)
+    workers = fit_workers(config, workers, plan, rows, needed)
+    require_nodes(config.state_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
+    take_claim(config.state_folder, claim, decides, plan.as_json(), inputs.storage)
+    verb = "going on with" if claim.is_resumed else "beginning"
+    _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.state_folder))
+    _logger.info("%s, start %s", workers, bundle_line(inputs.start))
+    return claim, plan, workers
 
 
 def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
@@ -119,14 +157,6 @@ def _prepare(
     config: FinetuneConfig, inputs: Inputs, console: Console
 ) -> tuple[PreparedPixels, PreparedPixels]:
     """The pixels of both manifests, within the budgets of bytes and of failures."""
-    both = (inputs.training, inputs.validation)
-    needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both) / 2**30
-    if needed > config.max_pixels_gib:
-        raise InputError(
-            f"the prepared pixels would take {needed:.0f} GiB of {redact_uri(config.state_folder)}, more than "
-            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer pictures"
-        )
-    _logger.info("preparing pixels: %.2f GiB in %s", needed, redact_uri(config.state_folder))
     seen = Seen()
 
     def prepared(part: Labelled, before: int) -> PreparedPixels:
@@ -152,14 +182,18 @@ def _prepare(
 
 
 def _settings(
-    config: FinetuneConfig, inputs: Inputs, pixels: tuple[PreparedPixels, PreparedPixels], workers: Workers
+    config: FinetuneConfig,
+    inputs: Inputs,
+    pixels: tuple[PreparedPixels, PreparedPixels],
+    workers: Workers,
+    plan: StepPlan,
 ) -> TrainingSettings:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if workers.use_gpu else "fp32"
     start = inputs.start.config
     return TrainingSettings(
-        recipe=inputs.recipe,
+        recipe=plan.applied_to(inputs.recipe, config),
         preprocessing=start.preprocessing,
         classes=len(start.labels),
         trainable=start.trainable,
@@ -170,6 +204,8 @@ def _settings(
         pass_size=config.pass_size,
         precision=precision,
         loader_processes=workers.loader_processes,
+        least_step=plan.least,
+        least_pass=inputs.images_needed,
     )
 
 

@@ -8,7 +8,7 @@ no torch; `batchcls.models.build` makes a network of it.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -19,7 +19,7 @@ from batchcls.config.common import TAP_PATTERN
 from batchcls.errors import GoldenMismatch, InputError
 from batchcls.models.calibration import Calibration
 from batchcls.models.golden import Golden
-from batchcls.models.labels import check_labels, labels_digest
+from batchcls.models.labels import CategoryPaths, check_labels, labels_digest
 from batchcls.models.spec import ArgumentValue, ModelSpec, SourceName
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage import Storage, error_code, explain, join, redact_uri, write_files
@@ -134,6 +134,13 @@ class BundleConfig(BaseModel):
         """The record as JSON values. A bundle that was never evaluated keeps the fingerprint it always had."""
         return self.model_dump(mode="json", exclude={"calibration"} if self.calibration is None else None)
 
+    def paths_of(self, labels: Sequence[str]) -> CategoryPaths | None:
+        """The category paths of other labels, by name; None unless each of them has one here."""
+        if self.category_paths is None:
+            return None
+        known = dict(zip(self.labels, self.category_paths, strict=True))
+        return tuple(known[label] for label in labels) if known.keys() >= set(labels) else None
+
     @property
     def spec(self) -> ModelSpec:
         """The architecture."""
@@ -222,15 +229,51 @@ class Bundle:
                 ) from None
         return _parse_config(record, redact_uri(record_uri))
 
+    def with_weights(
+        self, weights: bytes, origin: Mapping[str, str] | None = None, **changes: Any
+    ) -> "Bundle":
+        """The bundle with other weights, without what was known of the old ones only.
+
+        Golden answers and the calibration are dropped, whatever `changes` says of the rest of the record.
+        Labels that differ in number or order take the category paths with them: those of labels that
+        remain are kept where every new label has one, and dropped otherwise.
+
+        Args:
+            weights: bytes of a safetensors file.
+            origin: kind and name of the weights, if they are others'.
+            changes: to the record.
+
+        Raises:
+            InputError: the record does not hold together with these changes.
+        """
+        config = self.config
+        record = config.weights.model_copy(update={**(origin or {}), "sha256": sha256_hex(weights)})
+        labels = changes.get("labels", config.labels)
+        kept = {"golden": None, "calibration": None, "category_paths": config.paths_of(labels)}
+        values = config.model_dump() | {"weights": record.model_dump()} | kept | changes
+        return Bundle(_checked(lambda: BundleConfig.model_validate(values), "the changed bundle"), weights)
+
+    def reopened(self) -> "Bundle":
+        """The bundle as a reader of its files will find it.
+
+        Raises:
+            InputError: its files would be refused by `load`.
+        """
+        return Bundle(_parse_config(self._record(), CONFIG_FILE), self.weights)
+
     def save(self, uri: str, storage: Storage) -> None:
         """Write the folder, `bundle.json` last; a bundle that is there already is replaced.
 
         Raises:
-            InputError: the place cannot be written to; nothing was written.
+            InputError: the place cannot be written to, or `load` would refuse what would be written; then
+                nothing is.
             StorageStoppedError: the weights are written, and `bundle.json` cannot be.
         """
-        text = json.dumps(self.config.as_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_files(uri, {WEIGHTS_FILE: self.weights, CONFIG_FILE: f"{text}\n".encode()}, storage)
+        self.reopened()
+        write_files(uri, {WEIGHTS_FILE: self.weights, CONFIG_FILE: self._record()}, storage)
+
+    def _record(self) -> bytes:
+        return f"{json.dumps(self.config.as_json(), indent=2, ensure_ascii=False)}\n".encode()
 
 
 def _fingerprint(config: BundleConfig) -> str:
@@ -260,8 +303,12 @@ def _parse_config(data: bytes, name: str) -> BundleConfig:
         raise InputError(
             f"{name} is of format {version!r}, this program reads {FORMAT_VERSION}; create the bundle anew"
         )
+    return _checked(lambda: BundleConfig.model_validate_json(data), name)
+
+
+def _checked(make: Callable[[], BundleConfig], name: str) -> BundleConfig:
     try:
-        return BundleConfig.model_validate_json(data)
+        return make()
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()

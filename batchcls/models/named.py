@@ -13,8 +13,8 @@ from batchcls.models.heads import with_new_head
 from batchcls.models.known_labels import known_labels
 from batchcls.models.labels import CategoryPaths, Labels, read_category_paths, read_labels
 from batchcls.models.sources import find_model, library_of
-from batchcls.models.spec import ModelSpec
-from batchcls.models.taps import find_tap
+from batchcls.models.spec import ArgumentValue, ModelSpec, PreprocessingOverrides
+from batchcls.models.taps import ImageSizeError, evaluation, find_tap, random_image, run_intact
 from batchcls.models.trainable import mark_trainable
 from batchcls.models.weights import State, from_safetensors, load_strictly, read_weights, to_safetensors
 from batchcls.models.zoo import tag_notes
@@ -139,6 +139,33 @@ def _fitting_labels(loaded: _Loaded, labels: Labels | None) -> Labels:
     return labels
 
 
+def _size_remedy(loaded: _Loaded, size: tuple[int, int]) -> str:
+    """What to type instead of a size that the network does not take; only what was tried and works."""
+    library, spec = library_of(loaded.spec), loaded.spec
+    own = library.preprocessing(spec, PreprocessingOverrides())
+    remedies = [f"leave --input-size out, for its own size is {own.input_height} x {own.input_width}"]
+    state = from_safetensors(loaded.weights, loaded.name)
+    ways: tuple[dict[str, ArgumentValue], ...] = (
+        {"dynamic_img_size": True},
+        {"img_size": size[0]},
+        {"image_size": size[0]},
+    )
+    for arguments in ways:
+        other = ModelSpec(spec.source, spec.architecture, {**spec.arguments, **arguments})
+        try:
+            model = library.build(other, loaded.classes)
+            if loaded.kind != "random":
+                load_strictly(model, state, loaded.name)
+            with evaluation(model):
+                run_intact(model, random_image(size))
+        except InputError:
+            continue
+        given = ",".join(f"{name}={str(value).lower()}" for name, value in other.arguments.items())
+        remedies.append(f"or add --model-args {given}")
+        break
+    return ", ".join(remedies)
+
+
 def _bundle(
     loaded: _Loaded, labels: Labels, category_paths: CategoryPaths | None, choices: ModelChoices
 ) -> Bundle:
@@ -147,8 +174,11 @@ def _bundle(
     preprocessing = library.preprocessing(spec, choices.overrides)
     size = (preprocessing.input_height, preprocessing.input_width)
     mark_trainable(loaded.model, choices.trainable)  # refuses patterns that match nothing
-    tap = find_tap(spec, loaded.model, library, choices.tap, size)
-    backbone = Backbone(loaded.model, library.classifiers(loaded.model), size, tap)
+    try:
+        tap = find_tap(spec, loaded.model, library, choices.tap, size)
+        backbone = Backbone(loaded.model, library.classifiers(loaded.model), size, tap)
+    except ImageSizeError as error:
+        raise ImageSizeError(str(spec), size, error.reason, _size_remedy(loaded, size)) from error
     config = BundleConfig(
         source=spec.source,
         architecture=spec.architecture,

@@ -24,6 +24,18 @@ POOLED = "pooled"
 _STAGE_NAME = re.compile(r"stage[1-9]\d*")
 
 
+class ImageSizeError(InputError):
+    """A network does not take images of a size.
+
+    Attributes:
+        reason: what the network said, in one line.
+    """
+
+    def __init__(self, name: str, size: tuple[int, int], reason: str, remedy: str) -> None:
+        super().__init__(f"{name} does not take images of {size[0]} x {size[1]} pixels ({reason}); {remedy}")
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A feature map of a network, and how to average it.
@@ -147,15 +159,15 @@ def run_intact(model: nn.Module, images: torch.Tensor) -> Any:
     """What a network answers.
 
     Raises:
-        InputError: it does not take images of this size.
+        ImageSizeError: it does not take images of this size.
     """
     height, width = images.shape[2:]
     try:
         return model(images)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(
-            f"{type(model).__name__} does not take images of {height} x {width} pixels ({error}); check "
-            "--input-size and --model-args"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageSizeError(
+            type(model).__name__, (height, width), reason, "check --input-size and --model-args"
         ) from error
 
 

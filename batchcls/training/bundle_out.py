@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from batchcls.inference.reference import with_golden
+from batchcls.inference.reference import proven, with_golden
 from batchcls.models.bundle import Bundle
 from batchcls.models.weights import to_safetensors
 from batchcls.training.loop import State
 from batchcls.training.settings import Record
-from batchcls.training.start import with_weights
 
 _PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "torchmetrics", "pillow", "simplejpeg")
 
@@ -39,7 +38,9 @@ def curves_of(history: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mapping[str, Any]) -> Bundle:
-    """The start with trained weights, asked for its golden answers.
+    """The start with trained weights and golden answers of their own, opened as `classify` will open it.
+
+    The start's calibration is not that of these weights and is dropped.
 
     Args:
         start: what training started from; its preprocessing stays.
@@ -49,6 +50,7 @@ def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mappin
 
     Raises:
         InputError: the trained network does not hold together, as one with weights that are not finite.
+        GoldenMismatch: opened again, it does not give its golden answers.
     """
     known = {
         **lineage,
@@ -64,4 +66,5 @@ def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mappin
     }
     origin = {"kind": "trained", "name": run_id}
     weights = to_safetensors(trained.weights)
-    return with_golden(with_weights(start, weights, origin, untrained_head=False, lineage=known))
+    made = start.with_weights(weights, origin, untrained_head=False, lineage=known)
+    return proven(with_golden(made))

@@ -19,14 +19,15 @@ _RECORD = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A run's name, and whether it had begun before."""
+    """A run's name, whether it had begun before, and its plan of steps; None where it has none yet."""
 
     run_id: str
     is_resumed: bool
+    plan: Mapping[str, Any] | None = None
 
 
-def claim_run(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> Claim:
-    """Take the state folder for a run, or find the run that it holds.
+def find_claim(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> Claim:
+    """The run of this command: the unfinished one that the state folder holds, or a new one. Nothing is written.
 
     Args:
         state: the state folder.
@@ -37,25 +38,30 @@ def claim_run(state: str, decides: Mapping[str, Any], storage: Storage, *, resta
     Raises:
         InputError: it holds an unfinished run with other settings; they are named.
     """
-    uri = join(state, _RECORD)
     values = json.loads(json.dumps(decides))
-    found = None if restart else _read(uri, storage)
-    if found is not None and not found["finished"]:
-        changed = sorted(
-            name
-            for name in values.keys() | found["decides"].keys()
-            if values.get(name) != found["decides"].get(name)
+    found = None if restart else _read(join(state, _RECORD), storage)
+    if found is None or found["finished"]:
+        return Claim(new_run_id(), is_resumed=False)
+    changed = sorted(
+        name
+        for name in values.keys() | found["decides"].keys()
+        if values.get(name) != found["decides"].get(name)
+    )
+    if changed:
+        raise InputError(
+            f"{redact_uri(state)} holds the unfinished run {found['run_id']}, which differs in "
+            f"{', '.join(changed)}; repeat its command to finish it, give --restart to forget it, or name another "
+            "--output"
         )
-        if changed:
-            raise InputError(
-                f"{redact_uri(state)} holds the unfinished run {found['run_id']}, which differs in "
-                f"{', '.join(changed)}; repeat its command to finish it, give --restart to forget it, or name another "
-                "--output"
-            )
-        return Claim(found["run_id"], is_resumed=True)
-    claim = Claim(new_run_id(), is_resumed=False)
-    _write(uri, {"run_id": claim.run_id, "finished": False, "decides": values}, storage)
-    return claim
+    return Claim(found["run_id"], is_resumed=True, plan=found.get("plan"))
+
+
+def take_claim(
+    state: str, claim: Claim, decides: Mapping[str, Any], plan: Mapping[str, Any], storage: Storage
+) -> None:
+    """Write down that the state folder belongs to this run, with its plan of steps."""
+    record = {"run_id": claim.run_id, "finished": False, "decides": decides, "plan": plan}
+    _write(join(state, _RECORD), json.loads(json.dumps(record)), storage)
 
 
 def finish_run(state: str, storage: Storage) -> None:
@@ -74,14 +80,18 @@ def digest_of(decides: Mapping[str, Any]) -> str:
 def _read(uri: str, storage: Storage) -> dict[str, Any] | None:
     with explain(uri):
         try:
-            record: dict[str, Any] = json.loads(storage.read_bytes(uri))
+            record = json.loads(storage.read_bytes(uri))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise InputError(
-                f"{redact_uri(uri)} is damaged ({error}); give --restart to begin anew"
-            ) from error
+            raise _damaged(uri, str(error)) from error
+    if not isinstance(record, dict) or not record.keys() >= {"run_id", "finished", "decides"}:
+        raise _damaged(uri, "it is no record of a run")
     return record
+
+
+def _damaged(uri: str, how: str) -> InputError:
+    return InputError(f"{redact_uri(uri)} is damaged ({how}); give --restart to begin a new run")
 
 
 def _write(uri: str, record: Mapping[str, Any], storage: Storage) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchcls.errors import InputError
 from batchcls.models.trainable import Trainable, mark_trainable
@@ -39,6 +40,17 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if any(isinstance(getattr(module, name, None), Tensor) for name in _STATISTICS[:2])
     ]
+
+
+def images_needed(model: nn.Module, batch_norm: BatchNormMode) -> int:
+    """Images that a pass in training needs at least: 2 where a layer normalizes by the batch, else 1.
+
+    Its variance of one image is that of the image's places, and of a map of one place there is none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if batch_norm == "trained":
+        return 2 if layers or batch_norms(model) else 1
+    return 2 if any(layer.running_mean is None for layer in layers) else 1
 
 
 @torch.no_grad()

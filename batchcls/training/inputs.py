@@ -15,11 +15,14 @@ from batchcls.identity import BadIds, find_bad_ids
 from batchcls.images.policies import decode_limits, fetch_policy
 from batchcls.images.settings import LoadSettings
 from batchcls.manifest import Manifest, open_labelled
+from batchcls.models.build import build_model
 from batchcls.models.bundle import Bundle
 from batchcls.models.labels import labels_digest, read_labels
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage import Storage, is_remote
 from batchcls.training.categories import Categories, describe_categories, settle_order
+from batchcls.training.crops import fitting_recipe
+from batchcls.training.freeze import images_needed
 from batchcls.training.labelled import NO_LABEL, LabelColumn, read_labels_of
 from batchcls.training.pixels import whole_picture
 from batchcls.training.recipe import Recipe, read_recipe
@@ -48,7 +51,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Everything that a training reads."""
+    """Everything that a training reads; `images_needed` is what each pass of a worker has to have."""
 
     storage: Storage
     training: Labelled
@@ -56,6 +59,7 @@ class Inputs:
     categories: Categories
     recipe: Recipe
     start: Bundle
+    images_needed: int
 
     def decides(self, config: FinetuneConfig) -> Mapping[str, Any]:
         """All that decides what training ends in, as JSON values; one worker and these give one network."""
@@ -68,6 +72,7 @@ class Inputs:
             "class balance": config.class_balance,
             "precision": config.precision,
             "seed": config.seed,
+            **({} if config.worker_batch_size == "auto" else {"worker batch size": config.worker_batch_size}),
         }
 
 
@@ -99,7 +104,16 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> Inputs:
         _logger.info("%s: %d rows, %d with a label", which, found.manifest.rows, len(found.usable()))
     _logger.info("%d categories", len(labels))
     categories.log_notes()
-    return Inputs(storage, training, validation, categories, recipe, start)
+    model = build_model(start)
+    return Inputs(
+        storage=storage,
+        training=training,
+        validation=validation,
+        categories=categories,
+        recipe=fitting_recipe(recipe, model, start.config),
+        start=start,
+        images_needed=images_needed(model, recipe.batch_norm),
+    )
 
 
 def settle_recipe(config: FinetuneConfig) -> Recipe:

@@ -42,7 +42,7 @@ _VALIDATION_BATCH = 64
 _FORWARD = 0x666F72
 
 State = dict[str, Any]
-"""What a checkpoint holds: epochs done, history, model, average and optimizer."""
+"""What a checkpoint holds: epochs done, what is done of the next one, history, model, average and optimizer."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,15 @@ class Hooks:
         wrap: the network for several workers at once, as DistributedDataParallel does it with `freeze.WRAPPING`.
         step_done: pictures of this epoch so far, over all workers.
         epoch_done: the epoch's record, and what makes the state of a checkpoint.
+        is_due: after each step, whether a checkpoint is due; every worker asks and gets the same answer.
+        checkpoint: within an epoch: epochs and steps done, and what makes the state; every worker calls it.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
     step_done: Callable[[int, int], None]
     epoch_done: Callable[[Record, Callable[[], State]], None]
+    is_due: Callable[[], bool] = lambda: False
+    checkpoint: Callable[[Record, Callable[[], State]], None] = lambda *_: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class Training:
         if settings.balance == "sampling":
             self._sampler = RowSampler.balanced(settings.training.targets, settings.classes, settings.seed)
         self._epoch = 0
+        self._part: State | None = None
         self._history: list[Record] = []
 
     @property
@@ -127,6 +132,7 @@ class Training:
         """All that `restore` needs."""
         return {
             "epoch": self._epoch,
+            "part": self._part,
             "history": self._history,
             "model": self._model.state_dict(),
             "average": self._average.module.state_dict() if self._average is not None else None,
@@ -140,6 +146,7 @@ class Training:
             InputError: its optimizer has other groups of parameters, as that of another version may have.
         """
         self._epoch, self._history = state["epoch"], state["history"]
+        self._part = state.get("part")
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])
@@ -170,12 +177,14 @@ class Training:
                 network = self._hooks.wrap(self._model)
             set_training_mode(self._model, "frozen" if head_only else self._recipe.batch_norm)
             measures = Measures(self._place.device)
-            diverged = self._train_epoch(epoch, network, training, measures)
+            if self._part is not None:
+                started -= self._part["seconds"]
+                if self._place.rank == 0:
+                    measures.resume(self._part["found"])
+            diverged = self._train_epoch(epoch, network, training, measures, started)
             if diverged is not None:
                 return diverged
-            if self._recipe.batch_norm == "trained" and not head_only:
-                averaged = [self._model] if self._average is None else [self._model, self._average.module]
-                average_statistics(averaged, self._place.workers)
+            self._average_statistics(epoch)
             found = measures.result()
             seconds = time.perf_counter() - started
             self._epoch += 1
@@ -198,14 +207,15 @@ class Training:
         }
 
     def _train_epoch(
-        self, epoch: int, network: nn.Module, store: PixelStore, measures: Measures
+        self, epoch: int, network: nn.Module, store: PixelStore, measures: Measures, started: float
     ) -> Divergence | None:
         settings, recipe = self._settings, self._recipe
         count = len(settings.training.rows)
-        steps = number_of_steps(count, recipe.batch_size)
+        steps = number_of_steps(count, recipe.batch_size, settings.least_step)
         parameters = [value for value in self._model.parameters() if value.requires_grad]
-        seen = 0
-        for step in self._steps(epoch, store):
+        done, seen = (0, 0) if self._part is None else (self._part["steps"], self._part["found"]["rows"])
+        self._part = None
+        for step in self._steps(epoch, store, done):
             place = epoch * steps + step.number
             set_learning_rate(self._optimizer, schedule_factor(recipe, place, recipe.epochs * steps))
             losses = []
@@ -224,7 +234,22 @@ class Training:
                 self._average.update(self._model, step=place)
             seen += step.images
             self._hooks.step_done(epoch, seen)
+            if self._hooks.is_due():
+                self._checkpoint(epoch, step.number + 1, measures, time.perf_counter() - started)
         return None
+
+    def _checkpoint(self, epoch: int, steps: int, measures: Measures, seconds: float) -> None:
+        """Keep what is done of an epoch, from which `run` resumes as if nothing had happened."""
+        self._average_statistics(epoch)
+        self._part = {"steps": steps, "found": measures.result(), "seconds": seconds}
+        self._hooks.checkpoint({"epoch": epoch, "steps": steps}, self.state)
+        self._part = None
+
+    def _average_statistics(self, epoch: int) -> None:
+        """Bring workers' BatchNorm statistics together where this epoch trains them."""
+        if self._recipe.batch_norm == "trained" and epoch >= self._recipe.head_epochs:
+            averaged = [self._model] if self._average is None else [self._model, self._average.module]
+            average_statistics(averaged, self._place.workers)
 
     def _backward(
         self,
@@ -253,16 +278,17 @@ class Training:
         measures.add(logits.detach(), shares)
         return losses.detach()
 
-    def _steps(self, epoch: int, store: PixelStore) -> Iterator[_Step]:
-        """The steps of an epoch, each with this worker's passes.
+    def _steps(self, epoch: int, store: PixelStore, done: int) -> Iterator[_Step]:
+        """The steps of an epoch after those done, each with this worker's passes.
 
         Raises:
-            InputError: the images of a step are too few for so many workers, or for mixing.
+            InputError: the images of a step are too few for mixing.
         """
         settings, labelled = self._settings, self._settings.training
-        steps = with_occurrences(steps_of_epoch(self._sampler, epoch, self._recipe.batch_size))
+        order = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size, settings.least_step)
+        steps = with_occurrences(order)
         shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
-        cut = [passes_of(share, settings.pass_size) for share in shares]
+        cut = [passes_of(share, settings.pass_size, settings.least_pass) for share in shares[done:]]
         self._require_mixing([len(chosen) for passes in cut for chosen in passes])
         transform = picture_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
@@ -281,11 +307,11 @@ class Training:
             pin_memory=self._place.device != "cpu",
         )
         batches = iter(loader)
-        for number, (step, passes) in enumerate(zip(steps, cut, strict=True)):
+        for number, (step, passes) in enumerate(zip(steps[done:], cut, strict=True), start=done):
             yield _Step(number, len(step), [next(batches) for _ in passes])
 
     def _require_mixing(self, sizes: Sequence[int]) -> None:
-        if self._mixing.mixes and max(sizes) < 2:
+        if self._mixing.mixes and max(sizes, default=2) < 2:
             raise InputError(
                 "the recipe mixes the images of a pass (mixup, cutmix), and each pass has a single one; raise "
                 "--pass-size or --batch-size, lower --num-workers, or take a recipe that does not mix"

@@ -38,6 +38,12 @@ class Measures:
         self._best.update(best.any(dim=1).float())
         self._rows.update(len(right))
 
+    def resume(self, found: dict[str, Any]) -> None:
+        """Count what `result` said of earlier rows, all with a known category; one worker does so for all."""
+        for name, mean in (("loss", self._loss), ("top1", self._first), ("top5", self._best)):
+            mean.update(found[name], weight=found["rows"])
+        self._rows.update(found["rows"])
+
     def result(self) -> dict[str, Any]:
         """Mean loss, top-1 and top-5 in 0..1, and rows; every worker has to ask, and gets the same answer."""
         found = {"loss": self._loss, "top1": self._first, "top5": self._best}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.inference.reference import with_golden
+from batchcls.inference.reference import proven, with_golden
 from batchcls.models.backbone import Backbone
 from batchcls.models.build import build_backbone, build_model
-from batchcls.models.bundle import WEIGHTS_FILE, Bundle, WeightsOrigin, sha256_hex
+from batchcls.models.bundle import WEIGHTS_FILE, Bundle
 from batchcls.models.labels import CategoryPaths, Labels
 from batchcls.models.sources import library_of
 from batchcls.models.weights import from_safetensors, load_strictly, to_safetensors
@@ -46,10 +46,10 @@ def with_head(
     paths: CategoryPaths | None,
     origin: tuple[str, Mapping[str, Any]],
 ) -> Bundle:
-    """The bundle with another head; trunk, preprocessing and tap stay as they are.
+    """The bundle with another head; trunk, preprocessing and tap stay, and the calibration is dropped.
 
     Args:
-        bundle: whose embedding `head` was fitted on, at the pooled tap.
+        bundle: whose embedding at the pooled tap `head` was fitted on, whatever its own tap is.
         head: K x D.
         labels: K names, in the order of the head's rows.
         paths: for each label its path in the shop's tree; None: they have none.
@@ -76,18 +76,15 @@ def with_head(
     load_strictly(model, state, f"the new head of {config.spec}")
     weights = to_safetensors(model.state_dict())
     name, lineage = origin
-    made = config.model_copy(
-        update={
-            "labels": labels,
-            "category_paths": paths,
-            "weights": WeightsOrigin(kind="trained", name=name, sha256=sha256_hex(weights)),
-            "untrained_head": False,
-            "golden": None,
-            "lineage": dict(lineage),
-        }
+    made = bundle.with_weights(
+        weights,
+        {"kind": "trained", "name": name},
+        labels=labels,
+        category_paths=paths,
+        untrained_head=False,
+        lineage=dict(lineage),
     )
-    # Checked as a record that is read from disk would be.
-    found = with_golden(Bundle(type(made).model_validate(made.model_dump()), weights))
+    found = proven(with_golden(made))
     _require_same(found, head)
     return found
 

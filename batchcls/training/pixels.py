@@ -1,4 +1,4 @@
-"""A manifest's pictures, decoded once and kept as uint8 arrays that training maps into memory.
+"""A manifest's pictures, decoded once and kept as uint8 arrays that training reads at random.
 
 They are fetched and decoded by the code of the classifying job, by tasks all over the cluster, and lie
 in parts in the state folder: PART.npy with N x H x W x 3, and PART.json, written last, with the rows
@@ -8,6 +8,8 @@ that have failed. A part that is there is not made again. Needs no Ray.
 import hashlib
 import io
 import json
+import os
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,12 @@ from batchcls.manifest import Columns, Fragment, FragmentReader, Manifest
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, ROW, Failure
 from batchcls.storage import Storage, explain, is_remote, join, local_path
+from batchcls.training.node_cache import NodeCache
 
 PART_ROWS = 512
 """Pictures of a part: 100 MB at 256 x 256."""
+
+_OPEN_FILES = 64
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -133,22 +138,31 @@ def _take(block: pa.Table, first_row: int, pixels: Pixels, failures: dict[int, t
 
 
 class PixelStore:
-    """The pictures of a manifest by row number, mapped into memory; parts far away are copied here first."""
+    """The images of a manifest by row number; may be used in processes that are forked off.
+
+    What is open at a time is bounded, however many parts there are.
+    """
 
     def __init__(self, uris: Sequence[str], storage: Storage, local_folder: str) -> None:
-        """Open the parts.
+        """Find the parts, and copy those that lie on a store.
 
         Args:
             uris: of the parts in the order of the rows, without suffix.
             storage: how to reach them.
-            local_folder: where parts of a remote state folder are copied to.
+            local_folder: where parts of a remote state folder are copied to, by the first process that asks.
 
         Raises:
-            InputError: a part is not there.
+            InputError: a part is not there, is damaged, or there is no room for it.
         """
-        paths = [_on_disk(f"{uri}.npy", storage, local_folder) for uri in uris]
-        self._parts = [np.load(path, mmap_mode="r") for path in paths]
-        self._starts = np.cumsum([0, *(len(part) for part in self._parts)])
+        cache = NodeCache(Path(local_folder))
+        # Processes that copy at once begin at different parts.
+        first = os.getpid() % max(1, len(uris))
+        for uri in (*uris[first:], *uris[:first]):
+            if is_remote(uri):
+                cache.copy(f"{uri}.npy", storage)
+        self._parts = [_Stored.at(_on_disk(f"{uri}.npy", storage, cache)) for uri in uris]
+        self._starts = np.cumsum([0, *(part.shape[0] for part in self._parts)])
+        self._open: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -156,21 +170,61 @@ class PixelStore:
     def __getitem__(self, row: int) -> Pixels:
         """H x W x 3 of a row; a copy, which may be written to."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        picture: Pixels = np.array(self._parts[number][row - self._starts[number]])
-        return picture
+        part = self._parts[number]
+        image = np.empty(part.shape[1:], np.uint8)
+        place = part.offset + int(row - self._starts[number]) * image.nbytes
+        # Read at a place and not from the file's position, which processes that were forked off share.
+        if os.preadv(self._file(number), [image.data], place) != image.nbytes:
+            raise InputError(f"{part.path} is cut off; remove it, and the same command prepares it again")
+        return image
+
+    def close(self) -> None:
+        """Close the files; what is read afterwards opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _file(self, number: int) -> int:
+        """The descriptor of a part; the one that was not used for longest makes room for it."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        while len(self._open) >= _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[number] = os.open(self._parts[number].path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[number]
 
 
-def _on_disk(uri: str, storage: Storage, local_folder: str) -> Path:
-    if not is_remote(uri):
-        path = Path(local_path(uri))
-        if not path.is_file():
-            raise InputError(
-                f"{uri} is not on this node: with more than one node --state has to be a folder that all of them "
-                "share, or on a store such as s3://"
-            )
-        return path
-    path = Path(local_folder) / hashlib.sha256(uri.encode()).hexdigest()
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A file of numpy's with N,H,W,3 uint8 from the byte `offset` on."""
+
+    path: Path
+    shape: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def at(cls, path: Path) -> "_Stored":
+        with path.open("rb") as file:
+            try:
+                np.lib.format.read_magic(file)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            except ValueError as error:
+                raise InputError(
+                    f"{path} is damaged ({error}); remove it, and the same command prepares it again"
+                ) from error
+            offset = file.tell()
+        if fortran or dtype != np.uint8 or len(shape) != 4:
+            raise InputError(f"{path} holds {dtype} {shape}, which are no images; remove it")
+        return cls(path, shape, offset)
+
+
+def _on_disk(uri: str, storage: Storage, cache: NodeCache) -> Path:
+    if is_remote(uri):
+        return cache.copy(uri, storage)
+    path = Path(local_path(uri))
     if not path.is_file():
-        with explain(uri):
-            Storage().write_whole(str(path), storage.read_bytes(uri))
+        raise InputError(
+            f"{uri} is not on this node: with more than one node --state has to be a folder that all of them "
+            "share, or on a store such as s3://"
+        )
     return path

@@ -24,6 +24,7 @@ from batchcls.training.labelled import NO_LABEL, UNKNOWN_LABEL, read_labels_of
 from batchcls.training.linear import LinearProbe, LinearSettings, train_linear_probe
 from batchcls.training.new_head import pooled, with_head
 from batchcls.training.noise import Judged, noise_table
+from batchcls.training.start import tell_what_ends
 
 _logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def linear_probe_bundle(
     trained = read_labels_of(train, storage)
     validated = None if validation is None else read_labels_of(validation, storage)
     labels = settle_order(trained, settings.labels, bundle.config.labels)
+    tell_what_ends(bundle, labels)
     categories = describe_categories(labels, trained, validated)
     categories.log_notes()
     names = pa.array(labels, pa.string())
@@ -127,9 +129,7 @@ def linear_probe_bundle(
     noise = noise_table(judged, examples.rows, labels, train, storage, settings.noise_rows)
     metrics["confidently_mislabelled"] = int(judged.confident.sum())
     lineage = _lineage(bundle, train, validation, settings) | {"metrics": metrics}
-    paths = settings.paths
-    if paths is None and labels == bundle.config.labels:
-        paths = bundle.config.category_paths
+    paths = settings.paths or bundle.config.paths_of(labels)
     made = with_head(bundle, probe.head, labels, paths, (settings.name, lineage))
     _logger.info("linear probe in %.1f s: %s", time.monotonic() - started, metrics)
     return Probed(made, categories, metrics, noise, probe)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,20 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from batchcls.config.finetune import FinetuneConfig
 from batchcls.console import watching
-from batchcls.errors import BatchclsError
+from batchcls.errors import BatchclsError, InputError, StorageStoppedError
 from batchcls.models.bundle import Bundle
-from batchcls.pipeline.causes import cause_of
 from batchcls.runtime import KEEP_MEMORY, WORKER_VARIABLES
-from batchcls.storage import Storage, is_remote, join, local_path
+from batchcls.storage import Storage, is_remote, join
 from batchcls.training.bundle_out import Trained, read_trained
 from batchcls.training.divergence import Divergence
+from batchcls.training.failures import in_one_line, lasting_failure, out_of_memory, worker_failures
+from batchcls.training.nodes import remove_copies
 from batchcls.training.prepare import PreparedPixels
 from batchcls.training.progress import Board, Seen
 from batchcls.training.settings import Record, TrainingSettings
@@ -79,34 +81,83 @@ def run_training(
         training=pixels[0].uris,
         validation=pixels[1].uris,
         storage=storage,
+        run_id=name,
+        copies=is_remote(config.state_folder),
+        checkpoint_seconds=config.checkpoint_minutes * 60,
         threads=workers.threads,
         curves=join(config.state_folder, "curves", name),
         board=board,
     )
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"assignment": assignment},
-        torch_config=TorchConfig(timeout_s=int(config.peer_timeout_seconds)),
-        scaling_config=ScalingConfig(
-            num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
-            use_gpu=workers.use_gpu,
-            resources_per_worker=workers.resources,
-        ),
-        run_config=_run_config(config, name, storage),
-    )
+
+    def trainer() -> TorchTrainer:
+        return TorchTrainer(
+            train_worker,
+            train_loop_config={"assignment": assignment},
+            torch_config=TorchConfig(timeout_s=int(config.peer_timeout_seconds)),
+            scaling_config=ScalingConfig(
+                num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
+                use_gpu=workers.use_gpu,
+                resources_per_worker=workers.resources,
+            ),
+            run_config=run_config(config, name, storage),
+        )
+
     images = settings.recipe.epochs * len(settings.training.rows)
-    with watching(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
-        try:
-            result = _fit(trainer)
-        except TrainingFailedError as error:
-            raise BatchclsError(
-                f"training stopped: {cause_of(error)}; the same command goes on from the last checkpoint"
-            ) from error
+    try:
+        with watching(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
+            result = fit_until_done(trainer, config.max_failures)
+    finally:
+        if assignment.copies:
+            remove_copies(name)
     _look(board)
     if isinstance(result.return_value, Divergence):
         raise Diverged(result.return_value)
     with result.checkpoint.as_directory() as folder:
         return read_trained((Path(folder) / CHECKPOINT).read_bytes())
+
+
+def fit_until_done(trainer: Callable[[], TorchTrainer], max_failures: int) -> Any:
+    """The result of training, begun again from the last checkpoint after failures that may pass.
+
+    Ray Train would try again whatever the failure was, so it is told to give up at the first one.
+
+    Raises:
+        InputError: a worker found that the configuration or an input is wrong.
+        StorageStoppedError: storage failed more often than `max_failures`.
+        BatchclsError: training fails in the same way as often as it is tried, or more often than `max_failures`.
+    """
+    failures, starved = 0, False
+    while True:
+        try:
+            return _fit(trainer())
+        except TrainingFailedError as error:
+            failures += 1
+            found = worker_failures(error)
+            lasting, memory = lasting_failure(found), out_of_memory(found)
+            if lasting is not None or isinstance(error, ControllerError):
+                raise _ended(lasting or found[0], "it would again") from error
+            if memory is not None and starved:
+                raise _ended(
+                    memory, "twice; lower --pass-size, or --num-workers where they share a machine"
+                ) from error
+            starved = memory is not None
+            if failures > max_failures:
+                raise _ended(
+                    found[0],
+                    f"after {failures} failure(s); the same command goes on from the last checkpoint",
+                ) from error
+            _logger.warning(
+                "training failed (%s) and resumes from the last checkpoint; failure %d of --max-failures %d",
+                in_one_line(found[0]),
+                failures,
+                max_failures,
+            )
+
+
+def _ended(error: BaseException, how: str) -> BatchclsError:
+    if isinstance(error, InputError | StorageStoppedError):
+        return type(error)(str(error))
+    return BatchclsError(f"training stopped: {in_one_line(error)}: {how}")
 
 
 def _fit(trainer: TorchTrainer) -> Any:
@@ -122,18 +173,17 @@ def _fit(trainer: TorchTrainer) -> Any:
         aside.shutdown(wait=False)
 
 
-def _run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
+def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
+    """What Ray Train is to do about checkpoints, failures and the environment of workers, for a run of this name."""
     folder = join(config.state_folder, "checkpoints")
-    place: dict[str, Any] = {"storage_path": local_path(folder)}
-    if is_remote(folder):
-        filesystem, path = storage.arrow_filesystem(folder)
-        place = {"storage_path": path, "storage_filesystem": filesystem}
+    filesystem, path = storage.arrow_filesystem(folder)
     return RunConfig(
         name=name,
-        failure_config=FailureConfig(max_failures=config.max_failures),
+        failure_config=FailureConfig(max_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
         worker_runtime_env={"env_vars": WORKER_VARIABLES | _LOOK_BEFORE_SLEEP | KEEP_MEMORY},
-        **place,
+        storage_path=path,
+        storage_filesystem=filesystem,
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batchcls.errors import InputError
 from batchcls.training.balance import RowSampler
 
 
@@ -21,10 +20,12 @@ class LabelledRows:
     targets: npt.NDArray[np.int32]
 
 
-def steps_of_epoch(sampler: RowSampler, epoch: int, batch_size: int) -> list[npt.NDArray[np.int64]]:
-    """Places of an epoch's pictures among the sampler's, one array a step, all of almost the same length."""
+def steps_of_epoch(
+    sampler: RowSampler, epoch: int, batch_size: int, least: int = 1
+) -> list[npt.NDArray[np.int64]]:
+    """Places of an epoch's images among the sampler's, one array a step; see `number_of_steps`."""
     order = sampler.order(epoch)
-    return np.array_split(order, number_of_steps(len(order), batch_size))
+    return np.array_split(order, number_of_steps(len(order), batch_size, least))
 
 
 def with_occurrences(steps: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
@@ -39,25 +40,34 @@ def with_occurrences(steps: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray
     return np.split(both, np.cumsum([len(step) for step in steps])[:-1])
 
 
-def number_of_steps(count: int, batch_size: int) -> int:
-    """Steps of an epoch of so many pictures."""
-    return -(-count // batch_size)
+def number_of_steps(count: int, batch_size: int, least: int = 1) -> int:
+    """Steps of an epoch of so many images, all of almost the same length and of all images.
+
+    As many as steps of `batch_size` at most take; fewer, and so steps that are larger, where a step would have
+    less than `least` images otherwise.
+    """
+    return max(1, min(-(-count // batch_size), count // least))
 
 
 def share_of(step: npt.NDArray[np.int64], rank: int, workers: int) -> npt.NDArray[np.int64]:
-    """The pictures of a step that one worker takes.
+    """The images of a step that one worker takes; lengths differ by one at most.
 
     Raises:
-        InputError: the step has fewer pictures than there are workers.
+        ValueError: the step has fewer images than there are workers, which `plan.fit_workers` prevents.
     """
     if len(step) < workers:
-        raise InputError(
-            f"a step of {len(step)} pictures cannot be shared among {workers} workers; raise --batch-size or lower "
-            "--num-workers"
-        )
+        raise ValueError(f"a step of {len(step)} images cannot be shared among {workers} workers")
     return step[rank::workers]
 
 
-def passes_of(share: npt.NDArray[np.int64], pass_size: int | None) -> list[npt.NDArray[np.int64]]:
-    """A worker's share of a step, cut into passes of almost the same length; None: all at once."""
-    return np.array_split(share, -(-len(share) // (pass_size or len(share))))
+def passes_of(
+    share: npt.NDArray[np.int64], pass_size: int | None, least: int = 1
+) -> list[npt.NDArray[np.int64]]:
+    """A worker's share of a step, cut into passes of almost the same length.
+
+    Args:
+        share: at least `least` images.
+        pass_size: most images of a pass; one more where a pass would have less than `least` otherwise. None: all.
+        least: images that every pass has at least.
+    """
+    return np.array_split(share, number_of_steps(len(share), pass_size or len(share), least))

@@ -18,6 +18,7 @@ class TrainingSettings:
 
     `loader_processes` changes the seconds only, and so does `pass_size` but for what is drawn for each pass: which
     images are mixed, dropout, and the statistics of a trained BatchNorm. None: a worker's share of a step at once.
+    `least_step` and `least_pass` are the images that a step, and a pass of a worker, has at least.
     """
 
     recipe: Recipe
@@ -31,6 +32,8 @@ class TrainingSettings:
     pass_size: int | None
     precision: Literal["fp32", "bf16"]
     loader_processes: int
+    least_step: int = 1
+    least_pass: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,9 @@
 """What training starts from: a bundle whose classifier has the shop's categories, trained or not yet."""
 
+import logging
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from batchcls.config.finetune import FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.inference.reference import with_golden
 from batchcls.models.build import build_model
-from batchcls.models.bundle import WEIGHTS_FILE, Bundle, sha256_hex
+from batchcls.models.bundle import WEIGHTS_FILE, Bundle
 from batchcls.models.choices import ModelChoices
 from batchcls.models.heads import with_new_head
 from batchcls.models.labels import Labels
@@ -22,6 +21,8 @@ from batchcls.models.sources import library_of
 from batchcls.models.spec import PreprocessingOverrides
 from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.storage import Storage
+
+_logger = logging.getLogger(__name__)
 
 
 def open_start(config: FinetuneConfig, storage: Storage) -> Bundle | None:
@@ -66,36 +67,34 @@ def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, sto
     if opened is None:
         named = _named(config, labels, storage)
         return named if config.from_scratch else _with_neutral_head(named)
+    tell_what_ends(opened, labels)
     if opened.config.labels == labels and not opened.config.untrained_head:
         return opened
-    paths = opened.config.category_paths if opened.config.labels == labels else None
     spec, state = opened.config.spec, from_safetensors(opened.weights, WEIGHTS_FILE)
     model = with_new_head(library_of(spec), spec, state, len(labels), opened.config.dropout)
-    made = with_weights(
-        opened,
+    made = opened.with_weights(
         to_safetensors(model.state_dict()),
         labels=labels,
-        category_paths=paths,
         untrained_head=True,
         lineage={"new_head_on": opened.fingerprint},
     )
     return _with_neutral_head(made)
 
 
-def with_weights(
-    bundle: Bundle, weights: bytes, origin: Mapping[str, str] | None = None, **changes: Any
-) -> Bundle:
-    """The bundle with other weights and without golden answers, which were those of the old ones.
-
-    Args:
-        bundle: to be changed.
-        weights: bytes of a safetensors file.
-        origin: kind and name of the weights, if they are others'.
-        changes: to its record.
-    """
-    record = bundle.config.weights.model_copy(update={**(origin or {}), "sha256": sha256_hex(weights)})
-    config = bundle.config.model_copy(update={"weights": record, "golden": None, **changes})
-    return replace(bundle, config=config, weights=weights)
+def tell_what_ends(opened: Bundle, labels: Labels) -> None:
+    """Log what of a bundle's record does not outlive training: its calibration, and paths of other categories."""
+    known = opened.config
+    if known.calibration is not None:
+        _logger.warning(
+            "the calibration of --model (temperature %.3g and thresholds) is that of its present weights: the new "
+            "bundle has none; run `evaluate --write-bundle` on it before `classify --abstain`",
+            known.calibration.temperature,
+        )
+    if known.category_paths is not None and known.paths_of(labels) is None:
+        _logger.warning(
+            "the category paths of --model do not name every category: the new bundle has none; give labels as "
+            "paths to `evaluate --labels-are-paths --write-bundle`"
+        )
 
 
 def _with_neutral_head(bundle: Bundle) -> Bundle:
@@ -109,7 +108,7 @@ def _with_neutral_head(bundle: Bundle) -> Bundle:
     neutral = {
         name: torch.zeros_like(value) if name.startswith(heads) else value for name, value in state.items()
     }
-    return with_weights(bundle, to_safetensors(neutral))
+    return bundle.with_weights(to_safetensors(neutral))
 
 
 def _named(config: FinetuneConfig, labels: Labels, storage: Storage) -> Bundle:

@@ -6,6 +6,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
-from torch import nn
+from torch import distributed, nn
 
 from batchcls.models.build import build_model
 from batchcls.models.bundle import Bundle
@@ -26,6 +27,7 @@ from batchcls.training.curves import Curves
 from batchcls.training.divergence import Divergence
 from batchcls.training.freeze import WRAPPING, describe, set_training_mode
 from batchcls.training.loop import Hooks, State, Training
+from batchcls.training.node_cache import NodeCache
 from batchcls.training.pixels import PixelStore
 from batchcls.training.settings import Place, Record, TrainingSettings
 
@@ -44,6 +46,9 @@ class Assignment:
         bundle: reference to the `Bundle` that training starts from.
         training, validation: URIs of the parts with the pixels, in the order of the rows.
         storage: how to reach the state folder.
+        run_id: of the run.
+        checkpoint_seconds: longest time between two checkpoints.
+        copies: whether the parts lie on a store, so that each node has copies.
         threads: of a worker on a CPU.
         curves: folder of the TensorBoard files.
         board: the actor that the driver watches.
@@ -54,6 +59,9 @@ class Assignment:
     training: tuple[str, ...]
     validation: tuple[str, ...]
     storage: Storage
+    run_id: str
+    copies: bool
+    checkpoint_seconds: float
     threads: int
     curves: str
     board: Any
@@ -69,9 +77,10 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
     bundle: Bundle = ray.get(assignment.bundle)
     model = build_model(bundle)
     classifiers = library_of(bundle.config.spec).classifiers(model)
-    with tempfile.TemporaryDirectory(prefix="batchcls-pixels-") as copies:
+    cache = NodeCache.of(assignment.run_id, ray.get_runtime_context().get_node_id())
+    with cache.in_use() if assignment.copies else nullcontext():
         stores = [
-            PixelStore(uris, assignment.storage, copies)
+            PixelStore(uris, assignment.storage, str(cache.folder))
             for uris in (assignment.training, assignment.validation)
         ]
         told = _Told(assignment, place)
@@ -88,7 +97,9 @@ def _restore(training: Training, told: "_Told") -> None:
     with checkpoint.as_directory() as folder:
         state: State = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
     training.restore(state)
-    told.note(f"going on from the checkpoint of epoch {state['epoch']}")
+    part = state.get("part")
+    after = "" if part is None else f" and {part['steps']} steps"
+    told.note(f"going on from the checkpoint of epoch {state['epoch']}{after}")
 
 
 def _description(model: nn.Module, settings: TrainingSettings, place: Place) -> str:
@@ -107,11 +118,17 @@ class _Told:
         self._board = assignment.board
         self._curves = Curves(assignment.curves, assignment.storage) if place.rank == 0 else None
         self._told_at = 0.0
+        self._checkpoint_seconds, self._kept_at = assignment.checkpoint_seconds, time.monotonic()
 
     def hooks(self) -> Hooks:
         """For the loop."""
-        wrap = partial(prepare_model, parallel_strategy_kwargs=dict(WRAPPING))
-        return Hooks(wrap=wrap, step_done=self._step_done, epoch_done=self._epoch_done)
+        return Hooks(
+            wrap=partial(prepare_model, parallel_strategy_kwargs=dict(WRAPPING)),
+            step_done=self._step_done,
+            epoch_done=self._epoch_done,
+            is_due=self._is_due,
+            checkpoint=self._report,
+        )
 
     def note(self, text: str) -> None:
         """A line for the driver's log, from the first worker only."""
@@ -124,14 +141,29 @@ class _Told:
             self._told_at = now
             self._board.at.remote(epoch * len(self._settings.training.rows) + images)
 
+    def _is_due(self) -> bool:
+        """Whether the time is over by the first worker's clock, the same for all of them."""
+        now = time.monotonic()
+        over = torch.tensor(
+            [now - self._kept_at >= self._checkpoint_seconds], device=self._place.device
+        ).int()
+        if self._place.workers > 1:
+            distributed.broadcast(over, 0)
+        return bool(over)
+
     def _epoch_done(self, record: Record, state: Callable[[], State]) -> None:
+        self._report(record, state)
+        if self._place.rank == 0:
+            assert self._curves is not None
+            self._curves.add(record)
+            self._board.epoch.remote(record)
+
+    def _report(self, record: Record, state: Callable[[], State]) -> None:
         """A checkpoint from the first worker; every worker has to report, which Ray Train waits for."""
+        self._kept_at = time.monotonic()
         if self._place.rank != 0:
             ray.train.report(record)
             return
         with tempfile.TemporaryDirectory(prefix="batchcls-checkpoint-") as folder:
             torch.save(state(), Path(folder) / CHECKPOINT)
             ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        assert self._curves is not None
-        self._curves.add(record)
-        self._board.epoch.remote(record)

@@ -16,10 +16,19 @@ _LEAST_PICTURES = 16
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """The training processes; fewer than `most` where the cluster has no room, and at least `least`."""
+    """The training processes.
+
+    Attributes:
+        least, most: fewer than `most` where the cluster has no room, and at least `least`.
+        now: as many of them as the cluster has room for at present.
+        cpus: that Ray sets aside for each.
+        use_gpu: whether each has a GPU.
+        loader_processes: of each.
+    """
 
     least: int
     most: int
+    now: int
     cpus: float
     use_gpu: bool
     loader_processes: int
@@ -71,7 +80,7 @@ def settle_workers(config: FinetuneConfig, nodes: Sequence[Node], step_pictures:
         loaders = min(_MOST_LOADERS, int(cpus)) if use_gpu else 0
     else:
         loaders = config.loader_processes
-    return Workers(least, most, cpus, use_gpu, loaders)
+    return Workers(least, most, min(most, room), cpus, use_gpu, loaders)
 
 
 def _on_cpus(config: FinetuneConfig, nodes: Sequence[Node], step_pictures: int) -> int:

@@ -1,4 +1,4 @@
-"""A head and two more raylets of our own on loopback, each of one CPU; any but the head may die."""
+"""A head and more raylets of our own on loopback, each of one CPU; any but the head may die."""
 
 import json
 import os
@@ -32,7 +32,9 @@ class Node:
 class ThreeNodes:
     """A cluster of processes that we started, found by their folders and ended by pid."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], others: int = 2, within: tuple[str, ...] = ()) -> None:
+        """Start a head and `others`, these by way of a command `within`, such as one that hides a folder."""
+        self._within, self._count = within, others
         self.environment = environment | {"RAY_AUTH_MODE": "disabled"}
         self.port = _free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))  # short: sockets live below it
@@ -46,7 +48,7 @@ class ThreeNodes:
             "--system-config",
             json.dumps(_SYSTEM),
         )
-        self.others = [self.add() for _ in range(2)]
+        self.others = [self.add() for _ in range(others)]
 
     @property
     def address(self) -> str:
@@ -68,8 +70,8 @@ class ThreeNodes:
         self.others.remove(node)
 
     def replace_dead(self) -> None:
-        """Start nodes until there are three again."""
-        while len(self.others) < 2:
+        """Start nodes until there are as many as at first."""
+        while len(self.others) < self._count:
             self.others.append(self.add())
 
     def workers(self, title: str) -> list[int]:
@@ -90,6 +92,7 @@ class ThreeNodes:
         head = ("--temp-dir", str(folder)) if "--head" in arguments else ()
         subprocess.run(
             [
+                *(() if head else self._within),
                 *(str(Path(sys.executable).parent / "ray"), "start", *arguments, *head),
                 *("--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--disable-usage-stats"),
                 *("--object-store-memory", "200000000", "--node-manager-port", "0"),

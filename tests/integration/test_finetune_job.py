@@ -1,5 +1,6 @@
 """The training job on a real cluster: one worker and two, a killed worker and a killed driver."""
 
+import io
 import json
 import os
 import re
@@ -7,16 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
-from batchcls.jobs import bundle, finetune
+from batchcls.jobs import bundle, classify, evaluate, finetune
 from batchcls.jobs.command import run
 from batchcls.models.bundle import Bundle
 from batchcls.storage import Storage
+from tests.chaos.nodes import ThreeNodes
 from tests.conftest import S3Server
 from tests.integration.conftest import Cluster, run_here
 from tests.pictures import CATEGORIES, write_pictures
@@ -69,8 +74,33 @@ def undisturbed(
     return output, said
 
 
+def tail(log: Path) -> str:
+    return "\n".join(line for line in log.read_text().splitlines() if " rows" not in line)[-3000:]
+
+
+def run_alone_here(job: ModuleType, *arguments: str) -> tuple[int, str]:
+    """Run a job that needs no cluster: its exit code and all it said."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        exit_code = run(job.__name__.rpartition(".")[2], job.COMMANDS, list(arguments))
+    return exit_code, said.getvalue()
+
+
+@pytest.fixture
+def two_nodes(clean_environment: dict[str, str], tmp_path: Path, s3: S3Server) -> Iterator[Cluster]:
+    """Two raylets of one CPU each, whose copies of pixels lie in the folder `caches` of the test."""
+    environment = clean_environment | s3.environment | {"BATCHCLS_CACHE_DIR": str(tmp_path / "caches")}
+    nodes = ThreeNodes(environment, others=1)
+    try:
+        yield Cluster(nodes.address, nodes.environment)
+    finally:
+        nodes.end()
+
+
 def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "batchcls.jobs.finetune", *catalog.arguments, "--output", str(output)]
+    # Where tests run in the background interrupts are ignored, and so they would be by what they start.
+    interruptible = ("env", "--default-signal=INT", sys.executable)
+    command = [*interruptible, "-m", "batchcls.jobs.finetune", *catalog.arguments, "--output", str(output)]
     with output.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
             [*command, "--ray-address", cluster.address, *arguments],
@@ -83,7 +113,7 @@ def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> 
 
 def wait_for_line(process: subprocess.Popen[str], log: Path, pattern: str) -> re.Match[str]:
     """The log is the only sign of how far another process is."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if found := re.search(pattern, log.read_text()):
             return found
@@ -185,7 +215,7 @@ def test_a_killed_driver_goes_on_with_the_same_run(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_lost_node_leaves_the_others_to_finish(
     undisturbed: tuple[Path, str],
     catalog: Catalog,
@@ -216,25 +246,122 @@ def test_a_lost_node_leaves_the_others_to_finish(
 
 
 @pytest.mark.long
-def test_checkpoints_and_pixels_may_lie_on_a_store(
+@pytest.mark.timeout(900)
+def test_from_a_store_to_a_store_on_two_nodes_of_which_a_worker_is_killed(
     undisturbed: tuple[Path, str],
     catalog: Catalog,
+    tiny_bundle: str,
+    two_nodes: Cluster,
     tmp_path: Path,
     s3: S3Server,
-    clean_environment: dict[str, str],
 ):
-    folder = f"s3://{s3.bucket}/models/shop"
-    options = json.dumps({"endpoint_url": s3.endpoint_url})
-    here = Cluster("local", clean_environment | s3.environment)
-    output = tmp_path / "told"
-    process = start(here, catalog, output, "--output", folder, "--storage-options", options)
+    """Everything lies on the store, and each node copies the pixels once, for as long as the run lasts."""
+    storage = Storage({"endpoint_url": s3.endpoint_url})
+    home = f"s3://{s3.bucket}/shop"
+    for name, folder in {
+        "training": Path(catalog.arguments[1]).parent,
+        "validation": Path(catalog.arguments[3]).parent,
+        "start": Path(tiny_bundle),
+    }.items():
+        for path in folder.iterdir():
+            storage.write_whole(f"{home}/{name}/{path.name}", path.read_bytes())
+    output, caches = tmp_path / "told", tmp_path / "caches"
+    here = Cluster(two_nodes.address, two_nodes.environment | s3.environment)
+    process = start(
+        *(here, catalog, output, "--output", f"{home}/made", "--model", f"{home}/start"),
+        *("--manifest", f"{home}/training/manifest.parquet"),
+        *("--validation", f"{home}/validation/manifest.parquet"),
+        *("--storage-options", json.dumps({"endpoint_url": s3.endpoint_url}), "--num-workers", "2"),
+        *("--checkpoint-minutes", "0.001"),
+    )
     log = output.with_suffix(".log")
-    assert process.wait(timeout=250) == 0, log.read_text()
-    made = Bundle.load(folder, Storage({"endpoint_url": s3.endpoint_url}))
+    first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
+    wait_for_line(process, log, r"epoch 4: ")
+    copies = list(caches.glob("batchcls-pixels-*/*"))
+    assert len(copies) == 2, "one folder a node"
+    assert [len([file for file in folder.iterdir() if file.suffix == ""]) for folder in copies] == [3, 3]
+    os.kill(int(first.group(1)), signal.SIGKILL)
+    assert process.wait(timeout=400) == 0, tail(log)
+    said = log.read_text()
+    assert "each of 2 node(s) copies the prepared pixels once" in said
+    assert re.search(r"training failed \(.*\) and resumes from the last checkpoint; failure 1 of", said)
+    assert re.search(r"going on from the checkpoint of epoch \d+ and \d steps", said)
+    assert not list(caches.glob("*"))
+    made = Bundle.load(f"{home}/made", storage)
     require_same_end(made.config.lineage, lineage(undisturbed[0]))
-    found = Storage({"endpoint_url": s3.endpoint_url}).list_files(f"{folder}.training")
-    assert [info.uri for info in found if info.uri.endswith("training.pt")]
-    assert [info.uri for info in found if "tfevents" in info.uri]
+    found = [info.uri for info in storage.list_files(f"{home}/made.training")]
+    assert [uri for uri in found if uri.endswith("training.pt")]
+    assert [uri for uri in found if "tfevents" in uri]
+    assert not [uri for uri in found if "/pixels/" in uri]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_calibrated_bundle_is_trained_on_and_classifies(
+    undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    calibrated, output = tmp_path / "calibrated", tmp_path / "bundle"
+    exit_code, said = run_alone_here(
+        evaluate,
+        *("--manifest", catalog.arguments[3], "--model", str(undisturbed[0])),
+        *("--output", str(tmp_path / "evaluated"), "--write-bundle", str(calibrated)),
+    )
+    assert exit_code == 0, said
+    before = Bundle.load(str(calibrated), Storage())
+    assert before.config.calibration is not None
+    arguments = [*catalog.arguments]
+    arguments[arguments.index("--model") + 1] = str(calibrated)
+    exit_code, said = run_here(
+        cluster, finetune, *arguments, "--epochs", "2", "--num-workers", "1", "--output", str(output)
+    )
+    assert exit_code == 0, said
+    assert "the calibration of --model" in said
+    made = Bundle.load(str(output), Storage())
+    assert made.config.calibration is None
+    assert made.config.golden != before.config.golden
+    arguments = ["--manifest", catalog.arguments[3], "--model", str(output)]
+    exit_code, said = run_here(cluster, classify, *arguments, "--output", str(tmp_path / "classified"))
+    assert exit_code == 0, said
+
+
+def test_workers_that_find_too_few_images_are_refused_before_anything_is_prepared(
+    catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    output = tmp_path / "bundle"
+    arguments = (*catalog.arguments, "--output", str(output), "--cpus-per-worker", "1")
+    exit_code, said = run_here(
+        cluster, finetune, *arguments, "--batch-size", "2", "--num-workers", "2", "--batch-norm", "trained"
+    )
+    assert exit_code == 2
+    assert (
+        "a worker needs 2 (for its BatchNorm, which gathers statistics); give --num-workers 1 or fewer"
+        in said
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_state_folder_on_one_node_s_disk_is_refused_before_anything_is_prepared(
+    catalog: Catalog, clean_environment: dict[str, str], tmp_path: Path
+):
+    """The second node is a raylet in a mount namespace of its own, where another disk lies over the folder."""
+    seen = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+    if seen.returncode != 0:
+        pytest.skip("this user may not make a mount namespace")
+    (tmp_path / "made").mkdir()
+    hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path / "made"))
+    nodes = ThreeNodes(clean_environment, others=1, within=hidden)
+    try:
+        output = tmp_path / "made" / "bundle"
+        process = start(Cluster(nodes.address, nodes.environment), catalog, output, "--num-workers", "1")
+        log = output.with_suffix(".log")
+        assert process.wait(timeout=300) == 2, tail(log)
+    finally:
+        nodes.end()
+    assert "bundle.training is not there on 1 of the nodes" in log.read_text()
+    assert "it has to be a folder that all of them share, or on a store such as s3://" in log.read_text()
+    assert sorted(path.name for path in output.parent.iterdir()) == ["bundle.log"]
 
 
 @pytest.mark.long

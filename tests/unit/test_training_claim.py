@@ -7,13 +7,17 @@ import pytest
 
 from batchcls.errors import InputError
 from batchcls.storage import Storage
-from batchcls.training.claim import claim_run, digest_of, finish_run
+from batchcls.training.claim import digest_of, find_claim, finish_run, take_claim
 
 DECIDES = {"seed": 1, "recipe": {"epochs": 2, "crop_scale": (0.3, 1.0)}}
 
 
 def claim(folder: Path, decides: dict | None = None, *, restart: bool = False):
-    return claim_run(str(folder), decides or DECIDES, Storage(), restart=restart)
+    decides = decides or DECIDES
+    found = find_claim(str(folder), decides, Storage(), restart=restart)
+    if not found.is_resumed:
+        take_claim(str(folder), found, decides, {"batch_size": 32}, Storage())
+    return found
 
 
 def test_the_same_command_finds_its_run_again(tmp_path: Path):
@@ -21,6 +25,12 @@ def test_the_same_command_finds_its_run_again(tmp_path: Path):
     again = claim(tmp_path)
     assert (first.is_resumed, again.is_resumed) == (False, True)
     assert first.run_id == again.run_id
+    assert again.plan == {"batch_size": 32}
+
+
+def test_nothing_is_written_before_the_folder_is_taken(tmp_path: Path):
+    assert find_claim(str(tmp_path / "state"), DECIDES, Storage(), restart=False).plan is None
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_finished_run_is_not_gone_on_with(tmp_path: Path):
@@ -45,8 +55,9 @@ def test_another_command_is_refused_and_told_the_difference(tmp_path: Path):
     assert claim(tmp_path, DECIDES | {"seed": 2}).run_id == restarted.run_id
 
 
-def test_a_damaged_record_is_named(tmp_path: Path):
-    (tmp_path / "run.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "7"])
+def test_a_damaged_record_is_named(tmp_path: Path, content: str):
+    (tmp_path / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run.json is damaged.*--restart"):
         claim(tmp_path)
 

@@ -9,11 +9,17 @@ from safetensors.torch import load_file, save_file
 
 from batchcls.config.finetune import FinetuneConfig
 from batchcls.errors import InputError
+from batchcls.inference.reference import with_golden
 from batchcls.models.build import build_model
-from batchcls.models.bundle import Bundle
+from batchcls.models.bundle import Bundle, BundleConfig
+from batchcls.models.calibration import Calibration, HeldOut
 from batchcls.storage import Storage
 from batchcls.training.bundle_out import Trained, trained_bundle
+from batchcls.training.examples import LinearHead
+from batchcls.training.new_head import with_head
 from batchcls.training.start import open_start, start_for
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELS = ("bag", "cap", "mug")
 
@@ -81,3 +87,84 @@ def test_what_a_bundle_brings_itself_cannot_be_said_about_it(weights: str, tmp_p
         open_start(config(folder, from_scratch=True), Storage())
     with pytest.raises(InputError, match="--model is a bundle, which brings its own"):
         open_start(config(folder, input_size=96), Storage())
+
+
+PATHS = (("wear", "bag"), ("wear", "cap"), ("home", "mug"))
+
+
+def calibrated(bundle: Bundle, **changes: object) -> Bundle:
+    """The bundle as `evaluate --write-bundle` leaves it, with the shop's tree."""
+    found = Calibration(
+        temperature=1.7,
+        ece_before=0.1,
+        ece_after=0.05,
+        wished_precision=0.95,
+        thresholds=(0.5,) * len(bundle.config.labels),
+        depth_thresholds=(0.4, 0.6),
+        held_out=HeldOut(rows=10, precision=0.95, coverage=0.5),
+        rows=10,
+        manifest_fingerprint="m",
+    )
+    record = bundle.config.model_dump() | {"calibration": found, "category_paths": PATHS} | changes
+    return with_golden(Bundle(BundleConfig.model_validate(record), bundle.weights))
+
+
+def trained_on(bundle: Bundle) -> Bundle:
+    state = build_model(bundle).state_dict()
+    moved = {k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()}
+    return trained_bundle(bundle, Trained(moved, ()), "run-1", {"digest": "x"})
+
+
+@pytest.mark.parametrize(
+    ("labels", "paths"),
+    [
+        (LABELS, PATHS),
+        (LABELS[::-1], PATHS[::-1]),
+        (("cap", "bag"), (PATHS[1], PATHS[0])),
+        (("bag", "cap", "mug", "plate"), None),
+    ],
+)
+@pytest.mark.parametrize("probe", [False, True])
+def test_training_on_from_a_calibrated_bundle_drops_what_was_of_its_old_weights(
+    weights: str, tmp_path: Path, log: pytest.LogCaptureFixture, labels: tuple[str, ...], paths, probe: bool
+):
+    named = start(config("timm:test_resnet", weights=weights))
+    before = calibrated(named, embedding_tap="stage2", embedding_dimension=32, untrained_head=False)
+    before.save(str(tmp_path / "calibrated"), Storage())
+    chosen = config(str(tmp_path / "calibrated"))
+    opened = open_start(chosen, Storage())
+    if probe:
+        head = LinearHead(torch.randn(len(labels), 96), torch.zeros(len(labels)))
+        after = with_head(opened, head, labels, opened.config.paths_of(labels), ("run-1", {}))
+    else:
+        after = trained_on(start_for(chosen, opened, labels, Storage()))
+        assert "the calibration of --model (temperature 1.7 and thresholds)" in log.text
+        assert ("the category paths of --model do not name every category" in log.text) == (paths is None)
+    after.save(str(tmp_path / "made"), Storage())
+    found = Bundle.load(str(tmp_path / "made"), Storage()).config
+    assert found.calibration is None
+    assert found.category_paths == paths
+    assert (found.embedding_tap, found.embedding_dimension) == ("stage2", 32)
+    assert found.golden is not None
+    assert found.golden != opened.config.golden
+    assert (after.publishable, found.weights.kind, found.weights.name) == (True, "trained", "run-1")
+
+
+def test_a_bundle_that_nobody_could_open_is_not_put_in_place(weights: str, tmp_path: Path):
+    made = start(config("timm:test_resnet", weights=weights))
+    made.save(str(tmp_path / "bundle"), Storage())
+    before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "bundle").iterdir())
+    # model_copy checks nothing, which is how such a record comes about
+    broken = Bundle(
+        made.config.model_copy(update={"labels": ("bag",), "category_paths": PATHS}), made.weights
+    )
+    with pytest.raises(InputError, match="category_paths has 3 entries for 1 labels"):
+        broken.save(str(tmp_path / "bundle"), Storage())
+    assert before == sorted((path.name, path.read_bytes()) for path in (tmp_path / "bundle").iterdir())
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        trained_bundle(
+            made,
+            Trained({k: v * float("nan") for k, v in build_model(made).state_dict().items()}, ()),
+            "run-1",
+            {},
+        )
