@@ -22,12 +22,10 @@ from batchcls.schema import PIXELS, ROW, Reason
 class Answering:
     """One walk over the manifest; `rows` and `failures` may be looked at from another thread meanwhile."""
 
-    def __init__(self, labelled: Labelled, labels: tuple[str, ...], engine: Engine, batch_size: int) -> None:
-        """Take a manifest, the K labels of a model, and what runs it, at most `batch_size` crops at a time."""
+    def __init__(self, labelled: Labelled, labels: tuple[str, ...], engine: Engine) -> None:
         self._labelled = labelled
         self._labels = labels
         self._engine = engine
-        self._batch_size = batch_size
         self._passes: deque[list[int]] = deque()
         self._notes: list[pa.Table] = []
         self._waiting: deque[Part] = deque()
@@ -40,7 +38,7 @@ class Answering:
         """Answer every row that has a label of the model.
 
         Args:
-            load: nothing is kept, the engine normalizes.
+            load: `block_rows` is the most crops of a forward pass as well; nothing is kept, the engine normalizes.
             room: for the logits of all views of as many rows as the manifest has.
 
         Returns:
@@ -92,12 +90,12 @@ class Answering:
             if not good.any():
                 continue
             crops = pixels_of(pixels, load.preprocessing.shape)
-            starts = range(0, len(crops), self._batch_size)
+            starts = range(0, len(crops), load.block_rows)
             seen = (crops, crops[:, :, ::-1]) if load.views.flips else (crops,)
             self._passes.append([len(starts)] * len(seen))
             for view in seen:
                 for start in starts:
-                    yield view[start : start + self._batch_size]
+                    yield view[start : start + load.block_rows]
 
     def _tables(self, block_rows: int) -> Iterator[pa.Table]:
         for part in self._labelled.parts(self._labels, block_rows):

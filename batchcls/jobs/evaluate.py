@@ -138,7 +138,7 @@ def _judge_bundle(config: EvaluateConfig, bundle: Bundle, labelled: Labelled, co
     choice, place = EngineChoice(config.engine, config.precision), _place(config)
     engine, _ = start_tested_engine(bundle, choice, place)
     _logger.info("engine: %s", describe(engine))
-    answering = Answering(labelled, labels, engine, config.batch_size)
+    answering = Answering(labelled, labels, engine)
     rows = labelled.manifest.rows
     with room_for_logits(rows * views.count, len(labels)) as room:
         with watching(lambda: answering, rows, console, config.log_interval_seconds):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.started import write_catalog
 from tests.processes import processes_with, title_of
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
@@ -23,8 +24,9 @@ def stop_raylets(mark: str, stopped: set[int]) -> None:
 
 @pytest.mark.parametrize(("frozen", "exit_code"), [(1, 0), (2, 4)])
 def test_it_is_started_once_more_and_then_told_in_a_line(
-    frozen: int, exit_code: int, catalog: str, tiny_bundle: str, clean_environment, tmp_path: Path
+    frozen: int, exit_code: int, tiny_bundle: str, clean_environment: dict[str, str], tmp_path: Path
 ):
+    catalog = write_catalog(tmp_path / "catalog", 30)
     mark = f"BATCHCLS_TEST_RAY_START={tmp_path}"
     name, value = mark.split("=")
     log = tmp_path / "log"

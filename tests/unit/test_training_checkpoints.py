@@ -20,7 +20,7 @@ def stores(tmp_path: Path) -> tuple[PixelStore, PixelStore]:
 @pytest.mark.parametrize("at", [(0, 1), (1, 2), (2, 3)])
 def test_a_checkpoint_within_an_epoch_goes_on_from_its_step_to_the_same_end(stores, at: tuple[int, int]):
     """Same weights to the last bit, and the same figures of the epoch that was interrupted."""
-    undisturbed, _ = train(settings(), stores)
+    undisturbed, _, _ = train(settings(), stores)
     kept: dict[tuple[int, int], dict] = {}
     hooks = Hooks(
         wrap=lambda model: model,
