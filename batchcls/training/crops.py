@@ -53,4 +53,7 @@ def fitting_recipe(recipe: Recipe, model: nn.Module, config: BundleConfig) -> Re
         *own,
     )
     # Both fractions of a recipe without last epochs are those of one size.
-    return recipe.with_changes(**{name: 1.0 for name, size in sizes.items() if size in refused})
+    changes: dict[str, object] = {name: 1.0 for name, size in sizes.items() if size in refused}
+    if {getattr(recipe, name) for name in sizes.keys() - changes.keys()} <= {1.0}:
+        changes["final_epochs"] = 0  # they have no size of their own any more
+    return recipe.with_changes(**changes)

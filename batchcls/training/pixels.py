@@ -138,7 +138,7 @@ def _take(block: pa.Table, first_row: int, pixels: Pixels, failures: dict[int, t
 
 
 class PixelStore:
-    """The images of a manifest by row number; may be used in processes that are forked off.
+    """The images of a manifest by row number; may be used in processes that are forked off or that it is sent to.
 
     What is open at a time is bounded, however many parts there are.
     """
@@ -177,6 +177,10 @@ class PixelStore:
         if os.preadv(self._file(number), [image.data], place) != image.nbytes:
             raise InputError(f"{part.path} is cut off; remove it, and the same command prepares it again")
         return image
+
+    def __getstate__(self) -> dict[str, object]:
+        """What a process that is started afresh is given: it opens the files itself, its descriptors are others."""
+        return self.__dict__ | {"_open": OrderedDict()}
 
     def close(self) -> None:
         """Close the files; what is read afterwards opens them again."""

@@ -50,14 +50,13 @@ class StepPlan:
         2022). A moving average forgets as much an image (Busbridge et al., "How to Scale Your EMA", 2023).
         """
         factor = self.growth if recipe.optimizer == "sgd" else self.growth**0.5
-        return recipe.with_changes(
-            batch_size=self.batch_size,
-            learning_rate=recipe.learning_rate * factor if config.learning_rate is None else None,
-            head_learning_rate=(
-                recipe.head_learning_rate * factor if config.head_learning_rate is None else None
-            ),
-            ema_decay=recipe.ema_decay**self.growth if recipe.ema_decay is not None else None,
-        )
+        changes: dict[str, object] = {"batch_size": self.batch_size}
+        for name in ("learning_rate", "head_learning_rate"):
+            if getattr(config, name) is None:
+                changes[name] = getattr(recipe, name) * factor
+        if recipe.ema_decay is not None:
+            changes["ema_decay"] = recipe.ema_decay**self.growth
+        return recipe.with_changes(**changes)
 
 
 def plan_steps(config: FinetuneConfig, recipe: Recipe, workers: Workers, rows: int, needed: int) -> StepPlan:

@@ -172,8 +172,9 @@ def test_an_encrypted_footer_and_damaged_ends_are_told_in_one_line(tmp_path: Pat
     path = encrypted(tmp_path / "m.parquet", "secret", plain_footer=False)
     assert "is encrypted, its footer too" in refusal(path)
     whole = write(tmp_path / "n.parquet", x=pa.array(IDS)).read_bytes()
+    path.write_bytes(b"")
+    assert "m.parquet is empty (0 bytes" in refusal(path)
     for data in (
-        b"",
         b"PAR1",
         whole[:-4],
         whole[:-8] + b"\xff\xff\xff\x7fPAR1",

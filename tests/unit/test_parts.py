@@ -12,6 +12,7 @@ import pytest
 
 from batchcls.errors import BudgetExceeded, InputError, ReconciliationError, StorageStoppedError
 from batchcls.inference.predictor import Predictor
+from batchcls.runs.budget import Budget
 from batchcls.runs.commit import check_budget, commit, reconcile
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.plan import Plan, claim
@@ -102,9 +103,9 @@ def test_unknown_rows_are_an_error(tmp_path: Path):
 
 def test_too_many_failures_name_figure_limit_and_reason(tmp_path: Path):
     totals = reconcile(receipts(tmp_path), 8)
-    check_budget(totals, 0.125)
+    check_budget(totals, Budget(8, 0.125))
     with pytest.raises(BudgetExceeded) as caught:
-        check_budget(totals, 0.1)
+        check_budget(totals, Budget(8, 0.1))
     for word in ("1 of 8", "12.50%", "10.00%", "truncated 1", "row 1 truncated"):
         assert word in str(caught.value)
 

@@ -26,9 +26,15 @@ def manifest(tmp_path: Path) -> str:
         (["--model", "timm:mobilenetv2_99"], ["did you mean", "timm:mobilenetv2_100"]),
         (["--model", "resnet51.tag"], ["did you mean resnet50"]),
         (["--model", "./no/bundle"], ["is no bundle"]),
-        (["--model", "s3:/typo"], ["s3:/typo"]),
-        (["--model", "resnet50", "--weights", "nowhere.safetensors"], ["--weights nowhere.safetensors"]),
-        (["--model", "resnet50", "--labels", "nowhere.txt"], ["--labels nowhere.txt"]),
+        (["--model", "s3:/typo"], ["s3://typo", "too few slashes"]),
+        (
+            ["--model", "resnet50", "--weights", "nowhere.st"],
+            ["--weights", "nowhere.st: there is no such file"],
+        ),
+        (
+            ["--model", "resnet50", "--labels", "nowhere.txt"],
+            ["--labels", "nowhere.txt: there is no such file"],
+        ),
         (["--model", "resnet50", "--id-column", "sku"], ["column sku is missing", "--id-column"]),
         (["--model", "resnet50", "--keep", "price"], ["column price is missing"]),
         (["--model", "resnet50", "--manifest", "nowhere.parquet"], ["nowhere.parquet"]),

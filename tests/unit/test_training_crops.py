@@ -102,7 +102,7 @@ OF_PATCHES = (
     *("timm:mixer_s32_224", "timm:resmlp_12_224", "timm:gmlp_ti16_224", "timm:maxvit_rmlp_pico_rw_256"),
     *("timm:coatnet_pico_rw_224", "timm:cait_xxs24_224", "timm:levit_128s", "timm:xcit_nano_12_p16_224"),
     *("timm:crossvit_tiny_240", "timm:nest_tiny_jx", "timm:pit_ti_224", "timm:convit_tiny"),
-    *("timm:eva02_tiny_patch14_224", "timm:mobilevitv2_050", "timm:poolformer_s12", "timm:twins_svt_small"),
+    *("timm:mobilevitv2_050", "timm:poolformer_s12", "timm:twins_svt_small"),
 )
 
 

@@ -198,7 +198,7 @@ def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
         training = Training(network(), ["fc"], replace(chosen, pass_size=pass_size), place, hooks())
         return [
             (row, image.numpy().tobytes())
-            for step in training._steps(1, stores[0])
+            for step in training._steps(1, stores[0], 0)
             for images, _, rows in step.passes
             for row, image in zip(rows.tolist(), images, strict=True)
         ]
