@@ -37,7 +37,7 @@ gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
 
 long: $(STAMP)  ## the long tests: every backbone of the zoo through the real job, ten crops, accuracies
-	@$(BIN)/python -m pytest -m long -s
+	@MALLOC_ARENA_MAX=1 $(BIN)/python -m pytest -m long -s
 
 chaos: $(STAMP)  ## 50 runs that are killed, a store that fails, mutated images; over an hour on two cores
 	@$(BIN)/python -m pytest -m chaos -s

@@ -74,7 +74,7 @@ def ray_session(address: str) -> Iterator[None]:
             "RAY_ADDRESS is a dashboard; send the job there with `ray job submit --working-dir . -- python -m "
             "batchcls.jobs...`, or use --ray-address local or HOST:PORT"
         )
-    for is_last in (False, True):
+    for attempt in (1, 2):
         try:
             _init(target)
             break
@@ -84,16 +84,18 @@ def ray_session(address: str) -> Iterator[None]:
                 "cluster/local.sh up, or use --ray-address local"
             ) from None
         except Exception as error:
-            # Ray says by a bare Exception that a node that it has started did not come up in time.
-            if type(error) is not Exception:
-                raise
             ray.shutdown()
-            if is_last:
+            # Ray says by a bare Exception that a node that it has started did not come up in time.
+            did_not_come_up = type(error) is Exception
+            if did_not_come_up and attempt == 1:
+                _logger.warning("Ray did not come up in time; starting it once more")
+                continue
+            if did_not_come_up:
                 raise ClusterStartError(
                     f"Ray did not come up on this machine, twice ({_first_line(error)}); the machine may be busy or "
                     "short of memory: try again, or start a cluster with cluster/local.sh up"
                 ) from None
-            _logger.warning("Ray did not come up in time; starting it once more")
+            raise
     try:
         yield
     finally:

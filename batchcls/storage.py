@@ -4,7 +4,6 @@ Whole files in, whole files out: a reader never sees half of what `write_whole` 
 are always fresh. What goes wrong is translated by `explain`, which the callers put around a step.
 """
 
-import inspect
 import json
 import os
 import threading
@@ -16,9 +15,9 @@ from typing import Any
 
 import fsspec
 import pyarrow.fs
-from fsspec.registry import get_filesystem_class
 
 from batchcls.errors import InputError
+from batchcls.filesystems import filesystem_class, make_filesystem
 from batchcls.local_files import (
     Kind,
     copy_local,
@@ -31,7 +30,7 @@ from batchcls.local_files import (
     write_local,
 )
 from batchcls.storage_errors import UnsupportedSchemeError, error_code, explain, resumable
-from batchcls.uris import LOCAL, is_remote, join, local_path, redact_options, redact_uri, scheme
+from batchcls.uris import LOCAL, S3_SCHEMES, is_remote, join, local_path, redact_options, redact_uri, scheme
 
 __all__ = [
     "Entry",
@@ -52,17 +51,7 @@ __all__ = [
     "write_files",
 ]
 
-_S3_SCHEMES = frozenset({"s3", "s3a"})
 
-# botocore repeats 429, 5xx and lost connections; s3fs repeats on top what broke off in the middle of an answer.
-# Enough of both that a store which fails half of all requests lets a run end.
-_S3_CONFIG = {
-    "connect_timeout": 10,
-    "read_timeout": 60,
-    "max_pool_connections": 64,
-    "retries": {"mode": "standard", "total_max_attempts": 6},
-}
-_S3FS_ATTEMPTS = 5
 _S3_PART_BYTES = 16 << 20
 
 _CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
@@ -132,14 +121,14 @@ class Storage:
         name = scheme(uri)
         if name == LOCAL:
             return fsspec.filesystem(LOCAL), local_path(uri)
-        kind = _filesystem_class(name, uri)
+        kind = filesystem_class(name, uri)
         uri = name + uri[len(name) :]
         options = {**kind._get_kwargs_from_urls(uri), **self._options}
         owner = 0 if kind.async_impl else threading.get_ident()
         key = (os.getpid(), owner, name, json.dumps(options, sort_keys=True, default=repr))
         if key not in _filesystems:
             # No lock, which a fork could leave held: a second object made by a race is dropped.
-            _filesystems.setdefault(key, _make_filesystem(name, kind, options))
+            _filesystems.setdefault(key, make_filesystem(name, kind, options))
         return _filesystems[key], str(kind._strip_protocol(uri))
 
     def arrow_filesystem(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -155,7 +144,7 @@ class Storage:
             return Path(local_path(uri)).read_bytes()
         filesystem, path = self.filesystem(uri)
         # One GET: s3fs would ask for the size first, and a refused HEAD carries no error code.
-        single = {"max_concurrency": 1} if scheme(uri) in _S3_SCHEMES else {}
+        single = {"max_concurrency": 1} if scheme(uri) in S3_SCHEMES else {}
         return bytes(filesystem.cat_file(path, **single))
 
     def write_whole(self, uri: str, data: bytes) -> None:
@@ -168,7 +157,7 @@ class Storage:
             write_local(local_path(uri), data)
             return
         filesystem, path = self.filesystem(uri)
-        parts = {"chunksize": _S3_PART_BYTES} if scheme(uri) in _S3_SCHEMES else {}
+        parts = {"chunksize": _S3_PART_BYTES} if scheme(uri) in S3_SCHEMES else {}
         filesystem.pipe_file(path, data, **parts)
 
     def create_exclusive(self, uri: str, data: bytes) -> None:
@@ -199,7 +188,7 @@ class Storage:
     def _put_new(self, uri: str, data: bytes) -> None:
         filesystem, path = self.filesystem(uri)
         # Completing a multipart upload ignores the condition on some servers: one PUT always.
-        single = {"chunksize": len(data) + 1} if scheme(uri) in _S3_SCHEMES else {}
+        single = {"chunksize": len(data) + 1} if scheme(uri) in S3_SCHEMES else {}
         try:
             filesystem.pipe_file(path, data, mode="create", **single)
         except OSError as error:
@@ -371,50 +360,6 @@ class Storage:
             if not name.endswith(("/", _FOLDER_MARK)) and (name != path or entry["type"] == "file")
         ]
         return Found(uri, tuple(entries)) if entries else None
-
-
-def _filesystem_class(name: str, uri: str) -> Any:
-    try:
-        return get_filesystem_class(name)
-    except ValueError:
-        raise UnsupportedSchemeError(
-            f"{redact_uri(uri)}: no filesystem speaks '{name}://'; use a local path, s3:// or "
-            "another scheme that fsspec knows"
-        ) from None
-    except ImportError as error:
-        raise UnsupportedSchemeError(
-            f"{redact_uri(uri)}: a package for '{name}://' is missing: {error}"
-        ) from None
-
-
-def _make_filesystem(name: str, kind: Any, options: dict[str, object]) -> Any:
-    if name in _S3_SCHEMES:
-        options = _s3_options(kind, options)
-    try:
-        filesystem = kind(**options, skip_instance_cache=True)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"storage options for '{name}://' do not fit ({type(error).__name__}): given are "
-            f"{', '.join(sorted(options)) or 'none'}"
-        ) from None
-    if name in _S3_SCHEMES:
-        filesystem.retries = _S3FS_ATTEMPTS
-    return filesystem
-
-
-def _s3_options(kind: Any, given: Mapping[str, object]) -> dict[str, object]:
-    """Our defaults under the given options; unknown ones are refused here, not at the first request."""
-    options: dict[str, Any] = {"use_listings_cache": False, **given}
-    region = options.pop("region_name", None)
-    if region is not None:
-        options["client_kwargs"] = {"region_name": region, **options.get("client_kwargs", {})}
-    options["config_kwargs"] = {**_S3_CONFIG, **options.get("config_kwargs", {})}
-    known = {*inspect.signature(kind.__init__).parameters, "profile", "use_listings_cache", "region_name"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        names = ", ".join(sorted(known - {"self", "kwargs"}))
-        raise InputError(f"unknown storage options for s3: {', '.join(unknown)}; known are {names}")
-    return options
 
 
 def _local_infos(paths: Iterable[Path], suffix: str | tuple[str, ...]) -> list[FileInfo]:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from batchcls.local_files import locked
 from batchcls.storage import Storage, error_code, is_remote, local_path, redact_uri, scheme
+from batchcls.uris import S3_SCHEMES
 
 PATIENCE_SECONDS = 60.0
 """A writer that has its turn for longer is stopped in the middle of it."""
 
-_S3_SCHEMES = frozenset({"s3", "s3a"})
 _CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"})
 _NO_CONDITIONS = frozenset({"NotImplemented", "501"})
 
@@ -42,7 +42,7 @@ def look(uri: str, storage: Storage) -> Seen | None:
         OSError: the store refuses; what its client raises.
     """
     try:
-        etag = _etag(uri, storage) if scheme(uri) in _S3_SCHEMES else None
+        etag = _etag(uri, storage) if scheme(uri) in S3_SCHEMES else None
         return Seen(storage.read_bytes(uri), etag)
     except FileNotFoundError:
         return None
@@ -85,7 +85,7 @@ def _swap_local(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> N
 
 
 def _swap_remote(uri: str, data: bytes, seen: Seen | None, storage: Storage) -> None:
-    if scheme(uri) not in _S3_SCHEMES:
+    if scheme(uri) not in S3_SCHEMES:
         _swap_unconditionally(uri, data, seen, storage)
         return
     try:

@@ -16,6 +16,8 @@ from batchcls.errors import InputError
 LOCAL = "file"
 """The scheme of local files, however they are written."""
 
+S3_SCHEMES = frozenset({"s3", "s3a"})
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)(?:::[^/]*)?://")
 _FILE_PATH = re.compile(r"(file|local):(?=/)", re.IGNORECASE)
 _LOCAL_SPELLINGS = frozenset({"file", "local"})

@@ -9,7 +9,8 @@ from itertools import repeat
 import numpy as np
 import pyarrow as pa
 
-from batchcls.manifest import Fragment, FragmentReader, Manifest, with_text_labels
+from batchcls.manifest import Fragment, Manifest, with_text_labels
+from batchcls.manifest_reader import FragmentReader
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI, URI_FAULT
 from batchcls.storage import Storage
 from batchcls.uris import real_place

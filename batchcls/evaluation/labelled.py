@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 
 from batchcls.evaluation.outcomes import Categories
 from batchcls.identity import BadIds, find_bad_ids
-from batchcls.manifest import FragmentReader, Manifest, open_labelled
+from batchcls.manifest import Manifest, open_labelled
+from batchcls.manifest_reader import FragmentReader
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
 from batchcls.storage import Storage
 

@@ -16,7 +16,7 @@ from batchcls.evaluation.outcomes import Rows
 from batchcls.images.load import Loader
 from batchcls.images.settings import LoadSettings
 from batchcls.inference.predictor import pixels_of
-from batchcls.manifest import FragmentReader
+from batchcls.manifest_reader import FragmentReader
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import IMAGE, ITEM_ID, PIXELS, ROW, URI
 

@@ -11,8 +11,8 @@ from typing import Any
 from batchcls.images import background
 from batchcls.images.retry import short_body, too_large
 from batchcls.storage import Storage, scheme
+from batchcls.uris import S3_SCHEMES
 
-S3_SCHEMES = frozenset({"s3", "s3a"})
 _CONNECTIONS = 128
 _PIECE_BYTES = 1 << 18
 

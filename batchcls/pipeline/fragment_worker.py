@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from batchcls.images.load import Loader
 from batchcls.inference.predictor import Predictor
-from batchcls.manifest import Fragment, FragmentReader
+from batchcls.manifest import Fragment
+from batchcls.manifest_reader import FragmentReader
 from batchcls.models.engines import Engine
 from batchcls.models.engines.start import describe
 from batchcls.pipeline.fused_actor import FRAGMENTS_IN_FLIGHT, Orders, Part, UnderWay

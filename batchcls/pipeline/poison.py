@@ -12,7 +12,8 @@ import ray
 
 from batchcls.errors import BatchclsError
 from batchcls.images.isolated import Suspect, find_killers
-from batchcls.manifest import Fragment, FragmentReader
+from batchcls.manifest import Fragment
+from batchcls.manifest_reader import FragmentReader
 from batchcls.pipeline.causes import cause_of
 from batchcls.pipeline.work import RETRIES, Work
 from batchcls.schema import IMAGE, ROW, URI, Failure

@@ -19,7 +19,8 @@ import ray
 from batchcls.errors import InputError
 from batchcls.images.addresses import resolve_uri
 from batchcls.images.fetch import Fetcher
-from batchcls.manifest import Fragment, FragmentReader
+from batchcls.manifest import Fragment
+from batchcls.manifest_reader import FragmentReader
 from batchcls.pipeline.causes import stopped
 from batchcls.pipeline.work import RETRIES, Load, Work
 from batchcls.runs.parts import PartWriter, Receipt

@@ -11,7 +11,8 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from batchcls.images.load import Loader
-from batchcls.manifest import Fragment, FragmentReader
+from batchcls.manifest import Fragment
+from batchcls.manifest_reader import FragmentReader
 from batchcls.pipeline.work import Load
 from batchcls.schema import Failure
 

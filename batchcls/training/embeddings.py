@@ -29,7 +29,8 @@ from batchcls.inference.choosing import Sample, choose
 from batchcls.inference.measured import Wanted
 from batchcls.inference.self_test import start_tested_engine
 from batchcls.inference.trial import answers
-from batchcls.manifest import FragmentReader, Manifest
+from batchcls.manifest import Manifest
+from batchcls.manifest_reader import FragmentReader
 from batchcls.models.bundle import Bundle
 from batchcls.models.engines import REFERENCE, Answer, Device, Engine, EngineChoice, EnginePlace
 from batchcls.models.engines.conversions import Conversions

@@ -22,7 +22,8 @@ from batchcls.comparison.prepare import pixels_key
 from batchcls.errors import InputError
 from batchcls.images.load import Loader
 from batchcls.images.settings import LoadSettings
-from batchcls.manifest import Columns, Fragment, FragmentReader, Manifest
+from batchcls.manifest import Columns, Fragment, Manifest
+from batchcls.manifest_reader import FragmentReader
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, ROW, Failure
 from batchcls.storage import Storage, explain, is_remote, join, local_path

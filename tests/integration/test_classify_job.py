@@ -245,7 +245,7 @@ def test_bad_input_ends_with_2_one_line_and_nothing_written(
     output = given.pop("--output", str(tmp_path / "output"))
     outcome = job(*(part for pair in given.items() for part in pair), output=output)
     assert outcome.exit_code == 2
-    errors = [line for line in outcome.log.splitlines() if "error:" in line]
+    errors = [line for line in outcome.log.splitlines() if " ERROR " in line]
     assert len(errors) == 1
     for word in words:
         assert word in errors[0]

@@ -122,7 +122,7 @@ def test_a_store_that_refuses_ends_with_2_and_one_line(
     code = classify_there(store, tiny_bundle, *changes[case]())
     log = "".join(capfd.readouterr())
     assert code == 2, log
-    (line,) = [line for line in log.splitlines() if "error:" in line]
+    (line,) = [line for line in log.splitlines() if " ERROR " in line]
     for word in words:
         assert word in line
     assert "Traceback" not in log

@@ -24,10 +24,11 @@ ROOMS = (
     ("placement", "runs", "comparison", "evaluation"),
     ("inference",),
     ("images", "models", "identity"),
+    ("manifest_reader",),
     ("manifest", "manifest_columns", "manifest_footer", "manifest_types", "config", "flags"),
     ("data_files",),
     ("swap",),
-    ("storage", "storage_errors", "local_files", "uris"),
+    ("storage", "storage_errors", "local_files", "filesystems", "uris"),
     ("views",),
     ("preprocessing", "hardware", "schema", "errors", "row_ranges"),
 )

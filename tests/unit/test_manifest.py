@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.errors import InputError
-from batchcls.manifest import Fragment, FragmentReader, open_manifest
+from batchcls.manifest import Fragment, open_manifest
+from batchcls.manifest_reader import FragmentReader
 from batchcls.row_ranges import RowRanges
 from batchcls.storage import Storage
 from tests.manifests import write_manifest

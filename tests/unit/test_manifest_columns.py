@@ -23,7 +23,8 @@ from batchcls.identity import find_bad_ids
 from batchcls.images.load import Loader
 from batchcls.jobs import manifest as manifest_job
 from batchcls.jobs.command import run
-from batchcls.manifest import FragmentReader, Manifest, open_labelled, open_manifest
+from batchcls.manifest import Manifest, open_labelled, open_manifest
+from batchcls.manifest_reader import FragmentReader
 from batchcls.storage import Storage
 from tests.drawing import draw, encode
 from tests.unit.test_load import settings
