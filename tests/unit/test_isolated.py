@@ -58,6 +58,8 @@ def test_the_rows_that_end_a_process_are_found_and_no_others(
     settings: LoadSettings, monkeypatch: pytest.MonkeyPatch, mark: bytes, word: str, reason: Reason
 ):
     monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "poison"), str(REPOSITORY), *sys.path])
+    if mark == GREEDY:  # memory is to run out before the time does
+        settings = replace(settings, limits=replace(settings.limits, seconds=60))
     picture = encode(draw(0, 90, 70), "JPEG")
     images = [picture, picture[:50], b"", picture + mark, picture]
     suspects = [Suspect(10 + place, None, image) for place, image in enumerate(images)]
