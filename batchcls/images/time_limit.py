@@ -69,7 +69,7 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
     except OverTimeError:
         _end(watched)  # where the exception came while the work was ending
         raise
-    if watched.told:
+    if watched.told or time.thread_time() - watched.begun > seconds:
         raise OverTimeError
     return result
 

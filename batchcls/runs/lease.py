@@ -281,25 +281,29 @@ def _take(folder: str, storage: Storage) -> Lease:
         if newest and before and (before.is_living() or _stirs(newest, before, storage)):
             raise HeldError(folder, before)
         holder = Holder.here()
-        uri = _create_next(folder, holder, storage)
+        uri = _create_next(folder, _number(newest), holder, storage)
     if before is not None and not before.released:
         _logger.info("taking the run over from process %d on %s, which has died", before.pid, before.host)
     return Lease(uri, folder, holder, storage)
 
 
-def _create_next(folder: str, holder: Holder, storage: Storage) -> str:
-    """The lease of the next free number. Raises InputError if another driver is faster."""
+def _create_next(folder: str, looked_at: int, holder: Holder, storage: Storage) -> str:
+    """Create the lease of the next free number. Raises InputError if another driver is faster.
+
+    `looked_at` is the highest number whose holder the caller has found dead. A lease created since then has a
+    higher one, and its holder is looked at before this driver goes past it.
+    """
     # A folder of such a name is no lease, and keeps one from having it.
     place = join(folder, LEASE)
     taken = [_NAME.fullmatch(name) for name in storage.list_folders(place)]
-    first = max([_number(_newest(folder, storage)), *(int(match[1]) for match in taken if match)]) + 1
+    first = max([looked_at, *(int(match[1]) for match in taken if match)]) + 1
     for number in range(first, first + _TRIED_NUMBERS):
         uri = join(place, f"{number:06d}.json")
         try:
             storage.create_exclusive(uri, _to_json(holder))
         except FileExistsError:
             winner = _newest(folder, storage)
-            faster = _read(winner, storage) if winner and _number(winner) >= number else None
+            faster = _read_twice(winner, storage) if winner and _number(winner) >= number else None
             if faster is not None and faster.is_living():
                 raise HeldError(folder, faster) from None
         else:

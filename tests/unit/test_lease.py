@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def test_a_second_job_is_refused_while_the_first_holds_the_run(tmp_path: Path):
     require_free(str(tmp_path), STORAGE)
     with leased(str(tmp_path), STORAGE):
         assert living_holder(str(tmp_path), STORAGE) is not None
+
+
+def test_a_lease_created_between_the_look_and_the_creation_is_not_gone_past(tmp_path: Path):
+    class Slow(Storage):
+        def list_folders(self, uri: str) -> list[str]:
+            first.enter_context(leased(str(tmp_path), STORAGE))
+            return super().list_folders(uri)
+
+    with ExitStack() as first:
+        with pytest.raises(InputError, match="works on this run"), leased(str(tmp_path), Slow()):
+            pass
+        assert [path.name for path in (tmp_path / "lease").iterdir()] == ["000001.json"]
 
 
 def test_a_killed_process_is_taken_over_from_at_once(tmp_path: Path):
