@@ -1,7 +1,7 @@
 """The types that columns of a manifest are written in, and the plain ones that they are read as.
 
 One kind of value has many types: text is string, large_string, string_view or a dictionary, as Spark, Polars,
-pandas, DuckDB and Hugging Face's `datasets` write it. Each is read as one (docs/decisions/024-manifest-column-types.md).
+pandas, DuckDB and Hugging Face's `datasets` write it. Each is read as one (docs/decisions/024).
 """
 
 from collections.abc import Callable
