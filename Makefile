@@ -58,9 +58,10 @@ bench: $(STAMP)  ## this job beside Ray's and Daft's examples, a DataLoader scri
 		|| $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m benchmarks.run
 
-docs: $(STAMP)  ## write docs/flags.md and the table of docs/zoo.md anew
-	@COLUMNS=100 $(BIN)/python docs/make_flags.py
-	@$(BIN)/python docs/make_zoo.py
+docs: $(STAMP)  ## generate the reference pages and build the documentation into site/
+	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 clean:  ## remove what the demo and the tests left; keeps .venv
-	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(DEMO) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

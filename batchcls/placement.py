@@ -13,7 +13,7 @@ from batchcls.config.classify import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.models.engines import Device
 
-# Measured rates that the defaults follow from: docs/log.md, "Where the defaults come from".
+# Measured rates that the defaults follow from: docs/measurements, "Where the defaults come from".
 _CPU_BATCH = 8
 _GPU_BATCH = 128
 _GPU_BATCHES_A_BLOCK = 4
@@ -77,7 +77,7 @@ def place(config: ClassifyConfig, nodes: Sequence[Node], rows: int, *, remote_im
         InputError: what is asked for cannot be scheduled; the message says what to change.
     """
     device = _device(config, sum(node.gpus for node in nodes))
-    # Measured: docs/log.md, "Fused or staged". Decoding for a GPU takes the CPUs of many nodes.
+    # Measured: docs/measurements, "Fused or staged". Decoding for a GPU takes the CPUs of many nodes.
     shape: Shape = ("staged" if device == "cuda" else "fused") if config.shape == "auto" else config.shape
     in_flight = 32 if remote_images else 4
     if shape == "fused":

@@ -34,13 +34,13 @@ _QUIET_ENVIRONMENT = {
 }
 
 
-# libgomp's threads spin while they wait, on cores that they share with others (docs/log.md, "Negative").
+# libgomp's threads spin while they wait, on cores that they share with others (docs/measurements, "Negative").
 WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment variables of every worker that runs a network; read when torch is loaded."""
 
 # What a network computes between its layers is large and soon freed, and glibc hands it back to the system, which has
 # it mapped and zeroed anew page by page: a seventh of the time of a pass in PyTorch, a third to half of that of
-# training (docs/log.md, 2026-11-26). With these it is kept. One arena, since only the first can keep blocks of this
+# training (docs/measurements). With these it is kept. One arena, since only the first can keep blocks of this
 # size.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",

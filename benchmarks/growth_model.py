@@ -1,10 +1,10 @@
 """The job on paper: nodes, GPUs and rates in, hours, the stage that saturates and the driver's share out.
 
-    python -m benchmarks.growth_model                       the tables of docs/growth.md
+    python -m benchmarks.growth_model                       the tables of docs/explanation/scaling.md
     python -m benchmarks.growth_model --check RESULTS.json  the model beside points that were measured
 
 Every figure that the model starts from is a field of one of the three records below with its source
-beside it; docs/growth.md says what follows from them.
+beside it; docs/explanation/scaling.md says what follows from them.
 """
 
 import argparse
@@ -53,8 +53,8 @@ class Costs:
     rows_per_file: int = 20_000
     driver_seconds_per_fragment: float = 0.005  # CPU of the one driver, staged: benchmarks/driver_work.py
     driver_seconds_per_block: float = 0.005
-    planning_seconds_per_million: float = 1.4  # docs/log.md at one million rows; 0.6 at four
-    planning_bytes_per_million: float = 240 * _MIB  # docs/log.md, until DuckDB's own limit
+    planning_seconds_per_million: float = 1.4  # docs/measurements at one million rows; 0.6 at four
+    planning_bytes_per_million: float = 240 * _MIB  # docs/measurements, until DuckDB's own limit
     planning_bytes_limit: float = 1.0e9  # DuckDB spills beyond, batchcls/identity.py
     driver_base_bytes: float = 400 * _MIB  # Python, Ray, pyarrow: assumption
     bytes_per_fragment: float = 2_000  # the record of a fragment and of its read task: assumption
@@ -240,7 +240,7 @@ CASES = (
         _fused(16_384, decode_seconds=_LARGE_DECODE_SECONDS, fetch_seconds=0.090),
     ),
 )
-"""Title, catalog and costs of each table of docs/growth.md."""
+"""Title, catalog and costs of each table of docs/explanation/scaling.md."""
 
 
 def table(predictions: Sequence[tuple[str, Prediction]]) -> str:
@@ -291,7 +291,7 @@ def driver_table(cases: Sequence[tuple[str, Prediction]]) -> str:
 
 
 def report() -> str:
-    """All tables of docs/growth.md."""
+    """All tables of docs/explanation/scaling.md."""
     parts = []
     for title, catalog, costs in CASES:
         found = [(name, predict(nodes, catalog, node, costs)) for name, nodes, node in CLUSTERS]
@@ -303,7 +303,7 @@ def report() -> str:
 
 
 def main() -> None:
-    """Print the tables of docs/growth.md, or the model beside measured points."""
+    """Print the tables of docs/explanation/scaling.md, or the model beside measured points."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

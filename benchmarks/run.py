@@ -169,7 +169,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", default=str(REPOSITORY.parent / "shared" / "data"), help="holds imagenet/ and catalog/")
     add("--folder", help="where weights, images and conversions are kept for another start; default: nowhere")
     add("--results", default=str(REPOSITORY / "benchmarks" / "results"), help="folder for DATE-peers.json")
-    add("--picture", default=str(REPOSITORY / "docs" / "benchmarks.png"), help="PNG or SVG; empty: none")
+    add("--picture", default=str(REPOSITORY / "docs" / "images" / "benchmarks.png"), help="PNG or SVG; empty: none")
     return parser.parse_args(arguments)
 
 

@@ -2,7 +2,7 @@
 
 Many rows are in flight at once, so that the latency of storage hides behind decoding, while only as
 many decode as there are cores for it. Blocks come out in row order with a fixed number of rows,
-whatever fails and whatever is slow: a replayed task must yield the same blocks (docs/architecture.md).
+whatever fails and whatever is slow: a replayed task must yield the same blocks (docs/explanation/architecture.md).
 """
 
 import hashlib

@@ -79,7 +79,7 @@ class Transform:
         """The upper left part, H x W x 3, of the picture resized to `size`: as much of it as is cropped to.
 
         What lies below and to the right of it is neither read nor made, which saves 7 to 22 % of the
-        time (docs/log.md, 2026-11-26); the values are those of the whole. Possibly `pixels` themselves.
+        time (docs/measurements); the values are those of the whole. Possibly `pixels` themselves.
         """
         factors = [after / before for after, before in zip(size, extent, strict=True)]
         if factors == [1, 1]:

@@ -2,7 +2,7 @@
 
 A reduced picture lacks a little of what the whole one shows, and networks differ in what they make of
 that. Photographs of ImageNet enlarged until half the scale just fits kept, with a margin of 2, the best
-class of 96 % for mobilenetv2_100, and with 4 that of 98 % for squeezenet1_1 (docs/log.md).
+class of 96 % for mobilenetv2_100, and with 4 that of 98 % for squeezenet1_1 (docs/measurements).
 """
 
 from collections.abc import Callable

@@ -57,7 +57,7 @@ def main(job: str, commands: Sequence[Command[Any]]) -> None:
     """End the process with the job's exit code, at once.
 
     Threads of Arrow may still wait for a store that has failed, and the interpreter's own end would wait for
-    them: four of six tries hung in it (docs/log.md).
+    them: four of six tries hung in it (docs/measurements).
     """
     exit_code = run(job, commands)
     try:

@@ -61,7 +61,7 @@ class Tolerance:
     cosine: float = -1.0
 
 
-# Measured: docs/log.md, "Golden answers". A lower precision alone moves an embedding as far as some
+# Measured: docs/measurements, "Golden answers". A lower precision alone moves an embedding as far as some
 # wrong preprocessings do, so whoever starts an engine tests the network in fp32 before.
 TOLERANCES = {
     "fp32": Tolerance(probability=0.01, distance=0.02),

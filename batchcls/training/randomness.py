@@ -23,7 +23,7 @@ def random_numbers(seed: int) -> Iterator[None]:
     """Those of this seed, on the CPU, where transforms draw them; afterwards the process continues with its own.
 
     `torch.manual_seed` would seed GPUs as well, for whatever else draws there, and where there is none it writes
-    down who called it: 2.5 % of a training on CPUs (docs/log.md, 2026-11-26).
+    down who called it: 2.5 % of a training on CPUs (docs/measurements).
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -35,7 +35,7 @@ from batchcls.training.workers import Workers
 _LOOKING = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 
 # Threads of a worker sleep at the end of each operation, for the sake of other work (WORKER_VARIABLES), which costs
-# training a sixth of its time. They look for more of it so often first, for microseconds (docs/log.md, 2026-11-26).
+# training a sixth of its time. They look for more of it so often first, for microseconds (docs/measurements).
 _LOOK_BEFORE_SLEEP = {"GOMP_SPINCOUNT": "10000"}
 
 _logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from batchcls.placement import Node
 _MOST_LOADERS = 8
 
 # Processes with a thread each do not wait for each other at the end of every operation, as threads do: on two cores
-# 39 to 45 images/s against 29 (docs/log.md, 2026-11-26). Below so many pictures of a step each has too little to do.
+# 39 to 45 images/s against 29 (docs/measurements). Below so many pictures of a step each has too little to do.
 _LEAST_PICTURES = 16
 
 

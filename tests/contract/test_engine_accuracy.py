@@ -91,7 +91,7 @@ def exact(bundle: Bundle, place: EnginePlace, photographs) -> Answer:
 class Bound:
     """How much may be lost: of 300 right answers, of 300 equal ones, and of the embeddings' mean cosine.
 
-    A little wider than what was seen (docs/log.md).
+    A little wider than what was seen (docs/measurements).
     """
 
     right: int

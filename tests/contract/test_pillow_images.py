@@ -1,7 +1,7 @@
 """Pillow's own test images: the pixels of Pillow's reference in every format that is read here.
 
 They are not kept here. Point BATCHCLS_PILLOW_IMAGES at the folder Tests/images of a checkout of Pillow;
-docs/formats.md holds what became of each kind.
+docs/reference/image-formats.md holds what became of each kind.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.contract.pillow_reference import pillow_pixels
 
 LIMITS = DecodeLimits(min_side_pixels=1)
 READ = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"}
-# What Pillow shows of the formats that are read, and is refused here; docs/formats.md says why.
+# What Pillow shows of the formats that are read, and is refused here; docs/reference/image-formats.md says why.
 REFUSED = {
     "10ct_32bit_128.tiff": Reason.UNSUPPORTED_FORMAT,
     "16_bit_binary_pgm.tiff": Reason.UNSUPPORTED_FORMAT,

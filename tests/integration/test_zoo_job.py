@@ -32,7 +32,7 @@ def manifest(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results():
-    """What each backbone took, printed as a table for docs/log.md when all are done."""
+    """What each backbone took, printed as a table for docs/measurements when all are done."""
     lines: list[str] = []
     yield lines
     print(

@@ -98,8 +98,8 @@ def test_a_stage_that_costs_nothing_bounds_nothing():
 
 
 def test_the_document_shows_what_the_model_says():
-    document = (REPOSITORY / "docs" / "growth.md").read_text()
+    document = (REPOSITORY / "docs" / "explanation" / "scaling.md").read_text()
     for part in report().split("\n\n"):
         assert part in document, (
-            "run `python -m benchmarks.growth_model` and put its tables into docs/growth.md"
+            "run `python -m benchmarks.growth_model` and put its tables into docs/explanation/scaling.md"
         )

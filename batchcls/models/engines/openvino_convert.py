@@ -50,7 +50,7 @@ class Converter:
 
         It is one program with a stream a thread, which share the weights; in int8 as many programs
         as threads. With two and more streams in one program OpenVINO 2026.4 answers wrongly for
-        squeezenet1_1 in int8, always, on any image (docs/log.md).
+        squeezenet1_1 in int8, always, on any image (docs/measurements).
 
         Raises:
             InputError: the network cannot be converted, there is nothing to quantise it by, or the
@@ -70,7 +70,7 @@ class Converter:
         return [self.core.import_model(blob, "CPU", self._properties(streams)) for _ in range(count)]
 
     def _properties(self, streams: int) -> dict[str, Any]:
-        # A stream a thread gives the most images a second (docs/log.md): threads that share a
+        # A stream a thread gives the most images a second (docs/measurements): threads that share a
         # layer wait for each other. Pinned threads of several actors would share the same cores.
         return {
             "INFERENCE_PRECISION_HINT": _HINTS[self.choice.precision],

@@ -46,7 +46,7 @@ def trace(backbone: Backbone, preprocessing: Preprocessing) -> openvino.Model:
         port.get_tensor().set_names({name})
     model.reshape([-1, channels, height, width])
     # As `convert_model` does: folds batch normalisation into convolutions. Compiling would do it, too, but
-    # quantising comes before, and without it mobilenetv2_100 in int8 lost 5 points (docs/log.md).
+    # quantising comes before, and without it mobilenetv2_100 in int8 lost 5 points (docs/measurements).
     apply_moc_transformations(model, cf=False, smart_reshape=False)
     return model
 
