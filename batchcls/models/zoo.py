@@ -20,9 +20,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-import timm
 from pydantic import BaseModel, ConfigDict, Field
-from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
 from batchcls.models.spec import ModelSpec, SourceName
@@ -161,6 +159,9 @@ def _entries(spec: ModelSpec) -> tuple[PublishedWeights, ...]:
         return record.weights
     if spec.source == "timm":
         return ()
+    # torch takes seconds to import, and names and records need none of it.
+    from torchvision import models as torchvision_models  # noqa: PLC0415
+
     weights = torchvision_models.get_model_weights(_split(spec)[0])
     members = sorted(weights, key=lambda member: member is not weights.DEFAULT)
     return tuple(entry for entry in map(_torchvision_entry, members) if entry is not None)
@@ -206,6 +207,8 @@ def _figure(entry: PublishedWeights) -> str:
 
 def _of_torchvision(spec: ModelSpec) -> TagNotes:
     """Of weights that torchvision states no accuracy for."""
+    from torchvision import models as torchvision_models  # noqa: PLC0415
+
     base, tag = _split(spec)
     weights = torchvision_models.get_model_weights(base)
     if tag is not None and tag not in weights.__members__:
@@ -219,6 +222,8 @@ def _of_torchvision(spec: ModelSpec) -> TagNotes:
 
 def _of_timm(spec: ModelSpec) -> TagNotes:
     """Of weights outside the zoo's records: timm's package states no accuracy for any."""
+    import timm  # noqa: PLC0415
+
     base, tag = _split(spec)
     default = timm.models.get_pretrained_cfg(base)
     try:

@@ -145,7 +145,9 @@ def test_a_name_is_found_without_importing_torch():
         "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["torchvision:resnet50", "None", "True"], done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, ["torchvision:resnet50", "None", "True"]), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:squeezenet1_1"])
