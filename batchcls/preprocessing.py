@@ -1,13 +1,16 @@
 """How an image becomes a network's input: one record that travels with the weights.
 
-A backbone's weights were trained with one way of resizing, cropping and normalising; another
+A backbone's weights were trained with one way of resizing, cropping and normalizing; another
 way costs points of accuracy without any error. So this record is part of the bundle, the decode
 workers and the engines both read it from there, and no job has constants of its own.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from batchcls.errors import InputError
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode = Literal["center", "squash", "border"]
@@ -43,9 +46,9 @@ ResizeSide = Annotated[int, Field(gt=0, le=16_384)]
 
 
 class Preprocessing(BaseModel):
-    """Resize, crop and normalisation of one set of weights.
+    """Resize, crop and normalization of one set of weights.
 
-    The steps, on an RGB image of any size: resize (see `crop_mode`), crop the centre to
+    The steps, on an RGB image of any size: resize (see `crop_mode`), crop the center to
     `input_height x input_width`, divide by 255, subtract `mean`, divide by `std`.
     """
 
@@ -81,3 +84,46 @@ class Preprocessing(BaseModel):
     def shape(self) -> tuple[int, int, int]:
         """H, W, C of one preprocessed image."""
         return self.input_height, self.input_width, 3
+
+
+AugmentationName = Literal["none", "hflip", "five-crop", "ten-crop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """How many crops of an image there are, and whether each is seen flipped, too.
+
+    One crop is the center; five are the corners (top left, top right, bottom left, bottom right)
+    and the center, in the order of torchvision's `FiveCrop`.
+    """
+
+    crops: Literal[1, 5] = 1
+    flips: bool = False
+
+    @property
+    def count(self) -> int:
+        """Forward passes for one image."""
+        return self.crops * (2 if self.flips else 1)
+
+
+_VIEWS: dict[AugmentationName, Views] = {
+    "none": Views(),
+    "hflip": Views(flips=True),
+    "five-crop": Views(crops=5),
+    "ten-crop": Views(crops=5, flips=True),
+}
+
+
+def views_of(name: AugmentationName, preprocessing: Preprocessing) -> Views:
+    """The views behind `--tta NAME`.
+
+    Raises:
+        InputError: corners are asked for and the preprocessing pads images instead of cropping them.
+    """
+    views = _VIEWS[name]
+    if views.crops > 1 and preprocessing.crop_mode == "border":
+        raise InputError(
+            f"--tta {name}: this model's preprocessing shows the whole image, padded (crop_mode border), so "
+            "there are no corners to crop; use --tta hflip or none"
+        )
+    return views

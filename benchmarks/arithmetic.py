@@ -105,7 +105,7 @@ def require_agreement(name: str, found: float) -> None:
         )
 
 
-def summarise(rounds: Mapping[str, Sequence[Timing]], job: str) -> dict[str, Any]:
+def summarize(rounds: Mapping[str, Sequence[Timing]], job: str) -> dict[str, Any]:
     """All programs of a suite for the record, each with its rounds, and how many times as fast the job is.
 
     Args:

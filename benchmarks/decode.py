@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from batchcls.hardware import Hardware
 from batchcls.images.decode import decode
-from batchcls.images.limits import DecodeLimits
+from batchcls.images.load_config import DecodeLimits
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Interpolation, Preprocessing
 from benchmarks.images import choose_images, enlarge_images

@@ -25,20 +25,19 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from batchcls.config.classify import ClassifyConfig
+from batchcls.config.classify_config import ClassifyConfig
 from batchcls.hardware import Hardware
-from batchcls.jobs.classify_inputs import check_inputs, open_inputs
-from batchcls.jobs.classify_work import work_of
-from batchcls.models.engines import REFERENCE
-from batchcls.pipeline.execute import Executed
-from batchcls.pipeline.fused import FusedRun
-from batchcls.pipeline.fused_actor import FragmentActor
-from batchcls.pipeline.settle import Settled
-from batchcls.pipeline.work import Engines, NodeEngine
-from batchcls.placement import place
+from batchcls.jobs.classify_plan import check_inputs, open_inputs, work_of
+from batchcls.models.engines.engine import REFERENCE
+from batchcls.pipeline.actor_pool import FusedRun
+from batchcls.pipeline.executor import Executed
+from batchcls.pipeline.fragment_actor import FragmentActor
+from batchcls.pipeline.node_engines import EngineSelection
+from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
+from batchcls.ray_runtime import nodes, ray_session
+from batchcls.resources import place
 from batchcls.runs.bottleneck import find_bottleneck
 from batchcls.runs.commit import reconcile
-from batchcls.runtime import nodes, ray_session
 from benchmarks.process import REPOSITORY
 
 _BATCH = 16
@@ -79,7 +78,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
             shape = place(config, nodes(), inputs.manifest.rows, remote_images=False)
             engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
             work = replace(
-                work_of(config, inputs, shape, Settled(engines, None, ()), "growth"),
+                work_of(config, inputs, shape, EngineSelection(engines, None, ()), "growth"),
                 no_progress_timeout_seconds=120.0,
             )
             run = SleepingRun(work, lambda _: None)

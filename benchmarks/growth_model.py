@@ -55,7 +55,7 @@ class Costs:
     driver_seconds_per_block: float = 0.005
     planning_seconds_per_million: float = 1.4  # docs/measurements at one million rows; 0.6 at four
     planning_bytes_per_million: float = 240 * _MIB  # docs/measurements, until DuckDB's own limit
-    planning_bytes_limit: float = 1.0e9  # DuckDB spills beyond, batchcls/identity.py
+    planning_bytes_limit: float = 1.0e9  # DuckDB spills beyond, batchcls/manifest/ids.py
     driver_base_bytes: float = 400 * _MIB  # Python, Ray, pyarrow: assumption
     bytes_per_fragment: float = 2_000  # the record of a fragment and of its read task: assumption
     bytes_per_receipt: float = 2_000  # ranges, paths, digests as Python objects: assumption

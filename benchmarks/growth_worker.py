@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchcls.models.engines import Answer, Device, EngineName, Precision
+from batchcls.models.engines.engine import Device, EngineName, EngineOutput, Precision
+from batchcls.pipeline.fragment_actor import WorkerSpec
 from batchcls.pipeline.fragment_worker import FragmentWorker
-from batchcls.pipeline.fused_actor import Orders
 
 
 class SleepingEngine:
@@ -28,21 +28,21 @@ class SleepingEngine:
         """Begin after the batches that were submitted before."""
         self._free_at = max(self._free_at, time.monotonic()) + len(pixels) * self._seconds
         classes, dimension = self._widths
-        answer = Answer(
+        answer = EngineOutput(
             np.zeros((len(pixels), classes), np.float32), np.zeros((len(pixels), dimension), np.float32)
         )
         return _Later(answer, self._free_at)
 
-    def answer(self, pixels: NDArray[Any]) -> Answer:
+    def answer(self, pixels: NDArray[Any]) -> EngineOutput:
         """Wait for it."""
         return self.submit(pixels).result()
 
 
 class _Later:
-    def __init__(self, answer: Answer, at: float) -> None:
+    def __init__(self, answer: EngineOutput, at: float) -> None:
         self._answer, self._at = answer, at
 
-    def result(self) -> Answer:
+    def result(self) -> EngineOutput:
         time.sleep(max(0.0, self._at - time.monotonic()))
         return self._answer
 
@@ -50,7 +50,7 @@ class _Later:
 class SleepingWorker(FragmentWorker):
     """See the module."""
 
-    def start_engine(self, given: Orders) -> tuple[SleepingEngine, int]:
+    def start_engine(self, given: WorkerSpec) -> tuple[SleepingEngine, int]:
         """The stub; its rate travels where the cache folder would."""
         config = given.bundle.config
         rate = float(given.engines.cache_folder or 0)

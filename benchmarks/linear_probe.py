@@ -2,7 +2,7 @@
 
     python -m benchmarks.linear_probe --rows 1000000 --categories 10000 --dimension 512
 
-Clouds around random centres, as float16 in a memory map. Memory is the process's own (RssAnon); pages of
+Clouds around random centers, as float16 in a memory map. Memory is the process's own (RssAnon); pages of
 the map that happen to be in memory are not counted. Prints one JSON object.
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchcls.training.embeddings import Embedded
-from batchcls.training.examples import Examples
-from batchcls.training.large_scale import Passes
-from batchcls.training.linear import LinearSettings, train_linear_probe
-from batchcls.training.noise import Judged
-from batchcls.training.probe import measure
+from batchcls.training.linear_probe.embeddings import Embedded
+from batchcls.training.linear_probe.fit import LinearSettings, train_linear_probe
+from batchcls.training.linear_probe.label_noise import LabelNoise
+from batchcls.training.linear_probe.labeled_embeddings import Examples
+from batchcls.training.linear_probe.lda import MiniBatchConfig
+from batchcls.training.linear_probe.probe_job import measure
 
 _WRITTEN_AT_ONCE = 50_000
 _SAMPLED_SECONDS = 0.1
@@ -62,15 +62,15 @@ def measured(name: str, into: dict[str, Any]) -> Iterator[None]:
 
 
 def write(
-    path: Path, classes: np.ndarray[Any, Any], centres: np.ndarray[Any, Any], seed: int
+    path: Path, classes: np.ndarray[Any, Any], centers: np.ndarray[Any, Any], seed: int
 ) -> np.ndarray[Any, Any]:
     """1 x N x D embeddings of these classes."""
     random = np.random.default_rng(seed)
-    values = np.lib.format.open_memmap(path, "w+", np.float16, (1, len(classes), centres.shape[1]))
+    values = np.lib.format.open_memmap(path, "w+", np.float16, (1, len(classes), centers.shape[1]))
     for start in range(0, len(classes), _WRITTEN_AT_ONCE):
         some = classes[start : start + _WRITTEN_AT_ONCE]
-        values[0, start : start + len(some)] = centres[some] + random.standard_normal(
-            (len(some), centres.shape[1]), np.float32
+        values[0, start : start + len(some)] = centers[some] + random.standard_normal(
+            (len(some), centers.shape[1]), np.float32
         )
     values.flush()
     return np.load(path, mmap_mode="r")  # type: ignore[no-any-return]
@@ -88,17 +88,17 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     random = np.random.default_rng(0)
-    centres = random.standard_normal((given.categories, given.dimension), np.float32)
-    centres *= 6.0 / np.sqrt(given.dimension)
+    centers = random.standard_normal((given.categories, given.dimension), np.float32)
+    centers *= 6.0 / np.sqrt(given.dimension)
     found: dict[str, Any] = dict(vars(given))
     with tempfile.TemporaryDirectory(prefix="batchcls-probe-") as folder:
         classes = random.integers(0, given.categories, given.rows).astype(np.int32)
         unseen = random.integers(0, given.categories, given.validation_rows).astype(np.int32)
         with measured("write", found):
-            values = write(Path(folder) / "train.npy", classes, centres, 1)
-            validation = write(Path(folder) / "validation.npy", unseen, centres, 2)
+            values = write(Path(folder) / "train.npy", classes, centers, 1)
+            validation = write(Path(folder) / "validation.npy", unseen, centers, 2)
         examples = Examples.of(values, np.ones(given.rows, bool), classes, given.categories)
-        settings = LinearSettings(threads=given.threads, passes=Passes(given.passes))
+        settings = LinearSettings(threads=given.threads, passes=MiniBatchConfig(given.passes))
         with measured("fit", found):
             probe = train_linear_probe(examples, settings)
         torch.set_num_threads(given.threads)
@@ -107,8 +107,8 @@ def main() -> None:
             found["validation"] = measure(probe.head, seen, unseen)
         some = examples.where(np.arange(given.rows) < given.validation_rows)
         with measured("label_noise", found), torch.inference_mode():
-            judged = Judged.of((probe.head.logits(x), y) for x, y in some.pieces())
-            found["confidently_mislabelled"] = int(judged.confident.sum())
+            judged = LabelNoise.of((probe.head.logits(x), y) for x, y in some.pieces())
+            found["confidently_mislabeled"] = int(judged.confident.sum())
     found["method"], found["held_out_top1"] = probe.method, probe.chosen.top1
     print(json.dumps(found, indent=2))
 

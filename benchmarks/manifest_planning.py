@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 _PLAN = """
 import sys, time
-from batchcls.identity import find_bad_ids
-from batchcls.manifest import open_manifest
-from batchcls.storage import Storage
+from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.snapshot import open_manifest
+from batchcls.storage.filesystem import Storage
 def peak_kib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak_kib()

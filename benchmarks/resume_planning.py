@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcls.manifest import open_manifest
-from batchcls.row_ranges import RowRanges
+from batchcls.manifest.row_ranges import RowRanges
+from batchcls.manifest.snapshot import open_manifest
+from batchcls.runs.catalog import Counts, RunRecord
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.receipts import keep_receipt, missing_rows, read_receipts, settle_receipts
-from batchcls.runs.records import Counts, RunRecord
 from batchcls.runs.reuse import hashes_of, open_earlier, state_keys
-from batchcls.storage import Storage
+from batchcls.storage.filesystem import Storage
 
 T = TypeVar("T")
 

@@ -30,7 +30,7 @@ from benchmarks.arithmetic import (
     efficiency,
     projected,
     require_agreement,
-    summarise,
+    summarize,
 )
 from benchmarks.contenders import (
     CEILING,
@@ -41,7 +41,7 @@ from benchmarks.contenders import (
     best_labels,
     command,
 )
-from benchmarks.picture import Panel, draw
+from benchmarks.plot import Panel, draw
 from benchmarks.preparation import Suite, plan_suites, shorter
 from benchmarks.process import REPOSITORY, note, python
 
@@ -133,9 +133,9 @@ def run_suite(suite: Suite, rounds: int, bound: float) -> dict[str, Any]:
         note(f"{suite.title}: first {name} took {first_seconds[name]} s, with {found.engines[name]}")
     found.job_records.clear()
     for number in range(rounds):
-        # A machine that slows down in the course of a round must not favour those in front.
+        # A machine that slows down in the course of a round must not favor those in front.
         run_round(suite, suite.names if number % 2 == 0 else suite.names[::-1], ours, found, bound)
-    programs = summarise({name: found.timings[name] for name in suite.names}, JOB)
+    programs = summarize({name: found.timings[name] for name in suite.names}, JOB)
     for name, shares in found.agreements.items():
         programs[name]["agreement_with_job"] = [round(share, 4) for share in shares]
     record: dict[str, Any] = {
@@ -169,7 +169,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--data", default=str(REPOSITORY.parent / "shared" / "data"), help="holds imagenet/ and catalog/")
     add("--folder", help="where weights, images and conversions are kept for another start; default: nowhere")
     add("--results", default=str(REPOSITORY / "benchmarks" / "results"), help="folder for DATE-peers.json")
-    add("--picture", default=str(REPOSITORY / "docs" / "images" / "benchmarks.png"), help="PNG or SVG; empty: none")
+    add(
+        "--image",
+        default=str(REPOSITORY / "docs" / "images" / "benchmarks.png"),
+        help="PNG or SVG; empty: none",
+    )
     return parser.parse_args(arguments)
 
 
@@ -185,7 +189,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure everything, write the record and the picture."""
+    """Measure everything, write the record and the image."""
     given = _parse(arguments)
     if not Path(given.data).is_dir():
         raise SystemExit(f"--data {given.data}: the photographs are not there")
@@ -206,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": {
             name: value
             for name, value in vars(given).items()
-            if name not in ("data", "folder", "results", "picture")
+            if name not in ("data", "folder", "results", "image")
         },
         "suites": records,
     }
@@ -214,10 +218,10 @@ def main(arguments: list[str] | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(target)
-    if given.picture:
+    if given.image:
         caption = f"medians of {given.rounds} rounds, {date}, {hardware.cores} cores of {hardware.processor}"
-        draw([Panel(one["title"], one["programs"]) for one in records], caption, Path(given.picture))
-        print(given.picture)
+        draw([Panel(one["title"], one["programs"]) for one in records], caption, Path(given.image))
+        print(given.image)
 
 
 if __name__ == "__main__":

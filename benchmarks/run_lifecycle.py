@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from batchcls.runs.catalog import open_parts, read_record
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.diff import diff_runs
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.plan import Plan, claim
-from batchcls.runs.records import open_parts, read_record
-from batchcls.runs.summary import changed_labels, summarise
+from batchcls.runs.summary import changed_labels, summarize
 from batchcls.runs.verify import verify
 from batchcls.schema import TOP_K_TYPE, classified_schema
-from batchcls.storage import Storage
+from batchcls.storage.filesystem import Storage
 
 _CATEGORIES = 10_000
 _PART_ROWS = 65_536
@@ -119,7 +119,7 @@ def _block(start: int, stop: int, changed: bool, kind: pa.DataType | None) -> pa
 
 def _summary(output: str) -> None:
     record = read_record(output, "new", Storage())
-    assert summarise(record.folder, record.files, Storage()).answered == record.counts.rows
+    assert summarize(record.folder, record.files, Storage()).answered == record.counts.rows
 
 
 def _changed(output: str) -> None:

@@ -3,7 +3,7 @@
 The bare loop is what one writes by hand: pixels in memory, torchvision's transforms, MixUp, a DataLoader, AdamW
 with two learning rates, OneCycleLR, timm's average of weights. The job runs as it is on Ray Train, with
 one worker and with as many as it takes by itself, and its own record says how fast its epochs were. All
-train the same network on the same pictures with the same crops, and take turns; ratios are of one round.
+train the same network on the same images with the same crops, and take turns; ratios are of one round.
 """
 
 import argparse
@@ -37,7 +37,7 @@ RESIZE, INPUT = 256, 224
 
 
 def write_catalog(folder: Path, count: int) -> Path:
-    """A manifest of `count` JPEGs of coloured noise; what is in them changes no speed."""
+    """A manifest of `count` JPEGs of colored noise; what is in them changes no speed."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
     rows = []
@@ -50,7 +50,7 @@ def write_catalog(folder: Path, count: int) -> Path:
     return folder / "manifest.parquet"
 
 
-class Pictures(Dataset[tuple[Tensor, int]]):
+class CalibrationPixels(Dataset[tuple[Tensor, int]]):
     """Pixels in memory and torchvision's transforms, as in its own training reference."""
 
     def __init__(self, pixels: Tensor, recipe: Recipe, side: int) -> None:
@@ -85,7 +85,7 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
     known = {id(value) for value in head}
     body = [value for value in model.parameters() if id(value) not in known]
     optimizer = torch.optim.AdamW([{"params": body, "lr": 2e-4}, {"params": head, "lr": 2e-3}])
-    loader = DataLoader(Pictures(pixels, recipe, side), recipe.batch_size, shuffle=True)
+    loader = DataLoader(CalibrationPixels(pixels, recipe, side), recipe.batch_size, shuffle=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [2e-4, 2e-3], epochs=recipe.epochs, steps_per_epoch=len(loader)
     )
@@ -181,7 +181,7 @@ def main() -> None:
     """Measure and print; with --output keep the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", default="mobilenetv2_100", help="a name of timm")
-    parser.add_argument("--images", type=int, default=320, help="pictures of an epoch")
+    parser.add_argument("--images", type=int, default=320, help="images of an epoch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, help="JSON file for the record")

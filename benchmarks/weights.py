@@ -4,9 +4,9 @@
 
 How fast a network is does not depend on its weights, but what is measured here does: the job takes
 bf16 and int8 only where they keep the answers of fp32, and answers are compared between programs. In a
-network fresh from its initialisation activations shrink to nothing and all photographs get one answer;
+network fresh from its initialization activations shrink to nothing and all photographs get one answer;
 with drawn weights of full size rounding grows from block to block. So the statistics of the
-normalisations are taken from photographs, each residual block adds a fifth, as trained ones add a
+normalizations are taken from photographs, each residual block adds a fifth, as trained ones add a
 part, and the classifier tells ten groups of photographs apart, to which the first ten classes belong.
 """
 
@@ -19,7 +19,7 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import Bottleneck
 from torch import nn
 
-from benchmarks.peers.pixels import normalise, read_fast
+from benchmarks.peers.pixels import normalize, read_fast
 from benchmarks.peers.task import read_lines
 
 _PHOTOGRAPHS = 128
@@ -36,8 +36,8 @@ def make_network(model: str, paths: list[str]) -> nn.Module:
     torch.manual_seed(0)
     network: nn.Module = timm.create_model(model, pretrained=False)
     images = torch.stack([read_fast(path) for path in paths[:_PHOTOGRAPHS]])
-    batches = [normalise(part) for part in torch.split(images, _BATCH)]
-    _fit_normalisations(network, batches[:2])
+    batches = [normalize(part) for part in torch.split(images, _BATCH)]
+    _fit_normalizations(network, batches[:2])
     with torch.inference_mode():
         features = torch.cat(
             [network.forward_head(network.forward_features(part), pre_logits=True) for part in batches]  # type: ignore[operator]
@@ -46,7 +46,7 @@ def make_network(model: str, paths: list[str]) -> nn.Module:
     return network
 
 
-def _fit_normalisations(network: nn.Module, batches: list[torch.Tensor]) -> None:
+def _fit_normalizations(network: nn.Module, batches: list[torch.Tensor]) -> None:
     """Take means and variances from the batches; leaves the network in evaluation mode."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -65,7 +65,7 @@ def _fit_classifier(classifier: nn.Linear, features: torch.Tensor) -> None:
     """Make the first ten classes the groups that N,D features fall into by k-means.
 
     A logit is minus the squared distance to the middle of its group, along the strongest directions
-    of the standardised features, less what all logits have in common, so it is linear.
+    of the standardized features, less what all logits have in common, so it is linear.
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0) + 1e-3
     standard = (features - mean) / deviation

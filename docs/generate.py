@@ -14,11 +14,11 @@ import pyarrow as pa
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from batchcls.cli.app import Command
+from batchcls.cli.arguments import add_settings, parser_for
 from batchcls.errors import ExitCode
-from batchcls.flags import add_settings, parser_for
 from batchcls.jobs import bundle, classify, compare, evaluate, finetune, manifest, runs
-from batchcls.jobs.command import Command
-from batchcls.models.zoo import ZooRecord, zoo_records
+from batchcls.models.registry import ZooRecord, zoo_records
 from batchcls.schema import REASONS, TOP_K_TYPE, predictions_schema, quarantine_schema
 
 DOCS = Path(__file__).parent
@@ -141,7 +141,7 @@ def tables_page() -> str:
             GENERATED,
             "",
             "`OUTPUT/current.json` names the published run, and `OUTPUT/runs/RUN_ID/run.json` lists the files of a "
-            "run. Read those files and no others: a file that is not listed may be left over from a retried task. Every "
+            "run. Read those files only: a file that is not listed may be left over from a retried task. Every "
             "row of the manifest is in exactly one of the two tables.",
             "",
             "## predictions/*.parquet",

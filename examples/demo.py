@@ -33,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for everything")
     parser.add_argument("--seed", type=int, default=7, help="of the drawings and the training")
-    parser.add_argument("--images", type=int, default=400, help="pictures in the catalog")
+    parser.add_argument("--images", type=int, default=400, help="images in the catalog")
     arguments = parser.parse_args()
     started = time.perf_counter()
     output: Path = arguments.output
@@ -97,8 +97,8 @@ def report(output: Path, seconds: float) -> None:
     run = published / json.loads((published / "current.json").read_text(encoding="utf-8"))["path"]
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     CONSOLE.rule("[bold]What came out", align="left")
-    right, labelled = accuracy(run, output / "drawn" / "catalog.parquet")
-    CONSOLE.print(f"accuracy    {right / labelled:.1%} top-1 on {labelled} drawings the network never saw")
+    right, labeled = accuracy(run, output / "drawn" / "catalog.parquet")
+    CONSOLE.print(f"accuracy    {right / labeled:.1%} top-1 on {labeled} drawings the network never saw")
     measured = record["measured"]
     CONSOLE.print(
         f"throughput  {measured['images_per_second']:.0f} images/s, Ray's start-up included; "
@@ -107,7 +107,7 @@ def report(output: Path, seconds: float) -> None:
     CONSOLE.print(f"results     {run}/predictions/*.parquet")
     CONSOLE.print(f"quarantine  {run}/quarantine/*.parquet")
     CONSOLE.print(quarantine(run))
-    CONSOLE.print("On your own pictures:")
+    CONSOLE.print("On your own images:")
     for line in (
         "python -m batchcls.jobs.manifest from-folder PHOTOS --output catalog.parquet",
         f"python -m batchcls.jobs.classify --manifest catalog.parquet --model {output / 'bundle'} --output out",
@@ -116,14 +116,14 @@ def report(output: Path, seconds: float) -> None:
 
 
 def accuracy(run: Path, manifest: Path) -> tuple[int, int]:
-    """How many of the labelled pictures that have a prediction got their own label, and how many there are."""
+    """How many of the labeled images that have a prediction got their own label, and how many there are."""
     found = duckdb.execute(
         f"""SELECT count(*) FILTER (WHERE p.label = m.label), count(*)
             FROM '{run}/predictions/*.parquet' p JOIN '{manifest}' m USING (item_id)
             WHERE m.label IS NOT NULL"""
     ).fetchall()
-    ((right, labelled),) = found
-    return int(right), int(labelled)
+    ((right, labeled),) = found
+    return int(right), int(labeled)
 
 
 def quarantine(run: Path) -> Table:

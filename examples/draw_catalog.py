@@ -1,15 +1,15 @@
-"""Draws a small product catalog: pictures in ten categories, some broken files, and three manifests.
+"""Draws a small product catalog: images in ten categories, some broken files, and three manifests.
 
     python examples/draw_catalog.py --output demo-output/drawn --seed 7 --images 400
 
-    OUTPUT/train/CATEGORY/*      labelled pictures to train on
+    OUTPUT/train/CATEGORY/*      labeled images to train on
     OUTPUT/validation/CATEGORY/* a tenth as many, to measure with meanwhile
-    OUTPUT/catalog/CATEGORY/*    other pictures, never trained on
+    OUTPUT/catalog/CATEGORY/*    other images, never trained on
     OUTPUT/catalog/broken/*      files that a real catalog also holds
     OUTPUT/train.parquet  OUTPUT/validation.parquet  OUTPUT/catalog.parquet
                                  item_id, uri (relative to OUTPUT), label, title; all strings
 
-The same seed draws the same pictures; a picture depends on its own number only, not on how many
+The same seed draws the same images; a image depends on its own number only, not on how many
 there are.
 """
 
@@ -53,7 +53,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """A way to store a picture: the file's ending and how its bytes are made."""
+    """A way to store a image: the file's ending and how its bytes are made."""
 
     suffix: str
     encode: Callable[[Image.Image, int], bytes]
@@ -96,11 +96,11 @@ ENCODINGS = {
     "gif": Encoding(".gif", lambda image, _: _save(image.quantize(64, Image.Quantize.FASTOCTREE), "GIF")),
     "bmp": Encoding(".bmp", lambda image, _: _save(image, "BMP")),
 }
-"""How pictures are stored; mostly as plain JPEG, see `_choose_encoding`."""
+"""How images are stored; mostly as plain JPEG, see `_choose_encoding`."""
 
 
 def _choose_encoding(number: int) -> Encoding:
-    """Every second picture is a plain JPEG; the others take turns, differently in each category."""
+    """Every second image is a plain JPEG; the others take turns, differently in each category."""
     if number % 2 == 0:
         return ENCODINGS["jpeg"]
     names = list(ENCODINGS)
@@ -108,19 +108,19 @@ def _choose_encoding(number: int) -> Encoding:
 
 
 def draw_part(output: Path, part: str, images: int, seed: int) -> Iterator[Item]:
-    """Draws `images` pictures, in turn of each category, into `output/part` and yields their rows."""
+    """Draws `images` images, in turn of each category, into `output/part` and yields their rows."""
     categories = list(CATEGORIES)
     for category in categories:
         (output / part / category).mkdir(parents=True, exist_ok=True)
     for number in range(images):
-        # Two pictures of a category in turn, so that each category meets every encoding.
+        # Two images of a category in turn, so that each category meets every encoding.
         category = categories[number // 2 % len(categories)]
         encoding = _choose_encoding(number)
         rng = np.random.default_rng([seed, PARTS.index(part), number])
         scene = draw_scene(category, rng, encoding.transparent)
         uri = f"{part}/{category}/{number:05d}{encoding.suffix}"
         (output / uri).write_bytes(encoding.encode(scene.image, number))
-        yield Item(f"{part}-{number:05d}", uri, category, f"{category}, {scene.colour_name}")
+        yield Item(f"{part}-{number:05d}", uri, category, f"{category}, {scene.color_name}")
 
 
 def _promise_pixels(width: int, height: int) -> bytes:
@@ -142,7 +142,7 @@ def draw_broken(output: Path, seed: int) -> list[Item]:
     contents = {
         "zero-bytes.jpg": b"",
         "cut-short.jpg": whole[: len(whole) // 2],
-        "web-page.jpg": b"<!doctype html><title>404</title><p>This picture has moved.</p>\n",
+        "web-page.jpg": b"<!doctype html><title>404</title><p>This image has moved.</p>\n",
         "promises-30000x40000.png": _promise_pixels(30_000, 40_000),
     }
     for name, content in contents.items():
@@ -169,7 +169,7 @@ def write_manifest(path: Path, items: list[Item]) -> None:
 def draw_catalog(output: Path, seed: int, images: int, training_images: int) -> dict[Path, int]:
     """Draws everything into `output`; returns the three manifests and their rows."""
     train = list(draw_part(output, "train", training_images, seed))
-    # Two of each category at least, since pictures of a category come in pairs.
+    # Two of each category at least, since images of a category come in pairs.
     pairs = max(1, training_images // (20 * len(CATEGORIES)))
     validation = list(draw_part(output, "validation", 2 * len(CATEGORIES) * pairs, seed))
     catalog = list(draw_part(output, "catalog", images, seed))
@@ -194,10 +194,10 @@ def main() -> None:
     """Reads the command line, draws, and says what was written."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to draw into; made if missing")
-    parser.add_argument("--seed", type=_at_least(0), default=7, help="same seed, same pictures")
-    parser.add_argument("--images", type=_at_least(2), default=400, help="pictures in the catalog")
+    parser.add_argument("--seed", type=_at_least(0), default=7, help="same seed, same images")
+    parser.add_argument("--images", type=_at_least(2), default=400, help="images in the catalog")
     parser.add_argument(
-        "--training-images", type=_at_least(2), default=1000, help="labelled pictures to train on"
+        "--training-images", type=_at_least(2), default=1000, help="labeled images to train on"
     )
     arguments = parser.parse_args()
     drawn = draw_catalog(arguments.output, arguments.seed, arguments.images, arguments.training_images)

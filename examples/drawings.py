@@ -1,7 +1,7 @@
-"""Product-like pictures, drawn from random numbers: ten kinds of things on varied backgrounds.
+"""Product-like images, drawn from random numbers: ten kinds of things on varied backgrounds.
 
 Every object is drawn in coordinates 0..100 (x to the right, y down) on a transparent square and then
-turned, scaled and placed on a background. Colours are drawn from one palette for all categories, so
+turned, scaled and placed on a background. Colors are drawn from one palette for all categories, so
 that only the shape tells them apart.
 """
 
@@ -12,7 +12,7 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
@@ -20,7 +20,7 @@ CANVAS_PIXELS = 256
 OUTLINE_PIXELS = 2
 CLEAR = (255, 255, 255, 0)  # white under the transparency, so that soft edges do not darken
 
-PALETTE: dict[str, Colour] = {
+PALETTE: dict[str, Color] = {
     "red": (200, 45, 50),
     "orange": (228, 130, 40),
     "yellow": (235, 200, 60),
@@ -30,7 +30,7 @@ PALETTE: dict[str, Colour] = {
     "violet": (125, 75, 170),
     "pink": (230, 130, 165),
     "brown": (130, 85, 55),
-    "grey": (130, 135, 140),
+    "gray": (130, 135, 140),
     "black": (45, 45, 50),
     "cream": (240, 228, 200),
 }
@@ -38,23 +38,23 @@ PALETTE: dict[str, Colour] = {
 
 @dataclass(frozen=True, slots=True)
 class Paint:
-    """The colours of one picture: the object's main colour, its second one, lines, background."""
+    """The colors of one image: the object's main color, its second one, lines, background."""
 
     name: str
-    body: Colour
-    trim: Colour
-    ink: Colour
-    ground: Colour
+    body: Color
+    trim: Color
+    ink: Color
+    ground: Color
 
 
-def mix(first: Colour, second: Colour, share: float) -> Colour:
+def mix(first: Color, second: Color, share: float) -> Color:
     """`first` with `share` (0..1) of `second` in it."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 def choose_paint(rng: np.random.Generator) -> Paint:
-    """Three different colours of the palette; the background paler or darker than the object."""
+    """Three different colors of the palette; the background paler or darker than the object."""
     body, trim, ground = rng.choice(sorted(PALETTE), size=3, replace=False)
     ground_end = (255, 255, 255) if rng.random() < 0.7 else (20, 20, 28)
     return Paint(
@@ -69,36 +69,36 @@ def choose_paint(rng: np.random.Generator) -> Paint:
 class Pen:
     """Draws filled, outlined shapes on a transparent square, in coordinates 0..100."""
 
-    def __init__(self, ink: Colour) -> None:
+    def __init__(self, ink: Color) -> None:
         self.image = Image.new("RGBA", (CANVAS_PIXELS, CANVAS_PIXELS), CLEAR)
         self._draw = ImageDraw.Draw(self.image)
         self._ink = ink
 
-    def polygon(self, points: Sequence[Point], fill: Colour) -> None:
+    def polygon(self, points: Sequence[Point], fill: Color) -> None:
         """A filled polygon."""
         self._draw.polygon(
             [self._place(point) for point in points], fill=fill, outline=self._ink, width=OUTLINE_PIXELS
         )
 
-    def ellipse(self, box: Box, fill: Colour) -> None:
+    def ellipse(self, box: Box, fill: Color) -> None:
         """A filled ellipse inside left, top, right, bottom."""
         self._draw.ellipse(self._corners(box), fill=fill, outline=self._ink, width=OUTLINE_PIXELS)
 
-    def box(self, box: Box, fill: Colour, radius: float = 2) -> None:
+    def box(self, box: Box, fill: Color, radius: float = 2) -> None:
         """A filled rectangle with round corners."""
         corners = self._corners(box)
         self._draw.rounded_rectangle(
             corners, radius * CANVAS_PIXELS / 100, fill=fill, outline=self._ink, width=OUTLINE_PIXELS
         )
 
-    def line(self, points: Sequence[Point], colour: Colour, width: float) -> None:
+    def line(self, points: Sequence[Point], color: Color, width: float) -> None:
         """A stroke through the points, `width` in the same 0..100."""
         placed = [self._place(point) for point in points]
-        self._draw.line(placed, fill=colour, width=round(width * CANVAS_PIXELS / 100), joint="curve")
+        self._draw.line(placed, fill=color, width=round(width * CANVAS_PIXELS / 100), joint="curve")
 
-    def arc(self, box: Box, degrees: tuple[float, float], colour: Colour, width: float) -> None:
+    def arc(self, box: Box, degrees: tuple[float, float], color: Color, width: float) -> None:
         """A part of an ellipse's line, from one angle to another, clockwise from three o'clock."""
-        self._draw.arc(self._corners(box), *degrees, fill=colour, width=round(width * CANVAS_PIXELS / 100))
+        self._draw.arc(self._corners(box), *degrees, fill=color, width=round(width * CANVAS_PIXELS / 100))
 
     def _place(self, point: Point) -> Point:
         return point[0] * CANVAS_PIXELS / 100, point[1] * CANVAS_PIXELS / 100

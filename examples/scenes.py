@@ -1,9 +1,9 @@
-"""One picture: an object of `drawings` turned, scaled and placed in front of a background."""
+"""One image: an object of `drawings` turned, scaled and placed in front of a background."""
 
 from dataclasses import dataclass
 
 import numpy as np
-from drawings import CATEGORIES, Colour, Paint, Pen, choose_paint, mix
+from drawings import CATEGORIES, Color, Paint, Pen, choose_paint, mix
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 SHORTEST_PIXELS, LONGEST_PIXELS = 160, 640
@@ -13,33 +13,33 @@ NOISE_TILE_PIXELS = 160
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A drawn picture and the name of its object's colour."""
+    """A drawn image and the name of its object's color."""
 
     image: Image.Image
-    colour_name: str
+    color_name: str
 
 
 def draw_scene(category: str, rng: np.random.Generator, transparent: bool) -> Scene:
-    """An RGB picture of `category`, or an RGBA one without a background where `transparent`."""
+    """An RGB image of `category`, or an RGBA one without a background where `transparent`."""
     paint = choose_paint(rng)
     size = _choose_size(rng)
     thing = _draw_object(category, paint, rng)
     scale = rng.uniform(0.6, 0.92) * min(size) / max(thing.size)
     thing = thing.resize((round(thing.width * scale), round(thing.height * scale)), Image.Resampling.BILINEAR)
-    corner = _place_near_the_centre(size, thing.size, rng)
+    corner = _place_near_the_center(size, thing.size, rng)
     if transparent:
-        picture = Image.new("RGBA", size, (255, 255, 255, 0))
-        picture.alpha_composite(thing, corner)
-        return Scene(picture, paint.name)
-    picture = _draw_background(size, paint, rng)
-    picture.paste(thing, corner, thing)
-    return Scene(_add_noise(picture, rng), paint.name)
+        image = Image.new("RGBA", size, (255, 255, 255, 0))
+        image.alpha_composite(thing, corner)
+        return Scene(image, paint.name)
+    image = _draw_background(size, paint, rng)
+    image.paste(thing, corner, thing)
+    return Scene(_add_noise(image, rng), paint.name)
 
 
 def _choose_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height, as many small pictures as large ones by ratio.
+    """Width and height, as many small images as large ones by ratio.
 
-    At most 4:3, or the centre crop of any network would miss the object.
+    At most 4:3, or the center crop of any network would miss the object.
     """
     width, height = (
         np.exp(rng.uniform(np.log(SHORTEST_PIXELS), np.log(LONGEST_PIXELS), 2)).astype(int).tolist()
@@ -57,10 +57,10 @@ def _draw_object(category: str, paint: Paint, rng: np.random.Generator) -> Image
     return turned.crop(turned.getbbox())
 
 
-def _place_near_the_centre(
+def _place_near_the_center(
     size: tuple[int, int], thing: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Top left corner of the object: inside the picture, and mostly inside its central square."""
+    """Top left corner of the object: inside the image, and mostly inside its central square."""
     reach = 0.06 * min(size)
     corner = [
         int(np.clip((outer - inner) / 2 + rng.uniform(-reach, reach), 0, outer - inner))
@@ -70,11 +70,11 @@ def _place_near_the_centre(
 
 
 def _draw_background(size: tuple[int, int], paint: Paint, rng: np.random.Generator) -> Image.Image:
-    """A gradient between two shades, and on some pictures stripes, spots or a floor."""
+    """A gradient between two shades, and on some images stripes, spots or a floor."""
     far = mix(paint.ground, (255, 255, 255) if rng.random() < 0.5 else (30, 30, 40), rng.uniform(0.1, 0.5))
     corners = np.array([[paint.ground, far], [paint.ground, far] if rng.random() < 0.5 else [far, far]])
-    picture = Image.fromarray(corners.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(corners.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(image)
     shade = mix(paint.ground, far, 0.5)
     pattern = rng.choice(["plain", "stripes", "spots", "floor"])
     if pattern == "stripes":
@@ -83,32 +83,32 @@ def _draw_background(size: tuple[int, int], paint: Paint, rng: np.random.Generat
         _draw_spots(draw, size, shade, rng)
     elif pattern == "floor":
         draw.rectangle((0, size[1] * rng.uniform(0.6, 0.8), *size), fill=shade)
-    return picture
+    return image
 
 
 def _draw_stripes(
-    draw: ImageDraw.ImageDraw, size: tuple[int, int], colour: Colour, rng: np.random.Generator
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], color: Color, rng: np.random.Generator
 ) -> None:
     step, lean = int(rng.integers(20, 70)), int(rng.integers(-120, 120))
     for x in range(-120, size[0] + 120, step):
-        draw.line((x, 0, x + lean, size[1]), fill=colour, width=step // 3)
+        draw.line((x, 0, x + lean, size[1]), fill=color, width=step // 3)
 
 
 def _draw_spots(
-    draw: ImageDraw.ImageDraw, size: tuple[int, int], colour: Colour, rng: np.random.Generator
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], color: Color, rng: np.random.Generator
 ) -> None:
     for _ in range(int(rng.integers(4, 12))):
         x, y, radius = rng.uniform(0, size[0]), rng.uniform(0, size[1]), rng.uniform(6, 40)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
 
 
-def _add_noise(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Grain of one random tile, repeated: drawing a normal number for every pixel would cost the most."""
     strength = rng.uniform(0, 14)
     noise = rng.standard_normal((NOISE_TILE_PIXELS, NOISE_TILE_PIXELS), dtype=np.float32) * strength
     tile = Image.fromarray((128 + noise).clip(0, 255).astype(np.uint8)).convert("RGB")
-    grain = Image.new("RGB", picture.size)
-    for left in range(0, picture.width, NOISE_TILE_PIXELS):
-        for top in range(0, picture.height, NOISE_TILE_PIXELS):
+    grain = Image.new("RGB", image.size)
+    for left in range(0, image.width, NOISE_TILE_PIXELS):
+        for top in range(0, image.height, NOISE_TILE_PIXELS):
             grain.paste(tile, (left, top))
-    return ImageChops.add(picture, grain, offset=-128)
+    return ImageChops.add(image, grain, offset=-128)

@@ -36,12 +36,12 @@ class Throughput(Record):
     )
 
 
-class Agreement(Record):
+class AccuracyResult(Record):
     """Answers to the sample beside those of the same weights in fp32, and beside the manifest's labels."""
 
     images: int = Field(gt=0, description="Images of the sample that could be decoded.")
     top1_with_fp32: float = Field(ge=0, le=1, description="Share with the same best label as in fp32.")
-    labelled: int = Field(ge=0, description="Images whose label in the manifest the model knows.")
+    labeled: int = Field(ge=0, description="Images whose label in the manifest the model knows.")
     top1: float | None = Field(default=None, ge=0, le=1, description="Share of those answered right.")
     top5: float | None = Field(default=None, ge=0, le=1, description="Share right among the best five.")
     right: str | None = Field(
@@ -76,7 +76,7 @@ class Measurement(Record):
     prepare_ms: float = Field(
         ge=0, description="Fetch, decode and resize of an image on one core: median, ms."
     )
-    agreement: Agreement = Field(description="On the sample.")
+    agreement: AccuracyResult = Field(description="On the sample.")
     published_top1: float | None = Field(
         default=None, ge=0, le=1, description="Of the zoo's record for these weights, ImageNet-1k validation."
     )
@@ -102,6 +102,14 @@ class Measurement(Record):
         if self.agreement.top1 is not None:
             return self.agreement.top1, "measured"
         return None if self.published_top1 is None else (self.published_top1, "published")
+
+    @property
+    def summary_line(self) -> str:
+        """One line with the latency and the throughput, for the log."""
+        return (
+            f"{self.model}, {self.engine} on {self.device}: p50 {self.latency.p50_ms:.1f} ms, "
+            f"{self.best.images_per_second:.1f} images/s at batch size {self.best.batch_size}"
+        )
 
     def cost_per_million(self, price_per_hour: float) -> float:
         """Price of answering a million images at the best batch, in the currency of the price."""

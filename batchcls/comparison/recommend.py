@@ -1,6 +1,6 @@
 """Which of the measured candidates to take, and why, in sentences that quote the measured rows.
 
-Four questions decide: latency on this hardware, what else has to load the backbone, how many labelled
+Four questions decide: latency on this hardware, what else has to load the backbone, how many labeled
 images there are to fine-tune it, how much debugging matters. Of what they leave, the most accurate is
 taken; of those that cannot be told from it, the one with the most images a second, which on one kind of
 hardware is the cheapest, too. How many parameters a network has never decides.
@@ -9,15 +9,56 @@ Two accuracies differ if they are further apart than one standard error of their
 (`sampling_error`).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 from pydantic import Field
 
 from batchcls.comparison.measurement import Measurement, Record
-from batchcls.comparison.sampling_error import accuracy, is_level, standard_error
-from batchcls.models.spec import ModelSpec, SourceName
-from batchcls.models.zoo import ZooRecord, record_of
+from batchcls.models.model_spec import ModelSpec, SourceName
+from batchcls.models.registry import ZooRecord, record_of
+
+_VALIDATION_IMAGES = 50_000  # of ImageNet-1k, behind every published figure
+
+
+def accuracy(entry: Measurement) -> float:
+    """Top-1 in 0..1, measured or published; 0 where none is known."""
+    return 0.0 if entry.accuracy is None else entry.accuracy[0]
+
+
+def standard_error(one: Measurement, other: Measurement) -> float:
+    """Standard error of the difference of two accuracies of one source, in 0..1."""
+    pairs = _pairs(one.agreement.right, other.agreement.right)
+    if pairs is not None:
+        return _paired_error(*pairs)
+    return math.sqrt(_variance(one) + _variance(other))
+
+
+def is_level(best: Measurement, entry: Measurement) -> bool:
+    """Whether `entry` is within one standard error of `best`."""
+    return accuracy(best) - accuracy(entry) <= standard_error(best, entry)
+
+
+def _pairs(one: str | None, other: str | None) -> tuple[int, int, int] | None:
+    """Images that only one, only the other gets right, and all that both know the label of."""
+    if one is None or other is None or len(one) != len(other):
+        return None
+    both = [pair for pair in zip(one, other, strict=True) if "-" not in pair]
+    return both.count(("1", "0")), both.count(("0", "1")), len(both)
+
+
+def _paired_error(only_one: int, only_other: int, images: int) -> float:
+    first, second, total = only_one + 0.5, only_other + 0.5, images + 2.0
+    return math.sqrt((first + second) - (first - second) ** 2 / total) / total
+
+
+def _variance(entry: Measurement) -> float:
+    published = entry.accuracy is not None and entry.accuracy[1] == "published"
+    images = _VALIDATION_IMAGES if published else entry.agreement.labeled
+    share = (accuracy(entry) * images + 1) / (images + 2)
+    return share * (1 - share) / (images + 2)
+
 
 LEAST_AGREEMENT = 0.99
 """Share of best labels that an engine has to have in common with fp32."""
@@ -30,7 +71,7 @@ _LOADED_BY = {"onnx": ("everywhere", "most runtimes"), "phone": ("everywhere",)}
 _WHERE = {"everywhere": "everywhere", "most runtimes": "on most runtimes", "servers": "on servers only"}
 
 
-class Needs(Record):
+class Requirements(Record):
     """What a backbone is wanted for: the four questions, answered as far as they can be."""
 
     target_ms: float | None = Field(None, gt=0, description="Most that p95 at batch 1 may be, in ms.")
@@ -38,7 +79,7 @@ class Needs(Record):
     loaded_by: Literal["batchcls", "onnx", "phone"] = Field(
         "batchcls", description="What else has to load it."
     )
-    labelled_images_per_category: int | None = Field(None, ge=0, description="There are for fine-tuning.")
+    labeled_images_per_category: int | None = Field(None, ge=0, description="There are for fine-tuning.")
     debugging: Literal["any", "plain"] = Field("any", description="plain: it matters how it is debugged.")
 
 
@@ -64,7 +105,7 @@ RecordLookup = Callable[[str], ZooRecord | None]
 
 _Records = Mapping[Measurement, ZooRecord | None]
 _Reasons = dict[Measurement, str]
-_Objection = Callable[[Needs, ZooRecord | None, Measurement], str | None]
+_Objection = Callable[[Requirements, ZooRecord | None, Measurement], str | None]
 
 
 def zoo_record(architecture: str) -> ZooRecord | None:
@@ -76,7 +117,7 @@ def zoo_record(architecture: str) -> ZooRecord | None:
 
 
 def recommend(
-    measurements: Sequence[Measurement], needs: Needs, record_for: RecordLookup = zoo_record
+    measurements: Sequence[Measurement], needs: Requirements, record_for: RecordLookup = zoo_record
 ) -> Recommendation:
     """Choose between candidates that were measured on the same images and the same hardware.
 
@@ -150,12 +191,12 @@ def _answer(
     return Recommendation(model=model, engine=engine, sentences=sentences, rejected=rejected)
 
 
-def _objections(needs: Needs, records: _Records, objection: _Objection) -> _Reasons:
+def _objections(needs: Requirements, records: _Records, objection: _Objection) -> _Reasons:
     found = {entry: objection(needs, record, entry) for entry, record in records.items()}
     return {entry: reason for entry, reason in found.items() if reason is not None}
 
 
-def _unfit(needs: Needs, record: ZooRecord | None, entry: Measurement) -> str | None:
+def _unfit(needs: Requirements, record: ZooRecord | None, entry: Measurement) -> str | None:
     """Why a candidate cannot be taken, whatever the others are like."""
     agreement, p95, loader = entry.agreement, entry.latency.p95_ms, needs.loaded_by
     # Best labels of random weights turn at a breath: they say nothing about an engine.
@@ -173,22 +214,22 @@ def _unfit(needs: Needs, record: ZooRecord | None, entry: Measurement) -> str | 
     return None
 
 
-def _wants_more_images(needs: Needs, record: ZooRecord | None, entry: Measurement) -> str | None:
-    there = needs.labelled_images_per_category
-    if record is None or there is None or there >= record.labelled_images_per_category:
+def _wants_more_images(needs: Requirements, record: ZooRecord | None, entry: Measurement) -> str | None:
+    there = needs.labeled_images_per_category
+    if record is None or there is None or there >= record.labeled_images_per_category:
         return None
     return f"{_fine_tuning(record)}, and there are {there}. {_given_up(entry)}"
 
 
-def _is_not_plain(needs: Needs, record: ZooRecord | None, entry: Measurement) -> str | None:
+def _is_not_plain(needs: Requirements, record: ZooRecord | None, entry: Measurement) -> str | None:
     if record is None or needs.debugging == "any" or record.construction == "plain":
         return None
     return f"Its construction is {record.construction}, that of others is plain. {_given_up(entry)}"
 
 
 def _fine_tuning(record: ZooRecord) -> str:
-    wanted = record.labelled_images_per_category
-    return f"Fine-tuning all of it pays from about {wanted} labelled images a category (a rule of thumb)"
+    wanted = record.labeled_images_per_category
+    return f"Fine-tuning all of it pays from about {wanted} labeled images a category (a rule of thumb)"
 
 
 def _given_up(entry: Measurement) -> str:
@@ -199,7 +240,7 @@ def _accuracy_words(entry: Measurement) -> str:
     if entry.accuracy is None:
         return "unknown"
     value, source = entry.accuracy
-    basis = f"measured on {entry.agreement.labelled} images" if source == "measured" else "as published"
+    basis = f"measured on {entry.agreement.labeled} images" if source == "measured" else "as published"
     return f"{percent(value)} {basis}"
 
 
@@ -244,7 +285,7 @@ def _beaten(entry: Measurement, best: Measurement, taken: Measurement) -> str:
     )
 
 
-def _nothing(needs: Needs, records: _Records) -> tuple[str, ...]:
+def _nothing(needs: Requirements, records: _Records) -> tuple[str, ...]:
     none = f"None of the {len(records)} candidates will do."
     unfit_anyway = _objections(needs.model_copy(update={"target_ms": None}), records, _unfit)
     slow = [entry for entry in records if entry not in unfit_anyway]
@@ -255,7 +296,7 @@ def _nothing(needs: Needs, records: _Records) -> tuple[str, ...]:
     return none, f"The nearest is {name_of(near)}: {p95}."
 
 
-def _summary(needs: Needs, taken: Measurement) -> str:
+def _summary(needs: Requirements, taken: Measurement) -> str:
     price = needs.price_per_hour
     cost = f"take {figure(1e6 / _rate(taken))} node-seconds"
     if price is not None:
@@ -267,7 +308,7 @@ def _summary(needs: Needs, taken: Measurement) -> str:
     )
 
 
-def _about_latency(needs: Needs, taken: Measurement, measurements: Sequence[Measurement]) -> str:
+def _about_latency(needs: Requirements, taken: Measurement, measurements: Sequence[Measurement]) -> str:
     target = needs.target_ms
     if target is None:
         return "Latency: no target is set, so accuracy decides before speed."
@@ -292,18 +333,18 @@ def _about_accuracy(ranked: Sequence[Measurement], best: Measurement, taken: Mea
     )
 
 
-def _about_traits(needs: Needs, record: ZooRecord | None, taken: Measurement) -> tuple[str, ...]:
+def _about_traits(needs: Requirements, record: ZooRecord | None, taken: Measurement) -> tuple[str, ...]:
     if record is None:
-        unknown = "what else loads it, how many labelled images it wants and how plain it is are unknown"
+        unknown = "what else loads it, how many labeled images it wants and how plain it is are unknown"
         return (f"The zoo has no record of {taken.architecture}: {unknown}, and ruled nothing out.",)
-    there, loader = needs.labelled_images_per_category, _LOADERS.get(needs.loaded_by, "nothing but batchcls")
+    there, loader = needs.labeled_images_per_category, _LOADERS.get(needs.loaded_by, "nothing but batchcls")
     images = "how many there are is not said" if there is None else f"there are {there}"
-    if there is not None and there < record.labelled_images_per_category:
+    if there is not None and there < record.labeled_images_per_category:
         images += ", fewer than any that is left wants: train its head alone"
     matters = "matters" if needs.debugging == "plain" else "does not matter"
     return (
         f"Loading: asked for is {loader}; {record.family} runs {_WHERE[record.runs_elsewhere]}.",
-        f"Labelled images: {images}. {_fine_tuning(record)}.",
+        f"Labeled images: {images}. {_fine_tuning(record)}.",
         f"Debugging: {matters}; the construction is {record.construction}.",
     )
 
@@ -317,7 +358,7 @@ def _remarks(ranked: Sequence[Measurement], taken: Measurement) -> tuple[str, ..
         found.append(f"If speed matters more: {name_of(other)} gives {gain} for {loss} less.")
     if taken.weights.startswith("random"):
         found.append("Its weights are random: the speed is its own, the accuracy is not.")
-    if taken.agreement.top1 is not None and len({entry.agreement.labelled for entry in ranked}) > 1:
+    if taken.agreement.top1 is not None and len({entry.agreement.labeled for entry in ranked}) > 1:
         found.append("The candidates know different labels, so their accuracies are of different images.")
     if taken.other_load > BUSY_CORES:
         found.append(f"Others kept {taken.other_load:.1f} cores busy while it was measured: repeat it.")

@@ -8,12 +8,12 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from batchcls.comparison.candidate import Candidate
-from batchcls.comparison.measure import Measured
+from batchcls.comparison.benchmark import BenchmarkResult
+from batchcls.comparison.candidates import Candidate
 from batchcls.comparison.measurement import Measurement, Record
 from batchcls.errors import InputError
-from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.storage_errors import resumable
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.storage.store_errors import resumable
 
 MEASUREMENTS_FOLDER = "measurements"
 _SUFFIX = ".json"
@@ -82,7 +82,7 @@ class Results:
         """Where the candidate's measurement is kept."""
         return join(self._folder, f"{key_of(candidate, self._sample)}{_SUFFIX}")
 
-    def add(self, candidate: Candidate, measured: Measured) -> Finished:
+    def add(self, candidate: Candidate, measured: BenchmarkResult) -> Finished:
         """Keep a measurement, on storage when this returns.
 
         Raises:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batchcls.evaluation.outcomes import Categories, Floats
+from batchcls.evaluation.classification_metrics import Categories, Floats
 
 Doubles = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from batchcls.evaluation.answers import Answers
-from batchcls.evaluation.outcomes import Categories, Floats, Rows
-from batchcls.evaluation.thresholds import lowest_threshold
-from batchcls.inference.categories import Level
+from batchcls.evaluation.calibration import lowest_threshold
+from batchcls.evaluation.classification_metrics import Categories, Floats, Rows
+from batchcls.evaluation.model_predictions import LogitStore
+from batchcls.inference.taxonomy import Level
 
 Path = tuple[str, ...]
 
@@ -49,7 +49,9 @@ class PathScores:
         return 2 * (self.precision or 0.0) * self.recall / both if both else 0.0
 
 
-def node_outcomes(answers: Answers, temperature: float, levels: Sequence[Level]) -> tuple[NodeOutcomes, ...]:
+def node_outcomes(
+    answers: LogitStore, temperature: float, levels: Sequence[Level]
+) -> tuple[NodeOutcomes, ...]:
     """For each level its most probable node for every row."""
     best: list[list[Categories]] = [[] for _ in levels]
     mass: list[list[Floats]] = [[] for _ in levels]

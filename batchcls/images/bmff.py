@@ -8,8 +8,8 @@ tiles) and with its transparency in yet another. AVIF sequences keep their frame
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from batchcls.images.boxes import Box, Cursor, box_at, boxes_within
-from batchcls.images.coded_size import Size, av1_sizes, hevc_configured_sizes, hevc_sizes
+from batchcls.images.bmff_boxes import BmffBox, Cursor, box_at, boxes_within
+from batchcls.images.bmff_frame_size import Size, av1_sizes, hevc_configured_sizes, hevc_sizes
 from batchcls.images.formats import DecodeError, Format, Header, checked_header, unpack
 from batchcls.schema import Reason
 
@@ -54,9 +54,9 @@ class _Items:
     locations: dict[int, _Location] = field(default_factory=dict)
     parts: dict[int, list[int]] = field(default_factory=dict)
     auxiliary: dict[int, list[int]] = field(default_factory=dict)
-    properties: list[Box] = field(default_factory=list)
+    properties: list[BmffBox] = field(default_factory=list)
     property_numbers: dict[int, list[int]] = field(default_factory=dict)
-    box_data: Box | None = None
+    box_data: BmffBox | None = None
 
 
 def read_bmff(data: bytes) -> Header:
@@ -94,7 +94,7 @@ def _brands(data: bytes) -> set[bytes]:
     return {major, *(unpack("4s", data, offset)[0] for offset in range(16, size, 4))}
 
 
-def _top_level(data: bytes) -> Iterator[Box]:
+def _top_level(data: bytes) -> Iterator[BmffBox]:
     """The boxes of the file, up to what is no box."""
     start = 0
     while start + 8 <= len(data):
@@ -105,7 +105,7 @@ def _top_level(data: bytes) -> Iterator[Box]:
         yield box
 
 
-def _items(data: bytes, meta: Box) -> _Items:
+def _items(data: bytes, meta: BmffBox) -> _Items:
     items = _Items()
     readers = {
         b"pitm": _read_primary, b"iinf": _read_kinds, b"iloc": _read_locations,
@@ -119,12 +119,12 @@ def _items(data: bytes, meta: Box) -> _Items:
     return items
 
 
-def _read_primary(data: bytes, box: Box, items: _Items) -> None:
+def _read_primary(data: bytes, box: BmffBox, items: _Items) -> None:
     cursor = Cursor(data, box)
     items.primary = cursor.integer(4 if cursor.integer(4) >> 24 else 2)
 
 
-def _read_kinds(data: bytes, box: Box, items: _Items) -> None:
+def _read_kinds(data: bytes, box: BmffBox, items: _Items) -> None:
     (version,) = unpack(">B", data, box.start)
     for entry in boxes_within(data, box.start + (8 if version else 6), box.end):
         cursor = Cursor(data, entry)
@@ -135,7 +135,7 @@ def _read_kinds(data: bytes, box: Box, items: _Items) -> None:
             items.kinds[item] = cursor.skip(4)
 
 
-def _read_locations(data: bytes, box: Box, items: _Items) -> None:
+def _read_locations(data: bytes, box: BmffBox, items: _Items) -> None:
     cursor, total = Cursor(data, box), 0
     version = cursor.integer(4) >> 24
     sizes = cursor.integer(2)
@@ -158,7 +158,7 @@ def _read_locations(data: bytes, box: Box, items: _Items) -> None:
             items.locations[item] = _Location(method == 1, extents)
 
 
-def _read_references(data: bytes, box: Box, items: _Items) -> None:
+def _read_references(data: bytes, box: BmffBox, items: _Items) -> None:
     (version,) = unpack(">B", data, box.start)
     id_bytes = 4 if version else 2
     for entry in boxes_within(data, box.start + 4, box.end):
@@ -172,7 +172,7 @@ def _read_references(data: bytes, box: Box, items: _Items) -> None:
                 items.auxiliary.setdefault(other, []).append(item)
 
 
-def _read_properties(data: bytes, box: Box, items: _Items) -> None:
+def _read_properties(data: bytes, box: BmffBox, items: _Items) -> None:
     for entry in boxes_within(data, box.start, box.end):
         if entry.kind == b"ipco":
             items.properties = list(boxes_within(data, entry.start, entry.end))
@@ -237,17 +237,17 @@ def _needed(items: _Items, primary: int) -> list[int]:
     return list(found)
 
 
-def _properties(items: _Items, item: int) -> list[Box]:
+def _properties(items: _Items, item: int) -> list[BmffBox]:
     numbers = items.property_numbers.get(item, [])
     return [items.properties[number - 1] for number in numbers if 0 < number <= len(items.properties)]
 
 
-def _extent(data: bytes, box: Box) -> Size:
+def _extent(data: bytes, box: BmffBox) -> Size:
     width, height = unpack(">II", data, box.start + 4)
     return width, height
 
 
-def _crop(data: bytes, box: Box, whole: Size) -> Size:
+def _crop(data: bytes, box: BmffBox, whole: Size) -> Size:
     """Width and height that a clap box leaves; a box that makes no sense leaves all."""
     width, width_parts, height, height_parts = unpack(">IIII", data, box.start)
     if not width_parts or not height_parts:
@@ -310,7 +310,7 @@ def _derived_size(content: bytes | memoryview, offset: int) -> Iterator[Size]:
         yield width, height
 
 
-def _sequence_header(data: bytes, movie: Box) -> Header:
+def _sequence_header(data: bytes, movie: BmffBox) -> Header:
     """Size of the first track of images in an AVIF sequence."""
     for track in boxes_within(data, movie.start, movie.end):
         if track.kind != b"trak":
@@ -327,9 +327,9 @@ def _sequence_header(data: bytes, movie: Box) -> Header:
     raise DecodeError(Reason.CORRUPT, "the AVIF sequence has no track of images")
 
 
-def _descendants(data: bytes, track: Box) -> dict[bytes, Box]:
+def _descendants(data: bytes, track: BmffBox) -> dict[bytes, BmffBox]:
     """The first box of each type below a track, as far as its sizes and its first frame need them."""
-    found: dict[bytes, Box] = {}
+    found: dict[bytes, BmffBox] = {}
     waiting = [track]
     while waiting:
         parent = waiting.pop()
@@ -340,7 +340,7 @@ def _descendants(data: bytes, track: Box) -> dict[bytes, Box]:
     return found
 
 
-def _first_frame(data: bytes, boxes: dict[bytes, Box]) -> Iterator[Size]:
+def _first_frame(data: bytes, boxes: dict[bytes, BmffBox]) -> Iterator[Size]:
     """The sizes in the first frame of a track, all of whose frames have to be in the file."""
     chunks = _table(data, boxes, b"stco", 4) or _table(data, boxes, b"co64", 8)
     frames = _table(data, boxes, b"stsz", 4)
@@ -352,7 +352,7 @@ def _first_frame(data: bytes, boxes: dict[bytes, Box]) -> Iterator[Size]:
     yield from av1_sizes(data, chunks[0], min(chunks[0] + frames[0], len(data)))
 
 
-def _table(data: bytes, boxes: dict[bytes, Box], kind: bytes, width: int) -> list[int]:
+def _table(data: bytes, boxes: dict[bytes, BmffBox], kind: bytes, width: int) -> list[int]:
     """The entries of a table of chunk offsets or, with a size that may hold for all, of frames."""
     if kind not in boxes:
         return []

@@ -1,38 +1,91 @@
 """Bytes of an image file to RGB pixels, or a reason why not.
 
-Two ways lead to the pixels. JPEG goes through libjpeg-turbo (`batchcls.images.jpeg_pixels`), plain
-JPEG at a reduced scale where the picture is far larger than it is needed; everything else goes
+Two ways lead to the pixels. JPEG goes through libjpeg-turbo (`batchcls.images.decode`), plain
+JPEG at a reduced scale where the image is far larger than it is needed; everything else goes
 through Pillow (`batchcls.images.rgb`). Both release the GIL, except Pillow for AVIF, and neither has
 state here: `decode` may be called from many threads at once.
 
 What a decoder would pass over in silence and is refused here: JPEG data that ends early behind an
-end marker (libjpeg paints the rest grey), progressive JPEG with scans missing, PNG data that
+end marker (libjpeg paints the rest gray), progressive JPEG with scans missing, PNG data that
 belies its checksum, AVIF and HEIC data filled up with zeros, files shorter than their own header says.
 
 What cannot be told at low cost, and passes: a flipped bit in data of any format but PNG that still
-decodes (the others carry no checksum; about nine in ten single flips in a JPEG resynchronise without
+decodes (the others carry no checksum; about nine in ten single flips in a JPEG resynchronize without
 a trace even in libjpeg's own warnings); data missing from the last block of a sequential JPEG, from
 the last refinement scan of a progressive one, or, behind a forged end marker, from a CMYK one.
 """
 
+import io
 import threading
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
+from PIL.JpegImagePlugin import JpegImageFile
 
 from batchcls.images.formats import DecodeError, Format, Header, JpegFrame
-from batchcls.images.header import read_header
-from batchcls.images.jpeg import (
+from batchcls.images.headers import read_header
+from batchcls.images.jpeg_header import (
     end_of_coded_data,
     has_several_scans,
     require_end_marker,
     scans_are_complete,
+    without_metadata,
 )
-from batchcls.images.jpeg_pixels import decode_jpeg, reduction
-from batchcls.images.limits import DecodeLimits, Least
-from batchcls.images.png import png_without_metadata
+from batchcls.images.load_config import DecodeLimits, Least
+from batchcls.images.png_header import png_without_metadata
 from batchcls.images.rgb import open_unloaded, orientation_of, orientation_of_metadata, to_rgb
 from batchcls.schema import Reason
+
+_FACTORS = (8, 4, 2)
+_through_pillow = threading.Lock()
+
+
+def reduction(size: tuple[int, int], least: tuple[float, float], whole: bool = False) -> int:
+    """1, 2, 4 or 8: by how much a image may be smaller than `size` and still be as large as `least`.
+
+    Both are height and width. `whole` asks for a factor that divides them without a rest.
+    """
+    for factor in _FACTORS:
+        large_enough = all(side >= factor * enough for side, enough in zip(size, least, strict=True))
+        if large_enough and not (whole and any(side % factor for side in size)):
+            return factor
+    return 1
+
+
+def decode_jpeg(data: bytes, header: Header, frame: JpegFrame, factor: int = 1) -> np.ndarray:
+    """uint8 H x W x 3, C-contiguous, RGB as stored; with a factor of 2, 4 or 8 smaller by it.
+
+    What libjpeg warns about and passes over is passed over here. Data that is missing is painted gray, without a word.
+
+    Raises:
+        Exception: what the decoder raises on damage that it cannot pass over.
+    """
+    if not frame.is_plain:
+        return _jpeg_with_pillow(data, header, frame, factor)
+    # Of all the scales simplejpeg takes the smallest that still has this size: the one that was meant.
+    least = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, strict=False, **least)
+    except ValueError:
+        # TurboJPEG takes what libjpeg only warns about while it reads the header for an error (stray
+        # bytes between segments, parts of an ICC profile that do not fit), and has no name for some
+        # samplings, such as 4:1:0. The libjpeg below it decodes them, and so does Pillow with it. That takes four
+        # times the memory that was counted by the header, so no two threads do it at once.
+        with _through_pillow:
+            return _jpeg_with_pillow(data, header, frame, factor)
+    return pixels
+
+
+def _jpeg_with_pillow(data: bytes, header: Header, frame: JpegFrame, factor: int) -> np.ndarray:
+    # Pillow has a parser of its own, which stops at damaged metadata that libjpeg does not even read.
+    image = JpegImageFile(io.BytesIO(without_metadata(data, frame)))
+    if image.size != (header.width, header.height):
+        raise DecodeError(Reason.CORRUPT, "the jpeg header contradicts itself about the size")
+    if factor > 1:
+        image.draft("RGB", (header.width // factor, header.height // factor))
+    return np.array(image.convert("RGB"))
+
 
 __all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "allowed_header", "decode"]
 
@@ -42,11 +95,11 @@ _checking_a_whole_image = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A picture as it is to be seen.
+    """A image as it is to be seen.
 
     `pixels` is uint8 H x W x 3, RGB, turned upright, C-contiguous. `width` and `height` are those of
-    the stored picture, before it was turned. `extent` is the height and width of the picture in units
-    of `pixels`: their shape, except where the picture was reduced and the last row or column lies
+    the stored image, before it was turned. `extent` is the height and width of the image in units
+    of `pixels`: their shape, except where the image was reduced and the last row or column lies
     partly outside of it (375 rows reduced by 2 are 187.5 high and fill 188).
     """
 
@@ -70,15 +123,15 @@ def allowed_header(data: bytes, limits: DecodeLimits) -> Header:
 def decode(
     data: bytes, limits: DecodeLimits, least: Least | None = None, header: Header | None = None
 ) -> Decoded:
-    """Decode the first picture of a file.
+    """Decode the first image of a file.
 
     Transparency is composed on white, 16 bits keep their upper 8, animations give their first frame.
 
     Args:
         data: the whole file.
-        limits: how large and how small the stored picture may be.
+        limits: how large and how small the stored image may be.
         least: with it a JPEG may be decoded at a reduced scale that leaves at least what it says.
-            Without it every picture comes at its full size.
+            Without it every image comes at its full size.
         header: what `allowed_header` has said of the file, where it was asked before.
 
     Raises:
@@ -142,7 +195,7 @@ def _decode_jpeg(
     factor = 1
     if least is not None:
         upright = _upright_size(header, orientation)
-        # A turned picture would have the row that lies partly outside of it in front: none may.
+        # A turned image would have the row that lies partly outside of it in front: none may.
         factor = reduction(upright, least(*upright), whole=orientation in _TURNS)
     pixels = decode_jpeg(data, header, frame, factor)
     # 128 is what a block that never came decodes to, at every scale.
@@ -154,9 +207,9 @@ def _decode_jpeg(
 
 
 def _require_complete(data: bytes, header: Header, frame: JpegFrame, pixels: np.ndarray) -> None:
-    """Refuse a JPEG whose coded data was used up before its picture, here at full scale, was whole.
+    """Refuse a JPEG whose coded data was used up before its image, here at full scale, was whole.
 
-    Bytes put in behind the data change nothing in a whole picture, for the decoder stops before
+    Bytes put in behind the data change nothing in a whole image, for the decoder stops before
     them; in one that was cut they become blocks.
     """
     end, has_end_marker = end_of_coded_data(data, frame)
@@ -164,7 +217,7 @@ def _require_complete(data: bytes, header: Header, frame: JpegFrame, pixels: np.
     if np.array_equal(decode_jpeg(lengthened, header, frame), pixels):
         return
     if has_end_marker:
-        raise DecodeError(Reason.TRUNCATED, "the JPEG's data ends before its picture is whole")
+        raise DecodeError(Reason.TRUNCATED, "the JPEG's data ends before its image is whole")
     raise DecodeError(Reason.CORRUPT, "the JPEG's data is broken off by a stray marker")
 
 
@@ -219,7 +272,7 @@ def _translated(error: Exception, header: Header) -> DecodeError:
     if any(words in text for words in _OUT_OF_MEMORY):
         raise MemoryError(f"out of memory on {header.width} x {header.height} pixels") from error
     if any(words in text for words in _CUT_SHORT):
-        return DecodeError(Reason.TRUNCATED, f"the {header.format} data ends before its picture is whole")
+        return DecodeError(Reason.TRUNCATED, f"the {header.format} data ends before its image is whole")
     if any(words in text for words in _NOT_BUILT_IN):
         return DecodeError(
             Reason.UNSUPPORTED_FORMAT, f"{header.format} of a kind that its decoder does not know"

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchcls.errors import InputError
-from batchcls.images.addresses import INDIRECT_SCHEMES, AddressPolicy
-from batchcls.images.http import HttpClient
-from batchcls.images.objects import ObjectReader
+from batchcls.images.http_fetch import HttpClient
+from batchcls.images.object_store import ObjectReader
 from batchcls.images.retry import Backoff, attempt_error, refusal, short_body, too_large
+from batchcls.images.url_policy import INDIRECT_SCHEMES, AddressPolicy
 from batchcls.schema import Failure, Reason
-from batchcls.storage import local_path, redact_options, redact_uri, scheme
-from batchcls.uris import LOCAL, S3_SCHEMES
+from batchcls.storage.filesystem import local_path, redact_options, redact_uri, scheme
+from batchcls.storage.uris import LOCAL, S3_SCHEMES
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ BYTES_OF_A_BLOCK = 128
 
 
 class DecodeError(Exception):
-    """The bytes of one row do not give a picture; the load stage makes `failure` the row's."""
+    """The bytes of one row do not give a image; the load stage makes `failure` the row's."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -58,7 +58,7 @@ class JpegFrame:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is what all libjpegs agree on: Huffman coded, 8 bits, grey or three components."""
+        """Whether it is what all libjpegs agree on: Huffman coded, 8 bits, gray or three components."""
         return self.start_of_frame <= 2 and self.precision == 8 and len(self.component_ids) in (1, 3)
 
 

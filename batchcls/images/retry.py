@@ -16,10 +16,10 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from batchcls.images.addresses import ForbiddenAddressError
+from batchcls.images.url_policy import ForbiddenAddressError
 from batchcls.schema import Failure, Reason
-from batchcls.storage import UnsupportedSchemeError
-from batchcls.storage_errors import client_error
+from batchcls.storage.filesystem import UnsupportedSchemeError
+from batchcls.storage.store_errors import client_error
 
 Rule = tuple[Reason, bool]
 """What a row is told, and whether another attempt may help."""
@@ -125,7 +125,7 @@ class Backoff:
     """Pauses between attempts: full jitter under a doubling ceiling, or what the server asked for.
 
     Full jitter (anything from zero to the ceiling) spreads thousands of workers that a store turned
-    away in the same second. `Retry-After` is honoured up to its own cap, so that no server can
+    away in the same second. `Retry-After` is honored up to its own cap, so that no server can
     hold a row for an hour; a little jitter on top keeps the workers apart.
     """
 

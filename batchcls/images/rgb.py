@@ -84,7 +84,7 @@ def _plugin(kind: Format) -> type[ImageFile.ImageFile]:
 def orientation_of(image: Image.Image) -> int:
     """EXIF orientation 1 to 8 of a loaded image; 1 where there is none or it cannot be read.
 
-    Damaged metadata costs a picture nothing but its orientation, as in every viewer.
+    Damaged metadata costs a image nothing but its orientation, as in every viewer.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -130,12 +130,12 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _from_16_bit_grey(image: Image.Image) -> np.ndarray:
-    """The upper 8 bits, as Pillow does for 16-bit colour; its own conversion of grey clips instead."""
+    """The upper 8 bits, as Pillow does for 16-bit color; its own conversion of gray clips instead."""
     samples = np.asarray(image)
     # Pillow leaves the 12 bits of a TIFF where they are, and so the image all but black.
     is_12_bit = isinstance(image, TiffImageFile) and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,)
-    grey = (samples >> (4 if is_12_bit else 8)).astype(np.uint8)
+    gray = (samples >> (4 if is_12_bit else 8)).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[samples == transparent] = 255
-    return np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+        gray[samples == transparent] = 255
+    return np.repeat(gray[:, :, np.newaxis], 3, axis=2)

@@ -4,7 +4,7 @@ A thread of its own looks at the processor clocks of the threads at work. One th
 gets an exception, which ends everything that is written in Python (loops over blocks, chunks, tags and
 tiles) and every decoder that is fed in pieces. A call into C ends first: how much work it can be is
 known from the header, so that it comes back. One that does not, ends the process, and its row is found
-by `batchcls.images.isolated`.
+by `batchcls.images.isolated_decode`.
 
 Waiting for a core or for another thread costs no processor time, so a busy machine gives the same
 answers as an idle one.

@@ -2,7 +2,7 @@
 
 The geometry is that of `timm.data.create_transform` and of torchvision's `weights.transforms()`,
 rounding included, so that weights see the pixels they were measured with. The smooth
-filters run on uint8 in torch's vectorised kernel, which reads H x W x 3 memory best; they differ
+filters run on uint8 in torch's vectorized kernel, which reads H x W x 3 memory best; they differ
 from Pillow's by one level at most (bilinear) or two (bicubic, lanczos).
 """
 
@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from batchcls.preprocessing import Preprocessing
-from batchcls.views import Views
+from batchcls.preprocessing import Preprocessing, Views
 
 # What `torch.nn.functional.interpolate(antialias=True)` calls. It cannot be told to stop early.
 _KERNELS = {
@@ -24,7 +23,7 @@ _KERNELS = {
 }
 # How far each filter reaches to both sides, in pixels of the coarser of source and result.
 _REACH = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
-# A picture 8 pixels high and ten million wide would grow to hundreds of gigabytes when its short
+# A image 8 pixels high and ten million wide would grow to hundreds of gigabytes when its short
 # side meets the resize. Beyond this ratio only its middle is resized; the crop shows no more.
 _MAX_ASPECT_RATIO = 32
 
@@ -32,7 +31,7 @@ _MAX_ASPECT_RATIO = 32
 class Transform:
     """Resize and crop of one set of weights; stateless after construction, safe to share between threads.
 
-    `views` says whether the centre alone is cropped or the four corners before it, too.
+    `views` says whether the center alone is cropped or the four corners before it, too.
     """
 
     def __init__(self, preprocessing: Preprocessing, views: Views | None = None) -> None:
@@ -41,9 +40,9 @@ class Transform:
         self._fill = np.array([round(255 * mean) for mean in preprocessing.mean], dtype=np.uint8)
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture of this size, upright, is resized to before it is cropped.
+        """Height and width that a image of this size, upright, is resized to before it is cropped.
 
-        A picture that is resized in no smooth way, or of which only the middle is, is given back its
+        A image that is resized in no smooth way, or of which only the middle is, is given back its
         own size: it is needed whole (`decode`).
         """
         if self._preprocessing.interpolation not in _KERNELS or _is_extremely_long(height, width):
@@ -51,7 +50,7 @@ class Transform:
         return _resized(height, width, self._preprocessing)
 
     def with_margin(self, margin: float) -> Callable[[int, int], tuple[float, float]]:
-        """For `decode`: `margin` times as high and wide as a picture is resized to, at least."""
+        """For `decode`: `margin` times as high and wide as a image is resized to, at least."""
 
         def least(height: int, width: int) -> tuple[float, float]:
             resized = self.resized_size(height, width)
@@ -63,7 +62,7 @@ class Transform:
         """Resize and crop uint8 H x W x 3 to C-contiguous uint8 input_height x input_width x 3.
 
         With five crops the result has them in front: 5 x input_height x input_width x 3.
-        `extent` is that of `decode.Decoded` where `pixels` may be a reduced picture: then what is
+        `extent` is that of `decode.Decoded` where `pixels` may be a reduced image: then what is
         seen of it is what would be seen of the whole.
         """
         if extent is None or extent == pixels.shape[:2]:
@@ -72,11 +71,11 @@ class Transform:
             extent = pixels.shape[0], pixels.shape[1]
         size = _resized(*extent, self._preprocessing)
         resized = self._resize(pixels, extent, size)
-        centre = self._crop_or_pad(resized, size)
-        return centre if self._crops == 1 else np.stack([*self._corners(resized), centre])
+        center = self._crop_or_pad(resized, size)
+        return center if self._crops == 1 else np.stack([*self._corners(resized), center])
 
     def _resize(self, pixels: np.ndarray, extent: tuple[float, float], size: tuple[int, int]) -> np.ndarray:
-        """The upper left part, H x W x 3, of the picture resized to `size`: as much of it as is cropped to.
+        """The upper left part, H x W x 3, of the image resized to `size`: as much of it as is cropped to.
 
         What lies below and to the right of it is neither read nor made, which saves 7 to 22 % of the
         time (docs/measurements); the values are those of the whole. Possibly `pixels` themselves.
@@ -101,7 +100,7 @@ class Transform:
         return hwc[: size[0], : size[1]]
 
     def _seen(self, size: tuple[int, int]) -> tuple[int, int]:
-        """How many rows and columns of a picture resized to `size` reach to the end of what is cropped."""
+        """How many rows and columns of a image resized to `size` reach to the end of what is cropped."""
         if self._crops > 1:
             return size
         height, width, _ = self._preprocessing.shape
@@ -114,7 +113,7 @@ class Transform:
                 yield hwc[rows, columns]
 
     def _crop_or_pad(self, hwc: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The centre of a picture resized to `size`, of which `hwc` holds at least what is seen."""
+        """The center of a image resized to `size`, of which `hwc` holds at least what is seen."""
         rows, to_rows = _window(size[0], self._preprocessing.input_height)
         columns, to_columns = _window(size[1], self._preprocessing.input_width)
         result = np.empty(self._preprocessing.shape, dtype=np.uint8)
@@ -125,7 +124,7 @@ class Transform:
 
 
 def _source_rows(made: int, factor: float, reach: int) -> int:
-    """How many rows of a picture the first `made` rows of its resize read."""
+    """How many rows of a image the first `made` rows of its resize read."""
     return math.ceil(made / factor + reach * max(1.0, 1 / factor)) + 1
 
 

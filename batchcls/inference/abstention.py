@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcls.errors import InputError
-from batchcls.inference.categories import Floats, Level, deepest, levels_of
-from batchcls.models.bundle import BundleConfig
+from batchcls.inference.taxonomy import Floats, Level, deepest, levels_of
 from batchcls.models.labels import CategoryPaths
+from batchcls.models.model_bundle import BundleConfig
 
 
 @dataclass(frozen=True)

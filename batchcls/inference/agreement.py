@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from batchcls.models.engines import Answer, Precision
+from batchcls.models.engines.engine import EngineOutput, Precision
 
 NO_ANSWER = -1
 """Stands for the class of an image whose answer is not finite: the main job puts it in quarantine."""
@@ -18,7 +18,7 @@ _SHORTEST = 1e-30  # an embedding of zeros has no direction, and none may divide
 
 
 @dataclass(frozen=True, slots=True)
-class Contract:
+class AccuracyTolerance:
     """How much of fp32's answers a faster engine has to keep.
 
     Attributes:
@@ -33,11 +33,11 @@ class Contract:
     int8_min_agreement: float | None = None
 
 
-_CONTRACT_OF_FP32 = Contract()  # its answers may differ by rounding, whatever is asked of the others
+_CONTRACT_OF_FP32 = AccuracyTolerance()  # its answers may differ by rounding, whatever is asked of the others
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class EngineAgreement:
     """Answers to `images` images beside those of fp32.
 
     Attributes:
@@ -53,7 +53,7 @@ class Agreement:
     least_cosine: float
 
     @classmethod
-    def between(cls, answer: Answer, reference: Answer) -> Self:
+    def between(cls, answer: EngineOutput, reference: EngineOutput) -> Self:
         """Compare the answers to the same N images, N at least 1."""
         cosine = _cosine(answer.embedding, reference.embedding)
         return cls(
@@ -63,7 +63,7 @@ class Agreement:
             least_cosine=float(cosine.min()),
         )
 
-    def missed(self, contract: Contract, precision: Precision) -> str | None:
+    def missed(self, contract: AccuracyTolerance, precision: Precision) -> str | None:
         """What of the contract does not hold, with the figure, for people; None if all of it does.
 
         int8 for which no bound is set misses nothing; whether it may be chosen is another matter.
@@ -74,7 +74,7 @@ class Agreement:
         contract = _CONTRACT_OF_FP32 if precision == "fp32" else contract
         return self._too_few(contract.min_top1_agreement) or self._too_far(contract.min_embedding_cosine)
 
-    def close_call(self, contract: Contract, precision: Precision) -> str | None:
+    def close_call(self, contract: AccuracyTolerance, precision: Precision) -> str | None:
         """That another sample might as well miss the contract that this one holds, for people; else None.
 
         Within one standard error of the bound for the best classes; fp32 is never close.
@@ -90,7 +90,7 @@ class Agreement:
             "that are asked for; more --calibration-images tell more"
         )
 
-    def holds(self, contract: Contract, precision: Precision) -> bool:
+    def holds(self, contract: AccuracyTolerance, precision: Precision) -> bool:
         """Whether all of the contract holds that is meant for the precision."""
         return self.missed(contract, precision) is None
 
@@ -108,7 +108,7 @@ class Agreement:
         return f"the cosine of its embeddings with fp32's is {self.mean_cosine:.5f}, {bound:g} is asked for"
 
 
-def best_class(answer: Answer) -> npt.NDArray[np.int64]:
+def best_class(answer: EngineOutput) -> npt.NDArray[np.int64]:
     """Best class of N images, the first of equals; NO_ANSWER where logits or embedding are not finite."""
     return np.where(_finite(answer), answer.logits.argmax(axis=1), NO_ANSWER)
 
@@ -118,7 +118,7 @@ def top1_agreement(best: npt.NDArray[np.integer], reference: npt.NDArray[np.inte
     return float(((best == reference) & (best != NO_ANSWER)).mean())
 
 
-def equal_to(answer: Answer, reference: Answer, tolerance: float) -> bool:
+def equal_to(answer: EngineOutput, reference: EngineOutput, tolerance: float) -> bool:
     """Whether two engines say the same about N images, up to rounding.
 
     Args:
@@ -135,7 +135,7 @@ def equal_to(answer: Answer, reference: Answer, tolerance: float) -> bool:
     )
 
 
-def _finite(answer: Answer) -> npt.NDArray[np.bool_]:
+def _finite(answer: EngineOutput) -> npt.NDArray[np.bool_]:
     return _finite_rows(answer.logits) & _finite_rows(answer.embedding)
 
 

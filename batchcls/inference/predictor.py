@@ -11,10 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcls.inference.average import Averaged, Floats, average
-from batchcls.inference.settings import PredictSettings
-from batchcls.inference.topk import TopK, embedding_column
-from batchcls.models.engines import Answer, Engine, Pending
+from batchcls.inference.postprocess import Averaged, Floats, TopK, average, embedding_column
+from batchcls.inference.predictor_config import PredictSettings
+from batchcls.models.engines.engine import Engine, EngineOutput, PendingOutput
 from batchcls.schema import (
     PIXELS,
     PREDICT_SECONDS,
@@ -29,11 +28,11 @@ _INPUT_TYPES: dict[str, type[np.generic]] = {"engine": np.uint8, "worker": np.fl
 class _Submitted:
     """One forward pass: with the engine at first, then its answer."""
 
-    def __init__(self, pending: Pending) -> None:
-        self._pending: Pending | None = pending
-        self._answer: Answer | None = None
+    def __init__(self, pending: PendingOutput) -> None:
+        self._pending: PendingOutput | None = pending
+        self._answer: EngineOutput | None = None
 
-    def collect(self) -> Answer:
+    def collect(self) -> EngineOutput:
         """Wait for the answer; a second call has it at once."""
         if self._pending is not None:
             self._answer = self._pending.result()
@@ -156,7 +155,7 @@ class Predictor:
         widths = (len(settings.labels), settings.embedding_dimension)
         answers = [_joined([one.collect() for one in submitted], widths) for submitted in passes]
         # Views of an image stand next to each other: its crops, and of each crop both flips.
-        answer = Answer(
+        answer = EngineOutput(
             np.stack([one.logits for one in answers], axis=1).reshape(-1, widths[0]),
             np.stack([one.embedding for one in answers], axis=1).reshape(-1, widths[1]),
         )
@@ -178,13 +177,13 @@ def pixels_of(
     return data.view(kind).reshape(-1, *shape)
 
 
-def _joined(answers: list[Answer], widths: tuple[int, int]) -> Answer:
+def _joined(answers: list[EngineOutput], widths: tuple[int, int]) -> EngineOutput:
     """Answers to the parts of a batch as one; `widths` are those of logits and embedding, for no part at all."""
     if not answers:
-        return Answer(*(np.empty((0, width), np.float32) for width in widths))
+        return EngineOutput(*(np.empty((0, width), np.float32) for width in widths))
     if len(answers) == 1:
         return answers[0]
-    return Answer(
+    return EngineOutput(
         np.concatenate([answer.logits for answer in answers]),
         np.concatenate([answer.embedding for answer in answers]),
     )

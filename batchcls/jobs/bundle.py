@@ -8,33 +8,31 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from batchcls.config.bundle import (
+from batchcls.cli.app import Command, main
+from batchcls.cli.console import results_console
+from batchcls.cli.tables import bundle_line, record_table, zoo_table
+from batchcls.config.bundle_config import (
     BundleCreateConfig,
     BundleExportConfig,
     BundleInspectConfig,
     BundleTestConfig,
     BundleZooConfig,
 )
-from batchcls.console import results_console
 from batchcls.errors import ExitCode, InputError
-from batchcls.inference.reference import check_program, with_golden
-from batchcls.inference.self_test import start_tested_engine
-from batchcls.jobs.command import Command, main
+from batchcls.inference.engine_startup import start_tested_engine
+from batchcls.inference.golden_record import check_program, with_golden
 from batchcls.models.build import build_backbone, build_model
-from batchcls.models.bundle import Bundle
-from batchcls.models.choices import ModelChoices
-from batchcls.models.engines import REFERENCE, Device, EngineChoice, EnginePlace, Precision
-from batchcls.models.engines.conversions import Conversions
-from batchcls.models.engines.start import describe
+from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, EngineConfig, Precision
+from batchcls.models.engines.factory import describe
 from batchcls.models.export import FILE_NAMES, describe_program, export_program, load_program
-from batchcls.models.names import suggestions
+from batchcls.models.heads import mark_trainable
+from batchcls.models.model_bundle import Bundle
+from batchcls.models.model_names import suggestions
+from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
+from batchcls.models.registry import find_record, zoo_records
 from batchcls.models.resolve import parse_model_arguments, resolve_model
-from batchcls.models.spec import PreprocessingOverrides
-from batchcls.models.trainable import mark_trainable
-from batchcls.models.zoo import find_record, zoo_records
-from batchcls.storage import Storage, redact_uri, write_files
-from batchcls.tables import bundle_line
-from batchcls.zoo_tables import record_table, zoo_table
+from batchcls.storage.filesystem import Storage, redact_uri, write_files
 
 _logger = logging.getLogger("batchcls.jobs.bundle")  # __name__ is __main__ here
 
@@ -127,7 +125,7 @@ def test(config: BundleTestConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _settled(config: BundleTestConfig) -> tuple[EngineChoice, EnginePlace]:
+def _settled(config: BundleTestConfig) -> tuple[EngineChoice, EngineConfig]:
     """The engine and the place behind the settings of a test, `auto` decided."""
     device: Device = "cpu"
     if config.device != "auto":
@@ -135,7 +133,7 @@ def _settled(config: BundleTestConfig) -> tuple[EngineChoice, EnginePlace]:
     elif config.engine != "openvino" and torch.cuda.is_available():
         device = "cuda"
     precision: Precision = REFERENCE.precision if config.precision == "auto" else config.precision
-    place = EnginePlace(
+    place = EngineConfig(
         device=device,
         threads=torch.get_num_threads(),
         batch_size=_TEST_BATCH,

@@ -1,5 +1,6 @@
 """`python -m batchcls.jobs.classify`: manifest -> predictions and embeddings, published."""
 
+import json
 import logging
 import time
 from collections import Counter
@@ -12,38 +13,151 @@ from typing import Any
 
 from rich.console import Console
 
-from batchcls.config.classify import ClassifyConfig
-from batchcls.console import results_console
-from batchcls.errors import ExitCode
-from batchcls.jobs.classify_inputs import Inputs, check_inputs, open_inputs
-from batchcls.jobs.classify_reuse import choose_earlier, reuse
-from batchcls.jobs.classify_work import fingerprints_of, plan_of, work_of
-from batchcls.jobs.command import Command, main
-from batchcls.pipeline.execute import Executed, execute
-from batchcls.pipeline.settle import Settled, settle_engines
-from batchcls.pipeline.tally import Progress
-from batchcls.placement import Placement, place
+from batchcls.cli.app import Command, main
+from batchcls.cli.console import results_console
+from batchcls.cli.tables import bottleneck_table, counts_table, gates_table
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.errors import ExitCode, InputError
+from batchcls.jobs.classify_plan import (
+    ClassifyInputs,
+    check_inputs,
+    fingerprints_of,
+    open_inputs,
+    plan_of,
+    work_of,
+)
+from batchcls.pipeline.copy_predictions import take_over
+from batchcls.pipeline.executor import Executed, execute
+from batchcls.pipeline.node_engines import EngineSelection, settle_engines
+from batchcls.pipeline.pipeline_spec import PipelineSpec
+from batchcls.pipeline.progress import Progress
+from batchcls.ray_runtime import nodes, ray_session, wait_for
 from batchcls.report.run_report import report_after_run
-from batchcls.runs import choices
-from batchcls.runs.beginning import begin_once, held_run, no_empty_folders
+from batchcls.resources import ResourcePlan, place
+from batchcls.runs import engine_cache
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
-from batchcls.runs.budget import Budget, Seen, allowed_fraction
-from batchcls.runs.commit import Totals, check_budget, commit, reconcile, stage_seconds
-from batchcls.runs.judge import Verdict, judge, judge_again, limits_of, publish_judged
-from batchcls.runs.layout import new_run_id, run_folder
+from batchcls.runs.catalog import DamagedRunError, RunRecord, read_current, read_record
+from batchcls.runs.commit import (
+    Budget,
+    RunProgress,
+    Totals,
+    allowed_fraction,
+    check_budget,
+    commit,
+    reconcile,
+    stage_seconds,
+)
+from batchcls.runs.gate_evaluation import GateDecision, judge, judge_again, limits_of, publish_judged
 from batchcls.runs.lease import Lease, require_free
 from batchcls.runs.parts import PartFile, Receipt
+from batchcls.runs.paths import REUSED, new_run_id, run_folder
 from batchcls.runs.plan import Plan
 from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
-from batchcls.runs.records import RunRecord, read_current
-from batchcls.runs.resume import Begun, find_begun, require_begun
+from batchcls.runs.resume import UnfinishedRun, find_begun, require_begun
+from batchcls.runs.reuse import open_earlier
+from batchcls.runs.run_start import begin_once, held_run, no_empty_folders
 from batchcls.runs.unpublished import find_unpublished
-from batchcls.runtime import nodes, ray_session, wait_for
-from batchcls.storage import Storage, join, redact_uri
-from batchcls.storage_errors import resumable
-from batchcls.tables import bottleneck_table, counts_table, gates_table
+from batchcls.runs.verify import presence_faults
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.storage.store_errors import resumable
 
-_logger = logging.getLogger("batchcls.jobs.classify")  # __name__ is __main__ here
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """Whose predictions a run takes over. `by_row`: all of them, whatever the images are now."""
+
+    run_id: str
+    by_row: bool
+
+    @classmethod
+    def of(cls, plan: dict[str, Any]) -> "Reuse | None":
+        """As plan.json says; None: nobody's."""
+        return cls(**plan) if plan else None
+
+
+def choose_earlier(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict[str, Any]:
+    """What plan.json says of reuse: run_id and by_row, or nothing where nothing can be taken over.
+
+    Raises:
+        InputError: --reuse names no whole committed run, or --retry-quarantine has no run to start from.
+    """
+    record = _record(config, storage)
+    if record is None:
+        if config.retry_quarantine:
+            raise InputError(
+                "--retry-quarantine: there is no unfinished run of this manifest, model and settings and no run to "
+                "take the other predictions from; name one with --reuse RUN_ID"
+            )
+        return {}
+    before = record.raw.get("answers", {})
+    differing = sorted(name for name in plan.answers if before.get(name) != plan.answers[name])
+    if differing:
+        told = f"{record.run_id} was made with another {', '.join(differing)}"
+        if config.retry_quarantine:
+            raise InputError(f"--retry-quarantine: {told}; leave the flag out")
+        _logger.info("reuse: nothing, %s", told)
+        return {}
+    same_manifest = record.manifest.get("fingerprint") == plan.manifest["fingerprint"]
+    return {"run_id": record.run_id, "by_row": config.retry_quarantine and same_manifest}
+
+
+def reuse(
+    config: ClassifyConfig, plan: dict[str, Any], work: PipelineSpec, base: str, check: Callable[[], None]
+) -> list[Receipt]:
+    """Take the rows of `work.todo` over that can be; nothing where an earlier session has done so.
+
+    Args:
+        config: settings of the job.
+        plan: what plan.json says of reuse.
+        work: of the run.
+        base: what relative uris of the manifest belong to, as plan.json says it.
+        check: called now and then; what it raises ends the work.
+
+    Where the earlier run is gone or damaged by now, nothing is taken over and all rows are computed; a warning says so.
+
+    Raises:
+        BatchclsError: the storage of this run failed.
+    """
+    chosen = Reuse.of(plan)
+    storage, marker = work.writer.storage, join(work.writer.folder, REUSED)
+    with explain(marker):
+        if chosen is None or storage.exists(marker):
+            return []
+    try:
+        record = read_record(config.output, chosen.run_id, storage)
+        same_base = record.manifest.get("base") == base
+        earlier = open_earlier(record, storage, same_base=same_base, same_manifest=chosen.by_row)
+    except InputError as error:
+        _logger.warning("reuse: nothing, run %s cannot be read: %s", chosen.run_id, error)
+        return []
+    receipts = take_over(work, earlier, check)
+    with resumable(marker):
+        done = {"run_id": chosen.run_id, "rows": sum(receipt.rows for receipt in receipts)}
+        storage.write_whole(marker, json.dumps(done).encode())
+    return receipts
+
+
+def _record(config: ClassifyConfig, storage: Storage) -> RunRecord | None:
+    if config.reuse == "none":
+        return None
+    if config.reuse != "published":
+        return _whole(read_record(config.output, config.reuse, storage), storage)
+    try:
+        current = read_current(config.output, storage)
+        return None if current is None else _whole(read_record(config.output, current, storage), storage)
+    except InputError as error:
+        _logger.warning("reuse: nothing, the published run cannot be read: %s", error)
+        return None
+
+
+def _whole(record: RunRecord, storage: Storage) -> RunRecord:
+    faults = presence_faults(record, storage)
+    if faults:
+        raise DamagedRunError(f"run {record.run_id} is not whole: {'; '.join(faults)}")
+    return record
+
 
 _EXAMPLES = """examples:
   python -m batchcls.jobs.classify --manifest catalog.parquet --model timm:mobilenetv3_large_100 --output out
@@ -60,13 +174,13 @@ exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written;
 
 
 @dataclass(frozen=True)
-class _Run:
+class _ClassifyRun:
     """A run that this job holds."""
 
     config: ClassifyConfig
-    inputs: Inputs
-    placement: Placement
-    settled: Settled
+    inputs: ClassifyInputs
+    placement: ResourcePlan
+    settled: EngineSelection
     plan: Plan
     folder: str
     lease: Lease
@@ -123,8 +237,8 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
                 beginning.close()
                 _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
                 for choice in settled.new:
-                    choices.save(config.output, choice, storage)
-                run = _Run(config, inputs, placement, settled, plan, folder, lease)
+                    engine_cache.save(config.output, choice, storage)
+                run = _ClassifyRun(config, inputs, placement, settled, plan, folder, lease)
                 done = _do(run, console)
                 totals, measured, verdict = _commit(run, done, started)
     _summarize(totals, measured, folder)
@@ -135,7 +249,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _find_begun(config: ClassifyConfig, inputs: Inputs) -> Begun | None:
+def _find_begun(config: ClassifyConfig, inputs: ClassifyInputs) -> UnfinishedRun | None:
     begun = find_begun(config.output, config.run_id, fingerprints_of(config, inputs), inputs.storage)
     if begun is not None:
         require_free(run_folder(config.output, begun.run_id), inputs.storage)
@@ -161,7 +275,11 @@ def publish_finished(config: ClassifyConfig, record: RunRecord, storage: Storage
 
 
 def _plan(
-    config: ClassifyConfig, inputs: Inputs, placement: Placement, settled: Settled, begun: Begun | None
+    config: ClassifyConfig,
+    inputs: ClassifyInputs,
+    placement: ResourcePlan,
+    settled: EngineSelection,
+    begun: UnfinishedRun | None,
 ) -> Plan:
     """The plan of the run that this job goes on with, or begins."""
     run_id = begun.run_id if begun else config.run_id or new_run_id()
@@ -170,11 +288,11 @@ def _plan(
     return replace(plan, reuse=reuse)
 
 
-def _place(config: ClassifyConfig, inputs: Inputs) -> Placement:
+def _place(config: ClassifyConfig, inputs: ClassifyInputs) -> ResourcePlan:
     return place(config, nodes(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows)
 
 
-def _do(run: _Run, console: Console) -> _Done:
+def _do(run: _ClassifyRun, console: Console) -> _Done:
     """Whatever of the run is not on storage yet."""
     config, rows = run.config, run.inputs.manifest.rows
 
@@ -198,7 +316,7 @@ def _do(run: _Run, console: Console) -> _Done:
     return _Done([*receipts, *executed.receipts], executed)
 
 
-def _checks(run: _Run, receipts: list[Receipt], todo: int) -> Callable[[Progress], None]:
+def _checks(run: _ClassifyRun, receipts: list[Receipt], todo: int) -> Callable[[Progress], None]:
     """What must hold while the pipeline runs: the lease, and the error budget."""
     budget = run.budget
     failed_before = sum((receipt.failures for receipt in receipts), Counter[str]())
@@ -206,12 +324,12 @@ def _checks(run: _Run, receipts: list[Receipt], todo: int) -> Callable[[Progress
     def check(progress: Progress) -> None:
         run.lease.check()
         failures = failed_before + progress.failures
-        budget.check_under_way(Seen(progress.rows, todo, failures, progress.failures))
+        budget.check_under_way(RunProgress(progress.rows, todo, failures, progress.failures))
 
     return check
 
 
-def _commit(run: _Run, done: _Done, started: float) -> tuple[Totals, dict[str, Any], Verdict]:
+def _commit(run: _ClassifyRun, done: _Done, started: float) -> tuple[Totals, dict[str, Any], GateDecision]:
     """Add up, judge, and write run.json."""
     totals = reconcile(done.receipts, run.inputs.manifest.rows)
     measured: dict[str, Any] = {"rows_pipeline": 0, "engines": {}, "bottleneck": None}
@@ -255,7 +373,7 @@ def _summarize(totals: Totals, measured: dict[str, Any], folder: str) -> None:
     out.print(f"results: {redact_uri(folder)}")
 
 
-def _publish(config: ClassifyConfig, run: Plan | RunRecord, verdict: Verdict, storage: Storage) -> None:
+def _publish(config: ClassifyConfig, run: Plan | RunRecord, verdict: GateDecision, storage: Storage) -> None:
     out = results_console()
     out.print(gates_table(verdict.gates))
     if run.unpublishable:

@@ -9,31 +9,30 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from batchcls.comparison.campaign import Reference, Skipped, run_campaign
-from batchcls.comparison.candidate import (
+from batchcls.cli.app import Command, main
+from batchcls.cli.comparison_tables import LEGEND, results_table, watching_candidates
+from batchcls.cli.console import results_console
+from batchcls.comparison.benchmark import BenchmarkResult, measure
+from batchcls.comparison.candidates import (
+    BenchmarkEnvironment,
     Candidate,
-    Place,
     default_batch_sizes,
     default_threads,
     parse_engines,
 )
-from batchcls.comparison.inputs import Inputs, open_inputs
-from batchcls.comparison.measure import Measured, measure
-from batchcls.comparison.outputs import Verdict, write_outputs
-from batchcls.comparison.prepare import Prepared, pixels_key, prepare
-from batchcls.comparison.recommend import Needs, recommend
+from batchcls.comparison.comparison_outputs import ComparisonSummary, write_outputs
+from batchcls.comparison.recommend import Requirements, recommend
 from batchcls.comparison.results import Results
-from batchcls.comparison.terminal import LEGEND, results_table, watching_candidates
-from batchcls.config.compare import CompareConfig
-from batchcls.console import results_console
+from batchcls.comparison.runner import ComparisonInputs, Reference, Skipped, open_inputs, run_campaign
+from batchcls.comparison.sample_pixels import Prepared, pixels_key, prepare
+from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import ExitCode, InputError, something_is_written
 from batchcls.hardware import Hardware
-from batchcls.jobs.command import Command, main
-from batchcls.models.engines import Device
+from batchcls.models.engines.engine import Device
 from batchcls.preprocessing import Preprocessing
+from batchcls.ray_runtime import NodeInfo, living_nodes, ray_session, run_alone, run_everywhere, wait_for
 from batchcls.report.compare_page import PageContext, compare_page
-from batchcls.runtime import LivingNode, living_nodes, ray_session, run_alone, run_everywhere, wait_for
-from batchcls.storage import redact_uri
+from batchcls.storage.filesystem import redact_uri
 
 _logger = logging.getLogger("batchcls.jobs.compare")  # __name__ is __main__ here
 
@@ -71,14 +70,14 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _places(config: CompareConfig) -> dict[Place, LivingNode]:
+def _places(config: CompareConfig) -> dict[BenchmarkEnvironment, NodeInfo]:
     """One node of each kind of hardware, and how candidates are measured there."""
     nodes = [node for node in living_nodes() if config.device != "cuda" or node.gpus >= 1]
     if not nodes:
         needed = "a GPU" if config.device == "cuda" else "a CPU for tasks"
         raise InputError(f"the cluster has no node with {needed}; add one, or choose another --device")
     found = run_everywhere(nodes, Hardware.here, config.wait_for_cluster_seconds)
-    places: dict[Place, LivingNode] = {}
+    places: dict[BenchmarkEnvironment, NodeInfo] = {}
     for node, hardware in zip(nodes, found, strict=True):
         places.setdefault(_place(config, node, hardware), node)
     for place, node in places.items():
@@ -92,11 +91,11 @@ def _places(config: CompareConfig) -> dict[Place, LivingNode]:
     return places
 
 
-def _place(config: CompareConfig, node: LivingNode, hardware: Hardware) -> Place:
+def _place(config: CompareConfig, node: NodeInfo, hardware: Hardware) -> BenchmarkEnvironment:
     device: Device = "cuda" if config.device != "cpu" and node.gpus >= 1 and hardware.gpu else "cpu"
     if config.device == "cuda" and device == "cpu":
         raise InputError(f"--device cuda: PyTorch finds no GPU on {node.host}; use --device cpu or auto")
-    return Place(
+    return BenchmarkEnvironment(
         hardware=hardware,
         device=device,
         threads=default_threads(device, node.cpus) if config.threads == "auto" else config.threads,
@@ -110,11 +109,11 @@ def _place(config: CompareConfig, node: LivingNode, hardware: Hardware) -> Place
 class _Cluster:
     """Measures candidates on the nodes; bundles and pixels go into the object store once."""
 
-    def __init__(self, inputs: Inputs, places: Mapping[Place, LivingNode]) -> None:
+    def __init__(self, inputs: ComparisonInputs, places: Mapping[BenchmarkEnvironment, NodeInfo]) -> None:
         self._inputs = inputs
         self._nodes = places
         self._bundles: dict[str, Any] = {}
-        self._prepared: dict[tuple[Place, Preprocessing], Any] = {}
+        self._prepared: dict[tuple[BenchmarkEnvironment, Preprocessing], Any] = {}
 
     def prepare(self, candidates: Sequence[Candidate]) -> None:
         """Load the sample for all these candidates, so that a bad sample ends the job at once."""
@@ -126,7 +125,7 @@ class _Cluster:
             if candidate.model not in self._bundles:
                 self._bundles[candidate.model] = ray.put(bundle)
 
-    def measure(self, candidate: Candidate, reference: Reference) -> Measured:
+    def measure(self, candidate: Candidate, reference: Reference) -> BenchmarkResult:
         """Measure a candidate in a fresh process that has its node to itself."""
         preprocessing = self._inputs.bundles[candidate.model].config.preprocessing
         return run_alone(
@@ -138,7 +137,7 @@ class _Cluster:
             reference,
         )
 
-    def _load(self, place: Place, preprocessing: Preprocessing) -> Prepared:
+    def _load(self, place: BenchmarkEnvironment, preprocessing: Preprocessing) -> Prepared:
         inputs = self._inputs
         size = f"{preprocessing.input_width} x {preprocessing.input_height}"
         prepared = run_alone(
@@ -154,7 +153,10 @@ class _Cluster:
 
 
 def _measure_all(
-    inputs: Inputs, places: Mapping[Place, LivingNode], results: Results, console: Console
+    inputs: ComparisonInputs,
+    places: Mapping[BenchmarkEnvironment, NodeInfo],
+    results: Results,
+    console: Console,
 ) -> list[Skipped]:
     candidates = [
         Candidate(name, bundle.fingerprint, engine, place)
@@ -173,10 +175,12 @@ def _measure_all(
         raise
 
 
-def _verdict(config: CompareConfig, inputs: Inputs, results: Results, skipped: Sequence[Skipped]) -> Verdict:
-    needs = Needs.model_validate(config.model_dump(include=set(Needs.model_fields)))
+def _verdict(
+    config: CompareConfig, inputs: ComparisonInputs, results: Results, skipped: Sequence[Skipped]
+) -> ComparisonSummary:
+    needs = Requirements.model_validate(config.model_dump(include=set(Requirements.model_fields)))
     kinds = results.by_hardware()
-    return Verdict(
+    return ComparisonSummary(
         created=datetime.now(UTC),
         settings=config.redacted(),
         sample=inputs.sample.fingerprint,
@@ -187,7 +191,7 @@ def _verdict(config: CompareConfig, inputs: Inputs, results: Results, skipped: S
     )
 
 
-def _show(verdict: Verdict, written: Sequence[str]) -> None:
+def _show(verdict: ComparisonSummary, written: Sequence[str]) -> None:
     """The closing words, on stdout: a table and an answer for each kind of hardware, never for two."""
     out = results_console()
     for key, measurements in verdict.kinds.items():

@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.evaluate`: labelled rows and a bundle or a run -> how right, how sure, from where on."""
+"""`python -m batchcls.jobs.evaluate`: labeled rows and a bundle or a run -> how right, how sure, from where on."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,35 +11,37 @@ import pyarrow as pa
 import torch
 from rich.console import Console
 
-from batchcls.config.evaluate import EvaluateConfig
-from batchcls.console import results_console, watching
+from batchcls.cli.app import Command, main
+from batchcls.cli.console import results_console, watching
+from batchcls.cli.tables import bundle_line, metrics_table, worst_categories_table
+from batchcls.config.evaluate_config import EvaluateConfig
 from batchcls.errors import ExitCode, InputError, something_is_written
-from batchcls.evaluation.answering import Answering
-from batchcls.evaluation.answers import room_for_logits
-from batchcls.evaluation.curves import EPOCH, Curves, read_curves
-from batchcls.evaluation.evaluated import Evaluated, evaluate_answers, evaluate_outcomes
+from batchcls.evaluation.classification_metrics import Rows
+from batchcls.evaluation.evaluation_outputs import (
+    EPOCH,
+    Curves,
+    EvaluationSubject,
+    approximations,
+    read_curves,
+    thumbnails,
+    worst_pairs,
+    write_outputs,
+)
+from batchcls.evaluation.evaluator import Evaluated, evaluate_answers, evaluate_outcomes
 from batchcls.evaluation.hierarchy import Path
-from batchcls.evaluation.labelled import Labelled
-from batchcls.evaluation.outcomes import Rows
-from batchcls.evaluation.outputs import Subject, approximations, write_outputs
-from batchcls.evaluation.run_answers import open_run, read_answers
-from batchcls.evaluation.thumbnails import thumbnails, worst_pairs
-from batchcls.evaluation_tables import metrics_table, worst_categories_table
-from batchcls.images.policies import decode_limits, fetch_policy
-from batchcls.images.settings import LoadSettings
-from batchcls.inference.self_test import start_tested_engine
-from batchcls.jobs.command import Command, main
-from batchcls.models.bundle import Bundle
-from batchcls.models.calibration import Calibration
-from batchcls.models.engines import Device, EngineChoice, EnginePlace
-from batchcls.models.engines.conversions import Conversions
-from batchcls.models.engines.start import describe
-from batchcls.preprocessing import Preprocessing
+from batchcls.evaluation.labeled_rows import LabeledManifest
+from batchcls.evaluation.model_predictions import Answering, room_for_logits
+from batchcls.evaluation.run_predictions import open_run, read_answers
+from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
+from batchcls.inference.engine_startup import start_tested_engine
+from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.engine import Device, EngineChoice, EngineConfig
+from batchcls.models.engines.factory import describe
+from batchcls.models.model_bundle import Bundle, Calibration
+from batchcls.preprocessing import Preprocessing, Views, views_of
 from batchcls.report.evaluate_page import PageParts, evaluate_page, verdict
 from batchcls.report.evaluate_plots import Curve
-from batchcls.storage import Storage, explain, is_remote, redact_uri
-from batchcls.tables import bundle_line
-from batchcls.views import Views, views_of
+from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 
 _logger = logging.getLogger("batchcls.jobs.evaluate")  # __name__ is __main__ here
 
@@ -47,7 +49,7 @@ _EXAMPLES = """examples:
   python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated
   python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated \\
       --wished-precision 0.95 --write-bundle models/v1-calibrated
-  python -m batchcls.jobs.evaluate --manifest s3://shop/labelled/ --run s3://shop/out --output s3://shop/evaluated
+  python -m batchcls.jobs.evaluate --manifest s3://shop/labeled/ --run s3://shop/out --output s3://shop/evaluated
   python -m batchcls.jobs.evaluate --config jobs/evaluate.toml
 
 Then `python -m batchcls.jobs.classify --model models/v1-calibrated --abstain ...` leaves a label null where the
@@ -65,7 +67,7 @@ _ANY_SIZE = Preprocessing(
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """What was found, `labelled.NOTES` of all rows, the judged rows' numbers, what was judged, and its training."""
+    """What was found, `labeled.NOTES` of all rows, the judged rows' numbers, what was judged, and its training."""
 
     found: Evaluated
     notes: pa.Table
@@ -78,29 +80,29 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Run the job from manifest to page; errors leave as `errors.BatchclsError`."""
     storage = Storage(config.storage_options)
     _check(config, storage)
-    labelled = Labelled.open(
+    labeled = LabeledManifest.open(
         config.manifest,
         storage,
         id_column=config.id_column,
         label_column=config.label_column,
         limit=config.limit,
     )
-    _logger.info("manifest: %d rows, labels in %s", labelled.manifest.rows, config.label_column)
+    _logger.info("manifest: %d rows, labels in %s", labeled.manifest.rows, config.label_column)
     if config.model is not None:
         bundle = Bundle.load(config.model, storage)
         _logger.info("model: %s", bundle_line(bundle))
-        judged = _judge_bundle(config, bundle, labelled, console)
+        judged = _judge_bundle(config, bundle, labeled, console)
     else:
-        judged = _judge_run(config, labelled)
-    subject = Subject(
+        judged = _judge_run(config, labeled)
+    subject = EvaluationSubject(
         created=datetime.now(UTC),
         settings=config.redacted(),
-        manifest=labelled.manifest.fingerprint,
+        manifest=labeled.manifest.fingerprint,
         model=judged.model,
         notes=judged.notes,
         rows=judged.rows,
     )
-    page = _page(config, judged, subject, labelled)
+    page = _page(config, judged, subject, labeled)
     written = write_outputs(judged.found, subject, page, config.output, storage)
     if config.write_bundle is not None:
         calibration = judged.found.calibration(subject.manifest, config.tta)
@@ -129,17 +131,19 @@ def _check(config: EvaluateConfig, storage: Storage) -> None:
                 storage.list_files(place)
 
 
-def _judge_bundle(config: EvaluateConfig, bundle: Bundle, labelled: Labelled, console: Console) -> _Judged:
-    curves = read_curves(config.training_curves, bundle.config.lineage, labelled.storage)
+def _judge_bundle(
+    config: EvaluateConfig, bundle: Bundle, labeled: LabeledManifest, console: Console
+) -> _Judged:
+    curves = read_curves(config.training_curves, bundle.config.lineage, labeled.storage)
     labels = bundle.config.labels
     paths = _paths(config, labels, bundle.config.category_paths)
     views = views_of(config.tta, bundle.config.preprocessing)
-    load = _load(config, labelled, bundle.config.preprocessing, views)
+    load = _load(config, labeled, bundle.config.preprocessing, views)
     choice, place = EngineChoice(config.engine, config.precision), _place(config)
     engine, _ = start_tested_engine(bundle, choice, place)
     _logger.info("engine: %s", describe(engine))
-    answering = Answering(labelled, labels, engine)
-    rows = labelled.manifest.rows
+    answering = Answering(labeled, labels, engine)
+    rows = labeled.manifest.rows
     with room_for_logits(rows * views.count, len(labels)) as room:
         with watching(lambda: answering, rows, console, config.log_interval_seconds):
             notes, judged, answers = answering.run(load, room)
@@ -155,11 +159,11 @@ def _judge_bundle(config: EvaluateConfig, bundle: Bundle, labelled: Labelled, co
     return _Judged(found, notes, judged, model, curves)
 
 
-def _judge_run(config: EvaluateConfig, labelled: Labelled) -> _Judged:
+def _judge_run(config: EvaluateConfig, labeled: LabeledManifest) -> _Judged:
     assert config.run is not None
-    curves = read_curves(config.training_curves, {}, labelled.storage)
-    run = open_run(config.run, labelled.storage)
-    notes, rows, outcomes, kept = read_answers(run, labelled, labelled.storage)
+    curves = read_curves(config.training_curves, {}, labeled.storage)
+    run = open_run(config.run, labeled.storage)
+    notes, rows, outcomes, kept = read_answers(run, labeled, labeled.storage)
     paths = _paths(config, outcomes.labels, None)
     found = evaluate_outcomes(outcomes, kept, paths, config.wished_precision)
     model = {
@@ -178,35 +182,37 @@ def _paths(
     return known
 
 
-def _place(config: EvaluateConfig) -> EnginePlace:
+def _place(config: EvaluateConfig) -> EngineConfig:
     device: Device = "cpu"
     if config.device != "auto":
         device = config.device
     elif config.engine != "openvino" and torch.cuda.is_available():
         device = "cuda"
-    return EnginePlace(device, torch.get_num_threads(), config.batch_size, Conversions.at(config.cache_dir))
+    return EngineConfig(device, torch.get_num_threads(), config.batch_size, Conversions.at(config.cache_dir))
 
 
 def _load(
-    config: EvaluateConfig, labelled: Labelled, preprocessing: Preprocessing, views: Views
+    config: EvaluateConfig, labeled: LabeledManifest, preprocessing: Preprocessing, views: Views
 ) -> LoadSettings:
     cores = torch.get_num_threads()
     return LoadSettings(
         run_id="evaluate",
-        base=labelled.manifest.base,
+        base=labeled.manifest.base,
         kept=(),
         fetch=fetch_policy(config),
         limits=decode_limits(config),
         preprocessing=preprocessing,
         views=views,
         normalize="engine",
-        fetch_threads=max(cores, _REMOTE_REQUESTS if is_remote(labelled.manifest.base) else 1),
+        fetch_threads=max(cores, _REMOTE_REQUESTS if is_remote(labeled.manifest.base) else 1),
         decode_threads=cores,
         block_rows=config.batch_size,
     )
 
 
-def _page(config: EvaluateConfig, judged: _Judged, subject: Subject, labelled: Labelled) -> str:
+def _page(
+    config: EvaluateConfig, judged: _Judged, subject: EvaluationSubject, labeled: LabeledManifest
+) -> str:
     pairs = worst_pairs(judged.found, judged.rows)
     epochs = judged.curves.get(EPOCH, [])
     parts = PageParts(
@@ -214,7 +220,7 @@ def _page(config: EvaluateConfig, judged: _Judged, subject: Subject, labelled: L
         manifest=redact_uri(config.manifest),
         version=version("batchcls"),
         pairs=pairs,
-        pictures=thumbnails(pairs, labelled, _load(config, labelled, _ANY_SIZE, Views())),
+        images=thumbnails(pairs, labeled, _load(config, labeled, _ANY_SIZE, Views())),
         curves=[
             Curve(name.replace("_", " "), epochs, values)
             for name, values in judged.curves.items()
@@ -238,7 +244,7 @@ def _write_bundle(
     return uri
 
 
-def _show(found: Evaluated, subject: Subject, written: Sequence[str]) -> None:
+def _show(found: Evaluated, subject: EvaluationSubject, written: Sequence[str]) -> None:
     """The closing words, on stdout."""
     out = results_console()
     out.print(metrics_table(found))

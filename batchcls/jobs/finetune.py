@@ -1,41 +1,114 @@
-"""`python -m batchcls.jobs.finetune`: two labelled manifests -> a bundle that `classify` takes as it is."""
+"""`python -m batchcls.jobs.finetune`: two labeled manifests -> a bundle that `classify` takes as it is."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from batchcls.config.finetune import LINEAR_PROBE, FinetuneConfig
-from batchcls.console import results_console, watching
-from batchcls.errors import BatchclsError, ExitCode, InputError
-from batchcls.identity import column_batches
-from batchcls.jobs.command import Command, main
-from batchcls.jobs.finetune_probe import linear_probe
-from batchcls.manifest import Manifest
-from batchcls.models.bundle import CONFIG_FILE, Bundle
-from batchcls.runs.budget import allowed_fraction
-from batchcls.runtime import nodes, ray_session
-from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.tables import bundle_line
-from batchcls.training.bundle_out import Trained, trained_bundle
-from batchcls.training.claim import Claim, digest_of, find_claim, finish_run, take_claim
-from batchcls.training.divergence import Divergence
-from batchcls.training.inputs import Inputs, Labelled, open_inputs, settle_recipe
-from batchcls.training.nodes import require_nodes
-from batchcls.training.plan import StepPlan, fit_workers, plan_steps
-from batchcls.training.prepare import PreparedPixels, check_failures, prepare_pixels
-from batchcls.training.progress import Seen
-from batchcls.training.run import Diverged, run_training
+from batchcls.cli.app import Command, main
+from batchcls.cli.console import results_console, watching
+from batchcls.cli.tables import bundle_line
+from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
+from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
+from batchcls.images.load_config import decode_limits, fetch_policy
+from batchcls.manifest.ids import column_batches
+from batchcls.manifest.snapshot import Manifest, open_labeled
+from batchcls.models.labels import read_labels
+from batchcls.models.model_bundle import CONFIG_FILE, Bundle
+from batchcls.ray_runtime import nodes, ray_session
+from batchcls.runs.commit import allowed_fraction
+from batchcls.runs.paths import new_run_id
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.storage.store_errors import resumable
+from batchcls.training.batch_plan import StepPlan, fit_workers, plan_steps
+from batchcls.training.initial_bundle import open_frozen
+from batchcls.training.linear_probe.embeddings import EmbeddingSettings
+from batchcls.training.linear_probe.fit import LinearSettings
+from batchcls.training.linear_probe.probe_job import Probed, ProbeSettings, linear_probe_bundle
+from batchcls.training.loss import Divergence
+from batchcls.training.node_storage import require_nodes
+from batchcls.training.pixel_cache import PreparedPixels, check_failures, prepare_pixels
+from batchcls.training.ray_train import Diverged, TrainingProgress, run_training
 from batchcls.training.sampling import LabelledRows
-from batchcls.training.settings import TrainingSettings
-from batchcls.training.workers import Workers, settle_workers
+from batchcls.training.scaling import Workers, settle_workers
+from batchcls.training.train_config import TrainingSettings
+from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, settle_recipe
+from batchcls.training.trained_bundle import Trained, trained_bundle
+from batchcls.training.work_dir import Claim, digest_of, find_claim, finish_run, take_claim
 
-_logger = logging.getLogger("batchcls.jobs.finetune")  # __name__ is __main__ here
+NOISE_FILE = "label-noise.parquet"
+
+_logger = logging.getLogger(__name__)
+
+
+def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
+    """Train a classifier on embeddings, which are kept on disk for the next time."""
+    del console
+    started = time.time()
+    storage = Storage(config.storage_options)
+    with explain(config.output):
+        taken = storage.exists(join(config.output, CONFIG_FILE))
+    if taken and not config.restart:
+        raise InputError(
+            f"--output {redact_uri(config.output)} holds a bundle already; name another folder, or give --restart to "
+            "replace it"
+        )
+    training, validation = (
+        open_labeled(uri, storage, config.label_column, id_column=config.id_column)
+        for uri in (config.manifest, config.validation)
+    )
+    bundle = open_frozen(config, storage)
+    _logger.info("frozen: %s", bundle_line(bundle))
+    cores = len(os.sched_getaffinity(0))
+    settings = ProbeSettings(
+        embedding=EmbeddingSettings(fetch=fetch_policy(config), limits=decode_limits(config), threads=cores),
+        linear=LinearSettings(balance=config.class_balance, seed=config.seed, threads=cores),
+        name=new_run_id(),
+        labels=read_labels(config.labels, storage) if config.labels is not None else None,
+    )
+    probed = linear_probe_bundle(bundle, training, validation, settings, storage)
+    _require_budget(probed, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
+    probed.bundle.save(config.output, storage)
+    sink = pa.BufferOutputStream()
+    pq.write_table(probed.noise, sink)
+    with resumable(config.state_folder):
+        storage.write_whole(join(config.state_folder, NOISE_FILE), sink.getvalue().to_pybytes())
+    _summarize_probe(config, probed, time.time() - started)
+    return ExitCode.DONE
+
+
+def _require_budget(probed: Probed, rows: int, most: float) -> None:
+    failed = probed.metrics["training_failed"]
+    count = sum(failed.values())
+    if count > most * rows:
+        raise BudgetExceeded(
+            f"{count} of {rows} training images cannot be used ({', '.join(f'{k}={v}' for k, v in failed.items())}); "
+            f"more than --max-failed-fraction {most:g} allows"
+        )
+
+
+def _summarize_probe(config: FinetuneConfig, probed: Probed, seconds: float) -> None:
+    out = results_console()
+    seen = probed.metrics["validation"]
+    out.print(
+        f"{seen['top1']:.2%} top-1 on {seen['answered']} validation images (top-5 {seen['top5']:.1%}, loss "
+        f"{seen['loss']:.3f}) after {seconds:.0f} s"
+    )
+    out.print(
+        f"labels that look wrong: {probed.metrics['confidently_mislabeled']} of "
+        f"{probed.metrics['training_rows']}, the first {probed.noise.num_rows} in "
+        f"{redact_uri(join(config.state_folder, NOISE_FILE))}"
+    )
+    out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(probed.bundle)}")
+
 
 _NAMED = 10
 
@@ -50,7 +123,7 @@ _EXAMPLES = """examples:
       --model models/shop-v1 --output models/shop-probe --recipe linear-probe
 
 The same command goes on with an unfinished run.
-exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too many pictures cannot be read
+exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too many images cannot be read
 """
 
 
@@ -93,21 +166,21 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _pixel_bytes(config: FinetuneConfig, inputs: Inputs) -> int:
+def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
     """Bytes of the prepared pixels of both manifests. Raises InputError if they are more than is allowed."""
     both = (inputs.training, inputs.validation)
     needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both)
     if needed > config.max_pixels_gib * 2**30:
         raise InputError(
             f"the prepared pixels would take {needed / 2**30:.0f} GiB of {redact_uri(config.state_folder)}, more than "
-            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer pictures"
+            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer images"
         )
     _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.state_folder))
     return needed
 
 
 def _begin(
-    config: FinetuneConfig, inputs: Inputs, decides: Mapping[str, Any]
+    config: FinetuneConfig, inputs: TrainingInputs, decides: Mapping[str, Any]
 ) -> tuple[Claim, StepPlan, Workers]:
     """Settle all that may be refused before anything is prepared, then take the state folder."""
     rows, needed = len(inputs.training.usable()), inputs.images_needed
@@ -154,12 +227,12 @@ def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
 
 
 def _prepare(
-    config: FinetuneConfig, inputs: Inputs, console: Console
+    config: FinetuneConfig, inputs: TrainingInputs, console: Console
 ) -> tuple[PreparedPixels, PreparedPixels]:
     """The pixels of both manifests, within the budgets of bytes and of failures."""
-    seen = Seen()
+    seen = TrainingProgress()
 
-    def prepared(part: Labelled, before: int) -> PreparedPixels:
+    def prepared(part: TrainingManifest, before: int) -> PreparedPixels:
         def tell(done: int) -> None:
             seen.rows = before + done
 
@@ -183,7 +256,7 @@ def _prepare(
 
 def _settings(
     config: FinetuneConfig,
-    inputs: Inputs,
+    inputs: TrainingInputs,
     pixels: tuple[PreparedPixels, PreparedPixels],
     workers: Workers,
     plan: StepPlan,
@@ -209,17 +282,17 @@ def _settings(
     )
 
 
-def _rows_of(labelled: Labelled, pixels: PreparedPixels, which: str) -> LabelledRows:
-    rows = labelled.usable()
+def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> LabelledRows:
+    rows = labeled.usable()
     rows = rows[pixels.is_there(rows)]
     if len(rows) == 0:
         raise InputError(
-            f"no {which} row has both a label and a picture that can be read; look at the manifest"
+            f"no {which} row has both a label and a image that can be read; look at the manifest"
         )
-    return LabelledRows(rows, labelled.classes[rows])
+    return LabelledRows(rows, labeled.classes[rows])
 
 
-def _told(found: Divergence, inputs: Inputs) -> BatchclsError:
+def _told(found: Divergence, inputs: TrainingInputs) -> BatchclsError:
     ids = _item_ids(inputs.training.manifest, found.rows[:_NAMED], inputs.storage)
     more = f" and {len(found.rows) - _NAMED} more" if len(found.rows) > _NAMED else ""
     what = (
@@ -227,7 +300,7 @@ def _told(found: Divergence, inputs: Inputs) -> BatchclsError:
     )
     return BatchclsError(
         f"training broke in step {found.step} of epoch {found.epoch}: {what}, items {', '.join(ids)}{more}; look at "
-        "these pictures, or lower --learning-rate and --head-learning-rate"
+        "these images, or lower --learning-rate and --head-learning-rate"
     )
 
 
@@ -277,7 +350,7 @@ def _summarize(config: FinetuneConfig, bundle: Bundle, trained: Trained, seconds
     training = sum(record["seconds"] + record["validation_seconds"] for record in trained.history)
     last = trained.history[-1]
     out.print(
-        f"{last['validation_top1']:.2%} top-1 on {last['validation_rows']} validation pictures after {training:.0f} s "
+        f"{last['validation_top1']:.2%} top-1 on {last['validation_rows']} validation images after {training:.0f} s "
         f"of training ({seconds:.0f} s in all)"
     )
     out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(bundle)}")

@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.manifest`: make a manifest from pictures, or validate one."""
+"""`python -m batchcls.jobs.manifest`: make a manifest from images, or validate one."""
 
 import logging
 from pathlib import PurePosixPath
@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from batchcls.config.manifest import ManifestCheckConfig, ManifestFromFolderConfig
-from batchcls.console import results_console
-from batchcls.data_files import DataFiles, find_data
+from batchcls.cli.app import Command, main
+from batchcls.cli.console import results_console
+from batchcls.config.manifest_config import ManifestCheckConfig, ManifestFromFolderConfig
 from batchcls.errors import ExitCode, InputError
-from batchcls.identity import find_bad_ids
-from batchcls.jobs.command import Command, main
-from batchcls.manifest import open_manifest
-from batchcls.storage import FileInfo, Storage, explain, redact_uri
-from batchcls.uris import below
+from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.snapshot import open_manifest
+from batchcls.storage.data_files import DataFiles, find_data
+from batchcls.storage.filesystem import FileInfo, Storage, explain, redact_uri
+from batchcls.storage.uris import below
 
 _logger = logging.getLogger("batchcls.jobs.manifest")  # __name__ is __main__ here
 
@@ -35,25 +35,25 @@ _CHECK_EXAMPLES = """examples:
 
 
 def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
-    """Write a manifest of every picture below a folder: item_id is the path below it."""
+    """Write a manifest of every image below a folder: item_id is the path below it."""
     del console
     storage = Storage(config.storage_options)
-    found = _find_pictures(config.folder, storage)
+    found = _find_images(config.folder, storage)
     table = _table(found, config)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
     with explain(config.output):
         storage.write_whole(config.output, sink.getvalue().to_pybytes())
-    _logger.info("%s: %d pictures", redact_uri(config.output), table.num_rows)
+    _logger.info("%s: %d images", redact_uri(config.output), table.num_rows)
     return ExitCode.DONE
 
 
-def _find_pictures(folder: str, storage: Storage) -> DataFiles:
+def _find_images(folder: str, storage: Storage) -> DataFiles:
     found = find_data(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), photographs=True)
     told = "; ".join(filter(None, (found.left_out.unexpected, found.left_out.hidden))) if found else ""
     if found is None or not found.files:
         but = f" but {told}" if told else ""
-        raise InputError(f"no pictures ({', '.join(_SUFFIXES)}) below {redact_uri(folder)}{but}")
+        raise InputError(f"no images ({', '.join(_SUFFIXES)}) below {redact_uri(folder)}{but}")
     if told:
         _logger.warning("%s: left out: %s", redact_uri(folder), told)
     return found
@@ -73,12 +73,12 @@ def _table(found: DataFiles, config: ManifestFromFolderConfig) -> pa.Table:
     return pa.table(columns)
 
 
-def _require_readable_names(pictures: list[FileInfo], folder: str) -> None:
+def _require_readable_names(images: list[FileInfo], folder: str) -> None:
     """Refuse names that are no UTF-8, which no column of text can hold."""
-    bad = [info.uri for info in pictures if not _is_utf8(info.uri)]
+    bad = [info.uri for info in images if not _is_utf8(info.uri)]
     if bad:
         raise InputError(
-            f"{len(bad)} of {len(pictures)} images below {redact_uri(folder)} have names that are no valid UTF-8, the "
+            f"{len(bad)} of {len(images)} images below {redact_uri(folder)} have names that are no valid UTF-8, the "
             f"first is {redact_uri(bad[0])}; rename them"
         )
 

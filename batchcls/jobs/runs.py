@@ -7,22 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 from rich.console import Console
 
-from batchcls.config.runs import (
-    RunsConfig,
-    RunsDiffConfig,
-    RunsListConfig,
-    RunsPruneConfig,
-    RunsPublishConfig,
-    RunsReportConfig,
-    RunsRollbackConfig,
-    RunsShowConfig,
-    RunsVerifyConfig,
-)
-from batchcls.console import results_console
-from batchcls.errors import ExitCode, InputError, PublishRefused
-from batchcls.jobs.command import Command, main
-from batchcls.report.run_report import write_run_report
-from batchcls.run_tables import (
+from batchcls.cli.app import Command, main
+from batchcls.cli.console import results_console
+from batchcls.cli.run_tables import (
     categories_table,
     confidence_line,
     facts_table,
@@ -33,17 +20,30 @@ from batchcls.run_tables import (
     shown,
     statuses_table,
 )
+from batchcls.cli.tables import counts_table, gates_table
+from batchcls.config.runs_config import (
+    RunsConfig,
+    RunsDiffConfig,
+    RunsListConfig,
+    RunsPruneConfig,
+    RunsPublishConfig,
+    RunsReportConfig,
+    RunsRollbackConfig,
+    RunsShowConfig,
+    RunsVerifyConfig,
+)
+from batchcls.errors import ExitCode, InputError, PublishRefused
+from batchcls.report.run_report import write_run_report
+from batchcls.runs.catalog import ListedRun, RunRecord, list_runs, read_record
 from batchcls.runs.diff import diff_runs
+from batchcls.runs.gate_evaluation import recorded_gates, verdict_now
 from batchcls.runs.gates import refused
-from batchcls.runs.judge import recorded_gates, verdict_now
-from batchcls.runs.names import resolve_run
 from batchcls.runs.prune import Keeping, choose, held_by, keep_after_all, remove
 from batchcls.runs.publish import Published, publish, published_or_damage, read_published, roll_back
-from batchcls.runs.records import ListedRun, RunRecord, list_runs, read_record
+from batchcls.runs.run_refs import resolve_run
 from batchcls.runs.summary import summary_of
 from batchcls.runs.verify import presence_faults, verify
-from batchcls.storage import Storage, redact_uri
-from batchcls.tables import counts_table, gates_table
+from batchcls.storage.filesystem import Storage, redact_uri
 
 _logger = logging.getLogger("batchcls.jobs.runs")  # __name__ is __main__ here
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.models.taps import Stage, Tap, random_image, run_intact
+from batchcls.models.feature_taps import FeatureStage, FeatureTap, random_image, run_intact
 
 _TOLERANCE = 1e-4
 _PROBE_SEEDS = (0, 1)
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         model: nn.Module,
         classifiers: tuple[str, ...],
         input_size: tuple[int, int],
-        tap: Stage | None = None,
+        tap: FeatureStage | None = None,
     ) -> None:
         """Cut `model`, which is taken over and changed in place.
 
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         name = type(model).__name__
         with torch.no_grad():
             expected = _intact_answer(model, second, name)
-            self._tap = None if tap is None else Tap(model, tap)
+            self._tap = None if tap is None else FeatureTap(model, tap)
             cut = _cut(model, classifiers, first)
             self.trunk, self.pool, self.head = cut.trunk, cut.pool, cut.head
             self.train(False)
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (N,K float32) and embedding (N,D float32) of normalised images (N,3,H,W float).
+        """Logits (N,K float32) and embedding (N,D float32) of normalized images (N,3,H,W float).
 
         Under autocast the trunk runs in the lower precision; pool and head stay in float32, since
         a logit in bfloat16 has three digits.
@@ -156,7 +156,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return layer
 
 
-class _Place(nn.Module):
+class _ScatterInput(nn.Module):
     """Stands where one of several classifiers stood: its input between zeros in a longer vector."""
 
     def __init__(self, before: int, after: int) -> None:
@@ -194,7 +194,7 @@ def _cut_many(model: nn.Module, paths: tuple[str, ...], heads: list[nn.Linear], 
     before, total = 0, sum(head.in_features for head in heads)
     for path, head in zip(paths, heads, strict=True):
         after = total - before - head.in_features
-        model.set_submodule(path, _Place(before, after))
+        model.set_submodule(path, _ScatterInput(before, after))
         before += head.in_features
     weight = torch.cat([head.weight for head in heads], dim=1)
     biases = [share * head.bias for share, head in zip(shares, heads, strict=True) if head.bias is not None]
@@ -208,7 +208,7 @@ def _cut_squeezenet(model: nn.Module) -> _Cut:
     return _Cut(features, pool, nn.Sequential(classifier, nn.Flatten(1)))
 
 
-class _Call(nn.Module):
+class _MethodModule(nn.Module):
     """One method of a timm network as a module."""
 
     def __init__(self, model: nn.Module, method: str, **options: bool) -> None:
@@ -223,9 +223,9 @@ class _Call(nn.Module):
 def _cut_by_stages(model: nn.Module) -> _Cut:
     """timm's own two stages, for heads that are no sum of linear layers in front of nothing else."""
     return _Cut(
-        _Call(model, "forward_features"),
-        _Call(model, "forward_head", pre_logits=True),
-        _Call(model, "forward_head"),
+        _MethodModule(model, "forward_features"),
+        _MethodModule(model, "forward_head", pre_logits=True),
+        _MethodModule(model, "forward_head"),
     )
 
 

@@ -4,10 +4,10 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.bundle import CONFIG_FILE, WEIGHTS_FILE, Bundle
+from batchcls.models.feature_taps import find_tap
+from batchcls.models.heads import mark_trainable
+from batchcls.models.model_bundle import CONFIG_FILE, WEIGHTS_FILE, Bundle
 from batchcls.models.sources import find_model, library_of
-from batchcls.models.taps import find_tap
-from batchcls.models.trainable import mark_trainable
 from batchcls.models.weights import from_safetensors, load_strictly
 
 

@@ -1,6 +1,6 @@
 """A bundle's network as a program for other runtimes: uint8 pixels in, logits and embedding out.
 
-The normalisation is part of the program, so that nobody outside can apply another mean. What is
+The normalization is part of the program, so that nobody outside can apply another mean. What is
 left to the caller is the resize and the crop, which `model.json` beside the program spells out.
 """
 
@@ -15,12 +15,12 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.bundle import Bundle
-from batchcls.models.engines import Answer
+from batchcls.models.engines.engine import EngineOutput
+from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 
 ExportFormat = Literal["onnx", "torch-export"]
-Program = Callable[[npt.NDArray[np.uint8]], Answer]
+Program = Callable[[npt.NDArray[np.uint8]], EngineOutput]
 
 FILE_NAMES: Mapping[ExportFormat, str] = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 INPUT_NAME = "images"
@@ -43,8 +43,8 @@ class _SelfContained(nn.Module):
         self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        normalised = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        answer: tuple[torch.Tensor, torch.Tensor] = self.backbone(normalised)
+        normalized = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        answer: tuple[torch.Tensor, torch.Tensor] = self.backbone(normalized)
         return answer
 
 
@@ -88,7 +88,7 @@ def describe_program(bundle: Bundle, kind: ExportFormat) -> dict[str, Any]:
             OUTPUT_NAMES[1]: {"dtype": "float32", "shape": ["batch", config.embedding_dimension]},
         },
         "resize_and_crop": config.preprocessing.model_dump(mode="json", exclude={"mean", "std"}),
-        "normalisation": "part of the program; pass pixels of 0 to 255",
+        "normalization": "part of the program; pass pixels of 0 to 255",
         "labels": "labels.txt, one a line, in the order of the logits",
         "architecture": str(config.spec),
         "bundle_fingerprint": bundle.fingerprint,
@@ -124,16 +124,16 @@ def _load_onnx(data: bytes) -> Program:
     import onnxruntime  # noqa: PLC0415 - an extra; the job runs without it
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return lambda pixels: Answer(*session.run(list(OUTPUT_NAMES), {INPUT_NAME: pixels}))
+    return lambda pixels: EngineOutput(*session.run(list(OUTPUT_NAMES), {INPUT_NAME: pixels}))
 
 
 def _load_torch_export(data: bytes) -> Program:
     module = torch.export.load(io.BytesIO(data)).module()
 
-    def answer(pixels: npt.NDArray[np.uint8]) -> Answer:
+    def answer(pixels: npt.NDArray[np.uint8]) -> EngineOutput:
         with torch.inference_mode():
             logits, embedding = module(torch.from_numpy(pixels))
-        return Answer(logits.numpy(), embedding.numpy())
+        return EngineOutput(logits.numpy(), embedding.numpy())
 
     return answer
 

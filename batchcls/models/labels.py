@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from batchcls.errors import InputError
-from batchcls.storage import Storage, explain, redact_uri
+from batchcls.storage.filesystem import Storage, explain, redact_uri
 
 Labels = tuple[str, ...]
 CategoryPaths = tuple[tuple[str, ...], ...]

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 from batchcls.errors import InputError
-from batchcls.models.bundle import CONFIG_FILE, Bundle, BundleConfig
-from batchcls.models.choices import ModelChoices
-from batchcls.models.names import find_name, is_known, is_model_name, suggestions
-from batchcls.models.spec import ArgumentValue, SourceName
-from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.uris import may_be_model_name, normal
+from batchcls.models.model_bundle import CONFIG_FILE, Bundle, BundleConfig
+from batchcls.models.model_names import find_name, is_known, is_model_name, suggestions
+from batchcls.models.model_spec import ArgumentValue, ModelChoices, SourceName
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.storage.uris import may_be_model_name, normal
 
 _ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS: Mapping[str, ArgumentValue] = {"true": True, "false": False, "none": None}
@@ -29,7 +28,7 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
         _refuse_choices(choices)
         return Bundle.load(normal(model), storage)
     # The libraries take seconds to import, and a job whose model is a folder needs none of them.
-    from batchcls.models.named import bundle_of_name  # noqa: PLC0415
+    from batchcls.models.create import bundle_of_name  # noqa: PLC0415
 
     return bundle_of_name(model, choices, storage)
 

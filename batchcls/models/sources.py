@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import cast
 
 from batchcls.errors import InputError
-from batchcls.models.library import Library
-from batchcls.models.names import find_name, suggestions
-from batchcls.models.spec import Arguments, ModelSpec, SourceName
-from batchcls.models.timm_library import TimmLibrary
-from batchcls.models.torchvision_library import TorchvisionLibrary
+from batchcls.models.libraries.library import Library
+from batchcls.models.libraries.timm_library import TimmLibrary
+from batchcls.models.libraries.torchvision_library import TorchvisionLibrary
+from batchcls.models.model_names import find_name, suggestions
+from batchcls.models.model_spec import Arguments, ModelSpec, SourceName
 
 LIBRARIES: Mapping[SourceName, Library] = {"torchvision": TorchvisionLibrary(), "timm": TimmLibrary()}
 

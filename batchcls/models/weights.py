@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.storage import Storage, explain, redact_uri
+from batchcls.storage.filesystem import Storage, explain, redact_uri
 
 State = dict[str, torch.Tensor]
 
 _SAFETENSORS = ".safetensors"
 _PICKLED = frozenset({".pth", ".pt", ".bin"})
 
-# Training programs put the state beside optimiser and epoch, under one of these names.
+# Training programs put the state beside optimizer and epoch, under one of these names.
 _STATE_KEYS = ("state_dict", "model")
 _PARALLEL_PREFIX = "module."
 

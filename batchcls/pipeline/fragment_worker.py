@@ -14,20 +14,20 @@ from queue import SimpleQueue
 
 import pyarrow as pa
 
-from batchcls.images.load import Loader
+from batchcls.images.loader import Loader
 from batchcls.inference.predictor import Predictor
-from batchcls.manifest import Fragment
-from batchcls.manifest_reader import FragmentReader
-from batchcls.models.engines import Engine
-from batchcls.models.engines.start import describe
-from batchcls.pipeline.fused_actor import FRAGMENTS_IN_FLIGHT, Orders, Part, UnderWay
-from batchcls.pipeline.worker_engine import start_for_node
+from batchcls.manifest.fragment_reader import FragmentReader
+from batchcls.manifest.snapshot import Fragment
+from batchcls.models.engines.engine import Engine
+from batchcls.models.engines.factory import describe
+from batchcls.pipeline.actor_engine import start_for_node
+from batchcls.pipeline.fragment_actor import FRAGMENTS_IN_FLIGHT, PartialFragment, WorkerProgress, WorkerSpec
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import keep_receipt
 from batchcls.schema import Failure
 
 
-class _Call:
+class _FragmentCall:
     """The CPU time of a thread that works on a fragment, and what it has answered so far."""
 
     def __init__(self, first_row: int) -> None:
@@ -44,7 +44,7 @@ class _Call:
 class FragmentWorker:
     """A loader, an engine and a writer; `work` may be called by two threads at once."""
 
-    def __init__(self, given: Orders) -> None:
+    def __init__(self, given: WorkerSpec) -> None:
         """Start the engine. Raises what `start_for_node` raises."""
         self._engine, batch_size = self.start_engine(given)
         self._settings = given.predict.with_batch_size(batch_size)
@@ -55,10 +55,10 @@ class FragmentWorker:
         for _ in range(FRAGMENTS_IN_FLIGHT):
             self._readers.put(FragmentReader(given.load.columns, given.load.storage))
         self._turn = threading.Lock()
-        self._calls: set[_Call] = set()
+        self._calls: set[_FragmentCall] = set()
         self._calls_cpu_seconds = 0.0
 
-    def start_engine(self, given: Orders) -> tuple[Engine, int]:
+    def start_engine(self, given: WorkerSpec) -> tuple[Engine, int]:
         """What answers, and the size of its batches."""
         return start_for_node(given.bundle, given.fingerprint, given.engines, given.shape)
 
@@ -66,11 +66,13 @@ class FragmentWorker:
         """What runs the network here."""
         return describe(self._engine)
 
-    def under_way(self) -> UnderWay:
+    def under_way(self) -> WorkerProgress:
         """A look at the fragments that are not finished."""
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        parts = {call.first_row: Part(call.rows, Counter(call.failures)) for call in list(self._calls)}
-        return UnderWay(parts, peak_mib)
+        parts = {
+            call.first_row: PartialFragment(call.rows, Counter(call.failures)) for call in list(self._calls)
+        }
+        return WorkerProgress(parts, peak_mib)
 
     def work(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> Receipt:
         """Answer a fragment and write its rows as one part.
@@ -82,7 +84,7 @@ class FragmentWorker:
         Raises:
             StorageStoppedError: storage refused.
         """
-        call = _Call(fragment.first_row)
+        call = _FragmentCall(fragment.first_row)
         self._calls.add(call)
         reader = self._readers.get()
         try:
@@ -98,7 +100,7 @@ class FragmentWorker:
             self._calls.discard(call)
             self._calls_cpu_seconds += call.cpu_seconds()
 
-    def _answered(self, blocks: Iterator[pa.Table], call: _Call) -> Iterator[pa.Table]:
+    def _answered(self, blocks: Iterator[pa.Table], call: _FragmentCall) -> Iterator[pa.Table]:
         """The blocks with their answers, counted."""
 
         def busy() -> float:

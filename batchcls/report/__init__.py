@@ -1,1 +1,1 @@
-"""Pages and pictures for people. Knows no Ray."""
+"""Pages and images for people. Knows no Ray."""

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: how reliable probabilities are, and how the training went."""
+"""Images of an evaluation: how reliable probabilities are, and how the training went."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from batchcls.evaluation.reliability import Bin
-from batchcls.report.axes import drawing, style_axes, to_markup
-from batchcls.report.theme import ACCENT, GROUND, INK, MUTED
+from batchcls.evaluation.classification_metrics import Bin
+from batchcls.report.html import ACCENT, GROUND, INK, MUTED
+from batchcls.report.pareto_plot import drawing, style_axes, to_markup
 
-# Pixels on a phone, where the picture fills the width.
+# Pixels on a phone, where the image fills the width.
 _WIDTH, _HEIGHT, _CURVE_HEIGHT = 378.0, 350.0, 230.0
 _MARGINS = {"left": 0.13, "right": 0.97, "top": 0.97}
 _BARS = 0.16  # share of the height for the counts of rows

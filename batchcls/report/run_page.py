@@ -1,13 +1,127 @@
-"""The page of a run: what became of it, what changed since the last one, and what its figures and pictures are."""
+"""The page of a run: what became of it, what changed since the last one, and what its figures and images are."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from batchcls.report.page import render_page
-from batchcls.report.run_cards import Cards
-from batchcls.report.run_facts import BINS, Category, Confidence, RunFacts, Text, Thumbnail
-from batchcls.report.wording import count, difference, duration, points, rate, share, shown, shown_label
+from batchcls.report.formatting import (
+    count,
+    difference,
+    duration,
+    points,
+    rate,
+    share,
+    shown,
+    shown_label,
+    size,
+)
+from batchcls.report.html import render_page
+from batchcls.report.run_page_data import (
+    BINS,
+    Category,
+    Confidence,
+    Failed,
+    LabelFlow,
+    PredictedRow,
+    Refused,
+    RunFacts,
+    Text,
+    Thumbnail,
+)
+from batchcls.schema import REASONS, Reason
+from batchcls.storage.uris import redact_uri
+
+_NO_PICTURE = Thumbnail("", "not fetched")
+_LONGEST_LINE = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A image with its id, what is said of it, and where it is, for a pointer that rests on it."""
+
+    image: Thumbnail
+    item_id: str
+    lines: tuple[str, ...]
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Cards under a heading; `note` says how many rows they stand for, `more` how many are not shown."""
+
+    heading: str
+    note: str
+    cards: tuple[Card, ...]
+    more: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowGroup:
+    """Cards of rows that went from one label to another."""
+
+    before: str
+    after: str
+    note: str
+    cards: tuple[Card, ...]
+
+
+class Cards:
+    """Makes cards; `thumbnails` are images by row number, and a row without one gets an empty box."""
+
+    def __init__(self, thumbnails: Mapping[int, Thumbnail]) -> None:
+        self._thumbnails = thumbnails
+
+    def item(self, item: PredictedRow) -> Card:
+        """A row with its best label and the one that came next."""
+        lines = [f"{item.probability:.3f} {shown_label(item.label)}"]
+        if item.runner_up is not None:
+            lines.append(f"{item.runner_up[1]:.3f} {shown_label(item.runner_up[0])}")
+        image = self._thumbnails.get(item.row, _NO_PICTURE)
+        return Card(image, shown(item.item_id), tuple(lines), _hint(item.row, item.uri))
+
+    def items(self, heading: str, items: tuple[PredictedRow, ...], note: str = "") -> Group:
+        """Rows under a heading."""
+        return Group(heading, note, tuple(self.item(item) for item in items))
+
+    def flow(self, flow: LabelFlow, changed: int) -> FlowGroup:
+        """Rows of a flow; `changed` is how many rows changed in all."""
+        note = f"{count(flow.rows, 'item')}, {share(flow.rows, changed)} of the changed"
+        cards = tuple(self.item(item) for item in flow.items)
+        return FlowGroup(shown_label(flow.before), shown_label(flow.after), note, cards)
+
+    def refused(self, group: Refused, rows: int) -> Group:
+        """What is in quarantine for one reason; `rows` is the size of the run."""
+        reason = Reason(group.reason)
+        left = group.rows - len(group.first)
+        return Group(
+            heading=_words(reason),
+            note=f"{count(group.rows, 'row')}, {share(group.rows, rows)}: {REASONS[reason].meaning}",
+            cards=tuple(self._failed(entry, reason) for entry in group.first),
+            more=f"and {left:,} more" if left else "",
+        )
+
+    def _failed(self, entry: Failed, reason: Reason) -> Card:
+        known = [] if entry.n_bytes is None else [size(entry.n_bytes)]
+        if entry.attempts > 1:
+            known.append(f"{entry.attempts} attempts")
+        lines = (shown(Text(entry.detail, len(entry.detail)), _LONGEST_LINE), ", ".join(known))
+        image = self._thumbnails.get(entry.row, Thumbnail("", _words(reason)))
+        said = tuple(line for line in lines if line)
+        return Card(image, shown(entry.item_id), said, _hint(entry.row, entry.uri))
+
+
+def _words(reason: Reason) -> str:
+    return reason.value.replace("_", " ")
+
+
+def _hint(row: int, uri: Text) -> str:
+    """Where a row is in the manifest, and where its image is, without credentials."""
+    if uri.start is None:
+        return f"row {row:,}, the image is in the manifest"
+    clean = redact_uri(uri.start)
+    length = uri.length if clean == uri.start else len(clean)
+    return f"row {row:,}, {shown(Text(clean, length), _LONGEST_LINE)}"
+
 
 _LONGEST_FACT = 400
 _STAGES = {
@@ -21,7 +135,7 @@ _STAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Figure:
+class _RunCard:
     """One of the large numbers at the top; `note` puts it beside another."""
 
     name: str
@@ -69,7 +183,7 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
 
     Args:
         facts: all that is shown.
-        thumbnails: pictures of the rows in it, by row number; a row without one gets an empty box.
+        thumbnails: images of the rows in it, by row number; a row without one gets an empty box.
         version: of batchcls.
     """
     cards = Cards(thumbnails)
@@ -107,45 +221,45 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
     )
 
 
-def _figures(facts: RunFacts) -> list[_Figure]:
+def _figures(facts: RunFacts) -> list[_RunCard]:
     before, quarantined = facts.before, facts.quarantined
     found = [
-        _Figure("rows", f"{facts.rows:,}", f"{difference(facts.rows, before.rows)} rows" if before else ""),
-        _Figure("answered now", f"{facts.predicted:,}", share(facts.predicted, facts.rows)),
+        _RunCard("rows", f"{facts.rows:,}", f"{difference(facts.rows, before.rows)} rows" if before else ""),
+        _RunCard("answered now", f"{facts.predicted:,}", share(facts.predicted, facts.rows)),
     ]
     if facts.reused:
-        found.append(_Figure("reused", f"{facts.reused:,}", share(facts.reused, facts.rows)))
+        found.append(_RunCard("reused", f"{facts.reused:,}", share(facts.reused, facts.rows)))
     was = f", {share(before.quarantined, before.rows)} before" if before else ""
-    found.append(_Figure("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + was))
+    found.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + was))
     if facts.changes is not None:
         both = facts.changes.same + facts.changes.changed
         changed = facts.changes.changed
-        found.append(_Figure("labels changed", f"{changed:,}", share(changed, both) if both else ""))
+        found.append(_RunCard("labels changed", f"{changed:,}", share(changed, both) if both else ""))
     if facts.throughput is not None:
         was = (
             ""
             if not before or before.images_per_second is None
             else f"{rate(before.images_per_second)} before"
         )
-        found.append(_Figure("images a second", rate(facts.throughput.images_per_second), was))
-        found.append(_Figure("whole job", duration(facts.throughput.total_seconds)))
+        found.append(_RunCard("images a second", rate(facts.throughput.images_per_second), was))
+        found.append(_RunCard("whole job", duration(facts.throughput.total_seconds)))
     return found
 
 
-def _churn(facts: RunFacts) -> list[_Figure]:
+def _churn(facts: RunFacts) -> list[_RunCard]:
     changes = facts.changes
     if changes is None:
         return []
     both = changes.same + changes.changed
     found = [
-        _Figure("same label", f"{changes.same:,}", f"{share(changes.same, both)} of those in both runs"),
-        _Figure(
+        _RunCard("same label", f"{changes.same:,}", f"{share(changes.same, both)} of those in both runs"),
+        _RunCard(
             "another label", f"{changes.changed:,}", f"{share(changes.changed, both)} of those in both runs"
         ),
-        _Figure("new", f"{changes.new:,}", "answered in this run only"),
-        _Figure("gone", f"{changes.gone:,}", f"answered in {changes.run_id} only"),
+        _RunCard("new", f"{changes.new:,}", "answered in this run only"),
+        _RunCard("gone", f"{changes.gone:,}", f"answered in {changes.run_id} only"),
     ]
-    why = [_Figure("of these", f"{rows:,}", cause) for cause, rows in changes.causes]
+    why = [_RunCard("of these", f"{rows:,}", cause) for cause, rows in changes.causes]
     return [*found[:2], *why, *found[2:]]
 
 
@@ -185,8 +299,8 @@ def _shares(entry: Category, now: int, before: int | None) -> tuple[float, float
 
 
 def _histogram(confidence: Confidence) -> _Histogram:
-    shares = _normalised(confidence.bins)
-    before = None if confidence.bins_before is None else _normalised(confidence.bins_before)
+    shares = _normalized(confidence.bins)
+    before = None if confidence.bins_before is None else _normalized(confidence.bins_before)
     highest = max(*shares, *(before or ())) or 1.0
     note = f"mean {confidence.mean:.3f}"
     if confidence.mean_before is not None:
@@ -204,7 +318,7 @@ def _histogram(confidence: Confidence) -> _Histogram:
     )
 
 
-def _normalised(bins: Sequence[int]) -> list[float]:
+def _normalized(bins: Sequence[int]) -> list[float]:
     total = sum(bins) or 1
     return [rows / total for rows in bins]
 
@@ -223,8 +337,8 @@ def _stages(facts: RunFacts) -> list[_Stage]:
         _Stage(
             name=_STAGES.get(stage.stage, stage.stage),
             milliseconds=f"{stage.milliseconds:.2f}",
-            busy=f"{stage.utilisation:.0%}".replace("%", " %"),
-            bar=round(min(100.0, 100 * stage.utilisation), 1),
+            busy=f"{stage.utilization:.0%}".replace("%", " %"),
+            bar=round(min(100.0, 100 * stage.utilization), 1),
             resource=f"of {stage.capacity:g} {stage.resource}",
             limits=stage.stage == facts.throughput.limited_by,
         )

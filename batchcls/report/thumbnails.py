@@ -1,7 +1,7 @@
-"""Small pictures of some rows for a page: fetched and decoded here, within a bounded time.
+"""Small images of some rows for a page: fetched and decoded here, within a bounded time.
 
 Only bytes that have been decoded before are decoded again: a file whose hash is not that of the run is
-left alone, since a picture that was exchanged meanwhile must not be shown as what was classified, nor
+left alone, since a image that was exchanged meanwhile must not be shown as what was classified, nor
 may it reach a decoder in the driver's own process.
 """
 
@@ -19,13 +19,13 @@ from PIL import Image
 from batchcls.images.decode import Decoded, decode
 from batchcls.images.fetch import Fetcher, FetchPolicy
 from batchcls.images.formats import DecodeError
-from batchcls.images.limits import DecodeLimits
-from batchcls.report.run_facts import Thumbnail
+from batchcls.images.load_config import DecodeLimits
+from batchcls.report.run_page_data import Thumbnail
 
 SIDE_PIXELS = 96
 _QUALITY = 70
 _THREADS = 16
-_DECODE_THREADS = 2  # pictures are large while they are decoded
+_DECODE_THREADS = 2  # images are large while they are decoded
 _MOST_PIXELS = 30_000_000
 _MOST_BYTES = 20 * 2**20
 _MOST_ATTEMPTS = 2
@@ -34,7 +34,7 @@ _MOST_SECONDS = 10.0  # for one request
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a picture is, as an absolute address, and the SHA-256 of the file that was classified, hex."""
+    """Where a image is, as an absolute address, and the SHA-256 of the file that was classified, hex."""
 
     uri: str
     content_hash: str
@@ -47,8 +47,8 @@ def make_thumbnails(
 
     Args:
         sources: what to fetch, by row number; those in front are fetched first.
-        policy: the job's own; fewer attempts and less time are given to one picture here.
-        limits: the job's own; very large pictures are left out here.
+        policy: the job's own; fewer attempts and less time are given to one image here.
+        limits: the job's own; very large images are left out here.
         seconds: how long all of it may take. What is not there by then is not waited for.
     """
     maker = _Maker(policy, limits, time.monotonic() + seconds)
@@ -87,7 +87,7 @@ class _Maker:
             assert fetched.failure is not None
             return Thumbnail("", fetched.failure.reason.value.replace("_", " "))
         if hashlib.sha256(fetched.data).hexdigest() != source.content_hash:
-            return Thumbnail("", "another picture by now")
+            return Thumbnail("", "another image by now")
         with self._decoding:
             try:
                 decoded = decode(fetched.data, self._limits, _least)
@@ -97,7 +97,7 @@ class _Maker:
 
 
 def _least(height: int, width: int) -> tuple[float, float]:
-    """A picture may be decoded so small that its long side is still twice as long as a thumbnail's."""
+    """A image may be decoded so small that its long side is still twice as long as a thumbnail's."""
     scale = min(1.0, 2 * SIDE_PIXELS / max(height, width))
     return height * scale, width * scale
 

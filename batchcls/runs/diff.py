@@ -12,12 +12,12 @@ from typing import Any
 
 import duckdb
 
-from batchcls.runs.query import connect
-from batchcls.runs.records import RunRecord, open_parts, read_columns
+from batchcls.runs.bounded_query import connect
+from batchcls.runs.catalog import RunRecord, open_parts, read_columns
 from batchcls.runs.summary import Summary, jensen_shannon, summary_of
 from batchcls.schema import Reason
-from batchcls.storage import Storage, explain, join
-from batchcls.storage_errors import resumable
+from batchcls.storage.filesystem import Storage, explain, join
+from batchcls.storage.store_errors import resumable
 
 ITEMS = "diff-items.parquet"
 FLOWS = "flows.parquet"
@@ -108,7 +108,7 @@ ORDER BY {_BY_SIZE}
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class LabelChange:
     """Items that went from one label to another.
 
     A label is None where the job abstained. `example_rows` are row numbers of the new run's manifest,
@@ -148,7 +148,7 @@ class RunDiff:
     statuses: Mapping[str, int]
     causes: Mapping[str, int]
     images_changed: int
-    flows: tuple[Flow, ...]
+    flows: tuple[LabelChange, ...]
     category_shift: float
     old_summary: Summary
     new_summary: Summary
@@ -251,12 +251,12 @@ def _one(connection: duckdb.DuckDBPyConnection, query: str) -> int:
     return int(row[0]) if row else 0
 
 
-def _largest(connection: duckdb.DuckDBPyConnection, largest: int) -> tuple[Flow, ...]:
+def _largest(connection: duckdb.DuckDBPyConnection, largest: int) -> tuple[LabelChange, ...]:
     query = f"SELECT * FROM ({_FLOWS}) WHERE old_label IS DISTINCT FROM new_label ORDER BY {_BY_SIZE} LIMIT {largest:d}"
     cursor = connection.execute(query)
     names = [column[0] for column in cursor.description or ()]
     rows = (dict(zip(names, row, strict=True)) for row in cursor.fetchall())
-    return tuple(Flow(**row | {"example_rows": tuple(row["example_rows"])}) for row in rows)
+    return tuple(LabelChange(**row | {"example_rows": tuple(row["example_rows"])}) for row in rows)
 
 
 def _write(connection: duckdb.DuckDBPyConnection, found: RunDiff, to: str, storage: Storage) -> None:

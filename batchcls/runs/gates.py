@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from batchcls.config.common import AutoOrFraction
-from batchcls.config.gates import GateSettings
-from batchcls.runs.budget import allowed_fraction
-from batchcls.runs.records import Counts
+from batchcls.config.common_config import AutoOrFraction
+from batchcls.config.gates_config import GateSettings
+from batchcls.runs.catalog import Counts
+from batchcls.runs.commit import allowed_fraction
 from batchcls.runs.summary import Summary, divergence_by_chance, jensen_shannon
 
 Bound = Literal["at most", "at least"]
@@ -55,7 +55,7 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class CandidateRun:
     """The run that wants to be published."""
 
     counts: Counts
@@ -71,7 +71,7 @@ class Limits:
     gates: GateSettings
     max_failed_fraction: AutoOrFraction
 
-    def failed_fraction(self, subject: Subject) -> float:
+    def failed_fraction(self, subject: CandidateRun) -> float:
         """Largest share of failed rows."""
         given = self.gates.gate_max_failed_fraction
         if given is not None:
@@ -79,7 +79,7 @@ class Limits:
         return allowed_fraction(self.max_failed_fraction, subject.counts.rows, first=subject.baseline is None)
 
 
-def judge_gates(subject: Subject, limits: Limits) -> tuple[GateResult, ...]:
+def judge_gates(subject: CandidateRun, limits: Limits) -> tuple[GateResult, ...]:
     """What every gate says, in the order of this module."""
     found = [result for gate in _ABSOLUTE for result in gate(subject, limits)]
     if subject.baseline is not None:
@@ -92,7 +92,7 @@ def refused(gates: Sequence[GateResult]) -> list[GateResult]:
     return [gate for gate in gates if not gate.passed]
 
 
-def _failed(subject: Subject, limits: Limits) -> list[GateResult]:
+def _failed(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     counts = subject.counts
     most = limits.failed_fraction(subject)
     results = [_share("failed_fraction", counts.quarantined, counts.rows, most, "rows failed")]
@@ -111,7 +111,7 @@ def _failed(subject: Subject, limits: Limits) -> list[GateResult]:
     return results
 
 
-def _coverage(subject: Subject, limits: Limits) -> list[GateResult]:
+def _coverage(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     counts, given = subject.counts, limits.gates.gate_min_coverage_fraction
     limit = 1 - limits.failed_fraction(subject) if given is None else given
     figure = (counts.predicted + counts.reused) / counts.rows
@@ -119,7 +119,7 @@ def _coverage(subject: Subject, limits: Limits) -> list[GateResult]:
     return [_result("coverage_fraction", figure, "at least", limit, text, percent=True)]
 
 
-def _confidence(subject: Subject, limits: Limits) -> list[GateResult]:
+def _confidence(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     name, summary = "mean_confidence", subject.summary
     if summary.mean_confidence is None or summary.answered < limits.gates.gate_from_rows:
         return [_unjudged(name, summary.answered, limits)]
@@ -131,7 +131,7 @@ def _confidence(subject: Subject, limits: Limits) -> list[GateResult]:
     return [_estimated(name, summary.mean_confidence, "at least", widened, text)]
 
 
-def _non_finite(subject: Subject, limits: Limits) -> list[GateResult]:
+def _non_finite(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     found = subject.summary.embeddings
     if found is None:
         return []
@@ -140,7 +140,7 @@ def _non_finite(subject: Subject, limits: Limits) -> list[GateResult]:
     return [_result("non_finite_embeddings", found.non_finite, "at most", limit, text)]
 
 
-def _changed_labels(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+def _changed_labels(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     del subject
     name = "changed_labels_fraction"
     if baseline.compared < max(1, limits.gates.gate_from_rows):
@@ -157,7 +157,7 @@ def _changed_labels(subject: Subject, baseline: Baseline, limits: Limits) -> Gat
     return _estimated(name, figure, "at most", widened, text, percent=True)
 
 
-def _category_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+def _category_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, fewest = "category_shift", min(subject.summary.answered, baseline.summary.answered)
     if fewest < max(1, limits.gates.gate_from_rows):
         return _unjudged(name, fewest, limits)
@@ -172,7 +172,7 @@ def _category_shift(subject: Subject, baseline: Baseline, limits: Limits) -> Gat
     return _estimated(name, figure, "at most", widened, text)
 
 
-def _confidence_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+def _confidence_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, new, old = "mean_confidence_shift", subject.summary, baseline.summary
     fewest = min(new.answered, old.answered)
     if new.mean_confidence is None or old.mean_confidence is None or fewest < limits.gates.gate_from_rows:
@@ -189,7 +189,7 @@ def _confidence_shift(subject: Subject, baseline: Baseline, limits: Limits) -> G
     return _estimated(name, figure, "at most", _Widened(limit, limit + chance, fewest), text)
 
 
-def _norm_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+def _norm_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, new, old = "embedding_norm_shift_fraction", subject.summary.embeddings, baseline.summary.embeddings
     fewest = min(new.rows if new else 0, old.rows if old else 0)
     if new is None or old is None or not old.mean_norm or fewest < limits.gates.gate_from_rows:
@@ -205,7 +205,7 @@ def _norm_shift(subject: Subject, baseline: Baseline, limits: Limits) -> GateRes
     return _estimated(name, figure, "at most", widened, text, percent=True)
 
 
-def _row_count(subject: Subject, baseline: Baseline, limits: Limits) -> GateResult:
+def _row_count(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, most = "row_count_change_fraction", max(subject.counts.rows, baseline.rows)
     if most < limits.gates.gate_from_rows or not baseline.rows:
         return _unjudged(name, most, limits)
@@ -215,13 +215,13 @@ def _row_count(subject: Subject, baseline: Baseline, limits: Limits) -> GateResu
     return _result(name, figure, "at most", limit, text, percent=True)
 
 
-_ABSOLUTE: tuple[Callable[[Subject, Limits], list[GateResult]], ...] = (
+_ABSOLUTE: tuple[Callable[[CandidateRun, Limits], list[GateResult]], ...] = (
     _failed,
     _coverage,
     _confidence,
     _non_finite,
 )
-_RELATIVE: tuple[Callable[[Subject, Baseline, Limits], GateResult], ...] = (
+_RELATIVE: tuple[Callable[[CandidateRun, Baseline, Limits], GateResult], ...] = (
     _changed_labels,
     _category_shift,
     _confidence_shift,

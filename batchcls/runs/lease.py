@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from batchcls.errors import InputError, LeaseLostError
-from batchcls.runs.layout import LEASE
-from batchcls.storage import FileInfo, Storage, explain, join, parse_json, redact_uri
-from batchcls.storage_errors import STORE_ERRORS, resumable
+from batchcls.runs.paths import LEASE
+from batchcls.storage.filesystem import FileInfo, Storage, explain, join, parse_json, redact_uri
+from batchcls.storage.store_errors import STORE_ERRORS, resumable
 
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0

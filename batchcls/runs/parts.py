@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcls.row_ranges import RowRanges
-from batchcls.runs.layout import PREDICTIONS, QUARANTINE
+from batchcls.manifest.row_ranges import RowRanges
+from batchcls.runs.paths import PREDICTIONS, QUARANTINE
 from batchcls.schema import (
     BELOW_THRESHOLD,
     DECODE_SECONDS,
@@ -26,8 +26,8 @@ from batchcls.schema import (
     predictions_schema,
     quarantine_schema,
 )
-from batchcls.storage import Storage, join
-from batchcls.storage_errors import resumable
+from batchcls.storage.filesystem import Storage, join
+from batchcls.storage.store_errors import resumable
 
 Kind = Literal["predictions", "quarantine"]
 Origin = Literal["computed", "reused"]

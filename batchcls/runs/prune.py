@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from batchcls.errors import InputError
-from batchcls.runs.documents import DocumentError, ReaderDocument, parse, parse_time
-from batchcls.runs.layout import LEASE, PLAN, READERS, REMOVAL, RUN, RUNS, run_folder
-from batchcls.runs.lease import leased, living_holder
-from batchcls.runs.publish import Published, read_published
-from batchcls.runs.records import (
+from batchcls.runs.catalog import (
     DamagedRunError,
     ListedRun,
     State,
@@ -24,7 +20,11 @@ from batchcls.runs.records import (
     read_or_none,
     read_plan,
 )
-from batchcls.storage import Storage, explain, join
+from batchcls.runs.lease import leased, living_holder
+from batchcls.runs.paths import LEASE, PLAN, READERS, REMOVAL, RUN, RUNS, run_folder
+from batchcls.runs.publish import Published, read_published
+from batchcls.runs.records import DocumentError, ReaderDocument, parse, parse_time
+from batchcls.storage.filesystem import Storage, explain, join
 
 
 @dataclass(frozen=True, slots=True)

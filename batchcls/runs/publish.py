@@ -17,8 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batchcls.errors import InputError, PublishRefused
-from batchcls.runs.layout import CURRENT, RUNS
-from batchcls.runs.records import (
+from batchcls.runs.catalog import (
     DamagedRunError,
     RunRecord,
     parse_current,
@@ -26,10 +25,11 @@ from batchcls.runs.records import (
     read_plan,
     read_record,
 )
+from batchcls.runs.paths import CURRENT, RUNS
 from batchcls.runs.verify import presence_faults
-from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.storage_errors import STORE_ERRORS
-from batchcls.swap import ChangedMeanwhileError, Seen, look, swap
+from batchcls.storage.compare_and_swap import ChangedMeanwhileError, Versioned, look, swap
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.storage.store_errors import STORE_ERRORS
 
 _KEPT_HISTORY = 100
 
@@ -47,7 +47,7 @@ class DamagedCurrentError(DamagedRunError):
 
 
 @dataclass(frozen=True, slots=True)
-class Former:
+class PublishHistoryEntry:
     """A run that was published once; `withdrawn` by a rollback, so that the next one goes further back.
 
     `published` and `replaced` are ISO times in UTC; `replaced` tells how long readers may still have
@@ -69,8 +69,8 @@ class Published:
 
     run_id: str | None = None
     published: str = ""
-    history: tuple[Former, ...] = ()
-    seen: Seen | None = field(default=None, repr=False)
+    history: tuple[PublishHistoryEntry, ...] = ()
+    seen: Versioned | None = field(default=None, repr=False)
 
     @property
     def former(self) -> list[str]:
@@ -236,15 +236,17 @@ def roll_back(output: str, storage: Storage, faults: Callable[[RunRecord], Seque
     )
 
 
-def _pushed(before: Published, withdrawn: bool) -> list[Former]:
+def _pushed(before: Published, withdrawn: bool) -> list[PublishHistoryEntry]:
     """The history with the run that is current now on top."""
     if before.run_id is None:
         return []
-    former = Former(before.run_id, before.published, _now(), withdrawn)
+    former = PublishHistoryEntry(before.run_id, before.published, _now(), withdrawn)
     return [former, *(entry for entry in before.history if entry.run_id != before.run_id)][:_KEPT_HISTORY]
 
 
-def _swap(record: RunRecord, history: Sequence[Former], before: Published, storage: Storage) -> None:
+def _swap(
+    record: RunRecord, history: Sequence[PublishHistoryEntry], before: Published, storage: Storage
+) -> None:
     """Swap current.json for one that names this run, and look whether the run is still whole then."""
     output, run_id = record.output, record.run_id
     after = Published(run_id, _now(), tuple(history))
@@ -305,8 +307,8 @@ def _meanwhile(output: str, run_id: str, before: Published, now: Published) -> P
     )
 
 
-def _former(entry: Mapping[str, Any]) -> Former:
-    return Former(
+def _former(entry: Mapping[str, Any]) -> PublishHistoryEntry:
+    return PublishHistoryEntry(
         str(entry["run_id"]), str(entry["published"]), str(entry["replaced"]), bool(entry["withdrawn"])
     )
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from batchcls.errors import InputError, LeaseLostError
-from batchcls.runs.fingerprints import Fingerprints
-from batchcls.runs.layout import REMOVAL, RUN, run_folder
+from batchcls.runs.catalog import DamagedRunError, State, list_run, read_plan, run_names
+from batchcls.runs.paths import REMOVAL, RUN, run_folder
+from batchcls.runs.plan import Fingerprints
 from batchcls.runs.publish import published_or_damage
-from batchcls.runs.records import DamagedRunError, State, list_run, read_plan, run_names
-from batchcls.storage import Storage, explain, join, redact_uri
-from batchcls.storage_errors import resumable
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.storage.store_errors import resumable
 
 _logger = logging.getLogger(__name__)
 
@@ -20,14 +20,16 @@ _THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class UnfinishedRun:
     """A run that was begun and not committed; `plan` is its plan.json."""
 
     run_id: str
     plan: Mapping[str, Any]
 
 
-def find_begun(output: str, run_id: str | None, fingerprints: Fingerprints, storage: Storage) -> Begun | None:
+def find_begun(
+    output: str, run_id: str | None, fingerprints: Fingerprints, storage: Storage
+) -> UnfinishedRun | None:
     """The run that this command goes on with; None: it begins a new one.
 
     Without a run id that is the newest unfinished run that is about the same; runs that cannot be read are none.
@@ -45,7 +47,7 @@ def find_begun(output: str, run_id: str | None, fingerprints: Fingerprints, stor
     return max(same, key=lambda one: (str(one.plan.get("created")), one.run_id), default=None)
 
 
-def _named(output: str, run_id: str, fingerprints: Fingerprints, storage: Storage) -> Begun | None:
+def _named(output: str, run_id: str, fingerprints: Fingerprints, storage: Storage) -> UnfinishedRun | None:
     folder = redact_uri(run_folder(output, run_id))
     with explain(output):
         is_committed = storage.exists(join(run_folder(output, run_id), RUN))
@@ -70,7 +72,7 @@ def _named(output: str, run_id: str, fingerprints: Fingerprints, storage: Storag
             f"run {run_id} was begun in {folder} with another configuration, it cannot go on with this one: "
             f"{'; '.join(differences)}; choose another --run-id or leave it out"
         )
-    return Begun(run_id, plan.raw)
+    return UnfinishedRun(run_id, plan.raw)
 
 
 def require_begun(output: str, run_id: str, storage: Storage) -> None:
@@ -90,7 +92,7 @@ def require_begun(output: str, run_id: str, storage: Storage) -> None:
         )
 
 
-def _unfinished(output: str, run_id: str, storage: Storage) -> Begun | None:
+def _unfinished(output: str, run_id: str, storage: Storage) -> UnfinishedRun | None:
     folder = run_folder(output, run_id)
     try:
         plan = read_plan(output, run_id, storage)
@@ -101,7 +103,7 @@ def _unfinished(output: str, run_id: str, storage: Storage) -> Begun | None:
         return None
     with explain(folder):
         is_over = any(storage.exists(join(folder, name)) for name in (RUN, REMOVAL))
-    return None if is_over else Begun(run_id, plan.raw)
+    return None if is_over else UnfinishedRun(run_id, plan.raw)
 
 
 def _is_same(plan: Mapping[str, Any], fingerprints: Fingerprints) -> bool:

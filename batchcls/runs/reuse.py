@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcls.runs.records import DamagedRunError, RunRecord, one_line, open_parts, read_columns
+from batchcls.runs.catalog import DamagedRunError, RunRecord, one_line, open_parts, read_columns
 from batchcls.runs.verify import presence_faults
 from batchcls.schema import ITEM_ID, ROW, SOURCE_VERSION, URI
-from batchcls.storage import Storage, explain, join, redact_uri
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 
 Hashes = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
@@ -52,7 +52,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Earlier:
+class ReuseSource:
     """A committed run, ready to be searched.
 
     Attributes:
@@ -76,7 +76,7 @@ class Earlier:
     by_row: Index | None = None
 
 
-def open_earlier(record: RunRecord, storage: Storage, *, same_base: bool, same_manifest: bool) -> Earlier:
+def open_earlier(record: RunRecord, storage: Storage, *, same_base: bool, same_manifest: bool) -> ReuseSource:
     """Read of an earlier run what its rows are found by.
 
     Args:
@@ -107,7 +107,7 @@ def open_earlier(record: RunRecord, storage: Storage, *, same_base: bool, same_m
                 state.append(_hashed(keys, start, connection))
                 content.append(_hashed(batch.column("content_hash"), start, connection))
             start += batch.num_rows
-    return Earlier(
+    return ReuseSource(
         run_id=record.run_id,
         folder=record.folder,
         paths=tuple(file.path for file in files),
@@ -151,7 +151,7 @@ def hashes_of(texts: pa.Array, connection: duckdb.DuckDBPyConnection) -> Hashes:
 class EarlierRows:
     """Reads rows of an earlier run by their places; a few of its files are kept in memory."""
 
-    def __init__(self, earlier: Earlier, storage: Storage) -> None:
+    def __init__(self, earlier: ReuseSource, storage: Storage) -> None:
         self._earlier = earlier
         self._storage = storage
         self._files: OrderedDict[int, pa.Table] = OrderedDict()

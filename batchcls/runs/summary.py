@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from batchcls.runs.documents import HISTOGRAM_BINS
+from batchcls.runs.bounded_query import connect
+from batchcls.runs.catalog import RunRecord, open_files, read_columns
 from batchcls.runs.parts import PartFile
-from batchcls.runs.query import connect
-from batchcls.runs.records import RunRecord, open_files, read_columns
-from batchcls.storage import Storage
+from batchcls.runs.records import HISTOGRAM_BINS
+from batchcls.storage.filesystem import Storage
 
 _SAMPLES = 200
 
@@ -102,7 +102,7 @@ class Summary:
         )
 
 
-def summarise(folder: str, files: Sequence[PartFile], storage: Storage) -> Summary:
+def summarize(folder: str, files: Sequence[PartFile], storage: Storage) -> Summary:
     """Read the label, the probability and the embedding of every answered row once.
 
     Args:
@@ -123,7 +123,7 @@ def summary_of(record: RunRecord, storage: Storage) -> Summary:
     """The summary in run.json, or made anew for a run that has none."""
     raw = record.raw.get("summary")
     if raw is None:
-        return summarise(record.folder, record.files, storage)
+        return summarize(record.folder, record.files, storage)
     return Summary.from_json(raw)
 
 

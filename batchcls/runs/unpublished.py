@@ -8,12 +8,9 @@ published is a matter for a person.
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
-from batchcls.config.classify import ClassifyConfig
+from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
-from batchcls.runs.fingerprints import Fingerprints
-from batchcls.runs.layout import RUN, run_folder
-from batchcls.runs.publish import Published, begun_at, published_or_damage
-from batchcls.runs.records import (
+from batchcls.runs.catalog import (
     DamagedRunError,
     PlanRecord,
     RunRecord,
@@ -21,8 +18,11 @@ from batchcls.runs.records import (
     read_record,
     run_names,
 )
+from batchcls.runs.paths import RUN, run_folder
+from batchcls.runs.plan import Fingerprints
+from batchcls.runs.publish import Published, begun_at, published_or_damage
 from batchcls.runs.verify import presence_faults
-from batchcls.storage import Storage, explain, join
+from batchcls.storage.filesystem import Storage, explain, join
 
 _THREADS = 16
 _SAME_COMMAND = ("reuse", "retry_quarantine")

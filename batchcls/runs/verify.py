@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchcls.row_ranges import RowRanges
-from batchcls.runs.layout import REMOVAL, RUN
-from batchcls.runs.ledger import balance
+from batchcls.manifest.row_ranges import RowRanges
+from batchcls.runs.bounded_query import connect
+from batchcls.runs.catalog import RunRecord, one_line, open_parts, read_columns
 from batchcls.runs.parts import PartFile
-from batchcls.runs.query import connect
-from batchcls.runs.records import RunRecord, one_line, open_parts, read_columns
+from batchcls.runs.paths import REMOVAL, RUN
+from batchcls.runs.receipts import balance
 from batchcls.schema import Reason, predictions_schema, quarantine_schema
-from batchcls.storage import Storage, explain, join
+from batchcls.storage.filesystem import Storage, explain, join
 
 _THREADS = 4
 _NAMED = 20

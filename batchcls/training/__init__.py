@@ -1,1 +1,1 @@
-"""From a labelled manifest to a model bundle."""
+"""From a labeled manifest to a model bundle."""

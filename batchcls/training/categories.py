@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from batchcls.errors import InputError
+from batchcls.manifest.labeled_manifest import UNKNOWN_LABEL, LabelColumn
 from batchcls.models.labels import Labels, check_labels
-from batchcls.training.labelled import UNKNOWN_LABEL, LabelColumn
 
 _logger = logging.getLogger(__name__)
 

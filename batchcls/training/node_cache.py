@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchcls.models.engines.conversions import VARIABLE
-from batchcls.storage import Storage
-from batchcls.storage_errors import resumable
+from batchcls.models.engines.compile_cache import VARIABLE
+from batchcls.storage.filesystem import Storage
+from batchcls.storage.store_errors import resumable
 
 _USED = ".used"
 _SPARE_BYTES = 1 << 30

@@ -1,4 +1,4 @@
-"""How to train, as a file: optimiser, schedule, augmentation. The package has a few in `recipes/`.
+"""How to train, as a file: optimizer, schedule, augmentation. The package has a few in `recipes/`.
 
 A recipe says nothing of the catalog, the network or the machine, so the same one serves many.
 """
@@ -11,7 +11,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batchcls.errors import InputError
-from batchcls.uris import local_path, normal
+from batchcls.storage.uris import local_path, normal
 
 _SUFFIX = ".toml"
 Fraction = float
@@ -23,9 +23,9 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     about: str = Field(description="What it is for, in a sentence.")
-    epochs: int = Field(ge=1, description="Passes over the training pictures.")
+    epochs: int = Field(ge=1, description="Passes over the training images.")
     head_epochs: int = Field(default=0, ge=0, description="The first of them train the classifier alone.")
-    batch_size: int = Field(ge=2, description="Pictures of a step of the optimiser, over all workers.")
+    batch_size: int = Field(ge=2, description="Images of a step of the optimizer, over all workers.")
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="torch.optim.AdamW or SGD.")
     learning_rate: float = Field(
         gt=0, description="Peak for the body, as if its last layer were the classifier's; see layer_decay."
@@ -76,12 +76,12 @@ class Recipe(BaseModel):
     final_size_fraction: Fraction = Field(default=1.0, gt=0, le=1, description="The same in the last epochs.")
     final_epochs: int = Field(default=0, ge=0, description="How many epochs are the last ones.")
     crop_scale: tuple[Fraction, Fraction] = Field(
-        default=(0.35, 1.0), description="RandomResizedCrop: share of a picture's area."
+        default=(0.35, 1.0), description="RandomResizedCrop: share of a image's area."
     )
     crop_ratio: tuple[float, float] = Field(
         default=(0.75, 4 / 3), description="RandomResizedCrop: width over height."
     )
-    flip: Fraction = Field(default=0.5, ge=0, le=1, description="Probability of a mirrored picture.")
+    flip: Fraction = Field(default=0.5, ge=0, le=1, description="Probability of a mirrored image.")
     color_jitter: float = Field(
         default=0.0, ge=0, le=1, description="Largest change of brightness, contrast and saturation."
     )

@@ -17,19 +17,52 @@ import ray.train
 import torch
 from ray.train.torch import get_device, prepare_model
 from torch import distributed, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from batchcls.models.build import build_model
-from batchcls.models.bundle import Bundle
+from batchcls.models.heads import mark_trainable
+from batchcls.models.model_bundle import Bundle
 from batchcls.models.sources import library_of
-from batchcls.models.trainable import mark_trainable
-from batchcls.storage import Storage
-from batchcls.training.curves import Curves
-from batchcls.training.divergence import Divergence
-from batchcls.training.freeze import WRAPPING, describe, set_training_mode
-from batchcls.training.loop import Hooks, State, Training
+from batchcls.storage.filesystem import Storage, is_remote, join, local_path
+from batchcls.training.loss import Divergence
 from batchcls.training.node_cache import NodeCache
-from batchcls.training.pixels import PixelStore
-from batchcls.training.settings import Place, Record, TrainingSettings
+from batchcls.training.optimizer import WRAPPING, describe, set_training_mode
+from batchcls.training.pixel_cache import PixelStore
+from batchcls.training.train_config import DistributedContext, Record, TrainingSettings
+from batchcls.training.trainer import Hooks, State, Training
+
+_SHOWN = (
+    "learning_rate",
+    "images_per_second",
+    "loss",
+    "top1",
+    "validation_loss",
+    "validation_top1",
+    "validation_top5",
+)
+
+
+class Curves:
+    """One event file of TensorBoard, on disk or copied to a store after each epoch."""
+
+    def __init__(self, folder: str, storage: Storage) -> None:
+        self._folder, self._storage = folder, storage
+        self._here = tempfile.mkdtemp(prefix="batchcls-curves-") if is_remote(folder) else local_path(folder)
+        self._writer: SummaryWriter | None = None
+
+    def add(self, record: Record) -> None:
+        """Add an epoch; of an earlier run of the same epoch the later one counts."""
+        epoch = record["epoch"]
+        if self._writer is None:
+            self._writer = SummaryWriter(self._here, purge_step=epoch)
+        for name in _SHOWN:
+            group, _, rest = name.rpartition("_") if name.startswith("validation") else ("training", "", name)
+            self._writer.add_scalar(f"{group}/{rest}", record[name], epoch)
+        self._writer.flush()
+        if is_remote(self._folder):
+            for path in Path(self._here).iterdir():
+                self._storage.write_whole(join(self._folder, path.name), path.read_bytes())
+
 
 CHECKPOINT = "training.pt"
 _TELL_SECONDS = 1.0
@@ -72,7 +105,7 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
     assignment = config["assignment"]
     torch.set_num_threads(assignment.threads)
     context = ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    place = DistributedContext(context.get_world_rank(), context.get_world_size(), str(get_device()))
     settings = assignment.settings
     bundle: Bundle = ray.get(assignment.bundle)
     model = build_model(bundle)
@@ -102,7 +135,7 @@ def _restore(training: Training, told: "_Told") -> None:
     told.note(f"going on from the checkpoint of epoch {state['epoch']}{after}")
 
 
-def _description(model: nn.Module, settings: TrainingSettings, place: Place) -> str:
+def _description(model: nn.Module, settings: TrainingSettings, place: DistributedContext) -> str:
     trainable = mark_trainable(model, settings.trainable)
     set_training_mode(model, settings.recipe.batch_norm)
     what = describe(trainable, model, settings.recipe.batch_norm, place.workers)
@@ -113,7 +146,7 @@ def _description(model: nn.Module, settings: TrainingSettings, place: Place) -> 
 class _Told:
     """What one worker reports to Ray Train, and the first of them to people."""
 
-    def __init__(self, assignment: Assignment, place: Place) -> None:
+    def __init__(self, assignment: Assignment, place: DistributedContext) -> None:
         self._settings, self._place = assignment.settings, place
         self._board = assignment.board
         self._curves = Curves(assignment.curves, assignment.storage) if place.rank == 0 else None

@@ -27,17 +27,15 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from batchcls.images.fetch import FetchPolicy
-from batchcls.images.limits import DecodeLimits
-from batchcls.images.load import Loader
-from batchcls.images.settings import LoadSettings
-from batchcls.inference.self_test import start_tested_engine
-from batchcls.models.bundle import Bundle
-from batchcls.models.engines import Answer, Engine, EngineChoice, EnginePlace, Pending
-from batchcls.models.engines.conversions import Conversions
-from batchcls.preprocessing import Preprocessing
+from batchcls.images.load_config import DecodeLimits, LoadSettings
+from batchcls.images.loader import Loader
+from batchcls.inference.engine_startup import start_tested_engine
+from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig, EngineOutput, PendingOutput
+from batchcls.models.model_bundle import Bundle
+from batchcls.preprocessing import Preprocessing, Views
 from batchcls.schema import IMAGE, ITEM_ID, PIXELS, ROW, URI
-from batchcls.storage import Storage
-from batchcls.views import Views
+from batchcls.storage.filesystem import Storage
 from benchmarks.peers.task import TOP, read_lines, say
 
 Pixels = npt.NDArray[np.uint8]
@@ -133,9 +131,9 @@ def ahead(batches: Iterable[Pixels]) -> Iterator[Pixels]:
         yield batch
 
 
-def answer(engine: Engine, batches: Iterable[Pixels]) -> Iterator[Answer]:
+def answer(engine: Engine, batches: Iterable[Pixels]) -> Iterator[EngineOutput]:
     """Answers in order, while `in_flight` further batches are with the engine."""
-    pending: deque[Pending] = deque()
+    pending: deque[PendingOutput] = deque()
     for pixels in batches:
         pending.append(engine.submit(pixels))
         if len(pending) > engine.in_flight:
@@ -155,7 +153,7 @@ def top_five(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], np
     return classes.astype(np.int64), np.take_along_axis(values, order, axis=1)
 
 
-def write(paths: list[str], labels: tuple[str, ...], answers: list[Answer], output: Path) -> None:
+def write(paths: list[str], labels: tuple[str, ...], answers: list[EngineOutput], output: Path) -> None:
     """The five best labels of each photograph as one Parquet file."""
     classes, values = top_five(np.concatenate([one.logits for one in answers]))
     offsets = pa.array(np.arange(0, classes.size + 1, TOP, dtype=np.int32))
@@ -170,7 +168,7 @@ def write(paths: list[str], labels: tuple[str, ...], answers: list[Answer], outp
 
 
 def main() -> None:
-    """Answer all photographs once and say how long it took, imports excluded."""
+    """EngineOutput all photographs once and say how long it took, imports excluded."""
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -200,7 +198,7 @@ def main() -> None:
     started = time.perf_counter()
     loading = batches(paths)
     choice = EngineChoice.parse(f"{given.engine}:{given.precision}")
-    place = EnginePlace("cpu", given.threads, given.batch_size, Conversions.at(None), calibration)
+    place = EngineConfig("cpu", given.threads, given.batch_size, Conversions.at(None), calibration)
     engine, _ = start_tested_engine(bundle, choice, place)
     running = time.perf_counter()
     answers = list(answer(engine, ahead(loading)))

@@ -7,7 +7,7 @@ Changed only where it must be: the network and its preprocessing, one instance o
 GPU, batches of 16 instead of 100, and top-5 instead of the label alone.
 
 Tuned: Daft downloads, which it does well, and a class decodes and shrinks as bytes with a
-thread for each core; that of the model normalises whole batches, in bf16, channels last.
+thread for each core; that of the model normalizes whole batches, in bf16, channels last.
 """
 
 import os
@@ -25,7 +25,7 @@ import torch
 from daft import DataType, Series, col
 
 from benchmarks.peers.network import Network
-from benchmarks.peers.pixels import CROP, decode_fast, documented_transform, normalise
+from benchmarks.peers.pixels import CROP, decode_fast, documented_transform, normalize
 from benchmarks.peers.task import Task, read_task, say
 
 _SHAPE = (3, CROP, CROP)
@@ -50,7 +50,7 @@ def classifier(task: Task) -> Any:
             if len(images) == 0:
                 return []
             stacked = torch.from_numpy(np.array(images.to_pylist()))
-            labels, probabilities = self._network(normalise(stacked) if self._tuned else stacked)
+            labels, probabilities = self._network(normalize(stacked) if self._tuned else stacked)
             return [
                 {"labels": names, "probabilities": values}
                 for names, values in zip(labels, probabilities, strict=True)
@@ -60,7 +60,7 @@ def classifier(task: Task) -> Any:
 
 
 def documented(paths: list[str]) -> daft.DataFrame:
-    """Photographs as normalised float32 in a column `images`, image by image."""
+    """Photographs as normalized float32 in a column `images`, image by image."""
     transform = documented_transform()
     frame = daft.from_pydict({"path": paths})
     frame = frame.with_column("decoded", col("path").download().decode_image(on_error="null", mode="RGB"))

@@ -7,7 +7,7 @@ default, and a core each here) and the main process answers. Changed only where 
 list of files instead of a folder, batches of 32, since 256 is meant for GPUs, and top-5 to Parquet.
 
 Tuned: what `--amp --amp-dtype bfloat16 --channels-last` do there; files are decoded by torchvision and
-shrunk as bytes, and the main process normalises whole batches.
+shrunk as bytes, and the main process normalizes whole batches.
 """
 
 import os
@@ -23,7 +23,7 @@ from timm.data.readers.reader import Reader
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.peers.network import Network
-from benchmarks.peers.pixels import CROP, MEAN, RESIZE, STD, normalise, read_fast
+from benchmarks.peers.pixels import CROP, MEAN, RESIZE, STD, normalize, read_fast
 from benchmarks.peers.task import Task, read_task, say
 
 _WORKERS = 2
@@ -61,12 +61,12 @@ class _Shrunk(Dataset[torch.Tensor]):
 
 
 def documented(task: Task) -> Iterator[torch.Tensor]:
-    """Batches of normalised float32, by timm's loader."""
+    """Batches of normalized float32, by timm's loader."""
     loader = create_loader(
         ImageDataset("", reader=_Listed(task.images)),  # type: ignore[no-untyped-call]
         input_size=(3, CROP, CROP),
         batch_size=task.batch_size,
-        use_prefetcher=False,  # it is for GPUs; without it timm's transforms normalise
+        use_prefetcher=False,  # it is for GPUs; without it timm's transforms normalize
         interpolation="bilinear",
         mean=tuple(MEAN),
         std=tuple(STD),
@@ -79,9 +79,9 @@ def documented(task: Task) -> Iterator[torch.Tensor]:
 
 
 def tuned(task: Task) -> Iterator[torch.Tensor]:
-    """Batches of normalised float32, by PyTorch's own loader and the faster decoder."""
+    """Batches of normalized float32, by PyTorch's own loader and the faster decoder."""
     loader = DataLoader(_Shrunk(task.images), batch_size=task.batch_size, num_workers=_WORKERS)
-    return (normalise(pixels) for pixels in loader)
+    return (normalize(pixels) for pixels in loader)
 
 
 def main() -> None:

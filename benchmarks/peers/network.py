@@ -9,7 +9,7 @@ from benchmarks.peers.task import TOP
 
 
 class Network:
-    """A timm network that answers normalised images with their five best labels."""
+    """A timm network that answers normalized images with their five best labels."""
 
     def __init__(self, model: str, weights: str, labels: list[str], *, tuned: bool, threads: int) -> None:
         """Build it.

@@ -8,7 +8,7 @@ too), batches of 16 (the guide has 4, Ray's own benchmark on GPUs has 100), and 
 Parquet instead of the label alone.
 
 Tuned: files are read as bytes, decoded and shrunk as bytes, so that a quarter of the data travels, and
-the actor normalises whole batches, in bf16, channels last, with a thread for each core, where Ray
+the actor normalizes whole batches, in bf16, channels last, with a thread for each core, where Ray
 would give it one.
 """
 
@@ -36,9 +36,9 @@ class Classifier:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Transformed images -> five labels and probabilities a row."""
         if self._tuned:
-            from benchmarks.peers.pixels import normalise  # noqa: PLC0415 - the documented actor needs no torchvision
+            from benchmarks.peers.pixels import normalize  # noqa: PLC0415 - the documented actor needs no torchvision
 
-            images = normalise(batch["pixels"])
+            images = normalize(batch["pixels"])
         else:
             images = torch.from_numpy(batch["transformed_image"])
         labels, probabilities = self._network(images)
@@ -46,7 +46,7 @@ class Classifier:
 
 
 def documented(paths: list[str]) -> Dataset:
-    """Photographs as normalised float32, image by image."""
+    """Photographs as normalized float32, image by image."""
     from benchmarks.peers.pixels import documented_transform  # noqa: PLC0415 - the actor needs no torchvision
 
     transform = documented_transform()

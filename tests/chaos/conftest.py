@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.chaos.nodes import ThreeNodes
+from tests.helpers.nodes import ThreeNodes
 from tests.integration.conftest import make_bundle, tiny_bundle
 
 __all__ = ["chaos", "make_bundle", "nodes", "tiny_bundle"]

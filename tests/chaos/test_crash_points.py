@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from tests.chaos.crash_night import Spec, night
-from tests.chaos.night import LENIENT
-from tests.drawing import draw, encode
-from tests.manifests import write_manifest
+from tests.helpers.crash_night import Spec, night
+from tests.helpers.drawing import draw, encode
+from tests.helpers.manifests import write_manifest
+from tests.helpers.night import LENIENT
 
 ROWS = 10
 BEFORE = 5
@@ -71,7 +71,7 @@ def server() -> Iterator[multiprocessing.context.ForkServerContext]:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.chaos.crash_night"])
+    context.set_forkserver_preload(["tests.helpers.crash_night"])
     try:
         yield context
     finally:

@@ -12,11 +12,11 @@ import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.hardware import Hardware
-from batchcls.runtime import hardware_of, living_nodes, ray_session
+from batchcls.ray_runtime import hardware_of, living_nodes, ray_session
 from tests.chaos.conftest import Chaos
-from tests.chaos.night import Night, published, receipts
-from tests.chaos.nodes import ThreeNodes
-from tests.integration.started import write_catalog
+from tests.helpers.night import Night, published, receipts
+from tests.helpers.nodes import ThreeNodes
+from tests.helpers.started import write_catalog
 
 ROWS = 2000
 BROKEN = tuple(range(3, ROWS, 97))  # so that nearly every part has two files

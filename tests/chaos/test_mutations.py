@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.jobs import classify
-from tests.chaos.night import LENIENT
-from tests.drawing import draw, encode
+from tests.helpers.drawing import draw, encode
+from tests.helpers.night import LENIENT
 from tests.integration.conftest import Cluster, Outcome, cluster, run_here
 
 __all__ = ["cluster"]

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from batchcls.cli.app import run
 from batchcls.jobs import bundle, classify, manifest, runs
-from batchcls.jobs.command import run
 from tests.integration.conftest import Cluster, cluster, run_here
 
 __all__ = ["cluster"]
@@ -58,10 +58,10 @@ def test_three_nights(cluster: Cluster, shared: Path, tmp_path: Path):
     rows = first["counts"]["rows"]
     assert rows == 3409
 
-    pictures = sorted(photographs.rglob("*.jpg"))
-    changed = random.Random(0).sample(pictures, round(CHANGED_FRACTION * rows))
-    for picture in changed:
-        Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture, quality=90)
+    images = sorted(photographs.rglob("*.jpg"))
+    changed = random.Random(0).sample(images, round(CHANGED_FRACTION * rows))
+    for image in changed:
+        Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(image, quality=90)
     code, log = night("night-2", first_model)
     assert code == 0, log
     second = record(output, "night-2")
@@ -73,7 +73,7 @@ def test_three_nights(cluster: Cluster, shared: Path, tmp_path: Path):
         for item, origin in zip(*(table.column(n).to_pylist() for n in table.column_names), strict=True)
         if origin == "computed"
     }
-    assert computed == {str(picture.relative_to(photographs)) for picture in changed}
+    assert computed == {str(image.relative_to(photographs)) for image in changed}
     share = second["stage_seconds"]["predict"] / first["stage_seconds"]["predict"]
     assert share <= MOST_PREDICT_FRACTION
     to = str(tmp_path / "diff")

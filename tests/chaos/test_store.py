@@ -10,11 +10,11 @@ import pytest
 import s3fs
 from ray._private.authentication_test_utils import reset_auth_token_state
 
+from batchcls.cli.app import run
 from batchcls.jobs import manifest
-from batchcls.jobs.command import run
-from tests.chaos.faulty_proxy import FaultyProxy
 from tests.conftest import REPOSITORY, S3Server
-from tests.drawing import draw, encode
+from tests.helpers.drawing import draw, encode
+from tests.helpers.faulty_proxy import FaultyProxy
 
 BROKEN = (7, 31)
 MOST_STARTS = 12

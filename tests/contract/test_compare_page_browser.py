@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.comparison.recommend import Needs, recommend
+from batchcls.comparison.recommend import Requirements, recommend
 from batchcls.report.compare_page import PageContext, compare_page
-from tests.browser import DESK, PAPER, PHONE, Browser
-from tests.measurements import SERVER, measurement, six_backbones
+from tests.helpers.browser import DESK, PAPER, PHONE, Browser
+from tests.helpers.measurements import SERVER, measurement, six_backbones
 
 LONG_NAME = "s3://models/" + "a_long_way_to_a_bundle/" * 5
 
@@ -17,7 +17,7 @@ LONG_NAME = "s3://models/" + "a_long_way_to_a_bundle/" * 5
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six backbones on two engines, and one model with a name that is longer than a phone is wide."""
     measurements = [*six_backbones(), measurement(LONG_NAME, p50=30, right=150)]
-    needs = Needs(target_ms=80, price_per_hour=0.4)
+    needs = Requirements(target_ms=80, price_per_hour=0.4)
     created = datetime(2026, 11, 23, 20, 40, tzinfo=UTC)
     context = PageContext("Which backbone for the catalog", LONG_NAME + "x" * 200, 300, created, "0.1.0")
     advice = {SERVER.key: recommend(measurements, needs)}
@@ -55,7 +55,7 @@ def test_nothing_is_wider_than_the_window(browser: Browser, page: Path, width: i
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_both_pictures_are_there_with_readable_labels(browser: Browser, page: Path, width: int):
+def test_both_images_are_there_with_readable_labels(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
     sizes = browser.ask(
         "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
@@ -91,7 +91,7 @@ def test_labels_do_not_cover_each_other_in_the_browsers_own_font(browser: Browse
             assert width <= 0 or height <= 4, (one, other)
 
 
-def colours(browser: Browser) -> tuple[object, object, object]:
+def colors(browser: Browser) -> tuple[object, object, object]:
     style = "getComputedStyle(document.querySelector('{}')).{}"
     return (
         browser.ask(style.format("body", "backgroundColor")),
@@ -100,11 +100,11 @@ def colours(browser: Browser) -> tuple[object, object, object]:
     )
 
 
-def test_in_the_dark_page_and_pictures_turn(browser: Browser, page: Path):
+def test_in_the_dark_page_and_images_turn(browser: Browser, page: Path):
     browser.open(page, width=DESK)
-    light = colours(browser)
+    light = colors(browser)
     browser.emulate(dark=True)
-    dark = colours(browser)
+    dark = colors(browser)
     assert all(one != other for one, other in zip(light, dark, strict=True))
     assert light[1] == light[2]
     assert dark[1] == dark[2]
@@ -112,9 +112,9 @@ def test_in_the_dark_page_and_pictures_turn(browser: Browser, page: Path):
 
 def test_paper_is_light_even_in_the_dark_and_no_table_is_cut_off(browser: Browser, page: Path):
     browser.open(page, width=PAPER)
-    light = colours(browser)
+    light = colors(browser)
     browser.emulate(dark=True, media="print")
-    assert colours(browser) == light
+    assert colors(browser) == light
     overhang = browser.ask(
         "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right - innerWidth)"
     )
@@ -130,6 +130,6 @@ def test_it_prints(browser: Browser, page: Path):
     assert len(paper) > 30_000
 
 
-def test_a_picture_of_the_page_is_no_blank(browser: Browser, page: Path):
+def test_a_image_of_the_page_is_no_blank(browser: Browser, page: Path):
     browser.open(page, width=PHONE)
     assert len(browser.screenshot()) > 50_000

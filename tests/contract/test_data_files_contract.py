@@ -7,14 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcls.data_files import find_data
+from batchcls.cli.app import run
 from batchcls.errors import InputError
-from batchcls.images.addresses import resolve_uri
+from batchcls.images.url_policy import resolve_uri
 from batchcls.jobs import manifest as manifest_job
-from batchcls.jobs.command import run
-from batchcls.manifest import open_manifest
-from batchcls.storage import Storage, join
-from batchcls.uris import below, normal
+from batchcls.manifest.snapshot import open_manifest
+from batchcls.storage.data_files import find_data
+from batchcls.storage.filesystem import Storage, join
+from batchcls.storage.uris import below, normal
 from tests.conftest import S3Server
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from batchcls.images.coded_size import av1_sizes, hevc_configured_sizes
+from batchcls.images.bmff_frame_size import av1_sizes, hevc_configured_sizes
 from batchcls.images.decode import DecodeError, decode
 from batchcls.images.formats import Format
-from batchcls.images.header import read_header
-from batchcls.images.limits import DecodeLimits
+from batchcls.images.headers import read_header
+from batchcls.images.load_config import DecodeLimits
 from batchcls.schema import Reason
-from tests.contract.pillow_reference import LIMITS, pillow_pixels, pixels_of, reason_of
-from tests.drawing import draw, encode, exif, samples, with_extents
+from tests.helpers.drawing import draw, encode, exif, samples, with_extents
+from tests.helpers.pillow_reference import LIMITS, pillow_pixels, pixels_of, reason_of
 
 KINDS = ["AVIF", "HEIF"]
 
@@ -252,7 +252,7 @@ print(most[0] - before - 1)
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    # libde265 decodes a picture in one thread of its own while the caller waits for it.
+    # libde265 decodes a image in one thread of its own while the caller waits for it.
     assert int(done.stdout) <= (0 if kind == "AVIF" else 1)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from batchcls.images.limits import DecodeLimits
-from batchcls.images.load import Loader
+from batchcls.images.load_config import DecodeLimits
+from batchcls.images.loader import Loader
 from batchcls.schema import Reason
-from tests import bombs
 from tests.contract.test_decode_memory import peak_bytes
-from tests.unit.test_load import settings
+from tests.helpers import bombs
+from tests.unit.images.test_loader import settings
 
 _QUICK: dict[str, tuple[Callable[[], bytes], Reason | None]] = {
     "TIFF, 500 tags over each other": (bombs.tiff_overlapping_tags, Reason.CORRUPT),

@@ -11,7 +11,8 @@ from PIL import Image, ImageCms
 
 from batchcls.images.decode import decode
 from batchcls.schema import Reason
-from tests.contract.pillow_reference import (
+from tests.helpers.drawing import ORIENTATION_TAG, animation, chunk, draw, encode, png, ramp16, samples, tiff
+from tests.helpers.pillow_reference import (
     LIMITS,
     PLAIN_JPEG,
     THROUGH_PILLOW,
@@ -20,7 +21,6 @@ from tests.contract.pillow_reference import (
     pixels_of,
     reason_of,
 )
-from tests.drawing import ORIENTATION_TAG, animation, chunk, draw, encode, png, ramp16, samples, tiff
 
 
 @pytest.mark.parametrize("name", PLAIN_JPEG)
@@ -64,7 +64,7 @@ def test_orientation_in_xmp_alone_is_applied_as_pillow_does():
 
 
 @pytest.mark.parametrize("block", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II\x2a\0\xff\xff\xff\x7f"])
-def test_damaged_exif_costs_a_picture_nothing_but_its_orientation(block):
+def test_damaged_exif_costs_a_image_nothing_but_its_orientation(block):
     plain = encode(draw(2), "JPEG")
     data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]
     assert np.array_equal(pixels_of(data), pixels_of(plain))
@@ -76,17 +76,17 @@ def test_orientation_out_of_range_is_ignored():
     assert pixels_of(encode(draw(2), "JPEG", exif=exif.tobytes())).shape == (47, 61, 3)
 
 
-@pytest.mark.parametrize("write", [lambda grey: png(grey, 0), tiff, lambda grey: tiff(grey, ">")])
+@pytest.mark.parametrize("write", [lambda gray: png(gray, 0), tiff, lambda gray: tiff(gray, ">")])
 def test_16_bit_grey_is_scaled_and_not_clipped(write):
-    grey = ramp16()
-    assert np.array_equal(pixels_of(write(grey)), np.repeat((grey >> 8)[:, :, None], 3, axis=2))
+    gray = ramp16()
+    assert np.array_equal(pixels_of(write(gray)), np.repeat((gray >> 8)[:, :, None], 3, axis=2))
 
 
 def test_clear_value_of_a_16_bit_grey_png_becomes_white():
-    grey = ramp16()
-    pixels = pixels_of(png(grey, 0, (b"tRNS", struct.pack(">H", int(grey[5, 5])))))
+    gray = ramp16()
+    pixels = pixels_of(png(gray, 0, (b"tRNS", struct.pack(">H", int(gray[5, 5])))))
     assert pixels[5, 5].tolist() == [255, 255, 255]
-    assert pixels[5, 6].tolist() == [int(grey[5, 6]) >> 8] * 3
+    assert pixels[5, 6].tolist() == [int(gray[5, 6]) >> 8] * 3
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "AVIF", "HEIF"])

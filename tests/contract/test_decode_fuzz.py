@@ -1,4 +1,4 @@
-"""Whatever happens to a file, the answer is a picture or a reason, never another exception."""
+"""Whatever happens to a file, the answer is a image or a reason, never another exception."""
 
 import json
 import pickle
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from batchcls.images.formats import Format
-from tests.drawing import draw, encode, samples, transparent
-from tests.fuzzing import LIMITS, outcome
+from tests.helpers.drawing import draw, encode, samples, transparent
+from tests.helpers.fuzzing import LIMITS, outcome
 
 MUTATIONS_PER_FILE = 40
 MANY = ("avif", "heic", "webp", "tiff", "bmp")
@@ -52,7 +52,7 @@ def mutate(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", samples())
-def test_mutated_files_give_a_picture_or_a_reason(name):
+def test_mutated_files_give_a_image_or_a_reason(name):
     files = samples()
     others = list(files.values())
     random = np.random.default_rng(list(name.encode()))
@@ -85,7 +85,7 @@ def test_fuzzed_files_are_accounted_for_in_time_and_memory(kind: str, count: int
     """In a process of its own, which has encoded nothing, so that its peak is that of decoding."""
     path = tmp_path / "files"
     path.write_bytes(pickle.dumps([samples()[kind], *fuzzed(kind, count)]))
-    program = f"from tests.fuzzing import decode_all; decode_all({str(path)!r})"
+    program = f"from tests.helpers.fuzzing import decode_all; decode_all({str(path)!r})"
     repository = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],

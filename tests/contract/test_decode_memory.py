@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from batchcls.images.decode import allowed_header, decode
-from batchcls.images.limits import DecodeLimits
-from batchcls.images.memory import bytes_to_decode
+from batchcls.images.decode_memory import bytes_to_decode
+from batchcls.images.load_config import DecodeLimits
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
-from tests.bombs import drawn, png_chunk, saved
+from tests.helpers.bombs import drawn, png_chunk, saved
 
 WIDTH, HEIGHT = 1600, 1200
 TRANSFORM = Transform(

@@ -14,8 +14,8 @@ from PIL import UnidentifiedImageError
 
 from batchcls.images.decode import decode
 from batchcls.schema import Reason
-from tests.contract.pillow_reference import LIMITS, pillow_pixels, pixels_of, reason_of
-from tests.drawing import cut_behind_end_marker, draw, encode, exif
+from tests.helpers.drawing import cut_behind_end_marker, draw, encode, exif
+from tests.helpers.pillow_reference import LIMITS, pillow_pixels, pixels_of, reason_of
 
 BASES = {
     "plain": {},

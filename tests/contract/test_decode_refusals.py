@@ -13,15 +13,9 @@ from PIL import Image
 from batchcls.errors import InputError
 from batchcls.images import decode as decode_module
 from batchcls.images.decode import DecodeError, decode
-from batchcls.images.limits import DecodeLimits
+from batchcls.images.load_config import DecodeLimits
 from batchcls.schema import Reason
-from tests.contract.pillow_reference import (
-    LIMITS,
-    PLAIN_JPEG,
-    pillow_pixels,
-    reason_of,
-)
-from tests.drawing import (
+from tests.helpers.drawing import (
     bombs,
     chunk,
     cut_behind_end_marker,
@@ -29,6 +23,12 @@ from tests.drawing import (
     encode,
     samples,
     tiff,
+)
+from tests.helpers.pillow_reference import (
+    LIMITS,
+    PLAIN_JPEG,
+    pillow_pixels,
+    reason_of,
 )
 
 
@@ -84,7 +84,7 @@ def test_bombs_are_refused_before_their_pixels_are_allocated():
     program = """
 import resource
 from batchcls.images.decode import DecodeError, DecodeLimits, decode
-from tests.drawing import bombs
+from tests.helpers.drawing import bombs
 files = bombs()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 space = 64 << 20
@@ -129,7 +129,7 @@ def test_limits_are_inclusive():
     ("data", "reason"),
     [
         (b"", Reason.EMPTY),
-        (b"hello, this is no picture", Reason.NOT_AN_IMAGE),
+        (b"hello, this is no image", Reason.NOT_AN_IMAGE),
         (b"8BPS" + bytes(100), Reason.UNSUPPORTED_FORMAT),
         (encode(Image.new("F", (20, 20)), "TIFF"), Reason.UNSUPPORTED_FORMAT),
         (encode(draw(), "PNG")[:300], Reason.TRUNCATED),

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from batchcls.hardware import Hardware
-from batchcls.models.bundle import Bundle
-from batchcls.models.choices import ModelChoices
-from batchcls.models.engines import Answer, EngineChoice, EnginePlace
-from batchcls.models.engines.conversions import Conversions
-from batchcls.models.engines.start import start_engine
+from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.engine import EngineChoice, EngineConfig, EngineOutput
+from batchcls.models.engines.factory import start_engine
+from batchcls.models.model_bundle import Bundle
+from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import resolve_model
-from batchcls.storage import Storage
+from batchcls.storage.filesystem import Storage
 from tests.contract.test_real_weights import MODELS, Published
 
 openvino = pytest.importorskip("openvino")
@@ -61,13 +61,13 @@ def bundle(shared: Path, model: Published) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, photographs) -> EnginePlace:
+def place(tmp_path_factory: pytest.TempPathFactory, photographs) -> EngineConfig:
     # Two threads: some faults of int8 show only where several passes run beside each other.
     conversions = Conversions(tmp_path_factory.mktemp("conversions"))
-    return EnginePlace("cpu", 2, BATCH, conversions, lambda: photographs[0][::3])
+    return EngineConfig("cpu", 2, BATCH, conversions, lambda: photographs[0][::3])
 
 
-def answer(bundle: Bundle, choice: str, place: EnginePlace, pixels: np.ndarray) -> Answer:
+def answer(bundle: Bundle, choice: str, place: EngineConfig, pixels: np.ndarray) -> EngineOutput:
     engine = start_engine(bundle, EngineChoice.parse(choice), place)
     started = time.perf_counter()
     pending = [engine.submit(pixels[first : first + BATCH]) for first in range(0, len(pixels), BATCH)]
@@ -79,11 +79,11 @@ def answer(bundle: Bundle, choice: str, place: EnginePlace, pixels: np.ndarray) 
     logits, embedding = (
         np.concatenate([getattr(batch, part) for batch in answers]) for part in ("logits", "embedding")
     )
-    return Answer(logits, embedding)
+    return EngineOutput(logits, embedding)
 
 
 @pytest.fixture(scope="module")
-def exact(bundle: Bundle, place: EnginePlace, photographs) -> Answer:
+def exact(bundle: Bundle, place: EngineConfig, photographs) -> EngineOutput:
     return answer(bundle, "torch:fp32", place, photographs[0])
 
 

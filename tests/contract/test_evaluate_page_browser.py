@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.evaluation.answers import Answers
-from batchcls.evaluation.evaluated import evaluate_answers
-from tests.browser import DESK, PAPER, PHONE, Browser
-from tests.evaluations import drawn_answers
-from tests.unit.test_evaluate_page import page_of, subject
+from batchcls.evaluation.evaluator import evaluate_answers
+from batchcls.evaluation.model_predictions import LogitStore
+from tests.helpers.browser import DESK, PAPER, PHONE, Browser
+from tests.helpers.evaluations import drawn_answers
+from tests.unit.report.test_evaluate_page import page_of, subject
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answers = drawn_answers(3000, 20, overconfidence=2)
     labels = ("clothes/" + "a_long_way_to_a_category/" * 5, *answers.labels[1:])
     paths = [("all", label) for label in labels]
-    found = evaluate_answers(Answers(labels, answers.truth, answers.logits), paths, 0.9)
+    found = evaluate_answers(LogitStore(labels, answers.truth, answers.logits), paths, 0.9)
     path = tmp_path_factory.mktemp("page") / "evaluate.html"
     path.write_text(page_of(found, subject(3000), "How right is s3://models/" + "x" * 200))
     return path
@@ -28,7 +28,7 @@ def test_it_fits_the_window_without_a_complaint_and_without_a_request(
     browser: Browser, page: Path, width: int
 ):
     browser.open(page, width=width)
-    # The pictures of the test are no JPEGs; Chromium says nothing about that.
+    # The images of the test are no JPEGs; Chromium says nothing about that.
     assert browser.console() == []
     assert browser.requests() == [page.as_uri()]
     assert browser.ask("document.documentElement.scrollWidth") <= width
@@ -41,7 +41,7 @@ def test_it_fits_the_window_without_a_complaint_and_without_a_request(
 
 
 def test_in_the_dark_everything_turns_and_paper_stays_light(browser: Browser, page: Path):
-    def colours() -> list[object]:
+    def colors() -> list[object]:
         style = "getComputedStyle(document.querySelector('{}')).{}"
         return [
             browser.ask(style.format("body", "backgroundColor")),
@@ -50,11 +50,11 @@ def test_in_the_dark_everything_turns_and_paper_stays_light(browser: Browser, pa
         ]
 
     browser.open(page, width=PAPER)
-    light = colours()
+    light = colors()
     browser.emulate(dark=True)
-    assert all(one != other for one, other in zip(light, colours(), strict=True))
+    assert all(one != other for one, other in zip(light, colors(), strict=True))
     browser.emulate(dark=True, media="print")
-    assert colours() == light
+    assert colors() == light
     overhang = browser.ask(
         "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right - innerWidth)"
     )

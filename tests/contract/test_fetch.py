@@ -10,9 +10,9 @@ import fsspec
 import pytest
 
 from batchcls.errors import InputError
-from batchcls.images.addresses import AddressPolicy
 from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
 from batchcls.images.retry import Backoff
+from batchcls.images.url_policy import AddressPolicy
 from batchcls.schema import Failure, Reason
 
 

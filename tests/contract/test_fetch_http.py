@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from batchcls import __version__
-from batchcls.images.addresses import AddressPolicy
 from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
+from batchcls.images.url_policy import AddressPolicy
 from batchcls.schema import Reason
 
 BODY = b"pixels" * 1000
@@ -35,7 +35,7 @@ class Server:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One method for each kind of behaviour; the path's first segment names it."""
+    """One method for each kind of behavior; the path's first segment names it."""
 
     protocol_version = "HTTP/1.1"
     state: Server

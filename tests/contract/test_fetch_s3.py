@@ -18,7 +18,7 @@ from botocore.config import Config
 
 from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
 from batchcls.schema import Reason
-from batchcls.storage import Storage
+from batchcls.storage.filesystem import Storage
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server

@@ -16,7 +16,8 @@ from PIL import Image
 from batchcls.images.decode import DecodeError, DecodeLimits, decode
 from batchcls.images.formats import Format
 from batchcls.schema import Reason
-from tests.contract.pillow_reference import pillow_pixels
+from tests.conftest import REPOSITORY
+from tests.helpers.pillow_reference import pillow_pixels
 
 LIMITS = DecodeLimits(min_side_pixels=1)
 READ = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"}
@@ -40,10 +41,10 @@ def reference(path: Path) -> tuple[str | None, np.ndarray | None]:
         image = Image.open(path)
         name = image.format
         if image.mode.startswith("I;16"):
-            # Pillow clips 16-bit grey to 255; its 16-bit color keeps the upper 8 bits, and so do we.
-            grey = np.asarray(image) >> (4 if path.name in TWELVE_BITS else 8)
-            grey[np.asarray(image) == image.info.get("transparency", -1)] = 255
-            return name, np.repeat(grey[:, :, np.newaxis], 3, axis=2)
+            # Pillow clips 16-bit gray to 255; its 16-bit color keeps the upper 8 bits, and so do we.
+            gray = np.asarray(image) >> (4 if path.name in TWELVE_BITS else 8)
+            gray[np.asarray(image) == image.info.get("transparency", -1)] = 255
+            return name, np.repeat(gray[:, :, np.newaxis], 3, axis=2)
         return name, pillow_pixels(path.read_bytes())
     except Exception:  # noqa: BLE001 - whatever its parsers raise on files made to crash them
         return name, None
@@ -94,6 +95,6 @@ def test_every_image_of_a_format_that_is_read_has_the_pixels_of_pillow(folder: P
 
 
 def test_the_documentation_names_what_is_refused():
-    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "reference" / "image-formats.md").read_text(encoding="utf-8")
     assert [name for name in [*REFUSED, *BEYOND_PILLOW] if f"`{name}`" not in text] == []
     assert [kind for kind in Format if f"`{kind}`" not in text] == []

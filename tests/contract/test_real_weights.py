@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
 from batchcls.models.build import build_backbone
-from batchcls.models.bundle import Bundle, sha256_hex
-from batchcls.models.choices import ModelChoices
 from batchcls.models.engines.torch_eager import TorchEager
-from batchcls.models.known_labels import imagenet_labels
+from batchcls.models.imagenet_labels import imagenet_labels
+from batchcls.models.model_bundle import Bundle, sha256_hex
+from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
-from batchcls.models.spec import PreprocessingOverrides
-from batchcls.storage import Storage
+from batchcls.storage.filesystem import Storage
 
 EVERY = 5
 HALF = (0.5, 0.5, 0.5)
@@ -109,7 +108,7 @@ def _intact(shared: Path, model: Published) -> torch.nn.Module:
     return network.eval()
 
 
-def _normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def _normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     images = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 255
     return (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 
@@ -134,7 +133,7 @@ def test_the_cut_network_answers_as_the_intact_one_on_photographs(shared, photog
     pixels, truth = photographs
     bundle = _bundle(shared, model)
     preprocessing = bundle.config.preprocessing
-    images = _normalised(pixels, preprocessing.mean, preprocessing.std)
+    images = _normalized(pixels, preprocessing.mean, preprocessing.std)
     network, backbone = _intact(shared, model), build_backbone(bundle)
     expected, logits = _logits(network, images), _logits(lambda batch: backbone(batch)[0], images)
     assert torch.equal(logits.argmax(1), expected.argmax(1))
@@ -151,8 +150,8 @@ def test_a_wrong_mean_and_std_and_a_missing_argument_cost_answers(shared, photog
     pixels, truth = photographs
     right = build_backbone(_bundle(shared, MODELS[0]))
     without_padding = build_backbone(_bundle(shared, MODELS[0], arguments={}))
-    images = _normalised(pixels, HALF, HALF)
-    of_imagenet = _normalised(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    images = _normalized(pixels, HALF, HALF)
+    of_imagenet = _normalized(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def count(backbone: Backbone, images: torch.Tensor) -> int:
         return int((_logits(lambda batch: backbone(batch)[0], images).argmax(1).numpy() == truth).sum())

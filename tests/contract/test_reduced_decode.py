@@ -8,17 +8,16 @@ import pytest
 from PIL import Image
 
 from batchcls.images import decode as decode_module
-from batchcls.images.decode import Decoded, DecodeError, decode
-from batchcls.images.jpeg_pixels import reduction
+from batchcls.images.decode import Decoded, DecodeError, decode, reduction
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import Reason
-from tests.contract.pillow_reference import LIMITS, reason_of
-from tests.drawing import bombs, cut_behind_end_marker, draw, encode, samples
+from tests.helpers.drawing import bombs, cut_behind_end_marker, draw, encode, samples
+from tests.helpers.pillow_reference import LIMITS, reason_of
 
 MARGIN = 4.0
 
-# Levels of 255 between the network's input from the reduced picture and from the whole one, on average.
+# Levels of 255 between the network's input from the reduced image and from the whole one, on average.
 MEAN_LEVELS = 1.0
 
 
@@ -35,7 +34,7 @@ def test_the_factor_is_the_largest_that_leaves_enough(factor):
     assert reduction((enough, 100 * enough), least) == factor
 
 
-def test_a_picture_is_never_reduced_below_what_is_needed():
+def test_a_image_is_never_reduced_below_what_is_needed():
     for size in range(8, 400, 7):
         decoded = reduced(encode(draw(1, size, size + 50), "JPEG"))
         assert min(decoded.pixels.shape[:2]) >= min(20, size)
@@ -54,7 +53,7 @@ def test_the_extent_is_the_stored_size_over_the_factor(width_height, options):
     assert decoded.pixels.flags.c_contiguous
 
 
-def test_without_a_least_size_and_in_other_formats_every_picture_is_whole():
+def test_without_a_least_size_and_in_other_formats_every_image_is_whole():
     image = draw(2, 640, 480)
     for kind in ("PNG", "WEBP"):
         assert reduced(encode(image, kind)).pixels.shape == (480, 640, 3)
@@ -64,7 +63,7 @@ def test_without_a_least_size_and_in_other_formats_every_picture_is_whole():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("width_height", [(640, 480), (643, 485)])
-def test_a_turned_picture_shows_what_the_whole_one_shows(width_height, orientation):
+def test_a_turned_image_shows_what_the_whole_one_shows(width_height, orientation):
     width, height = width_height
     data = encode(draw(2, width, height), "JPEG", orientation=orientation, quality=95)
     transform = Transform(square(48))
@@ -76,7 +75,7 @@ def test_a_turned_picture_shows_what_the_whole_one_shows(width_height, orientati
     assert np.abs(ours - transform(decode(data, LIMITS).pixels)).mean() <= MEAN_LEVELS
 
 
-def test_the_least_size_is_asked_for_the_upright_picture():
+def test_the_least_size_is_asked_for_the_upright_image():
     asked = []
 
     def least(height: int, width: int) -> tuple[float, float]:
@@ -98,7 +97,7 @@ def test_a_cut_jpeg_is_refused_at_a_reduced_scale_too(mode, options, fraction):
         assert raised.value.failure.reason == Reason.TRUNCATED == reason_of(damaged)
 
 
-def test_a_picture_that_is_grey_at_its_end_is_not_mistaken_for_a_cut_one():
+def test_a_image_that_is_grey_at_its_end_is_not_mistaken_for_a_cut_one():
     image = draw(9, 300, 200)
     image.paste((128, 128, 128), (0, 100, 300, 200))
     assert reduced(encode(image, "JPEG", quality=90)).pixels[-1, -1].tolist() == [128, 128, 128]
@@ -113,7 +112,7 @@ def test_bombs_are_refused_before_the_scale_is_chosen():
 @pytest.mark.parametrize("luma", [0x14, 0x24, 0x42, 0x12])
 @pytest.mark.parametrize("chroma", [0x11, 0x12, 0x21])
 def test_unusual_samplings_are_decoded_as_pillow_does_or_refused(luma, chroma):
-    """Patched in: the data then means another picture, which both libraries must see alike."""
+    """Patched in: the data then means another image, which both libraries must see alike."""
     data = bytearray(samples()["jpeg"])
     frame = data.index(b"\xff\xc0")
     data[frame + 11], data[frame + 14], data[frame + 17] = luma, chroma, chroma
@@ -122,7 +121,7 @@ def test_unusual_samplings_are_decoded_as_pillow_does_or_refused(luma, chroma):
     except OSError:
         assert reason_of(bytes(data)) == Reason.CORRUPT
     else:
-        # The data may be too short for the other picture, which Pillow lets pass.
+        # The data may be too short for the other image, which Pillow lets pass.
         assert np.array_equal(pixels_or_reason(bytes(data)), theirs) or (
             pixels_or_reason(bytes(data)) == Reason.TRUNCATED
         )

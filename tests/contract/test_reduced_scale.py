@@ -1,4 +1,4 @@
-"""How far pictures may be reduced is found out on the catalog's own, with real weights."""
+"""How far images may be reduced is found out on the catalog's own, with real weights."""
 
 import io
 from dataclasses import replace
@@ -11,17 +11,17 @@ from PIL import Image
 
 from batchcls.images.decode import decode
 from batchcls.images.transform import Transform
-from batchcls.inference.agreement import Contract
-from batchcls.inference.measured import Measured, Wanted
-from batchcls.inference.reduced_scale import MARGINS, Pictures, measure_reduced_scale, reduced_by
-from batchcls.inference.reference import with_golden
-from batchcls.models.bundle import Bundle
-from batchcls.models.choices import ModelChoices
-from batchcls.models.engines import EnginePlace
-from batchcls.models.engines.conversions import Conversions
+from batchcls.inference.agreement import AccuracyTolerance
+from batchcls.inference.engine_record import EngineRequest, EngineSelectionRecord
+from batchcls.inference.golden_record import with_golden
+from batchcls.inference.scaled_decode import MARGINS, CalibrationPixels, measure_reduced_scale, reduced_by
+from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.engine import EngineConfig
+from batchcls.models.model_bundle import Bundle
+from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import resolve_model
-from batchcls.storage import Storage
-from tests.contract.pillow_reference import LIMITS
+from batchcls.storage.filesystem import Storage
+from tests.helpers.pillow_reference import LIMITS
 
 PHOTOGRAPHS = 60
 
@@ -51,7 +51,7 @@ class Photographs:
         paths = sorted((shared / "data" / "imagenet").glob("*.JPEG"))[: 4 * PHOTOGRAPHS : 4]
         self.files = [_enlarged(path, side) for path in paths]
         whole = [decode(data, LIMITS) for data in self.files]
-        self.pictures = Pictures(
+        self.images = CalibrationPixels(
             whole=np.stack([self.transform(one.pixels) for one in whole]),
             sizes=np.array([(one.height, one.width) for one in whole], np.int32),
             reduced=self.reduced,
@@ -70,22 +70,27 @@ def photographs(shared: Path, bundle: Bundle) -> Photographs:
     return Photographs(shared, bundle, 2.0)
 
 
-def _measure(bundle: Bundle, photographs: Photographs, tmp_path: Path, contract: Contract = Contract()):  # noqa: B008 - frozen
+def _measure(
+    bundle: Bundle,
+    photographs: Photographs,
+    tmp_path: Path,
+    contract: AccuracyTolerance = AccuracyTolerance(),  # noqa: B008 - frozen
+):
     photographs.margins.clear()
-    chosen = Measured(
-        created=datetime.now(UTC), wanted=Wanted(contract=contract), bundle_fingerprint=bundle.fingerprint,
+    chosen = EngineSelectionRecord(
+        created=datetime.now(UTC), wanted=EngineRequest(contract=contract), bundle_fingerprint=bundle.fingerprint,
         hardware_key="0" * 12, hardware="this machine", versions={}, device="cpu", threads=2, manifest="m",
         images=PHOTOGRAPHS, seconds=1, reference="torch fp32", engine="torch", precision="bf16", batch_size=8,
         images_per_second=1, candidates=(), notes=(),
     )  # fmt: skip
-    place = EnginePlace("cpu", 2, 8, Conversions(tmp_path))
-    return measure_reduced_scale(bundle, chosen, place, photographs.pictures)
+    place = EngineConfig("cpu", 2, 8, Conversions(tmp_path))
+    return measure_reduced_scale(bundle, chosen, place, photographs.images)
 
 
-def test_pictures_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_path):
+def test_images_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_path):
     """With the contract of fp32 itself nothing passes, and margins that reduce too few are not tried."""
     found = _measure(
-        bundle, photographs, tmp_path, Contract(min_top1_agreement=1.0, min_embedding_cosine=1.0)
+        bundle, photographs, tmp_path, AccuracyTolerance(min_top1_agreement=1.0, min_embedding_cosine=1.0)
     )
     assert found.margin is None
     assert [entry.margin for entry in found.tried] == [1.5, 2.0] == photographs.margins
@@ -95,7 +100,7 @@ def test_pictures_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_
 
 def test_the_smallest_margin_that_holds_is_taken(bundle, photographs, tmp_path):
     found = _measure(
-        bundle, photographs, tmp_path, Contract(min_top1_agreement=0.8, min_embedding_cosine=0.9)
+        bundle, photographs, tmp_path, AccuracyTolerance(min_top1_agreement=0.8, min_embedding_cosine=0.9)
     )
     assert found.margin == 1.5 == found.tried[-1].margin
     assert photographs.margins == [1.5]
@@ -105,22 +110,22 @@ def test_the_smallest_margin_that_holds_is_taken(bundle, photographs, tmp_path):
 
 
 def test_what_it_finds_is_the_error_of_scale_and_engine_together(bundle, photographs, tmp_path):
-    loose = Contract(min_top1_agreement=0.0, min_embedding_cosine=-1.0)
+    loose = AccuracyTolerance(min_top1_agreement=0.0, min_embedding_cosine=-1.0)
     (entry,) = _measure(bundle, photographs, tmp_path, loose).tried
     # Half the scale at twice what the resize needs changes pixels, and so the embedding, a little.
     assert 0.99 < entry.mean_cosine < 1 - 1e-6
 
 
 def test_images_that_cannot_be_read_again_are_not_guessed_at(bundle, photographs, tmp_path):
-    fewer = replace(photographs.pictures, reduced=lambda margin: photographs.reduced(margin)[:-1])
+    fewer = replace(photographs.images, reduced=lambda margin: photographs.reduced(margin)[:-1])
     photographs_that_fail = Photographs.__new__(Photographs)
-    photographs_that_fail.pictures, photographs_that_fail.margins = fewer, photographs.margins
+    photographs_that_fail.images, photographs_that_fail.margins = fewer, photographs.margins
     found = _measure(bundle, photographs_that_fail, tmp_path)
     assert found.margin is None
     assert "second time" in str(found)
 
 
-def test_which_pictures_a_margin_reduces(bundle):
+def test_which_images_a_margin_reduces(bundle):
     preprocessing = bundle.config.preprocessing
     side = preprocessing.resize_height
     sizes = np.array(

@@ -10,8 +10,8 @@ import botocore.session
 import pytest
 from botocore.config import Config
 
-from batchcls.images.addresses import AddressPolicy
 from batchcls.images.fetch import Fetched, Fetcher, FetchPolicy
+from batchcls.images.url_policy import AddressPolicy
 from batchcls.schema import Reason
 from tests.conftest import S3Server
 

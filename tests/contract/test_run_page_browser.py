@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 from batchcls.images.fetch import FetchPolicy
-from batchcls.images.limits import DecodeLimits
-from batchcls.report.run_facts import Thumbnail
+from batchcls.images.load_config import DecodeLimits
 from batchcls.report.run_page import run_page
+from batchcls.report.run_page_data import Thumbnail
 from batchcls.report.thumbnails import Source, make_thumbnails
-from tests.browser import DESK, PAPER, PHONE, Browser
-from tests.drawing import draw, encode
-from tests.run_pages import full_facts
+from tests.helpers.browser import DESK, PAPER, PHONE, Browser
+from tests.helpers.drawing import draw, encode
+from tests.helpers.run_pages import full_facts
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that a page can show, with real pictures of three shapes for all rows but one."""
+    """Everything that a page can show, with real images of three shapes for all rows but one."""
     folder = tmp_path_factory.mktemp("page")
     sources = []
     for number, (width, height) in enumerate(((300, 200), (200, 300), (900, 60))):
@@ -27,7 +27,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     thumbnails = make_thumbnails(
         {row: sources[row % 3] for row in range(100)}, FetchPolicy(), DecodeLimits(), seconds=60
     )
-    thumbnails[2] = Thumbnail("", "another picture by now")
+    thumbnails[2] = Thumbnail("", "another image by now")
     path = folder / "report.html"
     path.write_text(run_page(full_facts(), thumbnails, "0.1.0"))
     assert path.stat().st_size < 1_000_000
@@ -48,14 +48,14 @@ def test_hostile_strings_are_inert(browser: Browser, page: Path):
     assert "<script>document.title" in str(browser.ask("document.body.innerText"))
 
 
-def test_every_picture_is_there(browser: Browser, page: Path):
+def test_every_image_is_there(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     sizes = browser.ask(
         "[...document.images].map(one => [one.complete, one.naturalWidth, one.naturalHeight])"
     )
     assert len(sizes) > 40
     assert all(complete and 0 < max(width, height) <= 96 for complete, width, height in sizes)
-    assert "another picture by now" in str(browser.ask("document.body.innerText"))
+    assert "another image by now" in str(browser.ask("document.body.innerText"))
     bars = browser.ask(
         "[...document.querySelectorAll('.histogram rect')].map(bar => bar.getBoundingClientRect().height)"
     )
@@ -84,7 +84,7 @@ def test_cards_do_not_cover_each_other(browser: Browser, page: Path):
     assert covered == 0
 
 
-def colours(browser: Browser) -> list[object]:
+def colors(browser: Browser) -> list[object]:
     style = "getComputedStyle(document.querySelector('{}')).{}"
     return [
         browser.ask(style.format(*place))
@@ -99,11 +99,11 @@ def colours(browser: Browser) -> list[object]:
 
 def test_in_the_dark_the_page_turns_and_paper_is_light(browser: Browser, page: Path):
     browser.open(page, width=DESK)
-    light = colours(browser)
+    light = colors(browser)
     browser.emulate(dark=True)
-    assert all(one != other for one, other in zip(light, colours(browser), strict=True))
+    assert all(one != other for one, other in zip(light, colors(browser), strict=True))
     browser.emulate(dark=True, media="print")
-    assert colours(browser) == light
+    assert colors(browser) == light
 
 
 def test_it_prints_whole(browser: Browser, page: Path):

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcls.data_files import find_data
 from batchcls.errors import InputError, StorageStoppedError
-from batchcls.storage import Storage, explain, join
-from batchcls.storage_errors import resumable
-from batchcls.swap import look, swap
-from tests.chaos.faulty_proxy import FaultyProxy
+from batchcls.storage.compare_and_swap import look, swap
+from batchcls.storage.data_files import find_data
+from batchcls.storage.filesystem import Storage, explain, join
+from batchcls.storage.store_errors import resumable
+from tests.helpers.faulty_proxy import FaultyProxy
 
 if TYPE_CHECKING:
     from tests.conftest import S3Server

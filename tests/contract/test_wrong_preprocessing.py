@@ -13,19 +13,17 @@ import pyarrow as pa
 import pytest
 
 from batchcls.images.fetch import FetchPolicy
-from batchcls.images.limits import DecodeLimits
-from batchcls.images.load import Loader
-from batchcls.images.settings import LoadSettings
+from batchcls.images.load_config import DecodeLimits, LoadSettings
+from batchcls.images.loader import Loader
 from batchcls.inference.predictor import Predictor
-from batchcls.inference.settings import PredictSettings
+from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.build import build_backbone
-from batchcls.models.bundle import Bundle
-from batchcls.models.choices import ModelChoices
 from batchcls.models.engines.torch_eager import TorchEager
+from batchcls.models.model_bundle import Bundle
+from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
-from batchcls.models.spec import PreprocessingOverrides
-from batchcls.storage import Storage
-from batchcls.views import Views
+from batchcls.preprocessing import Views
+from batchcls.storage.filesystem import Storage
 
 HALF = PreprocessingOverrides(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")
 

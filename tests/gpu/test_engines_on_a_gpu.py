@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from batchcls.inference.reference import with_golden
-from batchcls.inference.self_test import start_tested_engine
-from batchcls.models.bundle import Bundle
-from batchcls.models.choices import ModelChoices
-from batchcls.models.engines import REFERENCE, Engine, EngineChoice, EnginePlace
-from batchcls.models.engines.batch_probe import probe_batch_size
-from batchcls.models.engines.conversions import Conversions
-from batchcls.models.engines.halving import Halving
-from batchcls.models.engines.start import start_engine
+from batchcls.inference.engine_startup import start_tested_engine
+from batchcls.inference.golden_record import with_golden
+from batchcls.models.engines.batching import OomSplittingEngine, probe_batch_size
+from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.engine import REFERENCE, Engine, EngineChoice, EngineConfig
+from batchcls.models.engines.factory import start_engine
+from batchcls.models.model_bundle import Bundle
+from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
-from batchcls.models.spec import PreprocessingOverrides
-from batchcls.storage import Storage
+from batchcls.storage.filesystem import Storage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,12 +42,12 @@ def conversions(tmp_path_factory) -> Conversions:
 
 @pytest.fixture(scope="module")
 def plain(bundle, conversions) -> Engine:
-    return start_engine(bundle, REFERENCE, EnginePlace("cpu", 1, BATCH, conversions))
+    return start_engine(bundle, REFERENCE, EngineConfig("cpu", 1, BATCH, conversions))
 
 
 @pytest.fixture(scope="module", params=CHOICES)
 def engine(request, bundle, conversions) -> Engine:
-    place = EnginePlace("cuda", 1, BATCH, conversions)
+    place = EngineConfig("cuda", 1, BATCH, conversions)
     return start_tested_engine(bundle, EngineChoice.parse(request.param), place)[0]
 
 
@@ -97,11 +95,11 @@ def test_an_answer_stays_when_the_next_batches_are_asked(engine):
 def test_memory_that_runs_out_halves_the_batch(bundle, conversions):
     """The real thing: all but a little of the GPU's memory is taken away."""
     torch.cuda.empty_cache()
-    place = EnginePlace("cuda", 1, 4096, conversions)
+    place = EngineConfig("cuda", 1, 4096, conversions)
     engine = start_engine(bundle, EngineChoice("torch", "fp32"), place)
     expected = engine.answer(pixels(2048))
     used = torch.cuda.max_memory_reserved()
-    halving = Halving(start_engine(bundle, EngineChoice("torch", "fp32"), place))
+    halving = OomSplittingEngine(start_engine(bundle, EngineChoice("torch", "fp32"), place))
     del engine
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
@@ -116,5 +114,5 @@ def test_memory_that_runs_out_halves_the_batch(bundle, conversions):
 
 
 def test_the_probe_finds_a_batch_size(bundle, conversions):
-    engine = start_engine(bundle, EngineChoice("torch", "bf16"), EnginePlace("cuda", 1, 1024, conversions))
+    engine = start_engine(bundle, EngineChoice("torch", "bf16"), EngineConfig("cuda", 1, 1024, conversions))
     assert 8 <= probe_batch_size(engine, SHAPE, start=8, most=1024) <= 1024

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
+from batchcls.cli.app import run
 from batchcls.jobs import bundle, classify
-from batchcls.jobs.command import run
 from tests.conftest import REPOSITORY
-from tests.processes import processes_with, title_of
+from tests.helpers.processes import processes_with, title_of
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from batchcls.models.bundle import Bundle
-from batchcls.models.calibration import Calibration, HeldOut
-from batchcls.storage import Storage
+from batchcls.models.model_bundle import Bundle, Calibration, HeldOut
+from batchcls.storage.filesystem import Storage
+from tests.helpers.started import write_catalog
 from tests.integration.conftest import Outcome
-from tests.integration.started import write_catalog
 
 Job = Callable[..., Outcome]
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.helpers.started import start_job, until_line, write_catalog
 from tests.integration.conftest import OwnCluster
-from tests.integration.started import start_job, until_line, write_catalog
 
 
 @pytest.fixture(scope="module")

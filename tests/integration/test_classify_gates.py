@@ -6,10 +6,10 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+from batchcls.cli.app import run
 from batchcls.jobs import runs
-from batchcls.jobs.command import run
+from tests.helpers.started import write_catalog
 from tests.integration.conftest import Outcome
-from tests.integration.started import write_catalog
 
 Job = Callable[..., Outcome]
 

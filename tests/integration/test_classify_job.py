@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcls.runtime import KEEP_MEMORY
+from batchcls.ray_runtime import KEEP_MEMORY
 from batchcls.schema import TOP_K_TYPE
 from tests.conftest import REPOSITORY
+from tests.helpers.processes import processes_with, title_of
+from tests.helpers.started import start_job, until_line, write_catalog
 from tests.integration.conftest import Cluster, Outcome, OwnCluster
-from tests.integration.started import start_job, until_line, write_catalog
-from tests.processes import processes_with, title_of
 
 Job = Callable[..., Outcome]
 
@@ -126,7 +126,7 @@ def test_rows_failures_and_seconds_are_metrics_of_the_cluster(cluster: OwnCluste
     assert seconds == pytest.approx(recorded)
 
 
-def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalised(
+def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalized(
     job: Job, finished: Outcome, tiny_bundle: str, catalog: str, cluster: Cluster
 ):
     """The other shape, one image at a time, other fragments, float32 pixels: the same answers."""

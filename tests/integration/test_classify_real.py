@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests import damage, reference
+from tests.helpers import damage, reference
+from tests.helpers.reference import IMAGENET_MEAN, IMAGENET_STD
 from tests.integration.conftest import Outcome
-from tests.reference import IMAGENET_MEAN, IMAGENET_STD
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -151,6 +151,6 @@ def test_every_damaged_image_of_a_whole_catalog_is_found_and_no_good_one_lost(
     )
     assert found == {item: reason for item, _, reason in rows if reason}
     assert sorted(outcome.predictions.column("item_id").to_pylist()) == sorted(path.stem for path in good)
-    # The job's own rows, not a neighbour's: a row number still means the same file.
+    # The job's own rows, not a neighbor's: a row number still means the same file.
     numbers = outcome.predictions.column("row").to_pylist()
     assert [ids[row] for row in numbers] == outcome.predictions.column("item_id").to_pylist()

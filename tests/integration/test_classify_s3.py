@@ -10,10 +10,10 @@ import pytest
 import s3fs
 from ray._private.authentication_test_utils import reset_auth_token_state
 
+from batchcls.cli.app import run
 from batchcls.jobs import classify, manifest
-from batchcls.jobs.command import run
 from tests.conftest import S3Server
-from tests.drawing import draw, encode
+from tests.helpers.drawing import draw, encode
 
 IMAGES = 60
 BROKEN = (7, 31)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.jobs import compare
-from tests.drawing import draw, encode
+from tests.helpers.drawing import draw, encode
 from tests.integration.conftest import Cluster, Outcome, run_here
 
 IMAGES = 24
@@ -34,7 +34,7 @@ class Compared:
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Drawn pictures with labels, some of which the models do not know; one picture is cut."""
+    """Drawn images with labels, some of which the models do not know; one image is cut."""
     folder = tmp_path_factory.mktemp("compare")
     for number in range(IMAGES):
         data = encode(draw(number, 90, 70), "JPEG")
@@ -112,7 +112,7 @@ def test_the_table_is_readable_with_duckdb_and_its_figures_hang_together(compare
     assert all(row[2:] == (2, 1) for row in rows)
     wrong = duckdb.sql(
         f"""select * from {table} where not (p50_ms > 0 and p50_ms <= p95_ms and p95_ms <= p99_ms
-        and images_per_second > 0 and peak_memory_mib > 100 and images = {IMAGES - 1} and labelled = 19
+        and images_per_second > 0 and peak_memory_mib > 100 and images = {IMAGES - 1} and labeled = 19
         and top1 <= top5 and cost_per_million > 0 and parameters > 1000 and multiply_adds > 1000
         and (engine <> 'torch fp32' or top1_with_fp32 = 1))"""
     ).fetchall()

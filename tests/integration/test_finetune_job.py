@@ -17,18 +17,18 @@ from types import ModuleType
 import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
+from batchcls.cli.app import run
 from batchcls.jobs import bundle, classify, evaluate, finetune
-from batchcls.jobs.command import run
-from batchcls.models.bundle import Bundle
-from batchcls.storage import Storage
-from tests.chaos.nodes import ThreeNodes
+from batchcls.models.model_bundle import Bundle
+from batchcls.storage.filesystem import Storage
 from tests.conftest import S3Server
+from tests.helpers.image_files import CATEGORIES, write_images
+from tests.helpers.nodes import ThreeNodes
 from tests.integration.conftest import Cluster, run_here
-from tests.pictures import CATEGORIES, write_pictures
 
 EPOCHS = 14
 RECIPE = f"""
-about = "For tests: without anything that depends on how pictures are shared among workers."
+about = "For tests: without anything that depends on how images are shared among workers."
 epochs = {EPOCHS}
 head_epochs = 1
 batch_size = 12
@@ -51,10 +51,10 @@ class Catalog:
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Catalog:
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     (folder / "recipe.toml").write_text(RECIPE)
-    training = write_pictures(folder / "training", 60)
-    validation = write_pictures(folder / "validation", 31, seed=1000)
+    training = write_images(folder / "training", 60)
+    validation = write_images(folder / "validation", 31, seed=1000)
     arguments = (
         *("--manifest", str(training), "--validation", str(validation), "--model", tiny_bundle),
         *("--recipe", str(folder / "recipe.toml"), "--log-interval-seconds", "0.2"),
@@ -375,16 +375,16 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(catalog: Catalog, cluster: C
     assert not output.exists()
 
 
-def test_pictures_that_cannot_be_read_are_left_out_up_to_a_share(
+def test_images_that_cannot_be_read_are_left_out_up_to_a_share(
     catalog: Catalog, cluster: Cluster, tmp_path: Path, tiny_bundle: str
 ):
-    training = write_pictures(tmp_path / "training", 20)
-    (tmp_path / "training" / "0003.png").write_bytes(b"no picture")
+    training = write_images(tmp_path / "training", 20)
+    (tmp_path / "training" / "0003.png").write_bytes(b"no image")
     arguments = (
         *("--manifest", str(training), "--validation", catalog.arguments[3], "--model", tiny_bundle),
         *("--output", str(tmp_path / "bundle"), "--epochs", "1"),
     )
     exit_code, said = run_here(cluster, finetune, *arguments, "--max-failed-fraction", "0.04")
     assert exit_code == 4
-    assert "1 of 20 training pictures cannot be used (5.00%): not_an_image=1" in said
+    assert "1 of 20 training images cannot be used (5.00%): not_an_image=1" in said
     assert not (tmp_path / "bundle").exists()

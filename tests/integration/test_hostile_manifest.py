@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.drawing import draw, encode
+from tests.helpers.drawing import draw, encode
 from tests.integration.conftest import Outcome
 
 FORBIDDEN = (
@@ -19,9 +19,9 @@ FORBIDDEN = (
     "http://[fd00:ec2::254]/latest/meta-data/",
     "http://metadata.google.internal@169.254.169.254/",
     "http://2852039166/latest/meta-data/",
-    "http://localhost/picture.jpg",
+    "http://localhost/image.jpg",
     "simplecache::file:///etc/passwd",
-    "sftp://10.0.0.1/picture.jpg",
+    "sftp://10.0.0.1/image.jpg",
 )
 IDS = (
     "<script>alert(1)</script>",

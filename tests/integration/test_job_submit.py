@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
+from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
-from tests.integration.started import write_catalog
 
 
 def test_the_job_runs_on_a_cluster_that_it_is_submitted_to(

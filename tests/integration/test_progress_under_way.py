@@ -10,19 +10,18 @@ import ray
 import ray.cloudpickle
 from ray._private.authentication_test_utils import reset_auth_token_state
 
-from batchcls.config.classify import ClassifyConfig
-from batchcls.jobs.classify_inputs import check_inputs, open_inputs
-from batchcls.jobs.classify_work import work_of
-from batchcls.models.engines import REFERENCE
-from batchcls.pipeline.fused import FusedRun
-from batchcls.pipeline.fused_actor import FragmentActor, Part, UnderWay
-from batchcls.pipeline.settle import Settled
-from batchcls.pipeline.tally import Progress
-from batchcls.pipeline.work import Engines, NodeEngine
-from batchcls.placement import place
-from batchcls.runtime import KEEP_MEMORY, nodes, ray_session
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.jobs.classify_plan import check_inputs, open_inputs, work_of
+from batchcls.models.engines.engine import REFERENCE
+from batchcls.pipeline.actor_pool import FusedRun
+from batchcls.pipeline.fragment_actor import FragmentActor, PartialFragment, WorkerProgress
+from batchcls.pipeline.node_engines import EngineSelection
+from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
+from batchcls.pipeline.progress import Progress
+from batchcls.ray_runtime import KEEP_MEMORY, nodes, ray_session
+from batchcls.resources import place
+from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
-from tests.integration.started import write_catalog
 
 ROWS, FRAGMENT_ROWS = 300, 50
 
@@ -31,10 +30,10 @@ class LateActor(FragmentActor):
     """Its looks are as old as they can be: every fragment is all but finished, and all of it has failed."""
 
     @ray.method(concurrency_group="look")
-    def under_way(self) -> UnderWay:
+    def under_way(self) -> WorkerProgress:
         """Of every fragment of the manifest."""
-        part = Part(FRAGMENT_ROWS, Counter(truncated=FRAGMENT_ROWS))
-        return UnderWay(dict.fromkeys(range(0, ROWS, FRAGMENT_ROWS), part), 1.0)
+        part = PartialFragment(FRAGMENT_ROWS, Counter(truncated=FRAGMENT_ROWS))
+        return WorkerProgress(dict.fromkeys(range(0, ROWS, FRAGMENT_ROWS), part), 1.0)
 
 
 class LateRun(FusedRun):
@@ -66,7 +65,7 @@ def test_finished_fragments_count_by_their_receipts(
         inputs = open_inputs(config, check_inputs(config))
         shape = place(config, nodes(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
-        run = LateRun(work_of(config, inputs, shape, Settled(engines, None, ()), "late"), seen.append)
+        run = LateRun(work_of(config, inputs, shape, EngineSelection(engines, None, ()), "late"), seen.append)
         receipts = run.execute()
         last = run.progress()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

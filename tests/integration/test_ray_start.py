@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.started import write_catalog
-from tests.processes import processes_with, title_of
+from tests.helpers.processes import processes_with, title_of
+from tests.helpers.started import write_catalog
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 

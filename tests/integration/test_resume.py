@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.drawing import draw, encode
+from tests.helpers.drawing import draw, encode
+from tests.helpers.started import start_job, until_line, write_catalog
 from tests.integration.conftest import Cluster, Outcome
-from tests.integration.started import start_job, until_line, write_catalog
 from tests.poison.sitecustomize import DEADLY
 
 Job = Callable[..., Outcome]
@@ -79,11 +79,11 @@ def test_a_killed_driver_s_run_goes_on_where_it_was(
 def test_a_run_id_goes_on_only_with_what_it_was_begun_with(job: Job, tiny_bundle: str, tmp_path: Path):
     """A broken bucket stops the run; mended, the same command tries again what failed."""
     manifest = write_catalog(tmp_path / "catalog", 600)
-    pictures = sorted((tmp_path / "catalog").glob("*.jpg"))
+    images = sorted((tmp_path / "catalog").glob("*.jpg"))
     away = tmp_path / "away"
     away.mkdir()
-    for picture in pictures[50:]:
-        picture.rename(away / picture.name)
+    for image in images[50:]:
+        image.rename(away / image.name)
     arguments = ["--manifest", manifest, "--model", tiny_bundle, "--fragment-rows", "64", "--run-id", "night"]
     stopped = job(*arguments, "--max-failed-fraction-by-reason", '{"not_found": 0.001}')
     assert stopped.exit_code == 4, stopped.log
@@ -95,8 +95,8 @@ def test_a_run_id_goes_on_only_with_what_it_was_begun_with(job: Job, tiny_bundle
     assert other.exit_code == 2
     assert "--top-k (it was 5 and is 3)" in other.log
 
-    for picture in away.iterdir():
-        picture.rename(tmp_path / "catalog" / picture.name)
+    for image in away.iterdir():
+        image.rename(tmp_path / "catalog" / image.name)
     outcome = job(*arguments)
     assert outcome.exit_code == 0, outcome.log
     assert outcome.record["counts"]["quarantined"] == 0
@@ -114,7 +114,7 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
     before = published(first.output)
 
     folder = tmp_path / "catalog"
-    (folder / "3.jpg").write_bytes((folder / "200.jpg").read_bytes())  # another picture, a known content
+    (folder / "3.jpg").write_bytes((folder / "200.jpg").read_bytes())  # another image, a known content
     (folder / "5.jpg").write_bytes(encode(draw(5005, 90, 70), "JPEG"))
     (folder / "9.jpg").rename(folder / "renamed.jpg")
     table = pq.read_table(manifest)

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcls.models.zoo import zoo_records
-from tests.drawing import draw, encode
+from batchcls.models.registry import zoo_records
+from tests.helpers.drawing import draw, encode
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -20,7 +20,7 @@ ROWS = 32
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for index in range(ROWS):
         (folder / f"{index}.jpg").write_bytes(encode(draw(index, 500, 375), "JPEG", quality=90))
     table = pa.table(

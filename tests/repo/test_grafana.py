@@ -5,13 +5,13 @@ import re
 import tomllib
 from itertools import combinations
 
-from batchcls.config.classify import ClassifyConfig
+from batchcls.config.classify_config import ClassifyConfig
 from tests.conftest import REPOSITORY
 
 
 def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it():
     text = (REPOSITORY / "cluster" / "grafana" / "batchcls.json").read_text()
-    source = (REPOSITORY / "batchcls" / "pipeline" / "metrics.py").read_text()
+    source = (REPOSITORY / "batchcls" / "pipeline" / "prometheus.py").read_text()
     kinds = [(name, kind) for kind, name in re.findall(r'= (Counter|Gauge)\(\s*"(batchcls_\w+)"', source)]
     exported = {f"ray_{name}_total" if kind == "Counter" else f"ray_{name}" for name, kind in kinds}
     assert len(exported) == 6

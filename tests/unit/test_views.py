@@ -7,19 +7,18 @@ import torch
 from torchvision.transforms.v2 import functional
 
 from batchcls.errors import InputError
-from batchcls.images.load import pack_pixels
+from batchcls.images.loader import pack_pixels
 from batchcls.images.transform import Transform
 from batchcls.inference.predictor import Predictor
-from batchcls.inference.settings import PredictSettings
+from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.backbone import Backbone
-from batchcls.models.engines import Ready
+from batchcls.models.engines.engine import Ready
 from batchcls.models.engines.torch_eager import TorchEager
+from batchcls.models.model_spec import PreprocessingOverrides
 from batchcls.models.sources import find_model, library_of
-from batchcls.models.spec import PreprocessingOverrides
-from batchcls.preprocessing import Preprocessing
+from batchcls.preprocessing import Preprocessing, views_of
 from batchcls.schema import loaded_schema
-from batchcls.views import views_of
-from tests.drawing import draw
+from tests.helpers.drawing import draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +32,7 @@ def preprocessing(resize: int = 40, crop_mode: str = "center") -> Preprocessing:
     )  # fmt: skip
 
 
-def pictures() -> list[np.ndarray]:
+def drawn_images() -> list[np.ndarray]:
     sizes = [(61, 47), (47, 61), (90, 90), (33, 120)]
     return [np.array(draw(seed, *size)) for seed, size in enumerate(sizes)]
 
@@ -42,15 +41,15 @@ def pictures() -> list[np.ndarray]:
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
 def test_five_crops_are_those_of_torchvision(resize, crop_mode):
     record = preprocessing(resize, crop_mode)
-    for picture in pictures():
-        height, width = picture.shape[:2]
+    for image in drawn_images():
+        height, width = image.shape[:2]
         size = [resize, resize]
         if crop_mode == "center":
             short = min(height, width)
             size = [int(resize * height / short), int(resize * width / short)]
-        resized = functional.resize(torch.from_numpy(picture).permute(2, 0, 1), size, antialias=True)
+        resized = functional.resize(torch.from_numpy(image).permute(2, 0, 1), size, antialias=True)
         expected = torch.stack(functional.five_crop(resized, [32, 32])).permute(0, 2, 3, 1).numpy()
-        assert np.array_equal(Transform(record, views_of("five-crop", record))(picture), expected)
+        assert np.array_equal(Transform(record, views_of("five-crop", record))(image), expected)
 
 
 def test_corners_of_a_padded_image_are_refused():
@@ -83,9 +82,9 @@ def block(images: list[np.ndarray | None]) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def plain_loop(engine: TorchEager, picture: np.ndarray, tta: str) -> tuple[np.ndarray, np.ndarray]:
+def plain_loop(engine: TorchEager, image: np.ndarray, tta: str) -> tuple[np.ndarray, np.ndarray]:
     """One view after the other, each a batch of its own, and the mean of what they say."""
-    crops = Transform(preprocessing(), views_of("five-crop", preprocessing()))(picture)
+    crops = Transform(preprocessing(), views_of("five-crop", preprocessing()))(image)
     chosen = list(crops) if tta in ("five-crop", "ten-crop") else [crops[4]]
     if tta in ("hflip", "ten-crop"):
         chosen += [crop[:, ::-1] for crop in chosen]
@@ -103,12 +102,12 @@ def test_answers_are_the_means_of_a_plain_loop_over_the_views(engine, tta, l2_no
         views=views, input_shape=(32, 32, 3), normalize="engine", batch_size=3, kept=(),
     )  # fmt: skip
     transform = Transform(preprocessing(), views)
-    images = [transform(picture) for picture in pictures()]
+    images = [transform(image) for image in drawn_images()]
     answered = Predictor(engine, settings)(block([images[0], None, *images[1:]]))
     rows = [row for row in answered.to_pylist() if row["label"] is not None]
     assert [row["row"] for row in rows] == [0, 2, 3, 4]
-    for row, picture in zip(rows, pictures(), strict=True):
-        probabilities, embedding = plain_loop(engine, picture, tta)
+    for row, image in zip(rows, drawn_images(), strict=True):
+        probabilities, embedding = plain_loop(engine, image, tta)
         if l2_normalize:
             embedding = embedding / np.linalg.norm(embedding)
         found = {entry["class_index"]: entry["probability"] for entry in row["top_k"]}
@@ -133,7 +132,7 @@ def test_one_view_that_is_not_finite_fails_its_image_and_no_other(engine):
 
     views = views_of("five-crop", preprocessing())
     settings = PredictSettings(LABELS, 1, None, 96, False, views, (32, 32, 3), "engine", 4, ())
-    images = [Transform(preprocessing(), views)(picture) for picture in pictures()[:2]]
+    images = [Transform(preprocessing(), views)(image) for image in drawn_images()[:2]]
     images[0][3] = 255
     reasons = Predictor(Broken(), settings)(block(images)).column("reason").to_pylist()
     assert reasons == ["non_finite", None]

@@ -1,25 +1,90 @@
 """A bundle becomes a program of OpenVINO, by way of two conversions that a node keeps.
 
-The *network* is OpenVINO's own file of it, in float32 or quantised to int8: N,3,H,W normalised images
-in, logits and embedding out. The *program* is the network with the normalisation in front, for one dtype
+The *network* is OpenVINO's own file of it, in float32 or quantized to int8: N,3,H,W normalized images
+in, logits and embedding out. The *program* is the network with the normalization in front, for one dtype
 of pixels and one arithmetic, compiled for this kind of processor; reading it takes a fraction
 of a second. Needs torch only where a network is converted.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import importlib
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import openvino
+from numpy.typing import NDArray
 from openvino.preprocess import PrePostProcessor
 
 from batchcls.errors import InputError
 from batchcls.hardware import Hardware
-from batchcls.models.bundle import Bundle
-from batchcls.models.engines import EngineChoice, EnginePlace
+from batchcls.models.engines.engine import EngineChoice, EngineConfig
+from batchcls.models.model_bundle import Bundle
+from batchcls.preprocessing import Preprocessing
+
+MOST_IMAGES = 300
+"""Of more images only so many are used: each costs a pass of the network in float32 and more."""
+
+
+def quantize(
+    network: openvino.Model, pixels: NDArray[np.uint8], preprocessing: Preprocessing
+) -> openvino.Model:
+    """Quantise weights and activations.
+
+    Args:
+        network: N,3,H,W normalized images -> logits and embedding, in float32.
+        pixels: N,H,W,3 images as the network will see them.
+        preprocessing: of the network's weights.
+
+    Raises:
+        InputError: there is no image.
+    """
+    if len(pixels) == 0:
+        raise InputError(
+            "--precision int8: none of the images to choose its scales by could be read; use --precision bf16"
+        )
+    mean, std = np.array(preprocessing.mean, np.float32), np.array(preprocessing.std, np.float32)
+    # Spread over all of them, since a manifest is often sorted by category.
+    taken = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), MOST_IMAGES)).astype(int)]
+
+    def normalized(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        scaled = (image[None].astype(np.float32) / 255 - mean) / std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
+
+    with _quiet_nncf() as nncf:
+        model: openvino.Model = nncf.quantize(
+            network, nncf.Dataset(list(taken), normalized), subset_size=len(taken)
+        )
+    return model
+
+
+@contextmanager
+def _quiet_nncf() -> Iterator[ModuleType]:
+    """The package, without its bars and notes, and without its reports to its maker over the network.
+
+    It decides about those when it is imported, and makes none where their package is missing.
+    """
+    reporter = "openvino_telemetry"
+    before = sys.modules.get(reporter)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        sys.modules[reporter] = None  # type: ignore[assignment]  # Python's own way to say that it is missing
+        try:
+            nncf = importlib.import_module("nncf")
+        finally:
+            del sys.modules[reporter]
+            if before is not None:
+                sys.modules[reporter] = before
+        nncf.set_log_level(logging.ERROR)
+        yield nncf
+
 
 if TYPE_CHECKING:  # a network that is converted already needs no torch
     from batchcls.models.backbone import Backbone
@@ -42,18 +107,18 @@ class Converter:
     core: openvino.Core
     bundle: Bundle
     choice: EngineChoice
-    place: EnginePlace
+    place: EngineConfig
     backbone: "Callable[[], Backbone]"
 
     def programs(self, pixels: PixelType) -> list[openvino.CompiledModel]:
-        """The network, ready to run on N,H,W,3 pixels: uint8, or float32 that is normalised already.
+        """The network, ready to run on N,H,W,3 pixels: uint8, or float32 that is normalized already.
 
         It is one program with a stream a thread, which share the weights; in int8 as many programs
         as threads. With two and more streams in one program OpenVINO 2026.4 answers wrongly for
         squeezenet1_1 in int8, always, on any image (docs/measurements).
 
         Raises:
-            InputError: the network cannot be converted, there is nothing to quantise it by, or the
+            InputError: the network cannot be converted, there is nothing to quantize it by, or the
                 conversions' folder cannot be written to.
         """
         family = self._network_key()
@@ -80,14 +145,14 @@ class Converter:
         }
 
     def _compile(self, pixels: PixelType, folder: Path) -> None:
-        model = _with_normalisation(self.core.read_model(self._network() / _NETWORK), self.bundle, pixels)
+        model = _with_normalization(self.core.read_model(self._network() / _NETWORK), self.bundle, pixels)
         compiled = self.core.compile_model(model, "CPU", self._properties(streams=1))
         (folder / _PROGRAM).write_bytes(compiled.export_model().getvalue())
 
     def _network(self) -> Path:
         """The folder of the network; fp32 and bf16 share one."""
         key = self._network_key()
-        make = self._quantise if self.choice.precision == "int8" else self._convert
+        make = self._quantize if self.choice.precision == "int8" else self._convert
         return self.place.conversions.get(key, make)
 
     def _network_key(self) -> dict[str, str]:
@@ -114,8 +179,8 @@ class Converter:
         model = trace(self.backbone(), self.bundle.config.preprocessing)
         openvino.save_model(model, folder / _NETWORK, compress_to_fp16=False)
 
-    def _quantise(self, folder: Path) -> None:
-        from batchcls.models.engines.openvino_quantise import quantise  # noqa: PLC0415 - nncf takes seconds
+    def _quantize(self, folder: Path) -> None:
+        from batchcls.models.engines.openvino_convert import quantize  # noqa: PLC0415 - nncf takes seconds
 
         if self.place.calibration is None:
             raise InputError(
@@ -124,21 +189,21 @@ class Converter:
             )
         plain = Converter(self.core, self.bundle, EngineChoice("openvino", "fp32"), self.place, self.backbone)
         network = self.core.read_model(plain._network() / _NETWORK)
-        model = quantise(network, self.place.calibration(), self.bundle.config.preprocessing)
+        model = quantize(network, self.place.calibration(), self.bundle.config.preprocessing)
         openvino.save_model(model, folder / _NETWORK, compress_to_fp16=False)
 
 
-def _with_normalisation(model: openvino.Model, bundle: Bundle, pixels: PixelType) -> openvino.Model:
-    """N,3,H,W normalised in front of N,H,W,3 pixels; what is normalised already is only turned."""
+def _with_normalization(model: openvino.Model, bundle: Bundle, pixels: PixelType) -> openvino.Model:
+    """N,3,H,W normalized in front of N,H,W,3 pixels; what is normalized already is only turned."""
     steps = PrePostProcessor(model)
     images = steps.input(0)
     images.tensor().set_element_type(_ELEMENTS[pixels]).set_layout(openvino.Layout("NHWC"))
     images.model().set_layout(openvino.Layout("NCHW"))
     if pixels == "uint8":
         preprocessing = bundle.config.preprocessing
-        normalise = images.preprocess().convert_element_type(openvino.Type.f32)
-        normalise.mean([255 * value for value in preprocessing.mean])
-        normalise.scale([255 * value for value in preprocessing.std])
+        normalize = images.preprocess().convert_element_type(openvino.Type.f32)
+        normalize.mean([255 * value for value in preprocessing.mean])
+        normalize.scale([255 * value for value in preprocessing.std])
     return steps.build()
 
 

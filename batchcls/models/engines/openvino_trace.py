@@ -19,7 +19,7 @@ _LARGEST_BATCH = 4096
 
 
 def trace(backbone: Backbone, preprocessing: Preprocessing) -> openvino.Model:
-    """The network in float32: N,3,H,W normalised images -> `logits` N,K and `embedding` N,D.
+    """The network in float32: N,3,H,W normalized images -> `logits` N,K and `embedding` N,D.
 
     The front end is called as it is: OpenVINO's `convert_model` does the same, and reports each call
     to its maker over the network.
@@ -45,8 +45,8 @@ def trace(backbone: Backbone, preprocessing: Preprocessing) -> openvino.Model:
     for port, name in zip(model.outputs, ("logits", "embedding"), strict=True):
         port.get_tensor().set_names({name})
     model.reshape([-1, channels, height, width])
-    # As `convert_model` does: folds batch normalisation into convolutions. Compiling would do it, too, but
-    # quantising comes before, and without it mobilenetv2_100 in int8 lost 5 points (docs/measurements).
+    # As `convert_model` does: folds batch normalization into convolutions. Compiling would do it, too, but
+    # quantizing comes before, and without it mobilenetv2_100 in int8 lost 5 points (docs/measurements).
     apply_moc_transformations(model, cf=False, smart_reshape=False)
     return model
 

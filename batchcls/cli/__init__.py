@@ -1,0 +1,1 @@
+"""Command line: arguments, console output and tables."""

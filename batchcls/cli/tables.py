@@ -1,0 +1,174 @@
+"""What a job says at its end: tables and lines for people."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from batchcls.evaluation.classification_metrics import CalibrationError, CategoryCounts
+from batchcls.evaluation.evaluator import Evaluated
+from batchcls.models.model_bundle import Bundle
+from batchcls.models.registry import ZooRecord
+from batchcls.runs.bottleneck import Bottleneck
+from batchcls.runs.gates import GateResult
+from batchcls.runs.utilization import Resource
+from batchcls.schema import BELOW_THRESHOLD, REASONS, Reason
+
+
+def counts_table(predicted: int, failures: Counter[str], *, reused: int = 0, abstained: int = 0) -> Table:
+    """Rows by status and reason, each reason with its meaning."""
+    table = Table("status", "reason", "rows", "meaning", box=None, pad_edge=False, header_style="bold")
+    table.add_row("predicted", "", str(predicted), "")
+    if reused:
+        table.add_row("reused", "", str(reused), "image and model are those of an earlier run")
+    if abstained:
+        table.add_row(
+            "", BELOW_THRESHOLD, str(abstained), "of these: not sure enough for a label (--abstain)"
+        )
+    for reason, count in failures.most_common():
+        table.add_row("quarantined", reason, str(count), _meaning(reason))
+    return table
+
+
+def _meaning(reason: str) -> str:
+    """Of a reason in a run's record, which a later version may have written."""
+    return REASONS[Reason(reason)].meaning if reason in set(Reason) else "not known to this version"
+
+
+def gates_table(gates: Sequence[GateResult]) -> Table:
+    """Every gate with what it found; those that were not passed are marked."""
+    table = Table("gate", "", "found", box=None, pad_edge=False, header_style="bold")
+    for gate in gates:
+        word = "refused" if not gate.passed else "-" if gate.figure is None else "passed"
+        table.add_row(gate.gate, word, gate.sentence, style=None if gate.passed else "bold red")
+    return table
+
+
+def bundle_line(bundle: Bundle) -> str:
+    """What a bundle is, in one line."""
+    config = bundle.config
+    preprocessing = config.preprocessing
+    return (
+        f"{config.spec}, weights {config.weights.kind} {config.weights.name}, "
+        f"{len(config.labels)} classes, {preprocessing.input_width} x {preprocessing.input_height} pixels "
+        f"{preprocessing.interpolation}, embedding {config.embedding_tap} of {config.embedding_dimension}, "
+        f"fingerprint {bundle.fingerprint[:12]}"
+    )
+
+
+def bottleneck_table(found: Bottleneck) -> Table:
+    """What an image costs each stage, and what the CPUs allow that several stages share.
+
+    "busy" is the share of the capacity that worked after start-up, "images/s" the rate that the
+    capacity would allow if it did nothing else. The stage that limits is marked.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True)
+    for name in ("ms an image", "busy", "of", "images/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for stage, milliseconds in found.milliseconds.items():
+        cells = _bottleneck_cells(milliseconds, found.resource_of(stage), found.achieved)
+        if stage == found.limited_by:
+            table.add_row(stage, *cells, "<- limits", style="bold")
+        else:
+            table.add_row(stage, *cells, "")
+    for resource in found.resources:
+        if len(resource.stages) > 1:
+            cells = _bottleneck_cells(resource.milliseconds, resource, found.achieved)
+            table.add_row("together", *cells, "")
+    return table
+
+
+def _bottleneck_cells(milliseconds: float, resource: Resource, achieved: float) -> tuple[str, ...]:
+    """Milliseconds, busy share, capacity with its name, and the rate that this cost alone would allow."""
+    busy = f"{achieved * milliseconds / 1000 / resource.capacity:.0%}"
+    rate = f"{resource.capacity / milliseconds * 1000:.1f}" if milliseconds > 0 else "-"
+    return f"{milliseconds:.2f}", busy, f"{resource.capacity:g} {resource.name}", rate
+
+
+def metrics_table(found: Evaluated) -> Table:
+    """The figures over all rows."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("rows judged", f"{len(found.outcomes)}")
+    for name, value in found.metrics.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:.1%}")
+    table.add_row("calibration error", _error(found.ece_before))
+    if found.temperature is not None:
+        kept = "" if found.temperature.applied else f" ({found.temperature.fitted:.3f} is not applied)"
+        table.add_row("temperature", f"{found.temperature.value:.3f}{kept}")
+    if found.temperature is not None and found.temperature.applied:
+        table.add_row("calibration error after it, held-out", _error(found.held_out.ece))
+    if found.hierarchy is not None:
+        table.add_row("hierarchical F1", f"{found.hierarchy.flat.f1:.1%}")
+    return table
+
+
+def _error(found: CalibrationError) -> str:
+    interval = f"95 % interval {found.low:.3f} to {found.high:.3f}"
+    return f"{found.value:.3f} ({interval}; by chance alone {found.by_chance:.3f})"
+
+
+def worst_categories_table(found: Evaluated, count: int) -> Table:
+    """The categories with the lowest F1, with their thresholds."""
+    counts, limits = CategoryCounts.of(found.outcomes), found.thresholds.by_category
+    order = np.argsort(np.where(np.isnan(counts.f1), np.inf, counts.f1), kind="stable")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("worst categories", overflow="fold")
+    for name in ("F1", "precision", "recall", "support", "threshold"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for place in order[:count]:
+        if np.isnan(counts.f1[place]):
+            break
+        shares = (counts.f1[place], counts.precision[place], counts.recall[place])
+        table.add_row(
+            found.outcomes.labels[place],
+            *("-" if np.isnan(value) else f"{value:.1%}" for value in shares),
+            str(counts.support[place]),
+            f"{limits[place]:.3f}" if np.isfinite(limits[place]) else "never",
+        )
+    return table
+
+
+def zoo_table(records: Sequence[ZooRecord]) -> Table:
+    """One line a backbone: size, cost, accuracy of its default weights, what it is good for."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("name", "family", "year"):
+        table.add_column(name, no_wrap=True)
+    for name in ("M parameters", "G multiply-adds", "pixels", "top-1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("good for")
+    for record in records:
+        table.add_row(
+            record.name,
+            record.family,
+            str(record.year),
+            f"{record.parameters / 1e6:.1f}",
+            f"{record.multiply_adds / 1e9:.2f}",
+            str(record.input_size),
+            f"{record.weights[0].top1:.1f}",
+            record.good_for,
+        )
+    return table
+
+
+def record_table(record: ZooRecord) -> Table:
+    """All that the zoo knows of one backbone, each set of weights on a line of its own."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_row(record.name, f"{record.source}:{record.architecture}, {record.family}, {record.year}")
+    table.add_row("idea", record.key_idea)
+    table.add_row("good for", record.good_for)
+    if record.warning:
+        table.add_row("warning", record.warning)
+    table.add_row("parameters", f"{record.parameters:,}")
+    table.add_row("multiply-adds", f"{record.multiply_adds:,} at {record.input_size} x {record.input_size}")
+    for entry in record.weights:
+        license = f", license {entry.license}" if entry.license else ""
+        table.add_row(
+            entry.tag, f"top-1 {entry.top1:.3f} at {entry.input_size} pixels; {entry.recipe}{license}"
+        )
+    return table

@@ -1,0 +1,107 @@
+"""The sample's pixels for one preprocessing, loaded in the way of the main job."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from batchcls.errors import InputError
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.load_config import DecodeLimits, LoadSettings
+from batchcls.images.loader import Loader
+from batchcls.manifest.sample import LABEL, RowSample
+from batchcls.preprocessing import Preprocessing, Views
+from batchcls.schema import DECODE_SECONDS, FETCH_SECONDS, PIXELS
+from batchcls.storage.filesystem import is_remote
+
+# Requests at a time where they travel; local files are read one by one, for a time without company.
+_REMOTE_REQUESTS = 16
+_BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The images of the sample that could be decoded, in its order.
+
+    Attributes:
+        pixels: N x H x W x 3, uint8.
+        sizes: N x 2, height and width of the stored images.
+        labels: what the manifest calls each of them; None where it says nothing.
+        median_ms: fetch, decode and resize of an image on one core.
+        failures: how many of the sample are missing here, by reason.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int32]
+    labels: tuple[str | None, ...]
+    median_ms: float
+    failures: Counter[str]
+
+
+def pixels_key(preprocessing: Preprocessing) -> Preprocessing:
+    """Equal for preprocessings that give equal pixels: mean and std come later, and only paint borders."""
+    if preprocessing.crop_mode == "border":
+        return preprocessing
+    return preprocessing.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+
+
+def prepare(
+    sample: RowSample,
+    preprocessing: Preprocessing,
+    fetch: FetchPolicy,
+    limits: DecodeLimits,
+    decode_margin: float | None = None,
+) -> Prepared:
+    """Fetch, decode and resize the sample. An image that fails is counted, never replaced by another.
+
+    Args:
+        sample: which images.
+        preprocessing: how they become a network's input.
+        fetch: how they are read.
+        limits: which are refused.
+        decode_margin: see `LoadSettings`.
+
+    Raises:
+        InputError: none of the images can be had; the message has the reasons.
+    """
+    kept = tuple(field for field in sample.rows.schema if field.name == LABEL)
+    settings = LoadSettings(
+        run_id="compare",
+        base=sample.base,
+        kept=kept,
+        fetch=fetch,
+        limits=limits,
+        preprocessing=preprocessing,
+        views=Views(),
+        normalize="engine",
+        fetch_threads=_REMOTE_REQUESTS if is_remote(sample.base) else 1,
+        decode_threads=1,
+        block_rows=_BLOCK_ROWS,
+        decode_margin=decode_margin,
+    )
+    tables = (sample.rows.slice(start, _BLOCK_ROWS) for start in range(0, sample.rows.num_rows, _BLOCK_ROWS))
+    loaded = pa.concat_tables(Loader(settings).load(tables, {}))
+    failures = Counter(loaded.column("reason").drop_null().to_pylist())
+    good = loaded.filter(loaded.column(PIXELS).is_valid())
+    if good.num_rows == 0:
+        raise InputError(
+            f"none of the {loaded.num_rows} sampled images can be read "
+            f"({', '.join(f'{reason}={count}' for reason, count in failures.most_common())}); see what "
+            "`python -m batchcls.jobs.classify` puts in quarantine for this manifest"
+        )
+    seconds = np.add(*(good.column(name).to_numpy() for name in (FETCH_SECONDS, DECODE_SECONDS)))
+    return Prepared(
+        pixels=stack_pixels(good, preprocessing),
+        sizes=np.column_stack([good.column(name).to_numpy() for name in ("height", "width")]),
+        labels=tuple(good.column(LABEL).to_pylist()) if kept else (None,) * good.num_rows,
+        median_ms=float(np.median(seconds)) * 1e3,
+        failures=failures,
+    )
+
+
+def stack_pixels(good: pa.Table, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Loaded rows that all have pixels, at least one -> N x H x W x 3."""
+    images = (np.frombuffer(value.as_buffer(), np.uint8) for value in good.column(PIXELS))
+    return np.stack([image.reshape(preprocessing.shape) for image in images])

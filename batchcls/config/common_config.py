@@ -1,0 +1,157 @@
+"""What the settings of several jobs have in common."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from batchcls.errors import InputError
+from batchcls.preprocessing import Deviations, Means
+from batchcls.schema import RESERVED_COLUMNS
+from batchcls.storage.uris import is_remote, local_path, normal, normal_model
+
+Auto = Literal["auto"]
+AutoOrCount = Auto | Annotated[int, Field(ge=1)]
+AutoOrFraction = Auto | Annotated[float, Field(ge=0, le=1)]
+
+
+def _address(value: str) -> str:
+    return _checked(normal, value)
+
+
+def _model(value: str) -> str:
+    return _checked(normal_model, value)
+
+
+def _local_folder(value: str) -> str:
+    if is_remote(value):
+        raise ValueError("a folder of this machine is expected, and this is none")
+    return _address(value)
+
+
+def _node_folder(value: str) -> str:
+    _local_folder(value)
+    return local_path(value)
+
+
+def _checked(normalize: Callable[[str], str], value: str) -> str:
+    """Pydantic reports a ValueError together with the name of the setting."""
+    if not value:
+        raise ValueError("is empty; leave it out, or name a place")
+    try:
+        return normalize(value)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""A file, folder or glob that a user names, local or remote, in the one form that `uris.normal` gives it."""
+
+LocalFolder = Annotated[str, AfterValidator(_local_folder)]
+"""A folder of this machine, in the same form."""
+
+NodeFolder = Annotated[str, AfterValidator(_node_folder)]
+"""A folder of every node: `~` and relative paths are for the node to resolve."""
+
+ModelAddress = Annotated[str, AfterValidator(_model)]
+"""A bundle's folder in that form, or the name of an architecture as it is."""
+
+TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"
+
+
+def _free_names(value: list[str]) -> list[str]:
+    # DuckDB and Spark do not tell capitals from small letters in names of columns.
+    taken = sorted(name for name in set(value) if name.casefold() in RESERVED_COLUMNS)
+    if taken:
+        raise ValueError(
+            f"{', '.join(taken)}: the output has columns of that name itself; rename in the manifest"
+        )
+    if len({name.casefold() for name in value}) != len(value):
+        raise ValueError("a column is named twice, capitals and small letters taken as one")
+    return value
+
+
+KeptColumns = Annotated[list[str], AfterValidator(_free_names)]
+"""Columns of a manifest that pass through to the predictions."""
+
+
+class JobConfig(BaseModel):
+    """What all jobs' settings have in common: frozen, and no name that is not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FetchSettings(JobConfig):
+    """How images and tables are read; shared by every job that reads them."""
+
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
+        "Credentials come from the usual AWS chain and are better left out of here.",
+    )
+    allow_root: list[LocalFolder] = Field(
+        default_factory=list,
+        description="Local images are read below these folders only; repeat or separate by commas. "
+        "Empty: any local path.",
+    )
+    allow_private_addresses: bool = Field(
+        default=False,
+        description="Let http(s) images come from private, loopback and link-local addresses.",
+    )
+    fetch_timeout_seconds: float = Field(default=30.0, gt=0, description="Longest one request may take.")
+    fetch_attempts: int = Field(
+        default=5, ge=1, le=20, description="Requests per image at most; only transient faults are repeated."
+    )
+    max_image_bytes: int = Field(default=50 * 2**20, ge=1, description="Larger image files go to quarantine.")
+    max_image_pixels: int = Field(
+        default=89_478_485,
+        ge=1,
+        description="Images whose header promises more go to quarantine, unread; a quarter of a GiB of RGB.",
+    )
+    min_image_side_pixels: int = Field(
+        default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
+    )
+    decode_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="Processor time that decoding one image may take."
+    )
+    decode_memory_mib: int = Field(
+        default=2048,
+        ge=1,
+        description="Memory that the images which a worker decodes at a time may take together; one that takes "
+        "more is decoded alone.",
+    )
+
+
+class PreprocessingSettings(JobConfig):
+    """What a user says of the preprocessing of weights that have no record of it."""
+
+    mean: Means | None = Field(default=None, description="Mean of R,G,B in 0..1.")
+    std: Deviations | None = Field(default=None, description="Standard deviation of R,G,B in 0..1.")
+    input_size: int | None = Field(
+        default=None, ge=16, le=4096, description="Side of the network's input in pixels."
+    )
+    crop_pct: float | None = Field(
+        default=None, gt=0, le=1, description="Input size divided by the resize size, e.g. 0.875."
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
+        default=None, description="Resampling filter."
+    )
+
+
+class ClusterSettings(JobConfig):
+    """Where a job runs; shared by every job on Ray."""
+
+    ray_address: str = Field(
+        default="auto",
+        description="auto: RAY_ADDRESS or a cluster on this machine, else start Ray here; local: always start "
+        "here; HOST:PORT: that cluster.",
+    )
+
+    @field_validator("ray_address")
+    @classmethod
+    def _address_can_run_ray_data(cls, value: str) -> str:
+        if value.startswith("ray://"):
+            raise ValueError("Ray Client (ray://) is not supported; use `ray job submit` (cluster/README.md)")
+        if value.startswith(("http://", "https://")):
+            raise ValueError(f"that is a dashboard; use `ray job submit --address {value} -- ...`")
+        return value

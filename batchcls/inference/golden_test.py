@@ -1,0 +1,45 @@
+"""A few drawn images that every bundle knows the answers to, and how an engine is asked about them.
+
+The images go the whole way: resize and crop as the bundle's preprocessing says, then the engine.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from batchcls.images.transform import Transform
+from batchcls.inference.postprocess import Averaged, average
+from batchcls.models.engines.engine import Engine
+from batchcls.preprocessing import Preprocessing
+
+DRAWING = 1
+"""Version of the drawn images; goes up when `draw_images` draws anything else."""
+
+# Wide, tall, square and small: the resize has to shrink, to enlarge, and to crop both ways.
+_SIZES = ((240, 320), (400, 300), (256, 256), (90, 150))
+
+
+def draw_images() -> Iterator[npt.NDArray[np.uint8]]:
+    """Four images, H x W x 3 uint8: colors, edges and texture in integers, the same on every machine."""
+    for index, (height, width) in enumerate(_SIZES):
+        rows, columns = np.mgrid[0:height, 0:width]
+        checks = (rows // (9 + 5 * index) + columns // (13 + 3 * index)) % 2
+        disc = (rows - height // 2) ** 2 + (columns - width // 3) ** 2 < (min(height, width) // 4) ** 2
+        texture = ((rows * 73_856_093) ^ (columns * 19_349_663) ^ (index * 83_492_791)) >> 7 & 31
+        red = rows * 200 // height + 40 * checks
+        green = np.where(disc, 220 - 50 * index, columns * 140 // width)
+        blue = 60 * index + 90 * (1 - checks) * ~disc
+        image = np.stack([red, green, blue], axis=2) + texture[..., None]
+        yield image.clip(0, 255).astype(np.uint8)
+
+
+def ask(preprocessing: Preprocessing, engine: Engine) -> Averaged:
+    """What an engine says about the drawn images."""
+    return average(engine.answer(drawn_pixels(preprocessing)), views=1, l2_normalize=False)
+
+
+def drawn_pixels(preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """The drawn images as the network's input, N x H x W x 3."""
+    transform = Transform(preprocessing)
+    return np.stack([transform(image) for image in draw_images()])

@@ -1,0 +1,249 @@
+"""What the main job was asked for, opened and checked."""
+
+import logging
+from dataclasses import dataclass
+
+from batchcls.cli.tables import bundle_line
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.errors import InputError
+from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
+from batchcls.inference.abstention import Abstention
+from batchcls.inference.predictor_config import PredictSettings
+from batchcls.manifest.ids import InvalidIds, find_bad_ids
+from batchcls.manifest.row_ranges import RowRanges
+from batchcls.manifest.snapshot import Manifest, open_manifest
+from batchcls.models.engines.factory import missing
+from batchcls.models.model_bundle import Bundle, BundleConfig
+from batchcls.models.model_spec import ModelChoices
+from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
+from batchcls.pipeline.node_engines import EngineSelection
+from batchcls.pipeline.pipeline_spec import Load, PipelineSpec
+from batchcls.preprocessing import Views, views_of
+from batchcls.resources import ResourcePlan
+from batchcls.runs.parts import PartWriter
+from batchcls.runs.paths import run_folder
+from batchcls.runs.plan import Fingerprints, Plan, answers_of
+from batchcls.schema import EMBEDDING_TYPES
+from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
+from batchcls.storage.uris import real_place
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyInputs:
+    """Manifest, model and views of a run, and how storage is reached."""
+
+    manifest: Manifest
+    bad_ids: InvalidIds
+    bundle: Bundle
+    views: Views
+    storage: Storage
+
+    @property
+    def has_remote_images(self) -> bool:
+        """Whether images are fetched over a network."""
+        return self.manifest.columns.uri is not None and is_remote(self.manifest.base)
+
+
+def check_inputs(config: ClassifyConfig) -> Manifest:
+    """Refuse within seconds, without Ray and without torch, what cannot work; returns the opened manifest.
+
+    Raises:
+        InputError: something is not there, does not fit, or cannot be reached.
+    """
+    storage = Storage(config.storage_options)
+    engine = "openvino" if config.precision == "int8" else config.engine
+    if engine != "auto" and (lacking := missing(engine)) is not None:
+        raise InputError(f"--engine {config.engine} --precision {config.precision}: {lacking}")
+    bundle = check_model(config.model, _model_choices(config), storage)
+    if bundle is not None:
+        if config.abstain:
+            Abstention.of(bundle)
+        _require_views(config, bundle)
+    elif config.abstain:
+        raise InputError(
+            "--abstain: an architecture has no thresholds; use a bundle that `evaluate` has calibrated"
+        )
+    with explain(config.output):
+        # Keys, bucket and network of the output are tried before anything costs time.
+        storage.list_files(run_folder(config.output, config.run_id or "none"))
+    manifest = open_manifest(
+        config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
+    )
+    _logger.info("manifest: %d rows in %d file(s)", manifest.rows, len(manifest.files))
+    return manifest
+
+
+def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
+    """Open everything that a run reads, after `check_inputs`.
+
+    Raises:
+        InputError: something does not fit, or cannot be reached.
+    """
+    storage = Storage(config.storage_options)
+    bad_ids = find_bad_ids(manifest, storage)
+    if len(bad_ids.null) or len(bad_ids.repeated):
+        _logger.warning("manifest: %d null and %d repeated ids", len(bad_ids.null), len(bad_ids.repeated))
+    bundle = resolve_model(config.model, _model_choices(config), storage)
+    if bundle.config.golden is None:
+        # Only a bundle that was just made from a name lacks them, and torch is imported for it anyway.
+        from batchcls.inference.golden_record import with_golden  # noqa: PLC0415
+
+        bundle = with_golden(bundle)
+    _logger.info("model: %s", bundle_line(bundle))
+    _require_fingerprint(config, bundle)
+    _logger.info("embedding: %s", _embedding_line(config, bundle))
+    return ClassifyInputs(
+        manifest, bad_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage
+    )
+
+
+def _model_choices(config: ClassifyConfig) -> ModelChoices:
+    return ModelChoices(
+        weights=config.weights,
+        labels=config.labels,
+        arguments=parse_model_arguments(config.model_args or ""),
+        tap=config.embedding_tap,
+        allow_random=config.allow_random_weights,
+    )
+
+
+def _require_fingerprint(config: ClassifyConfig, bundle: Bundle) -> None:
+    wanted = config.model_fingerprint
+    if wanted is not None and not bundle.fingerprint.startswith(wanted):
+        raise InputError(
+            f"--model-fingerprint {wanted}: {redact_uri(config.model)} has {bundle.fingerprint}; it is another "
+            "model than the one this job is pinned to"
+        )
+
+
+def _require_views(config: ClassifyConfig, bundle: BundleConfig) -> None:
+    """Probabilities that are averaged over other views are not what temperature and thresholds were fitted on."""
+    calibration = bundle.calibration
+    if calibration is None or calibration.tta == config.tta:
+        return
+    told = (
+        f"--tta {config.tta}: {redact_uri(config.model)} was calibrated with --tta {calibration.tta}; classify with "
+        f"that, or calibrate it again with `python -m batchcls.jobs.evaluate --tta {config.tta} --write-bundle BUNDLE`"
+    )
+    if config.abstain:
+        raise InputError(f"{told}; its thresholds do not hold for other views")
+    _logger.warning("%s; probabilities may be less well calibrated", told)
+
+
+def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
+    """What the embedding column will hold."""
+    if config.embedding_dtype == "none":
+        return "not written"
+    length = ", of length 1" if config.l2_normalize else ""
+    views = f", mean of the views of {config.tta}" if config.tta != "none" else ""
+    made = f"{bundle.config.embedding_dimension} x {config.embedding_dtype}"
+    return f"{bundle.config.embedding_tap}, {made}{views}{length}"
+
+
+def fingerprints_of(config: ClassifyConfig, inputs: ClassifyInputs) -> Fingerprints:
+    """What the run is about."""
+    return Fingerprints.of(config, inputs.manifest.fingerprint, inputs.bundle.fingerprint)
+
+
+def plan_of(
+    config: ClassifyConfig,
+    inputs: ClassifyInputs,
+    placement: ResourcePlan,
+    settled: EngineSelection,
+    run_id: str,
+) -> Plan:
+    """The plan of a run."""
+    manifest, bundle = inputs.manifest, inputs.bundle
+    fingerprints = fingerprints_of(config, inputs)
+    unpublishable = []
+    if not bundle.publishable:
+        unpublishable.append("the weights are random, or the head was never trained")
+    if config.limit is not None:
+        unpublishable.append(f"--limit {config.limit}: a part of the manifest only")
+    return Plan(
+        run_id=run_id,
+        config=config.redacted(),
+        manifest={
+            "uri": redact_uri(config.manifest),
+            "base": real_place(manifest.base),
+            "fingerprint": manifest.fingerprint,
+            "rows": manifest.rows,
+            "files": len(manifest.files),
+        },
+        model={
+            "fingerprint": bundle.fingerprint,
+            "source": bundle.config.source,
+            "architecture": bundle.config.architecture,
+            "classes": len(bundle.config.labels),
+            "preprocessing": bundle.config.preprocessing.model_dump(mode="json"),
+            "embedding_tap": bundle.config.embedding_tap,
+            "weights": bundle.config.weights.model_dump(mode="json"),
+        },
+        placement=placement.as_json(),
+        unpublishable=unpublishable,
+        fingerprints=fingerprints,
+        engines=settled.as_json(),
+        answers=answers_of(fingerprints, settled.precisions, settled.decode_margin),
+    )
+
+
+def work_of(
+    config: ClassifyConfig,
+    inputs: ClassifyInputs,
+    placement: ResourcePlan,
+    settled: EngineSelection,
+    run_id: str,
+) -> PipelineSpec:
+    """What the workers are given; all rows of the manifest are to be done."""
+    kept = inputs.manifest.columns.kept
+    bundle = inputs.bundle.config
+    embedding = EMBEDDING_TYPES[config.embedding_dtype]
+    load = LoadSettings(
+        run_id=run_id,
+        base=inputs.manifest.base,
+        kept=kept,
+        fetch=fetch_policy(config),
+        limits=decode_limits(config),
+        preprocessing=bundle.preprocessing,
+        views=inputs.views,
+        normalize=config.normalize,
+        fetch_threads=placement.fetch_threads,
+        decode_threads=placement.decode_threads,
+        block_rows=placement.block_rows,
+        decode_margin=settled.decode_margin,
+    )
+    predict = PredictSettings(
+        labels=tuple(bundle.labels),
+        top_k=config.top_k,
+        embedding=embedding,
+        embedding_dimension=bundle.embedding_dimension,
+        l2_normalize=config.l2_normalize,
+        views=inputs.views,
+        input_shape=bundle.preprocessing.shape,
+        normalize=config.normalize,
+        batch_size=placement.batch_size,
+        kept=kept,
+        temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
+        abstention=Abstention.of(bundle) if config.abstain else None,
+    )
+    return PipelineSpec(
+        manifest=inputs.manifest,
+        todo=RowRanges.all(inputs.manifest.rows),
+        bad_ids=inputs.bad_ids,
+        load=Load(inputs.manifest.columns, inputs.storage, load),
+        predict=predict,
+        bundle=inputs.bundle,
+        engines=settled.engines,
+        writer=PartWriter(
+            run_folder(config.output, run_id),
+            inputs.storage,
+            kept,
+            embedding,
+            bundle.embedding_dimension,
+            abstain=config.abstain,
+        ),
+        placement=placement,
+        no_progress_timeout_seconds=config.no_progress_timeout_seconds,
+    )

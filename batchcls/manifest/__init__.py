@@ -1,0 +1,1 @@
+"""The input table: reading, checking, sampling and labels of a Parquet manifest."""

@@ -1,0 +1,320 @@
+"""A Parquet manifest as a numbered, checked snapshot, and the fragments that load tasks read.
+
+The row number is the ledger of a run, so it must not depend on anything but the manifest: files in
+the order of their paths, rows in the order of their file. Only footers are read here; what walks
+over the ids is in `batchcls.manifest.ids`.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from batchcls.errors import InputError
+from batchcls.manifest.columns import Columns, agree, columns_of, some_names
+from batchcls.manifest.footer import Footer, read_footer, require_plain
+from batchcls.manifest.row_ranges import RowRanges, Rows
+from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, URI_FAULT
+from batchcls.storage.data_files import DataFiles, find_data
+from batchcls.storage.filesystem import FileInfo, Storage, explain, local_path, redact_uri
+from batchcls.storage.uris import below, is_remote, normal
+
+__all__ = [
+    "Columns",
+    "Fragment",
+    "Manifest",
+    "ManifestFile",
+    "open_labeled",
+    "open_manifest",
+]
+
+_logger = logging.getLogger(__name__)
+
+_FOOTER_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestFile:
+    """One Parquet file of the manifest: `first_row` is its first row's number in the snapshot."""
+
+    uri: str
+    row_groups: tuple[int, ...]
+    first_row: int
+    digest: str
+
+    @property
+    def rows(self) -> int:
+        """Rows in the file."""
+        return sum(self.row_groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Rows of one row group, ascending: what one load task works on.
+
+    Attributes:
+        uri: file of the manifest.
+        row_group: number of the row group in the file.
+        offset: place of the first row in the row group.
+        rows: how many rows.
+        first_row: number of the first row in the snapshot.
+        picked: the rows' numbers in the snapshot; None: all of them stand together.
+    """
+
+    uri: str
+    row_group: int
+    offset: int
+    rows: int
+    first_row: int
+    picked: RowRanges | None = field(default=None, compare=False)
+
+    @property
+    def stop(self) -> int:
+        """The number after that of the last row."""
+        return self.first_row + self.rows if self.picked is None else int(self.picked.stops[-1])
+
+    def row_numbers(self) -> Rows:
+        """Numbers of the rows in the snapshot, ascending."""
+        if self.picked is None:
+            return np.arange(self.first_row, self.first_row + self.rows, dtype=np.int64)
+        return self.picked.rows()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A validated snapshot of the manifest's files.
+
+    `rows` is what the job has to account for: the rows of all files, or fewer under a limit.
+    `base` is the folder that relative uris are resolved against. `column_names` are those of the first
+    file, some at its beginning, for messages.
+    """
+
+    base: str
+    files: tuple[ManifestFile, ...]
+    columns: Columns
+    rows: int
+    column_names: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, sizes, versions and footers of the files and the number of rows, hex."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(os.fsencode(f"/{below(file.uri, self.base)}\0{file.digest}\0{file.rows}\n"))
+        digest.update(str(self.rows).encode())
+        return digest.hexdigest()
+
+    def without_kept(self) -> "Manifest":
+        """The same rows without the columns that pass through."""
+        return replace(self, columns=replace(self.columns, kept=()))
+
+    def fragments(self, sizes: Iterable[int], todo: RowRanges | None = None) -> Iterator[Fragment]:
+        """Cut the snapshot, or the rows of it that are to be done, into fragments in row order.
+
+        Args:
+            sizes: most rows of the next fragment, each at least 1; a row group's end makes one
+                shorter. There are to be enough of them: `itertools.repeat(n)` gives all the same.
+            todo: the rows to be done; None: all.
+        """
+        wanted = iter(sizes)
+        todo = RowRanges.all(self.rows) if todo is None else todo
+        for file in self.files:
+            first_row = file.first_row
+            for row_group, rows in enumerate(file.row_groups):
+                left = todo.between(first_row, min(first_row + rows, self.rows))
+                while len(left):
+                    taken, left = left.split(next(wanted))
+                    start = int(taken.starts[0])
+                    picked = taken if len(taken.starts) > 1 else None
+                    yield Fragment(file.uri, row_group, start - first_row, len(taken), start, picked)
+                first_row += rows
+
+
+def open_manifest(
+    uri: str,
+    storage: Storage,
+    *,
+    id_column: str = ITEM_ID,
+    keep: Sequence[str] = (),
+    limit: int | None = None,
+    optional: bool = False,
+) -> Manifest:
+    """Read and check the footers of every file of the manifest.
+
+    Args:
+        uri: a Parquet file, a folder or a glob, local or remote.
+        storage: how to reach it.
+        id_column: the column with the unique ids.
+        keep: columns to pass through.
+        limit: look at the first rows only.
+        optional: columns to pass through may be missing, then from all files.
+
+    Raises:
+        InputError: nothing there, unreadable, empty, a column missing, repeated, encrypted or of the
+            wrong type; the message names the file and the column.
+    """
+    data = _find_files(normal(uri), storage)
+
+    def look(info: FileInfo) -> tuple[ManifestFile, Columns, str]:
+        footer = _read_footer(info, storage)
+        _refuse_partition_keys(data, footer.schema.names, (id_column, *keep))
+        columns = columns_of(footer.schema, info.uri, id_column, keep, optional=optional)
+        if footer.may_be_encrypted and any(footer.row_groups):
+            require_plain(info.uri, storage, _first_with_rows(footer), columns.names)
+        # Of a footer only this is kept: those of thousands of files would not fit into memory.
+        file = ManifestFile(info.uri, footer.row_groups, 0, _digest(info, footer, storage))
+        return file, columns, some_names(footer.schema.names)
+
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        looks = list(pool.map(look, data.files))
+    columns = agree([(file.uri, columns) for file, columns, _ in looks])
+    files: list[ManifestFile] = []
+    first_row = 0
+    for file, _, _ in looks:
+        files.append(replace(file, first_row=first_row))
+        first_row += file.rows
+    if first_row == 0:
+        raise InputError(f"the manifest {redact_uri(uri)} is empty: {len(files)} Parquet file(s), no rows")
+    rows = min(first_row, limit or first_row)
+    return Manifest(data.base, tuple(files), columns, rows, looks[0][2])
+
+
+def open_labeled(
+    uri: str,
+    storage: Storage,
+    label_column: str,
+    *,
+    id_column: str = ITEM_ID,
+    limit: int | None = None,
+    optional: bool = False,
+) -> Manifest:
+    """Open a manifest with its labels as the one kept column, read as text: whole numbers are names too.
+
+    Args:
+        uri: a Parquet file, a folder or a glob, local or remote.
+        storage: how to reach it.
+        label_column: the column with the right class names.
+        id_column: the column with the unique ids.
+        limit: look at the first rows only.
+        optional: there may be no labels; the manifest then has no kept column.
+
+    Raises:
+        InputError: as `open_manifest`, or that column is missing, names images, or is no text.
+    """
+    if label_column in (id_column, URI, IMAGE):
+        raise InputError(f"--label-column {label_column}: that column names images; name one of labels")
+    if label_column in (ROW, ITEM_ID, SOURCE_VERSION, URI_FAULT):
+        raise InputError(
+            f"--label-column {label_column}: this program needs that name itself; rename the column"
+        )
+    manifest = open_manifest(
+        uri, storage, id_column=id_column, keep=[label_column], limit=limit, optional=True
+    )
+    if not manifest.columns.kept:
+        if optional:
+            return manifest
+        raise InputError(
+            f"--label-column {label_column} is missing: {redact_uri(manifest.files[0].uri)} has no column "
+            f"{label_column}; it has {manifest.column_names}; name the one with the right class names with "
+            "--label-column, or make a manifest from folders with `python -m batchcls.jobs.manifest from-folder "
+            "--labels-from-folders`"
+        )
+    return with_text_labels(manifest)
+
+
+def with_text_labels(manifest: Manifest) -> Manifest:
+    """A manifest whose one kept column, the labels, is read as text. Raises InputError if it is no text."""
+    (field,) = manifest.columns.kept
+    kind = field.type
+    if not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise InputError(
+            f"--label-column {field.name}: its values ({kind}) are no names; name a column of text"
+        )
+    return replace(manifest, columns=replace(manifest.columns, kept=(pa.field(field.name, pa.string()),)))
+
+
+def _first_with_rows(footer: Footer) -> int:
+    return next(place for place, rows in enumerate(footer.row_groups) if rows)
+
+
+def _find_files(uri: str, storage: Storage) -> DataFiles:
+    """The manifest's files, each with something in it; what was left out is logged.
+
+    Raises:
+        InputError: there are none, one is empty, or they are part of a table with a log.
+    """
+    found = find_data(uri, storage, _is_parquet)
+    place = redact_uri(uri)
+    left_out = found.left_out.unexpected if found else ""
+    if found is None or not found.files:
+        others = (
+            f"; it holds {', '.join(found.others)}, ...: name them by a glob"
+            if found and found.others
+            else ""
+        )
+        raise InputError(
+            f"no Parquet files at {place}{f' but {left_out}' if left_out else ''}{others}; make a manifest from "
+            "images with `python -m batchcls.jobs.manifest from-folder`"
+        )
+    if left_out:
+        _logger.warning("the manifest %s leaves out %s", place, left_out)
+    if found.left_out.hidden:
+        _logger.info("the manifest %s leaves out %s", place, found.left_out.hidden)
+    empty = [redact_uri(info.uri) for info in found.files if info.size == 0]
+    if empty:
+        raise InputError(
+            f"{empty[0]} is empty (0 bytes, as {len(empty)} of {len(found.files)} files): what writes it has failed or "
+            "has not finished; write it again or remove it"
+        )
+    return found
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")
+
+
+def _refuse_partition_keys(data: DataFiles, columns: Sequence[str], names: Iterable[str]) -> None:
+    """Say of a column that only folders `key=value` name that it is none, instead of that it is missing."""
+    keys = data.partition_keys()
+    for name in names:
+        if name in keys and name not in columns:
+            raise InputError(
+                f"column {name} is not in the files of {redact_uri(data.base)} but in the names of their folders "
+                f"({name}=...), which are not read as columns; write it into the files, for example with DuckDB: COPY "
+                "(FROM read_parquet('FOLDER/**/*.parquet', hive_partitioning = true)) TO 'rows.parquet'"
+            )
+
+
+def _read_footer(info: FileInfo, storage: Storage) -> Footer:
+    try:
+        info.uri.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{info.uri}: the name of this file is no valid UTF-8; rename it") from None
+    return read_footer(info.uri, storage)
+
+
+def _digest(info: FileInfo, footer: Footer, storage: Storage) -> str:
+    """What tells one state of a file from another without reading all of it.
+
+    The store's ETag where there is one, the time of the last change where there is none, and the
+    footer, which holds the place and the statistics of every column chunk.
+    """
+    changed = info.etag or _changed(info.uri, storage)
+    return hashlib.sha256(f"{footer.digest} {info.size} {changed}".encode()).hexdigest()
+
+
+def _changed(uri: str, storage: Storage) -> object:
+    with explain(uri):
+        if not is_remote(uri):
+            return Path(local_path(uri)).stat().st_mtime_ns
+        filesystem, path = storage.filesystem(uri)
+        try:
+            return filesystem.modified(path)
+        except NotImplementedError:  # the footer has to do
+            return None

@@ -1,0 +1,88 @@
+"""Names of architectures, known without importing the libraries that have them: torch takes seconds to import.
+
+resnet50                      the zoo's name
+mobilenetv1_100               a library's own name; torchvision is asked first, then timm
+timm:resnet50                 that library's architecture, whatever others have of that name
+resnet50.IMAGENET1K_V1        any of them with a tag of published weights
+
+Both libraries register an architecture by a decorator in front of the function of its name, so their source
+files list the names; a test holds them against what the libraries themselves say.
+"""
+
+import difflib
+import importlib.util
+import re
+from functools import cache
+from pathlib import Path
+
+from batchcls.models.model_spec import SourceName
+from batchcls.models.registry import find_record, zoo_records
+
+# In the order in which a bare name is looked up.
+SOURCES: tuple[SourceName, ...] = ("torchvision", "timm")
+
+_SUGGESTIONS = 3
+_BARE_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
+_REGISTERED = re.compile(
+    r"^@register_model(?:\([^\n]*\))?\n(?:@[^\n]*(?:\n[^d\n@][^\n]*)*\n)*def (\w+)\(", re.MULTILINE
+)
+_DEPRECATED = re.compile(r"register_model_deprecations\(__name__, \{(.*?)\}\)", re.DOTALL)
+_KEY = re.compile(r"^\s*['\"](\w+)(?:\.\w+)?['\"]\s*:", re.MULTILINE)
+
+
+@cache
+def library_names(source: SourceName) -> frozenset[str]:
+    """Names of all architectures of a library, without tags and without deprecated ones."""
+    return frozenset(name for text in _sources(source) for name in _REGISTERED.findall(text))
+
+
+def is_known(source: SourceName, architecture: str) -> bool:
+    """Whether a library has an architecture, deprecated names included; a tag is not looked at."""
+    base = architecture.partition(".")[0]
+    return base in library_names(source) or base in _deprecated(source)
+
+
+def is_model_name(text: str) -> bool:
+    """Whether `--model` names an architecture, known or not, and cannot be meant as a folder's path."""
+    return text.partition(":")[0] in SOURCES or find_name(text) is not None
+
+
+def find_name(text: str) -> str | None:
+    """`SOURCE:ARCHITECTURE` behind a bare name of the zoo or of a library; None for any other text."""
+    if not _BARE_NAME.fullmatch(text):
+        return None
+    base, dot, tag = text.partition(".")
+    if (record := find_record(base)) is not None:
+        return f"{record.source}:{record.architecture}{dot}{tag}"
+    return next((f"{source}:{text}" for source in SOURCES if base in library_names(source)), None)
+
+
+def suggestions(name: str) -> str:
+    """The end of an error message: names of the zoo and the libraries that are close to this one."""
+    base = name.partition(":")[2] or name
+    base = base.partition(".")[0].lower()
+    close = difflib.get_close_matches(base, [record.name for record in zoo_records()], n=_SUGGESTIONS)
+    close += [
+        f"{source}:{match}"
+        for source in SOURCES
+        for match in difflib.get_close_matches(base, sorted(library_names(source)), n=_SUGGESTIONS)
+        if match not in close
+    ]
+    if not close:
+        return "; `python -m batchcls.jobs.bundle zoo` shows names, and any of timm or torchvision will do"
+    return f"; did you mean {', '.join(close)}?"
+
+
+@cache
+def _deprecated(source: SourceName) -> frozenset[str]:
+    blocks = (block for text in _sources(source) for block in _DEPRECATED.findall(text))
+    return frozenset(name for block in blocks for name in _KEY.findall(block))
+
+
+def _sources(source: SourceName) -> list[str]:
+    """The modules of a library's architectures. Raises ModuleNotFoundError where the library is not installed."""
+    spec = importlib.util.find_spec(source)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"no package {source}", name=source)
+    folder = Path(spec.submodule_search_locations[0]) / "models"
+    return [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))]

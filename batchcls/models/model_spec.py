@@ -1,0 +1,65 @@
+"""What names an architecture, and what a user may say about its preprocessing. Needs no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from batchcls.config.common_config import PreprocessingSettings
+from batchcls.preprocessing import Interpolation
+
+SourceName = Literal["timm", "torchvision"]
+ArgumentValue = bool | int | float | str | None
+Arguments = Mapping[str, ArgumentValue]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """An architecture: library, name in that library (perhaps with a tag), extra arguments."""
+
+    source: SourceName
+    architecture: str
+    arguments: Arguments = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.architecture}"
+
+
+class PreprocessingOverrides(BaseModel):
+    """What a user says about the preprocessing of weights whose own record is another or missing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: tuple[float, float, float] | None = Field(default=None, description="Mean of R, G, B in 0..1.")
+    std: tuple[float, float, float] | None = Field(
+        default=None, description="Standard deviation of R, G, B in 0..1."
+    )
+    input_size: int | None = Field(default=None, gt=0, description="Side of the square input in pixels.")
+    crop_pct: float | None = Field(
+        default=None, gt=0, le=1, description="Side of the crop divided by the short side after the resize."
+    )
+    interpolation: Interpolation | None = Field(default=None, description="Resampling filter.")
+
+    @classmethod
+    def of(cls, settings: PreprocessingSettings) -> Self:
+        """What a job's settings say; what they leave open is not among `model_fields_set`."""
+        values = {name: getattr(settings, name) for name in cls.model_fields}
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoices:
+    """What a user may say beside `--model`; a bundle, being complete, takes none of it."""
+
+    weights: str | None = None
+    labels: str | None = None
+    category_paths: str | None = None
+    tap: str = "pooled"
+    new_head: bool = False
+    dropout: float | None = None
+    trainable: tuple[str, ...] = ("*",)
+    arguments: Arguments = field(default_factory=dict)
+    overrides: PreprocessingOverrides = field(default_factory=PreprocessingOverrides)
+    allow_random: bool = False
+    lineage: Mapping[str, Any] = field(default_factory=dict)

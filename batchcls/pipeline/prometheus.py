@@ -1,0 +1,63 @@
+"""Prometheus metrics of a run, through Ray's own export (cluster/README.md, "Metrics").
+
+What is counted comes from receipts, in the process that makes or receives them, so that a row counts once
+it is on storage. Ray exports the names with `ray_` in front, and `_total` behind a counter's. All tags have
+few values: the run, and the closed lists of statuses, reasons and stages.
+"""
+
+import time
+from functools import cache
+
+from ray.util.metrics import Counter, Gauge
+
+from batchcls.pipeline.progress import Progress
+from batchcls.runs.parts import Receipt
+
+_RUN = "run_id"
+
+
+class RunMetrics:
+    """The metrics of one run in one process."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run = {_RUN: run_id}
+        self._rows = Counter(
+            "batchcls_rows", "Rows on storage, by status: predicted or quarantined.", (_RUN, "status")
+        )
+        self._failures = Counter("batchcls_failures", "Rows in quarantine, by reason.", (_RUN, "reason"))
+        self._seconds = Counter(
+            "batchcls_stage_seconds",
+            "Busy seconds by stage, over all workers: waiting for fetch, CPU or GPU for the others.",
+            (_RUN, "stage"),
+        )
+        self._bytes = Counter("batchcls_image_bytes", "Bytes of images fetched.", (_RUN,))
+        self._rate = Gauge(
+            "batchcls_images_per_second", "Rows answered a second since the first worker was ready.", (_RUN,)
+        )
+        self._waiting = Gauge("batchcls_rows_waiting", "Rows of the run without an answer yet.", (_RUN,))
+
+    def record(self, receipt: Receipt) -> None:
+        """Count what a part holds. A write that Ray repeats is counted twice: run.json has the exact figures."""
+        quarantined = receipt.failures.total()
+        for status, rows in (("predicted", receipt.predicted), ("quarantined", quarantined)):
+            if rows:
+                self._rows.inc(rows, self._run | {"status": status})
+        for reason, rows in receipt.failures.items():
+            self._failures.inc(rows, self._run | {"reason": reason})
+        for stage, seconds in receipt.seconds.items():
+            if seconds > 0:
+                self._seconds.inc(seconds, self._run | {"stage": stage})
+        if receipt.image_bytes:
+            self._bytes.inc(receipt.image_bytes, self._run)
+
+    def look(self, progress: Progress, rows: int) -> None:
+        """Show how far the run of so many rows is."""
+        self._waiting.set(rows - progress.rows, self._run)
+        if progress.ready_at is not None and progress.rows:
+            self._rate.set(progress.rows / max(1e-3, time.time() - progress.ready_at), self._run)
+
+
+@cache
+def metrics_of(run_id: str) -> RunMetrics:
+    """The metrics of a run, made once a process."""
+    return RunMetrics(run_id)

@@ -1,0 +1,1 @@
+"""The Ray Data graph for clusters with GPUs: load, predict and write."""

@@ -1,0 +1,1 @@
+"""Local disk, object stores and every other filesystem that fsspec supports."""

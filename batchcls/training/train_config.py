@@ -1,0 +1,44 @@
+"""What training processes are given: settings of a run beside its recipe, and where they run. Needs no torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from batchcls.preprocessing import Preprocessing
+from batchcls.training.recipe import Recipe
+from batchcls.training.sampling import BalanceName, LabelledRows
+
+Record = dict[str, Any]
+"""What is known of an epoch, as JSON values: see `loop.EpochRecord`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """All that decides what training ends in, beside the start weights and the pixels.
+
+    `loader_processes` changes the seconds only, and so does `pass_size` but for what is drawn for each pass: which
+    images are mixed, dropout, and the statistics of a trained BatchNorm. None: a worker's share of a step at once.
+    `least_step` and `least_pass` are the images that a step, and a pass of a worker, has at least.
+    """
+
+    recipe: Recipe
+    preprocessing: Preprocessing
+    classes: int
+    trainable: tuple[str, ...]
+    training: LabelledRows
+    validation: LabelledRows
+    balance: BalanceName
+    seed: int
+    pass_size: int | None
+    precision: Literal["fp32", "bf16"]
+    loader_processes: int
+    least_step: int = 1
+    least_pass: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedContext:
+    """Which of how many workers a process is, and on which device it computes ("cpu", "cuda:0")."""
+
+    rank: int = 0
+    workers: int = 1
+    device: str = "cpu"

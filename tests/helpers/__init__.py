@@ -1,0 +1,1 @@
+"""What tests share: builders of inputs, servers, measurements."""

@@ -1,0 +1,58 @@
+"""Damaged files through the decoder, in a process that does nothing else."""
+
+import json
+import pickle
+import re
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from batchcls.images.decode import Decoded, DecodeError, decode
+from batchcls.images.load_config import DecodeLimits
+from batchcls.schema import REASONS, Stage
+
+# Small, so that a mutated header cannot make the test slow.
+LIMITS = DecodeLimits(max_pixels=4_000_000)
+
+
+def outcome(data: bytes) -> str:
+    """ "image" or the reason why not; anything else is raised."""
+    try:
+        decoded = decode(data, LIMITS)
+    except DecodeError as error:
+        failure = error.failure
+        assert REASONS[failure.reason].stage == Stage.DECODE
+        assert 0 < len(failure.detail) < 200
+        return failure.reason.value
+    assert isinstance(decoded, Decoded)
+    assert sorted(decoded.pixels.shape[:2]) == sorted((decoded.width, decoded.height))
+    return "image"
+
+
+def decode_all(path: str) -> None:
+    """Decode the files of a pickled list in four threads, as a worker does, and print what became of them."""
+    files = pickle.loads(Path(path).read_bytes())
+    outcome(files[0])
+    before = _kib("VmRSS")
+    cpu_seconds, seconds = [], []
+
+    def timed(data: bytes) -> str:
+        started, started_on_core = time.perf_counter(), time.thread_time()
+        found = outcome(data)
+        seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.thread_time() - started_on_core)
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = Counter(pool.map(timed, files))
+    grown = _kib("VmHWM") - before
+    slowest = {"slowest": max(seconds), "slowest_on_core": max(cpu_seconds)}
+    print(json.dumps({"outcomes": outcomes, "grown_mib": grown / 1024, **slowest}))
+
+
+def _kib(name: str) -> int:
+    """A figure of this process's memory. Its own peak: that of `getrusage` holds the parent's before exec."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1])

@@ -1,0 +1,109 @@
+"""The main job as a process, and what it has published."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.conftest import REPOSITORY
+from tests.helpers.nodes import ThreeNodes
+
+
+class Night:
+    """One start of the job; its log is read as it comes."""
+
+    def __init__(self, nodes: ThreeNodes, output: Path, *arguments: str) -> None:
+        self.output = output
+        self.log: list[str] = []
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "batchcls.jobs.classify", *arguments),
+                *("--output", str(output), "--ray-address", nodes.address, "--log-interval-seconds", "0.2"),
+            ],
+            env=nodes.environment,
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._said = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._said:
+                self.log.append(line)
+                self._said.notify_all()
+        with self._said:
+            self.log.append("(end)")
+            self._said.notify_all()
+
+    def has_begun(self, seconds: float = 120) -> bool:
+        """Wait until the run is named in the log; False if the job ended before."""
+
+        def known() -> bool:
+            return any(" run " in line or line == "(end)" for line in self.log)
+
+        with self._said:
+            assert self._said.wait_for(known, seconds), "".join(self.log)
+            return any(" run " in line for line in self.log)
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it ends by itself in that time."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL for the driver."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def exit_code(self, seconds: float = 240) -> int:
+        """Wait for the end."""
+        self.process.wait(seconds)
+        self._reader.join()
+        return self.process.returncode
+
+    @property
+    def text(self) -> str:
+        """All of the log."""
+        return "".join(self.log)
+
+
+def published(output: Path) -> pa.Table:
+    """What a reader finds through current.json: rows of the listed files only, in the order of the manifest."""
+    folder = output / json.loads((output / "current.json").read_text())["path"]
+    record = json.loads((folder / "run.json").read_text())
+    files = [folder / file["path"] for file in record["files"] if file["kind"] == "predictions"]
+    columns = ["row", "item_id", "label", "probability", "content_hash"]
+    return pa.concat_tables([pq.read_table(file, columns=columns) for file in files]).sort_by("row")
+
+
+def record(output: Path) -> dict[str, object]:
+    """run.json of the published run."""
+    folder = output / json.loads((output / "current.json").read_text())["path"]
+    found: dict[str, object] = json.loads((folder / "run.json").read_text())
+    return found
+
+
+def receipts(output: Path) -> set[str]:
+    """Names of all receipts on storage."""
+    return {path.name for path in output.glob("runs/*/receipts/*.json")}
+
+
+LENIENT = (
+    *("--gate-max-changed-labels-fraction", "1", "--gate-max-category-shift", "1"),
+    *("--gate-max-mean-confidence-shift", "1", "--gate-max-row-count-change-fraction", "1000"),
+    *("--gate-max-embedding-norm-shift-fraction", "1000"),
+)
+"""Flags with which no gate refuses a night that is meant to differ from the last."""

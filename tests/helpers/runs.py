@@ -1,0 +1,135 @@
+"""Run folders that tests write with the real writer and the real commit, small or large."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from batchcls.runs.commit import commit, reconcile
+from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runs.plan import Plan, claim
+from batchcls.schema import TOP_K_TYPE, classified_schema
+from batchcls.storage.filesystem import Storage, join
+
+DIMENSION = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row: its answer, or the reason of its failure. `abstained`: not sure enough for a label."""
+
+    item_id: str | None
+    label: str = "cat"
+    probability: float = 0.9
+    content_hash: str | None = "hash"
+    source_version: str | None = None
+    reason: str | None = None
+    embedding: Sequence[float] = (3.0, 0.0, 4.0, 0.0)
+    abstained: bool = False
+
+
+@dataclass(frozen=True)
+class Night:
+    """What is written of a run beside its rows."""
+
+    run_id: str
+    model: str = "m" * 64
+    unpublishable: list[str] = field(default_factory=list)
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def items(count: int, **changes: Any) -> list[Item]:
+    """Items that differ in nothing but their names."""
+    return [Item(f"item-{i}", **changes) for i in range(count)]
+
+
+def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
+    """What the predictor gives for these rows."""
+    good = [row.reason is None for row in rows]
+    text = pa.string()
+    top_k = [
+        [{"label": row.label, "class_index": 0, "probability": row.probability}] if ok else None
+        for row, ok in zip(rows, good, strict=True)
+    ]
+    columns = {
+        "row": pa.array(range(first_row, first_row + len(rows)), pa.int64()),
+        "item_id": pa.array([row.item_id for row in rows], text),
+        "uri": pa.array([f"{first_row + i}.jpg" for i in range(len(rows))], text),
+        "width": pa.array([64] * len(rows), pa.int32()),
+        "height": pa.array([48] * len(rows), pa.int32()),
+        "content_hash": pa.array([row.content_hash for row in rows], text),
+        "source_version": pa.array([row.source_version for row in rows], text),
+        "n_bytes": pa.array([100] * len(rows), pa.int64()),
+        "attempts": pa.array([1] * len(rows), pa.int32()),
+        "reason": pa.array([row.reason for row in rows], text),
+        "detail": pa.array([row.reason for row in rows], text),
+        "fetch_seconds": pa.array([0.0] * len(rows), pa.float32()),
+        "decode_seconds": pa.array([0.0] * len(rows), pa.float32()),
+        "label": pa.array(
+            [row.label if ok and not row.abstained else None for row, ok in zip(rows, good, strict=True)],
+            text,
+        ),
+        "probability": pa.array(
+            [row.probability if ok else None for row, ok in zip(rows, good, strict=True)], pa.float32()
+        ),
+        "top_k": pa.array(top_k, TOP_K_TYPE),
+        "embedding": pa.array(
+            [list(row.embedding) if ok else None for row, ok in zip(rows, good, strict=True)],
+            pa.list_(pa.float32(), DIMENSION),
+        ),
+        "predict_seconds": pa.array([0.0] * len(rows), pa.float32()),
+    }
+    return pa.table(columns, schema=classified_schema((), pa.float32(), DIMENSION))
+
+
+def plan_of(night: Night, rows: int) -> Plan:
+    """The plan of such a run."""
+    return Plan(
+        night.run_id,
+        {},
+        {"uri": "catalog.parquet", "fingerprint": "f" * 64, "rows": rows, "files": 1},
+        {"fingerprint": night.model, "architecture": "test_resnet", "classes": 10},
+        {},
+        night.unpublishable,
+    )
+
+
+def write_parts(folder: str, rows: Sequence[Item], storage: Storage, parts: int = 2) -> list[Receipt]:
+    """The rows in some parts, by the real writer."""
+    writer = PartWriter(folder, storage, (), pa.float32(), DIMENSION)
+    bounds = np.linspace(0, len(rows), min(parts, len(rows)) + 1).astype(int).tolist()
+    return [writer.write([block(rows[start:stop], start)]) for start, stop in itertools.pairwise(bounds)]
+
+
+def write_run(
+    output: str, night: Night, rows: Sequence[Item], storage: Storage | None = None, parts: int = 2
+) -> str:
+    """A committed run; returns its folder."""
+    storage = storage or Storage()
+    plan = plan_of(night, len(rows))
+    folder = claim(plan, output, storage)
+    receipts = write_parts(folder, rows, storage, parts)
+    findings = {"measured": {"images_per_second": 12.5}, **night.more}
+    commit(plan, receipts, reconcile(receipts, len(rows)), findings, storage, folder)
+    return folder
+
+
+def begin_run(output: str, night: Night, storage: Storage | None = None) -> str:
+    """A run that was begun and never committed; returns its folder."""
+    return claim(plan_of(night, 1), output, storage or Storage())
+
+
+def begun_on(output: str, run_id: str, created: str, storage: Storage | None = None) -> None:
+    """Let a run have been begun at another time, an ISO time."""
+    storage, uri = storage or Storage(), join(output, "runs", run_id, "plan.json")
+    plan = json.loads(storage.read_bytes(uri))
+    storage.write_whole(uri, json.dumps(plan | {"created": created}).encode())
+
+
+def record_uri(output: str, run_id: str) -> str:
+    """Where run.json lies."""
+    return join(output, "runs", run_id, "run.json")

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from batchcls.cli.arguments import add_settings, parser_for, read_settings
+from batchcls.config.bundle_config import BundleCreateConfig
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.common_config import JobConfig
+from batchcls.errors import InputError
+
+REQUIRED = ["--manifest", "m.parquet", "--output", "out", "--model", "timm:resnet18"]
+
+
+def parse(arguments: list[str], settings: type[JobConfig] = ClassifyConfig) -> JobConfig:
+    parser = parser_for("prog", "", "")
+    add_settings(parser, settings)
+    return read_settings(settings, parser.parse_args(arguments))
+
+
+def test_every_setting_has_a_flag_a_unit_of_help_and_its_default_shown():
+    parser = parser_for("prog", "", "")
+    add_settings(parser, ClassifyConfig)
+    text = parser.format_help()
+    for name, field in ClassifyConfig.model_fields.items():
+        assert "--" + name.replace("_", "-") in text
+        assert field.description
+        assert field.description[0].isupper() or field.description.startswith("auto")
+        assert field.description.endswith(".")
+
+
+def test_flags_win_over_the_file(tmp_path: Path):
+    file = tmp_path / "job.toml"
+    file.write_text('manifest = "a"\noutput = "b"\nmodel = "timm:resnet18"\ntop-k = 3\nbatch_size = 8\n')
+    config = parse(["--config", str(file), "--top-k", "7"])
+    assert isinstance(config, ClassifyConfig)
+    assert (config.top_k, config.batch_size, config.manifest) == (7, 8, str(Path("a").absolute()))
+
+
+def test_values_are_typed(tmp_path: Path):
+    config = parse(
+        [
+            *REQUIRED,
+            *("--batch-size", "auto", "--num-actors", "3", "--keep", "price,shop", "--keep", "size"),
+            *("--storage-options", '{"anon": true}', "--no-publish", "--cpus-per-actor", "0.5"),
+        ]
+    )
+    assert isinstance(config, ClassifyConfig)
+    assert (config.batch_size, config.num_actors, config.cpus_per_actor) == ("auto", 3, 0.5)
+    assert config.keep == ["price", "shop", "size"]
+    assert config.storage_options == {"anon": True}
+    assert config.publish is False
+
+
+def test_three_numbers_are_read_as_a_mean():
+    config = parse(["--model", "timm:x", "--output", "o", "--mean", "0.5,0.4,0.3"], BundleCreateConfig)
+    assert isinstance(config, BundleCreateConfig)
+    assert config.mean == (0.5, 0.4, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--manifest is required", "--output is required", "--model is required"]),
+        ([*REQUIRED, "--batch-size", "many"], ["--batch-size"]),
+        ([*REQUIRED, "--batch-size", "0"], ["--batch-size: should be 'auto' or greater than or equal to 1"]),
+        ([*REQUIRED, "--max-failed-fraction", "2"], ["should be 'auto' or less than or equal to 1"]),
+        ([*REQUIRED, "--top-k", "0"], ["--top-k", "1"]),
+        ([*REQUIRED, "--no-such-flag"], ["--no-such-flag", "--help"]),
+        ([*REQUIRED, "--storage-options", "anon"], ["JSON"]),
+        ([*REQUIRED, "--run-id", "../elsewhere"], ["--run-id", "letters"]),
+        ([*REQUIRED, "--keep", "label"], ["--keep", "label", "rename"]),
+        ([*REQUIRED, "--ray-address", "ray://head:10001"], ["--ray-address", "ray job submit"]),
+        ([*REQUIRED, "--config", "nowhere.toml"], ["nowhere.toml", "no such file"]),
+        ([*REQUIRED, "--embedding-dtype", "float64"], ["--embedding-dtype", "float16"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(arguments: list[str], words: list[str]):
+    with pytest.raises(InputError) as caught:
+        parse(arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_setting_in_a_file_suggests_the_right_one(tmp_path: Path):
+    file = tmp_path / "job.toml"
+    file.write_text("batchsize = 3\n")
+    with pytest.raises(InputError, match="batchsize; did you mean batch_size"):
+        parse([*REQUIRED, "--config", str(file)])
+
+
+def test_secrets_do_not_reach_the_plan():
+    options = {"key": "AKIASECRET", "secret": "s3cr3t", "endpoint_url": "http://store:9000"}
+    config = parse(
+        [*REQUIRED, "--storage-options", json.dumps(options), "--weights", "s3://who:s3cr3t@bucket/w"]
+    )
+    assert isinstance(config, ClassifyConfig)
+    text = json.dumps(config.redacted())
+    assert "AKIASECRET" not in text
+    assert "s3cr3t" not in text
+    assert "http://store:9000" in text

@@ -1,0 +1,124 @@
+import io
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from batchcls.cli.comparison_tables import results_table, watching_candidates
+from batchcls.comparison.candidates import BenchmarkEnvironment, Candidate
+from batchcls.comparison.comparison_outputs import SCHEMA, ComparisonSummary, to_table, write_outputs
+from batchcls.comparison.recommend import Requirements, recommend
+from batchcls.comparison.runner import Skipped
+from batchcls.errors import InputError
+from batchcls.models.engines.engine import EngineChoice
+from batchcls.storage.filesystem import Storage
+from tests.helpers.measurements import LAPTOP, SERVER, measurement
+
+MEASUREMENTS = (
+    measurement("vgg16", p50=600.0, right=None, published_top1=0.716),
+    measurement("resnet50", right=240),
+    measurement("resnet50", engine="torch bf16", p50=60.0, right=240),
+)
+PLACE = BenchmarkEnvironment(SERVER, "cpu", 8, (1, 8), True, 10.0)
+
+
+def _shown(width, price=None):
+    out = io.StringIO()
+    Console(file=out, width=width).print(results_table(MEASUREMENTS, price, width))
+    return [line.split() for line in out.getvalue().splitlines()]
+
+
+def test_the_table_has_a_row_for_every_batch_size():
+    table = to_table(MEASUREMENTS, price_per_hour=None)
+    assert table.schema == SCHEMA
+    assert table.num_rows == sum(len(entry.throughput) for entry in MEASUREMENTS)
+    assert table.column("cost_per_million").null_count == table.num_rows
+    rows = [row for row in table.to_pylist() if row["model"] == "vgg16"]
+    assert [row["batch_size"] for row in rows] == [1, 8]
+    assert [row["best_batch"] for row in rows] == [False, True]
+    assert (rows[0]["top1"], rows[0]["published_top1"]) == (None, 0.716)
+    assert (rows[0]["p50_ms"], rows[0]["latency_repeats"], rows[0]["repeats"]) == (600, 100, 12)
+
+
+def test_the_cost_is_that_of_the_rows_own_rate():
+    rows = to_table(MEASUREMENTS, price_per_hour=3.6).to_pylist()
+    for row in rows:
+        assert row["cost_per_million"] == pytest.approx(1000 / row["images_per_second"])
+
+
+def test_the_terminal_has_the_most_accurate_first_and_marks_what_is_only_published():
+    header, *rows = _shown(120, price=3.6)
+    assert header[:3] == ["model", "engine", "top-1"]
+    assert header[-1] == "cost/M"
+    assert [row[:4] for row in rows] == [
+        ["resnet50", "torch", "bf16", "80.0%"],
+        ["resnet50", "torch", "fp32", "80.0%"],
+        ["vgg16", "torch", "fp32", "71.6%*"],
+    ]
+
+
+def test_a_narrow_terminal_gets_the_columns_that_decide_and_all_of_their_digits():
+    wide, narrow = _shown(120), _shown(80)
+    assert len(narrow[0]) < len(wide[0])
+    assert not any("…" in cell for row in narrow for cell in row)
+    assert "cost/M" not in wide[0]
+
+
+def test_a_terminal_sees_which_candidate_is_measured_and_a_file_no_bar():
+    candidate = Candidate("resnet50", "f", EngineChoice("torch", "bf16"), PLACE)
+    shown = []
+    for is_terminal in (True, False):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=is_terminal, width=120)
+        with watching_candidates(console, 2) as begin:
+            begin(candidate)
+        shown.append(out.getvalue())
+    assert "resnet50, torch bf16 on cpu" in shown[0]
+    assert shown[1].strip() == ""
+
+
+@pytest.fixture
+def verdict():
+    other = tuple(entry.model_copy(update={"hardware": LAPTOP}) for entry in MEASUREMENTS[:1])
+    kinds = {SERVER.key: MEASUREMENTS[1:], LAPTOP.key: other}
+    needs = Requirements(price_per_hour=3.6)
+    failed = Candidate("vit_b_16", "f", EngineChoice("torch", "fp16"), PLACE)
+    return ComparisonSummary(
+        created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        settings={"models": ["resnet50"]},
+        sample="5a",
+        needs=needs,
+        kinds=kinds,
+        recommendations={key: recommend(entries, needs) for key, entries in kinds.items()},
+        skipped=[Skipped(failed, InputError("fp16 is for GPUs"))],
+    )
+
+
+def test_all_outputs_are_there_and_each_kind_of_hardware_has_its_own_answer(verdict, tmp_path):
+    written = write_outputs(verdict, "<p>page</p>", str(tmp_path), Storage())
+    assert [path.rpartition("/")[2] for path in written] == [
+        "measurements.parquet",
+        "compare.html",
+        "recommendation.json",
+    ]
+    assert (tmp_path / "compare.html").read_text() == "<p>page</p>"
+    assert pq.read_schema(tmp_path / "measurements.parquet").remove_metadata() == SCHEMA
+    query = f"select count(distinct hardware_key), max(top1) from '{tmp_path}/measurements.parquet'"
+    assert duckdb.sql(query).fetchall() == [(2, 0.8)]
+    record = json.loads((tmp_path / "recommendation.json").read_text())
+    assert {key: found["model"] for key, found in record["recommendations"].items()} == {
+        SERVER.key: "resnet50",
+        LAPTOP.key: "vgg16",
+    }
+    assert record["skipped"][0]["reason"] == "fp16 is for GPUs"
+    assert record["created"] == "2026-01-02T03:04:05+00:00"
+
+
+def test_an_output_that_cannot_be_written_is_refused(verdict, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        write_outputs(replace(verdict, skipped=()), "", str(tmp_path / "file"), Storage())

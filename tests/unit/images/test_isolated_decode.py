@@ -1,0 +1,90 @@
+"""Images that kill their decoder, for real: a segfault and a bomb, in processes of their own."""
+
+import struct
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.isolated_decode import Suspect, find_killers
+from batchcls.images.load_config import DecodeLimits, LoadSettings
+from batchcls.preprocessing import Preprocessing, Views
+from batchcls.schema import Reason
+from tests.conftest import REPOSITORY
+from tests.helpers.bombs import bmp_runs, png_chunk
+from tests.helpers.drawing import draw, encode
+from tests.poison.sitecustomize import DEADLY, ENDLESS, GREEDY
+
+
+@pytest.fixture
+def settings() -> LoadSettings:
+    return LoadSettings(
+        run_id="r",
+        base="",
+        kept=(),
+        fetch=FetchPolicy(),
+        limits=DecodeLimits(1_000_000, 8, seconds=0.5),
+        preprocessing=Preprocessing(
+            input_height=64,
+            input_width=64,
+            resize_height=70,
+            resize_width=70,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            interpolation="bilinear",
+        ),
+        views=Views(),
+        normalize="engine",
+        fetch_threads=1,
+        decode_threads=1,
+        block_rows=8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mark", "word", "reason"),
+    [
+        (DEADLY, "SIGSEGV", Reason.DECODER_CRASH),
+        (ENDLESS, "does not come back", Reason.DECODE_TIMEOUT),
+        pytest.param(GREEDY, "memory", Reason.DECODER_CRASH, marks=pytest.mark.long),
+    ],
+)
+def test_the_rows_that_end_a_process_are_found_and_no_others(
+    settings: LoadSettings, monkeypatch: pytest.MonkeyPatch, mark: bytes, word: str, reason: Reason
+):
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "poison"), str(REPOSITORY), *sys.path])
+    if mark == GREEDY:  # memory is to run out before the time does
+        settings = replace(settings, limits=replace(settings.limits, seconds=60))
+    image = encode(draw(0, 90, 70), "JPEG")
+    images = [image, image[:50], b"", image + mark, image]
+    suspects = [Suspect(10 + place, None, image) for place, image in enumerate(images)]
+    found = find_killers(settings, suspects)
+    assert list(found) == [13]
+    assert found[13].reason == reason
+    assert word in found[13].detail
+
+
+def test_files_are_fetched_there_too_and_what_only_fails_is_no_killer(settings: LoadSettings, tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(encode(draw(0, 90, 70), "JPEG"))
+    suspects = [Suspect(0, str(tmp_path / "a.jpg"), None), Suspect(1, str(tmp_path / "gone.jpg"), None)]
+    assert find_killers(settings, suspects) == {}
+
+
+def test_an_image_that_is_over_its_time_ends_no_process(settings: LoadSettings):
+    slow = Suspect(0, None, bmp_runs(999, 8))
+    assert find_killers(replace(settings, limits=replace(settings.limits, seconds=0.01)), [slow]) == {}
+
+
+@pytest.mark.long
+def test_the_largest_image_that_is_allowed_has_the_memory_that_it_needs(settings: LoadSettings):
+    """It was quarantined as decoder_crash: 16 bits with alpha take 24 bytes a pixel, and 12 were allowed."""
+    limits = DecodeLimits()
+    height = limits.max_pixels // 9000
+    header = struct.pack(">IIBBBBB", 9000, height, 16, 6, 0, 0, 0)
+    rows = zlib.compress(bytes(height * (1 + 9000 * 8)), 1)
+    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    image = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+    assert find_killers(replace(settings, limits=limits), [Suspect(0, None, image)]) == {}

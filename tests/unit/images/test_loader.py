@@ -1,0 +1,214 @@
+"""Rows in, rows out: order, blocks and failures of the load stage, on files of a real disk."""
+
+import hashlib
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from batchcls.images.decode import decode
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.load_config import DecodeLimits, LoadSettings
+from batchcls.images.loader import Loader
+from batchcls.images.transform import Transform
+from batchcls.images.url_policy import AddressPolicy
+from batchcls.preprocessing import Preprocessing, Views
+from batchcls.schema import Failure, Reason, loaded_schema
+from tests.helpers.drawing import draw, encode
+
+SMALL = Preprocessing(
+    input_height=8,
+    input_width=8,
+    resize_height=8,
+    resize_width=8,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+)
+
+
+def settings(base: Path, **changes: object) -> LoadSettings:
+    values: dict[str, object] = {
+        "run_id": "test",
+        "base": str(base),
+        "kept": (pa.field("shop", pa.string()),),
+        "fetch": FetchPolicy(addresses=AddressPolicy(allow_private_addresses=True)),
+        "limits": DecodeLimits(),
+        "preprocessing": SMALL,
+        "views": Views(),
+        "normalize": "engine",
+        "fetch_threads": 4,
+        "decode_threads": 2,
+        "block_rows": 4,
+    }
+    return LoadSettings(**(values | changes))  # type: ignore[arg-type]
+
+
+def tables(
+    uris: list[str | None], rows_per_table: int = 4, images: list[bytes | None] | None = None
+) -> Iterator[pa.Table]:
+    table = pa.table(
+        {
+            "row": pa.array(range(100, 100 + len(uris)), pa.int64()),
+            "item_id": [f"id{n}" for n in range(len(uris))],
+            "uri": pa.array(uris, pa.string()),
+            "image": pa.array(images or [None] * len(uris), pa.binary()),
+            "shop": pa.array([f"s{n}" for n in range(len(uris))]),
+        }
+    )
+    return (table.slice(start, rows_per_table) for start in range(0, len(uris), rows_per_table))
+
+
+def gray(value: int) -> bytes:
+    from PIL import Image
+
+    return encode(Image.new("RGB", (20, 10), (value, value, value)), "PNG")
+
+
+def pixels(block: pa.Table) -> list[np.ndarray | None]:
+    found = block.column("pixels").to_pylist()
+    return [None if data is None else np.frombuffer(data, np.uint8).reshape(8, 8, 3) for data in found]
+
+
+def test_blocks_hold_the_rows_of_their_table_in_order_with_their_own_pixels(tmp_path: Path):
+    for value in range(10):
+        (tmp_path / f"{value}.png").write_bytes(gray(value * 20))
+    blocks = list(Loader(settings(tmp_path)).load(tables([f"{v}.png" for v in range(10)]), {}))
+    assert [block.num_rows for block in blocks] == [4, 4, 2]
+    joined = pa.concat_tables(blocks)
+    assert joined.schema.equals(loaded_schema((pa.field("shop", pa.string()),)))
+    assert joined.column("row").to_pylist() == list(range(100, 110))
+    assert joined.column("shop").to_pylist() == [f"s{n}" for n in range(10)]
+    for value, image in enumerate(p for block in blocks for p in pixels(block)):
+        assert image is not None
+        assert (image == value * 20).all()
+
+
+def test_a_failed_row_keeps_its_place_and_says_what_is_known(tmp_path: Path):
+    data = gray(50)
+    (tmp_path / "good.png").write_bytes(data)
+    (tmp_path / "cut.png").write_bytes(data[:40])
+    (tmp_path / "empty.png").write_bytes(b"")
+    uris = ["good.png", "cut.png", "missing.png", "empty.png", None, "good.png"]
+    rejected = {105: Failure(Reason.DUPLICATE_ID, "an earlier row has this id")}
+    (block,) = Loader(settings(tmp_path)).load(tables(uris, 10), rejected)
+    expected = [None, "truncated", "not_found", "empty", "no_image", "duplicate_id"]
+    assert block.column("reason").to_pylist() == expected
+    assert [image is None for image in pixels(block)] == [False, True, True, True, True, True]
+    assert block.column("content_hash").to_pylist()[:3] == [
+        hashlib.sha256(data).hexdigest(),
+        hashlib.sha256(data[:40]).hexdigest(),
+        None,
+    ]
+    assert block.column("attempts").to_pylist() == [1, 1, 1, 1, 0, 0]
+    assert block.column("width").to_pylist()[0] == 20
+
+
+def test_inline_bytes_come_before_the_uri(tmp_path: Path):
+    (block,) = Loader(settings(tmp_path)).load(tables(["missing.png", None], images=[gray(9), gray(7)]), {})
+    assert [int(image[0, 0, 0]) for image in pixels(block) if image is not None] == [9, 7]
+
+
+def test_normalised_pixels_are_float32(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(gray(255))
+    (block,) = Loader(settings(tmp_path, normalize="worker")).load(tables(["a.png"]), {})
+    values = np.frombuffer(block.column("pixels")[0].as_py(), np.float32)
+    assert values.shape == (8 * 8 * 3,)
+    assert np.allclose(values, (1 - 0.5) / 0.25)
+
+
+def test_many_requests_are_in_flight_at_once(tmp_path: Path):
+    """The server answers nobody before eight requests have come: one at a time would never end."""
+    together = threading.Barrier(8)
+    body = gray(30)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            together.wait(timeout=30)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        uris: list[str | None] = [f"http://127.0.0.1:{server.server_port}/{n}.png" for n in range(16)]
+        blocks = list(Loader(settings(tmp_path, fetch_threads=8)).load(tables(uris, 4), {}))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert [reason for block in blocks for reason in block.column("reason").to_pylist()] == [None] * 16
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_blocks_do_not_depend_on_the_number_of_threads(tmp_path: Path, threads: int):
+    for n in range(23):
+        data = encode(draw(n, 30, 30), "JPEG")
+        (tmp_path / f"{n}.jpg").write_bytes(data if n % 5 else data[:100])
+    uris: list[str | None] = [f"{n}.jpg" for n in range(23)]
+    blocks = list(Loader(settings(tmp_path, fetch_threads=threads)).load(tables(uris, 4), {}))
+    one = list(Loader(settings(tmp_path, fetch_threads=1, decode_threads=1)).load(tables(uris, 4), {}))
+    timings = ["fetch_seconds", "decode_seconds"]
+    for block, expected in zip(blocks, one, strict=True):
+        assert block.drop_columns(timings).equals(expected.drop_columns(timings))
+
+
+def test_two_threads_load_at_once_and_each_gets_its_own_rows(tmp_path: Path):
+    for value in range(12):
+        (tmp_path / f"{value}.png").write_bytes(gray(value * 20))
+    loader = Loader(settings(tmp_path))
+    forth = [f"{value}.png" for value in range(12)]
+    start = threading.Barrier(2)
+
+    def load(uris: list[str | None]) -> list[int]:
+        start.wait()
+        blocks = [block for _ in range(20) for block in loader.load(tables(uris), {})]
+        return [int(image[0, 0, 0]) for block in blocks for image in pixels(block) if image is not None]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(load, [[*forth], [*reversed(forth)]])
+    assert first == [value * 20 for value in range(12)] * 20
+    assert second == [value * 20 for value in reversed(range(12))] * 20
+
+
+def test_what_is_counted_is_work_and_not_waiting(tmp_path: Path):
+    """One place for decoding and eight threads: seven wait, and the seconds of all rows are no more than the work."""
+    data = encode(draw(1, 1200, 900), "JPEG", quality=95)
+    (tmp_path / "a.jpg").write_bytes(data)
+    loader = Loader(settings(tmp_path, fetch_threads=8, decode_threads=1))
+    assert loader.cpu_seconds == 0
+    began = time.process_time()
+    blocks = list(loader.load(tables(["a.jpg"] * 24), {}))
+    spent = time.process_time() - began
+    decoding = sum(sum(block.column("decode_seconds").to_pylist()) for block in blocks)
+    assert 0 < decoding <= loader.cpu_seconds * 1.001 <= spent * 1.01
+    before = loader.cpu_seconds
+    list(loader.load(tables(["missing.jpg"]), {}))
+    assert loader.cpu_seconds > before
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_decoding_can_be_turned_off_and_reports_the_stored_size(tmp_path: Path, orientation: int):
+    (tmp_path / "large.jpg").write_bytes(encode(draw(1, 640, 480), "JPEG", orientation=orientation))
+    transform = Transform(SMALL)
+    whole = transform(decode((tmp_path / "large.jpg").read_bytes(), DecodeLimits()).pixels)
+    found = {}
+    for reduced, margin in ((False, None), (True, 4.0)):
+        changed = settings(tmp_path, decode_margin=margin)
+        (block,) = Loader(changed).load(tables(["large.jpg"]), {})
+        assert (block.column("width")[0].as_py(), block.column("height")[0].as_py()) == (640, 480)
+        (found[reduced],) = pixels(block)
+    assert np.array_equal(found[False], whole)
+    assert not np.array_equal(found[True], whole)
+    assert np.abs(found[True].astype(int) - whole).max() <= 12

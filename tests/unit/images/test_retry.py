@@ -1,0 +1,125 @@
+"""What is repeated, and after which pause."""
+
+import email.utils
+import errno
+import socket
+import time
+from typing import Any
+
+import aiohttp
+import botocore.exceptions
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchcls.images.retry import ANSWERS, Backoff, answer_error, attempt_error, retry_after_seconds
+from batchcls.images.url_policy import ForbiddenAddressError
+from batchcls.schema import REASONS, Reason, Stage
+
+SECRET = "https://ada:password@host/a.jpg?X-Amz-Signature=secret"
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_status_that_passes_by_itself_is_repeated(status: int) -> None:
+    assert answer_error(status).transient
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 405, 410, 416, 418, 451, 501, 505, 999])
+def test_a_status_that_is_an_answer_is_not_repeated(status: int) -> None:
+    assert not answer_error(status).transient
+
+
+def test_every_answer_in_the_table_is_a_reason_of_the_fetch_stage() -> None:
+    assert all(REASONS[reason].stage is Stage.FETCH for reason, _ in ANSWERS.values())
+
+
+def test_a_stores_code_says_more_than_its_status() -> None:
+    expired = answer_error(400, "ExpiredToken")
+    assert (expired.failure.reason, expired.failure.detail) == (Reason.ACCESS_DENIED, "HTTP 400 ExpiredToken")
+    unknown = answer_error(503, "SomethingNew")
+    assert (unknown.failure.reason, unknown.transient) == (Reason.THROTTLED, True)
+
+
+def client_error(status: int, code: str) -> botocore.exceptions.ClientError:
+    response: Any = {
+        "Error": {"Code": code, "Message": SECRET},
+        "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": {"retry-after": "7"}},
+    }
+    return botocore.exceptions.ClientError(response, "GetObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "transient"),
+    [
+        (TimeoutError(), Reason.TIMEOUT, True),
+        (TimeoutError(errno.ETIMEDOUT, SECRET), Reason.TIMEOUT, True),
+        (ConnectionResetError(errno.ECONNRESET, SECRET), Reason.FETCH_FAILED, True),
+        (aiohttp.ServerDisconnectedError(SECRET), Reason.FETCH_FAILED, True),
+        (aiohttp.ClientPayloadError(SECRET), Reason.FETCH_FAILED, True),
+        (aiohttp.InvalidURL(SECRET), Reason.FORBIDDEN_URI, False),
+        (OSError(errno.EIO, SECRET), Reason.FETCH_FAILED, True),
+        (OSError(errno.ESTALE, SECRET), Reason.FETCH_FAILED, True),
+        (OSError(errno.ENAMETOOLONG, SECRET), Reason.FETCH_FAILED, False),
+        (OSError(errno.ENXIO, SECRET), Reason.FORBIDDEN_URI, False),
+        (socket.gaierror(socket.EAI_AGAIN, SECRET), Reason.FETCH_FAILED, True),
+        (socket.gaierror(socket.EAI_NONAME, SECRET), Reason.FETCH_FAILED, False),
+        (FileNotFoundError(errno.ENOENT, SECRET), Reason.NOT_FOUND, False),
+        (PermissionError(errno.EACCES, SECRET), Reason.ACCESS_DENIED, False),
+        (ForbiddenAddressError("why"), Reason.FORBIDDEN_URI, False),
+        (botocore.exceptions.NoCredentialsError(), Reason.ACCESS_DENIED, False),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url=SECRET), Reason.TIMEOUT, True),
+        (botocore.exceptions.EndpointConnectionError(endpoint_url=SECRET), Reason.FETCH_FAILED, True),
+        (botocore.exceptions.SSLError(endpoint_url=SECRET, error=SECRET), Reason.FETCH_FAILED, False),
+        (client_error(503, "SlowDown"), Reason.THROTTLED, True),
+        (client_error(500, "InternalError"), Reason.FETCH_FAILED, True),
+        (client_error(403, "SignatureDoesNotMatch"), Reason.ACCESS_DENIED, False),
+        (client_error(404, "NoSuchBucket"), Reason.NOT_FOUND, False),
+        (RuntimeError(SECRET), Reason.FETCH_FAILED, False),
+    ],
+)
+def test_an_exception_is_told_by_its_kind_and_never_by_its_text(
+    error: Exception, reason: Reason, transient: bool
+) -> None:
+    told = attempt_error(error)
+    assert (told.failure.reason, told.transient) == (reason, transient)
+    assert "password" not in repr(told.failure)
+    assert "secret" not in repr(told.failure)
+
+
+def test_an_exception_nobody_foresaw_is_named_by_its_type() -> None:
+    assert attempt_error(ZeroDivisionError("text")).failure.detail == "ZeroDivisionError"
+
+
+def test_what_a_store_answered_is_found_behind_the_exception_that_hides_it() -> None:
+    hiding = PermissionError("Forbidden")
+    hiding.__cause__ = client_error(503, "SlowDown")
+    told = attempt_error(hiding)
+    assert (told.failure.reason, told.retry_after_seconds) == (Reason.THROTTLED, 7.0)
+
+
+@given(st.integers(1, 60))
+def test_a_pause_without_advice_has_full_jitter_under_a_doubling_ceiling(attempt: int) -> None:
+    backoff = Backoff(base_seconds=0.5, ceiling_seconds=4.0)
+    assert 0.0 <= backoff.pause_seconds(attempt) <= min(4.0, 0.5 * 2 ** (attempt - 1))
+
+
+def test_pauses_of_many_workers_are_spread() -> None:
+    pauses = [Backoff().pause_seconds(4) for _ in range(200)]
+    assert min(pauses) < 0.4
+    assert max(pauses) > 1.2
+
+
+@given(st.floats(allow_nan=False), st.integers(1, 10))
+def test_retry_after_is_honored_up_to_its_cap(asked: float, attempt: int) -> None:
+    backoff = Backoff(retry_after_cap_seconds=30.0)
+    wanted = min(max(asked, 0.0), 30.0)
+    assert wanted <= backoff.pause_seconds(attempt, asked) <= wanted + 1.0
+
+
+def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
+    assert retry_after_seconds("12") == 12.0
+    in_a_minute = retry_after_seconds(email.utils.formatdate(time.time() + 60, usegmt=True))
+    assert in_a_minute is not None
+    assert 55.0 < in_a_minute <= 60.0
+    for nonsense in (None, "", "soon", "-3", "1e9", "²"):
+        assert retry_after_seconds(nonsense) is None

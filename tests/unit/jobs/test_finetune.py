@@ -1,0 +1,86 @@
+"""The training job where it needs no cluster: the linear probe, and commands that are refused."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from batchcls.cli.app import run
+from batchcls.jobs import bundle, finetune
+from batchcls.models.model_bundle import Bundle
+from batchcls.storage.filesystem import Storage
+from tests.helpers.image_files import CATEGORIES, write_images
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("BATCHCLS_CACHE_DIR", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "tiny.safetensors")
+    (tmp_path / "labels.txt").write_text("".join(f"label {i}\n" for i in range(10)))
+    training = write_images(tmp_path / "training", 60)
+    validation = write_images(tmp_path / "validation", 31, seed=1000)
+    assert run("bundle", bundle.COMMANDS, _create(tmp_path)) == 0
+    return [
+        *("--manifest", str(training), "--validation", str(validation)),
+        *("--model", str(tmp_path / "start"), "--output", str(tmp_path / "made")),
+    ]
+
+
+def _create(folder: Path) -> list[str]:
+    return [
+        *("create", "--model", "timm:test_resnet", "--weights", str(folder / "tiny.safetensors")),
+        *("--labels", str(folder / "labels.txt"), "--input-size", "64", "--crop-pct", "0.9"),
+        *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--interpolation", "bilinear"),
+        *("--output", str(folder / "start")),
+    ]
+
+
+def finetuned(arguments: list[str], *more: str) -> int:
+    return run("finetune", finetune.COMMANDS, [*arguments, *more])
+
+
+def test_a_linear_probe_is_a_recipe_of_the_job(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert finetuned(arguments, "--recipe", "linear-probe") == 0
+    made = Bundle.load(str(tmp_path / "made"), Storage())
+    assert made.config.labels == CATEGORIES
+    assert made.publishable
+    assert made.config.lineage["metrics"]["validation"]["top1"] > 0.9
+    assert "31 validation images" in capsys.readouterr().out
+    noise = pq.read_table(tmp_path / "made.training" / "label-noise.parquet")
+    assert {"item_id", "label", "suggested", "loss"} <= set(noise.column_names)
+    before = (tmp_path / "made" / "bundle.json").read_bytes()
+    assert finetuned(arguments, "--recipe", "linear-probe") == 2
+    assert (tmp_path / "made" / "bundle.json").read_bytes() == before
+
+
+def test_too_many_broken_images_leave_no_probe(arguments: list[str], tmp_path: Path):
+    for number in range(5):
+        (tmp_path / "training" / f"{number:04d}.png").write_bytes(b"")
+    assert finetuned(arguments, "--recipe", "linear-probe", "--max-failed-fraction", "0.05") == 4
+    assert not (tmp_path / "made").exists()
+    assert finetuned(arguments, "--recipe", "linear-probe", "--max-failed-fraction", "0.1") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--recipe", "best"), "there is no such recipe"),
+        (("--from-scratch", "--recipe", "linear-probe"), "random weights knows nothing"),
+        (("--num-workers", "4-2"), "begins with its smaller end"),
+        (("--recipe", "linear-probe", "--label-column", "kind"), "has no column kind"),
+        (("--from-scratch", "--recipe", "fine-tune"), "random weights have none yet"),
+        (("--recipe", "fine-tune", "--batch-size", "1"), "--batch-size"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    arguments: list[str], tmp_path: Path, more: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
+):
+    assert finetuned(arguments, *more) == 2
+    assert said in capfd.readouterr().err
+    assert not (tmp_path / "made").exists()

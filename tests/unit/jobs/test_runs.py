@@ -1,0 +1,338 @@
+"""The job about runs, as a person calls it: what it says, what it changes, and how it ends."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchcls.cli.app import run
+from batchcls.cli.run_tables import shown
+from batchcls.jobs import runs
+from batchcls.runs.catalog import read_current, read_record
+from batchcls.runs.lease import leased
+from batchcls.runs.publish import publish
+from batchcls.storage.filesystem import Storage, join
+from tests.conftest import S3Server
+from tests.helpers.runs import Item, Night, begin_run, begun_on, items, record_uri, write_run
+
+REFUSED = {
+    "gates": [
+        {
+            "gate": "category_shift",
+            "figure": 0.4,
+            "limit": 0.1,
+            "passed": False,
+            "sentence": "the category mix is 0.4 from run a's; allowed is at most 0.1",
+        }
+    ]
+}
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "output")
+    server: S3Server = request.getfixturevalue("s3")
+    return f"s3://{server.bucket}/{request.node.name.split('[')[0]}"
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    def call_job(*arguments: str) -> tuple[int, str]:
+        code = run("runs", runs.COMMANDS, arguments)
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call_job
+
+
+def night(output: str, name: str, *, days_old: float = 0.0, count: int = 4, **more: Any) -> Path:
+    """A committed run, as old as it is to be."""
+    folder = write_run(output, Night(name, more=more), items(count))
+    storage = Storage()
+    record = json.loads(storage.read_bytes(record_uri(output, name)))
+    record["committed"] = (datetime.now(UTC) - timedelta(days=days_old)).isoformat()
+    storage.write_whole(record_uri(output, name), json.dumps(record).encode())
+    begun_on(output, name, record["committed"])
+    return Path(folder)
+
+
+def age_history(output: str) -> None:
+    """What was published before was replaced a week ago."""
+    storage, uri = Storage(), join(output, "current.json")
+    current = json.loads(storage.read_bytes(uri))
+    for entry in current["history"]:
+        entry["replaced"] = (datetime.now(UTC) - timedelta(days=7)).isoformat()
+    storage.write_whole(uri, json.dumps(current).encode())
+
+
+def test_list_marks_the_published_and_the_previous_run(output: str, call):
+    assert call("list", "--output", output)[1].startswith("no runs in")
+    night(output, "a", days_old=2)
+    night(output, "b", days_old=1, **REFUSED)
+    begin_run(output, Night("c"))
+    publish(output, "a", Storage())
+    publish(output, "b", Storage())
+    code, said = call("list", "--output", output)
+    lines = {line.split()[1 if line[0] in "*<" else 0]: line for line in said.splitlines() if line.split()}
+    assert code == 0
+    assert lines["b"].startswith("*")
+    assert "committed, refused" in lines["b"]
+    assert lines["a"].startswith("<")
+    assert "12.5" in lines["a"]
+    assert "unfinished" in lines["c"]
+
+
+def test_show_names_counts_gates_and_categories(tmp_path: Path, call):
+    rows = [*items(3, label="<b>cat</b>[red]"), Item("x", reason="too_small")]
+    write_run(str(tmp_path), Night("a", more=REFUSED), rows)
+    code, said = call("show", "latest", "--output", str(tmp_path))
+    assert code == 0
+    for word in (
+        "4: 3 predicted, 0 reused, 1 failed",
+        "too_small",
+        "category_shift",
+        "refused",
+        "<b>cat</b>[red]",
+    ):
+        assert word in said
+
+
+def test_diff_by_names_of_people(tmp_path: Path, call):
+    output = str(tmp_path)
+    write_run(output, Night("20261123-a"), items(4))
+    write_run(output, Night("20261124-b"), [*items(3), Item("item-3", "dog\n\x1b[31m")])
+    publish(output, "20261123-a", Storage())
+    publish(output, "20261124-b", Storage())
+    code, said = call("diff", "previous", "published", "--output", output, "--to", join(output, "d"))
+    assert code == 0
+    assert "dog\\n\\x1b[31m" in said
+    assert "\x1b" not in said
+    assert (tmp_path / "d" / "diff-items.parquet").is_file()
+    assert call("diff", "20261123", "latest", "--output", output) == (
+        0,
+        said.replace(f"results: {join(output, 'd')}\n", ""),
+    )
+    assert call("diff", "2026", "latest", "--output", output)[0] == 2
+
+
+def test_publish_needs_force_against_a_gate(output: str, call):
+    night(output, "a")
+    night(output, "b", **REFUSED)
+    assert call("publish", "a", "--output", output)[0] == 0
+    code, said = call("publish", "b", "--output", output)
+    assert code == 3
+    assert "gate category_shift: the category mix is 0.4" in said
+    assert read_current(output, Storage()) == "a"
+    assert call("publish", "b", "--output", output, "--force")[0] == 0
+    assert read_current(output, Storage()) == "b"
+
+
+def test_by_hand_a_run_is_judged_again_where_another_one_is_published_than_it_was_judged_against(
+    output: str, call
+):
+    """Categories swap from cats to dogs; each night was judged when nothing was published."""
+    unjudged = {"baseline": None, "gates": []}
+    write_run(output, Night("cats", more=unjudged), items(200))
+    write_run(output, Night("dogs", more=unjudged), items(200, label="dog"))
+    write_run(output, Night("more-cats", more=unjudged), items(205))
+    assert call("publish", "cats", "--output", output)[0] == 0
+    code, said = call("publish", "dogs", "--output", output)
+    assert (code, "gate changed_labels_fraction: 100.00% of the 200 items" in said) == (3, True)
+    assert call("publish", "more-cats", "--output", output)[0] == 0
+    assert call("publish", "dogs", "--output", output, "--force")[0] == 0
+    assert read_current(output, Storage()) == "dogs"
+
+
+def test_an_older_run_is_published_by_force_or_by_a_rollback(output: str, call):
+    for name, created in (("old", "2026-11-25T01:15:00+00:00"), ("new", "2026-11-26T01:15:00+00:00")):
+        night(output, name)
+        begun_on(output, name, created)
+        assert call("publish", name, "--output", output)[0] == 0
+    code, said = call("publish", "old", "--output", output)
+    assert (code, "`runs rollback`, or `runs publish old --force`" in said) == (3, True)
+    assert call("publish", "new", "--output", output) == (0, "published: new\n")
+    assert call("publish", "old", "--output", output, "--force") == (0, "published: old\n")
+    assert call("rollback", "--output", output)[0] == 0
+    assert read_current(output, Storage()) == "new"
+
+
+def test_a_trial_is_never_published(tmp_path: Path, call):
+    write_run(str(tmp_path), Night("a", unpublishable=["--limit 4"]), items(4))
+    code, said = call("publish", "a", "--output", str(tmp_path), "--force")
+    assert (code, "never published: --limit 4" in said) == (3, True)
+
+
+def test_a_run_with_a_hole_is_not_published(tmp_path: Path, call):
+    folder = night(str(tmp_path), "a")
+    part = next((folder / "predictions").iterdir())
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, said = call("publish", "a", "--output", str(tmp_path), "--verify")
+    assert (code, "other content than when it was committed" in said) == (3, True)
+    part.unlink()
+    code, said = call("publish", "a", "--output", str(tmp_path))
+    assert (code, "is missing" in said) == (3, True)
+    assert read_current(str(tmp_path), Storage()) is None
+
+
+def test_rollback_reads_what_it_goes_back_to(tmp_path: Path, call):
+    output = str(tmp_path)
+    folders = {name: night(output, name) for name in "abc"}
+    for name in "abc":
+        publish(output, name, Storage())
+    part = next((folders["b"] / "predictions").iterdir())
+    part.write_bytes(part.read_bytes()[::-1])
+    code, said = call("rollback", "--output", output)
+    assert code == 0
+    assert "passed over b" in said
+    assert "published: a, in place of c" in said
+    assert call("rollback", "--output", output)[0] == 3
+
+
+def test_prune_says_first_and_removes_then(output: str, call):
+    for number, name in enumerate("fedcba"):
+        night(output, name, days_old=number + 3)
+    for name in ("a", "b", "c"):
+        publish(output, name, Storage())
+    age_history(output)
+    before = Storage().list_files(output)
+    code, said = call("prune", "--keep", "2", "--output", output)
+    assert code == 0
+    assert "2 runs would be removed" in said
+    assert Storage().list_files(output) == before
+    assert call("prune", "--keep", "2", "--output", output, "--yes")[0] == 0
+    # f and e are the newest, c is published, b is what a rollback goes back to.
+    assert Storage().list_folders(join(output, "runs")) == ["b", "c", "e", "f"]
+    assert call("prune", "--keep", "0", "--no-keep-previous", "--output", output, "--yes")[0] == 0
+    assert Storage().list_folders(join(output, "runs")) == ["c"]
+    assert read_record(output, "c", Storage()).run_id == "c"
+
+
+def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
+    output = str(tmp_path)
+    for name in ("a", "b", "c", "d", "read", "damaged"):
+        night(output, name, days_old=10)
+    for name in ("a", "b", "c", "d"):
+        publish(output, name, Storage())
+    begin_run(output, Night("begun"))
+    night(output, "young", days_old=0.1)
+    until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    Storage().write_whole(
+        join(output, "runs", "read", "readers", "search.json"), json.dumps({"until": until}).encode()
+    )
+    (tmp_path / "runs" / "damaged" / "run.json").write_text("{")
+    code, said = call("prune", "--keep", "0", "--output", output, "--yes")
+    assert code == 0
+    assert "read by search" in said
+    assert "until a short time ago" in said
+    assert "left alone: " in said
+    remaining = Storage().list_folders(join(output, "runs"))
+    assert remaining == ["a", "b", "begun", "c", "d", "damaged", "read", "young"]
+    with leased(join(output, "runs", "begun"), Storage()):
+        _, said = call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
+    assert "works on it" in said
+    assert Storage().list_folders(join(output, "runs")) == ["begun", "c", "d", "damaged", "read"]
+    call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
+    assert Storage().list_folders(join(output, "runs")) == ["c", "d", "damaged", "read"]
+
+
+def test_prune_needs_a_measure(call):
+    code, said = call("prune", "--output", "out")
+    assert (code, "--keep N, --older-than-days D" in said) == (2, True)
+
+
+def test_verify_holds_a_whole_run(output: str, call):
+    rows = [*items(50), Item("bad", reason="truncated"), Item(None, reason="null_id")]
+    write_run(output, Night("a"), [*rows, Item("item-1", reason="duplicate_id")], parts=3)
+    code, said = call("verify", "a", "--output", output)
+    assert (code, said.startswith("a is whole: 53 rows")) == (0, True)
+
+
+def _rewrite(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path, dict], None]:
+    """Change a file's rows and make size and digest in run.json fit: only its content is wrong."""
+    import hashlib
+
+    def damage(folder: Path, record: dict) -> None:
+        entry = next(file for file in record["files"] if file["kind"] == "predictions")
+        path = folder / entry["path"]
+        table = change(pq.read_table(path))
+        pq.write_table(table, path)
+        data = path.read_bytes()
+        entry.update(bytes=len(data), digest=hashlib.sha256(data).hexdigest(), rows=table.num_rows)
+
+    return damage
+
+
+def _set(table: pa.Table, name: str, values: list) -> pa.Table:
+    at = table.schema.get_field_index(name)
+    return table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder, record: (folder / record["files"][0]["path"]).unlink(), "is missing"),
+        (lambda folder, record: (folder / record["files"][0]["path"]).write_bytes(b"PAR1"), "has 4 bytes"),
+        (_rewrite(lambda table: table.slice(0, 4)), "not each of the manifest's once"),
+        (
+            _rewrite(lambda table: _set(table, "row", [7, 1, 2, 3, 4])),
+            "1 rows missing (first: 0), 1 rows twice",
+        ),
+        (_rewrite(lambda table: _set(table, "row", [0, 0, 2, 3, 4])), "row 0 twice in one part"),
+        (
+            _rewrite(lambda table: _set(table, "item_id", ["item-7", "b", "c", "d", "e"])),
+            "1 item ids stand there",
+        ),
+        (_rewrite(lambda table: _set(table, "origin", ["reused"] * 5)), "rows reused: 5, run.json says 0"),
+        (_rewrite(lambda table: table.drop_columns(["embedding"])), "another schema"),
+        (lambda folder, record: record["counts"].update(predicted=9), "rows predicted: 10, run.json says 9"),
+    ],
+)
+def test_verify_finds_each_kind_of_damage(tmp_path: Path, call, damage, words: str):
+    folder = Path(write_run(str(tmp_path), Night("a"), items(10)))
+    record = json.loads((folder / "run.json").read_text())
+    damage(folder, record)
+    (folder / "run.json").write_text(json.dumps(record))
+    code, said = call("verify", "a", "--output", str(tmp_path))
+    assert (code, words in said) == (1, True), said
+
+
+def test_a_run_of_hostile_ids_goes_through_everything(tmp_path: Path, call):
+    output = str(tmp_path)
+    ids = ["<script>alert(1)</script>", "a\nb\r\x1b[2J\x00", "x" * 2**20, "'; DROP TABLE joined; --", "[red]"]
+    for name, label in (("a", "cat"), ("b", "<img src=x>[/]\x07")):
+        write_run(output, Night(name), [Item(item_id, label) for item_id in ids])
+    for arguments in (["verify", "a"], ["diff", "a", "b", "--to", join(output, "d")], ["show", "b"]):
+        code, said = call(*arguments, "--output", output)
+        assert code == 0
+        assert "\x07" not in said
+        assert len(said) < 10_000
+    found = pq.read_table(tmp_path / "d" / "diff-items.parquet").column("item_id").to_pylist()
+    assert sorted(found) == sorted(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a\nb\x1b[31m", "a\\nb\\x1b[31m"), ("x" * 100, "x" * 9 + "…"), ("[b]é", "[b]é"), (None, "None")],
+)
+def test_text_of_a_catalog_is_one_harmless_line(text: object, line: str):
+    assert shown(text, 15 if text != "x" * 100 else 10).plain == line
+
+
+def test_a_page_is_drawn_anew(tmp_path: Path, call: Callable[..., tuple[int, str]]):
+    output = str(tmp_path / "output")
+    night(output, "a")
+    write_run(output, Night("b"), items(4, label="dog"))
+    assert call("report", "b", "--before", "a", "--output", output) == (
+        0,
+        f"report: {tmp_path}/output/runs/b/report.html\n",
+    )
+    page = (tmp_path / "output/runs/b/report.html").read_text()
+    assert "neither changed: another engine, precision or hardware" in page
+    assert call("report", "c", "--output", output)[0] == 2

@@ -1,0 +1,618 @@
+"""Manifests as Spark, Polars, pandas, DuckDB, Hugging Face and people write them: read as one type, or refused."""
+
+import base64
+import datetime
+import io
+import subprocess
+import sys
+from decimal import Decimal
+from itertools import repeat
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as pe
+import pytest
+
+from batchcls.cli.app import run
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.errors import InputError
+from batchcls.images.loader import Loader
+from batchcls.jobs import manifest as manifest_job
+from batchcls.manifest.fragment_reader import FragmentReader
+from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.snapshot import Manifest, open_labeled, open_manifest
+from batchcls.storage.filesystem import Storage
+from tests.helpers.drawing import draw, encode
+from tests.unit.images.test_loader import settings
+
+STORAGE = Storage()
+IDS = ["a", "b", "c", "d"]
+
+
+def read(manifest: Manifest, rows_per_table: int = 3) -> pa.Table:
+    reader = FragmentReader(manifest.columns, STORAGE)
+    tables = [table for one in manifest.fragments(repeat(3)) for table in reader.read(one, rows_per_table)]
+    return pa.concat_tables(tables)
+
+
+def write(path: Path, **columns: object) -> Path:
+    first = next(iter(columns.values()))
+    rows = len(first)  # type: ignore[arg-type]
+    data = {
+        "item_id": pa.array(IDS[:rows]),
+        "uri": pa.array([f"{item}.jpg" for item in IDS[:rows]]),
+    } | columns
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(data), path)
+    return path
+
+
+def bad_text(*values: bytes | None, kind: pa.DataType | None = None) -> pa.Array:
+    """Text that may be no UTF-8, as a program in C or an old database driver writes it."""
+    raw = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()).cast(kind or pa.string())
+
+
+def refusal(path: Path, *keep: str) -> str:
+    """What is said of a manifest before anything is computed; the same by `check` and by `classify`."""
+    with pytest.raises(InputError) as caught:
+        find_bad_ids(open_manifest(str(path), STORAGE, keep=keep), STORAGE)
+    return str(caught.value)
+
+
+# What a job does not use
+
+
+def test_columns_that_are_not_used_may_hold_anything(tmp_path: Path):
+    far = pa.array([253402300800000000, 2**63 - 1, 0, -(2**63)], pa.int64())
+    path = write(
+        tmp_path / "m.parquet",
+        until=far.cast(pa.timestamp("us")),
+        day=pa.array([2**31 - 1, -(2**31), 0, 1], pa.int32()).cast(pa.date32()),
+        note=bad_text(b"ok", b"\xff\xfe", b"", b"x"),
+        took=pa.array([1, 2, 3, 4], pa.duration("ns")),
+        half=pa.array([1, 2, 3, 4], pa.float16()),
+        big=pa.array([Decimal(10**60)] * 4, pa.decimal256(70, 2)),
+        deep=pa.array([[[{"x": [1]}]]] * 4),
+        uuid=pa.array([b"0" * 16] * 4, pa.uuid()),
+        view=pa.array(IDS, pa.string_view()),
+        **{"item_id.old": pa.array(IDS[::-1]), "uri.old": bad_text(*[b"\xff"] * 4), "": pa.array(IDS)},
+    )
+    manifest = open_manifest(str(path), STORAGE)
+    assert len(find_bad_ids(manifest, STORAGE).null) == 0
+    assert read(manifest).column("item_id").to_pylist() == IDS
+
+
+def test_the_id_column_is_found_by_its_name_where_others_begin_like_it(tmp_path: Path):
+    old = {"item_id.old": pa.array(["x"] * 4), "item_id": pa.array(IDS), "uri": pa.array(IDS)}
+    pq.write_table(pa.table(old), tmp_path / "m.parquet")
+    bad = find_bad_ids(open_manifest(str(tmp_path / "m.parquet"), STORAGE), STORAGE)
+    assert bad.repeated.tolist() == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "'infinity'::TIMESTAMP",
+        "'-infinity'::DATE",
+        "'{\"a\": 1}'::JSON::VARIANT",
+        "union_value(n := 1)",
+        "INTERVAL 3 days",
+        "gen_random_uuid()",
+        "1::HUGEINT",
+        "'12:00:00+01'::TIMETZ",
+        "MAP {'a': 1}",
+        "'a'::ENUM('a', 'b')",
+        "NULL",
+    ],
+)
+def test_what_duckdb_writes_beside_does_not_matter(tmp_path: Path, value: str):
+    duckdb.sql(f"COPY (SELECT 'a' AS item_id, 'x' AS uri, {value} AS odd) TO '{tmp_path}/m.parquet'")
+    manifest = open_manifest(str(tmp_path / "m.parquet"), STORAGE)
+    assert len(manifest.fingerprint) == 64
+    assert read(manifest).column("item_id").to_pylist() == ["a"]
+
+
+def test_five_thousand_columns_are_read_by_range_and_named_in_part(tmp_path: Path):
+    many = {f"attribute_{n}": pa.array([n] * 4) for n in range(5_000)}
+    path = write(tmp_path / "m.parquet", **many)
+    assert read(open_manifest(str(path), STORAGE)).column("item_id").to_pylist() == IDS
+    said = refusal(path, "price")
+    assert "column price is missing" in said
+    assert "and 4982 more" in said
+    assert len(said) < 1_000
+
+
+def test_a_manifest_of_a_store_is_read_by_range(tmp_path: Path):
+    many = {f"attribute_{n}": pa.array([n] * 4) for n in range(2_000)}
+    data = write(tmp_path / "m.parquet", **many).read_bytes()
+    STORAGE.write_whole("memory://manifests/m.parquet", data)
+    manifest = open_manifest("memory://manifests/m.parquet", Storage())
+    assert (manifest.rows, manifest.columns.item_id) == (4, "item_id")
+
+
+class _Keys(pe.KmsClient):
+    """Keys that are no secret."""
+
+    def wrap_key(self, key: bytes, master: str) -> bytes:
+        return base64.b64encode(key)
+
+    def unwrap_key(self, wrapped: bytes, master: str) -> bytes:
+        return base64.b64decode(wrapped)
+
+
+def encrypted(path: Path, column: str, *, plain_footer: bool) -> Path:
+    settings = pe.EncryptionConfiguration(
+        footer_key="f", column_keys={"c": [column]}, plaintext_footer=plain_footer
+    )
+    factory = pe.CryptoFactory(lambda _: _Keys())
+    properties = factory.file_encryption_properties(pe.KmsConnectionConfig(), settings)
+    table = pa.table({"item_id": IDS, "uri": IDS, "secret": [1, 2, 3, 4]})
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    return path
+
+
+def test_encrypted_columns_matter_only_where_they_are_used(tmp_path: Path):
+    """In a process of its own: Arrow ends one that looks at an encrypted column's statistics."""
+    path = encrypted(tmp_path / "m.parquet", "secret", plain_footer=True)
+    command = [sys.executable, "-m", "batchcls.jobs.manifest", "check", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read(open_manifest(str(path), STORAGE)).column("item_id").to_pylist() == IDS
+    assert "column secret is encrypted" in refusal(path, "secret")
+    for column in ("uri", "item_id"):
+        assert f"column {column} is encrypted" in refusal(encrypted(path, column, plain_footer=True))
+
+
+def test_an_encrypted_footer_and_damaged_ends_are_told_in_one_line(tmp_path: Path):
+    path = encrypted(tmp_path / "m.parquet", "secret", plain_footer=False)
+    assert "is encrypted, its footer too" in refusal(path)
+    whole = write(tmp_path / "n.parquet", x=pa.array(IDS)).read_bytes()
+    path.write_bytes(b"")
+    assert "m.parquet is empty (0 bytes" in refusal(path)
+    for data in (
+        b"PAR1",
+        whole[:-4],
+        whole[:-8] + b"\xff\xff\xff\x7fPAR1",
+        whole[:-8] + b"\0\0\0\0PAR1",
+    ):
+        path.write_bytes(data)
+        said = refusal(path)
+        assert "m.parquet is not a readable Parquet file" in said
+        assert "\n" not in said.strip()
+
+
+@pytest.mark.parametrize("junk", [b"!!!!", b"////", b"AAAA"])
+def test_a_damaged_arrow_schema_is_told_in_one_line(tmp_path: Path, junk: bytes):
+    path = write(tmp_path / "m.parquet", view=pa.array(IDS, pa.string_view()))
+    data = path.read_bytes()
+    start = data.find(b"ARROW:schema") + len(b"ARROW:schema") + 4
+    path.write_bytes(data[:start] + junk * 4 + data[start + 16 :])
+    assert "m.parquet is not a readable Parquet file" in refusal(path)
+
+
+def test_the_metadata_of_pandas_is_not_read(tmp_path: Path):
+    schema = pa.schema(
+        [("item_id", pa.string()), ("uri", pa.string())], {b"pandas": b"{no json", b"huggingface": b"\xff"}
+    )
+    pq.write_table(pa.table({"item_id": IDS, "uri": IDS}).cast(schema), tmp_path / "m.parquet")
+    assert read(open_manifest(str(tmp_path / "m.parquet"), STORAGE)).num_rows == 4
+
+
+# Repeated names
+
+
+@pytest.mark.parametrize("name", ["item_id", "uri", "shop"])
+def test_a_repeated_column_is_refused_whether_it_is_used_or_not(tmp_path: Path, name: str):
+    names = ["item_id", "uri", "shop", name]
+    pq.write_table(pa.Table.from_arrays([pa.array(IDS)] * 4, names), tmp_path / "m.parquet")
+    for keep in ((), ("shop",)):
+        said = refusal(tmp_path / "m.parquet", *keep)
+        assert f"m.parquet: column {name} is there 2 times" in said
+
+
+# Types
+
+
+TEXTS = {
+    "string": pa.array(IDS),
+    "large_string": pa.array(IDS, pa.large_string()),
+    "string_view": pa.array(IDS, pa.string_view()),
+    "dictionary": pa.array(IDS).dictionary_encode(),
+    "json": pa.array(IDS, pa.json_()),
+    "null": pa.nulls(4),
+}
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_text_of_every_type_is_one_column_of_strings(tmp_path: Path, inline: bool):
+    for place, (name, values) in enumerate(TEXTS.items()):
+        images = {"image": pa.array([b"x"] * 4, pa.binary_view())} if inline else {}
+        path = tmp_path / "m" / f"{place}.parquet"
+        write(path, shop=values, version=values, uri=values, **images)
+        if name != "null":
+            found = read(open_labeled(str(path), STORAGE, "shop"))
+            assert found.column("shop").to_pylist() == IDS, name
+    manifest = open_manifest(str(tmp_path / "m"), STORAGE, keep=["shop"])
+    table = read(manifest)
+    for name in ("shop", "uri"):
+        assert table.schema.field(name).type == pa.string()
+        assert table.column(name).to_pylist() == IDS * (len(TEXTS) - 1) + [None] * 4
+    assert table.column("source_version").to_pylist()[:5] == [
+        "version:a",
+        "version:b",
+        "version:c",
+        "version:d",
+        "version:a",
+    ]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_ids_of_every_type_of_text_are_counted(tmp_path: Path, name: str):
+    path = write(tmp_path / "m" / "a.parquet", item_id=TEXTS[name])
+    if name == "null":
+        assert "all 4 rows of the manifest are bad" in refusal(path)
+    write(tmp_path / "m" / "b.parquet", item_id=pa.array(["a", None, "x", "y"]))
+    bad = find_bad_ids(open_manifest(str(tmp_path / "m"), STORAGE), STORAGE)
+    assert bad.null.tolist() == ([0, 1, 2, 3, 5] if name == "null" else [5])
+    assert bad.repeated.tolist() == ([] if name == "null" else [4])
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        (pa.array([b"ab"], pa.binary_view()), pa.binary()),
+        (pa.array([b"ab"], pa.large_binary()), pa.binary()),
+        (pa.array([b"ab"], pa.binary(2)), pa.binary()),
+        (pa.array([b"0" * 16], pa.uuid()), pa.binary()),
+        (pa.array([1.5], pa.float16()), pa.float32()),
+        (pa.array([7], pa.uint16()).dictionary_encode(), pa.uint16()),
+        (pa.array([1], pa.bool8()), pa.int8()),
+        (pa.array([Decimal("1.50")], pa.decimal32(5, 2)), pa.decimal128(5, 2)),
+        (pa.array([Decimal("1.50")], pa.decimal256(38, 2)), pa.decimal128(38, 2)),
+        (pa.array([datetime.time(1)], pa.time64("ns")), pa.time64("ns")),
+        (pa.array([2**62], pa.timestamp("ns", "Europe/Berlin")), pa.timestamp("ns", "Europe/Berlin")),
+        (pa.array([None], pa.null()), pa.string()),
+        (pa.array([["a", None]], pa.large_list(pa.large_string())), pa.list_(pa.string())),
+        (pa.array([[1.5, 2.5]], pa.list_(pa.float16(), 2)), pa.list_(pa.float32())),
+        (pa.array([[]], pa.list_(pa.null())), pa.list_(pa.string())),
+        (pa.array([[("a", 1)]], pa.map_(pa.large_string(), pa.int32())), pa.map_(pa.string(), pa.int32())),
+        (
+            pa.array(
+                [{"b": "x", "a": [1]}], pa.struct([("b", pa.large_string()), ("a", pa.list_(pa.int8()))])
+            ),
+            pa.struct([("b", pa.string()), ("a", pa.list_(pa.int8()))]),
+        ),
+    ],
+    ids=lambda value: str(value if isinstance(value, pa.DataType) else value.type),
+)
+def test_kept_columns_have_one_plain_type_with_the_same_values(
+    tmp_path: Path, written: pa.Array, kept: pa.DataType
+):
+    path = write(tmp_path / "m.parquet", odd=written)
+    manifest = open_manifest(str(path), STORAGE, keep=["odd"])
+    assert manifest.columns.kept == (pa.field("odd", kept),)
+    found = read(manifest).column("odd")
+    assert found.type == kept
+    found.validate(full=True)
+    expected = written.storage if isinstance(written, pa.ExtensionArray) else written
+    assert found.cast(kept).to_pylist() == expected.to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (pa.array([1], pa.duration("us")), "Parquet has no durations"),
+        (pa.array([Decimal(1)], pa.decimal256(39, 0)), "decimals of 38 digits at most"),
+        (pa.array([["a"]], pa.list_view(pa.string())), "do not agree on it"),
+        (pa.array([[1]], pa.list_(pa.duration("s"))), "do not agree on it"),
+        (pa.StructArray.from_arrays([pa.array([b"0" * 16], pa.uuid())], ["a"]), "do not agree on it"),
+    ],
+)
+def test_kept_types_that_readers_disagree_on_are_refused(tmp_path: Path, values: pa.Array, words: str):
+    said = refusal(write(tmp_path / "m.parquet", odd=values), "odd")
+    assert "m.parquet: column odd has type" in said
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "one"),
+    [
+        (pa.int32(), pa.int64(), pa.int64()),
+        (pa.uint8(), pa.int16(), pa.int16()),
+        (pa.uint64(), pa.int64(), None),
+        (pa.float32(), pa.float64(), pa.float64()),
+        (pa.int64(), pa.float64(), None),
+        (pa.int64(), pa.string(), None),
+        (pa.string(), pa.binary(), None),
+        (pa.decimal128(5, 2), pa.decimal128(9, 2), pa.decimal128(9, 2)),
+        (pa.decimal128(5, 2), pa.decimal128(9, 3), None),
+        (pa.timestamp("us"), pa.timestamp("ns"), None),
+        (pa.timestamp("us"), pa.timestamp("us", "UTC"), None),
+        (pa.list_(pa.null()), pa.large_list(pa.large_string()), pa.list_(pa.string())),
+        (pa.struct([("a", pa.int8())]), pa.struct([("a", pa.int32())]), pa.struct([("a", pa.int32())])),
+        (pa.struct([("a", pa.int8())]), pa.struct([("b", pa.int8())]), None),
+        (pa.null(), pa.date32(), pa.date32()),
+    ],
+    ids=str,
+)
+def test_types_of_two_files_become_one_or_are_refused(
+    tmp_path: Path, ours: pa.DataType, theirs: pa.DataType, one: pa.DataType | None
+):
+    for order in ((ours, theirs), (theirs, ours)):
+        for name, kind in zip("ab", order, strict=True):
+            write(tmp_path / "m" / f"{name}.parquet", odd=pa.nulls(2, kind))
+        if one is None:
+            assert "column odd is" in refusal(tmp_path / "m", "odd")
+        else:
+            manifest = open_manifest(str(tmp_path / "m"), STORAGE, keep=["odd"])
+            assert manifest.columns.kept[0].type == one
+            assert read(manifest).column("odd").type == one
+
+
+def test_a_kept_column_that_is_in_some_files_only_is_refused(tmp_path: Path):
+    write(tmp_path / "a.parquet", label=pa.array(IDS))
+    write(tmp_path / "b.parquet", other=pa.array(IDS))
+    with pytest.raises(InputError, match=r"column label is in one of .*a\.parquet and .*b\.parquet only"):
+        open_labeled(str(tmp_path), STORAGE, "label", optional=True)
+    assert "column label is missing" in refusal(tmp_path, "label")
+
+
+@pytest.mark.parametrize("keep", ["label", "Label", "ROW", "uri_fault", "shop,SHOP"])
+def test_kept_names_that_the_output_has_are_refused_by_check_as_by_classify(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], keep: str
+):
+    path = write(tmp_path / "m.parquet", **dict.fromkeys(keep.split(","), pa.array(IDS)))
+    assert run("manifest", manifest_job.COMMANDS, ["check", str(path), "--keep", keep]) == 2
+    said = capfd.readouterr().err
+    with pytest.raises(ValueError, match="keep") as caught:
+        ClassifyConfig(manifest=str(path), model="m", output="o", keep=keep.split(","))
+    assert caught.value.errors()[0]["msg"].removeprefix("Value error, ") in said  # type: ignore[attr-defined]
+
+
+def test_old_timestamps_of_spark_keep_the_years_that_mean_without_end(tmp_path: Path):
+    end = datetime.datetime(9999, 12, 31, 23, 59, 59)
+    table = pa.table({"item_id": ["a"], "uri": ["x"], "until": pa.array([end], pa.timestamp("us"))})
+    pq.write_table(table, tmp_path / "m.parquet", use_deprecated_int96_timestamps=True, store_schema=False)
+    manifest = open_manifest(str(tmp_path / "m.parquet"), STORAGE, keep=["until"])
+    assert read(manifest).column("until").to_pylist() == [end]
+
+
+def test_polars_and_pandas_agree_on_their_columns(tmp_path: Path):
+    columns = {
+        "item_id": ["a", "b"],
+        "uri": ["x", "y"],
+        "shop": ["s", "t"],
+        "tags": [["p"], []],
+        "price": [1, 2],
+    }
+    frame = pl.DataFrame(columns)
+    frame.with_columns(pl.col("shop").cast(pl.Categorical)).write_parquet(tmp_path / "a.parquet")
+    frame.with_columns(pl.lit(None).alias("shop")).write_parquet(tmp_path / "b.parquet")
+    pd.DataFrame(columns).astype({"shop": "category"}).to_parquet(tmp_path / "c.parquet")
+    pd.DataFrame(columns).astype({"shop": "object"}).to_parquet(tmp_path / "d.parquet")
+    duckdb.from_arrow(pa.table(columns)).write_parquet(str(tmp_path / "e.parquet"))
+    table = read(open_manifest(str(tmp_path), STORAGE, keep=["shop", "tags", "price"]))
+    assert table.column("shop").to_pylist() == ["s", "t", None, None] + ["s", "t"] * 3
+    assert table.column("tags").to_pylist() == [["p"], []] * 5
+    assert table.column("price").to_pylist() == [1, 2] * 5
+
+
+# Inline images
+
+
+def images_of(*values: object, kind: pa.DataType) -> pa.Array:
+    return pa.array(values, kind)
+
+
+FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        images_of(b"one", None, kind=pa.binary()),
+        images_of(b"one", None, kind=pa.large_binary()),
+        images_of(b"one", None, kind=pa.binary_view()),
+        images_of(b"one", None, kind=pa.binary(3)),
+        images_of(b"one", None, kind=pa.binary()).dictionary_encode(),
+        images_of({"bytes": b"one", "path": "x.jpg"}, None, kind=FILE),
+        images_of({"bytes": b"one"}, {"bytes": None}, kind=pa.struct([("bytes", pa.large_binary())])),
+        images_of(
+            {"path": None, "bytes": b"one", "size": 3},
+            None,
+            kind=pa.struct([("path", pa.large_string()), ("bytes", pa.binary_view()), ("size", pa.int64())]),
+        ),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_images_of_every_type_stand_beside_others(tmp_path: Path, values: pa.Array):
+    write(tmp_path / "a.parquet", image=values)
+    write(tmp_path / "b.parquet", image=pa.array([b"two", b"three"]))
+    write(tmp_path / "c.parquet", image=pa.nulls(2))
+    manifest = open_manifest(str(tmp_path), STORAGE)
+    for rows_per_table in (1, 2, 5):
+        table = read(manifest, rows_per_table)
+        assert table.column("image").to_pylist() == [b"one", None, b"two", b"three", None, None]
+        assert table.column("uri").to_pylist() == ["a.jpg", "b.jpg"] * 3
+
+
+def test_images_of_hugging_face_are_found_by_their_path_where_they_have_no_bytes(tmp_path: Path):
+    files = [
+        {"bytes": b"one", "path": "1.jpg"},
+        {"bytes": None, "path": "2.jpg"},
+        None,
+        {"bytes": None, "path": None},
+    ]
+    pq.write_table(pa.table({"item_id": IDS, "image": pa.array(files, FILE)}), tmp_path / "m.parquet")
+    table = read(open_manifest(str(tmp_path / "m.parquet"), STORAGE))
+    assert table.column("image").to_pylist() == [b"one", None, None, None]
+    assert table.column("uri").to_pylist() == [None, "2.jpg", None, None]
+    write(tmp_path / "n.parquet", image=pa.array(files, FILE), uri=pa.array([None, None, None, "4.jpg"]))
+    assert read(open_manifest(str(tmp_path / "n.parquet"), STORAGE)).column("uri").to_pylist() == [
+        None,
+        "2.jpg",
+        None,
+        "4.jpg",
+    ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array(["x"]),
+        pa.array([[1, 2]], pa.list_(pa.field("element", pa.uint8()))),
+        pa.array([[b"x"]], pa.list_(pa.field("element", pa.binary()))),
+        pa.array([{"data": b"x"}]),
+        pa.array([{"bytes": "x"}]),
+        pa.array([{"bytes": b"x", "path": 1}]),
+        pa.array([{"bytes": {"bytes": b"x"}}]),
+        pa.array([1.5]),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_what_holds_no_image_is_refused(tmp_path: Path, values: pa.Array):
+    said = refusal(write(tmp_path / "m.parquet", image=values))
+    assert (
+        f"column image has type {values.type}, binary, or struct<bytes: binary, path: string>, is needed"
+        in said
+    )
+
+
+# Text that is no UTF-8
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+@pytest.mark.parametrize("broken", [b"caf\xe9", b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xc0\xaf"])
+def test_ids_versions_and_kept_text_that_is_no_utf8_is_refused_with_its_row(
+    tmp_path: Path, kind: pa.DataType, broken: bytes
+):
+    texts = bad_text(b"a", b"b", broken, None)
+    texts = texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts.cast(kind)
+    write(tmp_path / "m" / "a.parquet", shop=pa.array(IDS), version=pa.array(IDS))
+    for column in ("item_id", "version", "shop"):
+        write(
+            tmp_path / "m" / "b.parquet", **{"shop": pa.array(IDS), "version": pa.array(IDS), column: texts}
+        )
+        said = refusal(tmp_path / "m", "shop")
+        assert f"b.parquet: column {column}, row 6: the text is no valid UTF-8" in said
+        # A load task of a manifest that changed meanwhile, or a comparison, says the same.
+        with pytest.raises(InputError, match=f"column {column}, row 6: the text is no valid UTF-8"):
+            read(open_manifest(str(tmp_path / "m"), STORAGE, keep=["shop"]))
+
+
+def test_text_inside_of_kept_values_is_looked_at(tmp_path: Path):
+    inside = bad_text(*[b"x"] * 7, b"\xff", *[b"y"] * 4)
+    lists = pa.ListArray.from_arrays(pa.array([0, 3, 6, 9, 12], pa.int32()), inside)
+    path = write(tmp_path / "m.parquet", tags=lists)
+    assert "column tags, row 2: the text is no valid UTF-8" in refusal(path, "tags")
+    assert len(find_bad_ids(open_manifest(str(path), STORAGE, limit=2, keep=["tags"]), STORAGE).null) == 0
+
+
+def test_labels_that_are_no_utf8_are_refused(tmp_path: Path):
+    path = write(tmp_path / "m.parquet", label=bad_text(b"mug", b"caf\xe9", None, b"mug"))
+    manifest = open_labeled(str(path), STORAGE, "label")
+    with pytest.raises(InputError, match=r"m\.parquet: column label, row 1"):
+        find_bad_ids(manifest, STORAGE)
+
+
+def test_null_bytes_controls_and_megabytes_in_ids_are_told_apart(tmp_path: Path):
+    ids = ["a\0b", "a\0c", "a", "\x1b[31m", "x" * 2**20, "x" * 2**20 + "y", "\u202e", "a\0b", "x" * 2**20]
+    path = tmp_path / "m.parquet"
+    pq.write_table(pa.table({"item_id": ids, "uri": ids, "label": ids}), path)
+    manifest = open_labeled(str(path), STORAGE, "label")
+    assert find_bad_ids(manifest, STORAGE).repeated.tolist() == [7, 8]
+    assert read(manifest).column("label").to_pylist() == ids
+
+
+def test_labels_may_be_whole_numbers_and_are_read_as_text(tmp_path: Path):
+    path = write(tmp_path / "m.parquet", label=pa.array([3, 12, None, 3]))
+    assert read(open_labeled(str(path), STORAGE, "label")).column("label").to_pylist() == [
+        "3",
+        "12",
+        None,
+        "3",
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
+def test_a_uri_that_is_no_utf8_is_the_failure_of_its_row(tmp_path: Path, kind: pa.DataType):
+    photo = encode(draw(1, 30, 30), "JPEG")
+    for name in ("a.jpg", "caf\\xe9.jpg", "caf\ufffd.jpg"):  # neither its escaped nor its mended name is read
+        (tmp_path / name).write_bytes(photo)
+    uris = bad_text(b"a.jpg", b"caf\xe9.jpg", b"s3://user:pass\xff@host/\xff?key=secret", None, kind=kind)
+    path = write(tmp_path / "m.parquet", uri=uris)
+    manifest = open_manifest(str(path), STORAGE)
+    assert len(find_bad_ids(manifest, STORAGE).null) == 0
+    tables = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(9))), 9)
+    (block,) = Loader(settings(tmp_path, kept=())).load(tables, {})
+    assert block.column("reason").to_pylist() == [None, "forbidden_uri", "forbidden_uri", "no_image"]
+    assert block.column("uri").to_pylist() == ["a.jpg", None, None, None]
+    details = block.column("detail").to_pylist()
+    assert details[1] == "the uri is no valid UTF-8: caf\\xe9.jpg"
+    assert "pass" not in details[2]
+    assert "secret" not in details[2]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "a\0b.jpg",
+        "\x1b[31m.jpg",
+        "a\nb.jpg",
+        "\u202ea.jpg",
+        "x" * 2**20,
+        "a/" * 2**18,
+        "http://h/" + "x" * 2**20,
+        "http://h\0/",
+        "http://h\n/x",
+        "s3://bucket/" + "x" * 2**20,
+        "s3://b\0/k",
+        "s3://",
+        "",
+        " ",
+        "file://\0",
+        "memory://" + "x" * 2**20,
+        "https://[::1",
+        "data:image/png;base64,AAAA",
+    ],
+    ids=lambda uri: repr(uri[:20]),
+)
+def test_an_odd_uri_is_the_failure_of_its_row(tmp_path: Path, uri: str):
+    path = write(tmp_path / "m.parquet", uri=pa.array([uri]))
+    manifest = open_manifest(str(path), STORAGE)
+    tables = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(9))), 9)
+    (block,) = Loader(settings(tmp_path, kept=())).load(tables, {})
+    assert block.column("reason").to_pylist() != [None]
+    assert len(block.column("detail")[0].as_py()) < 1_000
+    block.to_pandas()
+
+
+def test_images_of_a_folder_whose_names_are_no_utf8_are_refused_with_the_remedy(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "photos").mkdir()
+    for name in (b"good.jpg", b"caf\xe9.jpg"):
+        (tmp_path / "photos" / name.decode("utf-8", "surrogateescape")).write_bytes(b"x")
+    arguments = ["from-folder", str(tmp_path / "photos"), "--output", str(tmp_path / "m.parquet")]
+    assert run("manifest", manifest_job.COMMANDS, arguments) == 2
+    said = capfd.readouterr().err
+    assert "1 of 2 images" in said
+    assert "rename them" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "m.parquet").exists()
+
+
+def test_a_manifest_file_whose_name_is_no_utf8_is_refused(tmp_path: Path):
+    path = tmp_path / b"caf\xe9.parquet".decode("utf-8", "surrogateescape")
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"item_id": IDS, "uri": IDS}), buffer)
+    path.write_bytes(buffer.getvalue())
+    assert "the name of this file is no valid UTF-8; rename it" in refusal(tmp_path)

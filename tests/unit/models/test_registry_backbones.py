@@ -1,0 +1,29 @@
+"""Every backbone of the zoo answers the two calls alike: logits are the head of the embedding."""
+
+import pytest
+import torch
+
+from batchcls.models.backbone import Backbone
+from batchcls.models.registry import ZooRecord, zoo_records
+from batchcls.models.sources import find_model, library_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLASSES = 10
+# The smallest input, where 64 pixels will not do.
+SIDES = {"alexnet": 96, "vgg16": 96, "inception_v3": 96, "vit_b_16": 224}
+
+
+@pytest.mark.parametrize("record", zoo_records(), ids=lambda record: record.name)
+def test_logits_are_the_head_of_the_pooled_embedding(record: ZooRecord):
+    spec = find_model(record.name, {})
+    library = library_of(spec)
+    model = library.build(spec, CLASSES)
+    side = SIDES.get(record.name, 64)
+    backbone = Backbone(model, library.classifiers(model), (side, side))
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5))
+    with torch.inference_mode():
+        logits, embedding = backbone(images)
+        assert torch.allclose(backbone.head(embedding), logits, atol=1e-5)
+    assert logits.shape == (2, CLASSES)
+    assert embedding.shape == (2, backbone.dimension)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from batchcls.errors import InputError
+from batchcls.models.heads import mark_trainable
+from batchcls.models.sources import find_model, library_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _model(name: str = "timm:test_resnet") -> nn.Module:
+    spec = find_model(name, {})
+    return library_of(spec).build(spec, 5)
+
+
+def _marked(model: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_the_default_is_everything():
+    model = _model().requires_grad_(False)
+    trainable = mark_trainable(model)
+    assert trainable.names == _marked(model) == tuple(dict(model.named_parameters()))
+    assert trainable.parameters == trainable.of == sum(p.numel() for p in model.parameters())
+
+
+def test_patterns_choose_parameters_by_name_and_freeze_the_rest():
+    model = _model()
+    trainable = mark_trainable(model, ("fc.*", "layer4.*", "fc.bias"))
+    expected = tuple(n for n, _ in model.named_parameters() if n.startswith(("fc.", "layer4.")))
+    assert trainable.names == _marked(model) == expected
+    assert trainable.parameters == sum(model.get_parameter(name).numel() for name in expected)
+    assert 0 < trainable.parameters < trainable.of
+
+
+def test_a_second_call_undoes_the_first():
+    model = _model()
+    mark_trainable(model, ("fc.*",))
+    mark_trainable(model, ("layer1.*",))
+    assert all(name.startswith("layer1.") for name in _marked(model))
+
+
+def test_only_what_is_trainable_gets_gradients():
+    model = _model()
+    mark_trainable(model, ("fc.*",))
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {"fc.weight", "fc.bias"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("layr4.*", r"--trainable layr4\.\*: no parameter is called so; did you mean .*layer4\.\*"),
+        ("fc.wieght", r"did you mean .*fc\.weight"),
+        ("layer4", r"did you mean .*layer4\.\*"),
+        ("zzz", r"no parameter is called so; there are conv1\.\*, .*layer4\.\*, fc\.\*$"),
+        ("FC.*", r"no parameter is called so"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_close_names(pattern, message):
+    model = _model()
+    with pytest.raises(InputError, match=message):
+        mark_trainable(model, ("fc.*", pattern))
+    assert len(_marked(model)) == len(list(model.parameters()))
+
+
+def test_no_pattern_at_all_is_refused():
+    with pytest.raises(InputError, match="at least one pattern"):
+        mark_trainable(_model(), ())

@@ -1,0 +1,203 @@
+"""Rows taken over from an earlier run by the function that tasks run, without Ray: files, versions, contents."""
+
+import hashlib
+import os
+from collections import Counter
+from itertools import repeat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchcls.errors import InputError
+from batchcls.images.fetch import FetchPolicy
+from batchcls.images.load_config import DecodeLimits, LoadSettings
+from batchcls.manifest.snapshot import Manifest, open_manifest
+from batchcls.pipeline.copy_predictions import Given, take_over_fragment
+from batchcls.pipeline.pipeline_spec import Load
+from batchcls.preprocessing import Preprocessing, Views
+from batchcls.runs.catalog import read_record
+from batchcls.runs.parts import PartWriter
+from batchcls.runs.receipts import read_receipts
+from batchcls.runs.reuse import open_earlier
+from batchcls.schema import Failure, Reason
+from batchcls.storage.filesystem import Storage
+from tests.helpers.runs import DIMENSION, Item, Night, write_run
+
+STORAGE = Storage()
+PREPROCESSING = Preprocessing(
+    input_height=8,
+    input_width=8,
+    resize_height=8,
+    resize_width=8,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    interpolation="bilinear",
+)
+
+
+def settings(run_id: str, base: str, kept: tuple[pa.Field, ...]) -> LoadSettings:
+    return LoadSettings(
+        run_id=run_id,
+        base=base,
+        kept=kept,
+        fetch=FetchPolicy(max_attempts=1),
+        limits=DecodeLimits(1_000_000, 8),
+        preprocessing=PREPROCESSING,
+        views=Views(),
+        normalize="engine",
+        fetch_threads=2,
+        decode_threads=1,
+        block_rows=8,
+    )
+
+
+def put(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    os.utime(path, ns=(1, 1_700_000_000_000_000_000 + len(data)))
+    return f"stat:{len(data)}:{path.stat().st_mtime_ns}"
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def take(
+    tmp_path: Path, manifest: Manifest, *, by_row: bool = False, rejected: dict[int, Failure] | None = None
+) -> tuple[pa.Table, Counter[str]]:
+    """Take the run n1 over into n2: what was written, in row order, and how it was found."""
+    folder = str(tmp_path / "out" / "runs" / "n2")
+    kept = manifest.columns.kept
+    earlier = open_earlier(
+        read_record(str(tmp_path / "out"), "n1", STORAGE), STORAGE, same_base=True, same_manifest=by_row
+    )
+    given = Given(
+        Load(manifest.columns, STORAGE, settings(f"n2-{tmp_path}", manifest.base, kept)),
+        PartWriter(folder, STORAGE, kept, pa.float32(), DIMENSION),
+        earlier,
+    )
+    ways: Counter[str] = Counter()
+    for fragment in manifest.fragments(repeat(4)):
+        ways += take_over_fragment(given, fragment, rejected or {}).ways
+    files = [file for receipt in read_receipts(folder, STORAGE) for file in receipt.files]
+    assert {(file.kind, file.origin) for file in files} <= {("predictions", "reused")}
+    tables = [pq.read_table(Path(folder) / file.path) for file in files]
+    return pa.concat_tables(tables).sort_by("row"), ways
+
+
+def write_manifest(tmp_path: Path, **columns: list[object]) -> Manifest:
+    pq.write_table(pa.table(columns), tmp_path / "m.parquet")
+    keep = ["price"] if "price" in columns else []
+    return open_manifest(str(tmp_path / "m.parquet"), STORAGE, keep=keep)
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> list[Item]:
+    """Six images, and the run n1 over them; the third failed."""
+    rows = []
+    for number in range(6):
+        data = bytes([number]) * (number + 3)
+        state = put(tmp_path / f"{number}.jpg", data)
+        reason = "truncated" if number == 2 else None
+        rows.append(
+            Item(f"i{number}", f"label {number}", content_hash=sha(data), source_version=state, reason=reason)
+        )
+    write_run(str(tmp_path / "out"), Night("n1"), rows, STORAGE)
+    return rows
+
+
+def test_files_that_are_what_they_were_are_taken_over_with_tonight_s_columns(
+    tmp_path: Path, night: list[Item]
+):
+    put(tmp_path / "1.jpg", b"changed")
+    (tmp_path / "3.jpg").rename(tmp_path / "renamed.jpg")
+    uris = ["4.jpg", "0.jpg", "1.jpg", "2.jpg", "renamed.jpg", "5.jpg", "gone.jpg"]
+    ids = ["i4", "i0", "i1", "i2", "i3", "i5", "new"]
+    manifest = write_manifest(tmp_path, item_id=ids, uri=uris, price=[*range(7)])
+    rejected = {5: Failure(Reason.DUPLICATE_ID, "")}
+    table, ways = take(tmp_path, manifest, rejected=rejected)
+    assert table.column("row").to_pylist() == [0, 1, 4]
+    assert table.column("item_id").to_pylist() == ["i4", "i0", "i3"]
+    assert table.column("label").to_pylist() == ["label 4", "label 0", "label 3"]
+    assert table.column("price").to_pylist() == [0, 1, 4]
+    assert table.column("uri").to_pylist() == ["4.jpg", "0.jpg", "renamed.jpg"]
+    assert set(table.column("origin").to_pylist()) == {"reused"}
+    assert table.column("embedding").to_pylist() == [list(night[0].embedding)] * 3
+    assert table.column("top_k").to_pylist()[0][0]["label"] == "label 4"
+    # A renamed file was read for its hash; what is known of it from now on is its state.
+    assert ways == Counter(stat=2 + 0, content=1, unnamed=1)
+    assert table.column("source_version").to_pylist()[2].startswith("stat:6:")
+
+
+def test_a_version_of_the_manifest_goes_before_what_the_store_says(tmp_path: Path):
+    rows = [Item(f"i{n}", f"label {n}", content_hash=None, source_version=f"version:{n}") for n in range(3)]
+    write_run(str(tmp_path / "out"), Night("n1"), rows, STORAGE)
+    put(tmp_path / "a.jpg", b"whatever lies there")
+    manifest = write_manifest(
+        tmp_path, item_id=["i0", "i1", "i2"], uri=["a.jpg"] * 3, version=["0", "9", "2"]
+    )
+    table, ways = take(tmp_path, manifest)
+    assert table.column("item_id").to_pylist() == ["i0", "i2"]
+    assert table.column("source_version").to_pylist() == ["version:0", "version:2"]
+    assert ways == Counter(version=2)
+
+
+def test_images_inside_the_manifest_are_hashed_and_it_is_said(tmp_path: Path, night: list[Item]):
+    images = [b"\0" * 3, b"new", b"\1" * 4]
+    manifest = write_manifest(tmp_path, item_id=["x", "y", "z"], image=images, uri=["4.jpg"] * 3)
+    table, ways = take(tmp_path, manifest)
+    assert table.column("label").to_pylist() == ["label 0", "label 1"]
+    assert ways == Counter(content=2, unnamed=3)
+
+
+def test_by_row_everything_that_was_predicted_is_taken_over(tmp_path: Path, night: list[Item]):
+    put(tmp_path / "1.jpg", b"changed")
+    manifest = write_manifest(
+        tmp_path, item_id=["i0", "i1", "i2", "other", "i4", "i5"], uri=[f"{n}.jpg" for n in range(6)]
+    )
+    table, ways = take(tmp_path, manifest, by_row=True)
+    assert table.column("item_id").to_pylist() == ["i0", "i1", "i4", "i5"]
+    assert table.column("source_version").to_pylist()[1] == night[1].source_version
+    assert ways == Counter(row=4)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "bit"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_rows_whose_earlier_file_is_lost_meanwhile_are_computed(
+    tmp_path: Path, night: list[Item], damage: str, by_row: bool
+):
+    """The earlier run is opened, and one of its files goes or changes before a task reads it."""
+    manifest = write_manifest(
+        tmp_path, item_id=[f"i{n}" for n in range(6)], uri=[f"{n}.jpg" for n in range(6)]
+    )
+    record = read_record(str(tmp_path / "out"), "n1", STORAGE)
+    earlier = open_earlier(record, STORAGE, same_base=True, same_manifest=by_row)
+    part = Path(record.folder) / earlier.paths[0]
+    data = part.read_bytes()
+    if damage == "gone":
+        part.unlink()
+    else:
+        part.write_bytes(data[:50] if damage == "cut" else data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    kept = manifest.columns.kept
+    given = Given(
+        Load(manifest.columns, STORAGE, settings(f"lost-{tmp_path}", manifest.base, kept)),
+        PartWriter(str(tmp_path / "out" / "runs" / "n2"), STORAGE, kept, pa.float32(), DIMENSION),
+        earlier,
+    )
+    found = [take_over_fragment(given, fragment, {}) for fragment in manifest.fragments(repeat(6))]
+    assert [one.receipt for one in found] == [None] * len(found)
+    assert sum((one.ways for one in found), Counter()) == Counter(lost=6)
+    assert str(part) in found[0].lost
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "zeros"])
+def test_an_earlier_run_that_is_not_whole_is_not_opened(tmp_path: Path, night: list[Item], damage: str):
+    record = read_record(str(tmp_path / "out"), "n1", STORAGE)
+    part = Path(record.folder) / next(file.path for file in record.files if file.kind == "predictions")
+    data = part.read_bytes()
+    part.unlink()
+    if damage != "gone":
+        part.write_bytes(data[:-1] if damage == "cut" else b"\0" * len(data))
+    with pytest.raises(InputError, match=r"runs/n1|run n1"):
+        open_earlier(record, STORAGE, same_base=True, same_manifest=False)

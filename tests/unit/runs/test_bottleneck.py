@@ -1,0 +1,289 @@
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from batchcls.cli.tables import bottleneck_table
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
+from batchcls.runs.utilization import STAGES, Busy, Capacity, StageUsage, other_seconds
+
+seconds = st.floats(0.0, 1e6, allow_nan=False)
+busies = st.builds(Busy, **dict.fromkeys(STAGES, seconds))
+capacities = st.builds(
+    Capacity,
+    cpus=st.floats(0.25, 4096),
+    loaders=st.integers(1, 1024),
+    fetch_threads=st.integers(1, 256),
+    gpus=st.sampled_from([0.0, 0.5, 1.0, 8.0, 64.0]),
+    decode_threads=st.integers(0, 4096),
+    predict_threads=st.integers(0, 4096),
+)
+runs = st.builds(
+    StageUsage,
+    rows=st.integers(1, 10**9),
+    wall_seconds=st.floats(1.0, 1e6),
+    start_seconds=st.floats(0.0, 1.0),
+    shape=st.sampled_from(["fused", "staged"]),
+    busy=busies,
+    capacity=capacities,
+    fragment_rows=st.integers(1, 10**6),
+    engine_was_measured=st.booleans(),
+)
+
+
+def fused(**changes: object) -> StageUsage:
+    """2,000 images on two CPUs without a pause: 2 ms decoding, 17 ms network, 0.5 ms each for the rest."""
+    run = StageUsage(
+        rows=2000,
+        wall_seconds=24.0,
+        start_seconds=4.0,
+        shape="fused",
+        busy=Busy(fetch=1.0, decode=4.0, predict=34.0, write=1.0, other=1.0),
+        capacity=Capacity(cpus=2, loaders=2, fetch_threads=4),
+        fragment_rows=128,
+        engine="torch fp32",
+    )
+    return replace(run, **changes)
+
+
+def on_gpus(**changes: object) -> StageUsage:
+    """100,000 images: 16 CPUs decode at 4 ms, the GPU needs 0.5 ms and waits half of the time."""
+    run = StageUsage(
+        rows=100_000,
+        wall_seconds=110.0,
+        start_seconds=10.0,
+        shape="staged",
+        busy=Busy(fetch=3000.0, decode=1400.0, predict=50.0, write=40.0, other=160.0),
+        capacity=Capacity(cpus=16, loaders=16, fetch_threads=32, gpus=1),
+        engine="torch bf16",
+    )
+    return replace(run, **changes)
+
+
+@given(runs)
+def test_the_ideal_is_the_lowest_rate_of_any_resource(run: StageUsage):
+    found = find_bottleneck(run)
+    assert found.ideal == min(resource.images_per_second for resource in found.resources)
+    for resource in found.resources:
+        held = sum(getattr(run.busy, stage) for stage in resource.stages)
+        if held > 1e-6:
+            assert found.ideal * held / run.rows <= resource.capacity * (1 + 1e-9)
+
+
+@given(runs)
+def test_the_efficiency_is_how_busy_the_scarcest_resource_was(run: StageUsage):
+    found = find_bottleneck(run)
+    assert found.efficiency == max(resource.utilization for resource in found.resources)
+    assert found.limited_by in (*found.resources[0].stages, "nothing")
+
+
+@given(busies.filter(lambda busy: busy.decode + busy.predict > 1e-3), capacities, st.floats(0.0, 5.0))
+def test_a_perfect_schedule_has_efficiency_1(busy: Busy, capacity: Capacity, start: float):
+    """The run lasts exactly as long as its scarcest resource has to work."""
+    on_cpus = busy.decode + busy.write + busy.other + (0 if capacity.gpus else busy.predict)
+    needed = [busy.driver, on_cpus / capacity.cpus, (busy.fetch + busy.decode) / capacity.fetch_slots]
+    if capacity.gpus:
+        needed.append(busy.predict / capacity.gpus)
+    elif capacity.predict_threads:
+        needed.append(busy.predict / capacity.predict_threads)
+    if capacity.decode_threads:
+        needed.append(busy.decode / capacity.decode_threads)
+    # Less than a millisecond of work beside seconds of start-up would only test rounding.
+    wall = start + max(*needed, 1e-3)
+    found = find_bottleneck(StageUsage(1000, wall, start, "staged", busy, capacity))
+    assert found.efficiency == pytest.approx(min(1.0, max(needed) / 1e-3), rel=1e-6)
+
+
+@given(busies.filter(lambda busy: busy.decode + busy.predict > 1e-3), st.floats(1.0, 512.0))
+def test_twice_the_cpus_are_twice_the_ideal_where_cpus_limit(busy: Busy, cpus: float):
+    capacity = Capacity(cpus=cpus, loaders=10**6, fetch_threads=10**6)
+    run = StageUsage(1000, 100.0, 1.0, "fused", replace(busy, driver=0.0), capacity)
+    once = find_bottleneck(run)
+    twice = find_bottleneck(replace(run, capacity=replace(capacity, cpus=2 * cpus)))
+    assert once.resources[0].name == "CPUs"
+    assert twice.ideal == pytest.approx(2 * once.ideal)
+    assert twice.efficiency == pytest.approx(once.efficiency / 2)
+
+
+@given(runs, st.sampled_from(STAGES), st.floats(1.0, 100.0))
+def test_a_dearer_stage_never_raises_the_ideal(run: StageUsage, stage: str, factor: float):
+    dearer = replace(run.busy, **{stage: getattr(run.busy, stage) * factor})
+    assert find_bottleneck(replace(run, busy=dearer)).ideal <= find_bottleneck(run).ideal
+
+
+@given(runs)
+def test_every_flag_in_an_advice_is_one_of_the_job(run: StageUsage):
+    """And the advice is one line, whatever the figures."""
+    advice = find_bottleneck(run).advice
+    assert advice
+    assert "\n" not in advice
+    assert not re.search(r"\b(nan|inf)\b", advice)
+    for flag in re.findall(r"--([a-z-]+)", advice):
+        assert flag.replace("-", "_") in ClassifyConfig.model_fields
+
+
+@given(runs)
+def test_run_json_takes_it_as_strict_json(run: StageUsage):
+    found = json.loads(json.dumps(find_bottleneck(run).as_json(), allow_nan=False))
+    assert set(found["busy_milliseconds_per_image"]) == set(STAGES)
+
+
+def test_a_fused_run_on_two_cpus():
+    found = find_bottleneck(fused())
+    assert found.limited_by == "predict"
+    assert found.ideal == pytest.approx(100.0)  # 2 CPUs / 20 ms
+    assert found.achieved == pytest.approx(100.0)
+    assert found.efficiency == pytest.approx(1.0)
+    assert "the network takes 85% of the CPU time" in found.advice
+    assert "--engine auto" in found.advice
+    assert (
+        found.line() == "100.0 images/s after start-up of 4.0 s, 100% of the ideal 100.0, limited by predict"
+    )
+
+
+def test_decoding_for_a_gpu_asks_for_the_cpus_that_keep_it_busy():
+    found = find_bottleneck(on_gpus())
+    assert found.limited_by == "decode"
+    assert found.ideal == pytest.approx(1000.0)  # 16 CPUs / 16 ms
+    assert "GPUs are busy 50% of the time" in found.advice
+    assert "16 more CPUs per GPU than the 16" in found.advice
+
+
+def advice(run: StageUsage) -> str:
+    return find_bottleneck(run).advice
+
+
+def busy_with(stage: str) -> Busy:
+    return Busy(**{stage: 38.0, "decode" if stage != "decode" else "write": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("run", "limited_by", "words"),
+    [
+        (fused(busy=busy_with("decode")), "decode", ["decoding takes 95%", "19.0 ms an image"]),
+        (fused(busy=busy_with("write")), "write", ["writing takes 95%", "--rows-per-file"]),
+        (fused(busy=busy_with("other")), "other", ["Ray and Python", "--fragment-rows 256", "--batch-size"]),
+        (fused(engine_was_measured=True), "predict", ["torch fp32 is the fastest that was measured"]),
+        (
+            fused(busy=Busy(fetch=160.0, decode=2.0, predict=30.0)),
+            "fetch",
+            ["80.0 ms an image with 8 in flight", "--fetch-threads from 4 to 7"],
+        ),
+        (fused(start_seconds=10.0), "predict", ["start-up took 42% of this run (10.0 of 24.0 s)"]),
+        (fused(wall_seconds=44.0), "predict", ["CPUs, the scarcest resource, stood idle 50%", "256"]),
+        (
+            fused(wall_seconds=44.0, fragment_rows=1024),
+            "predict",
+            ["1.0 fragments a loader", "--fragment-rows 125"],
+        ),
+        (on_gpus(busy=Busy(decode=400.0, predict=95.0)), "predict", ["GPUs are busy 95%", "more GPUs"]),
+        (
+            on_gpus(capacity=Capacity(cpus=64, loaders=14, fetch_threads=32, gpus=1, decode_threads=14)),
+            "decode",
+            ["14 threads while CPUs are free", "--load-tasks from 14 to 35"],
+        ),
+        (
+            fused(shape="staged", capacity=Capacity(cpus=8, loaders=2, fetch_threads=4, predict_threads=2)),
+            "predict",
+            ["2 threads while CPUs are free", "--cpus-per-actor"],
+        ),
+        (
+            on_gpus(busy=Busy(decode=400.0, predict=50.0, driver=96.0), fragment_rows=1024),
+            "driver",
+            ["the driver limits, 0.960 ms an image", "--fragment-rows 2048"],
+        ),
+        (fused(busy=Busy()), "nothing", ["no stage took any time"]),
+    ],
+)
+def test_the_advice_follows_from_the_figures(run: StageUsage, limited_by: str, words: list[str]):
+    found = find_bottleneck(run)
+    assert found.limited_by == limited_by
+    for word in words:
+        assert word in found.advice
+
+
+def test_more_fetch_threads_as_advised_move_the_limit():
+    """The number in the advice is enough: with it storage is not what limits any more."""
+    run = fused(busy=Busy(fetch=160.0, decode=2.0, predict=30.0))
+    (threads,) = (int(n) for n in re.findall(r"--fetch-threads from \d+ to (\d+)", advice(run)))
+    mended = find_bottleneck(replace(run, capacity=replace(run.capacity, fetch_threads=threads)))
+    assert mended.limited_by == "predict"
+
+
+def test_more_cpus_as_advised_move_the_limit():
+    run = on_gpus()
+    (more,) = (int(n) for n in re.findall(r"(\d+) more CPUs per GPU", advice(run)))
+    mended = find_bottleneck(replace(run, capacity=replace(run.capacity, cpus=16.0 + more)))
+    assert mended.resources[0].images_per_second == pytest.approx(
+        min(resource.images_per_second for resource in mended.resources if resource.name == "GPUs"), rel=0.1
+    )
+
+
+def test_a_run_of_one_block_is_all_start_up():
+    run = fused(start_seconds=24.0, start_rows=2000)
+    assert run.images_per_second == pytest.approx(2000 / 24)
+    assert "start-up took 100%" in advice(run)
+
+
+def test_rows_answered_while_starting_do_not_count():
+    assert fused(start_rows=200).images_per_second == pytest.approx(90.0)
+
+
+def test_rates_without_a_limit_are_null_in_run_json():
+    found = find_bottleneck(fused(busy=Busy())).as_json()
+    assert found["ideal_images_per_second"] is None
+    assert found["efficiency"] == 0.0
+    assert find_bottleneck(fused()).as_json()["ideal_images_per_second"] == 100.0
+
+
+def test_the_rest_of_the_cpu_time_is_never_negative():
+    assert other_seconds(10.0, 4.0, 3.5) == pytest.approx(2.5)
+    assert other_seconds(10.0, 6.0, 4.1) == 0.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Busy(decode=-1.0),
+        lambda: Busy(fetch=math.nan),
+        lambda: Capacity(cpus=0, loaders=1, fetch_threads=1),
+        lambda: Capacity(cpus=1, loaders=0, fetch_threads=1),
+        lambda: Capacity(cpus=1, loaders=1, fetch_threads=1, gpus=-1),
+        lambda: fused(rows=0),
+        lambda: fused(start_rows=2001),
+        lambda: fused(start_seconds=25.0),
+        lambda: fused(wall_seconds=0.0, start_seconds=0.0),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(make):
+    with pytest.raises(ValueError, match=r"cannot be|not a finite|needs CPUs|below 0"):
+        make()
+
+
+def said(found: Bottleneck) -> list[str]:
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(bottleneck_table(found))
+    return captured.get().splitlines()
+
+
+def test_the_table_marks_the_stage_that_limits():
+    lines = said(find_bottleneck(fused()))
+    (marked,) = (line for line in lines if "<- limits" in line)
+    assert marked.split() == ["predict", "17.00", "85%", "2", "CPUs", "117.6", "<-", "limits"]
+    together = [line.split() for line in lines if line.startswith("together")]
+    assert ["together", "20.00", "100%", "2", "CPUs", "100.0"] in together
+    assert not any("…" in line for line in lines)
+
+
+def test_the_table_of_a_run_on_gpus_names_what_each_stage_works_on():
+    lines = {line.split()[0]: line for line in said(find_bottleneck(on_gpus()))}
+    assert "GPUs" in lines["predict"]
+    assert "images in flight" in lines["fetch"]
+    assert "<- limits" in lines["decode"]

@@ -1,0 +1,229 @@
+"""One odd record among many is one damaged run: every command about runs works, and names it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchcls.cli.app import run
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.jobs import runs
+from batchcls.jobs.classify import choose_earlier
+from batchcls.runs.catalog import State, list_runs
+from batchcls.runs.plan import Fingerprints
+from batchcls.runs.publish import publish, published_or_damage
+from batchcls.runs.resume import find_begun
+from batchcls.storage.filesystem import Storage
+from tests.helpers.runs import Item, Night, begin_run, items, plan_of, write_run
+
+Call = Callable[..., tuple[int, str]]
+
+ODD = [None, True, -1, 10**400, 1.5, float("nan"), "", "x", "\ud800", "a\0b", [5], {"x": 1}]
+"""A value of every JSON type, and those that some language cannot hold."""
+
+BYTES = {
+    "nothing": b"",
+    "cut": b'{"run_id": "odd"',
+    "no UTF-8": b'{"run_id": "\xff"}',
+    "UTF-16": '{"run_id": "odd"}'.encode("utf-16"),
+    "deep": b"[" * 100_000,
+    "deep inside": b'{"run_id": "odd", "committed": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "long number": b"1" * 5000,
+    "zeros": b"\0" * 100,
+}
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    def call_job(*arguments: str) -> tuple[int, str]:
+        code = run("runs", runs.COMMANDS, arguments)
+        said = capsys.readouterr()
+        assert "unexpected error" not in said.err
+        assert "Traceback" not in said.err
+        return code, said.out + said.err
+
+    return call_job
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Three committed nights, of which the last is published, one begun, and the run `odd`."""
+    more = {
+        "baseline": None,
+        "gates": [{"gate": "g", "figure": 0.5, "limit": None, "passed": True, "sentence": "s"}],
+        "summary": {
+            "answered": 4,
+            "categories": {"cat": 4},
+            "mean_confidence": 0.9,
+            "confidence_histogram": [0] * 18 + [4, 0],
+            "embeddings": {"dimension": 4, "rows": 4, "mean_norm": 5.0, "std_norm": 0.0, "non_finite": 0},
+        },
+    }
+    for name in ("a", "b", "odd", "c"):
+        write_run(str(tmp_path), Night(name, more=more), [*items(4), Item("bad", reason="truncated")])
+    begin_run(str(tmp_path), Night("begun"))
+    for name in ("b", "c"):
+        publish(str(tmp_path), name, Storage())
+    return tmp_path
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where something can be replaced in a JSON value; of a list, in its first entry."""
+    if path:
+        yield path
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else list(enumerate(value))[:1]
+        if isinstance(value, list)
+        else ()
+    )
+    for key, inner in entries:
+        yield from places(inner, (*path, key))
+
+
+def replaced(value: Any, path: tuple[str | int, ...], odd: object) -> Any:
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = odd
+    return copy
+
+
+def every_command(output: Path, call: Call, odd: str) -> None:
+    """Each says what it should of the sound runs, and ends with a code of its own for the odd one."""
+    at = ("--output", str(output))
+    code, said = call("list", *at)
+    assert code == 0
+    for name in ("a", "b", "c", "begun", odd):
+        assert any(name in line.split()[:2] for line in said.splitlines()), said
+    for command in (["show", "b"], ["diff", "a", "published"], ["verify", "c"], ["show", "previous"]):
+        assert call(*command, *at)[0] == 0
+    code, said = call("prune", "--keep", "0", "--grace-hours", "0", *at)
+    assert (code, "runs would be removed" in said) == (0, True)
+    for command in (["show", odd], ["diff", odd, "c"], ["verify", odd], ["publish", odd], ["report", odd]):
+        code, said = call(*command, *at)
+        assert code in (0, 1, 2, 3)
+        assert code == 0 or odd in said
+
+
+@pytest.mark.parametrize("document", ["run.json", "plan.json"])
+@pytest.mark.parametrize("kind", BYTES)
+def test_a_record_that_is_no_json_object_is_one_damaged_run(
+    output: Path, call: Call, document: str, kind: str
+):
+    (output / "runs" / "odd" / document).write_bytes(BYTES[kind])
+    every_command(output, call, "odd")
+    if document == "run.json":
+        assert {one.run_id: one.state for one in list_runs(str(output), Storage())}["odd"] == State.DAMAGED
+
+
+def test_a_folder_or_a_loop_where_a_file_should_be_is_one_damaged_run(output: Path, call: Call):
+    for name, document in (("odd", "run.json"), ("begun", "plan.json")):
+        (output / "runs" / name / document).unlink()
+        (output / "runs" / name / document).mkdir()
+        every_command(output, call, name)
+        (output / "runs" / name / document).rmdir()
+        (output / "runs" / name / document).symlink_to(document)
+        every_command(output, call, name)
+    states = {one.run_id: one.state for one in list_runs(str(output), Storage())}
+    assert (states["odd"], states["begun"]) == (State.DAMAGED, State.DAMAGED)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
+def test_any_value_in_any_place_of_run_json_is_at_most_one_damaged_run(output: Path, call: Call, odd: object):
+    path = output / "runs" / "odd" / "run.json"
+    sound = json.loads(path.read_text())
+    found = list(places(sound))
+    assert len(found) > 50
+    for place in found:
+        path.write_text(json.dumps(replaced(sound, place, odd)))
+        listed = {one.run_id: one for one in list_runs(str(output), Storage())}
+        assert [listed[name].state for name in "abc"] == [State.COMMITTED] * 3
+        if listed["odd"].state is State.COMMITTED:  # then everything can be done with it
+            for command in (["list"], ["show", "odd"]):
+                code, said = call(*command, "--output", str(output))
+                assert code == 0 or (code == 2 and "odd" in said), (place, said)
+        else:
+            assert "odd" in listed["odd"].detail
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
+def test_any_value_in_any_place_of_a_plan_keeps_nobody_from_beginning(output: Path, odd: object):
+    path = output / "runs" / "begun" / "plan.json"
+    sound = json.loads(path.read_text()) | {
+        "fingerprints": {"manifest": "m", "model": "x", "settings": {"top_k": 5}}
+    }
+    sound["reuse"] = {"run_id": "a", "by_row": False}
+    wanted = Fingerprints("m", "x", {"top_k": 5})
+    path.write_text(json.dumps(sound))
+    assert getattr(find_begun(str(output), None, wanted, Storage()), "run_id", None) == "begun"
+    for place in places(sound):
+        path.write_text(json.dumps(replaced(sound, place, odd)))
+        begun = find_begun(str(output), None, wanted, Storage())
+        if begun is not None:
+            assert isinstance(begun.plan["engines"], dict)
+            assert begun.plan["reuse"] in ({}, sound["reuse"]) or begun.plan["reuse"].keys() >= {
+                "run_id",
+                "by_row",
+            }
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
+def test_any_value_in_any_place_of_current_json_is_told(output: Path, call: Call, odd: object):
+    path = output / "current.json"
+    sound = json.loads(path.read_text())
+    for place in places(sound):
+        path.write_text(json.dumps(replaced(sound, place, odd)))
+        if published_or_damage(str(output), Storage())[1] is None:  # then everything can be done with it
+            for command in (["list"], ["prune", "--keep", "9"], ["rollback", "--no-verify"]):
+                code, said = call(*command, "--output", str(output))
+                assert code in (0, 3), (place, said)
+
+
+def test_a_damaged_current_json_is_shown_and_replaced_by_force(output: Path, call: Call):
+    (output / "current.json").write_text("{")
+    at = ("--output", str(output))
+    for command in (["list"], ["show", "a"]):
+        code, said = call(*command, *at)
+        assert (code, "current.json is damaged" in said.replace("\n", " ")) == (0, True)
+    for command in (["publish", "b"], ["rollback"], ["show"], ["prune", "--keep", "0"]):
+        code, said = call(*command, *at)
+        assert (code, "runs publish RUN --force" in said.replace("\n", " ")) == (2, True), said
+    assert call("publish", "b", *at, "--force")[0] == 0
+    assert json.loads((output / "current.json").read_text())["run_id"] == "b"
+
+
+def _gone(folder: Path) -> None:
+    (folder / "run.json").unlink()
+
+
+def _cut_record(folder: Path) -> None:
+    (folder / "run.json").write_bytes((folder / "run.json").read_bytes()[:100])
+
+
+def _part_gone(folder: Path) -> None:
+    next((folder / "predictions").iterdir()).unlink()
+
+
+def _part_cut(folder: Path) -> None:
+    part = next((folder / "predictions").iterdir())
+    part.write_bytes(part.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [_gone, _cut_record, _part_gone, _part_cut])
+def test_whose_published_neighbor_is_gone_or_cut_computes(
+    output: Path, damage: Callable[[Path], None], log: pytest.LogCaptureFixture
+):
+    config = ClassifyConfig(manifest="m", model="x", output=str(output))
+    plan = plan_of(Night("new"), 4)
+    assert choose_earlier(config, plan, Storage())["run_id"] == "c"
+    damage(output / "runs" / "c")
+    assert choose_earlier(config, plan, Storage()) == {}
+    assert len([one for one in log.records if one.levelname == "WARNING"]) == 1
+    assert "reuse: nothing, the published run cannot be read" in log.text
+    (output / "current.json").write_text("[]")
+    assert choose_earlier(config, plan, Storage()) == {}

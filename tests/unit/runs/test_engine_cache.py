@@ -1,0 +1,127 @@
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from batchcls.errors import InputError
+from batchcls.inference.agreement import AccuracyTolerance
+from batchcls.inference.engine_record import (
+    CandidateResult,
+    EngineRequest,
+    EngineSelectionRecord,
+    installed_versions,
+)
+from batchcls.models.engines.engine import EngineChoice
+from batchcls.runs.engine_cache import load, save, uri_of
+from batchcls.storage.filesystem import Storage
+from tests.helpers.measurements import LAPTOP, SERVER
+
+FINGERPRINT = "0123456789abcdef" * 4
+
+
+def _measured(**changes):
+    values = {
+        "created": datetime.now(UTC),
+        "wanted": EngineRequest(),
+        "bundle_fingerprint": FINGERPRINT,
+        "hardware_key": SERVER.key,
+        "hardware": str(SERVER),
+        "versions": installed_versions(),
+        "device": "cpu",
+        "threads": 2,
+        "manifest": "manifest fingerprint",
+        "images": 512,
+        "seconds": 31.5,
+        "reference": "torch fp32",
+        "engine": "openvino",
+        "precision": "bf16",
+        "batch_size": 8,
+        "images_per_second": 50.5,
+        "candidates": (
+            CandidateResult(engine="openvino", precision="bf16", rates={4: 48.0, 8: 50.5}, batch_size=8),
+            CandidateResult(engine="torch", precision="bf16", rejected="slower than openvino bf16"),
+        ),
+        "notes": ("compile was left out",),
+    }
+    return EngineSelectionRecord(**values | changes)
+
+
+@pytest.fixture
+def output(tmp_path):
+    return str(tmp_path / "out")
+
+
+def _load(output, fingerprint=FINGERPRINT, hardware=SERVER, wanted=EngineRequest()):  # noqa: B008 - frozen
+    return load(output, fingerprint, hardware, wanted, Storage())
+
+
+def test_a_choice_comes_back_as_it_was(output):
+    assert _load(output) is None
+    measured = _measured()
+    uri = save(output, measured, Storage())
+    assert uri.endswith(f"/engines/0123456789ab-{SERVER.key}.json")
+    assert _load(output) == measured
+    assert _load(output).choice == EngineChoice("openvino", "bf16")
+
+
+def test_it_holds_for_its_model_and_its_kind_of_node_only(output):
+    save(output, _measured(), Storage())
+    assert _load(output, hardware=LAPTOP) is None
+    assert _load(output, fingerprint="f" * 64) is None
+    assert _load(output, fingerprint=FINGERPRINT[:12] + "f" * 52) is None
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        EngineRequest(engine="openvino"),
+        EngineRequest(precision="fp32"),
+        EngineRequest(device="cpu"),
+        EngineRequest(batch_size=8),
+        EngineRequest(contract=AccuracyTolerance(min_top1_agreement=0.98)),
+        EngineRequest(contract=AccuracyTolerance(min_embedding_cosine=0.99)),
+        EngineRequest(contract=AccuracyTolerance(int8_min_agreement=0.97)),
+    ],
+)
+def test_another_request_is_measured_anew(output, wanted):
+    save(output, _measured(), Storage())
+    assert _load(output, wanted=wanted) is None
+    save(output, _measured(wanted=wanted), Storage())
+    assert _load(output, wanted=wanted).wanted == wanted
+    assert _load(output) is None
+
+
+@pytest.mark.parametrize("versions", [{"openvino": "2020.1"}, {"torch": "0.1"}, {}])
+def test_other_versions_are_measured_anew(output, versions):
+    save(output, _measured(versions={**installed_versions(), **versions} if versions else {}), Storage())
+    assert _load(output) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "field", "format", "text"])
+def test_a_damaged_file_is_a_warning_and_measured_anew(output, log, damage):
+    uri = save(output, _measured(), Storage())
+    text = Storage().read_bytes(uri).decode()
+    record = json.loads(text)
+    changed = {
+        "cut": text[: len(text) // 2],
+        "field": json.dumps(record | {"batch_size": 0}),
+        "format": json.dumps(record | {"format": "batchcls-engines-0"}),
+        "text": "\x00\xff not JSON",
+    }[damage]
+    Storage().write_whole(uri, changed.encode("latin-1"))
+    assert _load(output) is None
+    assert f"{uri_of(output, FINGERPRINT, SERVER.key)} is damaged or of another version" in log.text
+
+
+def test_a_store_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file"):
+        save(str(tmp_path / "file"), _measured(), Storage())
+
+
+def test_the_module_needs_no_torch(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import sys, batchcls.runs.engine_cache, batchcls.config.engine_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,89 @@
+"""A driver that is stopped by a signal and wakes up late never publishes over a newer run."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from batchcls.runs.catalog import list_run, read_current
+from batchcls.runs.publish import publish
+from batchcls.storage.filesystem import Storage
+from tests.conftest import REPOSITORY
+from tests.helpers.runs import Night, begin_run, begun_on, items, write_run
+
+DRIVER = """
+import os, signal, sys
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.errors import BatchclsError
+from batchcls.runs import publish
+from batchcls.runs.commit import commit, reconcile
+from batchcls.runs.gate_evaluation import judge, publish_judged
+from batchcls.storage.filesystem import Storage
+from tests.helpers.runs import Night, items, plan_of, write_parts
+
+output, stops = sys.argv[1:]
+storage = Storage()
+
+def at(place):
+    global stops
+    if place == stops:
+        stops = None
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+real = publish.swap
+def swap(*arguments):
+    at("before the swap")
+    real(*arguments)
+publish.swap = swap
+
+plan, folder = plan_of(Night("yesterday"), 200), f"{output}/runs/yesterday"
+receipts = write_parts(folder, items(100), storage, parts=1)
+at("before the last receipt")
+receipts = write_parts(folder, items(200), storage)
+totals = reconcile(receipts, 200)
+config = ClassifyConfig(manifest="m", model="x", output=output, max_failed_fraction=0.5)
+verdict = judge(plan, receipts, totals, config, storage)
+at("before the commit")
+commit(plan, receipts, totals, {"measured": {}} | verdict.as_json(), storage, folder)
+at("before the publish")
+try:
+    publish_judged(plan, verdict, output, storage)
+except BatchclsError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+PLACES = ("before the last receipt", "before the commit", "before the publish", "before the swap")
+
+
+@pytest.mark.parametrize(
+    ("place", "is_newer"), [*((place, True) for place in PLACES), ("before the swap", False)]
+)
+def test_a_driver_that_wakes_up_late(tmp_path: Path, place: str, is_newer: bool):
+    """Tonight's run, or one that is older still, is published while yesterday's driver is stopped."""
+    output = str(tmp_path)
+    begin_run(output, Night("yesterday"))
+    begun_on(output, "yesterday", "2026-11-25T01:15:00+00:00")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, output, place], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        _, status = os.waitpid(driver.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        write_run(output, Night("other"), items(200))
+        begun_on(output, "other", f"2026-11-2{6 if is_newer else 4}T01:15:00+00:00")
+        publish(output, "other", Storage())
+        driver.send_signal(signal.SIGCONT)
+        said, _ = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert list_run(output, "yesterday", Storage()).record is not None
+    if is_newer:
+        assert (driver.returncode, "before run other, which is published" in said) == (3, True)
+        assert read_current(output, Storage()) == "other"
+    else:
+        assert (driver.returncode, read_current(output, Storage())) == (0, "yesterday"), said

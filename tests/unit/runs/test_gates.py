@@ -1,0 +1,420 @@
+"""Gates: the summary they judge by, each figure against a hand-made one, and the verdict on a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batchcls.cli.arguments import add_settings, parser_for, read_settings
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.gates_config import GateSettings
+from batchcls.errors import InputError, PublishRefused, StorageStoppedError
+from batchcls.runs.catalog import Counts, read_current, read_record
+from batchcls.runs.commit import commit, reconcile
+from batchcls.runs.gate_evaluation import GateDecision, judge, judge_again, publish_judged
+from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, judge_gates, refused
+from batchcls.runs.paths import run_folder
+from batchcls.runs.plan import claim
+from batchcls.runs.publish import publish, read_published
+from batchcls.runs.summary import Embeddings, Summary, changed_labels, jensen_shannon, summarize, summary_of
+from batchcls.storage.filesystem import Storage
+from tests.helpers.runs import Item, Night, begun_on, items, plan_of, write_parts, write_run
+
+
+def config_of(output: object, **settings: Any) -> ClassifyConfig:
+    return ClassifyConfig(
+        manifest="catalog.parquet", model="m", output=str(output), max_failed_fraction=0.5, **settings
+    )
+
+
+def verdict_on(output: Path, rows: list[Item], night: Night | None = None, **settings: Any) -> GateDecision:
+    """What the gates say of these rows, before anything is committed."""
+    night = night or Night("new")
+    folder = claim(plan_of(night, len(rows)), str(output), Storage())
+    receipts = write_parts(folder, rows, Storage())
+    totals = reconcile(receipts, len(rows))
+    return judge(plan_of(night, len(rows)), receipts, totals, config_of(output, **settings), Storage())
+
+
+def published(output: Path, rows: list[Item], night: Night | None = None) -> None:
+    night = night or Night("old")
+    write_run(str(output), night, rows)
+    publish(str(output), night.run_id, Storage())
+
+
+def gate(verdict: GateDecision, name: str) -> GateResult:
+    (found,) = [entry for entry in verdict.gates if entry.gate == name]
+    return found
+
+
+def mixed(cats: int, dogs: int, **changes: Any) -> list[Item]:
+    return [
+        *(Item(f"cat-{i}", "cat", **changes) for i in range(cats)),
+        *(Item(f"dog-{i}", "dog", **changes) for i in range(dogs)),
+    ]
+
+
+def test_a_summary_is_what_numpy_says(tmp_path: Path):
+    draw = np.random.default_rng(7)
+    rows = [
+        Item(
+            f"i{i}",
+            label=f"label {draw.integers(5)}",
+            probability=float(draw.random()),
+            embedding=tuple(draw.normal(size=4)),
+        )
+        for i in range(500)
+    ]
+    write_run(str(tmp_path), Night("a"), [*rows, Item("bad", reason="corrupt")])
+    record = read_record(str(tmp_path), "a", Storage())
+    summary = summarize(record.folder, record.files, Storage())
+    probabilities = np.array([row.probability for row in rows], np.float32)
+    norms = np.linalg.norm(np.array([row.embedding for row in rows], np.float32), axis=1)
+    assert summary.answered == 500
+    assert summary.mean_confidence == pytest.approx(probabilities.mean(), rel=1e-6)
+    assert summary.std_confidence == pytest.approx(probabilities.std(), rel=1e-5)
+    assert summary.confidence_histogram == tuple(np.histogram(probabilities, 20, (0, 1))[0])
+    labels, counts = np.unique([row.label for row in rows], return_counts=True)
+    assert summary.categories == dict(zip(labels.tolist(), counts.tolist(), strict=True))
+    assert summary.embeddings is not None
+    assert summary.embeddings.mean_norm == pytest.approx(norms.mean(), rel=1e-5)
+    assert summary.embeddings.std_norm == pytest.approx(norms.std(), rel=1e-3)
+    assert type(summary).from_json(summary.as_json()) == summary
+
+
+def test_confidence_one_is_in_the_last_bin_and_an_empty_run_has_no_mean(tmp_path: Path):
+    write_run(str(tmp_path), Night("a"), items(3, probability=1.0))
+    assert summary_of(read_record(str(tmp_path), "a", Storage()), Storage()).confidence_histogram[-1] == 3
+    write_run(str(tmp_path), Night("b"), items(3, reason="corrupt"))
+    empty = summary_of(read_record(str(tmp_path), "b", Storage()), Storage())
+    assert (empty.answered, empty.mean_confidence, empty.embeddings) == (0, None, None)
+
+
+def test_a_part_that_is_gone_is_bad_input_and_not_a_smaller_run(tmp_path: Path):
+    folder = Path(write_run(str(tmp_path), Night("a"), items(10)))
+    record = read_record(str(tmp_path), "a", Storage())
+    part = folder / record.files[-1].path
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(InputError, match="a file of the run cannot be read"):
+        summarize(record.folder, record.files, Storage())
+    part.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        summarize(record.folder, record.files, Storage())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "distance"),
+    [
+        ({"a": 1, "b": 1}, {"a": 50, "b": 50}, 0.0),
+        ({"a": 3}, {"b": 4}, 1.0),
+        ({"a": 1, "b": 1}, {"a": 1}, 0.5579230452841438),  # scipy.spatial.distance.jensenshannon(base=2)
+    ],
+)
+def test_jensen_shannon_distance(first: dict, second: dict, distance: float):
+    assert jensen_shannon(first, second) == pytest.approx(distance, abs=1e-12)
+
+
+def test_a_first_run_meets_only_gates_without_baseline(tmp_path: Path):
+    verdict = verdict_on(tmp_path, mixed(100, 20))
+    assert {entry.gate for entry in verdict.gates} == {
+        "failed_fraction",
+        "coverage_fraction",
+        "mean_confidence",
+        "non_finite_embeddings",
+    }
+    assert refused(verdict.gates) == []
+    assert verdict.published.run_id is None
+
+
+def test_failures_are_judged_overall_and_by_reason(tmp_path: Path):
+    rows = [*items(96), *(Item(f"b{i}", reason="not_found") for i in range(3)), Item("c", reason="corrupt")]
+    limits = {"not_found": 0.02, "corrupt": 0.01, "timeout": 0.0}
+    verdict = verdict_on(
+        tmp_path, rows, gate_max_failed_fraction=0.04, gate_max_failed_fraction_by_reason=limits
+    )
+    assert [entry.gate for entry in refused(verdict.gates)] == ["failed_fraction_not_found"]
+    assert gate(verdict, "failed_fraction").figure == pytest.approx(0.04)
+    found = gate(verdict, "failed_fraction_not_found")
+    assert (found.figure, found.limit) == (pytest.approx(0.03), pytest.approx(0.02))
+    assert "3 of 100 rows failed with not_found (3.00%); allowed is at most 2.00%" in found.sentence
+
+
+def test_coverage_falls_back_on_the_failed_fraction(tmp_path: Path):
+    rows = [*items(96), *(Item(f"b{i}", reason="not_found") for i in range(4))]
+    assert gate(verdict_on(tmp_path / "a", rows, gate_max_failed_fraction=0.04), "coverage_fraction").passed
+    assert not gate(
+        verdict_on(tmp_path / "b", rows, gate_max_failed_fraction=0.03), "coverage_fraction"
+    ).passed
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "figure"),
+    [
+        ("changed_labels_fraction", mixed(100, 100), [*mixed(100, 80), *items(0)], 0.0),
+        (
+            "changed_labels_fraction",
+            mixed(200, 0),
+            [*mixed(150, 0), *(Item(f"cat-{i}", "dog") for i in range(150, 200))],
+            0.25,
+        ),
+        ("category_shift", mixed(100, 100), mixed(200, 0), 0.5579230452841438),
+        ("mean_confidence_shift", items(150, probability=0.75), items(150, probability=0.5), 0.25),
+        (
+            "embedding_norm_shift_fraction",
+            items(150, embedding=(3.0, 0.0, 4.0, 0.0)),
+            items(150, embedding=(0.0, 6.0, 0.0, 0.0)),
+            0.2,
+        ),
+        ("changed_labels_fraction", items(200), [*items(200)[:150], *items(200, abstained=True)[150:]], 0.25),
+        ("row_count_change_fraction", items(200), items(150), 0.25),
+        ("row_count_change_fraction", items(100), items(150), 0.5),
+    ],
+)
+def test_gates_against_the_published_run(tmp_path: Path, name: str, old: list, new: list, figure: float):
+    published(tmp_path, old)
+    found = gate(verdict_on(tmp_path, new), name)
+    assert found.figure == pytest.approx(figure, rel=1e-6)
+    assert found.passed == (figure == 0.0)
+
+
+def test_every_gate_can_be_opened(tmp_path: Path):
+    published(tmp_path, mixed(100, 100))
+    wide = {name: 1.0 for name in GateSettings.model_fields if "max" in name and "by_reason" not in name}
+    wide |= {"gate_max_non_finite_embeddings": 1000, "gate_min_mean_confidence": 0.0}
+    wide |= {"gate_max_embedding_norm_shift_fraction": 10.0, "gate_max_row_count_change_fraction": 10.0}
+    worse = items(900, label="bird", probability=0.05, embedding=(float("nan"), 0.0, 0.0, 0.0))
+    assert len(refused(verdict_on(tmp_path / "absolute", worse).gates)) == 2
+    verdict = verdict_on(tmp_path, worse, **wide)
+    assert refused(verdict.gates) == []
+
+
+def test_non_finite_embeddings_are_counted_and_left_out_of_the_norms(tmp_path: Path):
+    rows = [*items(198), *items(1, embedding=(float("inf"), 0, 0, 0)), *items(1, embedding=(1e25, 0, 0, 0))]
+    verdict = verdict_on(tmp_path, rows)
+    found = gate(verdict, "non_finite_embeddings")
+    assert (found.figure, found.limit, found.passed) == (1.0, 0.0, False)
+    assert verdict.summary.embeddings is not None
+    assert verdict.summary.embeddings.rows == 199
+
+
+def test_a_small_catalog_is_judged_by_limits_for_so_many_rows(tmp_path: Path):
+    """297 rows, each of a category of its own: eight other labels are 0.1 of distance, and no reason to refuse."""
+    rows = [Item(f"i{i}", f"label {i}", 0.5 + 0.4 * (i % 2)) for i in range(297)]
+    swapped = [
+        Item(f"i{i}", f"label {(i * 7 + 11) % 297}" if i < 8 else f"label {i}", 0.6) for i in range(297)
+    ]
+    published(tmp_path, rows)
+    verdict = verdict_on(tmp_path, swapped)
+    shift = gate(verdict, "category_shift")
+    assert shift.figure > 0.1
+    assert shift.passed
+    assert "(0.1 and what chance explains on 297 rows)" in shift.sentence
+    # The mean went from 0.7 to 0.6 and the rows of a night vary by 0.2: beyond 0.05 by more than chance.
+    assert not gate(verdict, "mean_confidence_shift").passed
+    collapsed = verdict_on(tmp_path, [Item(f"i{i}", "label 0", 0.7) for i in range(297)], Night("collapsed"))
+    assert {found.gate for found in refused(collapsed.gates)} == {"changed_labels_fraction", "category_shift"}
+
+
+@pytest.mark.parametrize("rows", [120, 1_000, 20_000])
+def test_samples_of_one_catalog_are_refused_no_more_often_than_chance(rows: int):
+    """Two nights of other items with the same mix and confidence; shifts of twice the limit are found by 1,000 rows."""
+    random = np.random.default_rng(0)
+    mix = random.dirichlet(np.ones(30))
+
+    def summary(shift: float) -> Summary:
+        counts = random.multinomial(rows, mix)
+        confidence = np.clip(random.beta(5, 2, rows) - shift, 0, 1)
+        found = {f"label {i}": int(count) for i, count in enumerate(counts)}
+        norms = 10 * (1 + 2 * shift) + random.normal(0, 2, rows)
+        embeddings = Embeddings(8, rows, float(norms.mean()), float(norms.std()), 0)
+        return Summary(rows, found, float(confidence.mean()), float(confidence.std()), (0,) * 20, embeddings)
+
+    def refused_by(shift: float) -> set[str]:
+        counts = Counts(rows, rows, 0, 0, {})
+        baseline = Baseline("old", False, rows, summary(0.0), rows, int(random.binomial(rows, 0.1 + shift)))
+        subject = CandidateRun(counts, summary(shift), 30, baseline)
+        return {found.gate for found in refused(judge_gates(subject, Limits(GateSettings(), 0.01)))}
+
+    refusals = [name for _ in range(40) for name in refused_by(0.0)]
+    assert all(refusals.count(name) <= 6 for name in set(refusals)), refusals
+    if rows >= 1_000:
+        for _ in range(5):
+            assert {"changed_labels_fraction", "mean_confidence_shift", "embedding_norm_shift_fraction"} <= (
+                refused_by(0.1)
+            )
+
+
+def test_a_baseline_that_kept_no_deviation_is_taken_at_its_widest():
+    raw = {
+        "answered": 100,
+        "categories": {"a": 100},
+        "mean_confidence": 0.9,
+        "confidence_histogram": [0] * 20,
+        "embeddings": None,
+    }
+    assert Summary.from_json(raw).std_confidence == pytest.approx(0.3)
+
+
+def test_few_rows_are_not_judged_against_each_other(tmp_path: Path):
+    published(tmp_path, mixed(30, 0))
+    verdict = verdict_on(tmp_path, [Item(f"cat-{i}", "dog", 0.1) for i in range(50)])
+    assert refused(verdict.gates) == []
+    assert gate(verdict, "changed_labels_fraction").figure is None
+    assert "30 rows to compare" in gate(verdict, "changed_labels_fraction").sentence
+
+
+def test_another_model_is_judged_the_same_and_named(tmp_path: Path):
+    published(tmp_path, mixed(200, 0))
+    new = [Item(f"cat-{i}", "dog") for i in range(200)]
+    verdict = verdict_on(tmp_path, new, Night("new", model="n" * 64))
+    found = gate(verdict, "changed_labels_fraction")
+    assert not found.passed
+    assert "which another model classified" in found.sentence
+
+
+def test_a_published_run_that_cannot_be_read_is_a_refusal_and_no_error(tmp_path: Path):
+    published(tmp_path, mixed(200, 0))
+    (tmp_path / "runs" / "old" / "run.json").write_text("{}")
+    verdict = verdict_on(tmp_path, mixed(200, 0))
+    assert [entry.gate for entry in refused(verdict.gates)] == ["baseline"]
+
+
+def test_a_current_json_that_cannot_be_read_stops_before_the_commit(tmp_path: Path):
+    published(tmp_path, mixed(200, 0))
+    (tmp_path / "current.json").write_text("{")
+    with pytest.raises(StorageStoppedError, match=r"current\.json is damaged.*not committed") as caught:
+        verdict_on(tmp_path, mixed(200, 0))
+    assert caught.value.exit_code == 4
+
+
+def test_a_refused_publish_leaves_the_old_run_and_says_gate_figure_and_limit(tmp_path: Path):
+    published(tmp_path, mixed(200, 0))
+    verdict = verdict_on(tmp_path, mixed(150, 0))
+    with pytest.raises(PublishRefused) as caught:
+        publish_judged(plan_of(Night("new"), 150), verdict, str(tmp_path), Storage())
+    for word in ("row_count_change_fraction", "150 rows after 200 in run old", "at most 10.00%"):
+        assert word in str(caught.value)
+    assert read_current(str(tmp_path), Storage()) == "old"
+    assert caught.value.exit_code == 3
+
+
+def ready(output: Path, rows: list[Item], created: str = "2026-11-26T01:15:00+00:00") -> GateDecision:
+    """The run `ready`, committed and not published yet, and its verdict."""
+    night = Night("ready")
+    verdict = verdict_on(output, rows, night)
+    receipts = write_parts(run_folder(str(output), "ready"), rows, Storage())
+    findings = {"measured": {}} | verdict.as_json()
+    folder = run_folder(str(output), "ready")
+    commit(plan_of(night, len(rows)), receipts, reconcile(receipts, len(rows)), findings, Storage(), folder)
+    begun_on(str(output), "ready", created)
+    return verdict
+
+
+def publish_ready(output: Path, verdict: GateDecision, rows: int) -> GateDecision:
+    return publish_judged(plan_of(Night("ready"), rows), verdict, str(output), Storage())
+
+
+def publish_meanwhile(output: Path, rows: list[Item], created: str) -> None:
+    write_run(str(output), Night("other"), rows)
+    begun_on(str(output), "other", created)
+    publish(str(output), "other", Storage(), force=True)
+
+
+def test_where_another_run_was_published_since_the_gates_judge_again(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    assert verdict.published.run_id is None
+    publish_meanwhile(tmp_path, mixed(195, 0), "2026-11-25T01:15:00+00:00")
+    by = publish_ready(tmp_path, verdict, 200)
+    assert read_current(str(tmp_path), Storage()) == "ready"
+    assert by.published.run_id == "other"
+    assert "200 rows after 195 in run other" in gate(by, "row_count_change_fraction").sentence
+
+
+def test_what_is_judged_again_may_be_refused(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    publish_meanwhile(tmp_path, mixed(100, 100), "2026-11-25T01:15:00+00:00")
+    with pytest.raises(
+        PublishRefused, match=r"gate changed_labels_fraction: 0.00%|gate category_shift"
+    ) as caught:
+        publish_ready(tmp_path, verdict, 200)
+    assert caught.value.exit_code == 3
+    assert read_current(str(tmp_path), Storage()) == "other"
+
+
+def test_a_run_of_a_newer_manifest_is_never_replaced_by_a_late_driver(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    publish_meanwhile(tmp_path, mixed(200, 0), "2026-11-27T01:15:00+00:00")
+    before = read_published(str(tmp_path), Storage())
+    with pytest.raises(PublishRefused, match="before run other, which is published") as caught:
+        publish_ready(tmp_path, verdict, 200)
+    assert caught.value.exit_code == 3
+    late = judge_again(read_record(str(tmp_path), "ready", Storage()), verdict.limits, Storage())
+    assert not refused(late.gates)
+    with pytest.raises(PublishRefused, match="before run other, which is published"):
+        publish_ready(tmp_path, late, 200)
+    assert read_published(str(tmp_path), Storage()) == before
+
+
+def test_a_store_that_fails_at_the_publish_stops_and_the_same_command_publishes(tmp_path: Path):
+    verdict = ready(tmp_path, mixed(200, 0))
+    lock = tmp_path / ".current.json.lock"
+    lock.mkdir()
+    with pytest.raises(
+        StorageStoppedError, match=r"ready is committed and not published: .*same command"
+    ) as caught:
+        publish_ready(tmp_path, verdict, 200)
+    assert caught.value.exit_code == 4
+    assert "nothing" not in str(caught.value)
+    lock.rmdir()
+    publish_ready(tmp_path, verdict, 200)
+    assert read_current(str(tmp_path), Storage()) == "ready"
+
+
+def test_a_published_run_that_is_cut_is_a_refusal_and_no_error(tmp_path: Path):
+    published(tmp_path, mixed(200, 0))
+    part = next((tmp_path / "runs" / "old" / "predictions").iterdir())
+    whole = part.read_bytes()
+    for name, data in (("cut", whole[:100]), ("zeros", b"\0" * len(whole)), ("swapped", whole[::-1])):
+        part.write_bytes(data)
+        verdict = verdict_on(tmp_path, mixed(200, 0), Night(name))
+        assert [entry.gate for entry in refused(verdict.gates)] == ["baseline"]
+
+
+@pytest.mark.parametrize("entry", ["summary", "counts", "gates", "files", "model", "measured"])
+def test_a_published_run_whose_record_is_odd_is_a_refusal_and_no_error(tmp_path: Path, entry: str):
+    published(tmp_path, mixed(200, 0))
+    path = tmp_path / "runs" / "old" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {entry: [5]}))
+    assert [one.gate for one in refused(verdict_on(tmp_path, mixed(200, 0)).gates)] == ["baseline"]
+
+
+def test_labels_are_compared_by_item_and_not_by_row(tmp_path: Path):
+    new, old = mixed(50, 50), list(reversed(mixed(50, 50)))
+    write_run(str(tmp_path), Night("a"), old)
+    write_run(str(tmp_path), Night("b"), [*new, Item("more")])
+    from batchcls.runs.catalog import open_parts
+
+    parts = [
+        open_parts(read_record(str(tmp_path), name, Storage()), "predictions", Storage()) for name in "ba"
+    ]
+    assert changed_labels(*parts) == (100, 0)
+    assert run_folder(str(tmp_path), "a") != run_folder(str(tmp_path), "b")
+
+
+def test_gates_stand_in_a_table_of_the_toml_file(tmp_path: Path):
+    path = tmp_path / "job.toml"
+    path.write_text(
+        'manifest = "m"\nmodel = "x"\noutput = "o"\n[gates]\nmax-category-shift = 0.3\n'
+        "max_failed_fraction_by_reason = { not_found = 0.001 }\n"
+    )
+    parser = parser_for("classify", "", "")
+    add_settings(parser, ClassifyConfig)
+    arguments = ["--config", str(path), "--gate-max-changed-labels-fraction", "0.2"]
+    config = read_settings(ClassifyConfig, parser.parse_args(arguments))
+    assert (config.gate_max_category_shift, config.gate_max_changed_labels_fraction) == (0.3, 0.2)
+    assert config.redacted()["gate_max_failed_fraction_by_reason"] == {"not_found": 0.001}
+    path.write_text('manifest = "m"\n[gates]\nmax_catgory_shift = 0.3\n')
+    with pytest.raises(InputError, match="did you mean gate_max_category_shift"):
+        read_settings(ClassifyConfig, parser.parse_args(["--config", str(path)]))

@@ -1,0 +1,345 @@
+"""One driver a run: who is refused, who takes over, who notices."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from batchcls.errors import InputError, LeaseLostError, StorageStoppedError
+from batchcls.runs import lease as leases
+from batchcls.runs.lease import DEAD_SECONDS, Holder, leased, living_holder, require_free
+from batchcls.storage.filesystem import FileInfo, Storage
+from tests.conftest import REPOSITORY
+
+STORAGE = Storage()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats and patience a hundred times as short."""
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "DEAD_SECONDS", 0.6)
+
+
+class Misbehaving(Storage):
+    """A real storage whose listings do something else first, once they are told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act: Callable[[], None] = lambda: None
+        self.asked = threading.Event()
+
+    def list_here(self, uri: str) -> list[FileInfo]:
+        self.act()
+        self.asked.set()
+        return super().list_here(uri)
+
+
+def wait_for(lease: leases.Lease, error: type[Exception]) -> Exception:
+    """What `check` raises, at the latest after half a minute."""
+    ends_at = time.monotonic() + 30
+    while time.monotonic() < ends_at:
+        try:
+            lease.check()
+        except error as found:
+            return found
+        threading.Event().wait(0.01)
+    raise AssertionError("check goes on saying that all is well")
+
+
+def put(folder: Path, number: int, holder: Holder) -> None:
+    (folder / "lease").mkdir(exist_ok=True)
+    (folder / "lease" / f"{number:06d}.json").write_text(json.dumps(asdict(holder)))
+
+
+def test_a_second_job_is_refused_while_the_first_holds_the_run(tmp_path: Path):
+    with leased(str(tmp_path), STORAGE):
+        with pytest.raises(InputError, match="works on this run"), leased(str(tmp_path), STORAGE):
+            pass
+        with pytest.raises(InputError, match="works on this run"):
+            require_free(str(tmp_path), STORAGE)
+    require_free(str(tmp_path), STORAGE)
+    with leased(str(tmp_path), STORAGE):
+        assert living_holder(str(tmp_path), STORAGE) is not None
+
+
+def test_a_lease_created_between_the_look_and_the_creation_is_not_gone_past(tmp_path: Path):
+    class Slow(Storage):
+        def list_folders(self, uri: str) -> list[str]:
+            first.enter_context(leased(str(tmp_path), STORAGE))
+            return super().list_folders(uri)
+
+    with ExitStack() as first:
+        with pytest.raises(InputError, match="works on this run"), leased(str(tmp_path), Slow()):
+            pass
+        assert [path.name for path in (tmp_path / "lease").iterdir()] == ["000001.json"]
+
+
+def test_a_killed_process_is_taken_over_from_at_once(tmp_path: Path):
+    code = (
+        "import sys, time\n"
+        "from batchcls.runs.lease import leased\n"
+        "from batchcls.storage.filesystem import Storage\n"
+        f"with leased({str(tmp_path)!r}, Storage()):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=f"process {holder.pid}"):
+        require_free(str(tmp_path), STORAGE)
+    holder.kill()
+    holder.communicate()
+    with leased(str(tmp_path), STORAGE) as lease:
+        lease.confirm()
+    assert len(list((tmp_path / "lease").iterdir())) == 2
+
+
+def test_a_process_number_given_to_another_process_is_no_life(tmp_path: Path):
+    here = Holder.here()
+    put(tmp_path, 1, replace(here, process_start=1))
+    require_free(str(tmp_path), STORAGE)
+    put(tmp_path, 2, here)
+    with pytest.raises(InputError):
+        require_free(str(tmp_path), STORAGE)
+
+
+def test_a_job_of_another_host_lives_as_long_as_it_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    other = replace(Holder.here(), place="elsewhere", host="elsewhere")
+    put(tmp_path, 1, other)
+    with pytest.raises(InputError, match="on elsewhere"):
+        require_free(str(tmp_path), STORAGE)
+    put(tmp_path, 1, replace(other, beat=time.time() - DEAD_SECONDS - 1))
+    with leased(str(tmp_path), STORAGE):
+        pass
+    put(tmp_path, 3, replace(other, released=True))
+    require_free(str(tmp_path), STORAGE)
+
+
+def test_a_driver_that_was_taken_over_from_notices_and_leaves_the_new_lease_alone(tmp_path: Path):
+    with leased(str(tmp_path), STORAGE) as lease:
+        put(tmp_path, 2, replace(Holder.here(), owner="other"))
+        lease.check()  # asks nobody
+        with pytest.raises(LeaseLostError, match="has taken"):
+            lease.confirm()
+        with pytest.raises(LeaseLostError):
+            lease.check()
+    assert json.loads((tmp_path / "lease" / "000002.json").read_text())["released"] is False
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", [ValueError, RecursionError, KeyError, MemoryError, SystemExit])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_ends_the_thread_ends_the_run(tmp_path: Path, kind: type[BaseException]):
+    storage = Misbehaving()
+
+    def fail() -> None:
+        if threading.current_thread().name == "lease":
+            raise kind("odd answer")
+
+    with leased(str(tmp_path), storage) as lease:
+        storage.act = fail
+        error = wait_for(lease, LeaseLostError)
+        assert kind.__name__ in str(error)
+        assert "odd answer" in str(error)
+        assert isinstance(error.__cause__, kind)
+        with pytest.raises(LeaseLostError):
+            lease.confirm()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_store_that_fails_for_a_while_does_not_end_the_run(tmp_path: Path):
+    storage = Misbehaving()
+    failed = []
+
+    def fail() -> None:
+        if threading.current_thread().name == "lease" and len(failed) < 3:
+            failed.append(1)
+            raise ConnectionError
+
+    with leased(str(tmp_path), storage) as lease:
+        storage.act = fail
+        while len(failed) < 3:
+            lease.check()
+            assert storage.asked.wait(10)
+            storage.asked.clear()
+        lease.confirm()
+
+
+@pytest.mark.usefixtures("quick")
+def test_while_the_thread_hangs_in_its_store_the_driver_renews_the_lease_itself(tmp_path: Path):
+    storage, hangs, go = Misbehaving(), threading.Event(), threading.Event()
+
+    def hang() -> None:
+        if threading.current_thread().name == "lease":
+            hangs.set()
+            go.wait(60)
+
+    path = tmp_path / "lease" / "000001.json"
+    with leased(str(tmp_path), storage) as lease:
+        storage.act = hang
+        assert hangs.wait(30)
+        before = json.loads(path.read_text())["beat"]
+        ends_at = time.monotonic() + 30
+        while json.loads(path.read_text())["beat"] == before and time.monotonic() < ends_at:
+            lease.check()
+        assert json.loads(path.read_text())["beat"] > before
+        put(tmp_path, 2, replace(Holder.here(), owner="other"))
+        assert "has taken" in str(wait_for(lease, LeaseLostError))
+        go.set()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lease_that_nobody_can_renew_ends_the_run(tmp_path: Path):
+    storage = Misbehaving()
+
+    def fail() -> None:
+        raise ConnectionError
+
+    with leased(str(tmp_path), storage) as lease:
+        storage.act = fail
+        assert "same command goes on" in str(wait_for(lease, StorageStoppedError))
+        storage.act = lambda: None
+
+
+@pytest.mark.parametrize("other_host", [False, True])
+def test_a_driver_that_was_stopped_for_long_asks_before_it_goes_on(tmp_path: Path, other_host: bool):
+    code = (
+        "import sys\n"
+        "from batchcls.runs import lease as leases\n"
+        "from batchcls.storage.filesystem import Storage\n"
+        "leases.DEAD_SECONDS = 0.5\n"
+        f"with leases.leased({str(tmp_path)!r}, Storage()) as lease:\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "    try:\n"
+        "        lease.check()\n"
+        "    except leases.LeaseLostError:\n"
+        "        print('lost', flush=True)\n"
+        "    else:\n"
+        "        print('held', flush=True)\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGSTOP)
+    if other_host:
+        put(tmp_path, 2, replace(Holder.here(), place="elsewhere"))
+    threading.Event().wait(0.7)  # as long as it takes to be dead for others
+    holder.send_signal(signal.SIGCONT)
+    out, _ = holder.communicate("go\n")
+    assert out == ("lost\n" if other_host else "held\n")
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0, float("inf"), float("nan")])
+def test_clocks_that_differ_decide_nothing_as_long_as_the_other_host_beats(
+    tmp_path: Path, ahead: float, monkeypatch: pytest.MonkeyPatch
+):
+    other = replace(Holder.here(), place="elsewhere", host="elsewhere", beat=time.time() + ahead)
+    put(tmp_path, 1, other)
+    ended = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not ended.wait(0.02):
+            count += 1
+            STORAGE.write_whole(
+                str(tmp_path / "lease" / "000001.json"),
+                json.dumps(asdict(replace(other, beat=other.beat + count, pid=count))).encode(),
+            )
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(InputError, match="on elsewhere"), leased(str(tmp_path), STORAGE):
+            pass
+    finally:
+        ended.set()
+        thread.join()
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    with leased(str(tmp_path), STORAGE) as lease:
+        lease.confirm()
+    assert (tmp_path / "lease" / "000002.json").exists()
+
+
+def fill_with_what_is_no_lease(folder: Path) -> None:
+    lease = folder / "lease"
+    (lease / "a" / "b").mkdir(parents=True)
+    (lease / "a" / "b" / "000009.json").write_text("{}")
+    (lease / "000005.json").mkdir()
+    (lease / "000005.json" / "000017.json").write_text("{}")
+    for name in ("zzz.json", "12.json", "-00001.json", "000001.json.bak", "+00001.json", "00000x.json"):
+        (lease / name).write_text(json.dumps(asdict(Holder.here())))
+    (lease / ".000001.json.0123.tmp").write_text("{")
+    (lease / "\u0660\u0660\u0660\u0660\u0660\u0661.json").write_text("digits, and not of a number")
+    (lease / "000077.json").symlink_to("nowhere")
+    (lease / "000000.json").write_text("{}")
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_else_lies_in_the_folder_is_no_lease(tmp_path: Path):
+    fill_with_what_is_no_lease(tmp_path)
+    require_free(str(tmp_path), STORAGE)
+    with leased(str(tmp_path), STORAGE) as lease:
+        lease.confirm()
+        assert living_holder(str(tmp_path), STORAGE) is not None
+        assert (tmp_path / "lease" / "000006.json").exists()
+
+
+DAMAGED = {
+    "empty": b"",
+    "half": json.dumps(asdict(Holder.here())).encode()[:40],
+    "no UTF-8": b'{"owner": "\xff\xfe"}',
+    "nested": b"[" * 200_000,
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "null": b"null",
+    "other keys": b'{"until": 3}',
+    "other types": json.dumps(asdict(Holder.here()) | {"pid": "x", "beat": []}).encode(),
+    "numbers that are too large": json.dumps(asdict(Holder.here()) | {"beat": 10**400}).encode(),
+    "too large": b" " * 100_000 + json.dumps(asdict(Holder.here())).encode(),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_lease_is_nobodys(tmp_path: Path, data: bytes):
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "000003.json").write_bytes(data)
+    require_free(str(tmp_path), STORAGE)
+    with leased(str(tmp_path), STORAGE) as lease:
+        lease.confirm()
+        with pytest.raises(InputError, match=f"process {Holder.here().pid}"):
+            require_free(str(tmp_path), STORAGE)
+    assert (tmp_path / "lease" / "000004.json").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lease_of_a_later_version_is_read(tmp_path: Path):
+    (tmp_path / "lease").mkdir()
+    record = asdict(Holder.here()) | {"cluster": "night"}
+    (tmp_path / "lease" / "000001.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="works on this run"):
+        require_free(str(tmp_path), STORAGE)

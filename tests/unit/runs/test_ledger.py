@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchcls.runs.receipts import RowRanges, balance
+
+
+def ranges(*pairs: tuple[int, int]) -> RowRanges:
+    return RowRanges(np.array([a for a, _ in pairs], np.int64), np.array([b for _, b in pairs], np.int64))
+
+
+def pairs(found: RowRanges) -> list[tuple[int, int]]:
+    return list(zip(found.starts.tolist(), found.stops.tolist(), strict=True))
+
+
+def test_rows_become_the_fewest_ranges():
+    assert pairs(RowRanges.of(np.array([7, 3, 4, 5, 9, 8]))) == [(3, 6), (7, 10)]
+    assert pairs(RowRanges.of(np.array([], np.int64))) == []
+
+
+def test_a_row_twice_in_one_part_is_an_error():
+    with pytest.raises(ValueError, match="row 4 twice"):
+        RowRanges.of(np.array([4, 3, 4]))
+
+
+def test_parts_in_any_order_that_cover_every_row_once_are_exact():
+    found = balance([ranges((5, 10)), ranges((0, 2), (3, 5)), ranges((2, 3))], 10)
+    assert found.is_exact
+    assert str(found) == "every row once"
+
+
+def test_gaps_overlaps_and_strangers_are_told_apart():
+    found = balance([ranges((0, 3)), ranges((2, 4)), ranges((6, 8)), ranges((11, 12))], 10)
+    assert pairs(found.missing) == [(4, 6), (8, 10)]
+    assert pairs(found.repeated) == [(2, 3)]
+    assert pairs(found.beyond) == [(11, 12)]
+    assert "4 rows missing (first: 4)" in str(found)
+    assert not found.is_exact
+
+
+def test_nothing_written_leaves_everything_missing():
+    assert pairs(balance([], 4).missing) == [(0, 4)]
+
+
+@given(st.lists(st.lists(st.integers(0, 30), max_size=12, unique=True), max_size=6), st.integers(1, 25))
+def test_balance_agrees_with_counting(parts: list[list[int]], rows: int):
+    counts = np.zeros(40, int)
+    for part in parts:
+        counts[part] += 1
+    found = balance([RowRanges.of(np.array(part, np.int64)) for part in parts], rows)
+    expected = {row for row in range(rows) if counts[row] == 0}
+    assert {row for a, b in pairs(found.missing) for row in range(a, b)} == expected
+    assert {row for a, b in pairs(found.repeated) for row in range(a, b)} == {
+        r for r in range(40) if counts[r] > 1
+    }
+    assert {row for a, b in pairs(found.beyond) for row in range(a, b)} == {
+        r for r in range(rows, 40) if counts[r]
+    }
+    assert found.is_exact == (all(counts[:rows] == 1) and not counts[rows:].any())

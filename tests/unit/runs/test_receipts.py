@@ -1,0 +1,95 @@
+"""The ledger on storage: what counts, what is done again, and how much is missing."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from batchcls.errors import StorageStoppedError
+from batchcls.manifest.row_ranges import RowRanges
+from batchcls.runs.parts import PartFile, Receipt
+from batchcls.runs.receipts import keep_receipt, missing_rows, read_receipts, settle_receipts
+from batchcls.storage.filesystem import Storage
+from tests.helpers.runs import Item, block, items
+from tests.unit.runs.test_parts import classified, writer
+
+STORAGE = Storage()
+
+
+def keep(folder: Path, *blocks: pa.Table) -> Receipt:
+    return keep_receipt(writer(folder).write(list(blocks)), str(folder), STORAGE)
+
+
+def pairs(found: RowRanges) -> list[tuple[int, int]]:
+    return list(zip(found.starts.tolist(), found.stops.tolist(), strict=True))
+
+
+def test_a_receipt_comes_back_from_storage_as_it_was(tmp_path: Path):
+    kept = keep(tmp_path, classified([1, None, 3]), classified([4], 7))
+    (read,) = read_receipts(str(tmp_path), STORAGE)
+    assert read == kept
+    assert [pairs(file.ranges) for file in read.files] == [[(0, 1), (2, 3), (7, 8)], [(1, 2)]]
+    assert (read.predicted, read.reused, read.failures) == (3, 0, Counter(truncated=1))
+    assert read.first_failed == ((1, "truncated"),)
+
+
+def test_files_without_a_receipt_count_for_nothing(tmp_path: Path):
+    writer(tmp_path).write([classified([1, 2, 3])])
+    keep(tmp_path, classified([4, 5], 3))
+    assert pairs(missing_rows(read_receipts(str(tmp_path), STORAGE), 6)) == [(0, 3), (5, 6)]
+
+
+def test_of_two_receipts_for_the_same_rows_one_counts(tmp_path: Path):
+    for _ in range(3):
+        keep(tmp_path, classified([1, None, 3]))
+    keep(tmp_path, classified([4, 5], 3))
+    kept = settle_receipts(read_receipts(str(tmp_path), STORAGE), 6, lambda _: False)
+    assert sum(one.rows for one in kept) == 5
+    assert pairs(missing_rows(kept, 6)) == [(5, 6)]
+
+
+def test_a_damaged_receipt_is_named_and_its_rows_are_done_again(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+):
+    first, _ = keep(tmp_path, classified([1, 2])), keep(tmp_path, classified([3], 2))
+    path = tmp_path / "receipts" / first.name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert pairs(missing_rows(read_receipts(str(tmp_path), STORAGE), 3)) == [(0, 2)]
+    assert first.name in log.text
+
+
+def test_what_may_pass_has_a_file_of_its_own_and_is_done_again(tmp_path: Path):
+    from batchcls.runs.parts import PartWriter
+    from tests.helpers.runs import DIMENSION
+
+    rows = [*items(2), Item("gone", reason="not_found"), Item("cut", reason="truncated"), *items(1)]
+    written = PartWriter(str(tmp_path), STORAGE, (), pa.float16(), DIMENSION).write([block(rows)])
+    keep_receipt(written, str(tmp_path), STORAGE)
+    read = read_receipts(str(tmp_path), STORAGE)
+    kept = settle_receipts(read, 5, lambda file: file.may_pass)
+    assert pairs(missing_rows(kept, 5)) == [(2, 3)]
+    assert kept[0].failures == Counter(truncated=1)
+    kept = settle_receipts(read, 5, lambda file: file.kind == "quarantine")
+    assert pairs(missing_rows(kept, 5)) == [(2, 4)]
+
+
+def test_answers_win_over_an_older_quarantine_of_the_same_rows():
+    def file(kind: str, path: str, *ranges: tuple[int, int]) -> PartFile:
+        starts, stops = (np.array(side, np.int64) for side in zip(*ranges, strict=True))
+        found = RowRanges(starts, stops)
+        return PartFile(path, kind, len(found), 1, "", found, failures=Counter(truncated=len(found)))
+
+    before = Receipt("a", (file("quarantine", "q/a", (2, 3), (5, 6)),), {}, 0, 0.0)
+    after = Receipt("b", (file("predictions", "p/b", (5, 6)),), {}, 0, 0.0)
+    kept = settle_receipts([before, after], 8, lambda _: False)
+    assert [file.path for one in kept for file in one.files] == ["p/b"]
+
+
+def test_a_full_disk_stops_and_leaves_no_receipt(tmp_path: Path):
+    """/dev/full answers every write as a full disk does."""
+    receipt = writer(tmp_path).write([classified([1])])
+    (tmp_path / "receipts").symlink_to("/dev/full/nowhere")
+    with pytest.raises(StorageStoppedError, match="goes on from here"):
+        keep_receipt(receipt, str(tmp_path), STORAGE)

@@ -1,0 +1,73 @@
+"""How rows of an earlier run are found: by state, by content, by number; and that they are the right ones."""
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from batchcls.runs.catalog import RunRecord, read_record
+from batchcls.runs.reuse import EarlierRows, Index, ReuseSource, hashes_of, open_earlier, state_keys
+from batchcls.storage.filesystem import Storage
+from tests.helpers.runs import Item, Night, write_run
+
+STORAGE = Storage()
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    output = str(tmp_path_factory.mktemp("output"))
+    rows = [
+        Item("a", label="cat", content_hash="h0", source_version="stat:1:2"),
+        Item("b", label="dog", content_hash="h1", source_version="version:7"),
+        Item("c", reason="truncated"),
+        Item("d", label="fox", content_hash="h3"),
+    ]
+    write_run(output, Night("n1"), rows, STORAGE)
+    return read_record(output, "n1", STORAGE)
+
+
+def opened(record: RunRecord, *, same_base: bool = True, same_manifest: bool = False) -> ReuseSource:
+    return open_earlier(record, STORAGE, same_base=same_base, same_manifest=same_manifest)
+
+
+def found(index: Index, *texts: str) -> list[int]:
+    with duckdb.connect() as connection:
+        return index.find(hashes_of(pa.array(texts, pa.string()), connection)).tolist()
+
+
+def test_a_version_belongs_to_the_item_and_a_store_s_word_to_the_file():
+    keys = state_keys(
+        pa.array(["a", "b", "c", "d"]),
+        pa.array(["0.jpg", "1.jpg", "2.jpg", None]),
+        pa.array(["stat:1:2", "version:7", None, "etag:x"], pa.string()),
+    )
+    assert keys.to_pylist() == ["0.jpg\0stat:1:2", "b\0version:7", None, None]
+
+
+def test_rows_are_found_by_state_and_by_content(record: RunRecord):
+    earlier = opened(record)
+    assert found(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7", "0.jpg\0stat:1:3", "d\0") == [
+        0,
+        1,
+        -1,
+        -1,
+    ]
+    assert found(earlier.by_content, "h1", "h3", "h2") == [1, 2, -1]
+    rows = EarlierRows(earlier, STORAGE).take(np.array([2, 0]), ["item_id", "label"])
+    assert rows.to_pylist() == [{"item_id": "d", "label": "fox"}, {"item_id": "a", "label": "cat"}]
+
+
+def test_the_same_relative_uri_under_another_folder_is_another_file(record: RunRecord):
+    earlier = opened(record, same_base=False)
+    assert found(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7") == [-1, 1]
+
+
+def test_all_predictions_are_found_by_row_where_the_manifest_is_the_same(record: RunRecord):
+    earlier = opened(record, same_manifest=True)
+    assert earlier.by_row is not None
+    assert earlier.by_row.find(np.array([0, 1, 2, 3], np.uint64)).tolist() == [0, 1, -1, 2]
+
+
+def test_nothing_is_found_in_nothing():
+    empty = Index.of(np.empty(0, np.uint64), np.empty(0, np.int64))
+    assert empty.find(np.array([1, 2], np.uint64)).tolist() == [-1, -1]

@@ -1,0 +1,182 @@
+"""Which committed run the same command publishes: one whose job ended between the commit and the publish."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.errors import ExitCode, PublishRefused, StorageStoppedError
+from batchcls.jobs.classify import publish_finished
+from batchcls.runs.catalog import read_current
+from batchcls.runs.commit import commit, reconcile
+from batchcls.runs.plan import Fingerprints, claim
+from batchcls.runs.publish import publish, roll_back
+from batchcls.runs.unpublished import find_unpublished
+from batchcls.storage.filesystem import Storage, join
+from tests.conftest import S3Server
+from tests.helpers.runs import Night, begun_on, items, plan_of, write_parts, write_run
+
+PASSED = {"gate": "coverage_fraction", "figure": 1.0, "limit": 0.9, "passed": True, "sentence": "all"}
+
+
+@pytest.fixture(params=["local", "s3"])
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path / "output")
+    server: S3Server = request.getfixturevalue("s3")
+    return f"s3://{server.bucket}/{request.node.name.split('[')[0]}"
+
+
+def config_of(output: str, **changes: Any) -> ClassifyConfig:
+    return ClassifyConfig(manifest="catalog.parquet", model="m", output=output, **changes)
+
+
+def about(config: ClassifyConfig) -> Fingerprints:
+    return Fingerprints.of(config, "f" * 64, "m" * 64)
+
+
+def committed(
+    output: str, name: str, *, gates: list[dict] | None = None, trial: bool = False, **changes: Any
+) -> str:
+    """What a command with these settings has committed and not published; returns the run's folder."""
+    config, storage = config_of(output, **changes), Storage()
+    plan = plan_of(Night(name, unpublishable=["a trial"] if trial else []), 4)
+    plan = replace(plan, config=config.redacted(), fingerprints=about(config))
+    folder = claim(plan, output, storage)
+    receipts = write_parts(folder, items(4), storage)
+    findings = {"measured": {}, "gates": [PASSED] if gates is None else gates, "baseline": None}
+    commit(plan, receipts, reconcile(receipts, 4), findings, storage, folder)
+    return folder
+
+
+def found(output: str, **changes: Any) -> str | None:
+    config = config_of(output, **changes)
+    record = find_unpublished(config, about(config), Storage())
+    return None if record is None else record.run_id
+
+
+def test_a_run_whose_publish_was_interrupted_is_found_until_it_is_published(output: str):
+    assert found(output) is None
+    committed(output, "night")
+    assert found(output) == "night"
+    assert found(output, run_id="night") == "night"
+    assert found(output, run_id="other") is None
+    publish(output, "night", Storage())
+    assert found(output) is None
+
+
+def test_the_newest_of_several_is_found(output: str):
+    for name, created in (("a", "2026-11-24"), ("c", "2026-11-26"), ("b", "2026-11-25")):
+        committed(output, name)
+        begun_on(output, name, f"{created}T01:15:00+00:00")
+    assert found(output) == "c"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        {"publish": False},
+        {"top_k": 3},
+        {"limit": 4},
+        {"reuse": "none"},
+        {"retry_quarantine": True},
+    ],
+)
+def test_a_command_that_asks_for_something_else_finds_nothing(tmp_path: Path, command: dict):
+    output = str(tmp_path)
+    committed(output, "night")
+    assert found(output, **command) is None
+    if command != {"publish": False}:
+        committed(output, "other", **command)
+        assert found(output, **command) == "other"
+    assert found(output) == "night"
+
+
+def test_what_was_never_to_be_published_or_was_refused_is_not_found(output: str):
+    committed(output, "no-publish", publish=False)
+    committed(output, "trial", trial=True)
+    committed(output, "refused", gates=[PASSED, PASSED | {"passed": False}])
+    committed(output, "unjudged", gates=[])
+    write_run(output, Night("of-nobody-knows-what"), items(4))
+    assert found(output) is None
+
+
+def test_what_was_published_once_is_not_found_after_a_rollback(output: str):
+    for name in ("a", "b"):
+        committed(output, name)
+        publish(output, name, Storage())
+    roll_back(output, Storage(), lambda record: [])
+    assert found(output) is None
+
+
+def test_what_is_older_than_the_published_run_is_not_found(output: str):
+    committed(output, "yesterday")
+    begun_on(output, "yesterday", "2026-11-25T01:15:00+00:00")
+    write_run(output, Night("tonight"), items(4))
+    publish(output, "tonight", Storage())
+    assert found(output) is None
+    begun_on(output, "tonight", "2026-11-24T01:15:00+00:00")
+    assert found(output) == "yesterday"
+
+
+@pytest.mark.parametrize("damage", ["run.json", "plan.json", "part", "removal.json", "current.json"])
+def test_what_is_damaged_or_being_removed_is_not_found_and_stops_nobody(tmp_path: Path, damage: str):
+    output = str(tmp_path)
+    folder = Path(committed(output, "night"))
+    committed(output, "older", publish=False)
+    if damage == "part":
+        next((folder / "predictions").iterdir()).unlink()
+    else:
+        ((tmp_path if damage == "current.json" else folder) / damage).write_text("[")
+    assert found(output) is None
+
+
+def test_another_version_s_plan_is_not_found(tmp_path: Path):
+    folder = Path(committed(str(tmp_path), "night"))
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"fingerprints": {}, "config": {}}))
+    assert found(str(tmp_path)) is None
+    assert Storage().exists(join(str(folder), "run.json"))
+
+
+def test_what_is_found_is_judged_again_and_published_and_nothing_is_computed(output: str):
+    folder = committed(output, "night")
+    config = config_of(output, report=False)
+    before = Storage().list_files(folder)
+    record = find_unpublished(config, about(config), Storage())
+    assert record is not None
+    assert publish_finished(config, record, Storage()) == ExitCode.DONE
+    assert read_current(output, Storage()) == "night"
+    assert Storage().list_files(folder) == before
+
+
+def test_what_is_found_and_cannot_be_published_yet_stops_and_is_found_again(tmp_path: Path):
+    output = str(tmp_path)
+    committed(output, "night")
+    config = config_of(output, report=False)
+    lock = tmp_path / ".current.json.lock"
+    lock.mkdir()
+    for _ in range(2):
+        record = find_unpublished(config, about(config), Storage())
+        assert record is not None
+        with pytest.raises(StorageStoppedError, match="the same command publishes it") as caught:
+            publish_finished(config, record, Storage())
+        assert caught.value.exit_code == ExitCode.BUDGET_EXCEEDED
+    lock.rmdir()
+    assert publish_finished(config, record, Storage()) == ExitCode.DONE
+    assert found(output) is None
+
+
+def test_what_is_found_is_refused_where_its_answers_do_not_fit_what_is_published(output: str):
+    write_run(output, Night("before"), items(4, label="dog"))
+    publish(output, "before", Storage())
+    committed(output, "night")
+    config = config_of(output, report=False, gate_from_rows=1, gate_min_mean_confidence=0)
+    record = find_unpublished(config, about(config), Storage())
+    assert record is not None
+    with pytest.raises(PublishRefused, match="gate changed_labels_fraction"):
+        publish_finished(config, record, Storage())
+    assert read_current(output, Storage()) == "before"

@@ -1,0 +1,265 @@
+"""One place has one form, whatever its spelling; every setting that names a place takes it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from batchcls.config.bundle_config import (
+    BundleCreateConfig,
+    BundleExportConfig,
+    BundleInspectConfig,
+    BundleTestConfig,
+)
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.compare_config import CompareConfig
+from batchcls.config.evaluate_config import EvaluateConfig
+from batchcls.config.finetune_config import FinetuneConfig
+from batchcls.config.manifest_config import ManifestCheckConfig, ManifestFromFolderConfig
+from batchcls.config.runs_config import RunsDiffConfig, RunsListConfig
+from batchcls.errors import InputError
+from batchcls.runs.plan import Fingerprints
+from batchcls.storage.uris import below, folder_of, has_scheme, local_path, normal, real_place, redact_uri
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spelling", "form"),
+    [
+        *(
+            (f"{sign}a/m.parquet", "HERE/a/m.parquet")
+            for sign in ("", "./", "././", ".//", "b/../", "HERE/", "HERE//")
+        ),
+        ("a/./b//c/", "HERE/a/b/c"),
+        (".", "HERE"),
+        ("", "HERE"),
+        ("/", "/"),
+        ("//a", "/a"),
+        ("///", "/"),
+        ("/..", "/"),
+        ("/../a", "/a"),
+        ("a/..", "HERE"),
+        ("link/m", "HERE/link/m"),
+        ("link/../m", "HERE/real/m"),
+        ("link/..//../link/x", "HERE/link/x"),
+        ("file://HERE/a%20b/%5B1%5D.parquet", "HERE/a b/[1].parquet"),
+        ("file:HERE/a%20b", "HERE/a b"),
+        ("FILE://localhostHERE/a//b/", "HERE/a/b"),
+        ("local://HERE/a", "HERE/a"),
+        ("file:////a", "/a"),
+        ("file:///", "/"),
+        ("/a%20b", "/a%20b"),
+        ("a b /ü?*[1]#x", "HERE/a b /ü?*[1]#x"),
+        ("~", "HERE/home"),
+        ("~/", "HERE/home"),
+        ("~/a", "HERE/home/a"),
+        ("a/~", "HERE/a/~"),
+        ("./~/a", "HERE/~/a"),
+        ("a:b", "HERE/a:b"),
+        ("odd::name", "HERE/odd::name"),
+        ("./C:\\x", "HERE/C:\\x"),
+        ("a\\b", "HERE/a\\b"),
+        ("S3://Bucket/Key/", "s3://Bucket/Key"),
+        ("s3a://b/k//", "s3://b/k"),
+        ("S3A://b", "s3://b"),
+        ("s3://b/", "s3://b"),
+        ("s3://b//k", "s3://b//k"),
+        ("s3://b/./a/../k%20 ", "s3://b/./a/../k%20 "),
+        ("s3://b/*.parquet", "s3://b/*.parquet"),
+        ("GCS://b/k", "gs://b/k"),
+        ("Memory://x/", "memory://x"),
+        ("memory:///", "memory:///"),
+        ("SimpleCache::s3://b/k/", "simplecache::s3://b/k"),
+        ("HTTPS://host/a/?sig=%2F/", "https://host/a/?sig=%2F/"),
+        ("http://host//a/../b#x", "http://host//a/../b#x"),
+    ],
+)
+def test_every_spelling_has_one_form_which_stays(here: Path, spelling: str, form: str):
+    spelling, form = spelling.replace("HERE", str(here)), form.replace("HERE", str(here))
+    assert normal(spelling) == form
+    assert normal(form) == form
+
+
+def test_the_form_names_the_file_that_the_spelling_names(here: Path):
+    (here / "real" / "m").write_text("right")
+    (here / "m").write_text("wrong")
+    assert Path("link/../m").read_text() == Path(normal("link/../m")).read_text() == "right"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "words"),
+    [
+        (r"C:\photos\m.parquet", "Windows path"),
+        ("c:/photos", "Windows path"),
+        (r"\\server\share", "Windows path"),
+        ("s3:/bucket/key", "s3://..."),
+        ("S3:bucket", "s3://..."),
+        ("https:/host/x", "https://..."),
+        ("s3:///key", "no bucket"),
+        ("s3://", "no bucket"),
+        ("gs:///key", "no bucket"),
+        ("file://relative/m.parquet", "host"),
+        ("a\0b", "null byte"),
+        ("~nobody-of-this-name/x", "no home"),
+    ],
+)
+def test_what_can_be_no_place_is_refused_with_a_remedy(here: Path, spelling: str, words: str):
+    with pytest.raises(InputError, match=words) as caught:
+        normal(spelling)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_called_like_a_user_is_that_file(here: Path):
+    (here / "~root").touch()
+    assert normal("~root") == f"{here}/~root"
+
+
+def test_file_names_that_are_no_utf8_survive_their_quoting(here: Path):
+    name = os.fsdecode(b"caf\xe9.parquet")
+    (here / name).touch()
+    assert Path(normal(f"file://{here}/caf%E9.parquet")).exists()
+    assert local_path("file:///caf%E9") == os.fsdecode(b"/caf\xe9")
+
+
+def test_a_form_is_still_shown_without_its_secrets(here: Path):
+    assert redact_uri(normal("S3A://key:secret@bucket/x/")) == "s3://bucket/x"
+    assert redact_uri(normal("HTTPS://me:pw@host/a?token=1")) == "https://host/a"
+    for spelling in ("s3:/key:secret@bucket/x", "s3://key:secret@/x\0"):
+        with pytest.raises(InputError) as caught:
+            normal(spelling)
+        assert "secret" not in str(caught.value)
+
+
+def test_links_lead_to_one_real_place(here: Path):
+    assert real_place(normal("link/x")) == real_place(normal("real/deep/x")) == f"{here}/real/deep/x"
+    assert real_place("s3://me:pw@b/k") == "s3://b/k"
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder", "name"),
+    [
+        ("/a/m", "/a", "m"),
+        ("/m", "/", "m"),
+        ("m", ".", "m"),
+        ("s3://b/a/m", "s3://b/a", "m"),
+        ("s3://b/m", "s3://b", "m"),
+        ("s3://b//m", "s3://b//", "m"),
+        ("s3://b/a//m", "s3://b/a//", "m"),
+    ],
+)
+def test_a_file_lies_in_a_folder(uri: str, folder: str, name: str):
+    assert folder_of(uri) == folder
+    assert below(uri, folder) == name
+    assert below("/a/b//c", "/a") == "b//c"
+    assert below("s3://b//m", "s3://b") == "/m"
+    assert has_scheme("file:/a")
+    assert not has_scheme("file:a")
+
+
+_SETTINGS: list[tuple[type[BaseModel], dict[str, object], tuple[str, ...]]] = [
+    (
+        ClassifyConfig,
+        {"manifest": "m", "output": "o", "model": "./m"},
+        ("manifest", "output", "model", "weights", "labels", "allow_root"),
+    ),
+    (
+        CompareConfig,
+        {"manifest": "m", "output": "o", "models": ["./m"]},
+        ("manifest", "output", "models", "allow_root"),
+    ),
+    (
+        EvaluateConfig,
+        {"manifest": "m", "output": "o"},
+        ("manifest", "output", "model", "run", "write_bundle", "training_curves", "allow_root"),
+    ),
+    (
+        FinetuneConfig,
+        {"manifest": "m", "validation": "v", "output": "o", "model": "./m"},
+        ("manifest", "validation", "output", "model", "weights", "labels", "state", "allow_root"),
+    ),
+    (ManifestCheckConfig, {"manifest": "m"}, ("manifest",)),
+    (ManifestFromFolderConfig, {"folder": "f", "output": "o"}, ("folder", "output")),
+    (RunsListConfig, {"output": "o"}, ("output",)),
+    (RunsDiffConfig, {"output": "o", "old": "a", "new": "b"}, ("output", "to")),
+    (
+        BundleCreateConfig,
+        {"model": "timm:x", "output": "o"},
+        ("model", "output", "weights", "labels", "category_paths"),
+    ),
+    (BundleInspectConfig, {"bundle": "b"}, ("bundle",)),
+    (BundleTestConfig, {"bundle": "b"}, ("bundle",)),
+    (BundleExportConfig, {"bundle": "b", "output": "o"}, ("bundle", "output")),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "required", "name"),
+    [(settings, required, name) for settings, required, names in _SETTINGS for name in names],
+)
+def test_every_setting_that_names_a_place_takes_its_form(
+    here: Path, settings: type[BaseModel], required: dict[str, object], name: str
+):
+    def given(value: str) -> object:
+        value = value.replace("HERE", str(here))
+        found = getattr(
+            settings.model_validate(required | {name: [value] if name in _LISTS else value}), name
+        )
+        return found[0] if name in _LISTS else found
+
+    for spelling in ("./x//y/", "HERE/x/./y", "file://HERE/x/y", "link/../../x/y"):
+        assert given(spelling) == f"{here}/x/y"
+    for wrong in (r"C:\x", "s3:/b/k"):
+        with pytest.raises(ValidationError):
+            given(wrong)
+    if name == "allow_root":
+        with pytest.raises(ValidationError, match="of this machine"):
+            given("s3://b/k")
+    else:
+        assert given("S3A://b/k/") == "s3://b/k"
+
+
+_LISTS = ("allow_root", "models")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "timm:resnet50.a1_in1k", "torchvision:resnet18", "timm:hf-hub:a/b"]
+)
+def test_names_of_models_stay(here: Path, name: str):
+    assert ClassifyConfig(manifest="m", output="o", model=name).model == name
+    assert CompareConfig(manifest="m", output="o", models=[name]).models == [name]
+
+
+def test_one_bundle_named_twice_is_named_twice(here: Path):
+    with pytest.raises(ValidationError, match="twice"):
+        CompareConfig(manifest="m", output="o", models=["./x", f"{here}/x/"])
+
+
+def test_the_cache_is_a_folder_of_each_node(here: Path):
+    for given, kept in (("~/cache", "~/cache"), ("file:///a%20b", "/a b"), ("x/../y", "x/../y")):
+        assert BundleTestConfig(bundle="b", cache_dir=given).cache_dir == kept
+    for wrong in ("s3://b/cache", "s3:/b", r"C:\cache"):
+        with pytest.raises(ValidationError):
+            BundleTestConfig(bundle="b", cache_dir=wrong)
+
+
+def test_a_run_goes_on_however_the_same_places_are_spelled(here: Path):
+    plain = ClassifyConfig(manifest="m", output="o", model="timm:x", allow_root=["real/deep", "a"])
+    other = ClassifyConfig(
+        manifest=f"file://{here}/m",
+        output="./o/",
+        model="timm:x",
+        allow_root=["./real//deep/", f"file:{here}/a"],
+    )
+    assert other == plain
+    found = Fingerprints.of(plain, "m", "b").differences(Fingerprints.of(other, "m", "b"))
+    assert found == []
+    assert plain.redacted() == other.redacted()

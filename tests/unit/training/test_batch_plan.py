@@ -1,0 +1,167 @@
+"""Images of a step: every worker finds enough in each of them, whatever rows, batch and workers there are."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from batchcls.config.finetune_config import FinetuneConfig
+from batchcls.errors import InputError
+from batchcls.training.batch_plan import StepPlan, fit_workers, plan_steps
+from batchcls.training.recipe import Recipe, read_recipe
+from batchcls.training.sampling import RowSampler, number_of_steps, passes_of, share_of, steps_of_epoch
+from batchcls.training.scaling import Workers
+
+
+def config(**changes: object) -> FinetuneConfig:
+    return FinetuneConfig(manifest="m", validation="v", model="x", output="o", **changes)
+
+
+def workers(most: int, least: int | None = None, *, gpu: bool = False) -> Workers:
+    return Workers(most if least is None else least, most, most, 1.0, gpu, 0)
+
+
+def recipe(batch_size: int, **changes: object) -> Recipe:
+    return read_recipe("fine-tune").with_changes(batch_size=batch_size, **changes)
+
+
+def planned(
+    chosen: FinetuneConfig, found: Workers, batch: int, rows: int, needed: int
+) -> tuple[StepPlan, Workers]:
+    plan = plan_steps(chosen, recipe(batch), found, rows, needed)
+    return plan, fit_workers(chosen, found, plan, rows, needed)
+
+
+def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
+    """1 to 40 rows, batches of 2 to 40, 1 to 40 workers, with and without a BatchNorm that needs two images."""
+    shared = refused = 0
+    recipes = {batch: recipe(batch) for batch in range(2, 41)}
+    for count, needed in product(range(1, 41), (1, 2)):
+        chosen, asked = config(num_workers=str(count)), workers(count)
+        for rows, batch in product(range(1, 41), recipes):
+            plan = plan_steps(chosen, recipes[batch], asked, rows, needed)
+            try:
+                found = fit_workers(chosen, asked, plan, rows, needed)
+            except InputError:
+                refused += 1
+                assert count * needed > min(rows, batch), (rows, batch, count, needed)
+                continue
+            shared += 1
+            steps = number_of_steps(rows, batch, plan.least)
+            smallest, largest = rows // steps, -(-rows // steps)
+            assert found.most == count
+            assert smallest // count >= needed, (rows, batch, count, needed)
+            assert largest <= batch or largest // count < 2 * needed, (
+                "a step grows where shares are small only"
+            )
+    assert shared > 15_000
+    assert refused > 15_000
+
+
+@pytest.mark.parametrize("rows", range(1, 41))
+def test_steps_are_all_rows_once_and_passes_are_all_of_a_share(rows: int):
+    sampler = RowSampler(np.zeros(rows, np.int32), seed=3)
+    for batch, least, pass_size, needed in product((2, 3, 7, 32), (1, 2, 4), (None, 2, 3, 5), (1, 2)):
+        steps = steps_of_epoch(sampler, 0, batch, min(least, rows))
+        assert sorted(np.concatenate(steps)) == list(range(rows))
+        for step in steps:
+            for count in range(1, len(step) // needed + 1):
+                shares = [share_of(step, rank, count) for rank in range(count)]
+                assert sorted(np.concatenate(shares)) == sorted(step)
+                cut = [part for share in shares for part in passes_of(share, pass_size, needed)]
+                assert sum(map(len, cut)) == len(step)
+                assert min(map(len, cut)) >= needed
+                if pass_size is not None:
+                    assert max(map(len, cut)) <= pass_size + (needed - 1)
+
+
+def test_21_rows_at_a_batch_of_2_leave_no_step_of_one_image():
+    plan, _ = planned(config(num_workers="2"), workers(2), 2, 21, 1)
+    steps = steps_of_epoch(RowSampler(np.zeros(21, np.int32), seed=0), 0, plan.batch_size, plan.least)
+    assert sorted(map(len, steps)) == [2] * 9 + [3]
+    with pytest.raises(ValueError, match="a step of 1 images cannot be shared among 2 workers"):
+        share_of(np.arange(1), 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found", "rows", "needed", "said"),
+    [
+        (
+            {"num_workers": "64"},
+            workers(64),
+            1000,
+            1,
+            "--num-workers 64: .* at a batch of 32.*--num-workers 32 or",
+        ),
+        (
+            {"num_workers": "16"},
+            workers(16),
+            20,
+            2,
+            "smallest step has 20 images.*needs 2 .for its BatchNorm.*10 or fewer",
+        ),
+        ({"num_workers": "16-40"}, workers(40, 16), 1000, 4, "--num-workers 8 or fewer"),
+        ({"num_workers": "2", "pass_size": 1}, workers(2), 1000, 2, "--pass-size 1: a pass needs 2 images"),
+        ({}, workers(1), 1, 2, "--num-workers auto: .*--batch-norm frozen, or train on more images"),
+    ],
+)
+def test_workers_that_find_too_little_are_refused_with_a_remedy(chosen, found, rows, needed, said):
+    with pytest.raises(InputError, match=said):
+        planned(config(**chosen), found, 32, rows, needed)
+
+
+def test_workers_whose_number_was_left_to_us_become_fewer_with_a_line(log: pytest.LogCaptureFixture):
+    plan, found = planned(config(), workers(64), 32, 1000, 1)
+    assert (found.least, found.most, found.now) == (32, 32, 32)
+    assert "32 worker(s) instead of 64: the smallest step has 32 images of 1000" in log.text
+    assert plan.smallest_step(1000) == 32
+    _, found = planned(config(num_workers="2-64"), workers(64, 2), 32, 1000, 1)
+    assert (found.least, found.most) == (2, 32)
+
+
+def test_a_run_that_moves_to_a_larger_machine_keeps_its_steps():
+    plan, _ = planned(config(), workers(1), 32, 60, 1)
+    found = fit_workers(config(), workers(8), plan, 60, 1)
+    assert found.most == 8
+    again = fit_workers(config(), workers(64), plan, 60, 1)
+    assert again.most == 30
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus", "rows", "batch", "growth"),
+    [
+        ({}, 1, 100_000, 32, 1),
+        ({}, 8, 100_000, 256, 8),
+        ({}, 8, 4_096, 128, 4),
+        ({}, 8, 500, 32, 1),
+        ({"batch_size": 64}, 8, 100_000, 32, 1),
+        ({"worker_batch_size": 8}, 2, 500, 16, 0.5),
+        ({"worker_batch_size": 128}, 8, 100_000, 1024, 32),
+    ],
+)
+def test_a_step_grows_with_the_gpus_unless_a_flag_says_its_size(chosen, gpus, rows, batch, growth):
+    plan = plan_steps(config(**chosen), recipe(32), workers(gpus, gpu=True), rows, 1)
+    assert (plan.batch_size, plan.growth) == (batch, growth)
+
+
+def test_without_gpus_a_step_is_the_recipe_s():
+    assert plan_steps(config(), recipe(32), workers(8), 100_000, 1).batch_size == 32
+    assert plan_steps(config(worker_batch_size=8), recipe(32), workers(8), 100_000, 1).batch_size == 64
+
+
+def test_learning_rates_follow_the_batch():
+    plan = StepPlan(512, 8, 16.0)
+    adam = plan.applied_to(recipe(32, learning_rate=1e-3, ema_decay=0.995), config())
+    assert adam.batch_size == 512
+    assert adam.learning_rate == pytest.approx(4e-3)
+    assert adam.head_learning_rate == pytest.approx(4 * recipe(32).head_learning_rate)
+    assert adam.ema_decay == pytest.approx(0.995**16)
+    sgd = plan.applied_to(recipe(32, optimizer="sgd", learning_rate=1e-3), config(head_learning_rate=0.5))
+    assert sgd.learning_rate == pytest.approx(16e-3)
+    assert sgd.head_learning_rate == recipe(32).head_learning_rate
+    assert StepPlan(32, 1).applied_to(recipe(32), config()) == recipe(32)
+
+
+def test_two_sizes_exclude_each_other():
+    with pytest.raises(ValueError, match="--batch-size and --worker-batch-size exclude each other"):
+        config(batch_size=32, worker_batch_size=8)

@@ -1,0 +1,134 @@
+"""Which failures of training are tried again: those that may pass, and no other."""
+
+import errno
+
+import pytest
+import ray
+import torch
+from ray.train import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError
+from torch import distributed, nn
+
+from batchcls.errors import BatchclsError, ExitCode, InputError, StorageStoppedError
+from batchcls.training import ray_train
+from batchcls.training.failures import lasting_failure, out_of_memory, worker_failures
+
+
+def raised(function) -> BaseException:
+    try:
+        function()
+    except Exception as error:  # noqa: BLE001 - whatever torch raises
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def one_value_per_channel() -> None:
+    nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+
+
+LASTING = [
+    raised(lambda: nn.Linear(3, 2)(torch.zeros(1, 4))),
+    raised(one_value_per_channel),
+    raised(lambda: dict[str, int]()["absent"]),
+    raised(lambda: nn.Linear(3, 2).load_state_dict({"weight": torch.zeros(1)})),
+    InputError("s3://b/x: there is no such bucket"),
+    AssertionError("Wrong image height! Expected 224 but got 160!"),
+    FileNotFoundError(errno.ENOENT, "gone"),
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.ENOSPC, "No space left on device"),
+]
+PASSING = [
+    ray.exceptions.WorkerCrashedError(),
+    ray.exceptions.ActorDiedError(),
+    ray.exceptions.NodeDiedError("gone"),
+    ConnectionResetError(errno.ECONNRESET, "reset"),
+    TimeoutError("no answer"),
+    StorageStoppedError("s3://b/x: the store does not answer"),
+    RuntimeError(
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+    ),
+    RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"),
+    distributed.DistBackendError("NCCL error: remote process exited"),
+    distributed.DistStoreError("wait timeout after 180000ms"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", LASTING, ids=lambda error: f"{type(error).__name__}-{str(error)[:20]}")
+def test_what_the_code_refuses_comes_again(error: BaseException):
+    assert lasting_failure([error]) is error
+    # the others lose their connection to the one that failed
+    assert lasting_failure([PASSING[6], error, PASSING[0]]) is error
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: f"{type(error).__name__}-{str(error)[:20]}")
+def test_deaths_connections_and_stores_may_pass(error: BaseException):
+    assert lasting_failure([error]) is None
+
+
+def test_memory_that_is_used_up_is_known():
+    assert out_of_memory(PASSING) is PASSING[-2]
+    assert out_of_memory(LASTING) is None
+
+
+def test_failures_are_in_the_order_of_the_ranks():
+    error = WorkerGroupError("two", {3: ValueError("b"), 1: TypeError("a")})
+    assert [type(one) for one in worker_failures(error)] == [TypeError, ValueError]
+    assert worker_failures(LASTING[0]) == [LASTING[0]]
+
+
+def attempts(monkeypatch: pytest.MonkeyPatch, *failures: BaseException, most: int = 3) -> tuple[int, object]:
+    """How often training is begun when it fails like this, and how it ends."""
+    begun: list[int] = []
+
+    def fit(_: object) -> str:
+        begun.append(1)
+        if len(begun) <= len(failures):
+            raise failures[len(begun) - 1]
+        return "done"
+
+    monkeypatch.setattr(ray_train, "_fit", fit)
+    try:
+        ended: object = ray_train.fit_until_done(lambda: None, most)
+    except BatchclsError as error:
+        ended = error
+    return len(begun), ended
+
+
+def group(error: BaseException) -> WorkerGroupError:
+    return WorkerGroupError("of a worker", {0: PASSING[6], 1: error})
+
+
+@pytest.mark.parametrize("error", LASTING[:4], ids=lambda error: type(error).__name__)
+def test_what_comes_again_ends_training_at_once_with_one_line(error, monkeypatch: pytest.MonkeyPatch):
+    begun, ended = attempts(monkeypatch, group(error))
+    assert begun == 1
+    assert isinstance(ended, BatchclsError)
+    assert str(ended).startswith(f"training stopped: {type(error).__name__}: {str(error)[:30]}")
+    assert "\n" not in str(ended)
+    assert str(ended).endswith("it would again")
+    assert ended.exit_code == ExitCode.UNEXPECTED
+
+
+def test_what_a_worker_says_of_an_input_ends_training_with_its_exit_code(monkeypatch: pytest.MonkeyPatch):
+    _, ended = attempts(monkeypatch, group(InputError("the part is damaged")))
+    assert (str(ended), ended.exit_code) == ("the part is damaged", ExitCode.BAD_INPUT)
+
+
+def test_deaths_are_survived_as_often_as_asked_for(monkeypatch: pytest.MonkeyPatch, log):
+    assert attempts(monkeypatch, *[group(PASSING[0])] * 3) == (4, "done")
+    assert "failure 3 of --max-failures 3" in log.text
+    _, ended = attempts(monkeypatch, *[group(PASSING[0])] * 4)
+    assert "after 4 failure(s); the same command goes on from the last checkpoint" in str(ended)
+
+
+def test_memory_that_is_used_up_twice_in_a_row_ends_training(monkeypatch: pytest.MonkeyPatch):
+    assert attempts(monkeypatch, group(PASSING[-2]), group(PASSING[0]), group(PASSING[-2])) == (4, "done")
+    _, ended = attempts(monkeypatch, group(PASSING[-2]), group(PASSING[-2]))
+    assert "twice; lower --pass-size" in str(ended)
+
+
+def test_what_ray_train_itself_cannot_do_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    _, ended = attempts(monkeypatch, ControllerError(ValueError("the snapshot is damaged")))
+    assert "the snapshot is damaged" in str(ended)

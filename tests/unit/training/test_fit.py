@@ -1,0 +1,197 @@
+import numpy as np
+import pytest
+import torch
+
+from batchcls.errors import InputError
+from batchcls.training.linear_probe.fit import LinearSettings, train_linear_probe
+from batchcls.training.linear_probe.label_noise import LabelNoise
+from batchcls.training.linear_probe.labeled_embeddings import Examples, split_folds, standard_space
+from batchcls.training.linear_probe.lda import MiniBatchConfig, fit_large_scale
+from batchcls.training.linear_probe.logistic import Objective
+from batchcls.training.sampling import BalanceName, class_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _examples(rows: int, categories: int, *, views: int = 1, apart: float = 2.5, seed: int = 0) -> Examples:
+    """Clouds around random centers; values of very different size, one that is always the same, one that is noise."""
+    rng = np.random.default_rng(seed)
+    centers = np.random.default_rng(7).normal(size=(categories, 16)) * apart / 4
+    classes = rng.integers(0, categories, rows).astype(np.int32)
+    values = centers[classes] + rng.normal(size=(views, rows, 16))
+    values = values * np.geomspace(0.01, 100, 16) + 3
+    values = np.concatenate([values, np.full((views, rows, 1), 5.0)], axis=2).astype(np.float32)
+    return Examples.of(values, np.ones(rows, bool), classes, categories)
+
+
+def _right(head, examples: Examples) -> float:
+    return np.mean([(head.logits(x).argmax(1) == y).float().mean().item() for x, y in examples.pieces()])
+
+
+def test_a_probe_tells_clouds_apart_and_says_how_well_on_rows_it_had_not_seen():
+    probe = train_linear_probe(_examples(4000, 5), LinearSettings(folds=2))
+    unseen = _right(probe.head, _examples(4000, 5, seed=1))
+    assert unseen > 0.75
+    assert probe.method == "l-bfgs"
+    assert probe.chosen.top1 == pytest.approx(unseen, abs=0.03)
+    assert probe.chosen.loss == min(one.loss for one in probe.tried)
+
+
+def test_it_answers_as_well_as_the_best_that_is_possible():
+    """The clouds are round, so that the nearest center is right as often as anything can be."""
+    unseen = _examples(4000, 5, seed=1)
+    centers = np.random.default_rng(7).normal(size=(5, 16)) * 2.5 / 4
+    plain = (unseen.values[0, :, :16] - 3) / np.geomspace(0.01, 100, 16)
+    best = np.square(plain[:, None] - centers).sum(2).argmin(1) == unseen.classes
+    probe = train_linear_probe(_examples(3000, 5), LinearSettings(folds=2))
+    assert _right(probe.head, unseen) > best.mean() - 0.01
+
+
+def test_the_head_on_plain_embeddings_answers_as_in_its_space():
+    examples = _examples(500, 3)
+    space = standard_space(examples)
+    (embeddings, _), *_ = examples.pieces()
+    moved = space.put(embeddings)
+    np.testing.assert_allclose(moved[:, :16].mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(moved[:, :16].std(0), 1, rtol=1e-2)
+    assert (moved[:, 16] == 0).all()
+    weight, bias = torch.randn(3, 17), torch.randn(3)
+    torch.testing.assert_close(
+        space.head(weight, bias).logits(embeddings), moved @ weight.T + bias, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_the_same_seed_gives_the_same_head_and_leaves_the_callers_random_numbers_alone():
+    examples = _examples(300, 3, views=2)
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    first = train_linear_probe(examples, LinearSettings(seed=1, folds=2))
+    assert torch.equal(torch.randn(3), expected)
+    second = train_linear_probe(examples, LinearSettings(seed=1, folds=2))
+    assert torch.equal(first.head.weight, second.head.weight)
+    assert first.tried == second.tried
+
+
+def test_all_views_are_learnt_from():
+    """The second view has what tells the categories apart; the first is noise."""
+    examples = _examples(600, 2, views=2, apart=6)
+    values = examples.values.copy()
+    values[0] = np.random.default_rng(0).normal(size=values[0].shape)
+    probe = train_linear_probe(
+        Examples(values, examples.rows, examples.classes, 2), LinearSettings(folds=2, l2=0.1)
+    )
+    mirrored = Examples(values[1:], examples.rows, examples.classes, 2)
+    assert _right(probe.head, mirrored) > 0.8
+
+
+def test_weights_lift_a_small_category():
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.array([0, 1], np.int32), [950, 50])
+    values = (rng.normal(size=(1, 1000, 4)) + classes[None, :, None] * 0.8).astype(np.float32)
+    examples = Examples.of(values, np.ones(1000, bool), classes, 2)
+    found = {}
+    for balance in ("none", "loss", "sampling"):
+        probe = train_linear_probe(examples, LinearSettings(balance=balance, folds=2))
+        found[balance] = probe.head.logits(torch.from_numpy(values[0, 950:])).argmax(1).float().mean().item()
+    assert found["loss"] > found["none"] + 0.3
+    assert found["sampling"] == found["loss"]
+
+
+@pytest.mark.parametrize("balance", ["loss", "sampling"])
+@pytest.mark.parametrize("passes", [None, MiniBatchConfig(20, 64, 3e-3)])
+def test_smoothed_labels_do_not_cost_the_largest_category_its_rows(
+    balance: BalanceName, passes: MiniBatchConfig | None
+):
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.array([0, 1, 2], np.int32), [940, 10, 10])
+    values = rng.normal(size=(1, 960, 4)).astype(np.float32)
+    values[0, np.arange(960), classes] += 4
+    examples = Examples.of(values, np.ones(960, bool), classes, 3)
+    if passes is None:
+        head = train_linear_probe(
+            examples, LinearSettings(balance=balance, label_smoothing=0.1, folds=2, l2=0.01)
+        ).head
+    else:
+        fitted = fit_large_scale(examples, Objective(None, 0.1, class_weights(examples.counts), 0), passes)
+        head = fitted.space.head(fitted.weight, fitted.bias)
+    answers = head.logits(torch.from_numpy(values[0])).argmax(1).numpy()
+    assert min((answers[classes == k] == k).mean() for k in range(3)) > 0.8
+
+
+def test_folds_keep_a_row_of_every_category_and_spread_the_rest():
+    classes = np.repeat(np.arange(4, dtype=np.int32), [1, 2, 11, 101])
+    fold = split_folds(classes, 5, seed=0)
+    assert all((fold[classes == k] == -1).sum() == 1 for k in range(4))
+    assert sorted(np.bincount(fold[(classes == 3) & (fold >= 0)]).tolist()) == [20] * 5
+    assert sorted(np.bincount(fold[(classes == 2) & (fold >= 0)]).tolist()) == [2] * 5
+    assert (fold == split_folds(classes, 5, seed=0)).all()
+    assert (fold != split_folds(classes, 5, seed=1)).any()
+
+
+def test_categories_without_rows_and_with_one_row_are_no_obstacle():
+    values = np.random.default_rng(0).normal(size=(1, 41, 4)).astype(np.float32)
+    values[0, :20] += 4
+    classes = np.array([1] * 20 + [3] * 20 + [4], np.int32)
+    examples = Examples.of(values, np.ones(41, bool), classes, 6)
+    probe = train_linear_probe(examples, LinearSettings(folds=2))
+    answers = probe.head.logits(torch.from_numpy(values[0])).argmax(1)
+    assert (answers[:20] == 1).float().mean() > 0.9
+    assert not set(answers.tolist()) & {0, 2, 5}
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [([1, 1, 1], "are of one category; two are needed"), ([0, 1, 2], "alone in its category")],
+)
+def test_rows_that_teach_nothing_are_refused(classes, message):
+    values = np.zeros((1, 3, 4), np.float32)
+    examples = Examples.of(values, np.ones(3, bool), np.array(classes, np.int32), 3)
+    with pytest.raises(InputError, match=message):
+        train_linear_probe(examples, LinearSettings())
+
+
+def test_the_large_scale_method_is_as_good_and_reads_half_precision_from_disk(tmp_path):
+    examples = _examples(6000, 40, views=2, apart=4)
+    mapped = np.lib.format.open_memmap(tmp_path / "values.npy", "w+", np.float16, examples.values.shape)
+    mapped[:] = examples.values
+    unseen = _examples(3000, 40, apart=4, seed=1)
+    stored = Examples(np.load(tmp_path / "values.npy", mmap_mode="r"), examples.rows, examples.classes, 40)
+    objective = Objective(None, 0.0, None, 0)
+    closed = fit_large_scale(stored, objective, MiniBatchConfig(0))
+    trained = fit_large_scale(stored, objective, MiniBatchConfig(4, 256, 3e-3))
+    assert trained.chosen.loss <= closed.chosen.loss
+    small = train_linear_probe(examples, LinearSettings(folds=2))
+    by_small = _right(small.head, unseen)
+    assert small.method == "l-bfgs"
+    for fitted in (closed, trained):
+        assert _right(fitted.space.head(fitted.weight, fitted.bias), unseen) > by_small - 0.02
+
+
+def test_passes_start_from_the_closed_form_and_better_it_where_clouds_are_not_round():
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 3, 6000).astype(np.int32)
+    values = rng.standard_t(2, size=(1, 6000, 8)).astype(np.float32)
+    values[0, np.arange(6000), classes] += 4
+    examples = Examples.of(values, np.ones(6000, bool), classes, 3)
+    closed = fit_large_scale(examples, Objective(None, 0.0, None, 0), MiniBatchConfig(0))
+    trained = fit_large_scale(examples, Objective(None, 0.0, None, 0), MiniBatchConfig(10, 256, 1e-2))
+    assert trained.chosen.loss < closed.chosen.loss - 0.01
+
+
+def test_wrong_labels_stand_first_in_the_noise_report():
+    examples = _examples(1200, 4, apart=8)
+    wrong = np.random.default_rng(3).choice(1200, 24, replace=False)
+    classes = examples.classes.copy()
+    classes[wrong] = (classes[wrong] + 1) % 4
+    noisy = Examples(examples.values, examples.rows, classes, 4)
+    probe = train_linear_probe(noisy, LinearSettings(folds=3))
+    judged = LabelNoise.of([(torch.from_numpy(probe.held_out), torch.from_numpy(classes.astype(np.int64)))])
+    seen = np.isfinite(judged.loss)
+    assert (~seen).sum() == 4
+    first = np.argsort(-np.where(seen, judged.loss, -np.inf))[:24]
+    assert len(set(first) & set(wrong)) >= 20
+    assert (judged.suggested[first] == examples.classes[first]).mean() > 0.8
+    confident = np.flatnonzero(judged.confident)
+    assert len(set(confident) & set(wrong)) >= 20
+    assert len(confident) < 60

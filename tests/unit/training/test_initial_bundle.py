@@ -1,0 +1,169 @@
+"""What training starts from: the categories' own classifier on a trained body."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from batchcls.config.finetune_config import FinetuneConfig
+from batchcls.errors import InputError
+from batchcls.inference.golden_record import with_golden
+from batchcls.models.build import build_model
+from batchcls.models.model_bundle import Bundle, BundleConfig, Calibration, HeldOut
+from batchcls.storage.filesystem import Storage
+from batchcls.training.initial_bundle import open_start, start_for
+from batchcls.training.linear_probe.labeled_embeddings import LinearHead
+from batchcls.training.linear_probe.probe_job import with_head
+from batchcls.training.trained_bundle import Trained, trained_bundle
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LABELS = ("bag", "cap", "mug")
+
+
+def config(model: str, **changes: object) -> FinetuneConfig:
+    known = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": 64, "crop_pct": 0.9}
+    chosen = (known if model.startswith("timm:") else {}) | changes
+    return FinetuneConfig(manifest="m", validation="v", output="o", model=model, **chosen)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), path)
+    return str(path)
+
+
+def start(chosen: FinetuneConfig, labels: tuple[str, ...] = LABELS) -> Bundle:
+    return start_for(chosen, open_start(chosen, Storage()), labels, Storage())
+
+
+def test_named_weights_get_a_classifier_to_which_all_categories_are_alike(weights: str):
+    made = start(config("timm:test_resnet", weights=weights))
+    assert made.config.labels == LABELS
+    assert made.config.untrained_head
+    assert not made.publishable
+    model = build_model(made).eval()
+    assert not model.fc.weight.any()
+    assert torch.equal(model(torch.randn(2, 3, 64, 64)), torch.zeros(2, 3))
+    trained = timm.create_model("test_resnet", num_classes=7)
+    trained.load_state_dict(load_file(weights))
+    assert torch.equal(model.conv1[0].weight, trained.conv1[0].weight)
+
+
+def test_a_bundle_keeps_its_classifier_where_its_categories_are_these(weights: str, tmp_path: Path):
+    made = start(config("timm:test_resnet", weights=weights))
+    state = build_model(made).state_dict()
+    moved = {k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()}
+    trained = trained_bundle(made, Trained(moved, ()), "run-1", {"digest": "x"})
+    assert trained.publishable
+    assert trained.config.golden is not None
+    assert trained.config.preprocessing == made.config.preprocessing
+    assert trained.config.lineage["start"]["weights"]["kind"] == "file"
+    folder = str(tmp_path / "bundle")
+    trained.save(folder, Storage())
+    again = start(config(folder))
+    assert again.fingerprint == trained.fingerprint
+    other = start(config(folder), ("bag", "cap"))
+    assert other.config.labels == ("bag", "cap")
+    assert not build_model(other).fc.weight.any()
+    assert torch.equal(build_model(other).conv1[0].weight, build_model(trained).conv1[0].weight)
+
+
+def test_from_scratch_keeps_the_initial_values_of_the_library():
+    made = start(config("timm:test_resnet", from_scratch=True))
+    assert made.config.weights.kind == "random"
+    assert build_model(made).fc.weight.any()
+
+
+def test_what_a_bundle_brings_itself_cannot_be_said_about_it(weights: str, tmp_path: Path):
+    folder = str(tmp_path / "bundle")
+    start(config("timm:test_resnet", weights=weights)).save(folder, Storage())
+    with pytest.raises(InputError, match="--from-scratch: --model is a bundle"):
+        open_start(config(folder, from_scratch=True), Storage())
+    with pytest.raises(InputError, match="--model is a bundle, which brings its own"):
+        open_start(config(folder, input_size=96), Storage())
+
+
+PATHS = (("wear", "bag"), ("wear", "cap"), ("home", "mug"))
+
+
+def calibrated(bundle: Bundle, **changes: object) -> Bundle:
+    """The bundle as `evaluate --write-bundle` leaves it, with the shop's tree."""
+    found = Calibration(
+        temperature=1.7,
+        ece_before=0.1,
+        ece_after=0.05,
+        wished_precision=0.95,
+        thresholds=(0.5,) * len(bundle.config.labels),
+        depth_thresholds=(0.4, 0.6),
+        held_out=HeldOut(rows=10, precision=0.95, coverage=0.5),
+        rows=10,
+        manifest_fingerprint="m",
+    )
+    record = bundle.config.model_dump() | {"calibration": found, "category_paths": PATHS} | changes
+    return with_golden(Bundle(BundleConfig.model_validate(record), bundle.weights))
+
+
+def trained_on(bundle: Bundle) -> Bundle:
+    state = build_model(bundle).state_dict()
+    moved = {k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()}
+    return trained_bundle(bundle, Trained(moved, ()), "run-1", {"digest": "x"})
+
+
+@pytest.mark.parametrize(
+    ("labels", "paths"),
+    [
+        (LABELS, PATHS),
+        (LABELS[::-1], PATHS[::-1]),
+        (("cap", "bag"), (PATHS[1], PATHS[0])),
+        (("bag", "cap", "mug", "plate"), None),
+    ],
+)
+@pytest.mark.parametrize("probe", [False, True])
+def test_training_on_from_a_calibrated_bundle_drops_what_was_of_its_old_weights(
+    weights: str, tmp_path: Path, log: pytest.LogCaptureFixture, labels: tuple[str, ...], paths, probe: bool
+):
+    named = start(config("timm:test_resnet", weights=weights))
+    before = calibrated(named, embedding_tap="stage2", embedding_dimension=32, untrained_head=False)
+    before.save(str(tmp_path / "calibrated"), Storage())
+    chosen = config(str(tmp_path / "calibrated"))
+    opened = open_start(chosen, Storage())
+    if probe:
+        head = LinearHead(torch.randn(len(labels), 96), torch.zeros(len(labels)))
+        after = with_head(opened, head, labels, opened.config.paths_of(labels), ("run-1", {}))
+    else:
+        after = trained_on(start_for(chosen, opened, labels, Storage()))
+        assert "the calibration of --model (temperature 1.7 and thresholds)" in log.text
+        assert ("the category paths of --model do not name every category" in log.text) == (paths is None)
+    after.save(str(tmp_path / "made"), Storage())
+    found = Bundle.load(str(tmp_path / "made"), Storage()).config
+    assert found.calibration is None
+    assert found.category_paths == paths
+    assert (found.embedding_tap, found.embedding_dimension) == ("stage2", 32)
+    assert found.golden is not None
+    assert found.golden != opened.config.golden
+    assert (after.publishable, found.weights.kind, found.weights.name) == (True, "trained", "run-1")
+
+
+def test_a_bundle_that_nobody_could_open_is_not_put_in_place(weights: str, tmp_path: Path):
+    made = start(config("timm:test_resnet", weights=weights))
+    made.save(str(tmp_path / "bundle"), Storage())
+    before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "bundle").iterdir())
+    # model_copy checks nothing, which is how such a record comes about
+    broken = Bundle(
+        made.config.model_copy(update={"labels": ("bag",), "category_paths": PATHS}), made.weights
+    )
+    with pytest.raises(InputError, match="category_paths has 3 entries for 1 labels"):
+        broken.save(str(tmp_path / "bundle"), Storage())
+    assert before == sorted((path.name, path.read_bytes()) for path in (tmp_path / "bundle").iterdir())
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        trained_bundle(
+            made,
+            Trained({k: v * float("nan") for k, v in build_model(made).state_dict().items()}, ()),
+            "run-1",
+            {},
+        )

@@ -1,0 +1,153 @@
+"""Prepared pixels: the classifying job's own, in parts, failures noted, found again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from batchcls.config.finetune_config import FinetuneConfig
+from batchcls.errors import InputError
+from batchcls.images.decode import decode
+from batchcls.images.load_config import DecodeLimits, LoadSettings, decode_limits, fetch_policy
+from batchcls.images.transform import Transform
+from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.snapshot import open_manifest
+from batchcls.preprocessing import Preprocessing, Views
+from batchcls.storage.filesystem import Storage
+from batchcls.training import pixel_cache
+from batchcls.training.pixel_cache import PixelStore, parts_folder, parts_of, prepare_part, whole_image
+from tests.helpers.image_files import write_images
+
+PREPROCESSING = Preprocessing(
+    input_height=32, input_width=32, resize_height=36, resize_width=36, mean=(0.5,) * 3, std=(0.5,) * 3
+)
+
+
+def settings(preprocessing: Preprocessing, base: str) -> LoadSettings:
+    config = FinetuneConfig(manifest="m", validation="v", model="x", output="o")
+    return LoadSettings(
+        run_id="test", base=base, kept=(), fetch=fetch_policy(config), limits=decode_limits(config),
+        preprocessing=preprocessing, views=Views(), normalize="engine", fetch_threads=2, decode_threads=1,
+        block_rows=3,
+    )  # fmt: skip
+
+
+def prepare(folder: Path, state: Path, preprocessing: Preprocessing):
+    storage = Storage()
+    manifest = open_manifest(str(folder / "manifest.parquet"), storage)
+    load = settings(preprocessing, manifest.base)
+    parts = parts_of(manifest, parts_folder(str(state), manifest, load))
+    bad = find_bad_ids(manifest, storage)
+    outcomes = [prepare_part(part, manifest.columns, storage, load, bad.between(0, 100)) for part in parts]
+    return [part.uri for part in parts], outcomes
+
+
+def test_pixels_are_those_of_the_classifying_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pixel_cache, "PART_ROWS", 4)
+    write_images(tmp_path / "images", 10)
+    (tmp_path / "images" / "0005.png").write_bytes(b"")
+    uris, outcomes = prepare(tmp_path / "images", tmp_path / "state", PREPROCESSING)
+    assert [outcome.rows for outcome in outcomes] == [4, 4, 2]
+    assert [list(outcome.failures) for outcome in outcomes] == [[], [5], []]
+    assert outcomes[1].failures[5][0] == "empty"
+    store = PixelStore(uris, Storage(), str(tmp_path / "copies"))
+    assert len(store) == 10
+    for row in (0, 3, 4, 9):
+        data = (tmp_path / "images" / f"{row:04d}.png").read_bytes()
+        assert np.array_equal(store[row], Transform(PREPROCESSING)(decode(data, DecodeLimits()).pixels))
+
+
+def test_a_part_that_is_there_is_not_made_again(tmp_path: Path):
+    write_images(tmp_path / "images", 5)
+    (tmp_path / "images" / "0001.png").write_bytes(b"x" * 100)
+    uris, outcomes = prepare(tmp_path / "images", tmp_path / "state", PREPROCESSING)
+    for image in (tmp_path / "images").glob("*.png"):
+        image.unlink()
+    again, found = prepare(tmp_path / "images", tmp_path / "state", PREPROCESSING)
+    assert again == uris
+    assert found == outcomes
+
+
+def test_other_settings_of_pixels_lie_in_another_folder(tmp_path: Path):
+    write_images(tmp_path / "images", 2)
+    narrow, _ = prepare(tmp_path / "images", tmp_path / "state", PREPROCESSING)
+    wide, _ = prepare(tmp_path / "images", tmp_path / "state", whole_image(PREPROCESSING))
+    recolored, _ = prepare(
+        tmp_path / "images", tmp_path / "state", PREPROCESSING.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    )
+    assert narrow != wide
+    assert narrow == recolored
+    assert PixelStore(wide, Storage(), str(tmp_path))[0].shape == (36, 36, 3)
+
+
+def test_a_node_without_the_parts_says_what_is_needed(tmp_path: Path):
+    with pytest.raises(InputError, match="--state has to be a folder that all of them share"):
+        PixelStore([str(tmp_path / "part-000000")], Storage(), str(tmp_path))
+
+
+def test_parts_of_a_store_are_copied_once(tmp_path: Path):
+    storage = Storage()
+    array = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.save(tmp_path / "part.npy", array)
+    storage.write_whole("memory://pixels/part.npy", (tmp_path / "part.npy").read_bytes())
+    for _ in range(2):
+        store = PixelStore(["memory://pixels/part"], storage, str(tmp_path / "copies"))
+        assert np.array_equal(store[1], array[1])
+        if storage.exists("memory://pixels/part.npy"):
+            storage.remove(["memory://pixels/part.npy"])  # it is not asked for again
+
+
+def test_a_image_may_be_written_to(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    np.save(tmp_path / "part.npy", np.zeros((1, 4, 4, 3), np.uint8))
+    store = PixelStore([str(tmp_path / "part")], Storage(), str(tmp_path))
+    store[0][:] = 1
+    assert store[0].sum() == 0
+
+
+def test_many_parts_need_few_open_files(tmp_path: Path):
+    """1,200 parts under a limit of 1,024 open files, which is a usual one; in a process of its own for the limit."""
+    for number in range(1200):
+        np.save(tmp_path / f"part-{number:06d}.npy", np.full((2, 2, 2, 3), number % 256, np.uint8))
+    code = f"""
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+import numpy as np
+from batchcls.storage.filesystem import Storage
+from batchcls.training.pixel_cache import PixelStore
+store = PixelStore([{str(tmp_path)!r} + f"/part-{{n:06d}}" for n in range(1200)], Storage(), "unused")
+assert len(store) == 2400
+order = np.random.default_rng(0).permutation(2400)
+assert all((store[int(row)] == row // 2 % 256).all() for row in order)
+before = len(os.listdir("/proc/self/fd"))
+assert before < 200, before
+if os.fork() == 0:
+    good = all((store[int(row)] == row // 2 % 256).all() for row in order[::-1])
+    os._exit(0 if good else 1)
+assert all((store[int(row)] == row // 2 % 256).all() for row in order)
+assert os.wait()[1] == 0
+store.close()
+assert len(os.listdir("/proc/self/fd")) < before
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00"])
+def test_a_part_that_is_no_array_is_named(tmp_path: Path, content: bytes):
+    (tmp_path / "part.npy").write_bytes(content)
+    with pytest.raises(InputError, match=r"part\.npy is damaged .*prepares it again"):
+        PixelStore([str(tmp_path / "part")], Storage(), "unused")
+
+
+def test_a_part_that_was_cut_off_is_named_when_it_is_read(tmp_path: Path):
+    np.save(tmp_path / "part.npy", np.zeros((3, 4, 4, 3), np.uint8))
+    whole = (tmp_path / "part.npy").read_bytes()
+    (tmp_path / "part.npy").write_bytes(whole[:-1])
+    store = PixelStore([str(tmp_path / "part")], Storage(), "unused")
+    assert store[1].shape == (4, 4, 3)
+    with pytest.raises(InputError, match="cut off"):
+        store[2]

@@ -1,0 +1,28 @@
+"""What Ray Train is told of a training: where its checkpoints lie."""
+
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+
+from batchcls.config.finetune_config import FinetuneConfig
+from batchcls.storage.filesystem import Storage
+from batchcls.training.ray_train import run_config
+
+
+@pytest.mark.parametrize(
+    ("output", "state", "expected"),
+    [
+        ("s3://shop/models/v2", None, "shop/models/v2.training/checkpoints"),
+        ("s3://shop/models/v2/", "memory://state", "/state/checkpoints"),
+        ("models/v2", "s3://shop/state/", "shop/state/checkpoints"),
+        ("/models/v2", None, "/models/v2.training/checkpoints"),
+        ("file:///models/v2", None, "/models/v2.training/checkpoints"),
+    ],
+)
+def test_checkpoints_lie_in_the_state_folder_wherever_that_is(output: str, state: str | None, expected: str):
+    config = FinetuneConfig(manifest="m", validation="v", model="x", output=output, state=state)
+    found = run_config(config, "run-1", Storage())
+    assert found.storage_path == expected
+    is_local = isinstance(found.storage_filesystem, pyarrow.fs.LocalFileSystem)
+    assert is_local == Path(config.state_folder).is_absolute()

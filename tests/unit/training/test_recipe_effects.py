@@ -1,0 +1,202 @@
+"""No setting is ignored in silence: each field of a recipe changes the trained network, or is refused."""
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from batchcls.config.finetune_config import RECIPE_FLAGS, FinetuneConfig
+from batchcls.errors import InputError
+from batchcls.training.augmentation import crop_size
+from batchcls.training.recipe import Recipe, read_recipe
+from batchcls.training.train_config import DistributedContext, TrainingSettings
+from batchcls.training.train_inputs import settle_recipe
+from batchcls.training.trainer import Training
+from tests.helpers.training import CLASSES, PREPROCESSING, Stores, hooks, settings, weights_of, write_stores
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BASE: dict[str, Any] = {
+    "about": "Without anything that is off unless it is asked for.",
+    "epochs": 2,
+    "batch_size": 10,
+    "learning_rate": 0.01,
+    "head_learning_rate": 0.02,
+}
+
+# Field -> what else the base recipe needs, and another value of the field.
+CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
+    "epochs": ({}, 3),
+    "head_epochs": ({}, 1),
+    "batch_size": ({}, 7),
+    "optimizer": ({}, "sgd"),
+    "learning_rate": ({}, 0.005),
+    "head_learning_rate": ({}, 0.01),
+    "layer_decay": ({}, 0.5),
+    "weight_decay": ({}, 0.5),
+    "momentum": ({"optimizer": "sgd"}, 0.5),
+    "schedule": ({"warmup_fraction": 0.5}, "cosine"),
+    "warmup_fraction": ({}, 0.5),
+    "milestones": ({"schedule": "steps"}, (0.4,)),
+    "clip_norm": ({"optimizer": "sgd"}, 1e-3),
+    "label_smoothing": ({}, 0.2),
+    "batch_norm": ({}, "trained"),
+    "ema_decay": ({}, 0.5),
+    "size_fraction": ({}, 0.5),
+    "final_size_fraction": ({"final_epochs": 1, "size_fraction": 0.5}, 0.51),
+    "final_epochs": ({"size_fraction": 0.5}, 1),
+    "crop_scale": ({}, (0.8, 1.0)),
+    "crop_ratio": ({}, (1.0, 1.0)),
+    "flip": ({}, 0.0),
+    "color_jitter": ({}, 0.4),
+    "hue_jitter": ({}, 0.2),
+    "rand_augment": ({}, 9),
+    "random_erasing": ({}, 0.9),
+    "mixup": ({}, 0.4),
+    "cutmix": ({}, 1.0),
+}
+
+
+class Normed(nn.Module):
+    """A convolution, BatchNorm, another convolution and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.norm = nn.BatchNorm2d(8)
+        self.body = nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(self.norm(self.stem(images))).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
+    return write_stores(tmp_path_factory.mktemp("stores"))
+
+
+def end_of(values: dict[str, Any], stores: Stores, **changes: object) -> torch.Tensor:
+    """The trained weights and statistics of 64-pixel crops, so that halves of them are multiples of 32."""
+    large = PREPROCESSING.model_copy(
+        update={"input_height": 64, "input_width": 64, "resize_height": 64, "resize_width": 64}
+    )
+    chosen: TrainingSettings = replace(settings(recipe=Recipe(**values), preprocessing=large), **changes)
+    training = Training(Normed(), ["fc"], chosen, DistributedContext(), hooks())
+    assert training.run(*stores) is None
+    return weights_of(training)
+
+
+@pytest.fixture(scope="module")
+def plain(stores: Stores) -> torch.Tensor:
+    """What the base recipe ends in."""
+    return end_of(BASE, stores)
+
+
+def test_every_field_is_tested():
+    assert CHANGES.keys() | {"about"} == Recipe.model_fields.keys()
+
+
+@pytest.mark.parametrize("field", sorted(CHANGES.keys() - {"final_size_fraction"}))
+def test_every_field_of_a_recipe_changes_the_network(stores: Stores, plain: torch.Tensor, field: str):
+    also, value = CHANGES[field]
+    before = Recipe(**BASE, **also)
+    assert getattr(before, field) != value
+    expected = end_of(BASE | also, stores) if also else plain
+    assert not torch.equal(expected, end_of(BASE | also | {field: value}, stores))
+
+
+def test_the_last_epochs_have_a_size_of_their_own():
+    sizes = []
+    for final in (0.75, 1.0):
+        chosen = Recipe(**BASE, final_epochs=1, size_fraction=0.5, final_size_fraction=final)
+        big = PREPROCESSING.model_copy(
+            update={"input_height": 128, "input_width": 128, "resize_height": 128, "resize_width": 128}
+        )
+        sizes.append([crop_size(chosen, epoch, big) for epoch in range(2)])
+    assert sizes == [[(64, 64), (96, 96)], [(64, 64), (128, 128)]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 4}, {"balance": "loss"}, {"balance": "sampling"}, {"trainable": ("fc.*",)}, {"precision": "bf16"},
+    ],
+)  # fmt: skip
+def test_settings_beside_the_recipe_change_the_network(
+    stores: Stores, plain: torch.Tensor, changes: dict[str, Any]
+):
+    assert not torch.equal(plain, end_of(BASE, stores, **changes))
+
+
+def test_settings_of_speed_change_nothing_but_rounding(tmp_path: Path):
+    """In a process of its own: one with many runtimes in it does not survive loader processes."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        plain, again, loaded, in_passes = map(torch.tensor, pool.submit(_ends_by_speed, tmp_path).result())
+    assert torch.equal(plain, again)
+    assert torch.equal(plain, loaded)
+    torch.testing.assert_close(plain, in_passes, rtol=1e-3, atol=1e-4)
+
+
+def _ends_by_speed(folder: Path) -> list[list[float]]:
+    torch.set_num_threads(1)
+    stores = write_stores(folder)
+    changes: list[dict[str, Any]] = [{}, {}, {"loader_processes": 1}, {"pass_size": 3}]
+    return [end_of(BASE, stores, **change).tolist() for change in changes]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schedule": "steps", "milestones": (30.0, 60.0)}, r"milestones .* must be shares of the steps"),
+        ({"momentum": 0.5}, r'momentum has no effect without optimizer = "sgd"; leave it out'),
+        ({"milestones": (0.1,)}, r'milestones has no effect without schedule = "steps"'),
+        ({"final_size_fraction": 0.5}, r"final_size_fraction has no effect without final_epochs"),
+        ({"final_epochs": 1}, r"final_epochs 1 changes nothing, since size_fraction .* are both 1"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(tmp_path: Path, changes: dict[str, Any], said: str):
+    lines = [
+        f"{name} = {list(value) if isinstance(value, tuple) else value!r}"
+        for name, value in (BASE | changes).items()
+    ]
+    (tmp_path / "mine.toml").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=said):
+        read_recipe(str(tmp_path / "mine.toml"))
+
+
+REQUIRED = {"manifest": "a", "validation": "b", "output": "c", "model": "resnet18"}
+FLAGS: dict[str, Any] = {
+    "epochs": 5, "batch_size": 48, "learning_rate": 0.3, "head_learning_rate": 0.4, "batch_norm": "trained",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPE_FLAGS)
+def test_flags_that_stand_for_a_recipe_s_setting_replace_it(name: str):
+    plain = settle_recipe(FinetuneConfig(**REQUIRED))
+    changed = settle_recipe(FinetuneConfig(**REQUIRED, **{name: FLAGS[name]}))
+    assert getattr(changed, name) == FLAGS[name] != getattr(plain, name)
+    assert changed.model_dump(exclude={name}) == plain.model_dump(exclude={name})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *FLAGS.items(), ("pass_size", 4), ("precision", "bf16"), ("device", "cpu"), ("num_workers", "2"),
+        ("cpus_per_worker", 1), ("loader_processes", 2), ("max_failures", 1), ("peer_timeout_seconds", 9.0),
+        ("keep_checkpoints", 2), ("keep_pixels", True), ("max_pixels_gib", 1.0),
+    ],
+)  # fmt: skip
+def test_a_linear_probe_refuses_what_is_about_epochs_and_workers(name: str, value: object):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(ValidationError, match=f"with --recipe linear-probe {flag} would have no effect"):
+        FinetuneConfig(**REQUIRED, recipe="linear-probe", **{name: value})
+    given = FinetuneConfig.model_fields[name].default
+    assert FinetuneConfig(**REQUIRED, recipe="linear-probe", **{name: given}).recipe == "linear-probe"

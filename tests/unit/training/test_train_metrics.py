@@ -1,0 +1,38 @@
+"""Loss and accuracy of training: every row counts once, and mixed images are judged by what they mostly are."""
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from batchcls.training.train_metrics import Measures
+
+LOGITS = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]])
+
+
+def test_targets_are_counted_over_batches_of_different_sizes():
+    measures = Measures("cpu")
+    measures.add(LOGITS, torch.tensor([0, 1, 1]))
+    measures.add(LOGITS[:1], torch.tensor([2]))
+    found = measures.result()
+    assert (found["rows"], found["top1"]) == (4, 0.5)
+    right = torch.nn.functional.cross_entropy(LOGITS[:1], torch.tensor([0])).item()
+    assert found["loss"] == pytest.approx((2 * right + 2 * (right + 4)) / 4)
+
+
+def test_a_category_that_the_network_does_not_have_is_never_right():
+    measures = Measures("cpu")
+    measures.add(LOGITS, torch.tensor([0, -1, -1]))
+    found = measures.result()
+    assert (found["rows"], found["top1"]) == (3, pytest.approx(1 / 3))
+    assert found["loss"] < 0.1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_mixed_image_is_right_where_its_larger_part_is_named(seed):
+    torch.manual_seed(seed)
+    images = torch.eye(3).reshape(3, 3, 1, 1).expand(3, 3, 4, 4)
+    mixed, shares = v2.MixUp(alpha=0.2, num_classes=3)(images, torch.arange(3))
+    measures = Measures("cpu")
+    # What a image holds of each category is its brightness in a color here, so this network is perfect.
+    measures.add(20 * mixed.mean(dim=(2, 3)), shares)
+    assert measures.result()["top1"] == 1
