@@ -9,7 +9,7 @@ DEMO := demo-output
 AT_ONCE ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test gpu long chaos lint format type bench docs clean
+.PHONY: help setup demo test gpu long chaos lint format type bench docs dist clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -62,6 +62,12 @@ docs: $(STAMP)  ## generate the reference pages and build the documentation into
 	@$(BIN)/python docs/generate.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+dist: $(STAMP)  ## build the wheel and the source distribution into dist/
+	@rm -rf dist build
+	@$(BIN)/uv build -q --no-build-isolation --python $(BIN)/python --out-dir dist
+	@rm -rf build
+	@ls dist
 
 clean:  ## remove what the demo and the tests left; keeps .venv
 	rm -rf $(DEMO) site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
