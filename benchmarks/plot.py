@@ -1,4 +1,4 @@
-"""The benchmark's result as a image for the README: a bar for each program, light background."""
+"""The benchmark's result as an image for the README: a bar for each program, light background."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

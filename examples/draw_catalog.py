@@ -9,7 +9,7 @@
     OUTPUT/train.parquet  OUTPUT/validation.parquet  OUTPUT/catalog.parquet
                                  item_id, uri (relative to OUTPUT), label, title; all strings
 
-The same seed draws the same images; a image depends on its own number only, not on how many
+The same seed draws the same images; an image depends on its own number only, not on how many
 there are.
 """
 
@@ -53,7 +53,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """A way to store a image: the file's ending and how its bytes are made."""
+    """A way to store an image: the file's ending and how its bytes are made."""
 
     suffix: str
     encode: Callable[[Image.Image, int], bytes]

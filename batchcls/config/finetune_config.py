@@ -115,7 +115,7 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     )
     class_balance: Literal["none", "sampling", "loss"] = Field(
         default="none",
-        description="sampling: every category is drawn equally often; loss: a image of a rare category weighs more.",
+        description="sampling: every category is drawn equally often; loss: an image of a rare category weighs more.",
     )
     seed: int = Field(default=0, ge=0, description="The same seed and one worker give the same network.")
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -15,7 +15,7 @@ class ManifestFromFolderConfig(JobConfig):
     )
     output: Address = Field(min_length=1, description="Parquet file to write.")
     labels_from_folders: bool = Field(
-        default=False, description="Fill the column label with the path of the folder a image lies in."
+        default=False, description="Fill the column label with the path of the folder an image lies in."
     )
     storage_options: dict[str, Any] = Field(
         default_factory=dict, description="JSON object for non-local storage."

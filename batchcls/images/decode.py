@@ -42,7 +42,7 @@ _through_pillow = threading.Lock()
 
 
 def reduction(size: tuple[int, int], least: tuple[float, float], whole: bool = False) -> int:
-    """1, 2, 4 or 8: by how much a image may be smaller than `size` and still be as large as `least`.
+    """1, 2, 4 or 8: by how much an image may be smaller than `size` and still be as large as `least`.
 
     Both are height and width. `whole` asks for a factor that divides them without a rest.
     """
@@ -95,7 +95,7 @@ _checking_a_whole_image = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A image as it is to be seen.
+    """An image as it is to be seen.
 
     `pixels` is uint8 H x W x 3, RGB, turned upright, C-contiguous. `width` and `height` are those of
     the stored image, before it was turned. `extent` is the height and width of the image in units

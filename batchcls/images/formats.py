@@ -26,7 +26,7 @@ BYTES_OF_A_BLOCK = 128
 
 
 class DecodeError(Exception):
-    """The bytes of one row do not give a image; the load stage makes `failure` the row's."""
+    """The bytes of one row do not give an image; the load stage makes `failure` the row's."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)

@@ -172,7 +172,7 @@ def _scans(data: bytes, frame: JpegFrame) -> Iterator[Segment]:
 
 
 def require_end_marker(data: bytes, frame: JpegFrame) -> None:
-    """Refuse a image in one scan that is followed by no end marker, which libjpeg puts in itself.
+    """Refuse an image in one scan that is followed by no end marker, which libjpeg puts in itself.
 
     In the scan's coded data these two bytes cannot stand side by side.
 

@@ -84,7 +84,7 @@ def _plugin(kind: Format) -> type[ImageFile.ImageFile]:
 def orientation_of(image: Image.Image) -> int:
     """EXIF orientation 1 to 8 of a loaded image; 1 where there is none or it cannot be read.
 
-    Damaged metadata costs a image nothing but its orientation, as in every viewer.
+    Damaged metadata costs an image nothing but its orientation, as in every viewer.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)

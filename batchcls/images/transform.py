@@ -23,7 +23,7 @@ _KERNELS = {
 }
 # How far each filter reaches to both sides, in pixels of the coarser of source and result.
 _REACH = {"bilinear": 1, "bicubic": 2, "lanczos": 3}
-# A image 8 pixels high and ten million wide would grow to hundreds of gigabytes when its short
+# An image 8 pixels high and ten million wide would grow to hundreds of gigabytes when its short
 # side meets the resize. Beyond this ratio only its middle is resized; the crop shows no more.
 _MAX_ASPECT_RATIO = 32
 
@@ -40,9 +40,9 @@ class Transform:
         self._fill = np.array([round(255 * mean) for mean in preprocessing.mean], dtype=np.uint8)
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a image of this size, upright, is resized to before it is cropped.
+        """Height and width that an image of this size, upright, is resized to before it is cropped.
 
-        A image that is resized in no smooth way, or of which only the middle is, is given back its
+        An image that is resized in no smooth way, or of which only the middle is, is given back its
         own size: it is needed whole (`decode`).
         """
         if self._preprocessing.interpolation not in _KERNELS or _is_extremely_long(height, width):
@@ -50,7 +50,7 @@ class Transform:
         return _resized(height, width, self._preprocessing)
 
     def with_margin(self, margin: float) -> Callable[[int, int], tuple[float, float]]:
-        """For `decode`: `margin` times as high and wide as a image is resized to, at least."""
+        """For `decode`: `margin` times as high and wide as an image is resized to, at least."""
 
         def least(height: int, width: int) -> tuple[float, float]:
             resized = self.resized_size(height, width)
@@ -100,7 +100,7 @@ class Transform:
         return hwc[: size[0], : size[1]]
 
     def _seen(self, size: tuple[int, int]) -> tuple[int, int]:
-        """How many rows and columns of a image resized to `size` reach to the end of what is cropped."""
+        """How many rows and columns of an image resized to `size` reach to the end of what is cropped."""
         if self._crops > 1:
             return size
         height, width, _ = self._preprocessing.shape
@@ -113,7 +113,7 @@ class Transform:
                 yield hwc[rows, columns]
 
     def _crop_or_pad(self, hwc: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The center of a image resized to `size`, of which `hwc` holds at least what is seen."""
+        """The center of an image resized to `size`, of which `hwc` holds at least what is seen."""
         rows, to_rows = _window(size[0], self._preprocessing.input_height)
         columns, to_columns = _window(size[1], self._preprocessing.input_width)
         result = np.empty(self._preprocessing.shape, dtype=np.uint8)
@@ -124,7 +124,7 @@ class Transform:
 
 
 def _source_rows(made: int, factor: float, reach: int) -> int:
-    """How many rows of a image the first `made` rows of its resize read."""
+    """How many rows of an image the first `made` rows of its resize read."""
     return math.ceil(made / factor + reach * max(1.0, 1 / factor)) + 1
 
 

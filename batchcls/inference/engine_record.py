@@ -101,7 +101,7 @@ class MarginFigures(_Record):
     """How a network answers JPEGs that are decoded at a reduced scale."""
 
     margin: float = Field(
-        ge=1, description="Times as high and wide as the resize needs it a image still is, at least."
+        ge=1, description="Times as high and wide as the resize needs it an image still is, at least."
     )
     images: int = Field(gt=0, description="Images that this margin has reduced, whose answers were compared.")
     top1_agreement: float = Field(

@@ -22,7 +22,7 @@ from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 
 MARGINS = (1.5, 2.0, 3.0, 4.0)
-"""What is tried: how many times as high and wide as the resize needs it a image must still be."""
+"""What is tried: how many times as high and wide as the resize needs it an image must still be."""
 
 _MOST_IMAGES = 256
 _LEAST_IMAGES = 50  # of which one that changes is two in a hundred, more than the contract lets pass
@@ -50,7 +50,7 @@ def reduced_by(
 ) -> npt.NDArray[np.bool_]:
     """Which of N images, of N x 2 heights and widths, a margin has decoded at a reduced scale.
 
-    How a image is turned makes no difference but where its sides cannot be divided.
+    How an image is turned makes no difference but where its sides cannot be divided.
     """
     least = Transform(preprocessing).with_margin(margin)
     return np.array(

@@ -287,7 +287,7 @@ def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> L
     rows = rows[pixels.is_there(rows)]
     if len(rows) == 0:
         raise InputError(
-            f"no {which} row has both a label and a image that can be read; look at the manifest"
+            f"no {which} row has both a label and an image that can be read; look at the manifest"
         )
     return LabelledRows(rows, labeled.classes[rows])
 

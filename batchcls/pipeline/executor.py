@@ -1,6 +1,5 @@
 """Run the pipeline in the shape that was placed, and keep what was seen of it."""
 
-import importlib
 import platform
 import resource
 import time
@@ -110,10 +109,16 @@ def execute(
     Raises:
         BatchclsError: a stage failed for good, the cause is chained; or `check` raised it.
     """
-    # Ray Data takes seconds to import, and the fused shape does without.
-    name = {"fused": "FusedRun", "staged": "StagedRun"}[work.placement.shape]
-    module = importlib.import_module(f"batchcls.pipeline.{work.placement.shape}")
-    run: _GraphRunner = getattr(module, name)(work, check)
+    run: _GraphRunner
+    if work.placement.shape == "fused":
+        from batchcls.pipeline.actor_pool import FusedRun  # noqa: PLC0415
+
+        run = FusedRun(work, check)
+    else:
+        # Ray Data takes seconds to import, and an actor pool does not need it.
+        from batchcls.pipeline.ray_data.graph import StagedRun  # noqa: PLC0415
+
+        run = StagedRun(work, check)
     metrics = metrics_of(work.load.settings.run_id)
 
     def look() -> Progress:

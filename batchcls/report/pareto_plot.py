@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from batchcls.report.html import ACCENT, GROUND, INK, MUTED, RULE, inline_svg
 
 FONT_SIZE = 9.5
-"""Points, of a image that fills the width of a phone."""
+"""Points, of an image that fills the width of a phone."""
 
 
 @contextmanager

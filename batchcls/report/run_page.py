@@ -37,7 +37,7 @@ _LONGEST_LINE = 120
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A image with its id, what is said of it, and where it is, for a pointer that rests on it."""
+    """An image with its id, what is said of it, and where it is, for a pointer that rests on it."""
 
     image: Thumbnail
     item_id: str

@@ -1,7 +1,7 @@
 """Small images of some rows for a page: fetched and decoded here, within a bounded time.
 
 Only bytes that have been decoded before are decoded again: a file whose hash is not that of the run is
-left alone, since a image that was exchanged meanwhile must not be shown as what was classified, nor
+left alone, since an image that was exchanged meanwhile must not be shown as what was classified, nor
 may it reach a decoder in the driver's own process.
 """
 
@@ -34,7 +34,7 @@ _MOST_SECONDS = 10.0  # for one request
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a image is, as an absolute address, and the SHA-256 of the file that was classified, hex."""
+    """Where an image is, as an absolute address, and the SHA-256 of the file that was classified, hex."""
 
     uri: str
     content_hash: str
@@ -97,7 +97,7 @@ class _Maker:
 
 
 def _least(height: int, width: int) -> tuple[float, float]:
-    """A image may be decoded so small that its long side is still twice as long as a thumbnail's."""
+    """An image may be decoded so small that its long side is still twice as long as a thumbnail's."""
     scale = min(1.0, 2 * SIDE_PIXELS / max(height, width))
     return height * scale, width * scale
 

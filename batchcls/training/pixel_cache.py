@@ -61,7 +61,7 @@ class PreparedPart:
 def whole_image(preprocessing: Preprocessing) -> Preprocessing:
     """The preprocessing that keeps all that the resize gives, for training to crop from.
 
-    Of a image that is not square, the middle square remains: the part that crops of the classifying
+    Of an image that is not square, the middle square remains: the part that crops of the classifying
     job are taken from.
     """
     return preprocessing.model_copy(
@@ -266,7 +266,7 @@ class PreparedPixels:
     failed: Mapping[int, tuple[str, str]]
 
     def is_there(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """For row numbers: whether there is a image."""
+        """For row numbers: whether there is an image."""
         return ~np.isin(rows, np.fromiter(self.failed, np.int64, len(self.failed)))
 
 

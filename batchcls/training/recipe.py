@@ -76,7 +76,7 @@ class Recipe(BaseModel):
     final_size_fraction: Fraction = Field(default=1.0, gt=0, le=1, description="The same in the last epochs.")
     final_epochs: int = Field(default=0, ge=0, description="How many epochs are the last ones.")
     crop_scale: tuple[Fraction, Fraction] = Field(
-        default=(0.35, 1.0), description="RandomResizedCrop: share of a image's area."
+        default=(0.35, 1.0), description="RandomResizedCrop: share of an image's area."
     )
     crop_ratio: tuple[float, float] = Field(
         default=(0.75, 4 / 3), description="RandomResizedCrop: width over height."

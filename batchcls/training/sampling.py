@@ -108,7 +108,7 @@ class RowSampler:
 
 @dataclass(frozen=True, slots=True)
 class LabelledRows:
-    """N rows of a manifest that have a image: row numbers, int64, and class indices, int32."""
+    """N rows of a manifest that have an image: row numbers, int64, and class indices, int32."""
 
     rows: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int32]

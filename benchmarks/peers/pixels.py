@@ -18,7 +18,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def documented_transform() -> transforms.Compose:
-    """What the examples of Ray and Daft compose: a image or H,W,3 bytes -> 3,224,224 float32, normalized."""
+    """What the examples of Ray and Daft compose: an image or H,W,3 bytes -> 3,224,224 float32, normalized."""
     return transforms.Compose(
         [
             transforms.ToTensor(),

@@ -1,4 +1,4 @@
-"""Whatever happens to a file, the answer is a image or a reason, never another exception."""
+"""Whatever happens to a file, the answer is an image or a reason, never another exception."""
 
 import json
 import pickle
@@ -52,7 +52,7 @@ def mutate(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", samples())
-def test_mutated_files_give_a_image_or_a_reason(name):
+def test_mutated_files_give_an_image_or_a_reason(name):
     files = samples()
     others = list(files.values())
     random = np.random.default_rng(list(name.encode()))

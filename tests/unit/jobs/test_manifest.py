@@ -15,7 +15,7 @@ def photos(tmp_path: Path) -> Path:
         path = tmp_path / "photos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(draw(1), "PNG"))
-    (tmp_path / "photos" / "notes.txt").write_text("not a image")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
     return tmp_path / "photos"
 
 

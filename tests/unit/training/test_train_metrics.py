@@ -33,6 +33,6 @@ def test_a_mixed_image_is_right_where_its_larger_part_is_named(seed):
     images = torch.eye(3).reshape(3, 3, 1, 1).expand(3, 3, 4, 4)
     mixed, shares = v2.MixUp(alpha=0.2, num_classes=3)(images, torch.arange(3))
     measures = Measures("cpu")
-    # What a image holds of each category is its brightness in a color here, so this network is perfect.
+    # What an image holds of each category is its brightness in a color here, so this network is perfect.
     measures.add(20 * mixed.mean(dim=(2, 3)), shares)
     assert measures.result()["top1"] == 1
