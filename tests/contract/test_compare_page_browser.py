@@ -130,6 +130,6 @@ def test_it_prints(browser: Browser, page: Path):
     assert len(paper) > 30_000
 
 
-def test_a_image_of_the_page_is_no_blank(browser: Browser, page: Path):
+def test_an_image_of_the_page_is_no_blank(browser: Browser, page: Path):
     browser.open(page, width=PHONE)
     assert len(browser.screenshot()) > 50_000

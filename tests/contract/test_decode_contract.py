@@ -64,7 +64,7 @@ def test_orientation_in_xmp_alone_is_applied_as_pillow_does():
 
 
 @pytest.mark.parametrize("block", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II\x2a\0\xff\xff\xff\x7f"])
-def test_damaged_exif_costs_a_image_nothing_but_its_orientation(block):
+def test_damaged_exif_costs_an_image_nothing_but_its_orientation(block):
     plain = encode(draw(2), "JPEG")
     data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]
     assert np.array_equal(pixels_of(data), pixels_of(plain))

@@ -34,7 +34,7 @@ def test_the_factor_is_the_largest_that_leaves_enough(factor):
     assert reduction((enough, 100 * enough), least) == factor
 
 
-def test_a_image_is_never_reduced_below_what_is_needed():
+def test_an_image_is_never_reduced_below_what_is_needed():
     for size in range(8, 400, 7):
         decoded = reduced(encode(draw(1, size, size + 50), "JPEG"))
         assert min(decoded.pixels.shape[:2]) >= min(20, size)
@@ -97,7 +97,7 @@ def test_a_cut_jpeg_is_refused_at_a_reduced_scale_too(mode, options, fraction):
         assert raised.value.failure.reason == Reason.TRUNCATED == reason_of(damaged)
 
 
-def test_a_image_that_is_grey_at_its_end_is_not_mistaken_for_a_cut_one():
+def test_an_image_that_is_grey_at_its_end_is_not_mistaken_for_a_cut_one():
     image = draw(9, 300, 200)
     image.paste((128, 128, 128), (0, 100, 300, 200))
     assert reduced(encode(image, "JPEG", quality=90)).pixels[-1, -1].tolist() == [128, 128, 128]

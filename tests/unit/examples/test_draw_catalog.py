@@ -59,7 +59,7 @@ def test_another_seed_draws_other_images(draw_catalog: ModuleType, tmp_path: Pat
     assert not same
 
 
-def test_a_image_does_not_depend_on_how_many_there_are(
+def test_an_image_does_not_depend_on_how_many_there_are(
     draw_catalog: ModuleType, drawn: Path, tmp_path: Path
 ) -> None:
     draw_catalog.draw_catalog(tmp_path, seed=7, images=20, training_images=4)
@@ -69,7 +69,7 @@ def test_a_image_does_not_depend_on_how_many_there_are(
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "catalog"])
-def test_every_labeled_row_names_a_image_of_its_category(drawn: Path, part: str) -> None:
+def test_every_labeled_row_names_an_image_of_its_category(drawn: Path, part: str) -> None:
     rows = _labeled(drawn, part)
     for row in rows:
         assert row["uri"].startswith(f"{part}/{row['label']}/")

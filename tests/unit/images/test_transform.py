@@ -125,7 +125,7 @@ def test_the_resize_equals_that_of_torchvision_on_uint8_tensors_bit_for_bit(widt
 @example(254, 300, (254, 255), "bilinear", "center")
 @example(300, 254, (254, 255), "bicubic", "center")
 @example(118, 120, (96, 140), "lanczos", "center")
-def test_what_is_made_of_a_image_is_what_is_cropped_from_all_of_it(
+def test_what_is_made_of_an_image_is_what_is_cropped_from_all_of_it(
     height, width, crop_and_resize, interpolation, crop_mode
 ):
     crop, resize = crop_and_resize

@@ -79,7 +79,7 @@ def test_every_reason_stands_in_the_quarantine_with_its_meaning(page: str):
     assert text.count("and 1 more, in quarantine/*.parquet") == len(REASONS)
 
 
-def test_a_row_without_a_image_says_why(facts: RunFacts):
+def test_a_row_without_an_image_says_why(facts: RunFacts):
     text = Reader(run_page(facts, {10: Thumbnail("", "not fetched in time")}, "0.1.0")).text
     assert "not fetched in time" in text
     assert "not fetched" in text.replace("not fetched in time", "")

@@ -100,7 +100,7 @@ def test_parts_of_a_store_are_copied_once(tmp_path: Path):
             storage.remove(["memory://pixels/part.npy"])  # it is not asked for again
 
 
-def test_a_image_may_be_written_to(tmp_path: Path):
+def test_an_image_may_be_written_to(tmp_path: Path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     np.save(tmp_path / "part.npy", np.zeros((1, 4, 4, 3), np.uint8))
     store = PixelStore([str(tmp_path / "part")], Storage(), str(tmp_path))

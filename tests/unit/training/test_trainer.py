@@ -119,7 +119,7 @@ def test_modern_and_classic_recipes_train(stores):
         assert len(training.history) == 1
 
 
-def test_a_image_of_an_epoch_depends_on_its_row_alone(stores):
+def test_an_image_of_an_epoch_depends_on_its_row_alone(stores):
     transform = image_transform(read_recipe("modern"), (32, 32), PREPROCESSING)
     images = AugmentedImages(stores[0], transform, (3, 0))
     torch.manual_seed(1)
