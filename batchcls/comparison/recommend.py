@@ -76,7 +76,7 @@ class Requirements(Record):
 
     target_ms: float | None = Field(None, gt=0, description="Most that p95 at batch 1 may be, in ms.")
     price_per_hour: float | None = Field(None, gt=0, description="Of a node, in any currency.")
-    loaded_by: Literal["batchcls", "onnx", "phone"] = Field(
+    export_target: Literal["batchcls", "onnx", "phone"] = Field(
         "batchcls", description="What else has to load it."
     )
     labeled_images_per_category: int | None = Field(None, ge=0, description="There are for fine-tuning.")
@@ -198,7 +198,7 @@ def _objections(needs: Requirements, records: _Records, objection: _Objection) -
 
 def _unfit(needs: Requirements, record: ZooRecord | None, entry: Measurement) -> str | None:
     """Why a candidate cannot be taken, whatever the others are like."""
-    agreement, p95, loader = entry.agreement, entry.latency.p95_ms, needs.loaded_by
+    agreement, p95, loader = entry.agreement, entry.latency.p95_ms, needs.export_target
     # Best labels of random weights turn at a breath: they say nothing about an engine.
     if agreement.top1_with_fp32 < LEAST_AGREEMENT and not entry.weights.startswith("random"):
         return (
@@ -337,7 +337,10 @@ def _about_traits(needs: Requirements, record: ZooRecord | None, taken: Measurem
     if record is None:
         unknown = "what else loads it, how many labeled images it wants and how plain it is are unknown"
         return (f"The zoo has no record of {taken.architecture}: {unknown}, and ruled nothing out.",)
-    there, loader = needs.labeled_images_per_category, _LOADERS.get(needs.loaded_by, "nothing but batchcls")
+    there, loader = (
+        needs.labeled_images_per_category,
+        _LOADERS.get(needs.export_target, "nothing but batchcls"),
+    )
     images = "how many there are is not said" if there is None else f"there are {there}"
     if there is not None and there < record.labeled_images_per_category:
         images += ", fewer than any that is left wants: train its head alone"

@@ -89,13 +89,13 @@ class ClassifyConfig(FetchSettings, ClusterSettings, EngineSettings, GateSetting
         description="How the work is cut. fused: every actor loads, predicts and writes; staged: load tasks, predict "
         "actors and write tasks, so that the CPUs of all nodes load for the GPUs. auto: staged on GPUs, else fused.",
     )
-    measure_from_rows: int = Field(
+    autotune_min_rows: int = Field(
         default=1000,
         ge=0,
         description="With fewer rows auto measures no engines, which would take longer than the run: it takes what "
         "an earlier run has measured, or else torch in fp32.",
     )
-    reduced_decode: Literal["auto", "off"] | Annotated[float, Field(ge=1)] = Field(
+    scaled_decode: Literal["auto", "off"] | Annotated[float, Field(ge=1)] = Field(
         default="auto",
         description="Decode large JPEGs at a half, a quarter or an eighth of their size. A number: where that leaves "
         "them at least so many times as large as the resize needs. auto: the smallest of 1.5, 2, 3 and 4 that keeps "

@@ -89,7 +89,7 @@ class FetchSettings(JobConfig):
         description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
         "Credentials come from the usual AWS chain and are better left out of here.",
     )
-    allow_root: list[LocalFolder] = Field(
+    allowed_root: list[LocalFolder] = Field(
         default_factory=list,
         description="Local images are read below these folders only; repeat or separate by commas. "
         "Empty: any local path.",

@@ -74,7 +74,7 @@ class CompareConfig(FetchSettings, ClusterSettings, CacheSettings):
     price_per_hour: float | None = Field(
         default=None, gt=0, description="Price of a node for an hour, in any currency; gives costs."
     )
-    loaded_by: Literal["batchcls", "onnx", "phone"] = Field(
+    export_target: Literal["batchcls", "onnx", "phone"] = Field(
         default="batchcls",
         description="What else has to load the backbone: nothing, ONNX runtimes, or phones and small devices.",
     )

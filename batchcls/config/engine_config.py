@@ -65,6 +65,6 @@ class EngineSettings(CacheSettings):
         gt=0,
         description="Longest time for measuring on a node; the conversion of networks is not counted.",
     )
-    measure_engines: bool = Field(
+    retune: bool = Field(
         default=False, description="Measure the engines anew, though an earlier run has stored a choice."
     )

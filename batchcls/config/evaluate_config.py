@@ -36,7 +36,7 @@ class EvaluateConfig(FetchSettings, CacheSettings):
         description="Folder for a copy of the bundle with the temperature and the thresholds that were found; "
         "`classify` uses them.",
     )
-    wished_precision: float = Field(
+    target_precision: float = Field(
         default=0.95,
         gt=0,
         lt=1,

@@ -25,7 +25,7 @@ LINEAR_PROBE = "linear-probe"
 _NOT_OF_THE_PROBE = (
     *RECIPE_FLAGS,
     *(
-        "pass_size",
+        "micro_batch_size",
         "precision",
         "device",
         "num_workers",
@@ -33,7 +33,7 @@ _NOT_OF_THE_PROBE = (
         "loader_processes",
         "max_failures",
     ),
-    *("peer_timeout_seconds", "keep_checkpoints", "keep_pixels", "max_pixels_gib"),
+    *("collective_timeout_seconds", "keep_checkpoints", "keep_pixels", "max_pixels_gib"),
 )
 
 _WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
@@ -95,7 +95,7 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         "the batch, as its root for AdamW, in proportion for SGD. auto: the recipe's batch for each GPU while an epoch "
         "keeps 32 steps; without GPUs the recipe's batch over all workers.",
     )
-    pass_size: int | None = Field(
+    micro_batch_size: int | None = Field(
         default=None,
         ge=1,
         description="Most images of one forward and backward pass; a larger share of a step is gathered over several "
@@ -140,16 +140,17 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     max_failures: int = Field(
         default=3, ge=0, description="Deaths of workers or nodes that training survives before it gives up."
     )
-    peer_timeout_seconds: float = Field(
+    collective_timeout_seconds: float = Field(
         default=180.0, gt=0, description="Longest that workers wait for each other before one counts as dead."
     )
-    state: Address | None = Field(
+    work_dir: Address | None = Field(
         default=None,
         description="Folder for checkpoints, curves and prepared pixels, shared by all nodes, local or s3://; default: "
         "the output's name with .training behind it. The same command goes on from there after any death.",
     )
     restart: bool = Field(
-        default=False, description="Forget what the state folder holds of an unfinished run, and begin anew."
+        default=False,
+        description="Forget what the work directory holds of an unfinished run, and begin anew.",
     )
     checkpoint_minutes: float = Field(
         default=10.0,
@@ -160,10 +161,10 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         default=1, ge=1, description="Checkpoints that are kept while training runs."
     )
     keep_pixels: bool = Field(
-        default=False, description="Leave the prepared pixels in the state folder for another training."
+        default=False, description="Leave the prepared pixels in the work directory for another training."
     )
     max_pixels_gib: float = Field(
-        default=200.0, gt=0, description="Most that the prepared pixels may take of the state folder."
+        default=200.0, gt=0, description="Most that the prepared pixels may take of the work directory."
     )
     max_failed_fraction: AutoOrFraction = Field(
         default="auto",
@@ -202,15 +203,15 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         return self
 
     @property
-    def state_folder(self) -> str:
+    def work_folder(self) -> str:
         """Where checkpoints, curves and prepared pixels lie."""
-        return self.state or f"{self.output}.training"
+        return self.work_dir or f"{self.output}.training"
 
     def redacted(self) -> dict[str, Any]:
         """The settings as plain JSON values, without anything secret, for records and logs."""
         values = self.model_dump(mode="json")
         values["storage_options"] = redact_options(self.storage_options)
-        for name in ("manifest", "validation", "output", "model", "weights", "labels", "state"):
+        for name in ("manifest", "validation", "output", "model", "weights", "labels", "work_dir"):
             if values[name] is not None:
                 values[name] = redact_uri(values[name])
         return values

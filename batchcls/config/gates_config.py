@@ -60,7 +60,7 @@ class GateSettings(JobConfig):
     gate_max_row_count_change_fraction: float = Field(
         default=0.1, ge=0, description="Largest change of the number of rows against the published run."
     )
-    gate_from_rows: int = Field(
+    gate_min_rows: int = Field(
         default=100,
         ge=0,
         description="Shares and means over fewer rows say little, and no gate judges them.",

@@ -122,13 +122,13 @@ class Thresholds:
     """Thresholds for K categories.
 
     Attributes:
-        wished_precision: share (0..1) of the answers at or above their threshold that should be right.
+        target_precision: share (0..1) of the answers at or above their threshold that should be right.
         by_category: K probabilities in 0..1, or NEVER.
         own_weight: K numbers in 0..1: how much of a category's threshold comes from its own answers; the rest
             is what all categories have in common.
     """
 
-    wished_precision: float
+    target_precision: float
     by_category: Floats
     own_weight: Doubles
 
@@ -139,7 +139,7 @@ class Thresholds:
 
 
 def fit_thresholds(
-    predicted: Categories, probability: Floats, right: Flags, categories: int, wished_precision: float
+    predicted: Categories, probability: Floats, right: Flags, categories: int, target_precision: float
 ) -> Thresholds:
     """The lowest thresholds with which, at `CONFIDENCE`, enough of the accepted answers are right.
 
@@ -151,18 +151,18 @@ def fit_thresholds(
         probability: its probability.
         right: whether it is the row's label.
         categories: K.
-        wished_precision: above 0 and below 1.
+        target_precision: above 0 and below 1.
     """
     fitted = cross_fit(predicted, probability, right, categories)
-    cut = _lowest_score(fitted.scores, right, wished_precision)
+    cut = _lowest_score(fitted.scores, right, target_precision)
     limits = np.full(categories, NEVER) if cut is None else fitted.model.thresholds(cut)
-    return Thresholds(wished_precision, limits, fitted.model.own_weight)
+    return Thresholds(target_precision, limits, fitted.model.own_weight)
 
 
-def lowest_threshold(probability: Floats, right: Flags, wished_precision: float) -> np.float32:
+def lowest_threshold(probability: Floats, right: Flags, target_precision: float) -> np.float32:
     """The threshold of N rows taken together; NEVER where there is none."""
     together = np.zeros(len(right), np.int32)
-    found: np.float32 = fit_thresholds(together, probability, right, 1, wished_precision).by_category[0]
+    found: np.float32 = fit_thresholds(together, probability, right, 1, target_precision).by_category[0]
     return found
 
 
@@ -175,20 +175,20 @@ def wilson(right: Doubles | float, rows: Doubles | float, deviations: float) -> 
     return (middle - reach) / scale, (middle + reach) / scale
 
 
-def _lowest_score(scores: Doubles, right: Flags, wished_precision: float) -> float | None:
+def _lowest_score(scores: Doubles, right: Flags, target_precision: float) -> float | None:
     """The lowest score down to which the rows are right often enough, chance allowed for; None: there is none.
 
     Args:
         scores: probabilities that N rows are right, of models that have not seen the row.
         right: whether they are.
-        wished_precision: above 0 and below 1.
+        target_precision: above 0 and below 1.
     """
     order = np.argsort(-scores, kind="stable")
     ordered = scores[order]
     rows = np.arange(1, len(scores) + 1, dtype=np.float64)
     prior = min(_CURVE_SHARE * len(scores), _CURVE_ROWS)
     hits = np.cumsum(right[order]) + prior * np.cumsum(ordered) / rows
-    passing = wilson(hits, rows + prior, _DEVIATIONS)[0] >= wished_precision
+    passing = wilson(hits, rows + prior, _DEVIATIONS)[0] >= target_precision
     # Rows of one score stand or fall together: only the last of them is a possible cut.
     passing[:-1] &= np.diff(ordered) != 0
     return float(ordered[np.flatnonzero(passing)[-1]]) if passing.any() else None
@@ -250,12 +250,12 @@ class HeldOutCheck:
         low, high = wilson(both.right, both.accepted, _DEVIATIONS)
         return float(low), float(high)
 
-    def holds(self, wished_precision: float) -> bool:
+    def holds(self, target_precision: float) -> bool:
         """Whether the held-out rows agree with the wish: it is not above the interval of the precision.
 
         Not so where nothing is accepted.
         """
-        return self.interval is not None and self.interval[1] >= wished_precision
+        return self.interval is not None and self.interval[1] >= target_precision
 
 
 def halves_of(truth: Categories) -> tuple[Rows, Rows]:
@@ -266,14 +266,14 @@ def halves_of(truth: Categories) -> tuple[Rows, Rows]:
 
 
 def check_held_out(
-    truth: Categories, fitted: tuple[Outcomes, Outcomes], wished_precision: float
+    truth: Categories, fitted: tuple[Outcomes, Outcomes], target_precision: float
 ) -> HeldOutCheck:
     """Fit thresholds on each half, check on the other.
 
     Args:
         truth: right categories of N rows, N at least 2.
         fitted: outcomes of all rows at the temperature of the first half of `halves_of`, and of the second.
-        wished_precision: above 0 and below 1.
+        target_precision: above 0 and below 1.
     """
     first, second = halves_of(truth)
     checked: list[HoldoutSplit] = []
@@ -281,7 +281,7 @@ def check_held_out(
     accepted = np.zeros(len(truth), bool)
     for outcomes, here, there in zip(fitted, (first, second), (second, first), strict=True):
         fit, check = outcomes.take(here), outcomes.take(there)
-        limits = fit_thresholds(fit.predicted, fit.probability, fit.right, len(fit.labels), wished_precision)
+        limits = fit_thresholds(fit.predicted, fit.probability, fit.right, len(fit.labels), target_precision)
         sure = limits.accepts(check.predicted, check.probability)
         accepted[there] = sure
         checked.append(HoldoutSplit(len(there), int(sure.sum()), int(check.right[sure].sum())))

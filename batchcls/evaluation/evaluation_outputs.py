@@ -141,7 +141,7 @@ class EvaluationSubject:
 
 def as_json(found: Evaluated, subject: EvaluationSubject) -> dict[str, Any]:
     """The contents of metrics.json; shares are in 0..1."""
-    held, wished = found.held_out, found.thresholds.wished_precision
+    held, wished = found.held_out, found.thresholds.target_precision
     return {
         "format": "batchcls-evaluation-1",
         "created": subject.created.isoformat(timespec="seconds"),
@@ -160,7 +160,7 @@ def as_json(found: Evaluated, subject: EvaluationSubject) -> dict[str, Any]:
             "ece_held_out": asdict(held.ece) if found.temperature else None,
         },
         "thresholds": {
-            "wished_precision": wished,
+            "target_precision": wished,
             "confidence": CONFIDENCE,
             "held_out": {
                 **_half(held.together),

@@ -113,7 +113,7 @@ class Evaluated:
             temperature=self.temperature.value,
             ece_before=self.ece_before.value,
             ece_after=self.held_out.ece.value,
-            wished_precision=self.thresholds.wished_precision,
+            target_precision=self.thresholds.target_precision,
             thresholds=tuple(map(_finite, self.thresholds.by_category.tolist())),
             depth_thresholds=tuple(map(_finite, depths)) or None,
             held_out=HeldOut(rows=both.rows, precision=both.precision, coverage=both.coverage),
@@ -123,13 +123,13 @@ class Evaluated:
         )
 
 
-def evaluate_answers(answers: LogitStore, paths: Sequence[Path] | None, wished_precision: float) -> Evaluated:
+def evaluate_answers(answers: LogitStore, paths: Sequence[Path] | None, target_precision: float) -> Evaluated:
     """Everything there is to find in logits.
 
     Args:
         answers: at least two rows.
         paths: of the K categories in a tree; None: there is no tree.
-        wished_precision: above 0 and below 1.
+        target_precision: above 0 and below 1.
 
     Raises:
         InputError: there are fewer than two rows.
@@ -148,9 +148,9 @@ def evaluate_answers(answers: LogitStore, paths: Sequence[Path] | None, wished_p
         if temperature.applied
         else (before, before)
     )
-    held_out = check_held_out(answers.truth, after, wished_precision)
+    held_out = check_held_out(answers.truth, after, target_precision)
     outcomes = answers.outcomes(temperature.value) if temperature.applied else before
-    found = replace(_evaluated(before, outcomes, held_out, wished_precision, paths), temperature=temperature)
+    found = replace(_evaluated(before, outcomes, held_out, target_precision, paths), temperature=temperature)
     if paths is None:
         return found
     nodes = node_outcomes(answers, temperature.value, levels_of(paths))
@@ -158,7 +158,7 @@ def evaluate_answers(answers: LogitStore, paths: Sequence[Path] | None, wished_p
 
 
 def evaluate_outcomes(
-    outcomes: Outcomes, kept: int, paths: Sequence[Path] | None, wished_precision: float
+    outcomes: Outcomes, kept: int, paths: Sequence[Path] | None, target_precision: float
 ) -> Evaluated:
     """What can be found without logits: no temperature, no masses of nodes, ranks among the kept categories only.
 
@@ -166,15 +166,15 @@ def evaluate_outcomes(
         InputError: there are fewer than two rows.
     """
     _require_rows(len(outcomes))
-    held_out = check_held_out(outcomes.truth, (outcomes, outcomes), wished_precision)
-    return _evaluated(outcomes, outcomes, held_out, wished_precision, paths, kept)
+    held_out = check_held_out(outcomes.truth, (outcomes, outcomes), target_precision)
+    return _evaluated(outcomes, outcomes, held_out, target_precision, paths, kept)
 
 
 def _evaluated(
     before: Outcomes,
     outcomes: Outcomes,
     held_out: HeldOutCheck,
-    wished_precision: float,
+    target_precision: float,
     paths: Sequence[Path] | None,
     kept: int | None = None,
 ) -> Evaluated:
@@ -193,7 +193,7 @@ def _evaluated(
         ece_before=calibration_error(before.probability, before.right),
         temperature=None,
         thresholds=fit_thresholds(
-            outcomes.predicted, outcomes.probability, outcomes.right, len(outcomes.labels), wished_precision
+            outcomes.predicted, outcomes.probability, outcomes.right, len(outcomes.labels), target_precision
         ),
         held_out=held_out,
         confusion=confusion,
@@ -204,7 +204,7 @@ def _evaluated(
 
 def _hierarchy(found: Evaluated, nodes: Sequence[NodeOutcomes], paths: Sequence[Path]) -> Hierarchy:
     assert found.hierarchy is not None
-    wished, truth = found.thresholds.wished_precision, found.outcomes.truth
+    wished, truth = found.thresholds.target_precision, found.outcomes.truth
     every = np.arange(len(truth))
     limits = tuple(one.threshold(every, wished) for one in nodes)
     names, place = deepest_paths(nodes, limits)

@@ -26,9 +26,9 @@ class NodeOutcomes:
     mass: Floats
     right: npt.NDArray[np.bool_]
 
-    def threshold(self, rows: Rows, wished_precision: float) -> float:
+    def threshold(self, rows: Rows, target_precision: float) -> float:
         """The lowest mass from which on these rows are right often enough; infinity where there is none."""
-        return float(lowest_threshold(self.mass[rows], self.right[rows], wished_precision))
+        return float(lowest_threshold(self.mass[rows], self.right[rows], target_precision))
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,7 @@ class Fetcher:
         return self._checked(data, status.st_size), _stat_version(status)
 
     def _stat_local(self, path: str) -> str:
-        if not self._policy.addresses.allow_roots:
+        if not self._policy.addresses.allowed_roots:
             return _stat_version(Path(path).stat())
         # What is described must be what lies below the root, as with what is read.
         descriptor = self._policy.addresses.open_path(path, os.O_PATH)

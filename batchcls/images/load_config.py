@@ -70,7 +70,7 @@ class LoadSettings:
 def fetch_policy(settings: FetchSettings) -> FetchPolicy:
     """Which addresses are read, how long, how often and with which credentials."""
     return FetchPolicy(
-        addresses=AddressPolicy(tuple(settings.allow_root), settings.allow_private_addresses),
+        addresses=AddressPolicy(tuple(settings.allowed_root), settings.allow_private_addresses),
         timeout_seconds=settings.fetch_timeout_seconds,
         max_bytes=settings.max_image_bytes,
         max_attempts=settings.fetch_attempts,

@@ -66,12 +66,12 @@ class ForbiddenAddressError(PermissionError):
 class AddressPolicy:
     """What may be read.
 
-    `allow_roots`: folders that local paths must lie in, after `..` and symbolic links are resolved;
+    `allowed_roots`: folders that local paths must lie in, after `..` and symbolic links are resolved;
     empty allows every local path. `allow_private_addresses`: http(s) may reach loopback, private
     and link-local addresses too.
     """
 
-    allow_roots: tuple[str, ...] = ()
+    allowed_roots: tuple[str, ...] = ()
     allow_private_addresses: bool = False
 
     def open_path(self, path: str, flags: int) -> int:
@@ -91,7 +91,7 @@ class AddressPolicy:
         """
         if "\0" in path:
             raise ForbiddenAddressError("the path holds a null byte")
-        if not self.allow_roots:
+        if not self.allowed_roots:
             return os.open(path, flags | os.O_CLOEXEC)
         error: OSError = ForbiddenAddressError("the path is outside of the allowed roots")
         for _ in range(_TRIES_TO_OPEN):
@@ -108,7 +108,7 @@ class AddressPolicy:
 
     def _place(self, path: str) -> tuple[str, list[str]] | None:
         """The allowed root, and the names below it, that a path leads to once its links are resolved."""
-        roots = [os.path.realpath(root) for root in self.allow_roots]
+        roots = [os.path.realpath(root) for root in self.allowed_roots]
         resolved = Path(os.path.realpath(path))
         for root in roots:
             if resolved.is_relative_to(root):
@@ -175,7 +175,7 @@ def resolve_uri(uri: str, base: str) -> str:
     """A manifest's `uri`: absolute ones as they are, relative ones under the folder `base`.
 
     In a store `..` stops at the bucket or host, as it does in a browser, and keys are opaque beside dot
-    segments; on local disk `..` does not stop: confine local paths with `AddressPolicy.allow_roots`.
+    segments; on local disk `..` does not stop: confine local paths with `AddressPolicy.allowed_roots`.
     """
     if has_scheme(uri) or uri.startswith("/"):
         return uri

@@ -48,7 +48,7 @@ _logger = logging.getLogger("batchcls.jobs.evaluate")  # __name__ is __main__ he
 _EXAMPLES = """examples:
   python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated
   python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated \\
-      --wished-precision 0.95 --write-bundle models/v1-calibrated
+      --target-precision 0.95 --write-bundle models/v1-calibrated
   python -m batchcls.jobs.evaluate --manifest s3://shop/labeled/ --run s3://shop/out --output s3://shop/evaluated
   python -m batchcls.jobs.evaluate --config jobs/evaluate.toml
 
@@ -148,7 +148,7 @@ def _judge_bundle(
         with watching(lambda: answering, rows, console, config.log_interval_seconds):
             notes, judged, answers = answering.run(load, room)
         _logger.info("%d rows answered; fitting", len(answers))
-        found = evaluate_answers(answers, paths, config.wished_precision)
+        found = evaluate_answers(answers, paths, config.target_precision)
     assert config.model is not None
     model = {
         "bundle": redact_uri(config.model),
@@ -165,7 +165,7 @@ def _judge_run(config: EvaluateConfig, labeled: LabeledManifest) -> _Judged:
     run = open_run(config.run, labeled.storage)
     notes, rows, outcomes, kept = read_answers(run, labeled, labeled.storage)
     paths = _paths(config, outcomes.labels, None)
-    found = evaluate_outcomes(outcomes, kept, paths, config.wished_precision)
+    found = evaluate_outcomes(outcomes, kept, paths, config.target_precision)
     model = {
         "run": run.record["run_id"],
         "fingerprint": run.record["model"].get("fingerprint"),

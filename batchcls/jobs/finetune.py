@@ -79,8 +79,8 @@ def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
     probed.bundle.save(config.output, storage)
     sink = pa.BufferOutputStream()
     pq.write_table(probed.noise, sink)
-    with resumable(config.state_folder):
-        storage.write_whole(join(config.state_folder, NOISE_FILE), sink.getvalue().to_pybytes())
+    with resumable(config.work_folder):
+        storage.write_whole(join(config.work_folder, NOISE_FILE), sink.getvalue().to_pybytes())
     _summarize_probe(config, probed, time.time() - started)
     return ExitCode.DONE
 
@@ -105,7 +105,7 @@ def _summarize_probe(config: FinetuneConfig, probed: Probed, seconds: float) -> 
     out.print(
         f"labels that look wrong: {probed.metrics['confidently_mislabeled']} of "
         f"{probed.metrics['training_rows']}, the first {probed.noise.num_rows} in "
-        f"{redact_uri(join(config.state_folder, NOISE_FILE))}"
+        f"{redact_uri(join(config.work_folder, NOISE_FILE))}"
     )
     out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(probed.bundle)}")
 
@@ -159,9 +159,9 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     }
     bundle = trained_bundle(inputs.start, trained, claim.run_id, lineage)
     bundle.save(config.output, inputs.storage)
-    finish_run(config.state_folder, inputs.storage)
+    finish_run(config.work_folder, inputs.storage)
     if not config.keep_pixels:
-        _remove(join(config.state_folder, "pixels"), inputs.storage)
+        _remove(join(config.work_folder, "pixels"), inputs.storage)
     _summarize(config, bundle, trained, time.time() - started)
     return ExitCode.DONE
 
@@ -172,19 +172,19 @@ def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
     needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both)
     if needed > config.max_pixels_gib * 2**30:
         raise InputError(
-            f"the prepared pixels would take {needed / 2**30:.0f} GiB of {redact_uri(config.state_folder)}, more than "
+            f"the prepared pixels would take {needed / 2**30:.0f} GiB of {redact_uri(config.work_folder)}, more than "
             f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer images"
         )
-    _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.state_folder))
+    _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.work_folder))
     return needed
 
 
 def _begin(
     config: FinetuneConfig, inputs: TrainingInputs, decides: Mapping[str, Any]
 ) -> tuple[Claim, StepPlan, Workers]:
-    """Settle all that may be refused before anything is prepared, then take the state folder."""
+    """Settle all that may be refused before anything is prepared, then take the work directory."""
     rows, needed = len(inputs.training.usable()), inputs.images_needed
-    claim = find_claim(config.state_folder, decides, inputs.storage, restart=config.restart)
+    claim = find_claim(config.work_folder, decides, inputs.storage, restart=config.restart)
     workers = settle_workers(config, nodes(), config.batch_size or inputs.recipe.batch_size)
     if claim.plan is not None:
         plan = StepPlan(**claim.plan)
@@ -193,10 +193,10 @@ def _begin(
     else:
         plan = plan_steps(config, inputs.recipe, workers, rows, needed)
     workers = fit_workers(config, workers, plan, rows, needed)
-    require_nodes(config.state_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
-    take_claim(config.state_folder, claim, decides, plan.as_json(), inputs.storage)
+    require_nodes(config.work_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
+    take_claim(config.work_folder, claim, decides, plan.as_json(), inputs.storage)
     verb = "going on with" if claim.is_resumed else "beginning"
-    _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.state_folder))
+    _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.work_folder))
     _logger.info("%s, start %s", workers, bundle_line(inputs.start))
     return claim, plan, workers
 
@@ -222,7 +222,7 @@ def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
         found.config.lineage["run_id"],
         bundle_line(found),
     )
-    finish_run(config.state_folder, storage)
+    finish_run(config.work_folder, storage)
     return True
 
 
@@ -237,7 +237,7 @@ def _prepare(
             seen.rows = before + done
 
         return prepare_pixels(
-            part.manifest, part.bad_ids, part.load, (config.state_folder, inputs.storage), tell
+            part.manifest, part.bad_ids, part.load, (config.work_folder, inputs.storage), tell
         )
 
     rows = inputs.training.manifest.rows + inputs.validation.manifest.rows
@@ -274,7 +274,7 @@ def _settings(
         validation=_rows_of(inputs.validation, pixels[1], "validation"),
         balance=config.class_balance,
         seed=config.seed,
-        pass_size=config.pass_size,
+        micro_batch_size=config.micro_batch_size,
         precision=precision,
         loader_processes=workers.loader_processes,
         least_step=plan.least,
@@ -354,7 +354,7 @@ def _summarize(config: FinetuneConfig, bundle: Bundle, trained: Trained, seconds
         f"of training ({seconds:.0f} s in all)"
     )
     out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(bundle)}")
-    out.print(f"curves: tensorboard --logdir {redact_uri(join(config.state_folder, 'curves'))}")
+    out.print(f"curves: tensorboard --logdir {redact_uri(join(config.work_folder, 'curves'))}")
 
 
 COMMANDS = (Command("finetune", FinetuneConfig, finetune, _EXAMPLES),)

@@ -50,7 +50,7 @@ class Calibration(BaseModel):
     ece_after: _Share = Field(
         description="The same at temperatures that were fitted on other rows: each half with the other's."
     )
-    wished_precision: _Share = Field(description="Share of accepted answers that should be right.")
+    target_precision: _Share = Field(description="Share of accepted answers that should be right.")
     thresholds: tuple[_Share | None, ...] = Field(
         description="For each label the least probability of an accepted answer; None: it is never sure enough."
     )

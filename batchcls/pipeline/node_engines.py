@@ -110,7 +110,7 @@ def settle_engines(
         GoldenMismatch: the network does not answer as its bundle says.
     """
     batch_size = None if config.batch_size == "auto" else config.batch_size
-    wanted = EngineRequest.of(config, batch_size, reduced_scale=config.reduced_decode == "auto")
+    wanted = EngineRequest.of(config, batch_size, reduced_scale=config.scaled_decode == "auto")
     plain = _without_measuring(wanted)
     otherwise = NodeEngine(plain, placement.batch_size)
     probe = placement.device == "cuda" and config.batch_size == "auto"
@@ -123,12 +123,12 @@ def settle_engines(
     for hardware, node in _kinds(placement.device):
         known = None if kept is None else kept.get(hardware.key)
         is_open = kept is None or (kept and known is None)  # a run that began unmeasured stays so
-        if is_open and not config.measure_engines:
+        if is_open and not config.retune:
             known = engine_cache.load(config.output, bundle.fingerprint, hardware, wanted, storage)
         if (
             is_open
             and known is None
-            and (manifest.rows >= config.measure_from_rows or wanted.precision == "int8")
+            and (manifest.rows >= config.autotune_min_rows or wanted.precision == "int8")
         ):
             known = _measure(config, node, bundle, images, wanted, placement)
             new.append(known)
@@ -158,8 +158,8 @@ def _measured_before(begun: Mapping[str, Any]) -> dict[str, EngineSelectionRecor
 
 def _margin(config: ClassifyConfig, measured: Sequence[EngineSelectionRecord]) -> float | None:
     """The largest that a kind of node needs: what keeps the answers of all of them."""
-    if isinstance(config.reduced_decode, float):
-        return config.reduced_decode
+    if isinstance(config.scaled_decode, float):
+        return config.scaled_decode
     margins = [None if known.reduced_scale is None else known.reduced_scale.margin for known in measured]
     needed = [margin for margin in margins if margin is not None]
     return max(needed) if needed and len(needed) == len(margins) else None

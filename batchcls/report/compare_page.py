@@ -261,7 +261,7 @@ def _facts(
     models = {entry.model for entry in measurements}
     engines = dict.fromkeys(entry.engine for entry in measurements)
     hardware = list(dict.fromkeys(str(entry.hardware) for entry in measurements))
-    wanted = [f"loaded by {_LOADERS[needs.loaded_by]}"]
+    wanted = [f"loaded by {_LOADERS[needs.export_target]}"]
     if needs.target_ms is not None:
         wanted.append(f"p95 within {needs.target_ms:g} ms")
     if needs.price_per_hour is not None:

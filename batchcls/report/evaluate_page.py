@@ -191,7 +191,7 @@ def evaluate_page(found: Evaluated, subject: EvaluationSubject, parts: PageParts
         side=SIDE,
         tables=tables,
         hierarchy=None if found.hierarchy is None else hierarchy_table(found.hierarchy),
-        wished=percent(found.thresholds.wished_precision),
+        wished=percent(found.thresholds.target_precision),
     )
 
 
@@ -202,7 +202,7 @@ def verdict(found: Evaluated) -> list[str]:
 
 
 def _on_thresholds(found: Evaluated) -> list[str]:
-    held, wished = found.held_out, found.thresholds.wished_precision
+    held, wished = found.held_out, found.thresholds.target_precision
     both, interval = held.together, held.interval
     if both.precision is None or interval is None:
         return [

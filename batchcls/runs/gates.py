@@ -121,7 +121,7 @@ def _coverage(subject: CandidateRun, limits: Limits) -> list[GateResult]:
 
 def _confidence(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     name, summary = "mean_confidence", subject.summary
-    if summary.mean_confidence is None or summary.answered < limits.gates.gate_from_rows:
+    if summary.mean_confidence is None or summary.answered < limits.gates.gate_min_rows:
         return [_unjudged(name, summary.answered, limits)]
     given = limits.gates.gate_min_mean_confidence
     limit = min(1.0, _ABOVE_CHANCE / max(2, subject.classes)) if given is None else given
@@ -143,7 +143,7 @@ def _non_finite(subject: CandidateRun, limits: Limits) -> list[GateResult]:
 def _changed_labels(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     del subject
     name = "changed_labels_fraction"
-    if baseline.compared < max(1, limits.gates.gate_from_rows):
+    if baseline.compared < max(1, limits.gates.gate_min_rows):
         return _unjudged(name, baseline.compared, limits)
     figure = baseline.changed / baseline.compared
     text = (
@@ -159,7 +159,7 @@ def _changed_labels(subject: CandidateRun, baseline: Baseline, limits: Limits) -
 
 def _category_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, fewest = "category_shift", min(subject.summary.answered, baseline.summary.answered)
-    if fewest < max(1, limits.gates.gate_from_rows):
+    if fewest < max(1, limits.gates.gate_min_rows):
         return _unjudged(name, fewest, limits)
     figure = jensen_shannon(subject.summary.categories, baseline.summary.categories)
     text = (
@@ -175,7 +175,7 @@ def _category_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -
 def _confidence_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, new, old = "mean_confidence_shift", subject.summary, baseline.summary
     fewest = min(new.answered, old.answered)
-    if new.mean_confidence is None or old.mean_confidence is None or fewest < limits.gates.gate_from_rows:
+    if new.mean_confidence is None or old.mean_confidence is None or fewest < limits.gates.gate_min_rows:
         return _unjudged(name, fewest, limits)
     figure = abs(new.mean_confidence - old.mean_confidence)
     text = (
@@ -192,7 +192,7 @@ def _confidence_shift(subject: CandidateRun, baseline: Baseline, limits: Limits)
 def _norm_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, new, old = "embedding_norm_shift_fraction", subject.summary.embeddings, baseline.summary.embeddings
     fewest = min(new.rows if new else 0, old.rows if old else 0)
-    if new is None or old is None or not old.mean_norm or fewest < limits.gates.gate_from_rows:
+    if new is None or old is None or not old.mean_norm or fewest < limits.gates.gate_min_rows:
         return _unjudged(name, fewest, limits)
     figure = abs(new.mean_norm / old.mean_norm - 1)
     text = (
@@ -207,7 +207,7 @@ def _norm_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -> Ga
 
 def _row_count(subject: CandidateRun, baseline: Baseline, limits: Limits) -> GateResult:
     name, most = "row_count_change_fraction", max(subject.counts.rows, baseline.rows)
-    if most < limits.gates.gate_from_rows or not baseline.rows:
+    if most < limits.gates.gate_min_rows or not baseline.rows:
         return _unjudged(name, most, limits)
     figure = abs(subject.counts.rows / baseline.rows - 1)
     text = f"{subject.counts.rows} rows after {baseline.rows} in run {baseline.run_id}"
@@ -271,7 +271,7 @@ def _result(
 
 
 def _unjudged(gate: str, rows: int, limits: Limits) -> GateResult:
-    text = f"not judged: {rows} rows to compare, --gate-from-rows is {limits.gates.gate_from_rows}"
+    text = f"not judged: {rows} rows to compare, --gate-min-rows is {limits.gates.gate_min_rows}"
     return GateResult(gate, None, None, True, text)
 
 

@@ -15,10 +15,10 @@ from batchcls.runs.paths import PLAN, run_folder
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
 _ANSWERS = (
-    *("top_k", "abstain", "embedding_dtype", "l2_normalize", "tta", "normalize", "reduced_decode"),
+    *("top_k", "abstain", "embedding_dtype", "l2_normalize", "tta", "normalize", "scaled_decode"),
     *("engine", "precision", "device", "min_top1_agreement", "min_embedding_cosine", "int8_min_agreement"),
     *("max_image_bytes", "max_image_pixels", "min_image_side_pixels"),
-    *("allow_root", "allow_private_addresses"),
+    *("allowed_root", "allow_private_addresses"),
 )
 _ROWS = ("id_column", "keep", "limit")
 
@@ -88,7 +88,7 @@ def answers_of(
             "max_image_bytes",
             "max_image_pixels",
             "min_image_side_pixels",
-            "allow_root",
+            "allowed_root",
             "allow_private_addresses",
         ),
     )

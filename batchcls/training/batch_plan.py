@@ -94,9 +94,10 @@ def fit_workers(config: FinetuneConfig, workers: Workers, plan: StepPlan, rows: 
         InputError: a number of workers that was asked for is too large for the steps, or a pass too small.
     """
     why = " (for its BatchNorm, which gathers statistics)" if needed > 1 else ""
-    if config.pass_size is not None and config.pass_size < needed:
+    if config.micro_batch_size is not None and config.micro_batch_size < needed:
         raise InputError(
-            f"--pass-size {config.pass_size}: a pass needs {needed} images{why}; give --pass-size {needed} or more"
+            f"--micro-batch-size {config.micro_batch_size}: a pass needs {needed} images{why}; "
+            f"give --micro-batch-size {needed} or more"
         )
     smallest = plan.smallest_step(rows)
     most = smallest // needed

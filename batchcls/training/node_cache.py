@@ -1,4 +1,4 @@
-"""Prepared images of a state folder on a store, copied to a node's own disk: once for all workers of a run there.
+"""Prepared images of a work directory on a store, copied to a node's own disk: once for all workers of a run there.
 
 Workers hold the folder while they read from it, with a lock that ends with their process. It is removed when
 the run ends, by the driver, on every node. Needs no Ray.
@@ -94,7 +94,7 @@ class NodeView:
     Attributes:
         cache: the folder for copies.
         free: bytes that the run may use of the disk of `cache`, copies that are there already included.
-        sees_mark: whether the file that the driver has written into the state folder is there.
+        sees_mark: whether the file that the driver has written into the work directory is there.
     """
 
     cache: str
@@ -108,7 +108,7 @@ def look_around(run_id: str, node_id: str, mark: str) -> NodeView:
     Args:
         run_id: of the run.
         node_id: of this node.
-        mark: path of a file in a local state folder.
+        mark: path of a file in a local work directory.
     """
     for folder in caches_folder().glob("*"):
         if folder.is_dir() and time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS:

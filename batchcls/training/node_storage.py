@@ -1,4 +1,4 @@
-"""What training asks of the nodes: a state folder that they see, room for copies of the images, and to clean up."""
+"""What training asks of the nodes: a work directory that they see, room for copies of the images, and to clean up."""
 
 import logging
 import uuid
@@ -32,10 +32,10 @@ def require_nodes(state: str, run_id: str, needed: int, storage: Storage) -> Non
     """Check that every node reaches the prepared images, before any is prepared.
 
     Args:
-        state: the state folder. A local one has to be seen by all nodes; from a store each node copies.
+        state: the work directory. A local one has to be seen by all nodes; from a store each node copies.
         run_id: of the run, which names the copies.
         needed: bytes of the prepared images.
-        storage: how to reach the state folder.
+        storage: how to reach the work directory.
 
     Raises:
         InputError: a node does not see the folder, or has no room for the images.
@@ -63,7 +63,7 @@ def require_nodes(state: str, run_id: str, needed: int, storage: Storage) -> Non
     if free < needed:
         raise InputError(
             f"{redact_uri(state)} has {free / _GIB:.1f} GiB free and needs {needed / _GIB:.1f} for the prepared "
-            "pixels; name another folder with --state, or train on fewer images"
+            "pixels; name another folder with --work-dir, or train on fewer images"
         )
     _require_seen(state, run_id, storage)
 
@@ -97,7 +97,7 @@ def _require_seen(state: str, run_id: str, storage: Storage) -> None:
         storage.remove_empty_folders(state)
     if blind:
         raise InputError(
-            f"--state {redact_uri(state)} is not there on {len(blind)} of the nodes ({', '.join(blind[:3])}); "
+            f"--work-dir {redact_uri(state)} is not there on {len(blind)} of the nodes ({', '.join(blind[:3])}); "
             "with more than one node it has to be a folder that all of them share, or on a store such as s3://"
         )
 

@@ -1,7 +1,7 @@
 """A manifest's images, decoded once and kept as uint8 arrays that training reads at random.
 
 They are fetched and decoded by the code of the classifying job, by tasks all over the cluster, and lie
-in parts in the state folder: PART.npy with N x H x W x 3, and PART.json, written last, with the rows
+in parts in the work directory: PART.npy with N x H x W x 3, and PART.json, written last, with the rows
 that have failed. A part that is there is not made again. Needs no Ray.
 """
 
@@ -160,7 +160,7 @@ class PixelStore:
         Args:
             uris: of the parts in the order of the rows, without suffix.
             storage: how to reach them.
-            local_folder: where parts of a remote state folder are copied to, by the first process that asks.
+            local_folder: where parts of a remote work directory are copied to, by the first process that asks.
 
         Raises:
             InputError: a part is not there, is damaged, or there is no room for it.
@@ -239,7 +239,7 @@ def _on_disk(uri: str, storage: Storage, cache: NodeCache) -> Path:
     path = Path(local_path(uri))
     if not path.is_file():
         raise InputError(
-            f"{uri} is not on this node: with more than one node --state has to be a folder that all of them "
+            f"{uri} is not on this node: with more than one node --work-dir has to be a folder that all of them "
             "share, or on a store such as s3://"
         )
     return path
@@ -283,7 +283,7 @@ def prepare_pixels(
         manifest: whose images.
         bad_ids: its rows without an id of their own, which are left out.
         settings: how images are loaded.
-        place: state folder and how to reach it.
+        place: work directory and how to reach it.
         tell: called with the number of rows done so far.
     """
     state, storage = place

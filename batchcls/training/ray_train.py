@@ -102,7 +102,7 @@ def run_training(
         start: the bundle that it starts from.
         pixels: of training and validation.
         workers: how many and how large.
-        run: the run's name, how its state folder is reached, and where progress is shown.
+        run: the run's name, how its work directory is reached, and where progress is shown.
 
     Raises:
         Diverged: a step has no finite gradient.
@@ -119,10 +119,10 @@ def run_training(
         validation=pixels[1].uris,
         storage=storage,
         run_id=name,
-        copies=is_remote(config.state_folder),
+        copies=is_remote(config.work_folder),
         checkpoint_seconds=config.checkpoint_minutes * 60,
         threads=workers.threads,
-        curves=join(config.state_folder, "curves", name),
+        curves=join(config.work_folder, "curves", name),
         board=board,
     )
 
@@ -130,7 +130,7 @@ def run_training(
         return TorchTrainer(
             train_worker,
             train_loop_config={"assignment": assignment},
-            torch_config=TorchConfig(timeout_s=int(config.peer_timeout_seconds)),
+            torch_config=TorchConfig(timeout_s=int(config.collective_timeout_seconds)),
             scaling_config=ScalingConfig(
                 num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
                 use_gpu=workers.use_gpu,
@@ -175,7 +175,7 @@ def fit_until_done(trainer: Callable[[], TorchTrainer], max_failures: int) -> An
                 raise _ended(lasting or found[0], "it would again") from error
             if memory is not None and starved:
                 raise _ended(
-                    memory, "twice; lower --pass-size, or --num-workers where they share a machine"
+                    memory, "twice; lower --micro-batch-size, or --num-workers where they share a machine"
                 ) from error
             starved = memory is not None
             if failures > max_failures:
@@ -212,7 +212,7 @@ def _fit(trainer: TorchTrainer) -> Any:
 
 def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
     """What Ray Train is to do about checkpoints, failures and the environment of workers, for a run of this name."""
-    folder = join(config.state_folder, "checkpoints")
+    folder = join(config.work_folder, "checkpoints")
     filesystem, path = storage.arrow_filesystem(folder)
     return RunConfig(
         name=name,

@@ -155,13 +155,14 @@ def share_of(step: npt.NDArray[np.int64], rank: int, workers: int) -> npt.NDArra
 
 
 def passes_of(
-    share: npt.NDArray[np.int64], pass_size: int | None, least: int = 1
+    share: npt.NDArray[np.int64], micro_batch_size: int | None, least: int = 1
 ) -> list[npt.NDArray[np.int64]]:
     """A worker's share of a step, cut into passes of almost the same length.
 
     Args:
         share: at least `least` images.
-        pass_size: most images of a pass; one more where a pass would have less than `least` otherwise. None: all.
+        micro_batch_size: most images of a pass; one more where a pass would otherwise have fewer than `least`.
+            None: all.
         least: images that every pass has at least.
     """
-    return np.array_split(share, number_of_steps(len(share), pass_size or len(share), least))
+    return np.array_split(share, number_of_steps(len(share), micro_batch_size or len(share), least))

@@ -15,9 +15,9 @@ Record = dict[str, Any]
 class TrainingSettings:
     """All that decides what training ends in, beside the start weights and the pixels.
 
-    `loader_processes` changes the seconds only, and so does `pass_size` but for what is drawn for each pass: which
-    images are mixed, dropout, and the statistics of a trained BatchNorm. None: a worker's share of a step at once.
-    `least_step` and `least_pass` are the images that a step, and a pass of a worker, has at least.
+    `loader_processes` changes the seconds only, and so does `micro_batch_size` but for what is drawn for each pass:
+    which images are mixed, dropout, and the statistics of a trained BatchNorm. None: a worker's share of a step at
+    once. `least_step` and `least_pass` are the images that a step, and a pass of a worker, has at least.
     """
 
     recipe: Recipe
@@ -28,7 +28,7 @@ class TrainingSettings:
     validation: LabelledRows
     balance: BalanceName
     seed: int
-    pass_size: int | None
+    micro_batch_size: int | None
     precision: Literal["fp32", "bf16"]
     loader_processes: int
     least_step: int = 1

@@ -294,7 +294,7 @@ class Training:
         order = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size, settings.least_step)
         steps = with_occurrences(order)
         shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
-        cut = [passes_of(share, settings.pass_size, settings.least_pass) for share in shares[done:]]
+        cut = [passes_of(share, settings.micro_batch_size, settings.least_pass) for share in shares[done:]]
         self._require_mixing([len(chosen) for passes in cut for chosen in passes])
         transform = image_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
@@ -320,7 +320,7 @@ class Training:
         if self._mixing.mixes and max(sizes, default=2) < 2:
             raise InputError(
                 "the recipe mixes the images of a pass (mixup, cutmix), and each pass has a single one; raise "
-                "--pass-size or --batch-size, lower --num-workers, or take a recipe that does not mix"
+                "--micro-batch-size or --batch-size, lower --num-workers, or take a recipe that does not mix"
             )
 
     @torch.inference_mode()

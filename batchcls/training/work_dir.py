@@ -1,6 +1,6 @@
-"""Which run the state folder belongs to: found again by the same command, never gone on with by another.
+"""Which run the work directory belongs to: found again by the same command, never gone on with by another.
 
-run.json in the state folder names the run and the digest of all that decides what it ends in. The
+run.json in the work directory names the run and the digest of all that decides what it ends in. The
 number of workers, the size of a pass and the like are not part of it: a run may go on elsewhere.
 """
 
@@ -27,10 +27,10 @@ class Claim:
 
 
 def find_claim(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> Claim:
-    """The run of this command: the unfinished one that the state folder holds, or a new one. Nothing is written.
+    """The run of this command: the unfinished one that the work directory holds, or a new one. Nothing is written.
 
     Args:
-        state: the state folder.
+        state: the work directory.
         decides: all that decides what the run ends in, as JSON values.
         storage: how to reach the folder.
         restart: let go of an unfinished run that is there.
@@ -59,7 +59,7 @@ def find_claim(state: str, decides: Mapping[str, Any], storage: Storage, *, rest
 def take_claim(
     state: str, claim: Claim, decides: Mapping[str, Any], plan: Mapping[str, Any], storage: Storage
 ) -> None:
-    """Write down that the state folder belongs to this run, with its plan of steps."""
+    """Write down that the work directory belongs to this run, with its plan of steps."""
     record = {"run_id": claim.run_id, "finished": False, "decides": decides, "plan": plan}
     _write(join(state, _RECORD), json.loads(json.dumps(record)), storage)
 

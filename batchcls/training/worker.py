@@ -78,7 +78,7 @@ class Assignment:
         settings: of the training.
         bundle: reference to the `Bundle` that training starts from.
         training, validation: URIs of the parts with the pixels, in the order of the rows.
-        storage: how to reach the state folder.
+        storage: how to reach the work directory.
         run_id: of the run.
         checkpoint_seconds: longest time between two checkpoints.
         copies: whether the parts lie on a store, so that each node has copies.

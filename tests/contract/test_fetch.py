@@ -72,7 +72,7 @@ def test_a_path_outside_of_the_allowed_roots_is_refused_however_it_is_written(tm
     (allowed / "a.jpg").write_bytes(b"a")
     (tmp_path / "secret").write_bytes(b"secret")
     (allowed / "link.jpg").symlink_to(tmp_path / "secret")
-    fetcher = Fetcher(FetchPolicy(addresses=AddressPolicy(allow_roots=(str(allowed),))))
+    fetcher = Fetcher(FetchPolicy(addresses=AddressPolicy(allowed_roots=(str(allowed),))))
     assert fetcher.fetch(f"{allowed}/a.jpg").data == b"a"
     for uri in (
         f"{allowed}/../secret",

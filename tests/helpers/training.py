@@ -45,7 +45,7 @@ def settings(**changes: object) -> TrainingSettings:
         ),
         balance="none",
         seed=3,
-        pass_size=None,
+        micro_batch_size=None,
         precision="fp32",
         loader_processes=0,
     )

@@ -34,7 +34,7 @@ def test_abstaining_in_both_shapes(job: Job, tiny_bundle: str, catalog: str, tmp
         temperature=0.25,
         ece_before=0.2,
         ece_after=0.1,
-        wished_precision=0.9,
+        target_precision=0.9,
         thresholds=(threshold,) * 10,
         held_out=HeldOut(rows=60, precision=0.9, coverage=0.5),
         rows=60,

@@ -25,7 +25,7 @@ def test_a_refused_night_is_committed_shown_and_published_only_by_force(
     job: Job, tiny_bundle: str, tmp_path: Path
 ):
     output = str(tmp_path / "output")
-    same = ("--model", tiny_bundle, "--gate-from-rows", "10", "--gate-min-mean-confidence", "0")
+    same = ("--model", tiny_bundle, "--gate-min-rows", "10", "--gate-min-mean-confidence", "0")
     whole = write_catalog(tmp_path / "whole", 40, broken=(3,))
     half = write_catalog(tmp_path / "half", 20)
     budget = ("--max-failed-fraction", "0.1")

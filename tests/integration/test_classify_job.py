@@ -258,7 +258,7 @@ def test_the_engine_is_measured_once_and_the_choice_is_kept_for_the_next_night(
 ):
     arguments = (
         *("--manifest", catalog, "--model", tiny_bundle, "--max-failed-fraction", "0.1"),
-        *("--measure-from-rows", "100", "--calibration-seconds", "5", "--cache-dir", str(tmp_path / "cache")),
+        *("--autotune-min-rows", "100", "--calibration-seconds", "5", "--cache-dir", str(tmp_path / "cache")),
     )
     first = job(*arguments, output=tmp_path / "out")
     assert first.exit_code == 0, first.log

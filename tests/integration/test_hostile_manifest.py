@@ -53,7 +53,7 @@ def test_no_address_is_reached_and_no_id_is_changed(
     outcome = job(
         *("--manifest", str(catalog / "manifest.parquet"), "--model", tiny_bundle),
         *(
-            "--allow-root",
+            "--allowed-root",
             str(catalog),
             "--max-failed-fraction",
             "1",

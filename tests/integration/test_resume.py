@@ -236,7 +236,7 @@ def test_images_that_kill_their_decoder_are_quarantined_and_no_others(
     command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", manifest, "--model", tiny_bundle]
     command += ["--output", str(tmp_path / "out"), "--ray-address", "local", "--shape", shape]
     command += ["--fragment-rows", "50", "--num-actors", "1", "--cpus-per-actor", "1"]
-    command += ["--no-measure-engines", "--precision", "fp32", "--engine", "torch"]
+    command += ["--no-retune", "--precision", "fp32", "--engine", "torch"]
     done = subprocess.run(
         command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
     )

@@ -200,17 +200,17 @@ def test_random_weights_without_a_published_figure_are_judged_on_speed_alone():
 
 
 @pytest.mark.parametrize(
-    ("loaded_by", "taken"), [("batchcls", "servers"), ("onnx", "most runtimes"), ("phone", "everywhere")]
+    ("export_target", "taken"), [("batchcls", "servers"), ("onnx", "most runtimes"), ("phone", "everywhere")]
 )
-def test_what_else_loads_it(loaded_by: str, taken: str):
+def test_what_else_loads_it(export_target: str, taken: str):
     places = {"servers": 280, "most runtimes": 250, "everywhere": 220}
     found = decide(
         *(measurement(place, right=right) for place, right in places.items()),
         traits={place: record(runs_elsewhere=place) for place in places},
-        loaded_by=loaded_by,
+        export_target=export_target,
     )
     assert found.model == taken
-    if loaded_by != "batchcls":
+    if export_target != "batchcls":
         assert "Given up: top-1 93.3 % measured on 300 images, p50 100 ms." in reason(found, "servers")
 
 
@@ -254,7 +254,7 @@ def test_debugging_prefers_what_is_plain():
 def test_an_unknown_architecture_is_not_held_against_a_candidate():
     found = decide(
         measurement("known", right=200), measurement("unknown", right=280),
-        traits={"known": record()}, loaded_by="phone", labeled_images_per_category=500, debugging="plain",
+        traits={"known": record()}, export_target="phone", labeled_images_per_category=500, debugging="plain",
     )  # fmt: skip
     assert found.model == "unknown"
     assert "torchvision:unknown" in about(found, "The zoo has no record")
@@ -301,8 +301,8 @@ def test_a_few_failed_images_do_not_make_another_sample():
     "needs",
     [
         {},
-        {"target_ms": 50, "price_per_hour": 0.4, "loaded_by": "onnx", "debugging": "plain"},
-        {"loaded_by": "phone", "labeled_images_per_category": 60},
+        {"target_ms": 50, "price_per_hour": 0.4, "export_target": "onnx", "debugging": "plain"},
+        {"export_target": "phone", "labeled_images_per_category": 60},
         {"target_ms": 1},
     ],
 )

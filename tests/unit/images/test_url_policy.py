@@ -73,7 +73,7 @@ def test_a_path_is_confined_after_dots_and_links_are_resolved(tmp_path: Path) ->
     (allowed / "loop").symlink_to("loop")
     (tmp_path / "allowed-too").mkdir()
     (tmp_path / "allowed-too" / "x").touch()
-    policy = AddressPolicy(allow_roots=(str(allowed),))
+    policy = AddressPolicy(allowed_roots=(str(allowed),))
     assert read(policy, f"{allowed}/x/../a.jpg") == b"a"
     assert read(policy, f"{allowed}//deep/./er/b.jpg") == b"b"
     for path in ("../outside/secret", "link", "folder/secret", "../allowed-too/x", "/etc/passwd"):
@@ -100,7 +100,7 @@ def test_links_that_stay_below_an_allowed_root_are_followed(tmp_path: Path) -> N
     (first / "to-second").symlink_to(second)
     (first / "day" / "up").symlink_to("../../second/b.jpg")
     (other / "way-in").symlink_to(first / "day")
-    policy = AddressPolicy(allow_roots=(str(first), str(second)))
+    policy = AddressPolicy(allowed_roots=(str(first), str(second)))
     for path in ("relative", "absolute/a.jpg", "chain"):
         assert read(policy, first / path) == b"a"
     for path in ("to-second/b.jpg", "day/up"):
@@ -114,19 +114,19 @@ def test_a_link_and_a_file_and_the_whole_disk_may_be_allowed_roots(
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.jpg").write_bytes(b"a")
     (tmp_path / "current").symlink_to(tmp_path / "real")
-    linked = AddressPolicy(allow_roots=(str(tmp_path / "current"),))
+    linked = AddressPolicy(allowed_roots=(str(tmp_path / "current"),))
     for path in ("current/a.jpg", "real/a.jpg"):
         assert read(linked, tmp_path / path) == b"a"
-        assert read(AddressPolicy(allow_roots=("/",)), tmp_path / path) == b"a"
+        assert read(AddressPolicy(allowed_roots=("/",)), tmp_path / path) == b"a"
         assert (
-            read(AddressPolicy(allow_roots=(str(tmp_path / "current" / "a.jpg"),)), tmp_path / path) == b"a"
+            read(AddressPolicy(allowed_roots=(str(tmp_path / "current" / "a.jpg"),)), tmp_path / path) == b"a"
         )
     monkeypatch.chdir(tmp_path)
-    assert read(AddressPolicy(allow_roots=("current",)), "real/a.jpg") == b"a"
+    assert read(AddressPolicy(allowed_roots=("current",)), "real/a.jpg") == b"a"
 
 
 def test_a_null_byte_is_refused_with_and_without_roots(tmp_path: Path) -> None:
-    for policy in (AddressPolicy(), AddressPolicy(allow_roots=(str(tmp_path),))):
+    for policy in (AddressPolicy(), AddressPolicy(allowed_roots=(str(tmp_path),))):
         with pytest.raises(ForbiddenAddressError):
             policy.open_path(f"{tmp_path}/a.jpg\0.png", os.O_RDONLY)
 

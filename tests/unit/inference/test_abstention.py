@@ -32,7 +32,7 @@ def calibration(**changes) -> Calibration:
         "temperature": 0.5,
         "ece_before": 0.2,
         "ece_after": 0.1,
-        "wished_precision": 0.9,
+        "target_precision": 0.9,
         "thresholds": (0.5,) * 10,
         "held_out": HeldOut(rows=10, precision=0.9, coverage=0.5),
         "rows": 10,

@@ -117,7 +117,7 @@ def judged(folder: Path) -> Path:
         "--batch-size",
         "7",
     )
-    assert job(*given, "--output", str(output), "--wished-precision", "0.6", *more) == 0
+    assert job(*given, "--output", str(output), "--target-precision", "0.6", *more) == 0
     return output
 
 
@@ -241,7 +241,7 @@ def test_a_run_gets_the_same_figures_as_far_as_it_can(judged: Path, folder: Path
             "--output",
             str(written),
         )
-        assert job(*given, "--wished-precision", "0.6") == 0
+        assert job(*given, "--target-precision", "0.6") == 0
         found, answers = read(written)
         assert found["rows"]["judged"] == ROWS - 3
         assert found["rows"]["left_out"] == {"no_label": 1, "not_in_run": 2}
@@ -267,7 +267,7 @@ def test_a_run_gets_the_same_figures_as_far_as_it_can(judged: Path, folder: Path
         (("--model", "MODEL", "--label-column", "uri"), "names images"),
         (("--model", "MODEL", "--limit", "1"), "larger labeled manifest"),
         (("--model", "MODEL", "--training-curves", "CURVES"), "lists of numbers of one length"),
-        (("--model", "MODEL", "--wished-precision", "1"), "less than 1"),
+        (("--model", "MODEL", "--target-precision", "1"), "less than 1"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_and_nothing_is_written(
@@ -308,7 +308,7 @@ def test_thresholds_say_which_views_they_are_for_and_other_views_are_refused(
     given = ("--manifest", str(folder / "judged.parquet"), "--model", str(folder / "model"))
     target = tmp_path / "flipped"
     more = ("--tta", "hflip", "--write-bundle", str(target), "--output", str(tmp_path / "out"))
-    assert job(*given, *more, "--wished-precision", "0.6") == 0
+    assert job(*given, *more, "--target-precision", "0.6") == 0
     assert Bundle.load(str(target), Storage()).config.calibration.tta == "hflip"
     base = {"manifest": str(folder / "manifest.parquet"), "model": str(target), "output": str(tmp_path / "o")}
     with pytest.raises(InputError, match=r"calibrated with --tta hflip; .*thresholds do not hold"):

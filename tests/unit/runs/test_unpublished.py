@@ -174,7 +174,7 @@ def test_what_is_found_is_refused_where_its_answers_do_not_fit_what_is_published
     write_run(output, Night("before"), items(4, label="dog"))
     publish(output, "before", Storage())
     committed(output, "night")
-    config = config_of(output, report=False, gate_from_rows=1, gate_min_mean_confidence=0)
+    config = config_of(output, report=False, gate_min_rows=1, gate_min_mean_confidence=0)
     record = find_unpublished(config, about(config), Storage())
     assert record is not None
     with pytest.raises(PublishRefused, match="gate changed_labels_fraction"):

@@ -169,22 +169,22 @@ _SETTINGS: list[tuple[type[BaseModel], dict[str, object], tuple[str, ...]]] = [
     (
         ClassifyConfig,
         {"manifest": "m", "output": "o", "model": "./m"},
-        ("manifest", "output", "model", "weights", "labels", "allow_root"),
+        ("manifest", "output", "model", "weights", "labels", "allowed_root"),
     ),
     (
         CompareConfig,
         {"manifest": "m", "output": "o", "models": ["./m"]},
-        ("manifest", "output", "models", "allow_root"),
+        ("manifest", "output", "models", "allowed_root"),
     ),
     (
         EvaluateConfig,
         {"manifest": "m", "output": "o"},
-        ("manifest", "output", "model", "run", "write_bundle", "training_curves", "allow_root"),
+        ("manifest", "output", "model", "run", "write_bundle", "training_curves", "allowed_root"),
     ),
     (
         FinetuneConfig,
         {"manifest": "m", "validation": "v", "output": "o", "model": "./m"},
-        ("manifest", "validation", "output", "model", "weights", "labels", "state", "allow_root"),
+        ("manifest", "validation", "output", "model", "weights", "labels", "work_dir", "allowed_root"),
     ),
     (ManifestCheckConfig, {"manifest": "m"}, ("manifest",)),
     (ManifestFromFolderConfig, {"folder": "f", "output": "o"}, ("folder", "output")),
@@ -220,14 +220,14 @@ def test_every_setting_that_names_a_place_takes_its_form(
     for wrong in (r"C:\x", "s3:/b/k"):
         with pytest.raises(ValidationError):
             given(wrong)
-    if name == "allow_root":
+    if name == "allowed_root":
         with pytest.raises(ValidationError, match="of this machine"):
             given("s3://b/k")
     else:
         assert given("S3A://b/k/") == "s3://b/k"
 
 
-_LISTS = ("allow_root", "models")
+_LISTS = ("allowed_root", "models")
 
 
 @pytest.mark.parametrize(
@@ -252,12 +252,12 @@ def test_the_cache_is_a_folder_of_each_node(here: Path):
 
 
 def test_a_run_goes_on_however_the_same_places_are_spelled(here: Path):
-    plain = ClassifyConfig(manifest="m", output="o", model="timm:x", allow_root=["real/deep", "a"])
+    plain = ClassifyConfig(manifest="m", output="o", model="timm:x", allowed_root=["real/deep", "a"])
     other = ClassifyConfig(
         manifest=f"file://{here}/m",
         output="./o/",
         model="timm:x",
-        allow_root=["./real//deep/", f"file:{here}/a"],
+        allowed_root=["./real//deep/", f"file:{here}/a"],
     )
     assert other == plain
     found = Fingerprints.of(plain, "m", "b").differences(Fingerprints.of(other, "m", "b"))

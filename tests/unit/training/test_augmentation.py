@@ -126,7 +126,7 @@ def test_two_steps_of_the_default_recipe_train_a_network_of_patches(name: str, t
         validation=labeled,
         balance="none",
         seed=0,
-        pass_size=None,
+        micro_batch_size=None,
         precision="fp32",
         loader_processes=0,
     )

@@ -61,18 +61,18 @@ def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
 @pytest.mark.parametrize("rows", range(1, 41))
 def test_steps_are_all_rows_once_and_passes_are_all_of_a_share(rows: int):
     sampler = RowSampler(np.zeros(rows, np.int32), seed=3)
-    for batch, least, pass_size, needed in product((2, 3, 7, 32), (1, 2, 4), (None, 2, 3, 5), (1, 2)):
+    for batch, least, micro_batch_size, needed in product((2, 3, 7, 32), (1, 2, 4), (None, 2, 3, 5), (1, 2)):
         steps = steps_of_epoch(sampler, 0, batch, min(least, rows))
         assert sorted(np.concatenate(steps)) == list(range(rows))
         for step in steps:
             for count in range(1, len(step) // needed + 1):
                 shares = [share_of(step, rank, count) for rank in range(count)]
                 assert sorted(np.concatenate(shares)) == sorted(step)
-                cut = [part for share in shares for part in passes_of(share, pass_size, needed)]
+                cut = [part for share in shares for part in passes_of(share, micro_batch_size, needed)]
                 assert sum(map(len, cut)) == len(step)
                 assert min(map(len, cut)) >= needed
-                if pass_size is not None:
-                    assert max(map(len, cut)) <= pass_size + (needed - 1)
+                if micro_batch_size is not None:
+                    assert max(map(len, cut)) <= micro_batch_size + (needed - 1)
 
 
 def test_21_rows_at_a_batch_of_2_leave_no_step_of_one_image():
@@ -101,7 +101,13 @@ def test_21_rows_at_a_batch_of_2_leave_no_step_of_one_image():
             "smallest step has 20 images.*needs 2 .for its BatchNorm.*10 or fewer",
         ),
         ({"num_workers": "16-40"}, workers(40, 16), 1000, 4, "--num-workers 8 or fewer"),
-        ({"num_workers": "2", "pass_size": 1}, workers(2), 1000, 2, "--pass-size 1: a pass needs 2 images"),
+        (
+            {"num_workers": "2", "micro_batch_size": 1},
+            workers(2),
+            1000,
+            2,
+            "--micro-batch-size 1: a pass needs 2 images",
+        ),
         ({}, workers(1), 1, 2, "--num-workers auto: .*--batch-norm frozen, or train on more images"),
     ],
 )

@@ -126,7 +126,7 @@ def test_deaths_are_survived_as_often_as_asked_for(monkeypatch: pytest.MonkeyPat
 def test_memory_that_is_used_up_twice_in_a_row_ends_training(monkeypatch: pytest.MonkeyPatch):
     assert attempts(monkeypatch, group(PASSING[-2]), group(PASSING[0]), group(PASSING[-2])) == (4, "done")
     _, ended = attempts(monkeypatch, group(PASSING[-2]), group(PASSING[-2]))
-    assert "twice; lower --pass-size" in str(ended)
+    assert "twice; lower --micro-batch-size" in str(ended)
 
 
 def test_what_ray_train_itself_cannot_do_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):

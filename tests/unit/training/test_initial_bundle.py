@@ -97,7 +97,7 @@ def calibrated(bundle: Bundle, **changes: object) -> Bundle:
         temperature=1.7,
         ece_before=0.1,
         ece_after=0.05,
-        wished_precision=0.95,
+        target_precision=0.95,
         thresholds=(0.5,) * len(bundle.config.labels),
         depth_thresholds=(0.4, 0.6),
         held_out=HeldOut(rows=10, precision=0.95, coverage=0.5),

@@ -53,8 +53,10 @@ def test_no_category_is_given_up_at_940_10_10(tmp_path: Path, mixup: float):
     assert min(recalls(training.trained, stores[1], chosen.validation.targets)) > 0.9
 
 
-@pytest.mark.parametrize(("pass_size", "mixup"), [(None, 0.0), (4, 0.0), (None, 0.4)])
-def test_weighted_training_is_that_of_a_plain_loop(tmp_path: Path, pass_size: int | None, mixup: float):
+@pytest.mark.parametrize(("micro_batch_size", "mixup"), [(None, 0.0), (4, 0.0), (None, 0.4)])
+def test_weighted_training_is_that_of_a_plain_loop(
+    tmp_path: Path, micro_batch_size: int | None, mixup: float
+):
     """A step's loss is the mean of its rows' weighted losses, also where several passes add up to it."""
     chosen, stores = uneven(tmp_path)
     some = np.r_[0:20, 940:944, 950:953]
@@ -64,7 +66,7 @@ def test_weighted_training_is_that_of_a_plain_loop(tmp_path: Path, pass_size: in
         milestones=(), clip_norm=None, ema_decay=None, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0,
     )  # fmt: skip
     labeled = LabelledRows(some, chosen.training.targets[some])
-    chosen = replace(chosen, recipe=how, balance="loss", training=labeled, pass_size=pass_size)
+    chosen = replace(chosen, recipe=how, balance="loss", training=labeled, micro_batch_size=micro_batch_size)
     training = Training(Tiny(), ["fc"], chosen, DistributedContext(), hooks())
     assert training.run(*stores) is None
     expected = plain_loop(chosen, stores[0])

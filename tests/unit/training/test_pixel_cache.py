@@ -84,7 +84,7 @@ def test_other_settings_of_pixels_lie_in_another_folder(tmp_path: Path):
 
 
 def test_a_node_without_the_parts_says_what_is_needed(tmp_path: Path):
-    with pytest.raises(InputError, match="--state has to be a folder that all of them share"):
+    with pytest.raises(InputError, match="--work-dir has to be a folder that all of them share"):
         PixelStore([str(tmp_path / "part-000000")], Storage(), str(tmp_path))
 
 

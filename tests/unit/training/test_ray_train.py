@@ -11,7 +11,7 @@ from batchcls.training.ray_train import run_config
 
 
 @pytest.mark.parametrize(
-    ("output", "state", "expected"),
+    ("output", "work_dir", "expected"),
     [
         ("s3://shop/models/v2", None, "shop/models/v2.training/checkpoints"),
         ("s3://shop/models/v2/", "memory://state", "/state/checkpoints"),
@@ -20,9 +20,9 @@ from batchcls.training.ray_train import run_config
         ("file:///models/v2", None, "/models/v2.training/checkpoints"),
     ],
 )
-def test_checkpoints_lie_in_the_state_folder_wherever_that_is(output: str, state: str | None, expected: str):
-    config = FinetuneConfig(manifest="m", validation="v", model="x", output=output, state=state)
+def test_checkpoints_are_written_to_the_work_directory(output: str, work_dir: str | None, expected: str):
+    config = FinetuneConfig(manifest="m", validation="v", model="x", output=output, work_dir=work_dir)
     found = run_config(config, "run-1", Storage())
     assert found.storage_path == expected
     is_local = isinstance(found.storage_filesystem, pyarrow.fs.LocalFileSystem)
-    assert is_local == Path(config.state_folder).is_absolute()
+    assert is_local == Path(config.work_folder).is_absolute()

@@ -148,7 +148,7 @@ def test_settings_of_speed_change_nothing_but_rounding(tmp_path: Path):
 def _ends_by_speed(folder: Path) -> list[list[float]]:
     torch.set_num_threads(1)
     stores = write_stores(folder)
-    changes: list[dict[str, Any]] = [{}, {}, {"loader_processes": 1}, {"pass_size": 3}]
+    changes: list[dict[str, Any]] = [{}, {}, {"loader_processes": 1}, {"micro_batch_size": 3}]
     return [end_of(BASE, stores, **change).tolist() for change in changes]
 
 
@@ -189,8 +189,8 @@ def test_flags_that_stand_for_a_recipe_s_setting_replace_it(name: str):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *FLAGS.items(), ("pass_size", 4), ("precision", "bf16"), ("device", "cpu"), ("num_workers", "2"),
-        ("cpus_per_worker", 1), ("loader_processes", 2), ("max_failures", 1), ("peer_timeout_seconds", 9.0),
+        *FLAGS.items(), ("micro_batch_size", 4), ("precision", "bf16"), ("device", "cpu"), ("num_workers", "2"),
+        ("cpus_per_worker", 1), ("loader_processes", 2), ("max_failures", 1), ("collective_timeout_seconds", 9.0),
         ("keep_checkpoints", 2), ("keep_pixels", True), ("max_pixels_gib", 1.0),
     ],
 )  # fmt: skip

@@ -57,7 +57,7 @@ def test_the_head_learns_first_and_then_all(stores):
 
 def test_small_passes_add_up_to_the_same_step(stores):
     whole, _, _ = train(settings(), stores)
-    parts, _, _ = train(settings(pass_size=3), stores)
+    parts, _, _ = train(settings(micro_batch_size=3), stores)
     assert torch.allclose(weights_of(whole), weights_of(parts), atol=2e-4)
     assert parts.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=1e-3)
 
@@ -194,8 +194,10 @@ def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
     targets[:2] = 1
     chosen = settings(training=LabelledRows(np.arange(ROWS), targets), balance=balance)
 
-    def shown(place: DistributedContext, pass_size: int | None) -> list[tuple[int, bytes]]:
-        training = Training(network(), ["fc"], replace(chosen, pass_size=pass_size), place, hooks())
+    def shown(place: DistributedContext, micro_batch_size: int | None) -> list[tuple[int, bytes]]:
+        training = Training(
+            network(), ["fc"], replace(chosen, micro_batch_size=micro_batch_size), place, hooks()
+        )
         return [
             (row, image.numpy().tobytes())
             for step in training._steps(1, stores[0], 0)
@@ -211,8 +213,8 @@ def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
 
 
 def test_recipes_that_mix_refuse_passes_of_a_single_image(stores):
-    with pytest.raises(InputError, match=r"each pass has a single one; raise --pass-size"):
-        train(settings(recipe=recipe(mixup=0.2), pass_size=1), stores)
+    with pytest.raises(InputError, match=r"each pass has a single one; raise --micro-batch-size"):
+        train(settings(recipe=recipe(mixup=0.2), micro_batch_size=1), stores)
 
 
 def test_the_head_alone_is_trained_as_far_as_it_is_trainable(stores):

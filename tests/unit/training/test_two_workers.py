@@ -54,7 +54,7 @@ def undisturbed_and_resumed(
     stores: Stores, place: DistributedContext = ALONE, wrap=as_it_is
 ) -> list[torch.Tensor]:
     """The weights of a training from start to end, and of one that is killed in the second step of epoch 3."""
-    chosen = settings(recipe=random_recipe(), pass_size=4)
+    chosen = settings(recipe=random_recipe(), micro_batch_size=4)
     straight, _, _ = train(chosen, stores, place, wrap, forgetful())
 
     def die(epoch: int, images: int) -> None:
@@ -97,7 +97,7 @@ def uneven() -> TrainingSettings:
     """Rows of which a few are of rare categories, so that workers and passes have shares of other weights."""
     targets = np.zeros(ROWS, np.int32)
     targets[:3] = (1, 2, 2)
-    return settings(training=LabelledRows(np.arange(ROWS), targets), balance="loss", pass_size=3)
+    return settings(training=LabelledRows(np.arange(ROWS), targets), balance="loss", micro_batch_size=3)
 
 
 def statistics(model: nn.Module) -> torch.Tensor:
@@ -132,7 +132,7 @@ def _worker(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     stores = write_stores(Path(folder) / str(rank))
     wrap, place = partial(nn.parallel.DistributedDataParallel, **WRAPPING), DistributedContext(rank, 2)
-    training, _, _ = train(settings(pass_size=3), stores, place, wrap)
+    training, _, _ = train(settings(micro_batch_size=3), stores, place, wrap)
     found = {"weights": weights_of(training), "history": training.history}
     found["weighted"] = weights_of(train(uneven(), stores, place, wrap)[0])
     found["statistics"] = gathered(stores, place, wrap)
