@@ -1,4 +1,4 @@
-"""The rules of the house (docs/explanation/architecture.md), held for every file of the package."""
+"""Rules of the repository (docs/explanation/architecture.md), checked for every file of the package."""
 
 import ast
 import re
@@ -16,8 +16,8 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "batchcls"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Rooms from the top down; a room imports from itself and from rooms below it.
-ROOMS = (
+# Layers from the top down; a package imports from itself and from layers below it.
+LAYERS = (
     ("jobs",),
     ("pipeline", "training"),
     ("cli", "report"),
@@ -30,11 +30,11 @@ ROOMS = (
     ("storage",),
     ("preprocessing", "hardware", "schema", "errors"),
 )
-HEIGHT = {room: height for height, rooms in enumerate(reversed(ROOMS)) for room in rooms}
+HEIGHT = {package: height for height, packages in enumerate(reversed(LAYERS)) for package in packages}
 MAY_IMPORT_RAY = ("pipeline", "training", "ray_runtime", "jobs")
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     return relative.parts[0].removesuffix(".py")
 
@@ -60,22 +60,22 @@ def imports(path: Path) -> list[str]:
     return found
 
 
-def test_every_module_has_a_room():
+def test_every_module_is_in_a_layer():
     assert len(MODULES) > 40
-    assert {room_of(path) for path in MODULES} - {"__init__"} == set(HEIGHT)
+    assert {package_of(path) for path in MODULES} - {"__init__"} == set(HEIGHT)
 
 
-def test_imports_run_downwards_and_ray_stays_in_its_rooms():
+def test_imports_run_downwards_and_ray_is_imported_in_four_packages():
     wrong = []
     for path in MODULES:
-        room = room_of(path)
+        package = package_of(path)
         for name in imports(path):
             top, *rest = name.split(".")
-            if top == "ray" and room not in MAY_IMPORT_RAY:
+            if top == "ray" and package not in MAY_IMPORT_RAY:
                 wrong.append(f"{path} imports {name}")
-            if top == "batchcls" and rest and room != "__init__" and rest[0] != room:
-                upwards = HEIGHT[rest[0]] > HEIGHT[room]
-                if upwards or {room, rest[0]} == {"images", "models"}:
+            if top == "batchcls" and rest and package != "__init__" and rest[0] != package:
+                upwards = HEIGHT[rest[0]] > HEIGHT[package]
+                if upwards or {package, rest[0]} == {"images", "models"}:
                     wrong.append(f"{path} imports {name}")
     assert wrong == []
 
