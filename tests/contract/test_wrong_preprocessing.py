@@ -25,6 +25,8 @@ from batchcls.models.resolve import resolve_model
 from batchcls.preprocessing import Views
 from batchcls.storage.filesystem import Storage
 
+pytestmark = pytest.mark.long  # the network runs 2,100 times; a shorter form is in test_real_weights.py
+
 HALF = PreprocessingOverrides(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")
 
 

@@ -11,7 +11,7 @@ from batchcls.models.backbone import Backbone
 from batchcls.models.feature_taps import FeatureStage, FeatureTap, find_tap, random_image, watch
 from batchcls.models.sources import LIBRARIES, find_model, library_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
 
 def _model(name: str, classes: int | None = 5, **arguments) -> nn.Module:

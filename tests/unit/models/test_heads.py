@@ -7,7 +7,7 @@ from batchcls.models.backbone import Backbone
 from batchcls.models.heads import set_dropout, with_new_head
 from batchcls.models.sources import find_model, library_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
 CLASSES = 5
 IMAGE_SIZE = {"torchvision:vit_b_16": {"image_size": 32}}

@@ -7,7 +7,7 @@ from batchcls.models.backbone import Backbone
 from batchcls.models.registry import ZooRecord, zoo_records
 from batchcls.models.sources import find_model, library_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
 CLASSES = 10
 # The smallest input, where 64 pixels will not do.
