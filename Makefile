@@ -31,7 +31,7 @@ demo: $(STAMP)  ## draw a catalog, train a backbone, classify it with the real j
 	@$(BIN)/python examples/demo.py --output $(DEMO)
 
 test: $(STAMP)  ## unit, contract, integration and repository tests
-	@$(BIN)/python -m pytest -m 'not gpu and not long and not chaos' -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -m 'not gpu and not long and not chaos' -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder --durations=10
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu

@@ -20,7 +20,8 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_catalog(tmp_path_factory.mktemp("catalog"), 60, broken=(5,))
 
 
-def test_abstaining_in_both_shapes(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
+@pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.long)])
+def test_abstains_below_the_thresholds(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str):
     """The thresholds are the median of what the network says at its temperature: about half abstain."""
     given = ("--manifest", catalog, "--max-failed-fraction", "0.1")
     plain = job(*given, "--model", tiny_bundle, "--top-k", "10", output=tmp_path / "plain")
@@ -43,28 +44,27 @@ def test_abstaining_in_both_shapes(job: Job, tiny_bundle: str, catalog: str, tmp
     bundle = Bundle.load(tiny_bundle, Storage())
     calibrated = replace(bundle, config=bundle.config.model_copy(update={"calibration": calibration}))
     calibrated.save(str(tmp_path / "calibrated"), Storage())
-    for shape in ("fused", "staged"):
-        found = job(
-            *given,
-            "--model",
-            str(tmp_path / "calibrated"),
-            "--abstain",
-            "--shape",
-            shape,
-            output=tmp_path / shape,
-        )
-        assert found.exit_code == 0, found.log
-        table = found.predictions
-        np.testing.assert_allclose(table.column("probability").to_numpy(), expected, rtol=2e-3)
-        sure = table.column("probability").to_numpy() >= threshold
-        assert 20 < sure.sum() < 40
-        assert (table.column("label").is_valid().to_numpy() == sure).all()
-        assert table.column("reason").to_pylist() == [None if one else "below_threshold" for one in sure]
-        assert table.column("top_k").null_count == 0
-        counts = found.record["counts"]
-        assert (counts["rows"], counts["predicted"], counts["quarantined"]) == (60, 59, 1)
-        assert counts["abstained"] == int((~sure).sum())
-        assert "below_threshold" in found.log
+    found = job(
+        *given,
+        "--model",
+        str(tmp_path / "calibrated"),
+        "--abstain",
+        "--shape",
+        shape,
+        output=tmp_path / shape,
+    )
+    assert found.exit_code == 0, found.log
+    table = found.predictions
+    np.testing.assert_allclose(table.column("probability").to_numpy(), expected, rtol=2e-3)
+    sure = table.column("probability").to_numpy() >= threshold
+    assert 20 < sure.sum() < 40
+    assert (table.column("label").is_valid().to_numpy() == sure).all()
+    assert table.column("reason").to_pylist() == [None if one else "below_threshold" for one in sure]
+    assert table.column("top_k").null_count == 0
+    counts = found.record["counts"]
+    assert (counts["rows"], counts["predicted"], counts["quarantined"]) == (60, 59, 1)
+    assert counts["abstained"] == int((~sure).sum())
+    assert "below_threshold" in found.log
 
 
 def test_a_bundle_without_thresholds_is_refused(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):

@@ -14,6 +14,8 @@ import pytest
 from tests.helpers.started import start_job, until_line, write_catalog
 from tests.integration.conftest import OwnCluster
 
+ENGINE = ("--engine", "torch", "--precision", "fp32")  # so that no engine is measured before the run begins
+
 
 @pytest.fixture(scope="module")
 def long_catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -32,7 +34,9 @@ def kill_one(cluster: OwnCluster, title: str) -> None:
 def test_ctrl_c_ends_with_130_and_commits_nothing(
     cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
 ):
-    process = start_job(cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle)
+    process = start_job(
+        cluster, tmp_path / "out", *ENGINE, "--manifest", long_catalog, "--model", tiny_bundle
+    )
     until_line(process, "of 3000 rows")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=90)
@@ -47,7 +51,7 @@ def test_ctrl_c_ends_with_130_and_commits_nothing(
     [
         ("fused", ("ray::FragmentActor", "ray::FragmentActor")),
         # A load task and an actor: two processes, so the stages are not fused by Ray either.
-        ("staged", ("ray::ReadImages", "ray::MapWorker")),
+        pytest.param("staged", ("ray::ReadImages", "ray::MapWorker"), marks=pytest.mark.long),
     ],
 )
 def test_killed_workers_cost_no_row(
@@ -62,6 +66,7 @@ def test_killed_workers_cost_no_row(
         cluster,
         tmp_path / "out",
         *("--manifest", long_catalog, "--model", tiny_bundle, "--rows-per-file", "300", "--shape", shape),
+        *ENGINE,
     )
     until_line(process, "INFO run " if shape == "staged" else "images/s")
     kill_one(cluster, killed[0])

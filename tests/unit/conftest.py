@@ -21,7 +21,14 @@ def cheap_weights(monkeypatch: pytest.MonkeyPatch) -> None:
                 part.copy_(pool[: part.numel()])
         return tensor
 
-    for name in ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "trunc_normal_", "normal_", "uniform_"):
+    for name in (
+        "kaiming_uniform_",
+        "kaiming_normal_",
+        "xavier_uniform_",
+        "trunc_normal_",
+        "normal_",
+        "uniform_",
+    ):
         monkeypatch.setattr(init, name, fill)
 
 

@@ -224,6 +224,7 @@ assert not loaded, loaded
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.long
 def test_converting_and_quantising_says_nothing_and_reports_to_nobody(bundle, tmp_path, clean_environment):
     """OpenVINO's and NNCF's own reports of use begin with a file in the user's home."""
     (tmp_path / "home").mkdir()
