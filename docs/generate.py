@@ -212,7 +212,8 @@ def decisions_page() -> str:
 
 def models_table() -> str:
     """The table of the model zoo."""
-    return "\n".join(_table(_MODEL_COLUMNS, [_model_cells(record) for record in zoo_records()], _NUMERIC))
+    rows = [_model_cells(record) for record in zoo_records()]
+    return "\n".join([f"{len(rows)} models:", "", *_table(_MODEL_COLUMNS, rows, _NUMERIC)])
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -229,8 +230,9 @@ def _command_section(name: str, command: Command) -> list[str]:
     parser = parser_for(f"batchcls {name}", command.settings.__doc__ or "", command.examples)
     add_settings(parser, command.settings, command.positional)
     lines = [f"## {name}", "", _escape(" ".join((command.settings.__doc__ or "").split())), ""]
-    examples = re.sub(r"^\s*examples:\s*\n", "", command.examples)
-    lines += ["```sh", *(line.removeprefix("  ") for line in examples.rstrip().splitlines()), "```", ""]
+    examples = re.sub(r"^\s*examples:\s*\n", "", command.examples).rstrip()
+    commands = examples.split("\n\n")[0]  # what follows is prose for the terminal
+    lines += ["```sh", *(line.removeprefix("  ") for line in commands.splitlines()), "```", ""]
     groups = [group for group in parser._action_groups if _described(group)]
     for group in groups:
         if len(groups) > 1:
@@ -276,7 +278,7 @@ def _type_name(field: pa.Field) -> str:
 
 def _readable(kind: pa.DataType) -> str:
     text = re.sub(r"\b(item|element): ", "", str(kind)).replace(": ", " ")
-    return text.replace("halffloat", "float16").replace("float>", "float32>")
+    return re.sub(r"\bfloat\b", "float32", text.replace("halffloat", "float16"))
 
 
 def _model_cells(record: ZooRecord) -> list[str]:
