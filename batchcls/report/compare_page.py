@@ -1,4 +1,4 @@
-"""The page of a comparison: what to take on each kind of hardware, why, and every figure behind it."""
+"""Renders compare.html: the recommended candidate for each hardware configuration and all measurements."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ _MeasurementColumn = Column[Measurement]
 
 
 def cost_name(needs: Requirements) -> str:
-    """What answering a million images costs, in words with the unit."""
+    """Name and unit of the cost of predicting a million images."""
     if needs.price_per_hour is None:
         return "node-seconds per million images"
-    return f"cost per million images, at {needs.price_per_hour:g} an hour"
+    return f"cost per million images, at {needs.price_per_hour:g} per hour"
 
 
 def cost_of(entry: Measurement, needs: Requirements) -> float:
-    """That cost: in the currency of the price, or in seconds."""
+    """Cost of predicting a million images, in the currency of the price or in node-seconds."""
     if needs.price_per_hour is None:
         return 1e6 / entry.best.images_per_second
     return entry.cost_per_million(needs.price_per_hour)
 
 
-def in_order(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The most accurate first, measured before published before unknown; of equals the fastest first."""
+def sort_by_accuracy(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Sort by accuracy: measured before published before unknown, then descending, then by latency."""
 
     def rank(entry: Measurement) -> tuple[int, float, float]:
         value, source = entry.accuracy or (0.0, "unknown")
@@ -48,45 +48,44 @@ def in_order(measurements: Sequence[Measurement]) -> list[Measurement]:
     return sorted(measurements, key=rank)
 
 
-def find_taken(
+def find_recommended(
     measurements: Sequence[Measurement], recommendation: Recommendation | None
 ) -> Measurement | None:
-    """The measurement that is recommended.
+    """The recommended measurement, or None.
 
-    One model on one engine may have been measured on two devices or with other threads; of these the
-    fastest is meant.
+    If a model and an engine were measured on several devices or thread counts, this is the fastest one.
     """
     if recommendation is None:
         return None
-    wanted = (recommendation.model, recommendation.engine)
-    named = [entry for entry in measurements if (entry.model, entry.engine) == wanted]
-    return max(named, key=lambda entry: entry.best.images_per_second, default=None)
+    key = (recommendation.model, recommendation.engine)
+    matches = [entry for entry in measurements if (entry.model, entry.engine) == key]
+    return max(matches, key=lambda entry: entry.best.images_per_second, default=None)
 
 
 def tables_of(
     measurements: Sequence[Measurement], needs: Requirements, recommendation: Recommendation | None
 ) -> tuple[Table, ...]:
-    """What was found, throughput and memory by batch size, and what was measured."""
-    taken = find_taken(measurements, recommendation)
-    rows = in_order(measurements)
+    """The tables of results, throughput by batch size, memory by batch size and candidates."""
+    recommended = find_recommended(measurements, recommendation)
+    rows = sort_by_accuracy(measurements)
     return tuple(
-        make_table(caption, columns, rows, _name, lambda entry: entry is taken)
+        make_table(caption, columns, rows, _name, lambda entry: entry is recommended)
         for caption, columns in (
-            ("What was found", _findings(needs)),
-            ("Images a second by batch size; in brackets the spread", _by_batch_size(rows, _throughput)),
+            ("Results", _result_columns(needs)),
+            ("Throughput by batch size in images/s (spread)", _by_batch_size(rows, _throughput)),
             (
-                "Memory by batch size, MiB at most; in brackets the batches timed",
+                "Peak memory by batch size in MiB (timed batches)",
                 _by_batch_size(rows, _memory),
             ),
-            ("What was measured", _SUBJECTS),
+            ("Candidates", _CANDIDATE_COLUMNS),
         )
     )
 
 
 def rejections(recommendation: Recommendation) -> Table:
-    """Candidates that are not taken, each with the reason."""
+    """Candidates that are not recommended, each with the reason."""
     return make_table(
-        "Why not the others",
+        "Rejected candidates",
         [Column("reason", lambda entry: entry.reason, kind="prose")],
         recommendation.rejected,
         lambda entry: (entry.model, entry.engine),
@@ -98,37 +97,37 @@ def _name(entry: Measurement) -> tuple[str, str]:
     return entry.model, f"{entry.engine} on {entry.device}" if entry.hardware.gpu else entry.engine
 
 
-def _findings(needs: Requirements) -> list[_MeasurementColumn]:
+def _result_columns(needs: Requirements) -> list[_MeasurementColumn]:
     cost = "node-seconds" if needs.price_per_hour is None else "cost"
     return [
         Column("top-1", _top1),
         Column("top-5", lambda entry: _share(entry.agreement.top5)),
-        Column("same", lambda entry: percent(entry.agreement.top1_with_fp32), "as fp32"),
+        Column("agreement", lambda entry: percent(entry.agreement.top1_with_fp32), "with fp32"),
         Column("p50", lambda entry: figure(entry.latency.p50_ms), "ms"),
         Column("p95", lambda entry: figure(entry.latency.p95_ms), "ms"),
         Column("p99", lambda entry: figure(entry.latency.p99_ms), "ms"),
         Column("images/s", lambda entry: figure(entry.best.images_per_second), "best batch"),
         Column("batch", lambda entry: str(entry.best.batch_size)),
-        Column(cost, lambda entry: figure(cost_of(entry, needs)), "a million images"),
-        Column("memory", _most_memory, "MiB at most"),
+        Column(cost, lambda entry: figure(cost_of(entry, needs)), "per million images"),
+        Column("memory", _peak_memory, "peak MiB"),
         Column("load", lambda entry: figure(entry.load_seconds), "s"),
         Column("remarks", _warnings, kind="word"),
     ]
 
 
 def _by_batch_size(
-    measurements: Sequence[Measurement], write: Callable[[Throughput], str]
+    measurements: Sequence[Measurement], format_value: Callable[[Throughput], str]
 ) -> list[_MeasurementColumn]:
     sizes = sorted({part.batch_size for entry in measurements for part in entry.throughput})
-    return [Column(f"batch {size}", _at(size, write)) for size in sizes]
+    return [Column(f"batch {size}", _at(size, format_value)) for size in sizes]
 
 
-def _at(batch_size: int, write: Callable[[Throughput], str]) -> Callable[[Measurement], str]:
-    def of(entry: Measurement) -> str:
+def _at(batch_size: int, format_value: Callable[[Throughput], str]) -> Callable[[Measurement], str]:
+    def cell(entry: Measurement) -> str:
         found = (part for part in entry.throughput if part.batch_size == batch_size)
-        return next(map(write, found), _NONE)
+        return next(map(format_value, found), _NONE)
 
-    return of
+    return cell
 
 
 def _throughput(part: Throughput) -> str:
@@ -139,7 +138,7 @@ def _memory(part: Throughput) -> str:
     return f"{figure(part.peak_memory_mib)} ({part.repeats})"
 
 
-_SUBJECTS: Sequence[_MeasurementColumn] = (
+_CANDIDATE_COLUMNS: Sequence[_MeasurementColumn] = (
     Column("architecture", lambda entry: entry.architecture, kind="word"),
     Column("family", lambda entry: entry.family or _NONE, kind="word"),
     Column("weights", lambda entry: entry.weights, kind="word"),
@@ -148,12 +147,12 @@ _SUBJECTS: Sequence[_MeasurementColumn] = (
     Column("threads", lambda entry: str(entry.threads)),
     Column("input", lambda entry: " \N{MULTIPLICATION SIGN} ".join(map(str, entry.input_size)), "pixels"),
     Column("classes", lambda entry: f"{entry.classes:,}"),
-    Column("parameters", lambda entry: figure(entry.parameters / 1e6), "million"),
-    Column("multiply-adds", lambda entry: figure(entry.multiply_adds / 1e9), "billion"),
-    Column("repeats", lambda entry: str(entry.latency.repeats), "of latency"),
-    Column("prepare", lambda entry: figure(entry.prepare_ms), "ms an image"),
+    Column("Params", lambda entry: figure(entry.parameters / 1e6), "M"),
+    Column("MACs", lambda entry: figure(entry.multiply_adds / 1e9), "G"),
+    Column("repeats", lambda entry: str(entry.latency.repeats), "latency"),
+    Column("preprocess", lambda entry: figure(entry.prepare_ms), "ms/image"),
     Column("images", lambda entry: str(entry.agreement.images), "decoded"),
-    Column("labeled", lambda entry: str(entry.agreement.labeled), "and known"),
+    Column("labeled", lambda entry: str(entry.agreement.labeled), "known label"),
     Column("published", lambda entry: _share(entry.published_top1), "top-1"),
     Column("other load", lambda entry: f"{entry.other_load:.2f}", "cores"),
 )
@@ -170,7 +169,7 @@ def _top1(entry: Measurement) -> str:
     return percent(value) if source == "measured" else f"{percent(value)} published"
 
 
-def _most_memory(entry: Measurement) -> str:
+def _peak_memory(entry: Measurement) -> str:
     return figure(max(part.peak_memory_mib for part in entry.throughput))
 
 
@@ -179,7 +178,7 @@ def _warnings(entry: Measurement) -> str:
     if entry.agreement.top1_with_fp32 < LEAST_AGREEMENT:
         found.append("lossy")
     if entry.other_load > BUSY_CORES:
-        found.append(f"busy: {entry.other_load:.1f} cores")
+        found.append(f"other load: {entry.other_load:.1f} cores")
     if entry.weights.startswith("random"):
         found.append("random weights")
     return ", ".join(found)
@@ -190,14 +189,14 @@ _LOADERS = {"batchcls": "nothing but batchcls", "onnx": "ONNX runtimes", "phone"
 
 @dataclass(frozen=True, slots=True)
 class PageContext:
-    """What a page says of the comparison itself.
+    """Properties of the comparison that a page shows.
 
     Attributes:
         title: heading of the page.
-        manifest: where the images come from, fit to be shown.
-        images: size of the sample.
-        created: when the comparison ended, with its time zone.
-        version: of batchcls.
+        manifest: URI of the manifest, without credentials.
+        images: number of images of the sample.
+        created: time of completion, with a time zone.
+        version: version of batchcls.
     """
 
     title: str
@@ -215,14 +214,14 @@ class _ComparisonPlot:
 
 @dataclass(frozen=True, slots=True)
 class _Section:
-    """One kind of hardware."""
+    """The section of one hardware configuration."""
 
     key: str
     hardware: Hardware
     sentences: tuple[tuple[str, str], ...]
     plots: tuple[_ComparisonPlot, ...]
     sources: frozenset[str]
-    undrawn: tuple[str, ...]
+    unplotted: tuple[str, ...]
     rejections: Table | None
     tables: tuple[Table, ...]
 
@@ -233,13 +232,13 @@ def compare_page(
     recommendations: Mapping[str, Recommendation],
     context: PageContext,
 ) -> str:
-    """One HTML file that needs no network, no other file and no script.
+    """Render the page as one self-contained HTML file without scripts.
 
     Args:
-        measurements: at least one, on one sample. Each kind of hardware gets a section of its own.
-        needs: what was asked for.
-        recommendations: `Hardware.key` -> what to take there; a kind without one gets figures only.
-        context: what the page says of the comparison itself.
+        measurements: at least one, all on the same sample. Each hardware configuration gets a section.
+        needs: the requirements.
+        recommendations: recommendation by `Hardware.key`; hardware without one gets results only.
+        context: properties of the comparison.
     """
     kinds: dict[str, list[Measurement]] = {}
     for entry in measurements:
@@ -261,54 +260,54 @@ def _facts(
     models = {entry.model for entry in measurements}
     engines = dict.fromkeys(entry.engine for entry in measurements)
     hardware = list(dict.fromkeys(str(entry.hardware) for entry in measurements))
-    wanted = [f"loaded by {_LOADERS[needs.export_target]}"]
+    requirements = [f"loaded by {_LOADERS[needs.export_target]}"]
     if needs.target_ms is not None:
-        wanted.append(f"p95 within {needs.target_ms:g} ms")
+        requirements.append(f"p95 within {needs.target_ms:g} ms")
     if needs.price_per_hour is not None:
-        wanted.append(f"{needs.price_per_hour:g} an hour for a node")
+        requirements.append(f"{needs.price_per_hour:g} per hour for a node")
     if needs.labeled_images_per_category is not None:
-        wanted.append(f"{needs.labeled_images_per_category} labeled images a category")
+        requirements.append(f"{needs.labeled_images_per_category} labeled images per category")
     if needs.debugging == "plain":
-        wanted.append("easy to debug")
+        requirements.append("easy to debug")
     return [
         ("Compared", f"{_count(len(models), 'backbone')} on {', '.join(engines)}"),
         ("Images", f"{context.images:,} of {context.manifest}"),
         ("Hardware", hardware[0] if len(hardware) == 1 else f"{len(hardware)} kinds"),
-        ("Asked for", ", ".join(wanted)),
-        ("Made", f"{context.created:%-d %B %Y, %H:%M %Z}".strip()),
+        ("Requirements", ", ".join(requirements)),
+        ("Created", f"{context.created:%-d %B %Y, %H:%M %Z}".strip()),
     ]
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _section(
     key: str, measurements: Sequence[Measurement], needs: Requirements, recommendation: Recommendation | None
 ) -> _Section:
-    drawn = [entry for entry in in_order(measurements) if entry.accuracy is not None]
-    taken = find_taken(measurements, recommendation)
+    drawn = [entry for entry in sort_by_accuracy(measurements) if entry.accuracy is not None]
+    recommended = find_recommended(measurements, recommendation)
     sentences = () if recommendation is None else recommendation.sentences
     return _Section(
         key=key,
         hardware=measurements[0].hardware,
         sentences=tuple(_with_subject(sentence) for sentence in sentences),
-        plots=_plots(key, drawn, needs, taken) if drawn else (),
+        plots=_plots(key, drawn, needs, recommended) if drawn else (),
         sources=frozenset(entry.accuracy[1] for entry in drawn if entry.accuracy),
-        undrawn=tuple(name_of(entry) for entry in measurements if entry.accuracy is None),
+        unplotted=tuple(name_of(entry) for entry in measurements if entry.accuracy is None),
         rejections=rejections(recommendation) if recommendation and recommendation.rejected else None,
         tables=tables_of(measurements, needs, recommendation),
     )
 
 
 def _with_subject(sentence: str) -> tuple[str, str]:
-    """What a sentence is about, and the rest of it: `Latency: ...`."""
+    """Split a sentence such as `Latency: ...` into its subject and the rest."""
     subject, colon, rest = sentence.partition(": ")
     return (subject, rest) if colon else ("", sentence)
 
 
 def _plots(
-    key: str, drawn: Sequence[Measurement], needs: Requirements, taken: Measurement | None
+    key: str, drawn: Sequence[Measurement], needs: Requirements, recommended: Measurement | None
 ) -> tuple[_ComparisonPlot, ...]:
     names = _short_names(drawn)
     hints = [_hint(entry, needs) for entry in drawn]
@@ -319,11 +318,18 @@ def _plots(
         ("cost", cost_name(needs), None, [cost_of(entry, needs) for entry in drawn]),
     ):
         points = [
-            Point(name, hint, cost, 100 * entry.accuracy[0], entry.accuracy[1] == "measured", entry is taken)
+            Point(
+                name,
+                hint,
+                cost,
+                100 * entry.accuracy[0],
+                entry.accuracy[1] == "measured",
+                entry is recommended,
+            )
             for entry, name, hint, cost in zip(drawn, names, hints, costs, strict=True)
             if entry.accuracy is not None
         ]
-        title = f"Top-1 against {x_name}"
+        title = f"Top-1 accuracy vs. {x_name}"
         image = pareto_plot(points, title=title, x_name=x_name, prefix=f"{kind}-{key}-", target=limit)
         plots.append(_ComparisonPlot(title, image))
     return tuple(plots)
@@ -338,7 +344,7 @@ def _hint(entry: Measurement, needs: Requirements) -> str:
 
 
 def _short_names(measurements: Sequence[Measurement]) -> list[str]:
-    """Names for labels: the end of a model's path, and what tells its engine from the others."""
+    """Short plot labels: the end of the model path and the distinguishing words of its engine."""
     engines = [entry.engine.split() for entry in measurements]
     shared = set(engines[0]).intersection(*engines)
     devices = {entry.device for entry in measurements}

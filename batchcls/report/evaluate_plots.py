@@ -1,4 +1,4 @@
-"""Images of an evaluation: how reliable probabilities are, and how the training went."""
+"""Draws the plots of an evaluation: the reliability diagram and training curves."""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from batchcls.evaluation.classification_metrics import Bin
 from batchcls.report.html import ACCENT, GROUND, INK, MUTED
 from batchcls.report.pareto_plot import drawing, style_axes, to_markup
 
-# Pixels on a phone, where the image fills the width.
+# Pixels on a phone, where a plot fills the width.
 _WIDTH, _HEIGHT, _CURVE_HEIGHT = 378.0, 350.0, 230.0
 _MARGINS = {"left": 0.13, "right": 0.97, "top": 0.97}
-_BARS = 0.16  # share of the height for the counts of rows
-_FEW_POINTS = 40
+_HISTOGRAM_HEIGHT = 0.16  # share of the height of the figure
+_MAX_MARKED_POINTS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Values of something by epoch: y at x, at least one of each."""
+    """A metric by epoch: the values `y` at the epochs `x`, at least one."""
 
     name: str
     x: Sequence[float]
@@ -30,17 +30,20 @@ class Curve:
 
 
 def reliability_plot(before: Sequence[Bin], after: Sequence[Bin] | None, prefix: str) -> Markup:
-    """Share of right answers by probability, with the number of rows below; the diagonal is where both agree.
+    """Accuracy by predicted probability with row counts below; the diagonal marks perfect calibration.
 
     Args:
-        before: without a temperature, drawn hollow where there is `after`.
-        after: with one.
-        prefix: in front of all ids.
+        before: bins before temperature scaling, drawn hollow if `after` is given.
+        after: bins after temperature scaling.
+        prefix: prefix of all element IDs.
     """
     with drawing(prefix):
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
         upper, lower = figure.subplots(
-            2, 1, sharex=True, gridspec_kw={"height_ratios": (1 - _BARS, _BARS), "hspace": 0.06}
+            2,
+            1,
+            sharex=True,
+            gridspec_kw={"height_ratios": (1 - _HISTOGRAM_HEIGHT, _HISTOGRAM_HEIGHT), "hspace": 0.06},
         )
         figure.subplots_adjust(**_MARGINS, bottom=0.13)
         for axes in (upper, lower):
@@ -56,12 +59,12 @@ def reliability_plot(before: Sequence[Bin], after: Sequence[Bin] | None, prefix:
             axis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         _draw_counts(lower, before if after is None else after)
-        title = "Share of right answers by probability"
+        title = "Accuracy by predicted probability"
         return to_markup(figure, prefix, title, hints)
 
 
 def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> dict[str, str]:
-    """A line through the bins that have rows, many rows as large points. Returns what a pointer shows at each."""
+    """Draw a line through non-empty bins, with point sizes by row count. Returns tooltips by element ID."""
     hints = {}
     color = ACCENT if strong else INK
     points = [
@@ -90,8 +93,8 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> di
             gid=f"bin-{gid}-{index}",
         )
         hints[f"bin-{gid}-{index}"] = (
-            f"{gid}: {one.rows:,} rows of probability {one.low:.0%} to {one.high:.0%}, "
-            f"on average {x:.1%}, right {y:.1%}"
+            f"{gid}: {one.rows:,} rows with probability {one.low:.0%} to {one.high:.0%}, "
+            f"mean {x:.1%}, accuracy {y:.1%}"
         )
     return hints
 
@@ -104,17 +107,17 @@ def _draw_counts(axes: Axes, bins: Sequence[Bin]) -> None:
     axes.grid(visible=False)
     axes.yaxis.set_major_locator(FixedLocator([max(rows)]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("probability of the best category", color=MUTED, labelpad=6)
+    axes.set_xlabel("top-1 probability", color=MUTED, labelpad=6)
 
 
 def curve_plot(curve: Curve, prefix: str) -> Markup:
-    """One curve of a training run by epoch."""
+    """A training curve by epoch."""
     with drawing(prefix):
         figure = Figure(figsize=(_WIDTH / 72, _CURVE_HEIGHT / 72), dpi=72)
         axes = figure.add_subplot()
         figure.subplots_adjust(**{**_MARGINS, "left": 0.16}, bottom=0.2)
         style_axes(axes)
-        marker = "o" if len(curve.x) <= _FEW_POINTS else None
+        marker = "o" if len(curve.x) <= _MAX_MARKED_POINTS else None
         axes.plot(curve.x, curve.y, color=ACCENT, linewidth=1.6, marker=marker, markersize=3.5, gid="curve")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))

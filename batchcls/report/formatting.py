@@ -1,16 +1,16 @@
-"""Figures and strings of a run as people read them. Escaping is the templates' own."""
+"""Formats numbers and strings for report pages. Escaping is left to the templates."""
 
 from batchcls.report.run_page_data import Text
 from batchcls.schema import NO_LABEL
 
-LONGEST = 56
-"""Characters of an id or a label that a page shows."""
+MAX_TEXT_LENGTH = 56
+"""Maximum number of characters of an ID or a label on a page."""
 
-_SECONDS_OF = (("d", 86_400), ("h", 3_600), ("min", 60))
+_TIME_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 
 def share(part: float, whole: float) -> str:
-    """A part of a whole, as in `82.3 %`; small ones with two decimals, and never 0 or 100 by rounding."""
+    """A part of a whole, such as `82.3 %`; shares near 0 and 100 get two decimals and are never rounded to 0 or 100."""
     if whole == 0:
         return "-"
     value = 100 * part / whole
@@ -22,14 +22,14 @@ def share(part: float, whole: float) -> str:
     return f"{value:.{digits}f} %"
 
 
-def points(now: float, before: float) -> str:
-    """The difference of two shares (0..1) in percentage points, with its sign: `+0.35`."""
+def percentage_points(now: float, before: float) -> str:
+    """The signed difference of two shares (0..1) in percentage points, such as `+0.35`."""
     value = 100 * (now - before)
     return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}") if abs(value) >= 0.005 else "0.00"
 
 
 def difference(now: float, before: float) -> str:
-    """How many more or fewer than before, with a sign: `+1,204`."""
+    """The signed difference of two counts, such as `+1,204`."""
     return (
         f"{now - before:+,.0f}".replace("-", "\N{MINUS SIGN}")
         if round(now - before)
@@ -38,12 +38,12 @@ def difference(now: float, before: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in its two largest units: `3 h 12 min`, `41 s`."""
+    """A duration in its two largest units, such as `3 h 12 min` or `41 s`."""
     rest = round(seconds)
     if rest < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
     parts: list[str] = []
-    for unit, size in (*_SECONDS_OF, ("s", 1)):
+    for unit, size in (*_TIME_UNITS, ("s", 1)):
         count, rest = divmod(rest, size)
         if count or parts:
             parts.append(f"{count} {unit}")
@@ -51,7 +51,7 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: int) -> str:
-    """A number of bytes: `412 KB`."""
+    """A size in bytes with a decimal unit, such as `412 KB`."""
     value = float(n_bytes)
     for unit in ("bytes", "KB", "MB"):
         if value < 1000:
@@ -61,17 +61,17 @@ def size(n_bytes: int) -> str:
 
 
 def rate(per_second: float) -> str:
-    """Something a second, with three digits or all of its whole part."""
+    """A rate per second with three significant digits, or all integer digits."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def count(number: int, thing: str) -> str:
-    """`1 row`, `2,000 rows`."""
+    """A count with its noun, such as `1 row` or `2,000 rows`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def shown(text: Text, longest: int = LONGEST) -> str:
-    """A string of the catalog on one line: what cannot be printed is marked, what is long is cut and counted."""
+def display_text(text: Text, longest: int = MAX_TEXT_LENGTH) -> str:
+    """A catalog string on one line: unprintable characters are replaced, and long strings are truncated."""
     if text.start is None:
         return "(null)"
     if text.length == 0:
@@ -82,11 +82,11 @@ def shown(text: Text, longest: int = LONGEST) -> str:
     return cut if text.length <= len(text.start) else f"{cut} ({text.length:,} characters)"
 
 
-def shown_label(label: str | None) -> str:
-    """A label, in the same way; None is that of an answer that was not sure enough for one."""
-    return NO_LABEL if label is None else shown(Text(label, len(label)))
+def display_label(label: str | None) -> str:
+    """A label in the same format; None stands for a prediction below its threshold."""
+    return NO_LABEL if label is None else display_text(Text(label, len(label)))
 
 
 def printable(text: str) -> str:
-    """Line breaks, control characters and marks that turn the direction of writing become a visible sign."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    """Replace line breaks, control characters and bidirectional marks by a visible character."""
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -1,4 +1,4 @@
-"""The frame of every page: one HTML file that needs nothing else, from templates that escape what they show."""
+"""Renders self-contained HTML report pages from templates with automatic escaping, and builds their tables."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,18 +10,18 @@ from xml.etree import ElementTree
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
 
-_JOINTS = re.compile(r"([_/:])(?=\w)")
+_SEPARATORS = re.compile(r"([_/:])(?=\w)")
 
 
 def render_page(template: str, **values: object) -> str:
     """Fill a template of `templates/`.
 
     Args:
-        template: its file name; one that extends page.html gives a whole page.
-        values: what it shows. Text is escaped; only `markupsafe.Markup` goes in as it is.
+        template: file name; a template that extends page.html renders a complete page.
+        values: template variables. Text is escaped; only `markupsafe.Markup` is inserted unchanged.
 
     Raises:
-        jinja2.UndefinedError: the template asks for something that is not there.
+        jinja2.UndefinedError: the template uses an undefined variable.
     """
     return _environment().get_template(template).render(**values)
 
@@ -40,30 +40,30 @@ def _environment() -> Environment:
 
 
 def breakable(text: str) -> Markup:
-    """Escaped text that may go on in another line at a joint of the kinds that long names have."""
-    return Markup(_JOINTS.sub(r"\1<wbr>", str(escape(text))))
+    """Escaped text with line break opportunities after the separators of long names."""
+    return Markup(_SEPARATORS.sub(r"\1<wbr>", str(escape(text))))
 
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 Kind = Literal["number", "word", "prose"]
 
 
 @dataclass(frozen=True, slots=True)
-class Column(Generic[Thing]):
-    """A column: its heading, its unit, and what stands in it.
+class Column(Generic[Item]):
+    """A column with its heading, its unit and a function that formats a cell.
 
-    Numbers stand on the right, words on the left on one line, and prose takes as many lines as it needs.
+    Numbers are aligned right, words are aligned left on one line, and prose wraps.
     """
 
     heading: str
-    write: Callable[[Thing], str]
+    write: Callable[[Item], str]
     unit: str = ""
     kind: Kind = "number"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Text of a row. `name` heads it, with `detail` below; a marked row stands out."""
+    """Text of a row: its header `name` with `detail` below, and its cells; marked rows are highlighted."""
 
     name: str
     detail: str
@@ -73,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What a template needs to show a table: heading, unit and kind of each column, and the rows."""
+    """A table as templates show it: heading, unit and kind of each column, and the rows."""
 
     caption: str
     headings: tuple[tuple[str, str, Kind], ...]
@@ -82,18 +82,18 @@ class Table:
 
 def make_table(
     caption: str,
-    columns: Sequence[Column[Thing]],
-    things: Iterable[Thing],
-    name: Callable[[Thing], tuple[str, str]],
-    is_marked: Callable[[Thing], bool],
+    columns: Sequence[Column[Item]],
+    items: Iterable[Item],
+    name: Callable[[Item], tuple[str, str]],
+    is_marked: Callable[[Item], bool],
 ) -> Table:
-    """A table of things, one a row, named by `name` (and a detail)."""
+    """Build a table with one row per item; `name` returns the row header and its detail."""
     return Table(
         caption=caption,
         headings=tuple((column.heading, column.unit, column.kind) for column in columns),
         rows=tuple(
-            Row(*name(thing), tuple(column.write(thing) for column in columns), is_marked(thing))
-            for thing in things
+            Row(*name(item), tuple(column.write(item) for column in columns), is_marked(item))
+            for item in items
         ),
     )
 
@@ -120,13 +120,13 @@ _DROPPED = ("metadata", "style")
 
 
 def inline_svg(svg: str, prefix: str, title: str, hints: Mapping[str, str]) -> Markup:
-    """An SVG document as an element for the middle of a page.
+    """Convert an SVG document into an inline element.
 
     Args:
-        svg: as matplotlib writes it, text as text.
-        prefix: goes in front of all ids, since those of two images are the same.
-        title: what the image shows, for those who do not see it.
-        hints: id in the image -> what to show when a pointer rests on that part.
+        svg: matplotlib output with text elements.
+        prefix: prefix of all IDs, which makes them unique within a page.
+        title: accessible description.
+        hints: tooltip by element ID.
     """
     root = ElementTree.fromstring(svg)
     for node in root.iter():
@@ -139,7 +139,7 @@ def inline_svg(svg: str, prefix: str, title: str, hints: Mapping[str, str]) -> M
 
 
 def _clean(node: ElementTree.Element, prefix: str) -> None:
-    """Leave what HTML and the page's style need: no namespaces, no indentation, no fonts and colors."""
+    """Remove namespaces, indentation, fonts and colors, which HTML and the page's style replace."""
     for child in [child for child in node if child.tag.rpartition("}")[2] in _DROPPED]:
         node.remove(child)
     node.tag = node.tag.rpartition("}")[2]

@@ -1,4 +1,4 @@
-"""The page of a run: what became of it, what changed since the last one, and what its figures and images are."""
+"""Renders report.html of a run: publish status, gates, changes since the baseline run, confidence and throughput."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from itertools import pairwise
 from batchcls.report.formatting import (
     count,
     difference,
+    display_label,
+    display_text,
     duration,
-    points,
+    percentage_points,
     rate,
     share,
-    shown,
-    shown_label,
     size,
 )
 from batchcls.report.html import render_page
@@ -20,10 +20,10 @@ from batchcls.report.run_page_data import (
     BINS,
     Category,
     Confidence,
-    Failed,
     LabelFlow,
     PredictedRow,
-    Refused,
+    QuarantinedRow,
+    QuarantineGroup,
     RunFacts,
     Text,
     Thumbnail,
@@ -31,13 +31,13 @@ from batchcls.report.run_page_data import (
 from batchcls.schema import REASONS, Reason
 from batchcls.storage.uris import redact_uri
 
-_NO_PICTURE = Thumbnail("", "not fetched")
-_LONGEST_LINE = 120
+_NO_IMAGE = Thumbnail("", "not fetched")
+_MAX_LINE_LENGTH = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """An image with its id, what is said of it, and where it is, for a pointer that rests on it."""
+    """A thumbnail with the item ID, description lines and a tooltip that locates the image."""
 
     image: Thumbnail
     item_id: str
@@ -47,7 +47,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Cards under a heading; `note` says how many rows they stand for, `more` how many are not shown."""
+    """Cards under a heading. `note` states the number of rows they represent, `more` the number not shown."""
 
     heading: str
     note: str
@@ -57,7 +57,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class FlowGroup:
-    """Cards of rows that went from one label to another."""
+    """Cards of rows whose label changed from `before` to `after`."""
 
     before: str
     after: str
@@ -66,48 +66,48 @@ class FlowGroup:
 
 
 class Cards:
-    """Makes cards; `thumbnails` are images by row number, and a row without one gets an empty box."""
+    """Builds cards. `thumbnails` maps row numbers to images; a row without one gets a placeholder."""
 
     def __init__(self, thumbnails: Mapping[int, Thumbnail]) -> None:
         self._thumbnails = thumbnails
 
     def item(self, item: PredictedRow) -> Card:
-        """A row with its best label and the one that came next."""
-        lines = [f"{item.probability:.3f} {shown_label(item.label)}"]
+        """The card of a row with its predicted label and the runner-up."""
+        lines = [f"{item.probability:.3f} {display_label(item.label)}"]
         if item.runner_up is not None:
-            lines.append(f"{item.runner_up[1]:.3f} {shown_label(item.runner_up[0])}")
-        image = self._thumbnails.get(item.row, _NO_PICTURE)
-        return Card(image, shown(item.item_id), tuple(lines), _hint(item.row, item.uri))
+            lines.append(f"{item.runner_up[1]:.3f} {display_label(item.runner_up[0])}")
+        image = self._thumbnails.get(item.row, _NO_IMAGE)
+        return Card(image, display_text(item.item_id), tuple(lines), _hint(item.row, item.uri))
 
     def items(self, heading: str, items: tuple[PredictedRow, ...], note: str = "") -> Group:
-        """Rows under a heading."""
+        """The cards of `items` under a heading."""
         return Group(heading, note, tuple(self.item(item) for item in items))
 
     def flow(self, flow: LabelFlow, changed: int) -> FlowGroup:
-        """Rows of a flow; `changed` is how many rows changed in all."""
-        note = f"{count(flow.rows, 'item')}, {share(flow.rows, changed)} of the changed"
+        """The cards of a label change; `changed` is the total number of changed rows."""
+        note = f"{count(flow.rows, 'item')}, {share(flow.rows, changed)} of all label changes"
         cards = tuple(self.item(item) for item in flow.items)
-        return FlowGroup(shown_label(flow.before), shown_label(flow.after), note, cards)
+        return FlowGroup(display_label(flow.before), display_label(flow.after), note, cards)
 
-    def refused(self, group: Refused, rows: int) -> Group:
-        """What is in quarantine for one reason; `rows` is the size of the run."""
+    def quarantined(self, group: QuarantineGroup, rows: int) -> Group:
+        """The cards of one quarantine reason; `rows` is the number of rows of the run."""
         reason = Reason(group.reason)
-        left = group.rows - len(group.first)
+        hidden = group.rows - len(group.first)
         return Group(
             heading=_words(reason),
             note=f"{count(group.rows, 'row')}, {share(group.rows, rows)}: {REASONS[reason].meaning}",
-            cards=tuple(self._failed(entry, reason) for entry in group.first),
-            more=f"and {left:,} more" if left else "",
+            cards=tuple(self._quarantined_row(entry, reason) for entry in group.first),
+            more=f"and {hidden:,} more" if hidden else "",
         )
 
-    def _failed(self, entry: Failed, reason: Reason) -> Card:
-        known = [] if entry.n_bytes is None else [size(entry.n_bytes)]
+    def _quarantined_row(self, entry: QuarantinedRow, reason: Reason) -> Card:
+        details = [] if entry.n_bytes is None else [size(entry.n_bytes)]
         if entry.attempts > 1:
-            known.append(f"{entry.attempts} attempts")
-        lines = (shown(Text(entry.detail, len(entry.detail)), _LONGEST_LINE), ", ".join(known))
+            details.append(f"{entry.attempts} attempts")
+        lines = (display_text(Text(entry.detail, len(entry.detail)), _MAX_LINE_LENGTH), ", ".join(details))
         image = self._thumbnails.get(entry.row, Thumbnail("", _words(reason)))
-        said = tuple(line for line in lines if line)
-        return Card(image, shown(entry.item_id), said, _hint(entry.row, entry.uri))
+        text = tuple(line for line in lines if line)
+        return Card(image, display_text(entry.item_id), text, _hint(entry.row, entry.uri))
 
 
 def _words(reason: Reason) -> str:
@@ -115,28 +115,28 @@ def _words(reason: Reason) -> str:
 
 
 def _hint(row: int, uri: Text) -> str:
-    """Where a row is in the manifest, and where its image is, without credentials."""
+    """The row number and the URI of the image, without credentials."""
     if uri.start is None:
-        return f"row {row:,}, the image is in the manifest"
+        return f"row {row:,}, image stored in the manifest"
     clean = redact_uri(uri.start)
     length = uri.length if clean == uri.start else len(clean)
-    return f"row {row:,}, {shown(Text(clean, length), _LONGEST_LINE)}"
+    return f"row {row:,}, {display_text(Text(clean, length), _MAX_LINE_LENGTH)}"
 
 
-_LONGEST_FACT = 400
+_MAX_FACT_LENGTH = 400
 _STAGES = {
-    "fetch": "fetch, waiting for storage",
+    "fetch": "fetch (waiting for storage)",
     "decode": "decode and resize",
-    "predict": "the network",
+    "predict": "inference",
     "write": "write Parquet",
     "other": "Ray and Python",
-    "driver": "the driver",
+    "driver": "driver",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _RunCard:
-    """One of the large numbers at the top; `note` puts it beside another."""
+    """One of the headline numbers; `note` puts it in relation to another number."""
 
     name: str
     value: str
@@ -144,14 +144,14 @@ class _RunCard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mix:
-    """A line of the category mix; bars are in percent of the longest."""
+class _MixRow:
+    """A row of the category mix; bar lengths are percentages of the longest bar."""
 
     label: str
     rows: str
     share: str
     before: str
-    points: str
+    change: str
     mean: str
     bar: float
     bar_before: float | None
@@ -159,7 +159,7 @@ class _Mix:
 
 @dataclass(frozen=True, slots=True)
 class _Histogram:
-    """Heights of the bins in percent of the highest; `line` is the outline of the earlier run's, as an SVG path."""
+    """Bin heights in percent of the highest; `line` is the SVG path of the baseline run's outline."""
 
     bars: tuple[float, ...]
     hints: tuple[str, ...]
@@ -172,19 +172,19 @@ class _Histogram:
 class _Stage:
     name: str
     milliseconds: str
-    busy: str
+    utilization: str
     bar: float
-    resource: str
-    limits: bool
+    capacity: str
+    is_bottleneck: bool
 
 
 def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str) -> str:
-    """One HTML file that needs no network, no other file and no script.
+    """Render the page as one self-contained HTML file without scripts.
 
     Args:
-        facts: all that is shown.
-        thumbnails: images of the rows in it, by row number; a row without one gets an empty box.
-        version: of batchcls.
+        facts: the data to show.
+        thumbnails: images by row number; a row without one gets a placeholder.
+        version: version of batchcls.
     """
     cards = Cards(thumbnails)
     changes, confidence, categories = facts.changes, facts.confidence, facts.categories
@@ -196,8 +196,8 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
         version=version,
         facts=facts,
         committed=f"{facts.committed:%-d %B %Y, %H:%M %Z}".strip(),
-        figures=_figures(facts),
-        churn=_churn(facts),
+        headline=_headline_numbers(facts),
+        churn=_churn_numbers(facts),
         flows=[cards.flow(flow, changes.changed) for flow in flows] if changes else [],
         more_flows=changes.flow_count - len(flows) if changes else 0,
         mixes=_mixes(facts),
@@ -206,80 +206,84 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
             ()
             if confidence is None
             else (
-                cards.items("Least sure", confidence.least_sure),
-                cards.items("Most sure", confidence.most_sure),
+                cards.items("Least confident", confidence.least_confident),
+                cards.items("Most confident", confidence.most_confident),
             )
         ),
         examples=[
-            cards.items(shown_label(entry.label), items, count(entry.rows, "row"))
+            cards.items(display_label(entry.label), items, count(entry.rows, "row"))
             for entry, items in examples
         ],
-        quarantine=[cards.refused(group, facts.rows) for group in facts.refused],
+        quarantine=[cards.quarantined(group, facts.rows) for group in facts.quarantine_groups],
         stages=_stages(facts),
-        speed=_speed(facts),
-        about=[(name, shown(Text(value, len(value)), _LONGEST_FACT)) for name, value in facts.facts],
+        throughput=_throughput_summary(facts),
+        about=[
+            (name, display_text(Text(value, len(value)), _MAX_FACT_LENGTH)) for name, value in facts.facts
+        ],
     )
 
 
-def _figures(facts: RunFacts) -> list[_RunCard]:
+def _headline_numbers(facts: RunFacts) -> list[_RunCard]:
     before, quarantined = facts.before, facts.quarantined
     found = [
         _RunCard("rows", f"{facts.rows:,}", f"{difference(facts.rows, before.rows)} rows" if before else ""),
-        _RunCard("answered now", f"{facts.predicted:,}", share(facts.predicted, facts.rows)),
+        _RunCard("predicted", f"{facts.predicted:,}", share(facts.predicted, facts.rows)),
     ]
     if facts.reused:
         found.append(_RunCard("reused", f"{facts.reused:,}", share(facts.reused, facts.rows)))
-    was = f", {share(before.quarantined, before.rows)} before" if before else ""
-    found.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + was))
+    previous = f", {share(before.quarantined, before.rows)} before" if before else ""
+    found.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + previous))
     if facts.changes is not None:
         both = facts.changes.same + facts.changes.changed
         changed = facts.changes.changed
         found.append(_RunCard("labels changed", f"{changed:,}", share(changed, both) if both else ""))
     if facts.throughput is not None:
-        was = (
+        previous = (
             ""
             if not before or before.images_per_second is None
             else f"{rate(before.images_per_second)} before"
         )
-        found.append(_RunCard("images a second", rate(facts.throughput.images_per_second), was))
-        found.append(_RunCard("whole job", duration(facts.throughput.total_seconds)))
+        found.append(_RunCard("images/s", rate(facts.throughput.images_per_second), previous))
+        found.append(_RunCard("total duration", duration(facts.throughput.total_seconds)))
     return found
 
 
-def _churn(facts: RunFacts) -> list[_RunCard]:
+def _churn_numbers(facts: RunFacts) -> list[_RunCard]:
     changes = facts.changes
     if changes is None:
         return []
     both = changes.same + changes.changed
     found = [
-        _RunCard("same label", f"{changes.same:,}", f"{share(changes.same, both)} of those in both runs"),
+        _RunCard("same label", f"{changes.same:,}", f"{share(changes.same, both)} of the items in both runs"),
         _RunCard(
-            "another label", f"{changes.changed:,}", f"{share(changes.changed, both)} of those in both runs"
+            "changed label",
+            f"{changes.changed:,}",
+            f"{share(changes.changed, both)} of the items in both runs",
         ),
-        _RunCard("new", f"{changes.new:,}", "answered in this run only"),
-        _RunCard("gone", f"{changes.gone:,}", f"answered in {changes.run_id} only"),
+        _RunCard("new", f"{changes.new:,}", "predicted in this run only"),
+        _RunCard("removed", f"{changes.gone:,}", f"predicted in {changes.run_id} only"),
     ]
-    why = [_RunCard("of these", f"{rows:,}", cause) for cause, rows in changes.causes]
-    return [*found[:2], *why, *found[2:]]
+    causes = [_RunCard("of these", f"{rows:,}", cause) for cause, rows in changes.causes]
+    return [*found[:2], *causes, *found[2:]]
 
 
-def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_Mix]]]:
-    """The tables of the category mix: caption, what is left out, lines."""
+def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_MixRow]]]:
+    """The tables of the category mix: caption, note on omitted categories, rows."""
     categories = facts.categories
     if categories is None:
         return []
     now, before = categories.predictions, categories.predictions_before
 
-    def lines(entries: Sequence[Category]) -> list[_Mix]:
+    def lines(entries: Sequence[Category]) -> list[_MixRow]:
         shares = [_shares(entry, now, before) for entry in entries]
         longest = max((max(mine, old or 0.0) for mine, old in shares), default=0.0) or 1.0
         return [
-            _Mix(
-                label=shown_label(entry.label),
+            _MixRow(
+                label=display_label(entry.label),
                 rows=f"{entry.rows:,}",
                 share=share(entry.rows, now),
                 before="" if old is None or before is None else share(entry.rows_before or 0, before),
-                points="" if old is None else points(mine, old),
+                change="" if old is None else percentage_points(mine, old),
                 mean="-" if entry.mean_probability is None else f"{entry.mean_probability:.3f}",
                 bar=round(100 * mine / longest, 2),
                 bar_before=None if old is None else round(100 * old / longest, 2),
@@ -287,8 +291,8 @@ def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_Mix]]]:
             for entry, (mine, old) in zip(entries, shares, strict=True)
         ]
 
-    left = categories.count - len(categories.largest)
-    found = [("Largest categories", f"and {left:,} more" if left else "", lines(categories.largest))]
+    hidden = categories.count - len(categories.largest)
+    found = [("Largest categories", f"and {hidden:,} more" if hidden else "", lines(categories.largest))]
     if categories.moved:
         found.append(("Largest shifts", "", lines(categories.moved)))
     return found
@@ -324,7 +328,7 @@ def _normalized(bins: Sequence[int]) -> list[float]:
 
 
 def _outline(heights: Sequence[float]) -> str:
-    """The upper edge of bars as an SVG path in a box of 100 x 100, y downwards."""
+    """The upper edge of the bars as an SVG path in a viewBox of 100 x 100 with y downwards."""
     width = 100 / len(heights)
     steps = [f"V{100 - height:.2f}H{(index + 1) * width:g}" for index, height in enumerate(heights)]
     return f"M0 100{''.join(steps)}V100"
@@ -337,24 +341,24 @@ def _stages(facts: RunFacts) -> list[_Stage]:
         _Stage(
             name=_STAGES.get(stage.stage, stage.stage),
             milliseconds=f"{stage.milliseconds:.2f}",
-            busy=f"{stage.utilization:.0%}".replace("%", " %"),
+            utilization=f"{stage.utilization:.0%}".replace("%", " %"),
             bar=round(min(100.0, 100 * stage.utilization), 1),
-            resource=f"of {stage.capacity:g} {stage.resource}",
-            limits=stage.stage == facts.throughput.limited_by,
+            capacity=f"{stage.capacity:g} {stage.resource}",
+            is_bottleneck=stage.stage == facts.throughput.limited_by,
         )
         for stage in facts.throughput.stages
     ]
 
 
-def _speed(facts: RunFacts) -> str:
-    """The bottleneck in a sentence."""
+def _throughput_summary(facts: RunFacts) -> str:
+    """The throughput and the bottleneck in one sentence."""
     found = facts.throughput
     if found is None:
         return ""
-    start = f"{rate(found.after_start)} images a second after {duration(found.start_seconds)} of start-up"
+    start = f"{rate(found.after_start)} images/s after {duration(found.start_seconds)} of startup"
     if not found.ideal:
-        return f"{start}; no stage took any time."
+        return f"{start}; no stage recorded any work."
     return (
-        f"{start}, which is {share(found.after_start, found.ideal)} of the {rate(found.ideal)} that the scarcest "
-        f"resource would allow. Limited by {_STAGES.get(found.limited_by, found.limited_by)}."
+        f"{start}, which is {share(found.after_start, found.ideal)} of the {rate(found.ideal)} images/s that the "
+        f"bottleneck resource allows. Bottleneck: {_STAGES.get(found.limited_by, found.limited_by)}."
     )

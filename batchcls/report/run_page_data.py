@@ -1,19 +1,19 @@
-"""What the page of a run shows: plain records, so that the page is made and tested without a run.
+"""The data of a run's report page as plain records, independent of how a run is stored.
 
-Ids, addresses and labels in here are as the catalog has them, only cut where they are very long; it is
-the page that escapes them.
+IDs, URIs and labels are taken from the catalog unchanged, apart from truncation of very long strings;
+the templates escape them.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 
 BINS = 20
-"""Bins of equal width over 0..1 in a confidence histogram."""
+"""Number of equal-width bins over 0..1 in a confidence histogram."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishStatus:
-    """What became of the publish, in a few words, and why; `because` is empty where nothing is to be said."""
+    """Whether the run is published, as a headline, and the explanation; `because` may be empty."""
 
     published: bool
     headline: str
@@ -21,19 +21,19 @@ class PublishStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """What one gate found.
+class GateRow:
+    """The result of one gate, formatted for display.
 
     Attributes:
-        name: of the gate.
-        figure: what was measured, with its unit; "-" where there was nothing to measure.
-        limit: what was allowed.
-        passed: whether it lets the run through.
-        sentence: what it holds against what, for people.
+        name: name of the gate.
+        value: the measured value with its unit; "-" if there was nothing to measure.
+        limit: the configured limit.
+        passed: whether the gate passed.
+        sentence: explanation that compares value and limit.
     """
 
     name: str
-    figure: str
+    value: str
     limit: str
     passed: bool
     sentence: str
@@ -41,7 +41,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A string of the catalog: its first characters, and how many there are in all; None where it is null."""
+    """A catalog string: its first characters (None if it is null) and its total length."""
 
     start: str | None
     length: int
@@ -53,12 +53,12 @@ class PredictedRow:
 
     Attributes:
         row: number in the manifest.
-        item_id: the shop's name for it.
-        label: the best class; None where its probability is below its threshold (`classify --abstain`).
-        probability: of the best class, 0..1.
-        runner_up: the second class and its probability, or the best one where there is no label; None where
-            only one was kept.
-        uri: address of its image, null where the manifest holds the image itself.
+        item_id: ID of the item in the catalog.
+        label: the predicted class; None if its probability is below the threshold (`classify --abstain`).
+        probability: probability of the top-1 class, 0..1.
+        runner_up: the second class and its probability, or the top-1 class if there is no label; None if
+            only one class was stored.
+        uri: URI of the image, null if the image is stored in the manifest.
         content_hash: SHA-256 of the file that was classified, hex.
     """
 
@@ -72,16 +72,16 @@ class PredictedRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class QuarantinedRow:
     """One row in quarantine.
 
     Attributes:
         row: number in the manifest.
         item_id, uri: as in `PredictedRow`; the id may be null.
-        detail: what the stage that refused the row said.
-        n_bytes: size of the file, None where it is not known.
-        attempts: how often it was asked for.
-        content_hash: SHA-256 of the file, hex; None where there was none to hash.
+        detail: error message of the stage that rejected the row.
+        n_bytes: size of the file, None if unknown.
+        attempts: number of fetch attempts.
+        content_hash: SHA-256 of the file, hex; None if no file was fetched.
     """
 
     row: int
@@ -94,36 +94,36 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """All rows that are in quarantine for one reason, and the first of them."""
+class QuarantineGroup:
+    """The number of rows quarantined for one reason, and the first of them."""
 
     reason: str
     rows: int
-    first: tuple[Failed, ...]
+    first: tuple[QuarantinedRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """How sure the model was of its best class.
+    """Distribution of the top-1 probability.
 
     Attributes:
-        bins: rows by probability, `BINS` of them.
-        mean: of the probability, 0..1.
-        bins_before, mean_before: of the earlier run; None where there is none.
-        least_sure, most_sure: rows at both ends.
+        bins: number of rows in each of `BINS` bins.
+        mean: mean probability, 0..1.
+        bins_before, mean_before: the same for the baseline run; None without one.
+        least_confident, most_confident: example rows at both ends.
     """
 
     bins: tuple[int, ...]
     mean: float
     bins_before: tuple[int, ...] | None
     mean_before: float | None
-    least_sure: tuple[PredictedRow, ...]
-    most_sure: tuple[PredictedRow, ...]
+    least_confident: tuple[PredictedRow, ...]
+    most_confident: tuple[PredictedRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """A label of the run: rows now and in the earlier run (None without one), and how sure the model was."""
+    """A label with its row counts in this run and in the baseline run (None without one)."""
 
     label: str
     rows: int
@@ -133,14 +133,14 @@ class Category:
 
 @dataclass(frozen=True, slots=True)
 class CategoryMix:
-    """The category mix.
+    """Distribution of the predicted labels.
 
     Attributes:
-        count: labels that have rows, now or before.
-        predictions, predictions_before: the totals that shares are of.
-        largest: those with the most rows, in order.
-        moved: those whose share changed most, in order; empty without an earlier run.
-        examples: the most and the least sure rows of the largest.
+        count: number of labels with rows in either run.
+        predictions, predictions_before: total rows, the denominators of the shares.
+        largest: the labels with the most rows, in descending order.
+        moved: the labels whose share changed most, in descending order; empty without a baseline run.
+        examples: the most and the least confident rows of the largest labels.
     """
 
     count: int
@@ -153,7 +153,7 @@ class CategoryMix:
 
 @dataclass(frozen=True, slots=True)
 class LabelFlow:
-    """Rows that changed from one label to another, and some of them; None is no label, where the job abstained."""
+    """Rows whose label changed from `before` to `after`, with examples; None stands for abstention."""
 
     before: str | None
     after: str | None
@@ -163,15 +163,15 @@ class LabelFlow:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What is different from the earlier run, by item id, over the rows with a prediction in either.
+    """Differences from the baseline run by item ID, over the rows with a prediction in either run.
 
     Attributes:
-        run_id: of the earlier run.
-        same, changed: items of both runs, by whether their label is the same.
-        new, gone: items that only this run or only the earlier one has.
-        flows: those with the most rows, in order.
-        flow_count: how many pairs of labels there are in all.
-        causes: why items changed, and how many for each cause; empty where that is not known.
+        run_id: ID of the baseline run.
+        same, changed: items in both runs with the same and with a different label.
+        new, gone: items that only this run or only the baseline run has.
+        flows: the most frequent label changes, in descending order.
+        flow_count: total number of distinct label changes.
+        causes: description and item count of each cause of change; empty if unknown.
     """
 
     run_id: str
@@ -186,7 +186,7 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What an image cost one stage, and how busy what the stage works on was, 0..1."""
+    """Milliseconds per image of one stage, and the utilization (0..1) of the resource it runs on."""
 
     stage: str
     milliseconds: float
@@ -197,16 +197,16 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True)
 class RunThroughput:
-    """How fast the run was, and what limited it.
+    """Throughput of the run and its bottleneck.
 
     Attributes:
-        images_per_second: over the whole pipeline.
-        after_start: the rate once the workers were up.
-        ideal: what the scarcest resource would have allowed; None where none was used.
-        start_seconds, total_seconds: of start-up, and of the whole job.
-        limited_by: the stage that limits.
-        advice: what to change.
-        stages: in the order of the flow.
+        images_per_second: average over the whole pipeline.
+        after_start: images per second after worker startup.
+        ideal: images per second that the bottleneck resource allows; None if no stage recorded any work.
+        start_seconds, total_seconds: duration of startup and of the whole job.
+        limited_by: the bottleneck stage.
+        advice: recommended configuration change.
+        stages: stages in pipeline order.
     """
 
     images_per_second: float
@@ -220,8 +220,8 @@ class RunThroughput:
 
 
 @dataclass(frozen=True, slots=True)
-class Before:
-    """What the earlier run's record says of itself; `images_per_second` is None where it was not measured."""
+class BaselineFacts:
+    """Counts from the record of the baseline run; `images_per_second` is None if it was not measured."""
 
     run_id: str
     rows: int
@@ -231,48 +231,48 @@ class Before:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """All that the page of a run shows.
+    """Everything that the report page of a run shows, except for thumbnails.
 
     Attributes:
-        run_id: name of the run.
-        committed: when it was committed, with its time zone.
-        verdict: what became of the publish.
-        gates: in the order in which they were asked.
-        rows, predicted, reused: rows of the manifest, those answered now, those taken from another run.
-        refused: those in quarantine by reason, the most frequent first.
-        throughput: None where nothing was computed.
-        confidence, categories: None where no row has a prediction.
-        changes: None without an earlier run.
-        facts: name and value of what else is known: manifest, model, engine, hardware.
-        folder: of the run, fit to be shown.
-        before: figures of the earlier run's own record, None without one.
+        run_id: ID of the run.
+        committed: commit time, with a time zone.
+        verdict: publish status.
+        gates: gate results in evaluation order.
+        rows, predicted, reused: rows of the manifest, rows predicted by this run, rows reused from an earlier run.
+        quarantine_groups: quarantined rows by reason, the most frequent first.
+        throughput: None if no row was computed.
+        confidence, categories: None if no row has a prediction.
+        changes: None without a baseline run.
+        facts: name and value of further properties: manifest, model, engine, hardware.
+        folder: URI of the run folder, without credentials.
+        before: counts of the baseline run, None without one.
     """
 
     run_id: str
     committed: datetime
     verdict: PublishStatus
-    gates: tuple[Gate, ...]
+    gates: tuple[GateRow, ...]
     rows: int
     predicted: int
     reused: int
-    refused: tuple[Refused, ...]
+    quarantine_groups: tuple[QuarantineGroup, ...]
     throughput: RunThroughput | None
     confidence: Confidence | None
     categories: CategoryMix | None
     changes: Changes | None
     facts: tuple[tuple[str, str], ...]
     folder: str
-    before: Before | None
+    before: BaselineFacts | None
 
     @property
     def quarantined(self) -> int:
-        """Rows in quarantine, for whatever reason."""
-        return sum(group.rows for group in self.refused)
+        """Total number of rows in quarantine."""
+        return sum(group.rows for group in self.quarantine_groups)
 
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """A small image as a data: URI, or why there is none; exactly one of the two is empty."""
+    """A thumbnail as a data: URI, or the reason why it is missing; exactly one of the two is empty."""
 
     source: str
     reason: str

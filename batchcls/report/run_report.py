@@ -1,4 +1,4 @@
-"""report.html of a run: gathered from its committed files, with images fetched anew, and written beside them."""
+"""Writes report.html of a run: reads the committed files, fetches thumbnails and renders the page."""
 
 import logging
 from collections import Counter
@@ -14,17 +14,17 @@ from batchcls.images.url_policy import resolve_uri
 from batchcls.report.formatting import count, size
 from batchcls.report.run_page import run_page
 from batchcls.report.run_page_data import (
-    Before,
-    Failed,
-    Gate,
+    BaselineFacts,
+    GateRow,
     PredictedRow,
     PublishStatus,
+    QuarantinedRow,
     RunFacts,
     RunThroughput,
     StageCost,
     Thumbnail,
 )
-from batchcls.report.run_queries import read_figures, read_refused
+from batchcls.report.run_queries import read_quarantine, read_statistics
 from batchcls.report.thumbnails import Source, make_thumbnails
 from batchcls.runs.catalog import RunRecord, open_parts, read_current, read_record
 from batchcls.runs.catalog import read_plan as read_plan_record
@@ -38,21 +38,21 @@ _PACKAGES = ("batchcls", "ray", "torch", "timm", "python")
 
 
 def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> RunFacts:
-    """Everything that the page shows, but for the images.
+    """Read everything that the page shows, except for the thumbnails.
 
     Args:
-        record: of the run.
-        before: of the run to compare with; None where there is none.
-        storage: how to reach both.
+        record: record of the run.
+        before: record of the baseline run; None without one.
+        storage: storage that holds both runs.
 
     Raises:
         InputError: a file of the run is missing or unreadable.
     """
     with explain(record.folder):
         earlier = None if before is None else (before.run_id, open_parts(before, "predictions", storage))
-        figures = read_figures(open_parts(record, "predictions", storage), earlier)
-        refused = read_refused(open_parts(record, "quarantine", storage))
-        changes = figures.changes
+        statistics = read_statistics(open_parts(record, "predictions", storage), earlier)
+        quarantine_groups = read_quarantine(open_parts(record, "quarantine", storage))
+        changes = statistics.changes
         if changes is not None and before is not None and changes.changed:
             found = count_causes(before, record, storage)
             changes = replace(
@@ -67,10 +67,10 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         rows=record.counts.rows,
         predicted=record.counts.predicted,
         reused=record.counts.reused,
-        refused=refused,
+        quarantine_groups=quarantine_groups,
         throughput=_throughput(record.measured),
-        confidence=figures.confidence,
-        categories=figures.categories,
+        confidence=statistics.confidence,
+        categories=statistics.categories,
         changes=changes,
         facts=_about(record, read_plan(record, storage)),
         folder=redact_uri(record.folder),
@@ -79,45 +79,43 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
 
 
 def read_plan(record: RunRecord, storage: Storage) -> Mapping[str, Any]:
-    """plan.json of a run, as it stands there.
+    """The contents of plan.json of a run.
 
     Raises:
-        InputError: it is missing or damaged, or the store refuses.
+        InputError: the file is missing, damaged or not readable.
     """
     plan = read_plan_record(record.output, record.run_id, storage)
     if plan is None:
-        raise InputError(f"{redact_uri(join(record.folder, PLAN))}: there is no plan of this run")
+        raise InputError(f"{redact_uri(join(record.folder, PLAN))}: the plan of this run is missing")
     return plan.raw
 
 
-def _verdict(record: RunRecord, gates: tuple[Gate, ...], current: str | None) -> PublishStatus:
+def _verdict(record: RunRecord, gates: tuple[GateRow, ...], current: str | None) -> PublishStatus:
     counts = record.counts
-    answered = f"{counts.predicted + counts.reused:,} of {counts.rows:,} items have an answer"
-    refusing = [f"{gate.sentence}." for gate in gates if not gate.passed]
+    summary = f"{counts.predicted + counts.reused:,} of {counts.rows:,} items have a prediction"
+    failed = [f"{gate.sentence}." for gate in gates if not gate.passed]
     if current == record.run_id:
-        if refusing:
-            return PublishStatus(True, "Published although a gate refused it", _sentences(refusing))
-        return PublishStatus(True, f"Published: {answered}")
+        if failed:
+            return PublishStatus(True, "Published despite a failed gate", _join_sentences(failed))
+        return PublishStatus(True, f"Published: {summary}")
     if record.unpublishable:
-        return PublishStatus(
-            False, "Never to be published", f"{answered}; {'; '.join(record.unpublishable)}."
-        )
-    if refusing:
-        return PublishStatus(False, "Not published: a gate refused it", _sentences(refusing))
-    instead = "no run is" if current is None else f"run {current} is"
-    return PublishStatus(False, f"Not the published run; {instead}", f"{answered}.")
+        return PublishStatus(False, "Not publishable", f"{summary}; {'; '.join(record.unpublishable)}.")
+    if failed:
+        return PublishStatus(False, "Not published: a gate failed", _join_sentences(failed))
+    published = "no run is published" if current is None else f"run {current} is published"
+    return PublishStatus(False, f"Not published; {published}", f"{summary}.")
 
 
-def _sentences(found: list[str]) -> str:
-    return " ".join(sentence[:1].upper() + sentence[1:] for sentence in found)
+def _join_sentences(sentences: list[str]) -> str:
+    return " ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
 
 
-def _gate(entry: Mapping[str, Any]) -> Gate:
+def _gate(entry: Mapping[str, Any]) -> GateRow:
     name = str(entry["gate"])
     write = _percent if "fraction" in name else _number
-    return Gate(
+    return GateRow(
         name=name.replace("_", " "),
-        figure=write(entry.get("figure")),
+        value=write(entry.get("figure")),
         limit=write(entry.get("limit")),
         passed=bool(entry["passed"]),
         sentence=str(entry["sentence"]),
@@ -132,13 +130,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def _before(record: RunRecord) -> Before:
+def _before(record: RunRecord) -> BaselineFacts:
     counts = record.counts
-    return Before(record.run_id, counts.rows, counts.quarantined, record.images_per_second)
+    return BaselineFacts(record.run_id, counts.rows, counts.quarantined, record.images_per_second)
 
 
 def _throughput(measured: Mapping[str, Any]) -> RunThroughput | None:
-    """None where no row was computed, so that nothing was measured."""
+    """The measured throughput; None if no row was computed."""
     found = measured.get("bottleneck")
     if not found:
         return None
@@ -159,15 +157,15 @@ def _throughput(measured: Mapping[str, Any]) -> RunThroughput | None:
 
 
 def _stage(stage: str, milliseconds: float, resources: list[dict[str, Any]], achieved: float) -> StageCost:
-    """A stage on the smallest of the resources that bound it, as `Bottleneck.resource_of` chooses it."""
-    carriers = [
+    """A stage with the smallest resource that bounds it, the same choice as `Bottleneck.resource_of`."""
+    candidates = [
         entry
         for entry in resources
         if stage in entry["stages"] and (stage == "fetch" or entry["limits"] != "fetch")
     ]
-    carrier = min(carriers, key=lambda entry: float(entry["capacity"]))
-    busy = achieved * milliseconds / 1000 / carrier["capacity"]
-    return StageCost(stage, milliseconds, carrier["name"], carrier["capacity"], busy)
+    resource = min(candidates, key=lambda entry: float(entry["capacity"]))
+    utilization = achieved * milliseconds / 1000 / resource["capacity"]
+    return StageCost(stage, milliseconds, resource["name"], resource["capacity"], utilization)
 
 
 def _about(record: RunRecord, plan: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -186,10 +184,10 @@ def _about(record: RunRecord, plan: Mapping[str, Any]) -> tuple[tuple[str, str],
         ("Model", f"{model['architecture']}, {model['classes']:,} classes"),
         ("Fingerprint", str(model["fingerprint"])[:12]),
         ("Engine", engines),
-        ("Shape", " on ".join(str(bottleneck[key]) for key in ("shape", "device") if key in bottleneck)),
+        ("Pipeline", " on ".join(str(bottleneck[key]) for key in ("shape", "device") if key in bottleneck)),
         ("Hardware", ", ".join(f"{number} x {node}" for node, number in nodes.items())),
         ("Driver", str(hardware.get("driver", ""))),
-        ("Begun", str(plan.get("created", ""))),
+        ("Started", str(plan.get("created", ""))),
         ("Committed", record.committed.isoformat(timespec="seconds")),
         ("Images read", size(record.raw.get("image_bytes", 0))),
         ("Versions", ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)),
@@ -216,20 +214,20 @@ def write_run_report(
     before: str | None = None,
     storage_options: Mapping[str, object] | None = None,
 ) -> str:
-    """Draw the page of a committed run and write it into the run's folder; a page that is there is replaced.
+    """Render the page of a committed run and write it into the run folder, replacing an existing page.
 
     Args:
-        output: the job's output folder.
-        run_id: of the run.
-        storage: how to reach it.
-        before: id of the run to compare with; None: the one that the gates compared it with.
-        storage_options: how images are reached where they are not local; what else fetching needs is in plan.json.
+        output: output folder of the job.
+        run_id: ID of the run.
+        storage: storage that holds the output folder.
+        before: ID of the baseline run; by default the one that the gates used.
+        storage_options: options for remote image storage; all other fetch settings come from plan.json.
 
     Returns:
         URI of the page.
 
     Raises:
-        InputError: there is no such run, a file of it is missing, or the store refuses.
+        InputError: the run does not exist, or one of its files is missing or not readable.
     """
     record = read_record(output, run_id, storage)
     earlier = read_record(output, before, storage) if before else _baseline(record, storage)
@@ -250,16 +248,16 @@ def report_after_run(
     before: str | None = None,
     storage_options: Mapping[str, object] | None = None,
 ) -> str | None:
-    """The same at the end of a job: what goes wrong is logged, for the run stands without its page.
+    """Write the report at the end of a job; errors are logged, because the run is valid without its page.
 
     Returns:
-        URI of the page; None where there is none.
+        URI of the page; None if it could not be written.
     """
     try:
         return write_run_report(output, run_id, storage, before=before, storage_options=storage_options)
-    except Exception as error:  # noqa: BLE001 - committed and judged already: a page undoes neither
+    except Exception as error:  # noqa: BLE001 - the run is committed already, and a page must not fail it
         _logger.warning(
-            "no report of run %s (%s: %s); draw it with `python -m batchcls.jobs.runs report`",
+            "no report was written for run %s (%s: %s); write it with `python -m batchcls.jobs.runs report`",
             run_id,
             type(error).__name__,
             error,
@@ -268,52 +266,52 @@ def report_after_run(
 
 
 def _baseline(record: RunRecord, storage: Storage) -> RunRecord | None:
-    """The run that this one was judged against; None where there was none, or it is there no more."""
+    """The baseline run of the gates; None if there was none or it has been deleted."""
     run_id = record.raw.get("baseline")
     if run_id is None:
         return None
     try:
         return read_record(record.output, str(run_id), storage)
     except InputError as error:
-        _logger.warning("the report of run %s compares with nothing: %s", record.run_id, error)
+        _logger.warning("the report of run %s has no baseline: %s", record.run_id, error)
         return None
 
 
 def _thumbnails(
     facts: RunFacts, record: RunRecord, plan: Mapping[str, Any], storage_options: Mapping[str, object]
 ) -> dict[int, Thumbnail]:
-    """Images of the rows on the page, fetched as the job fetched them."""
+    """Thumbnails of the rows on the page, fetched with the settings of the job."""
     config = plan["config"]
     settings = FetchSettings.model_validate(
         {name: config[name] for name in FetchSettings.model_fields if name in config}
         | {"storage_options": dict(storage_options)}
     )
-    # Records of early versions lack the base; then their manifests were single files as a rule.
+    # Records written by early versions lack the base URI; their manifests are usually single files.
     base = str(record.manifest.get("base") or folder_of(str(record.manifest["uri"])))
     sources: dict[int, Source] = {}
-    without: dict[int, Thumbnail] = {}
-    for entry in _imaged(facts):
+    missing: dict[int, Thumbnail] = {}
+    for entry in _rows_with_images(facts):
         if entry.uri.start is None:
-            without[entry.row] = Thumbnail("", "in the manifest itself")
+            missing[entry.row] = Thumbnail("", "stored in the manifest")
         elif entry.content_hash is not None and len(entry.uri.start) == entry.uri.length:
             sources.setdefault(entry.row, Source(resolve_uri(entry.uri.start, base), entry.content_hash))
-    found = make_thumbnails(sources, fetch_policy(settings), decode_limits(settings), THUMBNAIL_SECONDS)
-    return without | found
+    thumbnails = make_thumbnails(sources, fetch_policy(settings), decode_limits(settings), THUMBNAIL_SECONDS)
+    return missing | thumbnails
 
 
-def _imaged(facts: RunFacts) -> Iterator[PredictedRow | Failed]:
-    """The rows whose images are shown, the most telling first."""
+def _rows_with_images(facts: RunFacts) -> Iterator[PredictedRow | QuarantinedRow]:
+    """The rows whose images are shown, the most important first."""
     if facts.changes is not None:
         for flow in facts.changes.flows:
             yield from flow.items
     if facts.confidence is not None:
-        yield from facts.confidence.least_sure
+        yield from facts.confidence.least_confident
     if facts.categories is not None:
         for _, items in facts.categories.examples:
             yield from items
     if facts.confidence is not None:
-        yield from facts.confidence.most_sure
-    for group in facts.refused:
-        # Only what a decoder has gone through without harm is decoded in this process.
+        yield from facts.confidence.most_confident
+    for group in facts.quarantine_groups:
+        # Only images that the workers decoded without a crash are decoded in this process.
         if REASONS[Reason(group.reason)].stage is Stage.PREDICT:
             yield from group.first

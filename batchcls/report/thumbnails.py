@@ -1,8 +1,7 @@
-"""Small images of some rows for a page: fetched and decoded here, within a bounded time.
+"""Fetches and decodes thumbnails of selected rows for a report page within a time limit.
 
-Only bytes that have been decoded before are decoded again: a file whose hash is not that of the run is
-left alone, since an image that was exchanged meanwhile must not be shown as what was classified, nor
-may it reach a decoder in the driver's own process.
+A file is decoded only if its hash equals the one recorded by the run. A file that changed afterwards must
+not be shown as the classified image, and untrusted bytes must not reach a decoder in the driver process.
 """
 
 import base64
@@ -25,16 +24,16 @@ from batchcls.report.run_page_data import Thumbnail
 SIDE_PIXELS = 96
 _QUALITY = 70
 _THREADS = 16
-_DECODE_THREADS = 2  # images are large while they are decoded
-_MOST_PIXELS = 30_000_000
-_MOST_BYTES = 20 * 2**20
-_MOST_ATTEMPTS = 2
-_MOST_SECONDS = 10.0  # for one request
+_DECODE_THREADS = 2  # limits memory: decoded images are large
+_MAX_PIXELS = 30_000_000
+_MAX_BYTES = 20 * 2**20
+_MAX_ATTEMPTS = 2
+_MAX_REQUEST_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an image is, as an absolute address, and the SHA-256 of the file that was classified, hex."""
+    """Absolute URI of an image and the SHA-256 of the classified file, hex."""
 
     uri: str
     content_hash: str
@@ -43,13 +42,13 @@ class Source:
 def make_thumbnails(
     sources: Mapping[int, Source], policy: FetchPolicy, limits: DecodeLimits, seconds: float
 ) -> dict[int, Thumbnail]:
-    """A thumbnail, or the reason why there is none, for every source.
+    """Make a thumbnail for every source, or state the reason why there is none.
 
     Args:
-        sources: what to fetch, by row number; those in front are fetched first.
-        policy: the job's own; fewer attempts and less time are given to one image here.
-        limits: the job's own; very large images are left out here.
-        seconds: how long all of it may take. What is not there by then is not waited for.
+        sources: images to fetch by row number, in fetch order.
+        policy: fetch policy of the job; attempts and timeouts are reduced here.
+        limits: decode limits of the job; very large images are skipped here.
+        seconds: total time limit. Images that are not ready by then are skipped.
     """
     maker = _Maker(policy, limits, time.monotonic() + seconds)
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="thumbnail")
@@ -57,7 +56,7 @@ def make_thumbnails(
         row: pool.submit(maker.make, source) for row, source in sources.items()
     }
     wait(calls.values(), timeout=seconds)
-    # A request that is under way ends at its own time limit.
+    # A request in flight ends at its own timeout.
     pool.shutdown(wait=False, cancel_futures=True)
     late = Thumbnail("", "not fetched in time")
     return {
@@ -70,12 +69,12 @@ class _Maker:
         self._fetcher = Fetcher(
             replace(
                 policy,
-                timeout_seconds=min(policy.timeout_seconds, _MOST_SECONDS),
-                max_bytes=min(policy.max_bytes, _MOST_BYTES),
-                max_attempts=min(policy.max_attempts, _MOST_ATTEMPTS),
+                timeout_seconds=min(policy.timeout_seconds, _MAX_REQUEST_SECONDS),
+                max_bytes=min(policy.max_bytes, _MAX_BYTES),
+                max_attempts=min(policy.max_attempts, _MAX_ATTEMPTS),
             )
         )
-        self._limits = replace(limits, max_pixels=min(limits.max_pixels, _MOST_PIXELS))
+        self._limits = replace(limits, max_pixels=min(limits.max_pixels, _MAX_PIXELS))
         self._deadline = deadline
         self._decoding = threading.Semaphore(_DECODE_THREADS)
 
@@ -87,17 +86,17 @@ class _Maker:
             assert fetched.failure is not None
             return Thumbnail("", fetched.failure.reason.value.replace("_", " "))
         if hashlib.sha256(fetched.data).hexdigest() != source.content_hash:
-            return Thumbnail("", "another image by now")
+            return Thumbnail("", "image changed since the run")
         with self._decoding:
             try:
-                decoded = decode(fetched.data, self._limits, _least)
+                decoded = decode(fetched.data, self._limits, _min_size)
             except DecodeError as error:
                 return Thumbnail("", error.failure.reason.value.replace("_", " "))
             return Thumbnail(_data_uri(decoded), "")
 
 
-def _least(height: int, width: int) -> tuple[float, float]:
-    """An image may be decoded so small that its long side is still twice as long as a thumbnail's."""
+def _min_size(height: int, width: int) -> tuple[float, float]:
+    """The smallest size for scaled decoding: twice the side of a thumbnail for the longer side."""
     scale = min(1.0, 2 * SIDE_PIXELS / max(height, width))
     return height * scale, width * scale
 

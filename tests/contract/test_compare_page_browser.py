@@ -1,4 +1,4 @@
-"""The page of a comparison in a real browser: on a desk, on a phone, in the dark and on paper."""
+"""Tests for the comparison page in a browser: desktop, phone, dark mode and print."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +15,11 @@ LONG_NAME = "s3://models/" + "a_long_way_to_a_bundle/" * 5
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six backbones on two engines, and one model with a name that is longer than a phone is wide."""
+    """A page with six backbones on two engines, and one model with a name wider than a phone."""
     measurements = [*six_backbones(), measurement(LONG_NAME, p50=30, right=150)]
     needs = Requirements(target_ms=80, price_per_hour=0.4)
     created = datetime(2026, 11, 23, 20, 40, tzinfo=UTC)
-    context = PageContext("Which backbone for the catalog", LONG_NAME + "x" * 200, 300, created, "0.1.0")
+    context = PageContext("Comparison of backbones", LONG_NAME + "x" * 200, 300, created, "0.1.0")
     advice = {SERVER.key: recommend(measurements, needs)}
     path = tmp_path_factory.mktemp("page") / "compare.html"
     path.write_text(compare_page(measurements, needs, advice, context))
@@ -27,16 +27,16 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_loads_without_a_complaint_and_without_a_request(browser: Browser, page: Path):
+def test_loads_without_console_errors_and_requests(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     assert browser.console() == []
     assert browser.requests() == [page.as_uri()]
-    assert browser.ask("document.title") == "Which backbone for the catalog"
+    assert browser.ask("document.title") == "Comparison of backbones"
     assert browser.ask("document.compatMode") == "CSS1Compat"
 
 
-def test_the_console_would_have_told(browser: Browser, tmp_path: Path):
-    """What the test above relies on: a page that asks for something is found out."""
+def test_detects_console_errors_and_requests(browser: Browser, tmp_path: Path):
+    """Checks the check above: a page with missing resources is detected."""
     broken = tmp_path / "broken.html"
     broken.write_text("<!doctype html><img src='missing.png'><script>nothing()</script>")
     browser.open(broken, width=DESK)
@@ -45,7 +45,7 @@ def test_the_console_would_have_told(browser: Browser, tmp_path: Path):
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_nothing_is_wider_than_the_window(browser: Browser, page: Path, width: int):
+def test_content_fits_the_viewport(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
     assert browser.ask("innerWidth") == width
     assert browser.ask("document.documentElement.scrollWidth") <= width
@@ -55,7 +55,7 @@ def test_nothing_is_wider_than_the_window(browser: Browser, page: Path, width: i
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_both_images_are_there_with_readable_labels(browser: Browser, page: Path, width: int):
+def test_both_plots_have_readable_labels(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
     sizes = browser.ask(
         "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
@@ -76,7 +76,7 @@ def test_both_images_are_there_with_readable_labels(browser: Browser, page: Path
     assert min(heights) > 8
 
 
-def test_labels_do_not_cover_each_other_in_the_browsers_own_font(browser: Browser, page: Path):
+def test_labels_do_not_overlap_in_the_font_of_the_browser(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     boxes = browser.ask(
         "[...document.querySelectorAll('figure:first-child svg [id*=label-]')].map(label => "
@@ -87,7 +87,7 @@ def test_labels_do_not_cover_each_other_in_the_browsers_own_font(browser: Browse
         for other in boxes[:index]:
             width = min(one[2], other[2]) - max(one[0], other[0])
             height = min(one[3], other[3]) - max(one[1], other[1])
-            # Boxes of text reach above and below the letters.
+            # Bounding boxes of text extend above and below the letters.
             assert width <= 0 or height <= 4, (one, other)
 
 
@@ -100,7 +100,7 @@ def colors(browser: Browser) -> tuple[object, object, object]:
     )
 
 
-def test_in_the_dark_page_and_images_turn(browser: Browser, page: Path):
+def test_dark_mode_changes_page_and_plot_colors(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     light = colors(browser)
     browser.emulate(dark=True)
@@ -110,7 +110,7 @@ def test_in_the_dark_page_and_images_turn(browser: Browser, page: Path):
     assert dark[1] == dark[2]
 
 
-def test_paper_is_light_even_in_the_dark_and_no_table_is_cut_off(browser: Browser, page: Path):
+def test_print_is_light_in_dark_mode_and_fits_all_tables(browser: Browser, page: Path):
     browser.open(page, width=PAPER)
     light = colors(browser)
     browser.emulate(dark=True, media="print")
@@ -122,7 +122,7 @@ def test_paper_is_light_even_in_the_dark_and_no_table_is_cut_off(browser: Browse
     assert max(overhang) <= 0
 
 
-def test_it_prints(browser: Browser, page: Path):
+def test_prints_all_pages(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     paper = browser.print_pdf()
     assert paper.startswith(b"%PDF-")
@@ -130,6 +130,6 @@ def test_it_prints(browser: Browser, page: Path):
     assert len(paper) > 30_000
 
 
-def test_an_image_of_the_page_is_no_blank(browser: Browser, page: Path):
+def test_screenshot_is_not_blank(browser: Browser, page: Path):
     browser.open(page, width=PHONE)
     assert len(browser.screenshot()) > 50_000

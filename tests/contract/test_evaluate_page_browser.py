@@ -1,4 +1,4 @@
-"""The page of an evaluation in a real browser: on a desk, on a phone, in the dark and on paper."""
+"""Tests for the evaluation page in a browser: desktop, phone, dark mode and print."""
 
 from pathlib import Path
 
@@ -13,22 +13,20 @@ from tests.unit.report.test_evaluate_page import page_of, subject
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty categories, one of them with a name that is longer than a phone is wide."""
+    """A page with twenty categories, one of them with a name wider than a phone."""
     answers = drawn_answers(3000, 20, overconfidence=2)
     labels = ("clothes/" + "a_long_way_to_a_category/" * 5, *answers.labels[1:])
     paths = [("all", label) for label in labels]
     found = evaluate_answers(LogitStore(labels, answers.truth, answers.logits), paths, 0.9)
     path = tmp_path_factory.mktemp("page") / "evaluate.html"
-    path.write_text(page_of(found, subject(3000), "How right is s3://models/" + "x" * 200))
+    path.write_text(page_of(found, subject(3000), "Evaluation of s3://models/" + "x" * 200))
     return path
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_it_fits_the_window_without_a_complaint_and_without_a_request(
-    browser: Browser, page: Path, width: int
-):
+def test_fits_the_viewport_without_console_errors_and_requests(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
-    # The images of the test are no JPEGs; Chromium says nothing about that.
+    # The images of this test are not valid JPEG files, which Chromium does not report.
     assert browser.console() == []
     assert browser.requests() == [page.as_uri()]
     assert browser.ask("document.documentElement.scrollWidth") <= width
@@ -40,7 +38,7 @@ def test_it_fits_the_window_without_a_complaint_and_without_a_request(
     assert max(sizes) < 700
 
 
-def test_in_the_dark_everything_turns_and_paper_stays_light(browser: Browser, page: Path):
+def test_dark_mode_changes_colors_and_print_stays_light(browser: Browser, page: Path):
     def colors() -> list[object]:
         style = "getComputedStyle(document.querySelector('{}')).{}"
         return [

@@ -1,4 +1,4 @@
-"""The page of a run in a real browser: on a desk, on a phone, in the dark and on paper, with hostile strings in it."""
+"""Tests for the run report in a browser: desktop, phone, dark mode, print and hostile strings."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.helpers.run_pages import full_facts
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that a page can show, with real images of three shapes for all rows but one."""
+    """A page with every section filled, with images in three aspect ratios for all rows but one."""
     folder = tmp_path_factory.mktemp("page")
     sources = []
     for number, (width, height) in enumerate(((300, 200), (200, 300), (900, 60))):
@@ -27,14 +27,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     thumbnails = make_thumbnails(
         {row: sources[row % 3] for row in range(100)}, FetchPolicy(), DecodeLimits(), seconds=60
     )
-    thumbnails[2] = Thumbnail("", "another image by now")
+    thumbnails[2] = Thumbnail("", "image changed since the run")
     path = folder / "report.html"
     path.write_text(run_page(full_facts(), thumbnails, "0.1.0"))
     assert path.stat().st_size < 1_000_000
     return path
 
 
-def test_it_loads_without_a_complaint_and_without_a_request(browser: Browser, page: Path):
+def test_loads_without_console_errors_and_requests(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     assert browser.console() == []
     assert browser.requests() == [page.as_uri()]
@@ -48,14 +48,14 @@ def test_hostile_strings_are_inert(browser: Browser, page: Path):
     assert "<script>document.title" in str(browser.ask("document.body.innerText"))
 
 
-def test_every_image_is_there(browser: Browser, page: Path):
+def test_shows_every_image(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     sizes = browser.ask(
         "[...document.images].map(one => [one.complete, one.naturalWidth, one.naturalHeight])"
     )
     assert len(sizes) > 40
     assert all(complete and 0 < max(width, height) <= 96 for complete, width, height in sizes)
-    assert "another image by now" in str(browser.ask("document.body.innerText"))
+    assert "image changed since the run" in str(browser.ask("document.body.innerText"))
     bars = browser.ask(
         "[...document.querySelectorAll('.histogram rect')].map(bar => bar.getBoundingClientRect().height)"
     )
@@ -64,7 +64,7 @@ def test_every_image_is_there(browser: Browser, page: Path):
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-def test_nothing_is_wider_than_the_window(browser: Browser, page: Path, width: int):
+def test_content_fits_the_viewport(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
     assert browser.ask("innerWidth") == width
     assert browser.ask("document.documentElement.scrollWidth") <= width
@@ -75,7 +75,7 @@ def test_nothing_is_wider_than_the_window(browser: Browser, page: Path, width: i
     assert outside == []
 
 
-def test_cards_do_not_cover_each_other(browser: Browser, page: Path):
+def test_cards_do_not_overflow(browser: Browser, page: Path):
     browser.open(page, width=PHONE)
     covered = browser.ask(
         "[...document.querySelectorAll('.cards')].flatMap(box => [...box.children].map(card => "
@@ -87,8 +87,8 @@ def test_cards_do_not_cover_each_other(browser: Browser, page: Path):
 def colors(browser: Browser) -> list[object]:
     style = "getComputedStyle(document.querySelector('{}')).{}"
     return [
-        browser.ask(style.format(*place))
-        for place in (
+        browser.ask(style.format(*target))
+        for target in (
             ("body", "backgroundColor"),
             ("body", "color"),
             ("h1", "color"),
@@ -97,7 +97,7 @@ def colors(browser: Browser) -> list[object]:
     ]
 
 
-def test_in_the_dark_the_page_turns_and_paper_is_light(browser: Browser, page: Path):
+def test_dark_mode_changes_colors_and_print_stays_light(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     light = colors(browser)
     browser.emulate(dark=True)
@@ -106,7 +106,7 @@ def test_in_the_dark_the_page_turns_and_paper_is_light(browser: Browser, page: P
     assert colors(browser) == light
 
 
-def test_it_prints_whole(browser: Browser, page: Path):
+def test_prints_all_pages(browser: Browser, page: Path):
     browser.open(page, width=PAPER)
     browser.emulate(media="print")
     overhang = browser.ask(
@@ -117,5 +117,5 @@ def test_it_prints_whole(browser: Browser, page: Path):
     browser.emulate()
     paper = browser.print_pdf()
     assert paper.startswith(b"%PDF-")
-    # How many depends on the fonts of the machine: 12 to 18 were seen. A page cut off prints as one.
+    # The number of pages depends on the fonts of the machine (12 to 18 observed). A truncated page prints as one.
     assert 3 <= paper.count(b"/Type /Page\n") <= 30

@@ -1,21 +1,21 @@
-"""What a run could have been, for tests of its page: every part filled, with strings that mean harm."""
+"""Data of a run report with every section filled, including hostile strings."""
 
 from datetime import UTC, datetime
 from itertools import pairwise
 
 from batchcls.report.run_page_data import (
     BINS,
-    Before,
+    BaselineFacts,
     Category,
     CategoryMix,
     Changes,
     Confidence,
-    Failed,
-    Gate,
+    GateRow,
     LabelFlow,
     PredictedRow,
     PublishStatus,
-    Refused,
+    QuarantinedRow,
+    QuarantineGroup,
     RunFacts,
     RunThroughput,
     StageCost,
@@ -46,28 +46,28 @@ def item(
     )
 
 
-def failed(row: int, item_id: str | None, detail: str = "the data ends early") -> Failed:
-    return Failed(row, text(item_id), text(f"s3://shop/{row}.jpg"), detail, 20_000, 2, "0" * 64)
+def failed(row: int, item_id: str | None, detail: str = "the data ends early") -> QuarantinedRow:
+    return QuarantinedRow(row, text(item_id), text(f"s3://shop/{row}.jpg"), detail, 20_000, 2, "0" * 64)
 
 
 def full_facts() -> RunFacts:
-    """A published run with everything that a page can show; rows 0..99 are imaged."""
+    """A run with every section of the page filled; rows 0 to 99 have images."""
     categories = tuple(Category(label, 90 - 9 * i, 80 - 3 * i, 0.7) for i, label in enumerate(LABELS))
     return RunFacts(
         run_id="20261125-033000-4f2a",
         committed=datetime(2026, 11, 25, 3, 41, tzinfo=UTC),
         verdict=PublishStatus(
-            False, "Not published: a gate refused it", "12 % of the labels changed; 10 % are allowed."
+            False, "Not published: a gate failed", "12 % of the labels changed; 10 % are allowed."
         ),
         gates=(
-            Gate("failed fraction", "0.40 %", "1.00 %", True, "4 of 1000 rows failed"),
-            Gate("changed labels fraction", "12.00 %", "10.00 %", False, "12 % of the labels changed"),
+            GateRow("failed fraction", "0.40 %", "1.00 %", True, "4 of 1000 rows failed"),
+            GateRow("changed labels fraction", "12.00 %", "10.00 %", False, "12 % of the labels changed"),
         ),
         rows=1000,
         predicted=700,
         reused=200,
-        refused=tuple(
-            Refused(reason.value, 3, (failed(200 + i, f"SKU-{i}"), failed(300 + i, None, ATTACK)))
+        quarantine_groups=tuple(
+            QuarantineGroup(reason.value, 3, (failed(200 + i, f"SKU-{i}"), failed(300 + i, None, ATTACK)))
             for i, reason in enumerate(Reason)
         ),
         throughput=RunThroughput(
@@ -82,8 +82,8 @@ def full_facts() -> RunFacts:
             mean=0.71,
             bins_before=tuple(range(BINS, 0, -1)),
             mean_before=0.74,
-            least_sure=(item(0, ATTACK, 0.01), item(1, LINES, 0.02), item(2, "A" * 1_000_000, 0.03)),
-            most_sure=tuple(item(row, probability=0.99) for row in range(10, 20)),
+            least_confident=(item(0, ATTACK, 0.01), item(1, LINES, 0.02), item(2, "A" * 1_000_000, 0.03)),
+            most_confident=tuple(item(row, probability=0.99) for row in range(10, 20)),
         ),
         categories=CategoryMix(
             count=500,
@@ -110,5 +110,5 @@ def full_facts() -> RunFacts:
         ),
         facts=(("Manifest", "s3://shop/catalog/"), ("Model", ATTACK)),
         folder="s3://shop/classified/runs/20261125-033000-4f2a",
-        before=Before("20261124-033000-11aa", 990, 5, 110.0),
+        before=BaselineFacts("20261124-033000-11aa", 990, 5, 110.0),
     )

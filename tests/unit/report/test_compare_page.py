@@ -1,4 +1,4 @@
-"""The page of a comparison, read as text: what is in it, what is escaped, what its images are made of."""
+"""Tests for the content, the escaping and the plots of the comparison page."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from batchcls.comparison.measurement import Measurement
 from batchcls.comparison.recommend import Requirements, figure, percent, recommend
 from batchcls.report.compare_page import PageContext, compare_page
-from batchcls.report.pareto_plot import Label, Rectangle, log_ticks, pareto_front, place, shorten
+from batchcls.report.pareto_plot import Label, Rectangle, log_ticks, pareto_front, place_labels, shorten
 from tests.helpers.measurements import LAPTOP, SERVER, measurement, six_backbones
 
 CONTEXT = PageContext(
@@ -24,12 +24,12 @@ ATTACK = "<script>alert(1)</script>"
 
 
 def page_of(measurements: Sequence[Measurement], context: PageContext = CONTEXT, **needs: Any) -> str:
-    wanted = Requirements(**needs)
+    requirements = Requirements(**needs)
     kinds: dict[str, list[Measurement]] = {}
     for entry in measurements:
         kinds.setdefault(entry.hardware.key, []).append(entry)
-    advice = {key: recommend(kind, wanted) for key, kind in kinds.items()}
-    return compare_page(measurements, wanted, advice, context)
+    advice = {key: recommend(kind, requirements) for key, kind in kinds.items()}
+    return compare_page(measurements, requirements, advice, context)
 
 
 class Reader(HTMLParser):
@@ -62,7 +62,7 @@ def images(page: str) -> list[str]:
     return re.findall(r"<svg.*?</svg>", page, re.DOTALL)
 
 
-def test_the_page_needs_nothing_but_itself(full: str):
+def test_page_is_self_contained(full: str):
     reader = Reader(full)
     assert not {"script", "img", "iframe", "object", "embed"} & set(reader.tags)
     links = reader.values("href") + reader.values("src") + reader.values("xlink:href")
@@ -74,7 +74,7 @@ def test_the_page_needs_nothing_but_itself(full: str):
     assert len(full.encode()) < 1_000_000
 
 
-def test_every_figure_of_every_measurement_is_there(full: str):
+def test_shows_all_values_of_every_measurement(full: str):
     text = Reader(full).text
     for entry in six_backbones():
         latency, best = entry.latency, entry.best
@@ -94,12 +94,12 @@ def test_every_figure_of_every_measurement_is_there(full: str):
         assert percent(entry.agreement.top1 or 0) in text
         for words in (entry.architecture, entry.weights, entry.bundle_fingerprint[:12], str(entry.hardware)):
             assert words in text
-    assert "busy: 0.6 cores" in text
+    assert "other load: 0.6 cores" in text
     assert "lossy" in text
     assert "23 November 2026, 20:40 UTC" in text
 
 
-def test_the_recommendation_stands_there_with_all_its_reasons(full: str):
+def test_shows_the_recommendation_with_all_reasons(full: str):
     text = " ".join(Reader(full).text.split())
     advice = recommend(six_backbones(), Requirements(target_ms=80, price_per_hour=0.4))
     assert advice.model == "resnet50"
@@ -111,7 +111,7 @@ def test_the_recommendation_stands_there_with_all_its_reasons(full: str):
     assert len(re.findall('<tr class="marked">', full)) == 4
 
 
-def test_what_users_name_is_escaped():
+def test_escapes_user_defined_names():
     model = measurement(ATTACK, architecture=f"timm:{ATTACK}", weights=f"file {ATTACK}", right=200)
     other = measurement('"><img src=x onerror=alert(1)>', p50=20)
     context = PageContext(ATTACK, f"s3://b/{ATTACK}", 300, CONTEXT.created, ATTACK)
@@ -126,20 +126,20 @@ def test_what_users_name_is_escaped():
 @pytest.mark.parametrize(
     "name", ["$x$", r"$\frac{", "a--b", "%s {0} {{x}}", "bell\x07", "\N{SNOWMAN}", "x" * 200]
 )
-def test_any_name_can_be_drawn(name: str):
+def test_plots_any_name(name: str):
     page = page_of([measurement(name)])
     assert shorten(name) in Reader(images(page)[0]).text
     assert name in Reader(page).text
 
 
-def test_names_end_where_there_is_no_room():
+def test_shortens_long_names():
     assert shorten("resnet50") == "resnet50"
     long = shorten("s3://bucket/a/long/way/to/a/bundle")
     assert len(long) == 28
     assert long.endswith("way/to/a/bundle")
 
 
-def test_each_kind_of_hardware_has_its_own_ranking():
+def test_ranks_each_hardware_separately():
     page = page_of([*six_backbones(), *six_backbones(LAPTOP, slower=2)])
     sections = page.split('<section class="hardware"')[1:]
     assert len(sections) == 2
@@ -154,7 +154,7 @@ def test_each_kind_of_hardware_has_its_own_ranking():
     assert "1,224" in sections[1]
 
 
-def test_both_images_have_a_label_and_a_point_for_each_candidate(full: str):
+def test_both_plots_show_a_label_and_a_point_for_each_candidate(full: str):
     assert len(images(full)) == 2
     for image in images(full):
         reader = Reader(image)
@@ -162,14 +162,14 @@ def test_both_images_have_a_label_and_a_point_for_each_candidate(full: str):
         for kind in ("label", "point"):
             assert sum(f"-{kind}-" in value for value in identifiers) == 12
         assert "resnet50 bf16" in reader.text
-        assert "p95" in reader.text  # what a pointer shows
+        assert "p95" in reader.text  # in a tooltip
         assert reader.values("role") == ["img"]
-        assert reader.values("aria-label")[0].startswith("Top-1 against")
+        assert reader.values("aria-label")[0].startswith("Top-1 accuracy vs.")
     assert "target 80 ms" in Reader(images(full)[0]).text
     assert "target" not in Reader(images(full)[1]).text
 
 
-def test_identifiers_are_unique_and_references_lead_somewhere():
+def test_element_ids_are_unique_and_references_resolve():
     reader = Reader(page_of([*six_backbones(), *six_backbones(LAPTOP)], target_ms=80))
     identifiers = reader.values("id")
     assert len(identifiers) == len(set(identifiers))
@@ -179,7 +179,7 @@ def test_identifiers_are_unique_and_references_lead_somewhere():
     assert set(used) <= set(identifiers)
 
 
-def test_all_colors_of_the_images_are_the_pages(full: str):
+def test_plots_use_the_colors_of_the_page(full: str):
     for image in images(full):
         assert not re.search(r"#[0-9a-fA-F]{3,8}\b", re.sub(r'(href|clip-path|id)="[^"]*"', "", image))
         assert "font-family" not in image
@@ -188,7 +188,7 @@ def test_all_colors_of_the_images_are_the_pages(full: str):
             assert f"--{variable}:" in full
 
 
-def test_published_points_are_hollow_and_have_a_front_of_their_own():
+def test_published_points_are_hollow_with_a_separate_front():
     measured, published = measurement("a"), measurement("b", right=None, published_top1=0.8)
     hollow = "fill: var(--ground)"
     for candidates, filled in (([measured], True), ([published], False), ([measured, published], True)):
@@ -201,31 +201,31 @@ def test_published_points_are_hollow_and_have_a_front_of_their_own():
         assert ("as published for ImageNet-1k" in page) == (published in candidates)
 
 
-def test_without_any_accuracy_there_is_no_image_and_the_page_says_why():
+def test_omits_the_plot_without_any_accuracy():
     page = page_of([measurement("a", right=None), measurement("b", right=None)])
     assert not images(page)
-    assert "nothing is known of their accuracy: a (torch fp32), b (torch fp32)" in page
+    assert "their accuracy is unknown: a (torch fp32), b (torch fp32)" in page
 
 
-def test_without_a_recommendation_there_are_figures():
+def test_shows_results_without_a_recommendation():
     page = compare_page([measurement()], Requirements(), {}, CONTEXT)
-    assert "What was found" in page
+    assert "Results" in page
     assert "Take" not in page
 
 
-def test_when_nothing_will_do_the_page_says_so():
+def test_states_that_no_candidate_meets_the_requirements():
     page = page_of(six_backbones(), target_ms=1)
     assert "None of the 12 candidates will do." in Reader(page).text
     assert '<tr class="marked">' not in page
 
 
-def test_without_a_price_time_is_the_cost():
+def test_cost_is_node_seconds_without_a_price():
     page = page_of([measurement(rates=(50, 61.2))])
     assert "node-seconds per million images" in page
     assert "16,340" in page
 
 
-def test_of_two_devices_the_recommended_one_is_marked():
+def test_marks_the_recommended_device():
     server = SERVER.model_copy(update={"gpu": "NVIDIA L4"})
     page = page_of([measurement(hardware=server), measurement(hardware=server, device="cuda", p50=5)])
     assert set(re.findall('<tr class="marked">\\s*<th scope="row">resnet50<small>(.*?) ·', page)) == {
@@ -233,39 +233,39 @@ def test_of_two_devices_the_recommended_one_is_marked():
     }
 
 
-def test_the_same_measurements_give_the_same_page(full: str):
+def test_rendering_is_deterministic(full: str):
     assert page_of(six_backbones(), target_ms=80, price_per_hour=0.4) == full
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=12))
-def test_the_front_is_what_no_other_point_beats(points: list[tuple[int, int]]):
+def test_front_contains_all_non_dominated_points(points: list[tuple[int, int]]):
     front = [points[index] for index in pareto_front(points)]
-    beaten = {(x, y) for x, y in points for a, b in points if (a, b) != (x, y) and a <= x and b >= y}
-    assert front == sorted(set(points) - beaten)
+    dominated = {(x, y) for x, y in points for a, b in points if (a, b) != (x, y) and a <= x and b >= y}
+    assert front == sorted(set(points) - dominated)
 
 
-def test_labels_do_not_cover_each_other_or_points():
-    labels = [Label(40 + 45.0 * (place % 6), 60 + 9.0 * (place % 4), 70, 12) for place in range(12)]
+def test_labels_do_not_overlap_labels_or_points():
+    labels = [Label(40 + 45.0 * (index % 6), 60 + 9.0 * (index % 4), 70, 12) for index in range(12)]
     bounds, obstacle = Rectangle(0, 0, 380, 260), Rectangle(0, 100, 380, 103)
-    boxes = place(labels, bounds, [obstacle])
+    boxes = place_labels(labels, bounds, [obstacle])
     points = [Rectangle(label.x - 2, label.y - 2, label.x + 2, label.y + 2) for label in labels]
     for index, box in enumerate(boxes):
         assert bounds.contains(box)
         assert box.right - box.left == pytest.approx(70)
         others = [*boxes[:index], *boxes[index + 1 :], *points, obstacle]
         assert sum(box.overlap(other) for other in others) == 0
-    assert place(labels, bounds, [obstacle]) == boxes
+    assert place_labels(labels, bounds, [obstacle]) == boxes
 
 
-def test_a_lone_label_stands_beside_its_point():
-    [box] = place([Label(100, 100, 60, 12)], Rectangle(0, 0, 300, 200), [])
+def test_places_a_single_label_beside_its_point():
+    [box] = place_labels([Label(100, 100, 60, 12)], Rectangle(0, 0, 300, 200), [])
     assert 4 < box.distance(100, 100) <= 6
 
 
 @pytest.mark.parametrize(
     ("low", "high"), [(1, 1000), (10, 11), (0.3, 0.9), (95, 140), (3_000, 400_000), (7, 7.05)]
 )
-def test_an_axis_has_three_to_eight_ticks(low: float, high: float):
+def test_axis_has_two_to_eight_ticks(low: float, high: float):
     ticks = log_ticks(low, high)
     assert all(low <= tick <= high for tick in ticks)
     assert 2 <= len(ticks) <= 8

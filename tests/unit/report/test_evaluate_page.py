@@ -1,4 +1,4 @@
-"""The page of an evaluation, read as text: what is in it, what is escaped, how large it may get."""
+"""Tests for the content, the escaping and the size of the evaluation page."""
 
 import re
 from dataclasses import replace
@@ -20,7 +20,7 @@ from tests.unit.report.test_compare_page import ATTACK, Reader
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PATHS = [("a", "b", str(i)) if i < 3 else ("a", "c", str(i)) for i in range(6)]
-PICTURE = "data:image/jpeg;base64,AAAA"
+IMAGE = "data:image/jpeg;base64,AAAA"
 EPOCHS = [1.0, 2.0, 3.0]
 CURVES = (Curve("loss", EPOCHS, [2.0, 1.0, 0.5]), Curve("learning rate", EPOCHS, [0.1, 0.2, 0.05]))
 
@@ -38,9 +38,11 @@ def subject(rows: int, item_id: str = "item", reason: str = "no_label") -> Evalu
     )
 
 
-def page_of(found: Evaluated, about: EvaluationSubject, title: str = "How right is v1", curves=CURVES) -> str:
+def page_of(
+    found: Evaluated, about: EvaluationSubject, title: str = "Evaluation of v1", curves=CURVES
+) -> str:
     pairs = worst_pairs(found, about.rows)
-    images = {row: PICTURE for pair in pairs for row in pair.examples}
+    images = {row: IMAGE for pair in pairs for row in pair.examples}
     return evaluate_page(found, about, PageParts(title, "labeled.parquet", "0.1.0", pairs, images, curves))
 
 
@@ -49,7 +51,7 @@ def found() -> Evaluated:
     return evaluate_answers(drawn_answers(1500, 6, overconfidence=2), PATHS, 0.9)
 
 
-def test_every_figure_is_there(found: Evaluated):
+def test_shows_every_metric(found: Evaluated):
     page = page_of(found, subject(1500))
     text = " ".join(Reader(page).text.split())
     for name in ("top1", "top5", "balanced_accuracy", "macro_f1", "weighted_f1"):
@@ -57,7 +59,7 @@ def test_every_figure_is_there(found: Evaluated):
     error = found.held_out.ece
     assert f"{error.value:.3f} (95 % interval {error.low:.3f} to {error.high:.3f})" in text
     assert f"by chance {error.by_chance:.3f}" in text
-    assert f"{found.ece_before.value:.3f} before the temperature" in text
+    assert f"{found.ece_before.value:.3f} before temperature scaling" in text
     for sentence in verdict(found):
         assert sentence in text
     assert "1,500 of 1,503 of labeled.parquet" in text
@@ -69,20 +71,22 @@ def test_every_figure_is_there(found: Evaluated):
         assert f"{threshold:.3f}" in text or not np.isfinite(threshold)
     assert f"{100 * found.hierarchy.deepest.precision:.1f} %" in text
     truth, predicted, rows = found.confusion.worst(1)[0]
-    assert f"{found.outcomes.labels[truth]} taken for {found.outcomes.labels[predicted]}{rows} rows" in text
+    assert (
+        f"{found.outcomes.labels[truth]} predicted as {found.outcomes.labels[predicted]}{rows} rows" in text
+    )
 
 
-def test_the_page_needs_nothing_but_itself(found: Evaluated):
+def test_page_is_self_contained(found: Evaluated):
     reader = Reader(page_of(found, subject(1500)))
     assert not {"script", "iframe", "object", "embed", "link rel"} & set(reader.tags)
-    assert set(reader.values("src")) == {PICTURE}
+    assert set(reader.values("src")) == {IMAGE}
     assert all(link.startswith(("#", "data:,")) for link in reader.values("href"))
     assert not [name for name, _ in reader.attributes if name.startswith("on")]
     identifiers = reader.values("id")
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_images_are_the_reliability_and_the_curves(found: Evaluated):
+def test_plots_reliability_diagram_and_training_curves(found: Evaluated):
     images = re.findall(r"<svg.*?</svg>", page_of(found, subject(1500)), re.DOTALL)
     assert len(images) == 3
     assert "line-before" in images[0]
@@ -95,7 +99,7 @@ def test_images_are_the_reliability_and_the_curves(found: Evaluated):
         assert not re.search(r"#[0-9a-fA-F]{3,8}\b", re.sub(r'(href|clip-path|id)="[^"]*"', "", image))
 
 
-def test_what_users_name_is_escaped(found: Evaluated):
+def test_escapes_user_defined_names(found: Evaluated):
     labels = tuple(f'{ATTACK}{i}"><img src=x onerror=alert(1)>' for i in range(6))
     answers = drawn_answers(1500, 6)
     bad = evaluate_answers(LogitStore(labels, answers.truth, answers.logits), [(ATTACK, "b")] * 6, 0.9)
@@ -103,10 +107,10 @@ def test_what_users_name_is_escaped(found: Evaluated):
     reader = Reader(page_of(bad, about, ATTACK, [Curve(ATTACK, EPOCHS, EPOCHS)]))
     assert "script" not in reader.tags
     assert "onerror" not in dict(reader.attributes)
-    assert set(reader.values("src")) == {PICTURE}
+    assert set(reader.values("src")) == {IMAGE}
 
 
-def test_ten_thousand_categories_stay_a_small_page():
+def test_page_stays_small_with_ten_thousand_categories():
     random = np.random.default_rng(0)
     truth = random.integers(0, 10_000, 40_000).astype(np.int32)
     few = drawn_answers(2, 2)
@@ -125,17 +129,17 @@ def test_ten_thousand_categories_stay_a_small_page():
     page = page_of(found, subject(40_000))
     assert len(page) < 400_000
     assert page.count('scope="row"') == 100
-    assert "The 50 worst of 10,000 categories" in page
+    assert "50 worst of 10,000 categories" in page
     assert "a run keeps no logits" in page
-    assert "before the temperature" not in page
+    assert "before temperature scaling" not in page
 
 
-def test_where_nothing_can_be_accepted_the_page_says_so():
+def test_states_that_no_prediction_can_be_accepted():
     found = evaluate_answers(drawn_answers(60, 5, spread=0.05), None, 0.99)
-    assert "Nothing can be accepted at 99.0 %" in page_of(found, subject(60), curves=())
+    assert "No prediction can be accepted at 99.0 % precision" in page_of(found, subject(60), curves=())
 
 
-def test_examples_are_few_and_the_surest_first():
+def test_examples_are_limited_and_sorted_by_confidence():
     found = evaluate_answers(drawn_answers(3000, 6), None, 0.9)
     pairs = worst_pairs(found, np.arange(3000) + 7)
     assert len(pairs) == 8

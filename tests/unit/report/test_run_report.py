@@ -1,4 +1,4 @@
-"""The report of runs that the real writer wrote: what is counted, what is drawn, and what is never decoded."""
+"""Tests for the run report on runs written by the production writer."""
 
 import hashlib
 import json
@@ -51,8 +51,8 @@ def items(labels: Sequence[str | None], hashes: Sequence[str]) -> list[Item]:
 
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two nights over ten images: three labels change, row 9 fails, item 10 is gone."""
-    monkeypatch.chdir(tmp_path)  # addresses in tests/runs.py are relative to a manifest in this folder
+    """Two runs over ten images: three labels change, row 9 fails, item 10 is removed."""
+    monkeypatch.chdir(tmp_path)  # URIs in tests/helpers/runs.py are relative to a manifest in this folder
     hashes = images(tmp_path, 11)
     first = ["mug", "mug", "mug", "shoe", "shoe", "lamp", "lamp", "lamp", "lamp", None, "lamp"]
     second = ["cup", "cup", "mug", "shoe", "boot", "lamp", "lamp", "lamp", "lamp", None]
@@ -66,7 +66,7 @@ def facts_of(output: Path, run_id: str = "two", before: str | None = "one") -> R
     return read_run(read_record(str(output), run_id, STORAGE), earlier, STORAGE)
 
 
-def test_figures_are_those_of_the_rows(output: Path):
+def test_statistics_match_the_rows(output: Path):
     facts = facts_of(output)
     changes, categories, confidence = facts.changes, facts.categories, facts.confidence
     assert changes is not None
@@ -88,16 +88,16 @@ def test_figures_are_those_of_the_rows(output: Path):
     assert confidence.bins_before is not None
     assert sum(confidence.bins_before) == 10
     assert confidence.mean == pytest.approx(0.05 + 0.09 * 4, abs=1e-6)
-    assert [item.row for item in confidence.least_sure] == list(range(9))
-    assert [item.row for item in confidence.most_sure] == list(range(8, -1, -1))
-    assert [(group.reason, group.rows, group.first[0].row) for group in facts.refused] == [
+    assert [item.row for item in confidence.least_confident] == list(range(9))
+    assert [item.row for item in confidence.most_confident] == list(range(8, -1, -1))
+    assert [(group.reason, group.rows, group.first[0].row) for group in facts.quarantine_groups] == [
         ("truncated", 1, 9)
     ]
     lamps = next(shown for entry, shown in categories.examples if entry.label == "lamp")
     assert [item.row for item in lamps] == [8, 7, 6, 5]
 
 
-def test_rows_without_a_label_are_shown_with_their_best_class(output: Path):
+def test_abstained_rows_show_the_top_1_class_as_runner_up(output: Path):
     hashes = images(output, 3)
     sure = [Item(f"SKU-{i}", "mug", 0.9, content_hash=hashes[i]) for i in range(3)]
     unsure = [replace(sure[0], probability=0.4, abstained=True), *sure[1:]]
@@ -115,11 +115,11 @@ def test_rows_without_a_label_are_shown_with_their_best_class(output: Path):
     assert "(no label)" in (output / "runs" / "unsure" / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_verdict_follows_what_is_published_and_what_the_gates_said(output: Path):
-    assert facts_of(output).verdict.headline == "Not the published run; no run is"
+def test_publish_status_reflects_published_run_and_gates(output: Path):
+    assert facts_of(output).verdict.headline == "Not published; no run is published"
     publish(str(output), "two", STORAGE, read_published(str(output), STORAGE))
     assert facts_of(output).verdict.published
-    assert facts_of(output, "one", None).verdict.headline == "Not the published run; run two is"
+    assert facts_of(output, "one", None).verdict.headline == "Not published; run two is published"
     gate = {
         "gate": "failed_fraction",
         "figure": 0.1,
@@ -130,10 +130,10 @@ def test_the_verdict_follows_what_is_published_and_what_the_gates_said(output: P
     write_run(str(output), night("three", gates=[gate]), items(["mug"], ["0" * 64]))
     facts = facts_of(output, "three", "one")
     assert (facts.verdict.published, facts.verdict.because) == (False, "1 of 10 failed.")
-    assert (facts.gates[0].figure, facts.gates[0].limit) == ("10.00 %", "1.00 %")
+    assert (facts.gates[0].value, facts.gates[0].limit) == ("10.00 %", "1.00 %")
 
 
-def test_the_report_is_in_the_runs_folder_with_images_of_its_rows(output: Path):
+def test_writes_report_with_thumbnails_into_the_run_folder(output: Path):
     uri = write_run_report(str(output), "two", STORAGE)
     assert uri == str(output / "runs" / "two" / "report.html")
     page = Path(uri).read_text()
@@ -143,30 +143,26 @@ def test_the_report_is_in_the_runs_folder_with_images_of_its_rows(output: Path):
     assert "compared with run one" in Reader(page).text.lower()
 
 
-def test_a_baseline_that_is_gone_costs_the_comparison_and_not_the_report(
-    output: Path, log: pytest.LogCaptureFixture
-):
+def test_writes_report_when_the_baseline_run_was_deleted(output: Path, log: pytest.LogCaptureFixture):
     write_run(str(output), night("three", baseline="pruned"), items(["mug"], ["0" * 64]))
     page = Path(write_run_report(str(output), "three", STORAGE)).read_text()
-    assert "There is no earlier run" in page
-    assert "compares with nothing" in log.text
+    assert "There is no baseline run" in page
+    assert "has no baseline" in log.text
     with pytest.raises(InputError, match="pruned"):
         write_run_report(str(output), "three", STORAGE, before="pruned")
 
 
-def test_a_run_in_which_every_row_failed_has_a_report(output: Path):
+def test_writes_report_when_every_row_failed(output: Path):
     write_run(str(output), night("none"), items([None, None], ["0" * 64] * 2))
     text = Reader(Path(write_run_report(str(output), "none", STORAGE)).read_text()).text
     assert "the image ends before it is complete" in text
 
 
-def test_a_report_that_cannot_be_drawn_is_logged_and_ends_nothing(
-    output: Path, log: pytest.LogCaptureFixture
-):
+def test_logs_error_when_the_report_cannot_be_written(output: Path, log: pytest.LogCaptureFixture):
     for part in (output / "runs" / "two" / "predictions").iterdir():
         part.unlink()
     assert report_after_run(str(output), "two", STORAGE) is None
-    assert "no report of run two" in log.text
+    assert "no report was written for run two" in log.text
     assert not (output / "runs" / "two" / "report.html").exists()
     assert json.loads((output / "runs" / "two" / "run.json").read_text())["run_id"] == "two"
 
@@ -175,7 +171,7 @@ def source(path: Path) -> Source:
     return Source(str(path), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def test_thumbnails_are_small_and_say_why_they_are_missing(tmp_path: Path):
+def test_thumbnails_are_small_or_state_why_they_are_missing(tmp_path: Path):
     images(tmp_path, 3)
     changed = source(tmp_path / "1.jpg")
     (tmp_path / "1.jpg").write_bytes((tmp_path / "2.jpg").read_bytes())
@@ -192,7 +188,7 @@ def test_thumbnails_are_small_and_say_why_they_are_missing(tmp_path: Path):
     found = make_thumbnails(sources, FetchPolicy(), DecodeLimits(), 30)
     assert [found[row].reason for row in range(5)] == [
         "",
-        "another image by now",
+        "image changed since the run",
         "not found",
         "truncated",
         "",
@@ -202,7 +198,7 @@ def test_thumbnails_are_small_and_say_why_they_are_missing(tmp_path: Path):
         assert len(found[row].source) < 8_000
 
 
-def test_what_is_not_there_in_time_is_not_waited_for(tmp_path: Path):
+def test_skips_thumbnails_after_the_time_limit(tmp_path: Path):
     images(tmp_path, 1)
     found = make_thumbnails(
         dict.fromkeys(range(50), source(tmp_path / "0.jpg")), FetchPolicy(), DecodeLimits(), 0
@@ -212,7 +208,7 @@ def test_what_is_not_there_in_time_is_not_waited_for(tmp_path: Path):
     assert "not fetched in time" in {entry.reason for entry in found.values()}
 
 
-def test_addresses_that_the_job_may_not_read_are_not_read_for_a_page_either(tmp_path: Path):
+def test_thumbnails_follow_the_url_policy_of_the_job(tmp_path: Path):
     (tmp_path / "inside").mkdir()
     images(tmp_path, 1)
     policy = FetchPolicy(addresses=AddressPolicy((str(tmp_path / "inside"),)))
