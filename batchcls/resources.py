@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.pipeline_config import PipelineSettings
 from batchcls.errors import InputError
 from batchcls.models.engines.engine import Device
 
@@ -70,7 +70,7 @@ class ResourcePlan:
         return values
 
 
-def place(config: ClassifyConfig, nodes: Sequence[Node], rows: int, *, remote_images: bool) -> ResourcePlan:
+def place(config: PipelineSettings, nodes: Sequence[Node], rows: int, *, remote_images: bool) -> ResourcePlan:
     """Derive the shape of a run on these nodes.
 
     Raises:
@@ -103,7 +103,9 @@ def fragment_sizes(rows: int, placement: ResourcePlan) -> Iterator[int]:
         given, left = given + 1, max(0, left - size)
 
 
-def _fused(config: ClassifyConfig, nodes: Sequence[Node], device: Device, fetch_threads: int) -> ResourcePlan:
+def _fused(
+    config: PipelineSettings, nodes: Sequence[Node], device: Device, fetch_threads: int
+) -> ResourcePlan:
     """Actors that hold all CPUs of the nodes between them, and do everything."""
     if device == "cuda":
         actors, cpus_per_actor, gpus_per_actor = _actors(config, nodes, device)
@@ -147,7 +149,7 @@ def _fused(config: ClassifyConfig, nodes: Sequence[Node], device: Device, fetch_
 
 
 def _staged(
-    config: ClassifyConfig, nodes: Sequence[Node], rows: int, device: Device, fetch_threads: int
+    config: PipelineSettings, nodes: Sequence[Node], rows: int, device: Device, fetch_threads: int
 ) -> ResourcePlan:
     """Load tasks on the CPUs that actors leave, actors, and write tasks that need no CPU of their own."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
@@ -197,7 +199,7 @@ def _most_free(nodes: Sequence[Node], actors: int, cpus_per_actor: float, gpus_p
     return max(node.cpus - held * holds for node, holds in zip(nodes, able, strict=True))
 
 
-def _device(config: ClassifyConfig, gpus: float) -> Device:
+def _device(config: PipelineSettings, gpus: float) -> Device:
     if config.device == "auto":
         return "cuda" if gpus > 0 and config.gpus_per_actor != 0 else "cpu"
     if config.device == "cuda" and gpus == 0:
@@ -205,7 +207,7 @@ def _device(config: ClassifyConfig, gpus: float) -> Device:
     return config.device
 
 
-def _actors(config: ClassifyConfig, nodes: Sequence[Node], device: str) -> tuple[int, float, float]:
+def _actors(config: PipelineSettings, nodes: Sequence[Node], device: str) -> tuple[int, float, float]:
     """Number of actors, CPUs and GPUs of each.
 
     On GPUs: one actor per GPU, and no CPU, which decoding needs more. On CPUs: one actor per node,

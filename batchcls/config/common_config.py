@@ -1,7 +1,8 @@
-"""What the settings of several jobs have in common."""
+"""Types, base classes and groups of settings that several jobs share."""
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
@@ -75,10 +76,48 @@ KeptColumns = Annotated[list[str], AfterValidator(_free_names)]
 """Columns of a manifest that pass through to the predictions."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChangesResults:
+    """Marks a setting, in its annotation, that decides which rows and columns a run writes or what they hold.
+
+    The fingerprint of a run and the rule for reusing predictions are derived from these marks.
+
+    Attributes:
+        per_image: the prediction for an image depends directly on the setting, so a run reuses only the
+            predictions of runs with an equal value. False for settings that select rows and columns, and for those
+            whose effect is recorded separately: the precision of the selected engine and the decode margin.
+    """
+
+    per_image: bool = True
+
+
 class JobConfig(BaseModel):
-    """What all jobs' settings have in common: frozen, and no name that is not declared."""
+    """Base class of all settings: frozen, and undeclared names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def result_settings(self, *, per_image: bool = False) -> dict[str, Any]:
+        """The settings that are marked with `ChangesResults`, as JSON values by name.
+
+        Args:
+            per_image: only those on which the prediction for an image depends directly.
+        """
+        names = {
+            name
+            for name, field in type(self).model_fields.items()
+            for mark in field.metadata
+            if isinstance(mark, ChangesResults) and (mark.per_image or not per_image)
+        }
+        return self.model_dump(mode="json", include=names)
+
+    @classmethod
+    def from_recorded(cls, values: Mapping[str, Any]) -> Self:
+        """These settings from a record of all settings of a job, with defaults for those that it does not have.
+
+        Raises:
+            ValidationError: a recorded value is not valid in this version.
+        """
+        return cls.model_validate({name: values[name] for name in cls.model_fields if name in values})
 
 
 class FetchSettings(JobConfig):
@@ -89,12 +128,12 @@ class FetchSettings(JobConfig):
         description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
         "Credentials come from the usual AWS chain and are better left out of here.",
     )
-    allowed_root: list[LocalFolder] = Field(
+    allowed_root: Annotated[list[LocalFolder], ChangesResults()] = Field(
         default_factory=list,
         description="Local images are read below these folders only; repeat or separate by commas. "
         "Empty: any local path.",
     )
-    allow_private_addresses: bool = Field(
+    allow_private_addresses: Annotated[bool, ChangesResults()] = Field(
         default=False,
         description="Let http(s) images come from private, loopback and link-local addresses.",
     )
@@ -102,13 +141,15 @@ class FetchSettings(JobConfig):
     fetch_attempts: int = Field(
         default=5, ge=1, le=20, description="Requests per image at most; only transient faults are repeated."
     )
-    max_image_bytes: int = Field(default=50 * 2**20, ge=1, description="Larger image files go to quarantine.")
-    max_image_pixels: int = Field(
+    max_image_bytes: Annotated[int, ChangesResults()] = Field(
+        default=50 * 2**20, ge=1, description="Larger image files go to quarantine."
+    )
+    max_image_pixels: Annotated[int, ChangesResults()] = Field(
         default=89_478_485,
         ge=1,
         description="Images whose header promises more go to quarantine, unread; a quarter of a GiB of RGB.",
     )
-    min_image_side_pixels: int = Field(
+    min_image_side_pixels: Annotated[int, ChangesResults()] = Field(
         default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
     )
     decode_timeout_seconds: float = Field(

@@ -1,10 +1,10 @@
-"""Settings that say what runs the network, and how that is chosen."""
+"""Settings of the inference engine, its precision and its selection."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from batchcls.config.common_config import JobConfig, NodeFolder
+from batchcls.config.common_config import ChangesResults, JobConfig, NodeFolder
 
 
 class CacheSettings(JobConfig):
@@ -20,34 +20,38 @@ class CacheSettings(JobConfig):
 class EngineSettings(CacheSettings):
     """What runs the network, in which arithmetic, and how much of fp32's answers it has to keep."""
 
-    engine: Literal["auto", "torch", "compile", "openvino"] = Field(
-        default="auto",
-        description="What runs the network; auto: the fastest that keeps the accuracy asked for below, measured "
-        "on the manifest's own images once for each kind of node, model and request.",
+    engine: Annotated[Literal["auto", "torch", "compile", "openvino"], ChangesResults(per_image=False)] = (
+        Field(
+            default="auto",
+            description="What runs the network; auto: the fastest that keeps the accuracy asked for below, measured "
+            "on the manifest's own images once for each kind of node, model and request.",
+        )
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
-        default="auto",
-        description="Arithmetic of the network; auto: measured as --engine is, int8 only with "
-        "--int8-min-agreement.",
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16", "int8"], ChangesResults(per_image=False)] = (
+        Field(
+            default="auto",
+            description="Arithmetic of the network; auto: measured as --engine is, int8 only with "
+            "--int8-min-agreement.",
+        )
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda"], ChangesResults(per_image=False)] = Field(
         default="auto", description="Where the network runs; auto: GPUs if the cluster has any."
     )
-    min_top1_agreement: float = Field(
+    min_top1_agreement: Annotated[float, ChangesResults(per_image=False)] = Field(
         default=0.99,
         ge=0,
         le=1,
         description="auto takes bf16 and fp16 only where at least this share of the sample keeps the best class "
         "of fp32.",
     )
-    min_embedding_cosine: float = Field(
+    min_embedding_cosine: Annotated[float, ChangesResults(per_image=False)] = Field(
         default=0.999,
         ge=0,
         le=1,
         description="auto takes bf16 and fp16 only where the mean cosine between embeddings and those of fp32 is "
         "at least this.",
     )
-    int8_min_agreement: float | None = Field(
+    int8_min_agreement: Annotated[float | None, ChangesResults(per_image=False)] = Field(
         default=None,
         ge=0,
         le=1,

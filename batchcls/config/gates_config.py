@@ -1,13 +1,38 @@
-"""Settings of the gates that a run passes before it is published."""
+"""Settings of the failure budget of a run, and of the gates that it passes before it is published."""
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from batchcls.config.common_config import JobConfig
+from batchcls.config.common_config import AutoOrFraction, JobConfig
 from batchcls.schema import Reason
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class FailureBudgetSettings(JobConfig):
+    """How many rows of a run may fail before nothing is committed."""
+
+    max_failed_fraction: AutoOrFraction = Field(
+        default="auto",
+        description="auto: 1 % of the rows, 10 % as long as nothing was ever published, and 10 rows where that is more "
+        "and no more than a quarter. With a larger share of quarantined rows nothing is committed (exit 4). The run "
+        "stops as soon as that is certain, or likely from half of the images failing; the same command resumes it.",
+    )
+    max_failed_fraction_by_reason: dict[str, float] = Field(
+        default_factory=dict,
+        description="The same for single reasons, as a JSON object: '{\"not_found\": 0.001}'.",
+    )
+
+    @field_validator("max_failed_fraction_by_reason")
+    @classmethod
+    def _reasons_are_known(cls, value: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(value) - set(Reason))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such reason; there are {', '.join(Reason)}")
+        if not all(0 <= fraction <= 1 for fraction in value.values()):
+            raise ValueError("fractions are between 0 and 1")
+        return value
 
 
 class GateSettings(JobConfig):

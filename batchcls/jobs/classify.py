@@ -47,11 +47,12 @@ from batchcls.runs.commit import (
     reconcile,
     stage_seconds,
 )
-from batchcls.runs.gate_evaluation import GateDecision, judge, judge_again, limits_of, publish_judged
+from batchcls.runs.gate_evaluation import GateDecision, evaluate_gates, publish_if_passed, reevaluate_gates
+from batchcls.runs.gates import Limits
 from batchcls.runs.lease import Lease, require_free
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.paths import REUSED, new_run_id, run_folder
-from batchcls.runs.plan import Plan
+from batchcls.runs.plan import Fingerprints, Plan
 from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
 from batchcls.runs.resume import UnfinishedRun, find_begun, require_begun
 from batchcls.runs.reuse import open_earlier
@@ -219,7 +220,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
                 decision = beginning.enter_context(
                     begin_once(config.output, fingerprints_of(config, inputs), storage)
                 )
-            finished = find_unpublished(config, fingerprints_of(config, inputs), storage)
+            finished = find_unpublished_run(config, fingerprints_of(config, inputs), storage)
             if finished is not None:
                 return publish_finished(config, finished, storage)
             begun = _find_begun(config, inputs)
@@ -256,6 +257,20 @@ def _find_begun(config: ClassifyConfig, inputs: ClassifyInputs) -> UnfinishedRun
     return begun
 
 
+def find_unpublished_run(
+    config: ClassifyConfig, fingerprints: Fingerprints, storage: Storage
+) -> RunRecord | None:
+    """The committed run that only has to be published; None if there is none or with --no-publish.
+
+    Raises:
+        InputError: the store denies access.
+    """
+    if not config.publish:
+        return None
+    request = {"publish": True, "reuse": config.reuse, "retry_quarantine": config.retry_quarantine}
+    return find_unpublished(config.output, config.run_id, request, fingerprints, storage)
+
+
 def publish_finished(config: ClassifyConfig, record: RunRecord, storage: Storage) -> ExitCode:
     """Publish what an earlier start of this command has committed, if the gates still let it.
 
@@ -267,11 +282,16 @@ def publish_finished(config: ClassifyConfig, record: RunRecord, storage: Storage
         "run %s is committed and was not published: it is judged again, nothing is computed", record.run_id
     )
     try:
-        verdict = judge_again(record, limits_of(config), storage)
+        verdict = reevaluate_gates(record, _limits(config), storage)
         _publish(config, record, verdict, storage)
     finally:
         _report(config, record.run_id, storage)
     return ExitCode.DONE
+
+
+def _limits(config: ClassifyConfig) -> Limits:
+    """Limits of the publish gates."""
+    return Limits(config, config.max_failed_fraction)
 
 
 def _plan(
@@ -347,7 +367,9 @@ def _commit(run: _ClassifyRun, done: _Done, started: float) -> tuple[Totals, dic
         "engine_choices": [choice.model_dump(mode="json") for choice in run.settled.measured],
     }
     check_budget(totals, run.budget)
-    verdict = judge(run.plan, done.receipts, totals, run.config, run.inputs.storage)
+    verdict = evaluate_gates(
+        run.plan, done.receipts, totals, _limits(run.config), run.config.output, run.inputs.storage
+    )
     findings = {"measured": measured} | verdict.as_json()
     run.lease.confirm()
     with resumable(run.folder):
@@ -381,7 +403,7 @@ def _publish(config: ClassifyConfig, run: Plan | RunRecord, verdict: GateDecisio
     elif not config.publish:
         out.print("not published: --no-publish")
     else:
-        by = publish_judged(run, verdict, config.output, storage)
+        by = publish_if_passed(run, verdict, config.output, storage)
         if by is not verdict:
             out.print(gates_table(by.gates))
         out.print(f"published: {redact_uri(join(config.output, 'current.json'))}")

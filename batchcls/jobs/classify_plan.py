@@ -22,7 +22,7 @@ from batchcls.preprocessing import Views, views_of
 from batchcls.resources import ResourcePlan
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
-from batchcls.runs.plan import Fingerprints, Plan, answers_of
+from batchcls.runs.plan import Fingerprints, Plan, prediction_settings
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 from batchcls.storage.uris import real_place
@@ -185,7 +185,7 @@ def plan_of(
         unpublishable=unpublishable,
         fingerprints=fingerprints,
         engines=settled.as_json(),
-        answers=answers_of(fingerprints, settled.precisions, settled.decode_margin),
+        answers=prediction_settings(config, bundle.fingerprint, settled.precisions, settled.decode_margin),
     )
 
 

@@ -36,8 +36,8 @@ from batchcls.errors import ExitCode, InputError, PublishRefused
 from batchcls.report.run_report import write_run_report
 from batchcls.runs.catalog import ListedRun, RunRecord, list_runs, read_record
 from batchcls.runs.diff import diff_runs
-from batchcls.runs.gate_evaluation import recorded_gates, verdict_now
-from batchcls.runs.gates import refused
+from batchcls.runs.gate_evaluation import current_gates, recorded_gates
+from batchcls.runs.gates import failed_gates
 from batchcls.runs.prune import Keeping, choose, held_by, keep_after_all, remove
 from batchcls.runs.publish import Published, publish, published_or_damage, read_published, roll_back
 from batchcls.runs.run_refs import resolve_run
@@ -142,9 +142,9 @@ def publish_run(config: RunsPublishConfig, console: Console) -> ExitCode:
 
 def _publish(config: RunsPublishConfig, record: RunRecord, expected: Published, storage: Storage) -> None:
     if config.force or record.unpublishable:
-        wrong = refused(recorded_gates(record))
+        wrong = failed_gates(recorded_gates(record))
     else:
-        wrong = refused(verdict_now(record, expected, storage))
+        wrong = failed_gates(current_gates(record, expected, storage))
         if wrong:
             refusals = "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in wrong)
             raise PublishRefused(

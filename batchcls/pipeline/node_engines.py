@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.pipeline_config import PipelineSettings
 from batchcls.errors import InputError
 from batchcls.hardware import Hardware
 from batchcls.images.fetch import FetchPolicy
@@ -87,7 +87,7 @@ class SampleImages:
 
 
 def settle_engines(
-    config: ClassifyConfig,
+    config: PipelineSettings,
     manifest: Manifest,
     bundle: Bundle,
     placement: ResourcePlan,
@@ -156,7 +156,7 @@ def _measured_before(begun: Mapping[str, Any]) -> dict[str, EngineSelectionRecor
     return {known.hardware_key: known for known in found}
 
 
-def _margin(config: ClassifyConfig, measured: Sequence[EngineSelectionRecord]) -> float | None:
+def _margin(config: PipelineSettings, measured: Sequence[EngineSelectionRecord]) -> float | None:
     """The largest that a kind of node needs: what keeps the answers of all of them."""
     if isinstance(config.scaled_decode, float):
         return config.scaled_decode
@@ -173,7 +173,7 @@ def _without_measuring(wanted: EngineRequest) -> EngineChoice:
     )
 
 
-def _images(config: ClassifyConfig, manifest: Manifest, bundle: Bundle, storage: Storage) -> SampleImages:
+def _images(config: PipelineSettings, manifest: Manifest, bundle: Bundle, storage: Storage) -> SampleImages:
     sample = take_sample(manifest.without_kept(), config.calibration_images, storage)
     return SampleImages(
         manifest.fingerprint, sample, bundle.config.preprocessing, fetch_policy(config), decode_limits(config)
@@ -190,7 +190,7 @@ def _kinds(device: Device) -> Sequence[tuple[Hardware, NodeInfo]]:
 
 
 def _measure(
-    config: ClassifyConfig,
+    config: PipelineSettings,
     node: NodeInfo,
     bundle: Bundle,
     images: SampleImages,

@@ -1,5 +1,6 @@
-"""A finished run, summarized, held against the published one and judged by the gates: before its commit, and again
-where another run has been published since, or where the publish was interrupted.
+"""Evaluate the publish gates of a finished run against the published run, and publish the run if they pass.
+
+Gates are evaluated before the commit, and again if another run was published since or if publishing was interrupted.
 """
 
 import logging
@@ -9,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.gates_config import FailureBudgetSettings, GateSettings
 from batchcls.errors import InputError, PublishRefused, StorageStoppedError
 from batchcls.runs.catalog import (
     Counts,
@@ -20,7 +21,7 @@ from batchcls.runs.catalog import (
     read_record,
 )
 from batchcls.runs.commit import Totals
-from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, judge_gates, refused
+from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, apply_gates, failed_gates
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Plan
@@ -43,13 +44,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GateDecision:
-    """What the gates say, and what was published when they said it.
+    """The gate results of a run, and the published run that they refer to.
 
     Attributes:
         summary: of the run.
-        gates: every gate's result; empty for a run that is never published.
-        published: what the run was judged against, to be given to `publish`.
-        limits: what the gates were allowed, for judging again.
+        gates: the result of every gate; empty for a run that is never published.
+        published: the published run at the time of the evaluation, which `publish` requires to be unchanged.
+        limits: of the gates, for a repeated evaluation.
     """
 
     summary: Summary
@@ -68,7 +69,7 @@ class GateDecision:
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """A run that is to be judged, from its receipts or from its run.json."""
+    """A finished run whose gates are evaluated, read from its receipts or from its run.json."""
 
     output: str
     run_id: str
@@ -78,31 +79,39 @@ class _Finished:
     files: Sequence[PartFile]
 
 
-def judge(
-    plan: Plan, receipts: Sequence[Receipt], totals: Totals, config: ClassifyConfig, storage: Storage
+def evaluate_gates(
+    plan: Plan, receipts: Sequence[Receipt], totals: Totals, limits: Limits, output: str, storage: Storage
 ) -> GateDecision:
-    """Summarise a run whose rows add up, and let the gates judge it; nothing is written.
+    """Summarize a reconciled run and evaluate its gates before the commit; nothing is written.
 
-    A published run that cannot be read is a gate that is not passed, not an error: the run is
-    committed all the same, and a person decides.
+    A published run that cannot be read fails the gate `baseline` instead of raising: the run is committed without
+    being published, and an operator decides.
+
+    Args:
+        plan: of the run.
+        receipts: of all its parts.
+        totals: of these receipts, from `reconcile`.
+        limits: of the gates.
+        output: folder of the runs.
+        storage: access to that folder.
 
     Raises:
         StorageStoppedError: the run's own files, or current.json, cannot be read; nothing is committed.
     """
-    folder = run_folder(config.output, plan.run_id)
+    folder = run_folder(output, plan.run_id)
     files = [file for receipt in receipts for file in receipt.files]
     try:
         summary = summarize(folder, files, storage)
-        published = read_published(config.output, storage)
-    except InputError as error:  # what was right when the run began is not the configuration's fault now
-        raise StorageStoppedError(f"{error}; not committed, the same command goes on from here") from None
+        published = read_published(output, storage)
+    except InputError as error:  # The configuration was valid when the run started, so storage is at fault.
+        raise StorageStoppedError(f"{error}; not committed; the same command resumes the run") from None
     counts = Counts(totals.rows, totals.predicted, totals.reused, totals.quarantined, totals.failures)
-    run = _Finished(config.output, plan.run_id, plan.model, counts, summary, files)
-    return _judge(run, published, limits_of(config), storage)
+    run = _Finished(output, plan.run_id, plan.model, counts, summary, files)
+    return _evaluate(run, published, limits, storage)
 
 
-def judge_again(record: RunRecord, limits: Limits, storage: Storage) -> GateDecision:
-    """The same for a committed run, against what is published now; its run.json stays as it is.
+def reevaluate_gates(record: RunRecord, limits: Limits, storage: Storage) -> GateDecision:
+    """Evaluate the gates of a committed run against the currently published run; its run.json is not changed.
 
     Raises:
         InputError: the run's own files, or current.json, cannot be read.
@@ -110,46 +119,42 @@ def judge_again(record: RunRecord, limits: Limits, storage: Storage) -> GateDeci
     published = read_published(record.output, storage)
     summary = summary_of(record, storage)
     run = _Finished(record.output, record.run_id, record.model, record.counts, summary, record.files)
-    return _judge(run, published, limits, storage)
+    return _evaluate(run, published, limits, storage)
 
 
-def limits_of(config: ClassifyConfig) -> Limits:
-    """The gates' limits of a command."""
-    return Limits(config, config.max_failed_fraction)
-
-
-def _limits_begun_with(config: Mapping[str, Any]) -> Limits:
-    """The limits that a run was begun with, from the settings in its plan.json; defaults for what it does not name."""
-    unused = dict.fromkeys(("manifest", "model", "output"), "-")
-    known = {name: config[name] for name in ClassifyConfig.model_fields if name in config}
+def _recorded_limits(config: Mapping[str, Any]) -> Limits:
+    """The limits in the settings of a plan.json, with defaults for settings that it does not have."""
     try:
-        return limits_of(ClassifyConfig.model_validate(unused | known))
+        budget = FailureBudgetSettings.from_recorded(config)
+        return Limits(GateSettings.from_recorded(config), budget.max_failed_fraction)
     except ValidationError as error:
-        raise InputError(f"its settings are of another version ({error.error_count()} do not fit)") from None
+        raise InputError(
+            f"its settings are of another version ({error.error_count()} are not valid)"
+        ) from None
 
 
 def recorded_gates(record: RunRecord) -> tuple[GateResult, ...]:
-    """What the gates said before the commit; nothing in runs from before gates."""
+    """The gate results in run.json; empty for runs of versions without gates."""
     return tuple(GateResult(**{name: gate[name] for name in _GATE_FIELDS}) for gate in record.gates)
 
 
-def verdict_now(record: RunRecord, published: Published, storage: Storage) -> tuple[GateResult, ...]:
-    """What the gates say of a committed run beside what is published now.
+def current_gates(record: RunRecord, published: Published, storage: Storage) -> tuple[GateResult, ...]:
+    """The gate results of a committed run against the currently published run.
 
-    What run.json says holds where the same run is published that it was judged against; else the run is judged
-    again, by the limits that it was begun with. Runs from before gates, and from before baselines were written
-    down, have what run.json says.
+    The results in run.json are valid while the baseline that they name is still published. Otherwise the gates are
+    evaluated again with the limits in plan.json. Runs of versions that recorded no baseline keep the results of
+    their run.json.
 
     Raises:
-        PublishRefused: it has to be judged again and cannot be.
+        PublishRefused: the gates have to be evaluated again and cannot be.
     """
     if "baseline" not in record.raw or record.raw["baseline"] == published.run_id:
         return recorded_gates(record)
     try:
         plan = read_plan(record.output, record.run_id, storage)
         if plan is None:
-            raise InputError("it has no plan.json")
-        return judge_again(record, _limits_begun_with(plan.raw["config"]), storage).gates
+            raise InputError("its plan.json is missing")
+        return reevaluate_gates(record, _recorded_limits(plan.raw["config"]), storage).gates
     except InputError as error:
         raise PublishRefused(
             f"run {record.run_id} was judged against {record.raw['baseline']}, {published.run_id} is published now, "
@@ -157,31 +162,31 @@ def verdict_now(record: RunRecord, published: Published, storage: Storage) -> tu
         ) from None
 
 
-def publish_judged(
-    run: Plan | RunRecord, verdict: GateDecision, output: str, storage: Storage
+def publish_if_passed(
+    run: Plan | RunRecord, decision: GateDecision, output: str, storage: Storage
 ) -> GateDecision:
-    """Publish a committed run if every gate lets it; returns the verdict by which it was published.
+    """Publish a committed run if all gates passed; returns the decision that it was published with.
 
-    Where another run was published since the gates judged, they judge again, against that one.
+    If another run was published since the gates were evaluated, they are evaluated again, against that run.
 
     Raises:
-        PublishRefused: a gate refused, with figure and limit; or a run is published that was begun later; or other
-            runs are published faster than this one is judged. What was published stays.
+        PublishRefused: a gate failed, with its value and limit; or a run that started later is published; or other
+            runs are published faster than this one is evaluated. The published run does not change.
         StorageStoppedError: the store failed; the run is committed, and the same command publishes it.
     """
     run_id = run.run_id
     try:
         for _ in range(_ATTEMPTS):
-            _require_passed(run_id, verdict)
+            _require_passed(run_id, decision)
             try:
-                publish(output, run_id, storage, verdict.published)
+                publish(output, run_id, storage, decision.published)
             except PublishedMeanwhileError as error:
                 require_not_older(output, run_id, read_published(output, storage), storage)
-                _logger.warning("%s; the gates judge again", str(error).partition(";")[0])
-                verdict = judge_again(read_record(output, run_id, storage), verdict.limits, storage)
+                _logger.warning("%s; the gates are evaluated again", str(error).partition(";")[0])
+                decision = reevaluate_gates(read_record(output, run_id, storage), decision.limits, storage)
             else:
-                return verdict
-    except (InputError, StorageStoppedError) as error:  # the configuration was right up to the commit
+                return decision
+    except (InputError, StorageStoppedError) as error:  # The configuration was valid up to the commit.
         raise StorageStoppedError(
             f"run {run_id} is committed and not published: {str(error).partition('; not committed')[0]}; the same "
             "command publishes it"
@@ -192,27 +197,27 @@ def publish_judged(
     )
 
 
-def _require_passed(run_id: str, verdict: GateDecision) -> None:
-    wrong = refused(verdict.gates)
-    if wrong:
+def _require_passed(run_id: str, decision: GateDecision) -> None:
+    failed = failed_gates(decision.gates)
+    if failed:
         raise PublishRefused(
             f"run {run_id} is committed and not published; "
-            + "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in wrong)
+            + "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in failed)
             + f"; look at it (`runs show {run_id}`, `runs diff`), then `runs publish {run_id} --force` if it is right"
         )
 
 
-def _judge(run: _Finished, published: Published, limits: Limits, storage: Storage) -> GateDecision:
+def _evaluate(run: _Finished, published: Published, limits: Limits, storage: Storage) -> GateDecision:
     baseline: Baseline | None = None
     broken: tuple[GateResult, ...] = ()
     if published.run_id is not None:
         try:
             baseline = _baseline(run, published.run_id, storage)
         except InputError as error:
-            text = f"the published run {published.run_id} cannot be read, so nothing can be held against it: {error}"
+            text = f"the published run {published.run_id} cannot be read, so the runs cannot be compared: {error}"
             broken = (GateResult("baseline", None, None, False, text),)
     subject = CandidateRun(run.counts, run.summary, int(run.model.get("classes", 0)), baseline)
-    return GateDecision(run.summary, (*broken, *judge_gates(subject, limits)), published, limits)
+    return GateDecision(run.summary, (*broken, *apply_gates(subject, limits)), published, limits)
 
 
 def _baseline(run: _Finished, published: str, storage: Storage) -> Baseline:

@@ -79,16 +79,16 @@ class Limits:
         return allowed_fraction(self.max_failed_fraction, subject.counts.rows, first=subject.baseline is None)
 
 
-def judge_gates(subject: CandidateRun, limits: Limits) -> tuple[GateResult, ...]:
-    """What every gate says, in the order of this module."""
+def apply_gates(subject: CandidateRun, limits: Limits) -> tuple[GateResult, ...]:
+    """The result of every gate, in the order of this module."""
     found = [result for gate in _ABSOLUTE for result in gate(subject, limits)]
     if subject.baseline is not None:
         found += [gate(subject, subject.baseline, limits) for gate in _RELATIVE]
     return tuple(found)
 
 
-def refused(gates: Sequence[GateResult]) -> list[GateResult]:
-    """The gates that were not passed."""
+def failed_gates(gates: Sequence[GateResult]) -> list[GateResult]:
+    """The gates that did not pass."""
     return [gate for gate in gates if not gate.passed]
 
 

@@ -9,28 +9,20 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.common_config import JobConfig
 from batchcls.errors import InputError
 from batchcls.runs.paths import PLAN, run_folder
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
-_ANSWERS = (
-    *("top_k", "abstain", "embedding_dtype", "l2_normalize", "tta", "normalize", "scaled_decode"),
-    *("engine", "precision", "device", "min_top1_agreement", "min_embedding_cosine", "int8_min_agreement"),
-    *("max_image_bytes", "max_image_pixels", "min_image_side_pixels"),
-    *("allowed_root", "allow_private_addresses"),
-)
-_ROWS = ("id_column", "keep", "limit")
-
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """Identity of a run.
+    """Identity of a run: a command resumes an unfinished run only if its fingerprints are equal.
 
     Attributes:
         manifest: fingerprint of the manifest's files.
-        model: fingerprint of the bundle: weights, preprocessing, labels, tap.
-        settings: those that decide which rows and columns are written and what stands in them.
+        model: fingerprint of the bundle: weights, preprocessing, labels and feature tap.
+        settings: the settings that decide which rows and columns are written and what they hold.
     """
 
     manifest: str
@@ -38,10 +30,9 @@ class Fingerprints:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, config: ClassifyConfig, manifest: str, model: str) -> "Fingerprints":
-        """The identity of what a command asks for."""
-        values = config.model_dump(mode="json")
-        return cls(manifest, model, {name: values[name] for name in (*_ROWS, *_ANSWERS)})
+    def of(cls, config: JobConfig, manifest: str, model: str) -> "Fingerprints":
+        """Fingerprints of a command; `settings` are those that its class marks with `ChangesResults`."""
+        return cls(manifest, model, config.result_settings())
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Fingerprints":
@@ -69,34 +60,25 @@ class Fingerprints:
         return found
 
 
-def answers_of(
-    fingerprints: Fingerprints, precisions: Iterable[str], decode_margin: float | None
+def prediction_settings(
+    config: JobConfig, model: str, precisions: Iterable[str], decode_margin: float | None
 ) -> dict[str, Any]:
-    """All that the answer to an image follows from beside the image itself.
+    """Everything beside the image itself that determines its prediction.
 
-    Answers of a run may stand for those of another one only where this is equal. Which engine ran the
-    network is not in it, its precision is: engines of one precision are held to the same answers.
+    A run reuses predictions of another run only where these are equal. The engine is left out and its precision is
+    included: all engines of one precision are held to the same accuracy tolerance.
 
     Args:
-        fingerprints: of the run.
-        precisions: of the engines on all kinds of nodes.
-        decode_margin: that of `LoadSettings`.
+        config: settings of the job.
+        model: fingerprint of the bundle.
+        precisions: precisions of the engines on all kinds of nodes.
+        decode_margin: as in `LoadSettings`.
     """
-    settings = (
-        *("top_k", "abstain", "embedding_dtype", "l2_normalize", "tta", "normalize"),
-        *(
-            "max_image_bytes",
-            "max_image_pixels",
-            "min_image_side_pixels",
-            "allowed_root",
-            "allow_private_addresses",
-        ),
-    )
     return {
-        "model": fingerprints.model,
+        "model": model,
         "precisions": sorted(set(precisions)),
         "decode_margin": decode_margin,
-        **{name: fingerprints.settings[name] for name in settings},
+        **config.result_settings(per_image=True),
     }
 
 
@@ -116,7 +98,7 @@ class Plan:
         unpublishable: why it must never be published, empty when it may be.
         fingerprints: say which later command goes on with it.
         engines: what the network runs with to its end, `settle.Settled.as_json`.
-        answers: all that an image's answer follows from beside the image, `fingerprints.answers_of`.
+        answers: everything beside an image that determines its prediction, `prediction_settings`.
         reuse: whose answers are taken over; empty: nobody's.
     """
 

@@ -1,14 +1,15 @@
-"""A run that is committed and was to be published, and was not, since its job ended in between.
+"""Find a committed run whose job ended before it was published.
 
-The same command publishes it, after the gates have judged it again; nothing is computed. What keeps a run from being
-taken up so stands in one place, `_why_not`: a run that was refused, withdrawn, published before, or never meant to be
-published is a matter for a person.
+The same command publishes such a run after its gates are evaluated again; no image is predicted again. `_obstacle`
+holds all exceptions: runs that failed a gate, were published before or rolled back, or were never to be published
+need an operator.
 """
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.runs.catalog import (
     DamagedRunError,
@@ -25,75 +26,78 @@ from batchcls.runs.verify import presence_faults
 from batchcls.storage.filesystem import Storage, explain, join
 
 _THREADS = 16
-_SAME_COMMAND = ("reuse", "retry_quarantine")
-"""Settings beside the fingerprints that say which images are to be computed."""
 
 _logger = logging.getLogger(__name__)
 
 
 def find_unpublished(
-    config: ClassifyConfig, fingerprints: Fingerprints, storage: Storage
+    output: str,
+    run_id: str | None,
+    request: Mapping[str, Any],
+    fingerprints: Fingerprints,
+    storage: Storage,
 ) -> RunRecord | None:
-    """The newest committed run that this command was to publish and has not; None where there is none.
+    """Find the newest run that this command has committed but not published; None if there is none.
 
     Args:
-        config: settings of the command.
-        fingerprints: of what it is about.
-        storage: how to reach the output folder.
+        output: folder of the runs.
+        run_id: only this run; None: any run.
+        request: settings that the run's plan.json must have besides equal fingerprints: whether it is to be
+            published, and which images are to be predicted again.
+        fingerprints: of the command.
+        storage: access to the folder.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access.
     """
-    if not config.publish:
+    published, damage = published_or_damage(output, storage)
+    if damage is not None:  # The publish history is unknown, so a run could be published twice.
         return None
-    published, damage = published_or_damage(config.output, storage)
-    if damage is not None:  # nobody knows which runs were published
-        return None
-    names = [config.run_id] if config.run_id is not None else run_names(config.output, storage)
+    names = [run_id] if run_id is not None else run_names(output, storage)
     with ThreadPoolExecutor(_THREADS) as pool:
-        plans = pool.map(lambda name: _same_plan(name, config, fingerprints, storage), names)
+        plans = pool.map(lambda name: _matching_plan(output, name, request, fingerprints, storage), names)
         same = [plan for plan in plans if plan is not None]
     for plan in sorted(same, key=lambda plan: (plan.created, plan.run_id), reverse=True):
-        record = _committed(plan, config, storage)
-        if record is not None and not _why_not(record, plan, published, storage):
+        record = _committed(output, plan.run_id, storage)
+        if record is not None and not _obstacle(record, plan, published, storage):
             return record
     return None
 
 
-def _same_plan(
-    run_id: str, config: ClassifyConfig, fingerprints: Fingerprints, storage: Storage
+def _matching_plan(
+    output: str, run_id: str, request: Mapping[str, Any], fingerprints: Fingerprints, storage: Storage
 ) -> PlanRecord | None:
-    """The plan of a run that this very command, or one like it, has begun."""
+    """The plan of a run that an equivalent command started; None if it is of another command."""
     try:
-        plan = read_plan(config.output, run_id, storage)
+        plan = read_plan(output, run_id, storage)
         if plan is None or Fingerprints.from_json(plan.raw["fingerprints"]).differences(fingerprints):
             return None
-    except (DamagedRunError, InputError):  # of another version, or damaged: nobody can say what it is about
+    except (DamagedRunError, InputError):  # Damaged or written by another version, so its command is unknown.
         return None
-    is_same = all(plan.raw["config"].get(name) == getattr(config, name) for name in _SAME_COMMAND)
-    return plan if is_same and plan.raw["config"].get("publish") is True else None
+    config = plan.raw["config"]
+    return plan if all(name in config and config[name] == value for name, value in request.items()) else None
 
 
-def _committed(plan: PlanRecord, config: ClassifyConfig, storage: Storage) -> RunRecord | None:
-    uri = join(run_folder(config.output, plan.run_id), RUN)
+def _committed(output: str, run_id: str, storage: Storage) -> RunRecord | None:
+    uri = join(run_folder(output, run_id), RUN)
     with explain(uri):
         if not storage.exists(uri):
             return None
     try:
-        return read_record(config.output, plan.run_id, storage)
+        return read_record(output, run_id, storage)
     except DamagedRunError as error:
         _logger.warning("not published: %s", error)
         return None
 
 
-def _why_not(record: RunRecord, plan: PlanRecord, published: Published, storage: Storage) -> str | None:
-    """What keeps a committed run of the same command from being published now; None: nothing."""
+def _obstacle(record: RunRecord, plan: PlanRecord, published: Published, storage: Storage) -> str | None:
+    """The reason why a committed run of the same command must not be published now; None if it may be."""
     if record.unpublishable:
         return "it is never published"
     if record.run_id in (published.run_id, *(entry.run_id for entry in published.history)):
-        return "it has been published"
+        return "it was published before"
     if not record.gates or not all(gate["passed"] for gate in record.gates):
-        return "a gate refused it"
+        return "a gate failed"
     if published.run_id is not None:
         theirs = begun_at(record.output, published.run_id, storage)
         if theirs is not None and plan.created < theirs:
@@ -103,6 +107,6 @@ def _why_not(record: RunRecord, plan: PlanRecord, published: Published, storage:
     except InputError as error:
         faults = [str(error)]
     if faults:
-        _logger.warning("run %s is committed and not published, and not whole: %s", record.run_id, faults[0])
-        return "it is not whole"
+        _logger.warning("run %s is committed, not published and incomplete: %s", record.run_id, faults[0])
+        return "it is incomplete"
     return None

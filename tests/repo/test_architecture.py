@@ -80,6 +80,16 @@ def test_imports_run_downwards_and_ray_is_imported_in_four_packages():
     assert wrong == []
 
 
+def test_only_jobs_know_the_settings_of_the_classify_job():
+    """Everything below takes the group of settings that it needs, so a flag is added in one place."""
+    found = [
+        str(path)
+        for path in MODULES
+        if package_of(path) not in ("jobs", "config") and "batchcls.config.classify_config" in imports(path)
+    ]
+    assert found == []
+
+
 def test_every_file_has_a_docstring_and_a_bounded_length():
     texts = {path: path.read_text() for path in MODULES}
     assert [path for path in MODULES if not ast.get_docstring(parsed(path))] == []

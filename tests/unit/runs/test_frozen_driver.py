@@ -16,11 +16,12 @@ from tests.helpers.runs import Night, begin_run, begun_on, items, write_run
 
 DRIVER = """
 import os, signal, sys
-from batchcls.config.classify_config import ClassifyConfig
+from batchcls.config.gates_config import GateSettings
 from batchcls.errors import BatchclsError
 from batchcls.runs import publish
 from batchcls.runs.commit import commit, reconcile
-from batchcls.runs.gate_evaluation import judge, publish_judged
+from batchcls.runs.gate_evaluation import evaluate_gates, publish_if_passed
+from batchcls.runs.gates import Limits
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Night, items, plan_of, write_parts
 
@@ -44,13 +45,12 @@ receipts = write_parts(folder, items(100), storage, parts=1)
 at("before the last receipt")
 receipts = write_parts(folder, items(200), storage)
 totals = reconcile(receipts, 200)
-config = ClassifyConfig(manifest="m", model="x", output=output, max_failed_fraction=0.5)
-verdict = judge(plan, receipts, totals, config, storage)
+decision = evaluate_gates(plan, receipts, totals, Limits(GateSettings(), 0.5), output, storage)
 at("before the commit")
-commit(plan, receipts, totals, {"measured": {}} | verdict.as_json(), storage, folder)
+commit(plan, receipts, totals, {"measured": {}} | decision.as_json(), storage, folder)
 at("before the publish")
 try:
-    publish_judged(plan, verdict, output, storage)
+    publish_if_passed(plan, decision, output, storage)
 except BatchclsError as error:
     print(error)
     sys.exit(error.exit_code)

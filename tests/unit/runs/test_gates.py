@@ -13,8 +13,8 @@ from batchcls.config.gates_config import GateSettings
 from batchcls.errors import InputError, PublishRefused, StorageStoppedError
 from batchcls.runs.catalog import Counts, read_current, read_record
 from batchcls.runs.commit import commit, reconcile
-from batchcls.runs.gate_evaluation import GateDecision, judge, judge_again, publish_judged
-from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, judge_gates, refused
+from batchcls.runs.gate_evaluation import GateDecision, evaluate_gates, publish_if_passed, reevaluate_gates
+from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, apply_gates, failed_gates
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import claim
 from batchcls.runs.publish import publish, read_published
@@ -35,7 +35,8 @@ def verdict_on(output: Path, rows: list[Item], night: Night | None = None, **set
     folder = claim(plan_of(night, len(rows)), str(output), Storage())
     receipts = write_parts(folder, rows, Storage())
     totals = reconcile(receipts, len(rows))
-    return judge(plan_of(night, len(rows)), receipts, totals, config_of(output, **settings), Storage())
+    limits = Limits(config_of(output, **settings), 0.5)
+    return evaluate_gates(plan_of(night, len(rows)), receipts, totals, limits, str(output), Storage())
 
 
 def published(output: Path, rows: list[Item], night: Night | None = None) -> None:
@@ -124,7 +125,7 @@ def test_a_first_run_meets_only_gates_without_baseline(tmp_path: Path):
         "mean_confidence",
         "non_finite_embeddings",
     }
-    assert refused(verdict.gates) == []
+    assert failed_gates(verdict.gates) == []
     assert verdict.published.run_id is None
 
 
@@ -134,7 +135,7 @@ def test_failures_are_judged_overall_and_by_reason(tmp_path: Path):
     verdict = verdict_on(
         tmp_path, rows, gate_max_failed_fraction=0.04, gate_max_failed_fraction_by_reason=limits
     )
-    assert [entry.gate for entry in refused(verdict.gates)] == ["failed_fraction_not_found"]
+    assert [entry.gate for entry in failed_gates(verdict.gates)] == ["failed_fraction_not_found"]
     assert gate(verdict, "failed_fraction").figure == pytest.approx(0.04)
     found = gate(verdict, "failed_fraction_not_found")
     assert (found.figure, found.limit) == (pytest.approx(0.03), pytest.approx(0.02))
@@ -185,9 +186,9 @@ def test_every_gate_can_be_opened(tmp_path: Path):
     wide |= {"gate_max_non_finite_embeddings": 1000, "gate_min_mean_confidence": 0.0}
     wide |= {"gate_max_embedding_norm_shift_fraction": 10.0, "gate_max_row_count_change_fraction": 10.0}
     worse = items(900, label="bird", probability=0.05, embedding=(float("nan"), 0.0, 0.0, 0.0))
-    assert len(refused(verdict_on(tmp_path / "absolute", worse).gates)) == 2
+    assert len(failed_gates(verdict_on(tmp_path / "absolute", worse).gates)) == 2
     verdict = verdict_on(tmp_path, worse, **wide)
-    assert refused(verdict.gates) == []
+    assert failed_gates(verdict.gates) == []
 
 
 def test_non_finite_embeddings_are_counted_and_left_out_of_the_norms(tmp_path: Path):
@@ -214,7 +215,10 @@ def test_a_small_catalog_is_judged_by_limits_for_so_many_rows(tmp_path: Path):
     # The mean went from 0.7 to 0.6 and the rows of a night vary by 0.2: beyond 0.05 by more than chance.
     assert not gate(verdict, "mean_confidence_shift").passed
     collapsed = verdict_on(tmp_path, [Item(f"i{i}", "label 0", 0.7) for i in range(297)], Night("collapsed"))
-    assert {found.gate for found in refused(collapsed.gates)} == {"changed_labels_fraction", "category_shift"}
+    assert {found.gate for found in failed_gates(collapsed.gates)} == {
+        "changed_labels_fraction",
+        "category_shift",
+    }
 
 
 @pytest.mark.parametrize("rows", [120, 1_000, 20_000])
@@ -235,7 +239,7 @@ def test_samples_of_one_catalog_are_refused_no_more_often_than_chance(rows: int)
         counts = Counts(rows, rows, 0, 0, {})
         baseline = Baseline("old", False, rows, summary(0.0), rows, int(random.binomial(rows, 0.1 + shift)))
         subject = CandidateRun(counts, summary(shift), 30, baseline)
-        return {found.gate for found in refused(judge_gates(subject, Limits(GateSettings(), 0.01)))}
+        return {found.gate for found in failed_gates(apply_gates(subject, Limits(GateSettings(), 0.01)))}
 
     refusals = [name for _ in range(40) for name in refused_by(0.0)]
     assert all(refusals.count(name) <= 6 for name in set(refusals)), refusals
@@ -260,7 +264,7 @@ def test_a_baseline_that_kept_no_deviation_is_taken_at_its_widest():
 def test_few_rows_are_not_judged_against_each_other(tmp_path: Path):
     published(tmp_path, mixed(30, 0))
     verdict = verdict_on(tmp_path, [Item(f"cat-{i}", "dog", 0.1) for i in range(50)])
-    assert refused(verdict.gates) == []
+    assert failed_gates(verdict.gates) == []
     assert gate(verdict, "changed_labels_fraction").figure is None
     assert "30 rows to compare" in gate(verdict, "changed_labels_fraction").sentence
 
@@ -278,7 +282,7 @@ def test_a_published_run_that_cannot_be_read_is_a_refusal_and_no_error(tmp_path:
     published(tmp_path, mixed(200, 0))
     (tmp_path / "runs" / "old" / "run.json").write_text("{}")
     verdict = verdict_on(tmp_path, mixed(200, 0))
-    assert [entry.gate for entry in refused(verdict.gates)] == ["baseline"]
+    assert [entry.gate for entry in failed_gates(verdict.gates)] == ["baseline"]
 
 
 def test_a_current_json_that_cannot_be_read_stops_before_the_commit(tmp_path: Path):
@@ -293,7 +297,7 @@ def test_a_refused_publish_leaves_the_old_run_and_says_gate_figure_and_limit(tmp
     published(tmp_path, mixed(200, 0))
     verdict = verdict_on(tmp_path, mixed(150, 0))
     with pytest.raises(PublishRefused) as caught:
-        publish_judged(plan_of(Night("new"), 150), verdict, str(tmp_path), Storage())
+        publish_if_passed(plan_of(Night("new"), 150), verdict, str(tmp_path), Storage())
     for word in ("row_count_change_fraction", "150 rows after 200 in run old", "at most 10.00%"):
         assert word in str(caught.value)
     assert read_current(str(tmp_path), Storage()) == "old"
@@ -313,7 +317,7 @@ def ready(output: Path, rows: list[Item], created: str = "2026-11-26T01:15:00+00
 
 
 def publish_ready(output: Path, verdict: GateDecision, rows: int) -> GateDecision:
-    return publish_judged(plan_of(Night("ready"), rows), verdict, str(output), Storage())
+    return publish_if_passed(plan_of(Night("ready"), rows), verdict, str(output), Storage())
 
 
 def publish_meanwhile(output: Path, rows: list[Item], created: str) -> None:
@@ -350,8 +354,8 @@ def test_a_run_of_a_newer_manifest_is_never_replaced_by_a_late_driver(tmp_path: 
     with pytest.raises(PublishRefused, match="before run other, which is published") as caught:
         publish_ready(tmp_path, verdict, 200)
     assert caught.value.exit_code == 3
-    late = judge_again(read_record(str(tmp_path), "ready", Storage()), verdict.limits, Storage())
-    assert not refused(late.gates)
+    late = reevaluate_gates(read_record(str(tmp_path), "ready", Storage()), verdict.limits, Storage())
+    assert not failed_gates(late.gates)
     with pytest.raises(PublishRefused, match="before run other, which is published"):
         publish_ready(tmp_path, late, 200)
     assert read_published(str(tmp_path), Storage()) == before
@@ -379,7 +383,7 @@ def test_a_published_run_that_is_cut_is_a_refusal_and_no_error(tmp_path: Path):
     for name, data in (("cut", whole[:100]), ("zeros", b"\0" * len(whole)), ("swapped", whole[::-1])):
         part.write_bytes(data)
         verdict = verdict_on(tmp_path, mixed(200, 0), Night(name))
-        assert [entry.gate for entry in refused(verdict.gates)] == ["baseline"]
+        assert [entry.gate for entry in failed_gates(verdict.gates)] == ["baseline"]
 
 
 @pytest.mark.parametrize("entry", ["summary", "counts", "gates", "files", "model", "measured"])
@@ -387,7 +391,7 @@ def test_a_published_run_whose_record_is_odd_is_a_refusal_and_no_error(tmp_path:
     published(tmp_path, mixed(200, 0))
     path = tmp_path / "runs" / "old" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {entry: [5]}))
-    assert [one.gate for one in refused(verdict_on(tmp_path, mixed(200, 0)).gates)] == ["baseline"]
+    assert [one.gate for one in failed_gates(verdict_on(tmp_path, mixed(200, 0)).gates)] == ["baseline"]
 
 
 def test_labels_are_compared_by_item_and_not_by_row(tmp_path: Path):

@@ -9,12 +9,11 @@ import pytest
 
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import ExitCode, PublishRefused, StorageStoppedError
-from batchcls.jobs.classify import publish_finished
+from batchcls.jobs.classify import find_unpublished_run, publish_finished
 from batchcls.runs.catalog import read_current
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.plan import Fingerprints, claim
 from batchcls.runs.publish import publish, roll_back
-from batchcls.runs.unpublished import find_unpublished
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
 from tests.helpers.runs import Night, begun_on, items, plan_of, write_parts, write_run
@@ -54,7 +53,7 @@ def committed(
 
 def found(output: str, **changes: Any) -> str | None:
     config = config_of(output, **changes)
-    record = find_unpublished(config, about(config), Storage())
+    record = find_unpublished_run(config, about(config), Storage())
     return None if record is None else record.run_id
 
 
@@ -146,7 +145,7 @@ def test_what_is_found_is_judged_again_and_published_and_nothing_is_computed(out
     folder = committed(output, "night")
     config = config_of(output, report=False)
     before = Storage().list_files(folder)
-    record = find_unpublished(config, about(config), Storage())
+    record = find_unpublished_run(config, about(config), Storage())
     assert record is not None
     assert publish_finished(config, record, Storage()) == ExitCode.DONE
     assert read_current(output, Storage()) == "night"
@@ -160,7 +159,7 @@ def test_what_is_found_and_cannot_be_published_yet_stops_and_is_found_again(tmp_
     lock = tmp_path / ".current.json.lock"
     lock.mkdir()
     for _ in range(2):
-        record = find_unpublished(config, about(config), Storage())
+        record = find_unpublished_run(config, about(config), Storage())
         assert record is not None
         with pytest.raises(StorageStoppedError, match="the same command publishes it") as caught:
             publish_finished(config, record, Storage())
@@ -175,7 +174,7 @@ def test_what_is_found_is_refused_where_its_answers_do_not_fit_what_is_published
     publish(output, "before", Storage())
     committed(output, "night")
     config = config_of(output, report=False, gate_min_rows=1, gate_min_mean_confidence=0)
-    record = find_unpublished(config, about(config), Storage())
+    record = find_unpublished_run(config, about(config), Storage())
     assert record is not None
     with pytest.raises(PublishRefused, match="gate changed_labels_fraction"):
         publish_finished(config, record, Storage())

@@ -1,0 +1,52 @@
+"""Fingerprints and the rule for reusing predictions, derived from the marks on the settings."""
+
+import json
+from typing import Any
+
+from batchcls.config.classify_config import ClassifyConfig
+from batchcls.runs.plan import Fingerprints, prediction_settings
+
+PER_IMAGE: dict[str, Any] = {
+    "abstain": False,
+    "allow_private_addresses": False,
+    "allowed_root": [],
+    "embedding_dtype": "float16",
+    "l2_normalize": False,
+    "max_image_bytes": 52428800,
+    "max_image_pixels": 89478485,
+    "min_image_side_pixels": 8,
+    "normalize": "engine",
+    "top_k": 5,
+    "tta": "none",
+}
+OTHERS: dict[str, Any] = {
+    "device": "auto",
+    "engine": "auto",
+    "id_column": "item_id",
+    "int8_min_agreement": None,
+    "keep": [],
+    "limit": None,
+    "min_embedding_cosine": 0.999,
+    "min_top1_agreement": 0.99,
+    "precision": "auto",
+    "scaled_decode": "auto",
+}
+CONFIG = ClassifyConfig(manifest="catalog.parquet", model="m", output="out")
+
+
+def test_fingerprints_hold_all_settings_that_change_results():
+    """A setting that is missing here would let a run resume with other results; an extra one would block it."""
+    found = Fingerprints.of(CONFIG, "f", "m").as_json()["settings"]
+    assert json.dumps(found, sort_keys=True) == json.dumps(PER_IMAGE | OTHERS, sort_keys=True)
+
+
+def test_predictions_are_reused_by_settings_that_act_on_single_images():
+    found = prediction_settings(CONFIG, "m", ["fp32", "bf16", "fp32"], 1.5)
+    identity = {"model": "m", "precisions": ["bf16", "fp32"], "decode_margin": 1.5}
+    assert json.dumps(found, sort_keys=True) == json.dumps(PER_IMAGE | identity, sort_keys=True)
+
+
+def test_differences_name_the_changed_flags():
+    changed = ClassifyConfig(manifest="catalog.parquet", model="m", output="out", top_k=3, fetch_attempts=2)
+    found = Fingerprints.of(CONFIG, "f", "m").differences(Fingerprints.of(changed, "f", "m"))
+    assert found == ["--top-k (it was 5 and is 3)"]
