@@ -1,5 +1,6 @@
-"""How every job starts and ends: arguments, logging, one line for an error, an exit code."""
+"""Start and end of every job: arguments, logging, one line for an error, an exit code."""
 
+import argparse
 import logging
 import os
 import sys
@@ -16,12 +17,15 @@ from batchcls.errors import BatchclsError, ExitCode, InputError
 
 _logger = logging.getLogger("batchcls")
 
+EXAMPLES = "examples:\n"
+"""The heading of the examples of every command."""
+
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[Settings]):
-    """One thing a job can do: its settings, the function that does it, and examples for --help."""
+    """A command of a job: its settings, the function that carries it out, and examples for --help."""
 
     name: str
     settings: type[Settings]
@@ -31,9 +35,9 @@ class Command(Generic[Settings]):
 
 
 def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments, do what they ask, and return the exit code.
+    """Parse the arguments, run the command, and return the exit code.
 
-    A job of one command has its flags directly; with several, the first word chooses.
+    A job with one command takes its flags directly; with several, the first argument selects the command.
     """
     console = messages_console()
     set_up_logging(console)
@@ -41,25 +45,29 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
         command, settings = _parse(job, commands, arguments)
         return command.action(settings, console)
     except BatchclsError as error:
-        if error.exit_code == ExitCode.UNEXPECTED:
-            _logger.exception("where it came from:")
-        _logger.error("%s", error)  # noqa: TRY400 - the last line is the one for people
+        # A traceback helps only where the program itself is at fault; the message is printed once in both cases.
+        _logger.error("%s", error, exc_info=error.exit_code == ExitCode.UNEXPECTED)  # noqa: TRY400
         return error.exit_code
     except KeyboardInterrupt:
         _logger.error("interrupted")  # noqa: TRY400
         return ExitCode.INTERRUPTED
     except Exception:
-        _logger.exception("unexpected error; this is a fault of batchcls or of something below it")
+        _logger.exception("unexpected error in batchcls or one of its dependencies")
         return ExitCode.UNEXPECTED
 
 
-def main(job: str, commands: Sequence[Command[Any]]) -> None:
-    """End the process with the job's exit code, at once.
+def main(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | None = None) -> None:
+    """Run a job and end the process with its exit code immediately.
 
-    Threads of Arrow may still wait for a store that has failed, and the interpreter's own end would wait for
-    them: four of six tries hung in it (docs/measurements).
+    Args:
+        job: name of the job, as in `batchcls JOB`.
+        commands: the commands of the job.
+        arguments: the words after the job's name; None: those of the process.
+
+    Arrow threads may still wait for a store that has failed, and a regular exit of the interpreter waits for them: it
+    hung in four of six attempts (docs/measurements).
     """
-    exit_code = run(job, commands)
+    exit_code = run(job, commands, arguments)
     try:
         logging.shutdown()
         sys.stdout.flush()
@@ -68,32 +76,40 @@ def main(job: str, commands: Sequence[Command[Any]]) -> None:
         os._exit(exit_code)
 
 
-def _parse(
-    job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | None
-) -> tuple[Command[Any], BaseModel]:
-    prog = f"python -m batchcls.jobs.{job}"
+def parser_of(job: str, commands: Sequence[Command[Any]]) -> argparse.ArgumentParser:
+    """The parser of a job: its flags, or one sub-command for each of its commands."""
+    prog = f"batchcls {job}"
     if len(commands) == 1:
         (command,) = commands
         parser = parser_for(prog, command.settings.__doc__ or "", command.examples)
         add_settings(parser, command.settings, command.positional)
-        return command, read_settings(command.settings, parser.parse_args(arguments))
-    by_name = {command.name: command for command in commands}
-    parser = parser_for(prog, "", "\n".join(command.examples for command in commands))
-    choices = parser.add_subparsers(dest="command", metavar="|".join(by_name))
+        return parser
+    examples = "".join(command.examples.removeprefix(EXAMPLES) for command in commands)
+    parser = parser_for(prog, "", EXAMPLES + examples)
+    choices = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for command in commands:
-        help_text = (command.settings.__doc__ or "").partition("\n")[0]
         child = choices.add_parser(
             command.name,
-            help=help_text,
+            help=(command.settings.__doc__ or "").partition("\n")[0],
             description=command.settings.__doc__,
             epilog=command.examples,
             formatter_class=parser.formatter_class,
             allow_abbrev=False,
         )
         add_settings(child, command.settings, command.positional)
+    return parser
+
+
+def _parse(
+    job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | None
+) -> tuple[Command[Any], BaseModel]:
+    parser = parser_of(job, commands)
     namespace = parser.parse_args(arguments)
+    if len(commands) == 1:
+        return commands[0], read_settings(commands[0].settings, namespace)
+    by_name = {command.name: command for command in commands}
     if namespace.command is None:
-        raise InputError(f"say what to do: {', '.join(by_name)}; see {prog} --help")
+        raise InputError(f"a command is required: {', '.join(by_name)}; see {parser.prog} --help")
     command = by_name[namespace.command]
     del namespace.command
     return command, read_settings(command.settings, namespace)

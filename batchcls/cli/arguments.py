@@ -112,7 +112,7 @@ def _parse(value: Any, field: FieldInfo) -> Any:
             raise InputError(
                 f"a JSON object is expected, for example '{{\"anon\": true}}': {error.msg}"
             ) from None
-    if any(get_origin(kind) is tuple for kind in _alternatives(field.annotation)):
+    if any(get_origin(kind) is tuple for kind in alternatives(field.annotation)):
         return tuple(value.split(","))
     return value
 
@@ -133,19 +133,19 @@ def _complaints(error: ValidationError, settings: type[BaseModel]) -> list[str]:
             lines += messages
         elif messages == ["is required"]:
             lines.append(f"{flag} is required")
-        elif field is not None and len(_alternatives(field.annotation)) > 1:
+        elif field is not None and len(alternatives(field.annotation)) > 1:
             lines.append(f"{flag}: {' or '.join(dict.fromkeys(messages))}".replace(" or should be ", " or "))
         else:
             lines.append(f"{flag}: {messages[0]}")
     return lines
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def alternatives(annotation: Any) -> list[Any]:
     """Flatten `A | B`, `Annotated[...]` and aliases into the plain alternatives."""
     if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
+        return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return [kind for arm in get_args(annotation) for kind in _alternatives(arm)]
+        return [kind for arm in get_args(annotation) for kind in alternatives(arm)]
     return [annotation]
 
 
@@ -154,7 +154,7 @@ _METAVARS: Mapping[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 def _metavar(annotation: Any, name: str) -> str:
     words: list[str] = []
-    for kind in _alternatives(annotation):
+    for kind in alternatives(annotation):
         if get_origin(kind) is Literal:
             words += [str(choice) for choice in get_args(kind)]
         elif get_origin(kind) is dict:

@@ -1,1 +1,1 @@
-"""The commands: `python -m batchcls.jobs.NAME`. Thin: config, call, exit code."""
+"""The commands: `batchcls NAME`. Thin: config, call, exit code."""

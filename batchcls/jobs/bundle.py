@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.bundle`: make a bundle, look into it, test it, export it; the zoo."""
+"""`batchcls bundle`: make a bundle, look into it, test it, export it; the zoo."""
 
 import json
 import logging
@@ -39,26 +39,26 @@ _logger = logging.getLogger("batchcls.jobs.bundle")  # __name__ is __main__ here
 _TEST_BATCH = 4  # as many as there are drawn images
 
 _CREATE_EXAMPLES = """examples:
-  python -m batchcls.jobs.bundle create --model mobilenet_v3_large --output models/v1
-  python -m batchcls.jobs.bundle create --model timm:resnet18 --weights shop.safetensors --labels shop.txt \\
+  batchcls bundle create --model mobilenet_v3_large --output models/v1
+  batchcls bundle create --model timm:resnet18 --weights shop.safetensors --labels shop.txt \\
       --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --input-size 224 --crop-pct 0.875 --interpolation bilinear --output models/v2
-  python -m batchcls.jobs.bundle create --model resnet50 --new-head --labels shop.txt --dropout 0.2 \\
+  batchcls bundle create --model resnet50 --new-head --labels shop.txt --dropout 0.2 \\
       --trainable 'layer4.*,fc.*' --output models/to-train
 """
 _INSPECT_EXAMPLES = """examples:
-  python -m batchcls.jobs.bundle inspect models/v1
+  batchcls bundle inspect models/v1
 """
 _TEST_EXAMPLES = """examples:
-  python -m batchcls.jobs.bundle test models/v1
-  python -m batchcls.jobs.bundle test s3://shop/models/v7 --engine openvino --precision bf16
+  batchcls bundle test models/v1
+  batchcls bundle test s3://shop/models/v7 --engine openvino --precision bf16
 """
 _EXPORT_EXAMPLES = """examples:
-  python -m batchcls.jobs.bundle export models/v1 --output exported        # exported/model.onnx
-  python -m batchcls.jobs.bundle export models/v1 --output exported --format torch-export
+  batchcls bundle export models/v1 --output exported        # exported/model.onnx
+  batchcls bundle export models/v1 --output exported --format torch-export
 """
 _ZOO_EXAMPLES = """examples:
-  python -m batchcls.jobs.bundle zoo
-  python -m batchcls.jobs.bundle zoo resnet50
+  batchcls bundle zoo
+  batchcls bundle zoo resnet50
 """
 
 

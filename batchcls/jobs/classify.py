@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.classify`: manifest -> predictions and embeddings, published."""
+"""`batchcls classify`: manifest -> predictions and embeddings, published."""
 
 import json
 import logging
@@ -161,9 +161,9 @@ def _whole(record: RunRecord, storage: Storage) -> RunRecord:
 
 
 _EXAMPLES = """examples:
-  python -m batchcls.jobs.classify --manifest catalog.parquet --model timm:mobilenetv3_large_100 --output out
-  python -m batchcls.jobs.classify --config jobs/classify.toml
-  python -m batchcls.jobs.classify --manifest s3://shop/catalog/ --model s3://shop/models/v7 --output s3://shop/out
+  batchcls classify --manifest catalog.parquet --model timm:mobilenetv3_large_100 --output out
+  batchcls classify --config jobs/classify.toml
+  batchcls classify --manifest s3://shop/catalog/ --model s3://shop/models/v7 --output s3://shop/out
 
 The same command again goes on with a run that was killed or stopped, and publishes one that was only committed.
 

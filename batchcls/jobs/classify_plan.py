@@ -125,7 +125,7 @@ def _require_views(config: ClassifyConfig, bundle: BundleConfig) -> None:
         return
     told = (
         f"--tta {config.tta}: {redact_uri(config.model)} was calibrated with --tta {calibration.tta}; classify with "
-        f"that, or calibrate it again with `python -m batchcls.jobs.evaluate --tta {config.tta} --write-bundle BUNDLE`"
+        f"that, or calibrate it again with `batchcls evaluate --tta {config.tta} --write-bundle BUNDLE`"
     )
     if config.abstain:
         raise InputError(f"{told}; its thresholds do not hold for other views")

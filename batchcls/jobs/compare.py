@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.compare`: backbones x engines x batch sizes on this cluster -> which to take."""
+"""`batchcls compare`: backbones x engines x batch sizes on this cluster -> which to take."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -37,9 +37,9 @@ from batchcls.storage.filesystem import redact_uri
 _logger = logging.getLogger("batchcls.jobs.compare")  # __name__ is __main__ here
 
 _EXAMPLES = """examples:
-  python -m batchcls.jobs.compare --manifest sample.parquet --models resnet50,efficientnet_b4 --output compared
-  python -m batchcls.jobs.compare --config jobs/compare.toml --target-ms 100 --price-per-hour 0.40
-  python -m batchcls.jobs.compare --manifest s3://shop/catalog/ --models s3://shop/models/v7,convnext_tiny \\
+  batchcls compare --manifest sample.parquet --models resnet50,efficientnet_b4 --output compared
+  batchcls compare --config jobs/compare.toml --target-ms 100 --price-per-hour 0.40
+  batchcls compare --manifest s3://shop/catalog/ --models s3://shop/models/v7,convnext_tiny \\
       --engines torch:bf16 --device cuda --output s3://shop/compared
 
 The same command goes on where it stopped; other models are added to the same output.

@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.evaluate`: labeled rows and a bundle or a run -> how right, how sure, from where on."""
+"""`batchcls evaluate`: labeled rows and a bundle or a run -> how right, how sure, from where on."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -46,13 +46,13 @@ from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 _logger = logging.getLogger("batchcls.jobs.evaluate")  # __name__ is __main__ here
 
 _EXAMPLES = """examples:
-  python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated
-  python -m batchcls.jobs.evaluate --manifest validation.parquet --model models/v1 --output evaluated \\
+  batchcls evaluate --manifest validation.parquet --model models/v1 --output evaluated
+  batchcls evaluate --manifest validation.parquet --model models/v1 --output evaluated \\
       --target-precision 0.95 --write-bundle models/v1-calibrated
-  python -m batchcls.jobs.evaluate --manifest s3://shop/labeled/ --run s3://shop/out --output s3://shop/evaluated
-  python -m batchcls.jobs.evaluate --config jobs/evaluate.toml
+  batchcls evaluate --manifest s3://shop/labeled/ --run s3://shop/out --output s3://shop/evaluated
+  batchcls evaluate --config jobs/evaluate.toml
 
-Then `python -m batchcls.jobs.classify --model models/v1-calibrated --abstain ...` leaves a label null where the
+Then `batchcls classify --model models/v1-calibrated --abstain ...` leaves a label null where the
 model is not sure enough.
 exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written; 4 stopped after a part was written;
             130 interrupted

@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.finetune`: two labeled manifests -> a bundle that `classify` takes as it is."""
+"""`batchcls finetune`: two labeled manifests -> a bundle that `classify` takes as it is."""
 
 import logging
 import os
@@ -113,13 +113,13 @@ def _summarize_probe(config: FinetuneConfig, probed: Probed, seconds: float) -> 
 _NAMED = 10
 
 _EXAMPLES = """examples:
-  python -m batchcls.jobs.finetune --manifest train.parquet --validation validation.parquet \\
+  batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model efficientnet_b0 --output models/shop-v1
-  python -m batchcls.jobs.finetune --config jobs/finetune.toml
-  python -m batchcls.jobs.finetune --manifest s3://shop/train/ --validation s3://shop/validation/ \\
+  batchcls finetune --config jobs/finetune.toml
+  batchcls finetune --manifest s3://shop/train/ --validation s3://shop/validation/ \\
       --model s3://shop/models/v1 --output s3://shop/models/v2 --recipe modern --num-workers 2-8
 
-  python -m batchcls.jobs.finetune --manifest train.parquet --validation validation.parquet \\
+  batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model models/shop-v1 --output models/shop-probe --recipe linear-probe
 
 The same command goes on with an unfinished run.

@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.manifest`: make a manifest from images, or validate one."""
+"""`batchcls manifest`: make a manifest from images, or validate one."""
 
 import logging
 from pathlib import PurePosixPath
@@ -25,12 +25,12 @@ _ROW_GROUP_ROWS = 65_536
 _LARGE_ROW_GROUP_ROWS = 262_144
 
 _FROM_FOLDER_EXAMPLES = """examples:
-  python -m batchcls.jobs.manifest from-folder photos/ --output catalog.parquet
-  python -m batchcls.jobs.manifest from-folder s3://shop/photos --output s3://shop/catalog.parquet --labels-from-folders
+  batchcls manifest from-folder photos/ --output catalog.parquet
+  batchcls manifest from-folder s3://shop/photos --output s3://shop/catalog.parquet --labels-from-folders
 """
 _CHECK_EXAMPLES = """examples:
-  python -m batchcls.jobs.manifest check catalog.parquet
-  python -m batchcls.jobs.manifest check 's3://shop/catalog/*.parquet' --id-column sku --keep shop,price
+  batchcls manifest check catalog.parquet
+  batchcls manifest check 's3://shop/catalog/*.parquet' --id-column sku --keep shop,price
 """
 
 

@@ -1,4 +1,4 @@
-"""`python -m batchcls.jobs.runs`: list, show, diff, report, publish, rollback, prune and verify runs."""
+"""`batchcls runs`: list, show, diff, report, publish, rollback, prune and verify runs."""
 
 import logging
 from collections import Counter
@@ -47,7 +47,7 @@ from batchcls.storage.filesystem import Storage, redact_uri
 
 _logger = logging.getLogger("batchcls.jobs.runs")  # __name__ is __main__ here
 
-_CALL = "python -m batchcls.jobs.runs"
+_CALL = "batchcls runs"
 
 
 def show_list(config: RunsListConfig, console: Console) -> ExitCode:
