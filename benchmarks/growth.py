@@ -29,11 +29,12 @@ from batchcls.config.classify_config import ClassifyConfig
 from batchcls.hardware import Hardware
 from batchcls.jobs.classify_plan import check_inputs, open_inputs, work_of
 from batchcls.models.engines.engine import REFERENCE
-from batchcls.pipeline.actor_pool import FusedRun
-from batchcls.pipeline.executor import Executed
+from batchcls.pipeline.actor_pool import FragmentGraph
+from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_actor import FragmentActor
+from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.node_engines import EngineSelection
-from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
+from batchcls.pipeline.pipeline_spec import Engines, NodeEngine, WorkerSpec
 from batchcls.ray_runtime import nodes, ray_session
 from batchcls.resources import place
 from batchcls.runs.bottleneck import find_bottleneck
@@ -48,10 +49,14 @@ _REPORTED = ("limited_by", "ideal_images_per_second", "efficiency", "busy_millis
 class SleepingActor(FragmentActor):
     """The pool's actor with a stub in place of the network."""
 
-    worker_class = ("benchmarks.growth_worker", "SleepingWorker")
+    def create_worker(self, spec: WorkerSpec) -> FragmentWorker:
+        """Create the worker with the stub."""
+        from benchmarks.growth_worker import SleepingWorker  # noqa: PLC0415
+
+        return SleepingWorker(spec)
 
 
-class SleepingRun(FusedRun):
+class SleepingRun(FragmentGraph):
     """The pool with such actors."""
 
     actor_class = SleepingActor
@@ -77,21 +82,21 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
             inputs = open_inputs(config, check_inputs(config))
             shape = place(config, nodes(), inputs.manifest.rows, remote_images=False)
             engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
-            work = replace(
+            spec = replace(
                 work_of(config, inputs, shape, EngineSelection(engines, None, ()), "growth"),
                 no_progress_timeout_seconds=120.0,
             )
-            run = SleepingRun(work, lambda _: None)
+            run = SleepingRun(spec, lambda _: None)
             began, cpu = time.time(), time.process_time()
             receipts = run.execute()
             driver = time.process_time() - cpu
-            executed = Executed(work, receipts, run.progress(), began, time.time(), driver, nodes())
+            executed = PipelineResult(spec, receipts, run.progress(), began, time.time(), driver, nodes())
     finally:
         ray.shutdown()
         cluster.shutdown()
     # The last actor to start decides from when on all nodes work.
     totals = reconcile(receipts, inputs.manifest.rows)
-    found = find_bottleneck(executed.measured(totals.stage_seconds, engine_was_measured=False))
+    found = find_bottleneck(executed.stage_usage(totals.stage_seconds, engine_was_measured=False))
     report = found.as_json()
     steady = _steady_rate([(receipt.written_at, receipt.rows) for receipt in receipts])
     return {

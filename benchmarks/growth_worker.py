@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchcls.models.engines.engine import Device, EngineName, EngineOutput, Precision
-from batchcls.pipeline.fragment_actor import WorkerSpec
 from batchcls.pipeline.fragment_worker import FragmentWorker
+from batchcls.pipeline.pipeline_spec import WorkerSpec
 
 
 class SleepingEngine:
@@ -50,8 +50,10 @@ class _Later:
 class SleepingWorker(FragmentWorker):
     """See the module."""
 
-    def start_engine(self, given: WorkerSpec) -> tuple[SleepingEngine, int]:
+    def start_engine(self, spec: WorkerSpec) -> tuple[SleepingEngine, int]:
         """The stub; its rate travels where the cache folder would."""
-        config = given.bundle.config
-        rate = float(given.engines.cache_folder or 0)
-        return SleepingEngine(rate, (len(config.labels), config.embedding_dimension)), given.shape.batch_size
+        config = spec.bundle.config
+        rate = float(spec.engines.cache_folder or 0)
+        return SleepingEngine(
+            rate, (len(config.labels), config.embedding_dimension)
+        ), spec.resources.batch_size

@@ -1,6 +1,6 @@
 """Which images end the process that decodes them: tried one after the other in a process of their own.
 
-`find_killers` starts `python -m batchcls.images.isolated_decode`, which says of every row when it begins and
+`find_crashing_rows` starts `python -m batchcls.images.isolated_decode`, which says of every row when it begins and
 when it is through. The row that was begun when the process died is tried once more, alone; if it ends a
 second process too, it is the image and not an accident. No bisection is needed to know which it was.
 """
@@ -33,7 +33,7 @@ _PAUSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Suspect:
+class ImageRow:
     """A row of the manifest, as `manifest.FragmentReader` gives it."""
 
     row: int
@@ -43,14 +43,14 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a process ended: at which suspect, and of what. None: all suspects are through."""
+    """How a process ended: at which suspect, and of what. None: all rows are through."""
 
     place: int | None
     why: str
     reason: Reason = Reason.DECODER_CRASH
 
 
-def find_killers(settings: LoadSettings, suspects: Sequence[Suspect]) -> dict[int, Failure]:
+def find_crashing_rows(settings: LoadSettings, rows: Sequence[ImageRow]) -> dict[int, Failure]:
     """Fetch and decode rows apart from this process.
 
     Each may take as much memory as the largest image that is allowed needs, and as much time.
@@ -62,7 +62,7 @@ def find_killers(settings: LoadSettings, suspects: Sequence[Suspect]) -> dict[in
         BatchclsError: no such process can be started here.
     """
     found: dict[int, Failure] = {}
-    left = list(suspects)
+    left = list(rows)
     while left:
         end = _try(settings, left)
         if end.place is None:
@@ -75,10 +75,10 @@ def find_killers(settings: LoadSettings, suspects: Sequence[Suspect]) -> dict[in
     return found
 
 
-def _try(settings: LoadSettings, suspects: Sequence[Suspect]) -> _End:
+def _try(settings: LoadSettings, rows: Sequence[ImageRow]) -> _End:
     memory = _SPARE_MEMORY_BYTES + most_bytes_to_decode(settings.limits, settings.fetch.max_bytes)
     with tempfile.TemporaryFile() as orders:
-        pickle.dump((settings, list(suspects), memory), orders)
+        pickle.dump((settings, list(rows), memory), orders)
         orders.seek(0)
         with subprocess.Popen(
             [sys.executable, "-m", "batchcls.images.isolated_decode"],
@@ -89,7 +89,7 @@ def _try(settings: LoadSettings, suspects: Sequence[Suspect]) -> _End:
         ) as child:
             assert child.stdout is not None
             seconds = (settings.fetch.timeout_seconds + _PAUSE_SECONDS) * settings.fetch.max_attempts
-            return _watch(child, child.stdout, len(suspects), seconds + _WAITS * settings.limits.seconds)
+            return _watch(child, child.stdout, len(rows), seconds + _WAITS * settings.limits.seconds)
 
 
 def _watch(child: "subprocess.Popen[bytes]", said: IO[bytes], count: int, seconds: float) -> _End:
@@ -133,13 +133,13 @@ def _main() -> None:
     # It needs torch, which the process that watches does without.
     from batchcls.images.loader import Loader  # noqa: PLC0415
 
-    settings, suspects, memory = pickle.load(sys.stdin.buffer)
+    settings, rows, memory = pickle.load(sys.stdin.buffer)
     loader = Loader(settings)
     _limit_memory(memory)
-    for suspect in suspects:
+    for row in rows:
         _say(_BEGUN)
         try:
-            loader.try_row(suspect.uri, suspect.image)
+            loader.try_row(row.uri, row.image)
         except MemoryError:
             _say(_OUT_OF_MEMORY)
             os._exit(1)

@@ -26,9 +26,9 @@ from batchcls.jobs.classify_plan import (
     plan_of,
     work_of,
 )
-from batchcls.pipeline.copy_predictions import take_over
-from batchcls.pipeline.executor import Executed, execute
-from batchcls.pipeline.node_engines import EngineSelection, settle_engines
+from batchcls.pipeline.copy_predictions import copy_predictions
+from batchcls.pipeline.executor import PipelineResult, execute
+from batchcls.pipeline.node_engines import EngineSelection, select_engines
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.ray_runtime import nodes, ray_session, wait_for
@@ -105,14 +105,14 @@ def choose_earlier(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict
 
 
 def reuse(
-    config: ClassifyConfig, plan: dict[str, Any], work: PipelineSpec, base: str, check: Callable[[], None]
+    config: ClassifyConfig, plan: dict[str, Any], spec: PipelineSpec, base: str, check: Callable[[], None]
 ) -> list[Receipt]:
-    """Take the rows of `work.todo` over that can be; nothing where an earlier session has done so.
+    """Take the rows of `spec.rows` over that can be; nothing where an earlier session has done so.
 
     Args:
         config: settings of the job.
         plan: what plan.json says of reuse.
-        work: of the run.
+        spec: of the run.
         base: what relative uris of the manifest belong to, as plan.json says it.
         check: called now and then; what it raises ends the work.
 
@@ -122,7 +122,7 @@ def reuse(
         BatchclsError: the storage of this run failed.
     """
     chosen = Reuse.of(plan)
-    storage, marker = work.writer.storage, join(work.writer.folder, REUSED)
+    storage, marker = spec.worker.writer.storage, join(spec.worker.writer.folder, REUSED)
     with explain(marker):
         if chosen is None or storage.exists(marker):
             return []
@@ -133,7 +133,7 @@ def reuse(
     except InputError as error:
         _logger.warning("reuse: nothing, run %s cannot be read: %s", chosen.run_id, error)
         return []
-    receipts = take_over(work, earlier, check)
+    receipts = copy_predictions(spec, earlier, check)
     with resumable(marker):
         done = {"run_id": chosen.run_id, "rows": sum(receipt.rows for receipt in receipts)}
         storage.write_whole(marker, json.dumps(done).encode())
@@ -200,7 +200,7 @@ class _Done:
     """All receipts of a run, and what this session did for it; None where nothing was left to do."""
 
     receipts: list[Receipt]
-    executed: Executed | None
+    executed: PipelineResult | None
 
 
 def classify(config: ClassifyConfig, console: Console) -> ExitCode:
@@ -228,7 +228,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             for reason in placement.reasons:
                 _logger.info(reason)
             engines = begun.plan["engines"] if begun else None
-            settled = settle_engines(config, inputs.manifest, inputs.bundle, placement, storage, engines)
+            settled = select_engines(config, inputs.manifest, inputs.bundle, placement, storage, engines)
             plan = _plan(config, inputs, placement, settled, begun)
             folder = run_folder(config.output, plan.run_id)
             if decision is not None:
@@ -323,15 +323,15 @@ def _do(run: _ClassifyRun, console: Console) -> _Done:
     todo = missing_rows(receipts, rows)
     if receipts:
         _logger.info("going on: %d of %d rows are done", rows - len(todo), rows)
-    work = work_of(config, run.inputs, run.placement, run.settled, run.plan.run_id)
+    spec = work_of(config, run.inputs, run.placement, run.settled, run.plan.run_id)
     if len(todo):
         base = run.plan.manifest["base"]
-        receipts += reuse(config, run.plan.reuse, replace(work, todo=todo), base, run.lease.check)
+        receipts += reuse(config, run.plan.reuse, replace(spec, rows=todo), base, run.lease.check)
         todo = missing_rows(receipts, rows)
     if not len(todo):
         return _Done(receipts, None)
     executed = execute(
-        replace(work, todo=todo), console, config.log_interval_seconds, _checks(run, receipts, len(todo))
+        replace(spec, rows=todo), console, config.log_interval_seconds, _checks(run, receipts, len(todo))
     )
     return _Done([*receipts, *executed.receipts], executed)
 
@@ -355,7 +355,7 @@ def _commit(run: _ClassifyRun, done: _Done, started: float) -> tuple[Totals, dic
     measured: dict[str, Any] = {"rows_pipeline": 0, "engines": {}, "bottleneck": None}
     if done.executed is not None:
         seconds = stage_seconds(done.executed.receipts)
-        found = find_bottleneck(done.executed.measured(seconds, bool(run.settled.measured)))
+        found = find_bottleneck(done.executed.stage_usage(seconds, bool(run.settled.measured)))
         measured = done.executed.as_json() | {
             "seconds_to_first_part": round(done.executed.first_part_at - started, 3),
             "bottleneck": found.as_json(),

@@ -17,7 +17,7 @@ from batchcls.models.model_bundle import Bundle, BundleConfig
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
 from batchcls.pipeline.node_engines import EngineSelection
-from batchcls.pipeline.pipeline_spec import Load, PipelineSpec
+from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
 from batchcls.preprocessing import Views, views_of
 from batchcls.resources import ResourcePlan
 from batchcls.runs.parts import PartWriter
@@ -228,14 +228,12 @@ def work_of(
         temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
         abstention=Abstention.of(bundle) if config.abstain else None,
     )
-    return PipelineSpec(
-        manifest=inputs.manifest,
-        todo=RowRanges.all(inputs.manifest.rows),
-        bad_ids=inputs.bad_ids,
-        load=Load(inputs.manifest.columns, inputs.storage, load),
-        predict=predict,
+    worker = WorkerSpec(
         bundle=inputs.bundle,
+        fingerprint=inputs.bundle.fingerprint,
         engines=settled.engines,
+        load=LoadSpec(inputs.manifest.columns, inputs.storage, load),
+        predict=predict,
         writer=PartWriter(
             run_folder(config.output, run_id),
             inputs.storage,
@@ -244,6 +242,12 @@ def work_of(
             bundle.embedding_dimension,
             abstain=config.abstain,
         ),
-        placement=placement,
+        resources=placement,
+    )
+    return PipelineSpec(
+        manifest=inputs.manifest,
+        rows=RowRanges.all(inputs.manifest.rows),
+        invalid_ids=inputs.bad_ids,
+        worker=worker,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
     )

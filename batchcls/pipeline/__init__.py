@@ -1,9 +1,10 @@
-"""A manifest's rows through the cluster, in one of two shapes. Nothing else knows Ray's tasks and actors.
+"""Distributed execution of a run on Ray, as one of two graphs.
 
-fused   one pool of actors, each of which does all of a fragment's way: nodes without a GPU
-staged  Ray Data: load tasks -> predict actors -> write tasks, for GPUs fed by the CPUs of many nodes
+fragment  (`--shape fused`) one pool of actors, each of which loads, predicts and writes whole fragments;
+          for nodes without a GPU
+ray_data  (`--shape staged`) Ray Data: load tasks -> predict actors -> write tasks; for GPUs that are fed
+          by the CPUs of many nodes
 
-Both run the same loader, predictor and writer. Each stage has a module of its own, and this one
-imports none of them: a worker process imports what it runs and no more, which is most of a job's
-start-up on a small machine.
+Both graphs run the same loader, predictor and writer. This package imports none of its modules: a worker
+process imports only what it runs, because imports dominate the start-up time of a small job.
 """

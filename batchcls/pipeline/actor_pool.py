@@ -1,7 +1,7 @@
-"""The fused shape: one pool of actors, each of which does all of a fragment's way. Needs no ray.data.
+"""The fragment graph: a pool of actors, each of which loads, predicts and writes whole fragments.
 
-The driver hands out row ranges and gathers receipts. A fragment whose actor dies is given to
-whichever actor is free, a few times at most.
+The driver assigns fragments to actors and collects their receipts. A fragment whose actor crashed is retried on
+any idle actor, a limited number of times.
 """
 
 import time
@@ -14,220 +14,218 @@ import ray
 
 from batchcls.errors import BatchclsError
 from batchcls.manifest.snapshot import Fragment
-from batchcls.pipeline.crash_isolation import Suspects, rejected_in
+from batchcls.pipeline.crash_isolation import CrashIsolator, rejected_rows
 from batchcls.pipeline.fragment_actor import (
-    CONCURRENCY,
+    CONCURRENCY_GROUPS,
     FRAGMENTS_IN_FLIGHT,
     FragmentActor,
     PartialFragment,
     WorkerProgress,
-    WorkerSpec,
 )
-from batchcls.pipeline.pipeline_spec import ACTOR_RESTARTS, PipelineSpec
+from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.prometheus import metrics_of
-from batchcls.pipeline.ray_errors import is_out_of_memory, stopped
+from batchcls.pipeline.ray_errors import is_out_of_memory, to_batchcls_error
 from batchcls.resources import fragment_sizes
 from batchcls.runs.parts import Receipt
 
-_LOOK_SECONDS = 0.5
-_NOTHING, _NOT_BEGUN = WorkerProgress({}, 0.0), PartialFragment(0, Counter())
-_DEATHS = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
+_POLL_SECONDS = 0.5
+_NO_PROGRESS, _NOT_STARTED = WorkerProgress({}, 0.0), PartialFragment(0, Counter())
+_ACTOR_CRASHES = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
 
 
 @dataclass(frozen=True, slots=True)
-class _Todo:
-    """A fragment, and how many processes have died over it."""
+class _Attempt:
+    """A fragment to process, and how many worker processes crashed on it."""
 
     fragment: Fragment
-    deaths: int = 0
+    crashes: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class _ActorSlot:
-    """One actor of the pool, and the last that was heard of it; it has no engine until it is ready."""
+class _PoolActor:
+    """One actor of the pool and its last progress report; `engine` is None until it is ready."""
 
-    actor: Any
+    handle: Any
     engine: str | None = None
     fragments: int = 0
-    last: WorkerProgress = _NOTHING
-    is_asked: bool = False
+    progress: WorkerProgress = _NO_PROGRESS
+    is_polled: bool = False
 
 
-class FusedRun:
-    """One execution, and a look at it while it goes on."""
+class FragmentGraph:
+    """One execution of the fragment graph; its progress can be read from another thread."""
 
     actor_class: type[FragmentActor] = FragmentActor
 
-    def __init__(self, work: PipelineSpec, check: Callable[[Progress], None]) -> None:
-        self._work = work
+    def __init__(self, spec: PipelineSpec, check: Callable[[Progress], None]) -> None:
+        self._spec = spec
         self._check = check
-        self._places: list[_ActorSlot] = []
-        self._starting: dict[Any, _ActorSlot] = {}
-        self._working: dict[Any, tuple[_ActorSlot, _Todo]] = {}
-        self._asked: dict[Any, _ActorSlot] = {}
-        self._again: deque[_Todo] = deque()
-        self._suspects = Suspects(work)
-        self._orders: Any = None
+        self._actors: list[_PoolActor] = []
+        self._starting: dict[Any, _PoolActor] = {}
+        self._running: dict[Any, tuple[_PoolActor, _Attempt]] = {}
+        self._polls: dict[Any, _PoolActor] = {}
+        self._retries: deque[_Attempt] = deque()
+        self._isolator = CrashIsolator(spec)
+        self._worker_spec: Any = None
         self._receipts: list[Receipt] = []
         self._finished_rows = 0
         self._failures: Counter[str] = Counter()
         self._ready_at: float | None = None
 
     def progress(self) -> Progress:
-        """How far the run is, as far as the driver has heard."""
-        # A look may be older than a receipt: only what is still worked on counts beside the receipts. A list, since
-        # the thread that shows progress asks as well.
-        looks = [
-            place.last.parts.get(todo.fragment.first_row, _NOT_BEGUN)
-            for place, todo in list(self._working.values())
+        """Return the progress that the driver knows of."""
+        # A report may be older than a receipt, so only fragments that are still running count beside the receipts.
+        # The thread that displays progress calls this too, hence the copy.
+        partial = [
+            actor.progress.fragments.get(attempt.fragment.first_row, _NOT_STARTED)
+            for actor, attempt in list(self._running.values())
         ]
         return Progress(
-            rows=self._finished_rows + sum(look.rows for look in looks),
-            failures=sum((look.failures for look in looks), self._failures),
-            engines=Counter(place.engine for place in self._places if place.engine is not None),
-            peak_memory_mib=max((place.last.peak_memory_mib for place in self._places), default=0.0),
+            rows=self._finished_rows + sum(fragment.rows for fragment in partial),
+            failures=sum((fragment.failures for fragment in partial), self._failures),
+            engines=Counter(actor.engine for actor in self._actors if actor.engine is not None),
+            peak_memory_mib=max((actor.progress.peak_memory_mib for actor in self._actors), default=0.0),
             ready_at=self._ready_at,
         )
 
     def execute(self) -> list[Receipt]:
-        """Run to the end and return the receipts of what was written.
+        """Process all rows and return the receipts of the parts that were written.
 
         Raises:
-            BatchclsError: an actor could not start, a fragment failed for good, nothing moved for too long,
-                or what `check` raises.
+            BatchclsError: an actor cannot start, a fragment failed after all retries, no row was finished within
+                the time limit, or `check` raised it.
         """
-        shape, rows = self._work.placement, self._work.todo
-        fragments = self._work.manifest.fragments(fragment_sizes(len(rows), shape), rows)
-        todo = (_Todo(fragment) for fragment in fragments)
+        spec = self._spec
+        sizes = fragment_sizes(len(spec.rows), spec.worker.resources)
+        attempts = (_Attempt(fragment) for fragment in spec.manifest.fragments(sizes, spec.rows))
         self._start_actors()
         try:
-            self._run(todo)
+            self._run(attempts)
         finally:
-            for place in self._places:
-                ray.kill(place.actor)
+            for actor in self._actors:
+                ray.kill(actor.handle)
         return self._receipts
 
     def _start_actors(self) -> None:
-        work, shape = self._work, self._work.placement
-        fingerprint = work.bundle.fingerprint
-        # Held for as long as the run lasts: a process that takes a dead one's place reads it again.
-        self._orders = ray.put(
-            WorkerSpec(work.bundle, fingerprint, work.engines, work.load, work.predict, work.writer, shape)
-        )
-        pool: Any = ray.remote(concurrency_groups=CONCURRENCY)(self.actor_class)
-        for _ in range(shape.num_actors):
-            actor = pool.options(
-                num_cpus=shape.cpus_per_actor,
-                num_gpus=shape.gpus_per_actor,
+        resources = self._spec.worker.resources
+        # The reference is held for the whole run: the restarted process of a crashed actor reads it again.
+        self._worker_spec = ray.put(self._spec.worker)
+        actor_class: Any = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(self.actor_class)
+        for _ in range(resources.num_actors):
+            handle = actor_class.options(
+                num_cpus=resources.cpus_per_actor,
+                num_gpus=resources.gpus_per_actor,
                 scheduling_strategy="SPREAD",
-                max_restarts=ACTOR_RESTARTS,
-            ).remote([self._orders])
-            self._places.append(_ActorSlot(actor))
-            self._await(self._places[-1])
+                max_restarts=MAX_ACTOR_RESTARTS,
+            ).remote([self._worker_spec])
+            self._actors.append(_PoolActor(handle))
+            self._await_ready(self._actors[-1])
 
-    def _await(self, place: _ActorSlot) -> None:
-        """Give it nothing before it says that it is ready."""
-        place.engine, place.last = None, _NOTHING
-        self._starting[place.actor.ready.remote()] = place
+    def _await_ready(self, actor: _PoolActor) -> None:
+        """Assign no fragment to an actor before it reports that it is ready."""
+        actor.engine, actor.progress = None, _NO_PROGRESS
+        self._starting[actor.handle.ready.remote()] = actor
 
-    def _run(self, todo: Iterator[_Todo]) -> None:
-        moved, rows = time.monotonic(), 0
-        while self._hand_out(todo) or self._working or self._suspects.calls:
-            waited_for = [*self._starting, *self._working, *self._suspects.calls]
-            done, _ = ray.wait(waited_for, timeout=_LOOK_SECONDS)
-            for call in done:
-                if call in self._suspects.calls:
-                    self._again.extend(_Todo(fragment) for fragment in self._suspects.finish(call))
+    def _run(self, attempts: Iterator[_Attempt]) -> None:
+        progressed_at, rows = time.monotonic(), 0
+        while self._assign_fragments(attempts) or self._running or self._isolator.pending:
+            waiting = [*self._starting, *self._running, *self._isolator.pending]
+            finished, _ = ray.wait(waiting, timeout=_POLL_SECONDS)
+            for call in finished:
+                if call in self._isolator.pending:
+                    self._retries.extend(_Attempt(fragment) for fragment in self._isolator.collect(call))
                 else:
-                    self._finish(call)
-            self._look()
+                    self._collect(call)
+            self._poll_progress()
             progress = self.progress()
             self._check(progress)
-            now = progress.rows
-            if done or now != rows or self._suspects.calls:
-                moved, rows = time.monotonic(), now
-            elif time.monotonic() - moved > self._work.no_progress_timeout_seconds:
-                raise BatchclsError(self._stuck())
+            if finished or progress.rows != rows or self._isolator.pending:
+                progressed_at, rows = time.monotonic(), progress.rows
+            elif time.monotonic() - progressed_at > self._spec.no_progress_timeout_seconds:
+                raise BatchclsError(self._no_progress_message())
 
-    def _hand_out(self, todo: Iterator[_Todo]) -> bool:
-        """Give every actor that has room something to do; False where there is nothing left to give."""
-        for place in self._places:
-            while place.engine is not None and place.fragments < FRAGMENTS_IN_FLIGHT:
-                following = self._again.popleft() if self._again else next(todo, None)
-                if following is None:
+    def _assign_fragments(self, attempts: Iterator[_Attempt]) -> bool:
+        """Assign fragments to every actor with capacity; return False when no fragment is left to assign."""
+        for actor in self._actors:
+            while actor.engine is not None and actor.fragments < FRAGMENTS_IN_FLIGHT:
+                attempt = self._retries.popleft() if self._retries else next(attempts, None)
+                if attempt is None:
                     return False
-                self._give(place, following)
+                self._submit(actor, attempt)
         return True
 
-    def _give(self, place: _ActorSlot, todo: _Todo) -> None:
-        fragment = todo.fragment
-        rejected = rejected_in(self._work, self._suspects.poison, fragment)
-        self._working[place.actor.work.remote(fragment, rejected)] = (place, todo)
-        place.fragments += 1
+    def _submit(self, actor: _PoolActor, attempt: _Attempt) -> None:
+        fragment = attempt.fragment
+        rejected = rejected_rows(self._spec, self._isolator.crashing_rows, fragment)
+        self._running[actor.handle.process.remote(fragment, rejected)] = (actor, attempt)
+        actor.fragments += 1
 
-    def _finish(self, call: Any) -> None:
-        place, todo = (self._starting.pop(call), None) if call in self._starting else self._working.pop(call)
-        if todo is not None:
-            place.fragments -= 1
+    def _collect(self, call: Any) -> None:
+        """Receive the result of a finished start or fragment."""
+        actor, attempt = (
+            (self._starting.pop(call), None) if call in self._starting else self._running.pop(call)
+        )
+        if attempt is not None:
+            actor.fragments -= 1
         try:
-            found = ray.get(call)
-        except _DEATHS as error:
-            self._mourn(place, todo, error)
+            result = ray.get(call)
+        except _ACTOR_CRASHES as error:
+            self._handle_crash(actor, attempt, error)
         except ray.exceptions.RayError as error:
-            if todo is None or not is_out_of_memory(error):
-                raise stopped(error) from error
-            self._do_again(todo)
+            if attempt is None or not is_out_of_memory(error):
+                raise to_batchcls_error(error) from error
+            self._retry(attempt)
         else:
-            if isinstance(found, Receipt):
-                self._receipts.append(found)
-                self._finished_rows += found.rows
-                metrics_of(self._work.load.settings.run_id).record(found)
-                self._failures += found.failures
+            if isinstance(result, Receipt):
+                self._receipts.append(result)
+                self._finished_rows += result.rows
+                metrics_of(self._spec.worker.load.settings.run_id).record(result)
+                self._failures += result.failures
             else:
-                place.engine = found
+                actor.engine = result
                 self._ready_at = self._ready_at or time.time()
 
-    def _mourn(self, place: _ActorSlot, todo: _Todo | None, error: BaseException) -> None:
-        """A process died. Its fragment is done again, by any actor, and Ray's next process is waited for."""
-        if todo is None:  # not even that process came up
-            raise stopped(error) from error
-        self._do_again(todo)
-        if place.engine is not None:
-            self._await(place)
+    def _handle_crash(self, actor: _PoolActor, attempt: _Attempt | None, error: BaseException) -> None:
+        """Retry the fragment of a crashed process on any actor, and wait until Ray has restarted the process."""
+        if attempt is None:  # the actor used up its restarts without becoming ready
+            raise to_batchcls_error(error) from error
+        self._retry(attempt)
+        if actor.engine is not None:
+            self._await_ready(actor)
 
-    def _do_again(self, todo: _Todo) -> None:
-        """Once more, as long as there is patience with it."""
-        if todo.deaths >= self._suspects.patience:
-            self._suspects.accuse(todo.fragment)
+    def _retry(self, attempt: _Attempt) -> None:
+        """Retry a fragment, or isolate its rows when it has no retries left."""
+        if attempt.crashes >= self._isolator.max_retries:
+            self._isolator.isolate(attempt.fragment)
         else:
-            self._again.append(_Todo(todo.fragment, todo.deaths + 1))
+            self._retries.append(_Attempt(attempt.fragment, attempt.crashes + 1))
 
-    def _look(self) -> None:
-        """Ask every actor that has answered the last question how far it is; nobody is waited for."""
-        answered, _ = (
-            ray.wait([*self._asked], num_returns=len(self._asked), timeout=0) if self._asked else ([], [])
+    def _poll_progress(self) -> None:
+        """Receive the progress reports that have arrived and request new ones, without waiting."""
+        finished, _ = (
+            ray.wait([*self._polls], num_returns=len(self._polls), timeout=0) if self._polls else ([], [])
         )
-        for call in answered:
-            place = self._asked.pop(call)
-            place.is_asked = False
+        for call in finished:
+            actor = self._polls.pop(call)
+            actor.is_polled = False
             try:
-                place.last = ray.get(call)
+                actor.progress = ray.get(call)
             except ray.exceptions.RayError:
-                place.last = _NOTHING  # it died; whoever waits for its fragment hears of it
-        for place in self._places:
-            if place.engine is not None and not place.is_asked:
-                self._asked[place.actor.under_way.remote()] = place
-                place.is_asked = True
+                actor.progress = _NO_PROGRESS  # it crashed, which `_collect` handles for its fragments
+        for actor in self._actors:
+            if actor.engine is not None and not actor.is_polled:
+                self._polls[actor.handle.progress.remote()] = actor
+                actor.is_polled = True
 
-    def _stuck(self) -> str:
+    def _no_progress_message(self) -> str:
         hint = (
-            f"{len(self._starting)} of {len(self._places)} actors have not started, other work may hold the CPUs "
+            f"{len(self._starting)} of {len(self._actors)} actors have not started, other work may hold the CPUs "
             "that they need"
             if self._starting
-            else "storage may not answer"
+            else "storage may not respond"
         )
         return (
-            f"the pipeline stopped: no row has moved for {self._work.no_progress_timeout_seconds:g} s "
+            f"the pipeline failed: no row was finished for {self._spec.no_progress_timeout_seconds:g} s "
             f"(--no-progress-timeout-seconds); {hint}"
         )

@@ -1,4 +1,4 @@
-"""Predictions of an earlier run taken over, in parallel tasks, for rows whose images are what they were."""
+"""Copying of an earlier run's predictions, in parallel tasks, for rows whose images have not changed."""
 
 import hashlib
 import logging
@@ -21,8 +21,8 @@ from batchcls.images.fetch import Fetcher
 from batchcls.images.url_policy import resolve_uri
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
-from batchcls.pipeline.pipeline_spec import RETRIES, Load, PipelineSpec
-from batchcls.pipeline.ray_errors import stopped
+from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
+from batchcls.pipeline.ray_errors import to_batchcls_error
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.receipts import keep_receipt
 from batchcls.runs.reuse import EarlierRows, Places, ReuseSource, hashes_of, state_keys
@@ -30,259 +30,266 @@ from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, Failure, a
 
 _FRAGMENT_ROWS = 16_384
 _THREADS = 32
-_TASKS_A_CPU = 2
+_TASKS_PER_CPU = 2
+_MATCHES = ("row", "version", "etag", "stat", "content")
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Given:
-    """What every task needs; one copy a node."""
+class CopySpec:
+    """What every copy task receives, once per node; it leaves out the weights that a `WorkerSpec` carries."""
 
-    load: Load
+    load: LoadSpec
     writer: PartWriter
-    earlier: ReuseSource
+    source: ReuseSource
 
 
 @dataclass(frozen=True, slots=True)
 class CopiedRows:
-    """What a task has taken over; `ways` counts rows by how they were found, `lost` says why none could be."""
+    """Result of a copy task.
+
+    Attributes:
+        receipt: of the part that was written; None if no row was copied.
+        counts: rows by what identified their images (`row`, `version`, `etag`, `stat`, `content`), rows without
+            a version (`unnamed`), and rows of a source that cannot be read (`lost`).
+        error: why the source cannot be read; empty otherwise.
+    """
 
     receipt: Receipt | None
-    ways: Counter[str]
-    lost: str = ""
+    counts: Counter[str]
+    error: str = ""
 
 
-def take_over(work: PipelineSpec, earlier: ReuseSource, check: Callable[[], None]) -> list[Receipt]:
-    """Write the rows of `work.todo` whose answers an earlier run has.
+def copy_predictions(spec: PipelineSpec, source: ReuseSource, check: Callable[[], None]) -> list[Receipt]:
+    """Write the rows of `spec.rows` whose predictions an earlier run holds.
 
     Args:
-        work: of the run; `todo` are the rows that nothing is known of yet.
-        earlier: the run whose answers may stand for this one's.
-        check: called now and then; what it raises ends the work.
+        spec: specification of the run; its rows are those without a receipt.
+        source: the run whose predictions are valid for this one as well.
+        check: called regularly; an error that it raises ends the copying.
 
     Raises:
-        BatchclsError: storage refused.
+        BatchclsError: storage failed.
     """
-    shared = ray.put(Given(work.load, work.writer, earlier))
-    task = ray.remote(num_cpus=1, max_retries=RETRIES)(_take_over)
-    most = max(1, int(ray.cluster_resources().get("CPU", 1)) * _TASKS_A_CPU)
-    fragments = work.manifest.fragments(repeat(_FRAGMENT_ROWS), work.todo)
-    waiting: list[Any] = []
+    copy_spec = ray.put(CopySpec(spec.worker.load, spec.worker.writer, source))
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_copy_fragment)
+    max_running = max(1, int(ray.cluster_resources().get("CPU", 1)) * _TASKS_PER_CPU)
+    running: list[Any] = []
     receipts: list[Receipt] = []
-    ways: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    first_error = ""
 
-    lost = ""
-
-    def collect(least_left: int) -> None:
-        nonlocal lost
-        while len(waiting) > least_left:
-            (call,), waiting[:] = ray.wait(waiting)
+    def collect(max_left: int) -> None:
+        nonlocal first_error
+        while len(running) > max_left:
+            (call,), running[:] = ray.wait(running)
             check()
             try:
-                found: CopiedRows = ray.get(call)
+                copied: CopiedRows = ray.get(call)
             except ray.exceptions.RayError as error:
-                raise stopped(error) from error
-            ways.update(found.ways)
-            lost = lost or found.lost
-            if found.receipt is not None:
-                receipts.append(found.receipt)
+                raise to_batchcls_error(error) from error
+            counts.update(copied.counts)
+            first_error = first_error or copied.error
+            if copied.receipt is not None:
+                receipts.append(copied.receipt)
 
-    for fragment in fragments:
-        collect(most - 1)
-        rejected = work.bad_ids.between(fragment.first_row, fragment.stop)
-        waiting.append(task.remote([shared], fragment, rejected))
+    for fragment in spec.manifest.fragments(repeat(_FRAGMENT_ROWS), spec.rows):
+        collect(max_running - 1)
+        rejected = spec.invalid_ids.between(fragment.first_row, fragment.stop)
+        running.append(task.remote([copy_spec], fragment, rejected))
     collect(0)
-    _tell(earlier, ways, len(work.todo), lost)
+    _log_counts(source.run_id, counts, len(spec.rows), first_error)
     return receipts
 
 
-def _tell(earlier: ReuseSource, ways: Counter[str], rows: int, lost: str) -> None:
-    taken = sum(ways[way] for way in ("row", "version", "etag", "stat", "content"))
-    by = ", ".join(
-        f"{ways[way]} by {way}" for way in ("row", "version", "etag", "stat", "content") if ways[way]
-    )
+def _log_counts(run_id: str, counts: Counter[str], rows: int, error: str) -> None:
+    copied = sum(counts[match] for match in _MATCHES)
+    by_match = ", ".join(f"{counts[match]} by {match}" for match in _MATCHES if counts[match])
     _logger.info(
-        "reuse: %d of %d rows taken over from %s%s", taken, rows, earlier.run_id, f" ({by})" if by else ""
+        "reuse: copied %d of %d rows from %s%s", copied, rows, run_id, f" ({by_match})" if by_match else ""
     )
-    if lost:
+    if error:
         _logger.warning(
-            "reuse: %d rows are computed, files of run %s cannot be read: %s",
-            ways["lost"],
-            earlier.run_id,
-            lost,
+            "reuse: %d rows are computed because files of run %s cannot be read: %s",
+            counts["lost"],
+            run_id,
+            error,
         )
-    if ways["unnamed"]:
+    if counts["unnamed"]:
         _logger.warning(
-            "reuse: for %d rows neither the manifest (column version) nor the store (ETag, size and time) says what "
-            "state their images are in; they were fetched and hashed",
-            ways["unnamed"],
+            "reuse: %d rows have a version neither in the manifest (column version) nor in the store (ETag, size and "
+            "time); their images were fetched and hashed",
+            counts["unnamed"],
         )
 
 
 class _CopyWorker:
     """Connections and threads of a worker process."""
 
-    def __init__(self, given: Given) -> None:
-        load = given.load
-        self.given = given
-        self.reader = FragmentReader(load.columns, load.storage)
-        self.fetcher = Fetcher(load.settings.fetch)
-        self.rows = EarlierRows(given.earlier, load.storage)
+    def __init__(self, spec: CopySpec) -> None:
+        self.spec = spec
+        self.reader = FragmentReader(spec.load.columns, spec.load.storage)
+        self.fetcher = Fetcher(spec.load.settings.fetch)
+        self.source_rows = EarlierRows(spec.source, spec.load.storage)
         self.pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="reuse")
         self.connection = duckdb.connect(config={"threads": 1})
 
 
 _workers: dict[str, _CopyWorker] = {}
-"""By run id, one at a time."""
+"""The worker of this process, by run id; it is replaced when a task of another run arrives."""
 
 
-def _take_over(
-    shared: "list[ray.ObjectRef[Given]]", fragment: Fragment, rejected: Mapping[int, Failure]
+def _copy_fragment(
+    spec: "list[ray.ObjectRef[CopySpec]]", fragment: Fragment, rejected: Mapping[int, Failure]
 ) -> CopiedRows:
-    given: Given = ray.get(shared[0])
-    return take_over_fragment(given, fragment, rejected)
+    return copy_fragment(ray.get(spec[0]), fragment, rejected)
 
 
-def take_over_fragment(given: Given, fragment: Fragment, rejected: Mapping[int, Failure]) -> CopiedRows:
-    """What a task does: find the rows of a fragment in the earlier run, and write them as one part.
+def copy_fragment(spec: CopySpec, fragment: Fragment, rejected: Mapping[int, Failure]) -> CopiedRows:
+    """Find the rows of a fragment in the earlier run, and write them as one part.
 
     Args:
-        given: the same for all fragments of a run.
-        fragment: of the manifest.
-        rejected: rows that have failed before they are fetched, by row number.
+        spec: the same for all fragments of a run.
+        fragment: rows of the manifest.
+        rejected: rows that failed before they are fetched, by row number.
 
     Returns:
-        Nothing taken over, and why, where a file of the earlier run is gone or damaged: the rows are computed.
+        The copied rows; none, with the error, if a file of the earlier run is missing or damaged.
 
     Raises:
-        StorageStoppedError: storage refused.
+        StorageStoppedError: storage failed.
     """
-    run_id = given.load.settings.run_id
+    run_id = spec.load.settings.run_id
     if run_id not in _workers:
         _workers.clear()
-        _workers[run_id] = _CopyWorker(given)
-    worker = _workers[run_id]
+        _workers[run_id] = _CopyWorker(spec)
     try:
-        return _found(worker, fragment, rejected)
-    except EarlierLostError as error:
+        return _copy(_workers[run_id], fragment, rejected)
+    except SourceUnreadableError as error:
         return CopiedRows(None, Counter(lost=fragment.rows), str(error))
 
 
-class EarlierLostError(Exception):
-    """A file of the earlier run is gone, or is not what was committed; the text says which."""
+class SourceUnreadableError(Exception):
+    """A file of the earlier run is missing, or differs from what was committed; the message names it."""
 
 
-def _found(worker: _CopyWorker, fragment: Fragment, rejected: Mapping[int, Failure]) -> CopiedRows:
-    given = worker.given
+def _copy(worker: _CopyWorker, fragment: Fragment, rejected: Mapping[int, Failure]) -> CopiedRows:
+    by_row = worker.spec.source.by_row
     table = pa.concat_tables(worker.reader.read(fragment, fragment.rows))
     table = table.filter(pc.invert(pc.is_in(table.column(ROW), pa.array(list(rejected), pa.int64()))))
-    ways: Counter[str] = Counter()
-    if given.earlier.by_row is not None:
-        places = given.earlier.by_row.find(table.column(ROW).to_numpy().astype(np.uint64))
-        places = _verified(
-            worker, places, table.column(ITEM_ID), lambda rows: rows.column(ITEM_ID), [ITEM_ID]
+    counts: Counter[str] = Counter()
+    if by_row is not None:
+        positions = by_row.find(table.column(ROW).to_numpy().astype(np.uint64))
+        positions = _verified(
+            worker, positions, table.column(ITEM_ID), lambda rows: rows.column(ITEM_ID), [ITEM_ID]
         )
-        ways["row"] = int((places >= 0).sum())
+        counts["row"] = int((positions >= 0).sum())
     else:
-        table, places = _by_image(worker, table, ways)
-    taken = np.flatnonzero(places >= 0)
-    if not len(taken):
-        return CopiedRows(None, ways)
-    return CopiedRows(_write(worker, table.take(pa.array(taken)), places[taken]), ways)
+        table, positions = _match_by_image(worker, table, counts)
+    matched = np.flatnonzero(positions >= 0)
+    if not len(matched):
+        return CopiedRows(None, counts)
+    return CopiedRows(_write(worker, table.take(pa.array(matched)), positions[matched]), counts)
 
 
-def _by_image(worker: _CopyWorker, table: pa.Table, ways: Counter[str]) -> tuple[pa.Table, Places]:
-    """Places of the rows whose images have not changed; the table with the states they are in now."""
-    earlier = worker.given.earlier
-    states = pa.array(worker.pool.map(lambda row: _state(worker, *row), _uris_and_states(table)), pa.string())
-    table = table.set_column(table.schema.get_field_index(SOURCE_VERSION), SOURCE_VERSION, states)
-    keys = state_keys(_flat(table, ITEM_ID), _flat(table, URI), states)
-    places = earlier.by_state.find(hashes_of(keys, worker.connection))
-    named = keys.is_valid().to_numpy(zero_copy_only=False)
-    places = _verified(
+def _match_by_image(worker: _CopyWorker, table: pa.Table, counts: Counter[str]) -> tuple[pa.Table, Places]:
+    """Return the table with its current source versions, and the positions of the rows with unchanged images.
+
+    Positions index the rows of the earlier run; -1 where a row has no match.
+    """
+    source = worker.spec.source
+    versions = pa.array(
+        worker.pool.map(lambda row: _source_version(worker, *row), _uris_and_versions(table)), pa.string()
+    )
+    table = table.set_column(table.schema.get_field_index(SOURCE_VERSION), SOURCE_VERSION, versions)
+    keys = state_keys(_flat(table, ITEM_ID), _flat(table, URI), versions)
+    positions = source.by_state.find(hashes_of(keys, worker.connection))
+    has_version = keys.is_valid().to_numpy(zero_copy_only=False)
+    positions = _verified(
         worker,
-        np.where(named, places, -1),
+        np.where(has_version, positions, -1),
         keys,
         lambda rows: state_keys(_flat(rows, ITEM_ID), _flat(rows, URI), _flat(rows, SOURCE_VERSION)),
         [ITEM_ID, URI, SOURCE_VERSION],
     )
-    ways.update(
-        state.as_py().partition(":")[0] for state in states.take(pa.array(np.flatnonzero(places >= 0)))
+    counts.update(
+        version.as_py().partition(":")[0]
+        for version in versions.take(pa.array(np.flatnonzero(positions >= 0)))
     )
-    left = np.flatnonzero(places < 0)
-    ways["unnamed"] += int((~named).sum())
-    if len(left):
-        places[left] = _by_content(worker, table.take(pa.array(left)))
-        ways["content"] += int((places[left] >= 0).sum())
-    return table, places
+    unmatched = np.flatnonzero(positions < 0)
+    counts["unnamed"] += int((~has_version).sum())
+    if len(unmatched):
+        positions[unmatched] = _match_by_content(worker, table.take(pa.array(unmatched)))
+        counts["content"] += int((positions[unmatched] >= 0).sum())
+    return table, positions
 
 
-def _by_content(worker: _CopyWorker, table: pa.Table) -> Places:
-    """Places of the rows whose bytes were there before, under whatever name."""
+def _match_by_content(worker: _CopyWorker, table: pa.Table) -> Places:
+    """Return the positions of rows with the same image bytes, whatever their ids and URIs."""
     pairs = zip(table.column(URI).to_pylist(), table.column(IMAGE).to_pylist(), strict=True)
     hashes = pa.array(worker.pool.map(lambda pair: _content_hash(worker, *pair), pairs), pa.string())
-    places = worker.given.earlier.by_content.find(hashes_of(hashes, worker.connection))
-    places = np.where(hashes.is_valid().to_numpy(zero_copy_only=False), places, -1)
-    return _verified(worker, places, hashes, lambda rows: rows.column("content_hash"), ["content_hash"])
+    positions = worker.spec.source.by_content.find(hashes_of(hashes, worker.connection))
+    positions = np.where(hashes.is_valid().to_numpy(zero_copy_only=False), positions, -1)
+    return _verified(worker, positions, hashes, lambda rows: rows.column("content_hash"), ["content_hash"])
 
 
 def _verified(
     worker: _CopyWorker,
-    places: Places,
-    wanted: Any,
+    positions: Places,
+    expected: Any,
     text_of: Callable[[pa.Table], Any],
     columns: list[str],
 ) -> Places:
-    """The places at which really stands what is wanted; -1 for the others."""
-    found = np.flatnonzero(places >= 0)
+    """Return the positions whose rows hold the expected texts; -1 for the others, whose hashes collided."""
+    found = np.flatnonzero(positions >= 0)
     if not len(found):
-        return places
-    rows = _taken(worker, places[found], columns)
-    same = pc.equal(text_of(rows), wanted.take(pa.array(found))).to_numpy(zero_copy_only=False)
-    checked = np.full(len(places), -1, np.int64)
-    good = found[np.asarray(same, bool)]
-    checked[good] = places[good]
-    return checked
+        return positions
+    rows = _read_source(worker, positions[found], columns)
+    is_equal = pc.equal(text_of(rows), expected.take(pa.array(found))).to_numpy(zero_copy_only=False)
+    verified = np.full(len(positions), -1, np.int64)
+    matching = found[np.asarray(is_equal, bool)]
+    verified[matching] = positions[matching]
+    return verified
 
 
-def _taken(worker: _CopyWorker, places: Places, columns: list[str]) -> pa.Table:
+def _read_source(worker: _CopyWorker, positions: Places, columns: list[str]) -> pa.Table:
     try:
-        return worker.rows.take(places, columns)
+        return worker.source_rows.take(positions, columns)
     except InputError as error:
-        raise EarlierLostError(str(error)) from None
+        raise SourceUnreadableError(str(error)) from None
 
 
-def _state(worker: _CopyWorker, uri: str | None, state: str | None) -> str | None:
-    if state is not None or uri is None:
-        return state
-    return worker.fetcher.version(resolve_uri(uri, worker.given.load.settings.base))
+def _source_version(worker: _CopyWorker, uri: str | None, version: str | None) -> str | None:
+    if version is not None or uri is None:
+        return version
+    return worker.fetcher.version(resolve_uri(uri, worker.spec.load.settings.base))
 
 
-def _uris_and_states(table: pa.Table) -> Iterator[tuple[str | None, str | None]]:
-    """What an image is fetched from, None where the manifest holds it itself, and its state as the manifest says it."""
-    inside = table.column(IMAGE).is_valid()
-    uris = pc.if_else(inside, pa.scalar(None, pa.string()), table.column(URI))
+def _uris_and_versions(table: pa.Table) -> Iterator[tuple[str | None, str | None]]:
+    """Yield the URI of each image, None where the manifest holds its bytes, and its version in the manifest."""
+    is_embedded = table.column(IMAGE).is_valid()
+    uris = pc.if_else(is_embedded, pa.scalar(None, pa.string()), table.column(URI))
     return zip(uris.to_pylist(), table.column(SOURCE_VERSION).to_pylist(), strict=True)
 
 
 def _content_hash(worker: _CopyWorker, uri: str | None, image: bytes | None) -> str | None:
-    """SHA-256 of a stored image; None where it cannot be had, which the pipeline will say."""
+    """Return the SHA-256 of a stored image; None if it cannot be fetched, which the pipeline will report."""
     if image is None and uri is not None:
-        image = worker.fetcher.fetch(resolve_uri(uri, worker.given.load.settings.base)).data
+        image = worker.fetcher.fetch(resolve_uri(uri, worker.spec.load.settings.base)).data
     return None if image is None else hashlib.sha256(image).hexdigest()
 
 
-def _write(worker: _CopyWorker, table: pa.Table, places: npt.NDArray[np.int64]) -> Receipt:
-    """Tonight's identity and kept columns of these rows, with the answers of the earlier run."""
-    writer = worker.given.writer
+def _write(worker: _CopyWorker, table: pa.Table, positions: npt.NDArray[np.int64]) -> Receipt:
+    """Write the ids and kept columns of the current manifest with the predictions of the earlier run."""
+    writer = worker.spec.writer
     fields = answer_fields(writer.embedding, writer.embedding_dimension, abstain=writer.abstain)
     names = [*(field.name for field in fields), "width", "height", "content_hash"]
-    if worker.given.earlier.by_row is not None:
-        # Nobody has looked at the images: what is said of them is what was said of them then.
+    if worker.spec.source.by_row is not None:
+        # The images were not looked at, so that the recorded version is the one that was classified.
         names.append(SOURCE_VERSION)
         table = table.drop_columns([SOURCE_VERSION])
-    rows = _taken(worker, places, names)
+    rows = _read_source(worker, positions, names)
     for name in names:
         table = table.append_column(rows.schema.field(name), rows.column(name))
     return keep_receipt(writer.write_reused(table), writer.folder, writer.storage)

@@ -1,7 +1,8 @@
-"""Images that kill the process that decodes them: which rows of a fragment they are.
+"""Isolation of the images that crash the process which decodes them.
 
-A fragment over which process after process dies is tried row by row, apart, on any node. What ends
-those processes too goes to quarantine as decoder_crash, and the fragment is done again without it.
+When the worker processes of a fragment crash repeatedly, its rows are decoded one by one in a separate process,
+on any node. Rows that crash this process as well are quarantined as decoder_crash, and the fragment is
+processed again without them.
 """
 
 import logging
@@ -11,11 +12,11 @@ from typing import Any
 import ray
 
 from batchcls.errors import BatchclsError
-from batchcls.images.isolated_decode import Suspect, find_killers
+from batchcls.images.isolated_decode import ImageRow, find_crashing_rows
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
-from batchcls.pipeline.pipeline_spec import RETRIES, PipelineSpec
-from batchcls.pipeline.ray_errors import cause_of
+from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
+from batchcls.pipeline.ray_errors import root_cause
 from batchcls.schema import IMAGE, ROW, URI, Failure
 
 _ROWS_PER_TABLE = 256
@@ -23,114 +24,125 @@ _ROWS_PER_TABLE = 256
 _logger = logging.getLogger(__name__)
 
 
-def rejected_in(work: PipelineSpec, poison: Mapping[int, Failure], fragment: Fragment) -> dict[int, Failure]:
-    """Rows of a fragment that have failed before they are fetched, by row number."""
-    bad = work.bad_ids.between(fragment.first_row, fragment.stop)
-    return bad | {row: poison[row] for row in poison if fragment.first_row <= row < fragment.stop}
+def rejected_rows(
+    spec: PipelineSpec, crashing_rows: Mapping[int, Failure], fragment: Fragment
+) -> dict[int, Failure]:
+    """Return the rows of a fragment that failed before they are fetched, by row number."""
+    invalid = spec.invalid_ids.between(fragment.first_row, fragment.stop)
+    return invalid | {
+        row: failure for row, failure in crashing_rows.items() if fragment.first_row <= row < fragment.stop
+    }
 
 
-class Suspects:
-    """Fragments over which processes have died, and what is found out about their rows.
+class CrashIsolator:
+    """Finds the rows that crash worker processes, in tasks that run beside the pipeline.
 
-    A process works on two fragments, so that an innocent one dies with a guilty one: what is found
-    innocent waits for the verdict on all others.
+    A process works on two fragments, so a crash hits a harmless fragment together with the one that caused it.
+    Fragments without crashing rows are therefore held back until all isolation tasks have finished: if none of
+    them found a crashing row, the cause is not an image.
     """
 
-    def __init__(self, work: PipelineSpec) -> None:
-        self._work = work
-        self._load = ray.put(work.load)
+    def __init__(self, spec: PipelineSpec) -> None:
+        self._spec = spec
+        self._load = ray.put(spec.worker.load)
         self._calls: dict[Any, Fragment] = {}
-        self._innocent: list[Fragment] = []
-        self._to_do_again: list[Fragment] = []
-        self.poison: dict[int, Failure] = {}
-        """Rows that are known to kill, by row number."""
+        self._harmless: list[Fragment] = []
+        self._cleaned: list[Fragment] = []
+        self.crashing_rows: dict[int, Failure] = {}
+        """Rows that are known to crash their process, by row number."""
 
     @property
-    def calls(self) -> Sequence[Any]:
-        """What is being tried, for `ray.wait`."""
+    def pending(self) -> Sequence[Any]:
+        """References of the unfinished isolation tasks, for `ray.wait`."""
         return list(self._calls)
 
     @property
-    def patience(self) -> int:
-        """Deaths over a fragment before it is tried row by row: none where such images were seen already."""
-        return 0 if self.poison else RETRIES
+    def max_retries(self) -> int:
+        """Crashes of a fragment before it is isolated: none once a crashing image was found in this run."""
+        return 0 if self.crashing_rows else MAX_RETRIES
 
-    def accuse(self, fragment: Fragment) -> None:
-        """Try the rows of a fragment apart."""
+    def isolate(self, fragment: Fragment) -> None:
+        """Start a task that decodes the rows of a fragment one by one."""
         first, last = fragment.first_row, fragment.stop - 1
-        _logger.warning("processes died over rows %d to %d; they are tried one by one, apart", first, last)
-        # No CPU of its own: the pool holds them all, and the node where a process died has one to spare.
-        task = ray.remote(num_cpus=0, max_retries=RETRIES)(_try_fragment)
-        rejected = rejected_in(self._work, self.poison, fragment)
+        _logger.warning(
+            "worker processes crashed on rows %d to %d; decoding them one by one in isolation", first, last
+        )
+        # No CPU of its own: the actors hold all of them, and the node of the crashed process has one idle.
+        task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_isolate_fragment)
+        rejected = rejected_rows(self._spec, self.crashing_rows, fragment)
         self._calls[task.remote([self._load], fragment, rejected)] = fragment
 
-    def finish(self, call: Any) -> list[Fragment]:
-        """Hear what a try has found.
+    def collect(self, call: Any) -> list[Fragment]:
+        """Receive the result of a finished isolation task.
 
         Returns:
-            Fragments to be done again.
+            Fragments to process again.
 
         Raises:
-            BatchclsError: nobody knows what the processes died of.
+            BatchclsError: the isolation task failed, or no image explains the crashes.
         """
         fragment = self._calls.pop(call)
         try:
             found: dict[int, Failure] = ray.get(call)
         except ray.exceptions.RayError as error:
-            raise BatchclsError(f"the pipeline stopped: {cause_of(error)}") from error
+            raise BatchclsError(f"the pipeline failed: {root_cause(error)}") from error
         for row, failure in found.items():
             _logger.warning("row %d: %s; quarantined as %s", row, failure.detail, failure.reason)
-        self.poison |= found
-        (self._to_do_again if found else self._innocent).append(fragment)
+        self.crashing_rows |= found
+        (self._cleaned if found else self._harmless).append(fragment)
         if self._calls:
             return []
-        innocent, again = self._innocent, self._to_do_again
-        self._innocent, self._to_do_again = [], []
-        if not again:
-            raise unexplained(innocent)
-        return [*again, *innocent]
+        harmless, cleaned = self._harmless, self._cleaned
+        self._harmless, self._cleaned = [], []
+        if not cleaned:
+            raise _unexplained_crashes(harmless)
+        return [*cleaned, *harmless]
 
 
-def unexplained(fragments: Iterable[Fragment]) -> BatchclsError:
-    """What the job ends with where processes die and no image does it."""
+def isolate_fragments(
+    spec: PipelineSpec, fragments: Iterable[Fragment], on_wait: Callable[[], None]
+) -> dict[int, Failure]:
+    """Decode the rows of several fragments in isolation and wait for the result, calling `on_wait` meanwhile.
+
+    Returns:
+        The rows that crash their process, by row number.
+
+    Raises:
+        BatchclsError: an isolation task failed, or no image explains the crashes.
+    """
+    isolator = CrashIsolator(spec)
+    for fragment in fragments:
+        isolator.isolate(fragment)
+    while isolator.pending:
+        finished, _ = ray.wait(isolator.pending, timeout=1.0)
+        on_wait()
+        for call in finished:
+            isolator.collect(call)
+    return isolator.crashing_rows
+
+
+def _unexplained_crashes(fragments: Iterable[Fragment]) -> BatchclsError:
+    """Return the error of a job whose worker processes crash although none of its images does it."""
+    fragments = list(fragments)
     first = min(fragment.first_row for fragment in fragments)
     last = max(fragment.stop for fragment in fragments) - 1
     return BatchclsError(
-        f"the pipeline stopped: {RETRIES + 1} processes died over rows {first} to {last}; no image there ends a "
-        "process by itself: memory may have run out, or something ends the processes"
+        f"the pipeline failed: {MAX_RETRIES + 1} worker processes crashed on rows {first} to {last}, and none of the "
+        "images crashes a process by itself; the node may be out of memory, or something kills the processes"
     )
 
 
-def try_fragments(
-    work: PipelineSpec, fragments: Iterable[Fragment], on_wait: Callable[[], None]
+def _isolate_fragment(
+    load: "list[ray.ObjectRef[LoadSpec]]", fragment: Fragment, rejected: Mapping[int, Failure]
 ) -> dict[int, Failure]:
-    """Try the rows of several fragments apart and wait for the result; `on_wait` is called meanwhile.
-
-    Raises:
-        BatchclsError: nobody knows what the processes died of.
-    """
-    suspects = Suspects(work)
-    for fragment in fragments:
-        suspects.accuse(fragment)
-    while suspects.calls:
-        done, _ = ray.wait(suspects.calls, timeout=1.0)
-        on_wait()
-        for call in done:
-            suspects.finish(call)
-    return suspects.poison
-
-
-def _try_fragment(
-    load: "list[ray.ObjectRef[Any]]", fragment: Fragment, rejected: Mapping[int, Failure]
-) -> dict[int, Failure]:
-    given = ray.get(load[0])
-    reader = FragmentReader(given.columns, given.storage)
-    suspects = [
-        Suspect(row, uri, image)
+    spec: LoadSpec = ray.get(load[0])
+    reader = FragmentReader(spec.columns, spec.storage)
+    rows = [
+        ImageRow(row, uri, image)
         for table in reader.read(fragment, _ROWS_PER_TABLE)
         for row, uri, image in zip(
             *(table.column(name).to_pylist() for name in (ROW, URI, IMAGE)), strict=True
         )
         if row not in rejected
     ]
-    return find_killers(given.settings, suspects)
+    return find_crashing_rows(spec.settings, rows)

@@ -1,4 +1,4 @@
-"""Run the pipeline in the shape that was placed, and keep what was seen of it."""
+"""Execution of a pipeline with the graph of its resource plan, and the record of what was measured meanwhile."""
 
 import platform
 import resource
@@ -19,8 +19,8 @@ from batchcls.runs.parts import Receipt
 from batchcls.runs.utilization import Busy, Capacity, StageUsage
 
 
-class _GraphRunner(Protocol):
-    def __init__(self, work: PipelineSpec, check: Callable[[Progress], None]) -> None: ...
+class _Graph(Protocol):
+    def __init__(self, spec: PipelineSpec, check: Callable[[Progress], None]) -> None: ...
 
     def progress(self) -> Progress: ...
 
@@ -28,36 +28,36 @@ class _GraphRunner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Executed:
-    """A pipeline that has ended.
+class PipelineResult:
+    """The result of a pipeline.
 
-    Times are in seconds of `time.time`; `driver_seconds` is the CPU time that the driver took for it.
+    Times are in seconds of `time.time`; `driver_seconds` is the CPU time that the driver spent on it.
     """
 
-    work: PipelineSpec
+    spec: PipelineSpec
     receipts: list[Receipt]
     progress: Progress
-    began_at: float
-    ended_at: float
+    started_at: float
+    finished_at: float
     driver_seconds: float
     nodes: list[Node]
 
     @property
     def seconds(self) -> float:
-        """From the start of the pipeline's workers until the last row was written."""
-        return self.ended_at - self.began_at
+        """Wall time from the start of the workers until the last row was written."""
+        return self.finished_at - self.started_at
 
     @property
     def first_part_at(self) -> float:
-        """When the first rows were on storage."""
+        """When the first part was on storage."""
         return min(receipt.written_at for receipt in self.receipts)
 
     def as_json(self) -> dict[str, Any]:
-        """For run.json."""
+        """Return the measurements for run.json."""
         return {
-            "rows_pipeline": len(self.work.todo),
+            "rows_pipeline": len(self.spec.rows),
             "seconds_pipeline": round(self.seconds, 3),
-            "images_per_second": round(len(self.work.todo) / self.seconds, 2),
+            "images_per_second": round(len(self.spec.rows) / self.seconds, 2),
             "engines": dict(self.progress.engines),
             "peak_memory_mib_of_an_actor": round(self.progress.peak_memory_mib, 1),
             "peak_memory_mib_of_the_driver": round(
@@ -66,69 +66,70 @@ class Executed:
             "hardware": {"nodes": [asdict(node) for node in self.nodes], "driver": platform.platform()},
         }
 
-    def measured(self, stage_seconds: Mapping[str, float], engine_was_measured: bool) -> StageUsage:
-        """What the bottleneck is found by. `stage_seconds`: work by stage over all workers."""
-        shape = self.work.placement
-        ready_at = self.progress.ready_at or self.began_at
-        start = min(max(0.0, ready_at - self.began_at), 0.999 * self.seconds)
-        # Every process of the pool may be in its start while another works already.
-        gpus = shape.num_actors * shape.gpus_per_actor
-        loaders = shape.num_actors if shape.shape == "fused" else shape.load_tasks
-        cpus = shape.num_actors * shape.cpus_per_actor + shape.load_tasks * shape.cpus_per_load_task
+    def stage_usage(self, stage_seconds: Mapping[str, float], engine_was_measured: bool) -> StageUsage:
+        """Return what the bottleneck is computed from; `stage_seconds` are busy seconds by stage over all workers."""
+        plan = self.spec.worker.resources
+        ready_at = self.progress.ready_at or self.started_at
+        start = min(max(0.0, ready_at - self.started_at), 0.999 * self.seconds)
+        # One process of the pool may still be starting while another one works already.
+        gpus = plan.num_actors * plan.gpus_per_actor
+        loaders = plan.num_actors if plan.shape == "fused" else plan.load_tasks
+        cpus = plan.num_actors * plan.cpus_per_actor + plan.load_tasks * plan.cpus_per_load_task
         return StageUsage(
-            rows=len(self.work.todo),
+            rows=len(self.spec.rows),
             wall_seconds=self.seconds,
             start_seconds=start,
-            shape=shape.shape,
+            shape=plan.shape,
             busy=Busy(**stage_seconds, driver=self.driver_seconds),
             capacity=Capacity(
                 cpus=max(cpus, 0.1),
                 loaders=loaders,
-                fetch_threads=shape.fetch_threads,
+                fetch_threads=plan.fetch_threads,
                 gpus=gpus,
-                decode_threads=loaders * shape.decode_threads,
-                predict_threads=shape.num_actors * shape.threads_per_actor,
+                decode_threads=loaders * plan.decode_threads,
+                predict_threads=plan.num_actors * plan.threads_per_actor,
             ),
-            fragment_rows=shape.fragment_rows,
+            fragment_rows=plan.fragment_rows,
             engine=", ".join(self.progress.engines) or "network",
             engine_was_measured=engine_was_measured,
         )
 
 
 def execute(
-    work: PipelineSpec, console: Console, interval_seconds: float, check: Callable[[Progress], None]
-) -> Executed:
-    """Run to the end, with progress shown.
+    spec: PipelineSpec, console: Console, interval_seconds: float, check: Callable[[Progress], None]
+) -> PipelineResult:
+    """Run a pipeline to its end and display its progress.
 
     Args:
-        work: what is to be done.
-        console: where progress is shown.
-        interval_seconds: between progress lines where there is no terminal.
-        check: called every half second with what has been done; a BatchclsError that it raises ends the run.
+        spec: what to process.
+        console: where progress is displayed.
+        interval_seconds: between progress lines where the console is not a terminal.
+        check: called every half second with the progress; a BatchclsError that it raises ends the run.
 
     Raises:
-        BatchclsError: a stage failed for good, the cause is chained; or `check` raised it.
+        BatchclsError: a stage failed after all retries, with the cause chained; or `check` raised it.
     """
-    run: _GraphRunner
-    if work.placement.shape == "fused":
-        from batchcls.pipeline.actor_pool import FusedRun  # noqa: PLC0415
+    graph = _create_graph(spec, check)
+    metrics = metrics_of(spec.worker.load.settings.run_id)
 
-        run = FusedRun(work, check)
-    else:
-        # Ray Data takes seconds to import, and an actor pool does not need it.
-        from batchcls.pipeline.ray_data.graph import StagedRun  # noqa: PLC0415
-
-        run = StagedRun(work, check)
-    metrics = metrics_of(work.load.settings.run_id)
-
-    def look() -> Progress:
-        progress = run.progress()
-        metrics.look(progress, len(work.todo))
+    def report_progress() -> Progress:
+        progress = graph.progress()
+        metrics.report(progress, len(spec.rows))
         return progress
 
-    began_at, cpu = time.time(), time.process_time()
-    with watching(look, len(work.todo), console, interval_seconds):
-        receipts = run.execute()
-        look()
-    ended_at, cpu = time.time(), time.process_time() - cpu
-    return Executed(work, receipts, run.progress(), began_at, ended_at, cpu, nodes())
+    started_at, cpu = time.time(), time.process_time()
+    with watching(report_progress, len(spec.rows), console, interval_seconds):
+        receipts = graph.execute()
+        report_progress()
+    finished_at, cpu = time.time(), time.process_time() - cpu
+    return PipelineResult(spec, receipts, graph.progress(), started_at, finished_at, cpu, nodes())
+
+
+def _create_graph(spec: PipelineSpec, check: Callable[[Progress], None]) -> _Graph:
+    if spec.worker.resources.shape == "fused":
+        from batchcls.pipeline.actor_pool import FragmentGraph  # noqa: PLC0415
+
+        return FragmentGraph(spec, check)
+    from batchcls.pipeline.ray_data.graph import RayDataGraph  # noqa: PLC0415 - Ray Data takes seconds to import
+
+    return RayDataGraph(spec, check)

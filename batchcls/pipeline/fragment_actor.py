@@ -1,6 +1,5 @@
-"""The Ray actor around a fragment worker. The driver imports this module and so does without torch."""
+"""The Ray actor around a fragment worker; the driver imports this module without PyTorch."""
 
-import importlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -9,41 +8,25 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from batchcls.inference.predictor_config import PredictSettings
 from batchcls.manifest.snapshot import Fragment
-from batchcls.models.model_bundle import Bundle
-from batchcls.pipeline.pipeline_spec import Engines, Load
+from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.ray_runtime import WORKER_VARIABLES
-from batchcls.resources import ResourcePlan
-from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runs.parts import Receipt
 from batchcls.schema import Failure
 
 if TYPE_CHECKING:
     from batchcls.pipeline.fragment_worker import FragmentWorker
 
 FRAGMENTS_IN_FLIGHT = 2
-"""Fragments that an actor has at a time."""
+"""Fragments that an actor processes concurrently."""
 
-CONCURRENCY = {"fragments": FRAGMENTS_IN_FLIGHT, "look": 1}
-"""Threads of an actor, by what they are for: a look must not wait for a fragment."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """What every actor of a run is started with; one copy a node, in its object store."""
-
-    bundle: Bundle
-    fingerprint: str
-    engines: Engines
-    load: Load
-    predict: PredictSettings
-    writer: PartWriter
-    shape: ResourcePlan
+CONCURRENCY_GROUPS = {"fragments": FRAGMENTS_IN_FLIGHT, "progress": 1}
+"""Threads of an actor by concurrency group: a progress request does not wait for a fragment."""
 
 
 @dataclass(frozen=True, slots=True)
 class PartialFragment:
-    """Rows of an unfinished fragment that are answered already, and those of them that failed, by reason."""
+    """Finished rows of a fragment that is in progress, and its failed rows by reason."""
 
     rows: int
     failures: Counter[str]
@@ -51,39 +34,40 @@ class PartialFragment:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProgress:
-    """What an actor is doing: its unfinished fragments by their first row, and the most memory it ever took.
+    """Fragments that an actor has in progress, by first row, and its peak resident memory in MiB.
 
-    By fragment, since some may be finished by the time that the driver hears of it.
+    By fragment, because some may be finished by the time the driver receives this.
     """
 
-    parts: Mapping[int, PartialFragment]
+    fragments: Mapping[int, PartialFragment]
     peak_memory_mib: float
 
 
 class FragmentActor:
-    """One process with one worker."""
+    """One process with one fragment worker."""
 
-    worker_class = ("batchcls.pipeline.fragment_worker", "FragmentWorker")
-    """Module and name; imported by the actor only."""
-
-    def __init__(self, orders: "list[ray.ObjectRef[WorkerSpec]]") -> None:
-        # Read when torch is loaded; given to Ray as a runtime environment it would cost the start a second.
+    def __init__(self, spec: "list[ray.ObjectRef[WorkerSpec]]") -> None:
+        # PyTorch reads these at import. As a runtime environment they would cost each start a second.
         os.environ.update(WORKER_VARIABLES)
-        module, name = self.worker_class
-        worker = getattr(importlib.import_module(module), name)
-        self._worker: FragmentWorker = worker(ray.get(orders[0]))
+        self._worker = self.create_worker(ray.get(spec[0]))
 
-    @ray.method(concurrency_group="look", max_task_retries=-1)
+    def create_worker(self, spec: WorkerSpec) -> "FragmentWorker":
+        """Create the worker of this process."""
+        from batchcls.pipeline.fragment_worker import FragmentWorker  # noqa: PLC0415 - imports PyTorch
+
+        return FragmentWorker(spec)
+
+    @ray.method(concurrency_group="progress", max_task_retries=-1)
     def ready(self) -> str:
-        """What runs the network here, once it does."""
+        """Return the description of the engine, once it runs."""
         return self._worker.describe()
 
-    @ray.method(concurrency_group="look")
-    def under_way(self) -> WorkerProgress:
-        """See `FragmentWorker.under_way`."""
-        return self._worker.under_way()
+    @ray.method(concurrency_group="progress")
+    def progress(self) -> WorkerProgress:
+        """See `FragmentWorker.progress`."""
+        return self._worker.progress()
 
     @ray.method(concurrency_group="fragments", max_task_retries=0)
-    def work(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> Receipt:
-        """See `FragmentWorker.work`."""
-        return self._worker.work(fragment, rejected)
+    def process(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> Receipt:
+        """See `FragmentWorker.process`."""
+        return self._worker.process(fragment, rejected)

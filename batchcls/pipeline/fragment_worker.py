@@ -1,7 +1,7 @@
-"""All of a fragment's way in one process: fetch, decode, predict, write. Knows no Ray.
+"""A worker that processes whole fragments in one process, without Ray: fetch, decode, predict, write.
 
-Two fragments may be under way at a time. While the answers of the first are written, the second has
-its first images decoded already and takes the engine over at once.
+Two fragments may be in progress concurrently. While the predictions of one are written, the first images of
+the other are already decoded, so that the engine is never idle between them.
 """
 
 import resource
@@ -21,14 +21,15 @@ from batchcls.manifest.snapshot import Fragment
 from batchcls.models.engines.engine import Engine
 from batchcls.models.engines.factory import describe
 from batchcls.pipeline.actor_engine import start_for_node
-from batchcls.pipeline.fragment_actor import FRAGMENTS_IN_FLIGHT, PartialFragment, WorkerProgress, WorkerSpec
+from batchcls.pipeline.fragment_actor import FRAGMENTS_IN_FLIGHT, PartialFragment, WorkerProgress
+from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import keep_receipt
 from batchcls.schema import Failure
 
 
 class _FragmentCall:
-    """The CPU time of a thread that works on a fragment, and what it has answered so far."""
+    """The CPU time of a thread that processes a fragment, and its finished rows so far."""
 
     def __init__(self, first_row: int) -> None:
         self.first_row = first_row
@@ -37,62 +38,62 @@ class _FragmentCall:
         self.failures: Counter[str] = Counter()
 
     def cpu_seconds(self) -> float:
-        """CPU seconds of this thread since the call began; only the thread itself may ask."""
+        """Return the CPU seconds of this thread since the call started; call it only from the same thread."""
         return time.thread_time() - self._started
 
 
 class FragmentWorker:
-    """A loader, an engine and a writer; `work` may be called by two threads at once."""
+    """A loader, an engine and a writer; two threads may call `process` concurrently."""
 
-    def __init__(self, given: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         """Start the engine. Raises what `start_for_node` raises."""
-        self._engine, batch_size = self.start_engine(given)
-        self._settings = given.predict.with_batch_size(batch_size)
-        self._block_rows = given.shape.block_rows
-        self._loader = Loader(given.load.settings)
-        self._writer = given.writer
+        self._engine, batch_size = self.start_engine(spec)
+        self._settings = spec.predict.with_batch_size(batch_size)
+        self._block_rows = spec.resources.block_rows
+        self._loader = Loader(spec.load.settings)
+        self._writer = spec.writer
         self._readers: SimpleQueue[FragmentReader] = SimpleQueue()
         for _ in range(FRAGMENTS_IN_FLIGHT):
-            self._readers.put(FragmentReader(given.load.columns, given.load.storage))
-        self._turn = threading.Lock()
+            self._readers.put(FragmentReader(spec.load.columns, spec.load.storage))
+        self._engine_lock = threading.Lock()
         self._calls: set[_FragmentCall] = set()
         self._calls_cpu_seconds = 0.0
 
-    def start_engine(self, given: WorkerSpec) -> tuple[Engine, int]:
-        """What answers, and the size of its batches."""
-        return start_for_node(given.bundle, given.fingerprint, given.engines, given.shape)
+    def start_engine(self, spec: WorkerSpec) -> tuple[Engine, int]:
+        """Start the engine; return it and its batch size."""
+        return start_for_node(spec)
 
     def describe(self) -> str:
-        """What runs the network here."""
+        """Return the description of the engine."""
         return describe(self._engine)
 
-    def under_way(self) -> WorkerProgress:
-        """A look at the fragments that are not finished."""
+    def progress(self) -> WorkerProgress:
+        """Return the progress of the unfinished fragments."""
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        parts = {
+        fragments = {
             call.first_row: PartialFragment(call.rows, Counter(call.failures)) for call in list(self._calls)
         }
-        return WorkerProgress(parts, peak_mib)
+        return WorkerProgress(fragments, peak_mib)
 
-    def work(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> Receipt:
-        """Answer a fragment and write its rows as one part.
+    def process(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> Receipt:
+        """Classify a fragment and write its rows as one part.
 
         Args:
-            fragment: of the manifest.
-            rejected: rows that have failed before they are fetched, by row number.
+            fragment: rows of the manifest.
+            rejected: rows that failed before they are fetched, by row number.
 
         Raises:
-            StorageStoppedError: storage refused.
+            StorageStoppedError: storage failed.
         """
         call = _FragmentCall(fragment.first_row)
         self._calls.add(call)
         reader = self._readers.get()
         try:
             loaded = self._loader.load(reader.read(fragment, self._block_rows), rejected)
-            first = list(islice(loaded, 1))  # is decoded while another fragment has the engine
-            with self._turn:
-                answered = list(self._answered(chain(first, loaded), call))
-            receipt = self._writer.write(answered)
+            first = list(islice(loaded, 1))  # decoded while another fragment uses the engine
+            with self._engine_lock:
+                predicted = list(self._predict(chain(first, loaded), call))
+            receipt = self._writer.write(predicted)
             receipt = receipt.with_seconds("other", call.cpu_seconds() - receipt.seconds["write"])
             return keep_receipt(receipt, self._writer.folder, self._writer.storage)
         finally:
@@ -100,15 +101,15 @@ class FragmentWorker:
             self._calls.discard(call)
             self._calls_cpu_seconds += call.cpu_seconds()
 
-    def _answered(self, blocks: Iterator[pa.Table], call: _FragmentCall) -> Iterator[pa.Table]:
-        """The blocks with their answers, counted."""
+    def _predict(self, blocks: Iterator[pa.Table], call: _FragmentCall) -> Iterator[pa.Table]:
+        """Yield the blocks with their predictions, and count them."""
 
-        def busy() -> float:
-            # All CPU time of this process but that of decoding and of the threads that work on fragments.
+        def engine_seconds() -> float:
+            # All CPU time of this process except that of decoding and of the threads that process fragments.
             python = self._loader.cpu_seconds + self._calls_cpu_seconds + call.cpu_seconds()
             return time.process_time() - python
 
-        for block in Predictor(self._engine, self._settings, busy).stream(blocks):
+        for block in Predictor(self._engine, self._settings, engine_seconds).stream(blocks):
             call.rows += block.num_rows
             call.failures.update(block.column("reason").drop_null().to_pylist())
             yield block

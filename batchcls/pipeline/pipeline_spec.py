@@ -1,4 +1,4 @@
-"""What a pipeline is given to do, made on the driver and read by the workers. Needs no torch and no ray.data."""
+"""The specification of a pipeline, built on the driver, and the part of it that is sent to every worker."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from batchcls.storage.filesystem import Storage
 if TYPE_CHECKING:  # a worker needs no DuckDB
     from batchcls.manifest.ids import InvalidIds
 
-# A fragment or a block whose process dies is tried again so often and no more: an image that kills
-# its process would otherwise be tried for ever.
-RETRIES = 3
-ACTOR_RESTARTS = 40
-"""Processes of an actor; each image that kills its process may cost one."""
+MAX_RETRIES = 3
+"""Retries of a fragment or a block whose worker process crashed; an image may crash every process that decodes it."""
+
+MAX_ACTOR_RESTARTS = 40
+"""Restarts of an actor's process; each image that crashes its process may cost one."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeEngine:
-    """What runs the network on one kind of node, and in batches of how many images."""
+    """The engine of one kind of node, and its batch size in images."""
 
     choice: EngineChoice
     batch_size: int
@@ -41,30 +41,30 @@ class NodeEngine:
 
 @dataclass(frozen=True)
 class Engines:
-    """What runs the network, wherever an actor is started.
+    """The engine of every node on which an actor may start.
 
     Attributes:
-        by_hardware: for the kinds of nodes that were there when the job began, by `Hardware.key`.
-        otherwise: for any other node.
-        cache_folder: where nodes keep converted networks; None: see `Conversions.at`.
-        calibration: see `EnginePlace.calibration`.
-        probe_batches: an actor on a GPU finds out itself how large its batches should be.
+        by_hardware: engines of the kinds of nodes that the cluster had when the job started, by `Hardware.key`.
+        default: engine of any other node.
+        cache_folder: folder of compiled networks on each node; None: see `Conversions.at`.
+        calibration: see `EngineConfig.calibration`.
+        probe_batches: whether an actor on a GPU measures its own batch size at start-up.
     """
 
     by_hardware: Mapping[str, NodeEngine]
-    otherwise: NodeEngine
+    default: NodeEngine
     cache_folder: str | None
     calibration: Callable[[], NDArray[np.uint8]] | None
     probe_batches: bool = False
 
-    def here(self) -> NodeEngine:
-        """The engine for the machine that this process runs on."""
-        return self.by_hardware.get(Hardware.here().key, self.otherwise)
+    def for_this_node(self) -> NodeEngine:
+        """Return the engine for the node on which this process runs."""
+        return self.by_hardware.get(Hardware.here().key, self.default)
 
 
 @dataclass(frozen=True)
-class Load:
-    """All that turns a fragment into blocks of pixels, wherever it is done."""
+class LoadSpec:
+    """Everything that turns a fragment of the manifest into blocks of decoded images."""
 
     columns: Columns
     storage: Storage
@@ -72,16 +72,35 @@ class Load:
 
 
 @dataclass(frozen=True)
+class WorkerSpec:
+    """What every worker of a run receives; the object store of each node holds one copy.
+
+    `fingerprint` is the one that `bundle` must have when it arrives on a worker.
+    """
+
+    bundle: Bundle
+    fingerprint: str
+    engines: Engines
+    load: LoadSpec
+    predict: PredictSettings
+    writer: PartWriter
+    resources: ResourcePlan
+
+
+@dataclass(frozen=True)
 class PipelineSpec:
-    """Everything that the workers need. `todo` are the rows of the manifest that are to be done."""
+    """What a pipeline processes, and how.
+
+    Attributes:
+        manifest: the catalog.
+        rows: rows of the manifest to process.
+        invalid_ids: rows of the manifest whose item ids are missing or duplicated.
+        worker: specification of the workers.
+        no_progress_timeout_seconds: the pipeline fails when no row is finished for this long.
+    """
 
     manifest: Manifest
-    todo: RowRanges
-    bad_ids: "InvalidIds"
-    load: Load
-    predict: PredictSettings
-    bundle: Bundle
-    engines: Engines
-    writer: PartWriter
-    placement: ResourcePlan
+    rows: RowRanges
+    invalid_ids: "InvalidIds"
+    worker: WorkerSpec
     no_progress_timeout_seconds: float

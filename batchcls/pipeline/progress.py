@@ -1,4 +1,4 @@
-"""A small actor that adds up what the predict actors report, so that the driver can show it."""
+"""The progress of a run, and the actor that aggregates it from the reports of the Ray Data graph's workers."""
 
 import time
 from collections import Counter
@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What has been answered so far; only for people, the figures of the run come from receipts.
+    """Rows that are finished so far. For display only: the final counts of a run come from its receipts.
 
-    `ready_at` is when the first actor was ready, in seconds of `time.time`; None before that.
+    Attributes:
+        rows: rows predicted or quarantined.
+        failures: quarantined rows by reason.
+        engines: number of actors by engine.
+        peak_memory_mib: largest resident memory of any actor, in MiB.
+        ready_at: when the first actor was ready, in seconds of `time.time`; None before that.
     """
 
     rows: int
@@ -20,7 +25,7 @@ class Progress:
 
 
 class ProgressActor:
-    """Counts rows, failures by reason, the engines that have started, and the largest actor."""
+    """Aggregates finished rows, failures by reason, started engines and peak memory."""
 
     def __init__(self) -> None:
         self._rows = 0
@@ -29,45 +34,43 @@ class ProgressActor:
         self._engines: Counter[str] = Counter()
         self._peak_memory_mib = 0.0
         self._ready_at: float | None = None
-        self._is_stopped = False
-        self._begun: set[int] = set()
+        self._is_stop_requested = False
+        self._unfinished_fragments: set[int] = set()
 
-    def started(self, engine: str) -> None:
-        """An actor is ready; `engine` says with what."""
+    def report_ready(self, engine: str) -> None:
+        """Count an actor that is ready, by the description of its engine."""
         self._engines[engine] += 1
         self._ready_at = self._ready_at or time.time()
 
-    def begin(self, first_row: int) -> None:
-        """A load task has a fragment, which is named by its first row."""
-        self._begun.add(first_row)
+    def start_fragment(self, first_row: int) -> None:
+        """Record that a load task started the fragment that begins at `first_row`."""
+        self._unfinished_fragments.add(first_row)
 
-    def end(self, first_row: int) -> None:
-        """It has yielded all of the fragment."""
-        self._begun.discard(first_row)
+    def finish_fragment(self, first_row: int) -> None:
+        """Record that a load task yielded all blocks of a fragment."""
+        self._unfinished_fragments.discard(first_row)
 
-    def begun(self) -> list[int]:
-        """First rows of the fragments that are being loaded, or whose process has died."""
-        return sorted(self._begun)
+    def unfinished_fragments(self) -> list[int]:
+        """Return the first rows of fragments that are being loaded, or whose process crashed."""
+        return sorted(self._unfinished_fragments)
 
-    def stop(self) -> None:
-        """The driver wants no more: every actor that reports from now on is told."""
-        self._is_stopped = True
+    def request_stop(self) -> None:
+        """Have every actor that reports from now on stop."""
+        self._is_stop_requested = True
 
-    def add(self, first_row: int, rows: int, failures: Counter[str], peak_memory_mib: float) -> bool:
-        """A block is answered by an actor whose memory was never larger than `peak_memory_mib`.
-
-        A block that is answered again, after a death, counts once.
+    def add_block(self, first_row: int, rows: int, failures: Counter[str], peak_memory_mib: float) -> bool:
+        """Count a predicted block of an actor with this peak memory; a block that was retried counts once.
 
         Returns:
-            Whether the actor is to go on.
+            Whether the actor should continue.
         """
         if first_row not in self._blocks:
             self._blocks.add(first_row)
             self._rows += rows
             self._failures.update(failures)
         self._peak_memory_mib = max(self._peak_memory_mib, peak_memory_mib)
-        return not self._is_stopped
+        return not self._is_stop_requested
 
     def progress(self) -> Progress:
-        """The sums so far."""
+        """Return the totals so far."""
         return Progress(self._rows, self._failures, self._engines, self._peak_memory_mib, self._ready_at)

@@ -1,8 +1,8 @@
-"""Prometheus metrics of a run, through Ray's own export (cluster/README.md, "Metrics").
+"""Prometheus metrics of a run, exported by Ray (cluster/README.md, "Metrics").
 
-What is counted comes from receipts, in the process that makes or receives them, so that a row counts once
-it is on storage. Ray exports the names with `ray_` in front, and `_total` behind a counter's. All tags have
-few values: the run, and the closed lists of statuses, reasons and stages.
+Counters are increased from receipts, in the process that creates or receives them, so that a row counts once it
+is on storage. Ray adds the prefix `ray_` to every name and `_total` to a counter's. All tags have few values: the
+run, and the closed lists of statuses, reasons and stages.
 """
 
 import time
@@ -17,7 +17,7 @@ _RUN = "run_id"
 
 
 class RunMetrics:
-    """The metrics of one run in one process."""
+    """Metrics of one run in one process."""
 
     def __init__(self, run_id: str) -> None:
         self._run = {_RUN: run_id}
@@ -37,7 +37,7 @@ class RunMetrics:
         self._waiting = Gauge("batchcls_rows_waiting", "Rows of the run without an answer yet.", (_RUN,))
 
     def record(self, receipt: Receipt) -> None:
-        """Count what a part holds. A write that Ray repeats is counted twice: run.json has the exact figures."""
+        """Count the rows of a part. A write that Ray retries is counted twice; run.json has the exact counts."""
         quarantined = receipt.failures.total()
         for status, rows in (("predicted", receipt.predicted), ("quarantined", quarantined)):
             if rows:
@@ -50,8 +50,8 @@ class RunMetrics:
         if receipt.image_bytes:
             self._bytes.inc(receipt.image_bytes, self._run)
 
-    def look(self, progress: Progress, rows: int) -> None:
-        """Show how far the run of so many rows is."""
+    def report(self, progress: Progress, rows: int) -> None:
+        """Set the gauges to the progress of a run with this number of rows."""
         self._waiting.set(rows - progress.rows, self._run)
         if progress.ready_at is not None and progress.rows:
             self._rate.set(progress.rows / max(1e-3, time.time() - progress.ready_at), self._run)
@@ -59,5 +59,5 @@ class RunMetrics:
 
 @cache
 def metrics_of(run_id: str) -> RunMetrics:
-    """The metrics of a run, made once a process."""
+    """Return the metrics of a run, which exist once per process."""
     return RunMetrics(run_id)

@@ -1,4 +1,4 @@
-"""What went wrong in a worker, in one line."""
+"""Conversion of the exceptions that Ray raises for a failed worker into errors of this package."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import ray
 
 from batchcls.errors import BatchclsError, StorageStoppedError, innermost
 
-_DEATHS = (
+_PROCESS_CRASHES = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ActorDiedError,
@@ -15,37 +15,39 @@ _DEATHS = (
 )
 
 
-def cause_of(error: BaseException) -> str:
-    """The line that says what went wrong in a worker.
+def root_cause(error: BaseException) -> str:
+    """Return the message of the exception that a worker raised, in one line.
 
-    Ray wraps a worker's exception in its own, whole tracebacks and advice in their texts; the last
-    line of the innermost text that names an exception is the one that was raised.
+    Ray wraps a worker's exception in its own, with whole tracebacks and advice in their texts. The last line
+    of the innermost text that names an exception is the one that was raised.
     """
-    found = type(error).__name__
-    for inner in _chain(error):
-        found = innermost(str(inner)) or found
-    return found
+    message = type(error).__name__
+    for inner in _exception_chain(error):
+        message = innermost(str(inner)) or message
+    return message
 
 
-def stopped(error: BaseException) -> BatchclsError:
-    """What the job ends with after a worker's exception, which is to be chained to it."""
-    cause = cause_of(error)
-    _, mark, text = cause.partition(f"{StorageStoppedError.__name__}: ")
-    return StorageStoppedError(text) if mark else BatchclsError(f"the pipeline stopped: {cause}")
+def to_batchcls_error(error: BaseException) -> BatchclsError:
+    """Return the error with which the job ends after a worker's exception; raise it `from` that exception."""
+    cause = root_cause(error)
+    _, is_storage_error, text = cause.partition(f"{StorageStoppedError.__name__}: ")
+    return StorageStoppedError(text) if is_storage_error else BatchclsError(f"the pipeline failed: {cause}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a worker's own allocation failed; the worker lives."""
-    return any(isinstance(one, MemoryError) for one in _chain(error))
+    """Return whether an allocation failed inside a worker whose process is still alive."""
+    return any(isinstance(inner, MemoryError) for inner in _exception_chain(error))
 
 
-def is_death(error: BaseException) -> bool:
-    """Whether a worker's process died, or its allocation failed.
+def is_process_crash(error: BaseException) -> bool:
+    """Return whether a worker's process crashed, or one of its allocations failed.
 
-    Ray also calls an actor dead whose own start raised an exception; that is no death, and says why.
+    Ray also reports an actor as dead when its constructor raised an exception. That is not a crash, and its
+    message holds the cause.
     """
     return any(
-        isinstance(one, (*_DEATHS, MemoryError)) and not _is_failed_start(one) for one in _chain(error)
+        isinstance(inner, (*_PROCESS_CRASHES, MemoryError)) and not _is_failed_start(inner)
+        for inner in _exception_chain(error)
     )
 
 
@@ -53,9 +55,9 @@ def _is_failed_start(error: BaseException) -> bool:
     return isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what caused it, through Ray's wrappings."""
-    seen: Any = error
-    while isinstance(seen, BaseException):
-        yield seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
+def _exception_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its causes, through Ray's wrappers."""
+    inner: Any = error
+    while isinstance(inner, BaseException):
+        yield inner
+        inner = getattr(inner, "cause", None) or inner.__cause__

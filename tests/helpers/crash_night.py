@@ -28,9 +28,8 @@ from rich.console import Console
 
 from batchcls.cli.app import run
 from batchcls.jobs import bundle, classify
-from batchcls.pipeline.copy_predictions import Given, take_over_fragment
-from batchcls.pipeline.executor import Executed
-from batchcls.pipeline.fragment_actor import WorkerSpec
+from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
+from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
@@ -250,37 +249,32 @@ class Writes:
 
 
 def execute_here(
-    work: PipelineSpec, console: Console, interval: float, check: Callable[[Progress], None]
-) -> Executed:
-    """What `pipeline.execute.execute` does, one fragment after the other in this process."""
+    spec: PipelineSpec, console: Console, interval: float, check: Callable[[Progress], None]
+) -> PipelineResult:
+    """Do what `pipeline.executor.execute` does, one fragment after the other in this process."""
     del console, interval
     began = time.time()
-    orders = WorkerSpec(
-        work.bundle,
-        work.bundle.fingerprint,
-        work.engines,
-        work.load,
-        work.predict,
-        work.writer,
-        work.placement,
-    )
-    worker = FragmentWorker(orders)
+    worker = FragmentWorker(spec.worker)
     receipts: list[Receipt] = []
-    for fragment in work.manifest.fragments(repeat(ROWS_PER_PART), work.todo):
-        receipts.append(worker.work(fragment, work.bad_ids.between(fragment.first_row, fragment.stop)))
+    for fragment in spec.manifest.fragments(repeat(ROWS_PER_PART), spec.rows):
+        receipts.append(worker.process(fragment, spec.invalid_ids.between(fragment.first_row, fragment.stop)))
         failures = sum((receipt.failures for receipt in receipts), Counter[str]())
         check(Progress(sum(receipt.rows for receipt in receipts), failures, Counter(), 0.0, began))
-    progress = Progress(len(work.todo), Counter(), Counter([worker.describe()]), 1.0, began)
-    return Executed(work, receipts, progress, began, time.time(), 0.1, [Node(1, 0)])
+    progress = Progress(len(spec.rows), Counter(), Counter([worker.describe()]), 1.0, began)
+    return PipelineResult(spec, receipts, progress, began, time.time(), 0.1, [Node(1, 0)])
 
 
-def take_over_here(work: PipelineSpec, earlier: ReuseSource, check: Callable[[], None]) -> list[Receipt]:
-    """What `pipeline.reusing.take_over` does, in this process."""
-    given = Given(work.load, work.writer, earlier)
+def copy_predictions_here(
+    spec: PipelineSpec, source: ReuseSource, check: Callable[[], None]
+) -> list[Receipt]:
+    """Do what `pipeline.copy_predictions` does, in this process."""
+    copy_spec = CopySpec(spec.worker.load, spec.worker.writer, source)
     receipts = []
-    for fragment in work.manifest.fragments(repeat(ROWS_PER_PART), work.todo):
+    for fragment in spec.manifest.fragments(repeat(ROWS_PER_PART), spec.rows):
         check()
-        found = take_over_fragment(given, fragment, work.bad_ids.between(fragment.first_row, fragment.stop))
+        found = copy_fragment(
+            copy_spec, fragment, spec.invalid_ids.between(fragment.first_row, fragment.stop)
+        )
         receipts += [] if found.receipt is None else [found.receipt]
     return receipts
 
@@ -308,7 +302,7 @@ def night(spec: Spec, told: Connection) -> None:
         patch.object(classify, "ray_session", _no_cluster),
         patch.object(classify, "nodes", lambda: [Node(1, 0)]),
         patch.object(classify, "execute", execute_here),
-        patch.object(classify, "take_over", take_over_here),
+        patch.object(classify, "copy_predictions", copy_predictions_here),
         patch.object(os, "fsync", writes.fsync),
         patch.object(s3fs.S3FileSystem, "_call_s3", writes.request(s3fs.S3FileSystem._call_s3)),
     ):

@@ -92,8 +92,8 @@ def test_rows_over_which_every_process_dies_are_named(
     reader = threading.Thread(target=lambda: said.append(process.communicate()[1]))
     reader.start()
     while reader.is_alive():
-        for pid in cluster.workers("ray::FragmentActor.work"):
+        for pid in cluster.workers("ray::FragmentActor.process"):
             os.kill(pid, signal.SIGKILL)
         reader.join(0.05)
     assert process.returncode == 1
-    assert "4 processes died over rows 0 to 63" in said[0].splitlines()[-1]
+    assert "4 worker processes crashed on rows 0 to 63" in said[0].splitlines()[-1]

@@ -13,7 +13,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs.classify_plan import check_inputs, open_inputs, work_of
 from batchcls.models.engines.engine import REFERENCE
-from batchcls.pipeline.actor_pool import FusedRun
+from batchcls.pipeline.actor_pool import FragmentGraph
 from batchcls.pipeline.fragment_actor import FragmentActor, PartialFragment, WorkerProgress
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
@@ -29,14 +29,14 @@ ROWS, FRAGMENT_ROWS = 300, 50
 class LateActor(FragmentActor):
     """Its looks are as old as they can be: every fragment is all but finished, and all of it has failed."""
 
-    @ray.method(concurrency_group="look")
-    def under_way(self) -> WorkerProgress:
+    @ray.method(concurrency_group="progress")
+    def progress(self) -> WorkerProgress:
         """Of every fragment of the manifest."""
         part = PartialFragment(FRAGMENT_ROWS, Counter(truncated=FRAGMENT_ROWS))
         return WorkerProgress(dict.fromkeys(range(0, ROWS, FRAGMENT_ROWS), part), 1.0)
 
 
-class LateRun(FusedRun):
+class LateRun(FragmentGraph):
     """The pool with such actors."""
 
     actor_class = LateActor

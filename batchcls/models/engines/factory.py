@@ -1,21 +1,20 @@
-"""A bundle and a choice become a running engine: the one place that knows all engines."""
+"""Creation of a running engine from a bundle and an engine choice; the only module that knows all engines."""
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from batchcls.errors import InputError
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig, EngineName
 from batchcls.models.model_bundle import Bundle
 
-if TYPE_CHECKING:  # an engine whose network is converted already needs no torch
+if TYPE_CHECKING:  # an engine whose network is compiled already needs no PyTorch
     from batchcls.models.backbone import Backbone
 
 
 class EngineModule(Protocol):
-    """What a module of this folder offers; importing it may import its runtime, which takes seconds."""
+    """The interface of an engine's module."""
 
     def start(
         self, bundle: Bundle, choice: EngineChoice, place: EngineConfig, backbone: "Callable[[], Backbone]"
@@ -23,28 +22,47 @@ class EngineModule(Protocol):
         """See `start_engine`."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """Where an engine lives, the package that it needs, and the extra that brings the package."""
+def _import_torch_eager() -> EngineModule:
+    from batchcls.models.engines import torch_eager  # noqa: PLC0415
 
-    module: str
+    return torch_eager
+
+
+def _import_torch_compile() -> EngineModule:
+    from batchcls.models.engines import torch_compile  # noqa: PLC0415
+
+    return torch_compile
+
+
+def _import_openvino() -> EngineModule:
+    from batchcls.models.engines import openvino_engine  # noqa: PLC0415
+
+    return openvino_engine
+
+
+@dataclass(frozen=True, slots=True)
+class _Registration:
+    """How an engine's module is imported, the package that it requires, and the extra that installs the package."""
+
+    import_module: Callable[[], EngineModule]
     package: str
     extra: str | None = None
 
 
-_ENGINES: Mapping[EngineName, _Known] = {
-    "torch": _Known("batchcls.models.engines.torch_eager", "torch"),
-    "compile": _Known("batchcls.models.engines.torch_compile", "torch"),
-    "openvino": _Known("batchcls.models.engines.openvino_engine", "openvino", "openvino"),
+# Modules are imported when their engine starts, because their runtimes take seconds to import.
+_ENGINES: Mapping[EngineName, _Registration] = {
+    "torch": _Registration(_import_torch_eager, "torch"),
+    "compile": _Registration(_import_torch_compile, "torch"),
+    "openvino": _Registration(_import_openvino, "openvino", "openvino"),
 }
 
 
 def missing(engine: EngineName) -> str | None:
-    """Which package an engine lacks here and how to get it, in a few words; None if nothing is missing."""
-    known = _ENGINES[engine]
-    if importlib.util.find_spec(known.package) is not None:
+    """Return which package of an engine is not installed and how to install it; None if none is missing."""
+    registration = _ENGINES[engine]
+    if importlib.util.find_spec(registration.package) is not None:
         return None
-    return f"{engine} needs the package {known.package}: pip install 'batchcls[{known.extra}]'"
+    return f"{engine} needs the package {registration.package}: pip install 'batchcls[{registration.extra}]'"
 
 
 def start_engine(
@@ -53,31 +71,32 @@ def start_engine(
     place: EngineConfig,
     backbone: "Callable[[], Backbone] | None" = None,
 ) -> Engine:
-    """Put a bundle's network on a device.
+    """Load a bundle's network on a device.
 
     Args:
         bundle: the model.
-        choice: what runs it.
-        place: where.
-        backbone: builds the network; called only if the engine has no conversion of it yet. None:
+        choice: the engine and its precision.
+        place: device, threads and batch size.
+        backbone: builds the network; called only if the engine has not compiled it before. None:
             `build.build_backbone`.
 
     Raises:
-        InputError: the engine is not installed, cannot do that here, or the bundle does not hold together.
+        InputError: the engine is not installed, does not support the choice on this machine, or the bundle is
+            inconsistent.
     """
-    lacking = missing(choice.engine)
-    if lacking is not None:
-        raise InputError(f"--engine {choice.engine}: {lacking}")
-    module = cast("EngineModule", importlib.import_module(_ENGINES[choice.engine].module))
+    problem = missing(choice.engine)
+    if problem is not None:
+        raise InputError(f"--engine {choice.engine}: {problem}")
+    module = _ENGINES[choice.engine].import_module()
     return module.start(bundle, choice, place, backbone or (lambda: _build(bundle)))
 
 
 def _build(bundle: Bundle) -> "Backbone":
-    from batchcls.models.build import build_backbone  # noqa: PLC0415 - torch takes seconds to import
+    from batchcls.models.build import build_backbone  # noqa: PLC0415 - imports PyTorch, which takes seconds
 
     return build_backbone(bundle)
 
 
 def describe(engine: Engine) -> str:
-    """What an engine is, in a few words, as in `torch bf16 on cpu`."""
+    """Return the description of an engine, for example `torch bf16 on cpu`."""
     return f"{engine.name} {engine.precision} on {engine.device}"

@@ -1,4 +1,4 @@
-"""The staged shape: load tasks, predict actors and write tasks as one graph, with bounds on every retry."""
+"""The Ray Data graph: load tasks, predict actors and write tasks, with a limit on every retry."""
 
 import logging
 import threading
@@ -15,13 +15,13 @@ from ray.util.annotations import RayDeprecationWarning
 from batchcls.errors import BatchclsError
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Fragment
-from batchcls.pipeline.crash_isolation import rejected_in, try_fragments
-from batchcls.pipeline.pipeline_spec import ACTOR_RESTARTS, RETRIES, PipelineSpec
+from batchcls.pipeline.crash_isolation import isolate_fragments, rejected_rows
+from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, MAX_RETRIES, PipelineSpec
 from batchcls.pipeline.progress import Progress, ProgressActor
 from batchcls.pipeline.ray_data.load_task import Images
 from batchcls.pipeline.ray_data.predict_actor import PredictActor
 from batchcls.pipeline.ray_data.write_task import PartSink
-from batchcls.pipeline.ray_errors import is_death, stopped
+from batchcls.pipeline.ray_errors import is_process_crash, to_batchcls_error
 from batchcls.ray_runtime import WORKER_ENVIRONMENT
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import read_receipts, settle_receipts
@@ -31,114 +31,110 @@ _TASKS_IN_FLIGHT_PER_ACTOR = 4
 _CHECK_SECONDS = 0.5
 
 
-class StagedRun:
-    """One execution of the graph, and a look at it while it goes on."""
+class RayDataGraph:
+    """One execution of the Ray Data graph; its progress can be read from another thread."""
 
-    def __init__(self, work: PipelineSpec, check: Callable[[Progress], None]) -> None:
-        self._work = work
+    def __init__(self, spec: PipelineSpec, check: Callable[[Progress], None]) -> None:
+        self._spec = spec
         self._check = check
-        self._tally = ray.remote(num_cpus=0, max_restarts=ACTOR_RESTARTS, max_task_retries=-1)(
+        self._progress_actor = ray.remote(num_cpus=0, max_restarts=MAX_ACTOR_RESTARTS, max_task_retries=-1)(
             ProgressActor
         ).remote()
-        self._todo = work.todo
+        self._rows = spec.rows
         self._fragments: list[Fragment] = []
-        self._poison: dict[int, Failure] = {}
+        self._crashing_rows: dict[int, Failure] = {}
         self._receipts: list[Receipt] = []
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
-        """How far the run is. Raises Ray's errors when the cluster does not answer in time."""
-        found: Progress = ray.get(self._tally.progress.remote(), timeout=timeout_seconds)
-        return found
+        """Return the progress. Raises Ray's errors when the cluster does not respond in time."""
+        progress: Progress = ray.get(self._progress_actor.progress.remote(), timeout=timeout_seconds)
+        return progress
 
     def execute(self) -> list[Receipt]:
-        """Run to the end and return the receipts of what was written.
+        """Process all rows and return the receipts of the parts that were written.
 
         Raises:
-            BatchclsError: a stage failed for good; the cause is chained. Or what `check` raises.
+            BatchclsError: a stage failed after all retries, with the cause chained; or `check` raised it.
         """
         self._configure()
-        known = {receipt.name for receipt in self._on_storage()}
-        while len(self._todo):
+        known = {receipt.name for receipt in self._stored_receipts()}
+        while len(self._rows):
             try:
                 self._run_graph()
-            except _DiedError as error:
-                # What is on storage stays; the rest is done again without what killed its process.
-                self._poison |= self._find_poison(error)
-                rows = self._work.manifest.rows
-                new = [receipt for receipt in self._on_storage() if receipt.name not in known]
+            except _ProcessCrashError as error:
+                # Parts on storage are kept; the other rows are processed again, without those that crash.
+                self._crashing_rows |= self._isolate_crashes(error)
+                rows = self._spec.manifest.rows
+                new = [receipt for receipt in self._stored_receipts() if receipt.name not in known]
                 self._receipts = settle_receipts(new, rows, lambda _: False)
-                done = RowRanges.joined(receipt.ranges for receipt in self._receipts)
-                self._todo = self._work.todo.without(done)
+                finished = RowRanges.joined(receipt.ranges for receipt in self._receipts)
+                self._rows = self._spec.rows.without(finished)
             else:
                 break
         return self._receipts
 
     def _run_graph(self) -> None:
-        work = self._work
-        sink = PartSink(work.load.settings.run_id, work.writer, work.placement.rows_per_file)
-        graph = self._predicted(self._loaded())
-        with _Checking(self.progress, self._check, self._tally.stop.remote) as checking:
+        worker = self._spec.worker
+        sink = PartSink(worker.load.settings.run_id, worker.writer, worker.resources.rows_per_file)
+        dataset = self._predict(self._load())
+        with _CheckThread(self.progress, self._check, self._progress_actor.request_stop.remote) as check:
             try:
-                graph.write_datasink(sink, ray_remote_args={"num_cpus": 0, "max_retries": RETRIES})
+                dataset.write_datasink(sink, ray_remote_args={"num_cpus": 0, "max_retries": MAX_RETRIES})
             except (ray.exceptions.RayError, SystemException) as error:
-                if checking.verdict is None and is_death(error):
-                    raise _DiedError from error
-                raise (checking.verdict or stopped(error)) from error
+                if check.error is None and is_process_crash(error):
+                    raise _ProcessCrashError from error
+                raise (check.error or to_batchcls_error(error)) from error
         self._receipts += sink.receipts
 
-    def _on_storage(self) -> list[Receipt]:
-        return read_receipts(self._work.writer.folder, self._work.writer.storage)
+    def _stored_receipts(self) -> list[Receipt]:
+        writer = self._spec.worker.writer
+        return read_receipts(writer.folder, writer.storage)
 
-    def _find_poison(self, error: "_DiedError") -> dict[int, Failure]:
-        """Which of the rows that were being loaded kill their process."""
-        begun = set(ray.get(self._tally.begun.remote()))
-        suspects = [fragment for fragment in self._fragments if fragment.first_row in begun]
-        if not suspects:
-            raise stopped(error.__cause__ or error) from error.__cause__
-        for fragment in suspects:
-            self._tally.end.remote(fragment.first_row)
-        return try_fragments(self._work, suspects, lambda: self._check(self.progress()))
+    def _isolate_crashes(self, error: "_ProcessCrashError") -> dict[int, Failure]:
+        """Find the crashing rows of the fragments that were being loaded."""
+        unfinished = set(ray.get(self._progress_actor.unfinished_fragments.remote()))
+        fragments = [fragment for fragment in self._fragments if fragment.first_row in unfinished]
+        if not fragments:
+            raise to_batchcls_error(error.__cause__ or error) from error.__cause__
+        for fragment in fragments:
+            self._progress_actor.finish_fragment.remote(fragment.first_row)
+        return isolate_fragments(self._spec, fragments, lambda: self._check(self.progress()))
 
-    def _loaded(self) -> Dataset:
-        work, shape = self._work, self._work.placement
-        self._fragments = list(work.manifest.fragments(repeat(shape.fragment_rows), self._todo))
-        given = [(one, rejected_in(work, self._poison, one)) for one in self._fragments]
+    def _load(self) -> Dataset:
+        spec, plan = self._spec, self._spec.worker.resources
+        self._fragments = list(spec.manifest.fragments(repeat(plan.fragment_rows), self._rows))
+        fragments = [
+            (fragment, rejected_rows(spec, self._crashing_rows, fragment)) for fragment in self._fragments
+        ]
         with warnings.catch_warnings():
-            # The only way to bound retries until 2.64, where the range of pyproject.toml ends.
+            # The only way to bound retries before Ray 2.64, where the range of pyproject.toml ends.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             return ray.data.read_datasource(
-                Images(given, work.load, self._tally),
-                num_cpus=shape.cpus_per_load_task,
-                ray_remote_args={"max_retries": RETRIES},
-                concurrency=shape.load_tasks,
+                Images(fragments, spec.worker.load, self._progress_actor),
+                num_cpus=plan.cpus_per_load_task,
+                ray_remote_args={"max_retries": MAX_RETRIES},
+                concurrency=plan.load_tasks,
                 override_num_blocks=len(self._fragments),
             )
 
-    def _predicted(self, loaded: Dataset) -> Dataset:
-        work, shape = self._work, self._work.placement
+    def _predict(self, loaded: Dataset) -> Dataset:
+        worker, plan = self._spec.worker, self._spec.worker.resources
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RayDeprecationWarning)
             return loaded.map_batches(
                 PredictActor,
-                fn_constructor_args=(
-                    ray.put(work.bundle),
-                    work.bundle.fingerprint,
-                    work.engines,
-                    work.predict,
-                    shape,
-                    self._tally,
-                ),
-                # Whole blocks. For actors with a GPU Ray insists on a number, which is a block's.
-                batch_size=shape.block_rows if shape.gpus_per_actor else None,
+                fn_constructor_args=(ray.put(worker), self._progress_actor),
+                # Whole blocks. For actors with a GPU Ray requires a number, so it is the size of a block.
+                batch_size=plan.block_rows if plan.gpus_per_actor else None,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(
-                    size=shape.num_actors, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT_PER_ACTOR
+                    size=plan.num_actors, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT_PER_ACTOR
                 ),
-                num_cpus=shape.cpus_per_actor,
-                num_gpus=shape.gpus_per_actor,
+                num_cpus=plan.cpus_per_actor,
+                num_gpus=plan.gpus_per_actor,
                 runtime_env=WORKER_ENVIRONMENT,
-                max_restarts=ACTOR_RESTARTS,
-                max_task_retries=RETRIES,
+                max_restarts=MAX_ACTOR_RESTARTS,
+                max_task_retries=MAX_RETRIES,
             )
 
     def _configure(self) -> None:
@@ -146,31 +142,34 @@ class StagedRun:
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.max_errored_blocks = 0
-        context.execution_no_progress_timeout_s = self._work.no_progress_timeout_seconds
-        # One yielded block stays one block: just below its size, so that it is neither joined
-        # with the next one nor cut (a joined block is copied by the reader).
-        height, width, channels = self._work.predict.input_shape
-        bytes_per_value = 1 if self._work.predict.normalize == "engine" else 4
-        image_bytes = self._work.predict.views.crops * height * width * channels * bytes_per_value
-        context.target_max_block_size = max(1, int(0.9 * self._work.placement.block_rows * image_bytes))
-        # What goes wrong is raised; Ray's own account of it stands in its session's log files.
+        context.execution_no_progress_timeout_s = self._spec.no_progress_timeout_seconds
+        # A limit just below the size of a yielded block keeps it one block: it is neither merged with the next
+        # one (the reader would copy it) nor split.
+        predict = self._spec.worker.predict
+        height, width, channels = predict.input_shape
+        bytes_per_value = 1 if predict.normalize == "engine" else 4
+        image_bytes = predict.views.crops * height * width * channels * bytes_per_value
+        context.target_max_block_size = max(
+            1, int(0.9 * self._spec.worker.resources.block_rows * image_bytes)
+        )
+        # Errors are raised here; Ray's own account of them is in the log files of its session.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-class _DiedError(Exception):
-    """Process after process died over a task, until Ray gave it up."""
+class _ProcessCrashError(Exception):
+    """A task exhausted its retries because its processes crashed."""
 
 
-class _Checking:
-    """A thread that checks a graph while the driver waits for it, and has its actors end it."""
+class _CheckThread:
+    """A thread that checks the progress while the driver waits for the graph, and stops the actors on an error."""
 
     def __init__(
-        self, look: Callable[[], Progress], check: Callable[[Progress], None], stop: Callable[[], Any]
+        self, progress: Callable[[], Progress], check: Callable[[Progress], None], stop: Callable[[], Any]
     ) -> None:
-        self._look, self._check, self._stop = look, check, stop
+        self._progress, self._check, self._stop = progress, check, stop
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="check", daemon=True)
-        self.verdict: BatchclsError | None = None
+        self.error: BatchclsError | None = None
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -183,10 +182,10 @@ class _Checking:
     def _run(self) -> None:
         while not self._ended.wait(_CHECK_SECONDS):
             try:
-                self._check(self._look())
+                self._check(self._progress())
             except ray.exceptions.RayError:
-                continue  # no figures this time; the run itself says what is wrong
+                continue  # no progress this time; if the run failed, the driver's call raises the cause
             except BatchclsError as error:
-                self.verdict = error
-                # Again and again: the actor of the tally may be started anew.
+                self.error = error
+                # Repeated in every interval, because a restarted progress actor forgets the request.
                 self._stop()

@@ -1,4 +1,4 @@
-"""Fragments of the manifest as Ray Data read tasks whose blocks hold decoded images."""
+"""The load stage: one Ray Data read task per fragment of the manifest, with blocks of decoded images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,47 +13,48 @@ from ray.data.block import BlockMetadata
 from batchcls.images.loader import Loader
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
-from batchcls.pipeline.pipeline_spec import Load
+from batchcls.pipeline.pipeline_spec import LoadSpec
 from batchcls.schema import Failure
 
 
 class Images(Datasource):
-    """One read task a fragment."""
+    """A datasource with one read task per fragment."""
 
     def __init__(
-        self, fragments: Sequence[tuple[Fragment, Mapping[int, Failure]]], stage: Load, tally: Any
+        self, fragments: Sequence[tuple[Fragment, Mapping[int, Failure]]], load: LoadSpec, progress_actor: Any
     ) -> None:
-        """Take the fragments, each with its rows that have failed before they are fetched."""
+        """Take the fragments, each with its rows that failed before they are fetched."""
         self._fragments = fragments
-        self._run_id = stage.settings.run_id
-        self._stage = ray.put(stage)
-        self._tally = tally
+        self._run_id = load.settings.run_id
+        self._load = ray.put(load)
+        self._progress_actor = progress_actor
 
     def get_name(self) -> str:
-        """The stage's name in Ray's own logs and dashboard."""
+        """Return the stage's name in Ray's logs and dashboard."""
         return "Images"
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown before the images are read."""
+        """Return None: the size is unknown before the images are read."""
         return None
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """The fragments as they were cut, whatever parallelism Ray would like."""
+        """Return one task per fragment, whatever parallelism Ray requests."""
         del parallelism, per_task_row_limit, data_context
         return [self._read_task(fragment, rejected) for fragment, rejected in self._fragments]
 
     def _read_task(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> ReadTask:
         metadata = BlockMetadata(num_rows=fragment.rows, size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(
-            partial(_load_fragment, self._run_id, (self._stage, self._tally), fragment, rejected), metadata
+            partial(_load_fragment, self._run_id, (self._load, self._progress_actor), fragment, rejected),
+            metadata,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _LoadWorker:
-    """The connections, threads and decoded row group of a worker process."""
+    """Connections, threads and the decoded row group of a worker process."""
 
     loader: Loader
     reader: FragmentReader
@@ -61,24 +62,24 @@ class _LoadWorker:
 
 
 _workers: dict[str, _LoadWorker] = {}
-"""By run id, one at a time: a process serves many fragments of a run, and sometimes a later run."""
+"""The worker of this process, by run id; it is replaced when a fragment of another run arrives."""
 
 
 def _load_fragment(
     run_id: str,
-    shared: "tuple[ray.ObjectRef[Load], Any]",
+    shared: "tuple[ray.ObjectRef[LoadSpec], Any]",
     fragment: Fragment,
     rejected: Mapping[int, Failure],
 ) -> Iterator[pa.Table]:
-    stage, tally = shared
+    load_ref, progress_actor = shared
     if run_id not in _workers:
-        load: Load = ray.get(stage)
+        load: LoadSpec = ray.get(load_ref)
         _workers.clear()
         _workers[run_id] = _LoadWorker(
             Loader(load.settings), FragmentReader(load.columns, load.storage), load.settings.block_rows
         )
     worker = _workers[run_id]
-    # Waited for: whoever dies over the fragment must have said so before.
-    ray.get(tally.begin.remote(fragment.first_row))
+    # Wait for the acknowledgement: a process that crashes on the fragment must have registered it before.
+    ray.get(progress_actor.start_fragment.remote(fragment.first_row))
     yield from worker.loader.load(worker.reader.read(fragment, worker.block_rows), rejected)
-    tally.end.remote(fragment.first_row)
+    progress_actor.finish_fragment.remote(fragment.first_row)

@@ -1,4 +1,4 @@
-"""The actor that holds one backbone on one device; the staged shape."""
+"""The predict stage: an actor that holds one backbone on one device."""
 
 import resource
 from collections import Counter
@@ -8,47 +8,37 @@ import pyarrow as pa
 import ray
 
 from batchcls.inference.predictor import Predictor
-from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.engines.factory import describe
-from batchcls.models.model_bundle import Bundle
-from batchcls.pipeline.actor_engine import busy_clock, start_for_node
-from batchcls.pipeline.pipeline_spec import Engines
-from batchcls.resources import ResourcePlan
+from batchcls.pipeline.actor_engine import engine_clock, start_for_node
+from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.schema import ROW
 
 
-class StoppedByDriverError(Exception):
-    """The driver wants no more; it knows why."""
+class StopRequestedError(Exception):
+    """The driver requested that the actors stop; the driver knows the cause."""
 
 
 class PredictActor:
-    """Answers blocks; one per place in the pool."""
+    """Predicts blocks of decoded images; the pool holds `num_actors` of them."""
 
-    def __init__(
-        self,
-        shared: "ray.ObjectRef[Bundle]",
-        fingerprint: str,
-        engines: Engines,
-        settings: PredictSettings,
-        shape: ResourcePlan,
-        tally: Any,
-    ) -> None:
-        # One copy of the weights a node, in its object store, however many actors there are.
-        engine, batch_size = start_for_node(ray.get(shared), fingerprint, engines, shape)
-        self._predictor = Predictor(engine, settings.with_batch_size(batch_size), busy_clock(engine))
-        self._tally = tally
-        self._answer: Any = None
-        tally.started.remote(describe(engine))
+    def __init__(self, spec_ref: "ray.ObjectRef[WorkerSpec]", progress_actor: Any) -> None:
+        # The object store of a node holds one copy of the weights, however many actors the node has.
+        spec = ray.get(spec_ref)
+        engine, batch_size = start_for_node(spec)
+        self._predictor = Predictor(engine, spec.predict.with_batch_size(batch_size), engine_clock(engine))
+        self._progress_actor = progress_actor
+        self._last_report: Any = None
+        progress_actor.report_ready.remote(describe(engine))
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Block of `schema.loaded_schema` -> block of `schema.classified_schema`."""
-        answered = self._predictor(block)
-        failures = Counter(answered.column("reason").drop_null().to_pylist())
+        """Return a block of `schema.classified_schema` for a block of `schema.loaded_schema`."""
+        predicted = self._predictor(block)
+        failures = Counter(predicted.column("reason").drop_null().to_pylist())
         peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        first_row = answered.column(ROW)[0].as_py()
-        report = self._tally.add.remote(first_row, answered.num_rows, failures, peak_mib)
-        before, self._answer = self._answer, report
-        # The answer to the block before is there long since; nobody is waited for.
-        if before is not None and not ray.get(before):
-            raise StoppedByDriverError
-        return answered
+        first_row = predicted.column(ROW)[0].as_py()
+        report = self._progress_actor.add_block.remote(first_row, predicted.num_rows, failures, peak_mib)
+        previous, self._last_report = self._last_report, report
+        # The reply to the previous block's report has long arrived, so this does not wait.
+        if previous is not None and not ray.get(previous):
+            raise StopRequestedError
+        return predicted

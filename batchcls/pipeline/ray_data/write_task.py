@@ -1,4 +1,4 @@
-"""Write tasks: blocks with answers -> whole files -> receipts on the driver."""
+"""The write stage: a Ray Data sink that writes predicted blocks as parts and returns their receipts to the driver."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from batchcls.runs.receipts import keep_receipt
 
 
 class PartSink(Datasink[Receipt]):
-    """Gathers at least `rows_per_file` rows a write; keeps the receipts on the driver."""
+    """Writes parts of at least `rows_per_file` rows; collects their receipts on the driver."""
 
     def __init__(self, run_id: str, writer: PartWriter, rows_per_file: int) -> None:
         self._run_id = run_id
@@ -21,21 +21,21 @@ class PartSink(Datasink[Receipt]):
         self.receipts: list[Receipt] = []
 
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> Receipt:
-        """In a write task: one part."""
+        """Write one part, in a write task."""
         del ctx
         receipt = self._writer.write([block for block in blocks if block.num_rows])
         metrics_of(self._run_id).record(receipt)
         return keep_receipt(receipt, self._writer.folder, self._writer.storage)
 
     def on_write_complete(self, write_result: Any) -> None:
-        """On the driver: of a repeated task only the attempt that Ray counted is here."""
+        """Collect the receipts on the driver; of a retried task Ray passes only the successful attempt."""
         self.receipts = list(write_result.write_returns)
 
     def get_name(self) -> str:
-        """The stage's name in Ray's own logs and dashboard."""
+        """Return the stage's name in Ray's logs and dashboard."""
         return "Parts"
 
     @property
     def min_rows_per_write(self) -> int | None:
-        """Ray bundles blocks until a write has so many rows."""
+        """Return the number of rows up to which Ray bundles blocks into one write."""
         return self._rows_per_file

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchcls.images.fetch import FetchPolicy
-from batchcls.images.isolated_decode import Suspect, find_killers
+from batchcls.images.isolated_decode import ImageRow, find_crashing_rows
 from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.preprocessing import Preprocessing, Views
 from batchcls.schema import Reason
@@ -60,8 +60,8 @@ def test_the_rows_that_end_a_process_are_found_and_no_others(
         settings = replace(settings, limits=replace(settings.limits, seconds=60))
     image = encode(draw(0, 90, 70), "JPEG")
     images = [image, image[:50], b"", image + mark, image]
-    suspects = [Suspect(10 + place, None, image) for place, image in enumerate(images)]
-    found = find_killers(settings, suspects)
+    rows = [ImageRow(10 + place, None, image) for place, image in enumerate(images)]
+    found = find_crashing_rows(settings, rows)
     assert list(found) == [13]
     assert found[13].reason == reason
     assert word in found[13].detail
@@ -69,13 +69,13 @@ def test_the_rows_that_end_a_process_are_found_and_no_others(
 
 def test_files_are_fetched_there_too_and_what_only_fails_is_no_killer(settings: LoadSettings, tmp_path: Path):
     (tmp_path / "a.jpg").write_bytes(encode(draw(0, 90, 70), "JPEG"))
-    suspects = [Suspect(0, str(tmp_path / "a.jpg"), None), Suspect(1, str(tmp_path / "gone.jpg"), None)]
-    assert find_killers(settings, suspects) == {}
+    rows = [ImageRow(0, str(tmp_path / "a.jpg"), None), ImageRow(1, str(tmp_path / "gone.jpg"), None)]
+    assert find_crashing_rows(settings, rows) == {}
 
 
 def test_an_image_that_is_over_its_time_ends_no_process(settings: LoadSettings):
-    slow = Suspect(0, None, bmp_runs(999, 8))
-    assert find_killers(replace(settings, limits=replace(settings.limits, seconds=0.01)), [slow]) == {}
+    slow = ImageRow(0, None, bmp_runs(999, 8))
+    assert find_crashing_rows(replace(settings, limits=replace(settings.limits, seconds=0.01)), [slow]) == {}
 
 
 @pytest.mark.long
@@ -87,4 +87,4 @@ def test_the_largest_image_that_is_allowed_has_the_memory_that_it_needs(settings
     rows = zlib.compress(bytes(height * (1 + 9000 * 8)), 1)
     chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
     image = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
-    assert find_killers(replace(settings, limits=limits), [Suspect(0, None, image)]) == {}
+    assert find_crashing_rows(replace(settings, limits=limits), [ImageRow(0, None, image)]) == {}

@@ -1,4 +1,4 @@
-"""Rows taken over from an earlier run by the function that tasks run, without Ray: files, versions, contents."""
+"""Copying of predictions from an earlier run, without Ray: matches by row, version and content."""
 
 import hashlib
 import os
@@ -14,8 +14,8 @@ from batchcls.errors import InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.manifest.snapshot import Manifest, open_manifest
-from batchcls.pipeline.copy_predictions import Given, take_over_fragment
-from batchcls.pipeline.pipeline_spec import Load
+from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
+from batchcls.pipeline.pipeline_spec import LoadSpec
 from batchcls.preprocessing import Preprocessing, Views
 from batchcls.runs.catalog import read_record
 from batchcls.runs.parts import PartWriter
@@ -63,27 +63,27 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def take(
+def copy(
     tmp_path: Path, manifest: Manifest, *, by_row: bool = False, rejected: dict[int, Failure] | None = None
 ) -> tuple[pa.Table, Counter[str]]:
-    """Take the run n1 over into n2: what was written, in row order, and how it was found."""
+    """Copy the run n1 into n2; return the written rows in row order, and the counts by match."""
     folder = str(tmp_path / "out" / "runs" / "n2")
     kept = manifest.columns.kept
     earlier = open_earlier(
         read_record(str(tmp_path / "out"), "n1", STORAGE), STORAGE, same_base=True, same_manifest=by_row
     )
-    given = Given(
-        Load(manifest.columns, STORAGE, settings(f"n2-{tmp_path}", manifest.base, kept)),
+    spec = CopySpec(
+        LoadSpec(manifest.columns, STORAGE, settings(f"n2-{tmp_path}", manifest.base, kept)),
         PartWriter(folder, STORAGE, kept, pa.float32(), DIMENSION),
         earlier,
     )
-    ways: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for fragment in manifest.fragments(repeat(4)):
-        ways += take_over_fragment(given, fragment, rejected or {}).ways
+        counts += copy_fragment(spec, fragment, rejected or {}).counts
     files = [file for receipt in read_receipts(folder, STORAGE) for file in receipt.files]
     assert {(file.kind, file.origin) for file in files} <= {("predictions", "reused")}
     tables = [pq.read_table(Path(folder) / file.path) for file in files]
-    return pa.concat_tables(tables).sort_by("row"), ways
+    return pa.concat_tables(tables).sort_by("row"), counts
 
 
 def write_manifest(tmp_path: Path, **columns: list[object]) -> Manifest:
@@ -107,16 +107,14 @@ def night(tmp_path: Path) -> list[Item]:
     return rows
 
 
-def test_files_that_are_what_they_were_are_taken_over_with_tonight_s_columns(
-    tmp_path: Path, night: list[Item]
-):
+def test_unchanged_files_are_copied_with_current_columns(tmp_path: Path, night: list[Item]):
     put(tmp_path / "1.jpg", b"changed")
     (tmp_path / "3.jpg").rename(tmp_path / "renamed.jpg")
     uris = ["4.jpg", "0.jpg", "1.jpg", "2.jpg", "renamed.jpg", "5.jpg", "gone.jpg"]
     ids = ["i4", "i0", "i1", "i2", "i3", "i5", "new"]
     manifest = write_manifest(tmp_path, item_id=ids, uri=uris, price=[*range(7)])
     rejected = {5: Failure(Reason.DUPLICATE_ID, "")}
-    table, ways = take(tmp_path, manifest, rejected=rejected)
+    table, counts = copy(tmp_path, manifest, rejected=rejected)
     assert table.column("row").to_pylist() == [0, 1, 4]
     assert table.column("item_id").to_pylist() == ["i4", "i0", "i3"]
     assert table.column("label").to_pylist() == ["label 4", "label 0", "label 3"]
@@ -125,49 +123,49 @@ def test_files_that_are_what_they_were_are_taken_over_with_tonight_s_columns(
     assert set(table.column("origin").to_pylist()) == {"reused"}
     assert table.column("embedding").to_pylist() == [list(night[0].embedding)] * 3
     assert table.column("top_k").to_pylist()[0][0]["label"] == "label 4"
-    # A renamed file was read for its hash; what is known of it from now on is its state.
-    assert ways == Counter(stat=2 + 0, content=1, unnamed=1)
+    # A renamed file was matched by its hash; its new version is recorded.
+    assert counts == Counter(stat=2 + 0, content=1, unnamed=1)
     assert table.column("source_version").to_pylist()[2].startswith("stat:6:")
 
 
-def test_a_version_of_the_manifest_goes_before_what_the_store_says(tmp_path: Path):
+def test_manifest_version_takes_precedence_over_store_version(tmp_path: Path):
     rows = [Item(f"i{n}", f"label {n}", content_hash=None, source_version=f"version:{n}") for n in range(3)]
     write_run(str(tmp_path / "out"), Night("n1"), rows, STORAGE)
     put(tmp_path / "a.jpg", b"whatever lies there")
     manifest = write_manifest(
         tmp_path, item_id=["i0", "i1", "i2"], uri=["a.jpg"] * 3, version=["0", "9", "2"]
     )
-    table, ways = take(tmp_path, manifest)
+    table, counts = copy(tmp_path, manifest)
     assert table.column("item_id").to_pylist() == ["i0", "i2"]
     assert table.column("source_version").to_pylist() == ["version:0", "version:2"]
-    assert ways == Counter(version=2)
+    assert counts == Counter(version=2)
 
 
-def test_images_inside_the_manifest_are_hashed_and_it_is_said(tmp_path: Path, night: list[Item]):
+def test_embedded_images_are_matched_by_content(tmp_path: Path, night: list[Item]):
     images = [b"\0" * 3, b"new", b"\1" * 4]
     manifest = write_manifest(tmp_path, item_id=["x", "y", "z"], image=images, uri=["4.jpg"] * 3)
-    table, ways = take(tmp_path, manifest)
+    table, counts = copy(tmp_path, manifest)
     assert table.column("label").to_pylist() == ["label 0", "label 1"]
-    assert ways == Counter(content=2, unnamed=3)
+    assert counts == Counter(content=2, unnamed=3)
 
 
-def test_by_row_everything_that_was_predicted_is_taken_over(tmp_path: Path, night: list[Item]):
+def test_copy_by_row_ignores_changed_images(tmp_path: Path, night: list[Item]):
     put(tmp_path / "1.jpg", b"changed")
     manifest = write_manifest(
         tmp_path, item_id=["i0", "i1", "i2", "other", "i4", "i5"], uri=[f"{n}.jpg" for n in range(6)]
     )
-    table, ways = take(tmp_path, manifest, by_row=True)
+    table, counts = copy(tmp_path, manifest, by_row=True)
     assert table.column("item_id").to_pylist() == ["i0", "i1", "i4", "i5"]
     assert table.column("source_version").to_pylist()[1] == night[1].source_version
-    assert ways == Counter(row=4)
+    assert counts == Counter(row=4)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "bit"])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_rows_whose_earlier_file_is_lost_meanwhile_are_computed(
+def test_rows_of_an_unreadable_source_are_left_to_compute(
     tmp_path: Path, night: list[Item], damage: str, by_row: bool
 ):
-    """The earlier run is opened, and one of its files goes or changes before a task reads it."""
+    """A file of the source is deleted or changed after the source was opened."""
     manifest = write_manifest(
         tmp_path, item_id=[f"i{n}" for n in range(6)], uri=[f"{n}.jpg" for n in range(6)]
     )
@@ -180,19 +178,19 @@ def test_rows_whose_earlier_file_is_lost_meanwhile_are_computed(
     else:
         part.write_bytes(data[:50] if damage == "cut" else data[:50] + bytes([data[50] ^ 1]) + data[51:])
     kept = manifest.columns.kept
-    given = Given(
-        Load(manifest.columns, STORAGE, settings(f"lost-{tmp_path}", manifest.base, kept)),
+    spec = CopySpec(
+        LoadSpec(manifest.columns, STORAGE, settings(f"lost-{tmp_path}", manifest.base, kept)),
         PartWriter(str(tmp_path / "out" / "runs" / "n2"), STORAGE, kept, pa.float32(), DIMENSION),
         earlier,
     )
-    found = [take_over_fragment(given, fragment, {}) for fragment in manifest.fragments(repeat(6))]
+    found = [copy_fragment(spec, fragment, {}) for fragment in manifest.fragments(repeat(6))]
     assert [one.receipt for one in found] == [None] * len(found)
-    assert sum((one.ways for one in found), Counter()) == Counter(lost=6)
-    assert str(part) in found[0].lost
+    assert sum((one.counts for one in found), Counter()) == Counter(lost=6)
+    assert str(part) in found[0].error
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "zeros"])
-def test_an_earlier_run_that_is_not_whole_is_not_opened(tmp_path: Path, night: list[Item], damage: str):
+def test_open_rejects_incomplete_source(tmp_path: Path, night: list[Item], damage: str):
     record = read_record(str(tmp_path / "out"), "n1", STORAGE)
     part = Path(record.folder) / next(file.path for file in record.files if file.kind == "predictions")
     data = part.read_bytes()

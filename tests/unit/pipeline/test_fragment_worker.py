@@ -1,4 +1,4 @@
-"""A fragment's whole way in one process, without Ray: two fragments at once, failures, files."""
+"""The fragment worker without Ray: concurrent fragments, failures and written parts."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +16,8 @@ from batchcls.manifest.snapshot import Fragment, Manifest, open_manifest
 from batchcls.models.engines.engine import REFERENCE
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import resolve_model
-from batchcls.pipeline.fragment_actor import WorkerSpec
 from batchcls.pipeline.fragment_worker import FragmentWorker
-from batchcls.pipeline.pipeline_spec import Engines, Load, NodeEngine
+from batchcls.pipeline.pipeline_spec import Engines, LoadSpec, NodeEngine, WorkerSpec
 from batchcls.preprocessing import Views
 from batchcls.resources import Node, place
 from batchcls.runs.parts import PartWriter
@@ -71,7 +70,7 @@ def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWork
             bundle,
             bundle.fingerprint,
             engines,
-            Load(manifest.columns, STORAGE, load),
+            LoadSpec(manifest.columns, STORAGE, load),
             predict,
             PartWriter(str(tmp_path), STORAGE, (), pa.float16(), dimension),
             shape,
@@ -79,13 +78,13 @@ def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWork
     )
 
 
-def test_two_fragments_at_once_give_each_row_once_and_what_it_cost(
+def test_concurrent_fragments_write_each_row_once_with_stage_seconds(
     worker: FragmentWorker, manifest: Manifest, tmp_path: Path
 ):
     rejected = {5: Failure(Reason.DUPLICATE_ID, "row 2 has it")}
     fragments = list(manifest.fragments(itertools.repeat(30)))
     with ThreadPoolExecutor(2) as pool:
-        receipts = list(pool.map(lambda fragment: worker.work(fragment, rejected), fragments))
+        receipts = list(pool.map(lambda fragment: worker.process(fragment, rejected), fragments))
     good = pa.concat_tables(
         pq.read_table(tmp_path / file.path)
         for receipt in receipts
@@ -101,25 +100,23 @@ def test_two_fragments_at_once_give_each_row_once_and_what_it_cost(
         assert set(receipt.seconds) == {"fetch", "decode", "predict", "write", "other"}
         assert all(seconds >= 0 for seconds in receipt.seconds.values())
         assert receipt.seconds["decode"] > 0
-    assert worker.under_way().parts == {}
+    assert worker.progress().fragments == {}
     assert worker.describe() == "torch fp32 on cpu"
 
 
-def test_an_answer_does_not_depend_on_the_fragment(
-    worker: FragmentWorker, manifest: Manifest, tmp_path: Path
-):
+def test_labels_do_not_depend_on_fragment_sizes(worker: FragmentWorker, manifest: Manifest, tmp_path: Path):
     def labels(sizes: int) -> list[str]:
-        receipts = [worker.work(part, {}) for part in manifest.fragments(itertools.repeat(sizes))]
+        receipts = [worker.process(part, {}) for part in manifest.fragments(itertools.repeat(sizes))]
         files = [file.path for one in receipts for file in one.files if file.kind == "predictions"]
         return pa.concat_tables(pq.read_table(tmp_path / path) for path in files).column("label").to_pylist()
 
     assert labels(90) == labels(7)
 
 
-def test_a_fragment_that_fails_leaves_the_worker_fit_for_the_next(worker: FragmentWorker, manifest: Manifest):
+def test_worker_processes_fragments_after_a_failed_one(worker: FragmentWorker, manifest: Manifest):
     missing = Fragment(manifest.files[0].uri + ".gone", 0, 0, 10, 0)
     with pytest.raises(Exception, match="gone"):
-        worker.work(missing, {})
-    assert worker.under_way().parts == {}
+        worker.process(missing, {})
+    assert worker.progress().fragments == {}
     for fragment in manifest.fragments(itertools.repeat(45)):
-        assert len(worker.work(fragment, {}).ranges) == 45
+        assert len(worker.process(fragment, {}).ranges) == 45
