@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcls.comparison.measurement import AccuracyResult
-from batchcls.inference.agreement import NO_ANSWER, top1_agreement
+from batchcls.inference.agreement import NO_PREDICTION, top1_agreement
 from batchcls.inference.postprocess import TopK, average
-from batchcls.inference.throughput import answers as answers_of
+from batchcls.models.engines.batching import predict_batches
 from batchcls.models.engines.engine import Engine, EngineOutput
 
 _KEPT = 5
@@ -22,7 +22,7 @@ _KEPT = 5
 class SamplePredictions:
     """Class indices of the best five (fewer where there are fewer labels) for N images, the best first.
 
-    A row whose answer is not finite holds NO_ANSWER.
+    A row whose answer is not finite holds NO_PREDICTION.
     """
 
     best: npt.NDArray[np.int32]
@@ -39,20 +39,22 @@ def answer_all(
     """EngineOutput N x H x W x 3 pixels, `batch_size` images at a time."""
     top = TopK(labels, _KEPT)
     batches = (pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size))
-    return SamplePredictions(np.concatenate([_best(answer, top) for answer in answers_of(engine, batches)]))
+    return SamplePredictions(
+        np.concatenate([_best(answer, top) for answer in predict_batches(engine, batches)])
+    )
 
 
 def _best(answer: EngineOutput, top: TopK) -> npt.NDArray[np.int32]:
     found = average(answer, views=1, l2_normalize=False)
     ranked = top.columns(np.where(found.finite[:, None], found.probabilities, 0))["top_k"]
     indices = ranked.flatten().field("class_index").to_numpy().reshape(len(found.finite), -1)
-    return np.where(found.finite[:, None], indices, np.int32(NO_ANSWER))
+    return np.where(found.finite[:, None], indices, np.int32(NO_PREDICTION))
 
 
 def _marks(first: npt.NDArray[np.int32], known: npt.NDArray[np.int_]) -> Iterator[str]:
     """For each image 1, 0 or -; see `AccuracyResult.right`."""
     for answer, label in zip(first, known, strict=True):
-        yield "-" if label == NO_ANSWER else str(int(answer == label))
+        yield "-" if label == NO_PREDICTION else str(int(answer == label))
 
 
 def agreement(
@@ -70,8 +72,10 @@ def agreement(
     """
     first = answers.best[:, 0]
     classes = {label: index for index, label in enumerate(labels)}
-    known = np.array([classes.get(label, NO_ANSWER) if label is not None else NO_ANSWER for label in truth])
-    labeled = known != NO_ANSWER
+    known = np.array(
+        [classes.get(label, NO_PREDICTION) if label is not None else NO_PREDICTION for label in truth]
+    )
+    labeled = known != NO_PREDICTION
     right = answers.best[labeled] == known[labeled, None]
     some = bool(labeled.any())
     return AccuracyResult(

@@ -12,7 +12,7 @@ from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.images.loader import Loader
 from batchcls.manifest.sample import LABEL, RowSample
-from batchcls.preprocessing import Preprocessing, Views
+from batchcls.preprocessing import Preprocessing
 from batchcls.schema import DECODE_SECONDS, FETCH_SECONDS, PIXELS
 from batchcls.storage.filesystem import is_remote
 
@@ -68,16 +68,12 @@ def prepare(
     """
     kept = tuple(field for field in sample.rows.schema if field.name == LABEL)
     settings = LoadSettings(
-        run_id="compare",
         base=sample.base,
         kept=kept,
         fetch=fetch,
         limits=limits,
         preprocessing=preprocessing,
-        views=Views(),
-        normalize="engine",
         fetch_threads=_REMOTE_REQUESTS if is_remote(sample.base) else 1,
-        decode_threads=1,
         block_rows=_BLOCK_ROWS,
         decode_margin=decode_margin,
     )

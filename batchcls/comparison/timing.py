@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from batchcls.comparison.measurement import Latency, Throughput
 from batchcls.comparison.system_stats import available_memory_mib, peak_memory_mib
-from batchcls.inference.throughput import pace, rounds
+from batchcls.inference.throughput import cycle_batches, measure_throughput
 from batchcls.models.engines.batching import is_out_of_memory
 from batchcls.models.engines.engine import Engine
 
@@ -116,7 +116,7 @@ def throughputs(
 
 
 def _throughput(engine: Engine, pixels: Pixels, batch_size: int, seconds: float) -> Throughput:
-    found = pace(engine, pixels, batch_size, seconds, wanted=_WANTED_BATCHES)
+    found = measure_throughput(engine, pixels, batch_size, seconds, min_batches=_WANTED_BATCHES)
     return Throughput(
         batch_size=batch_size,
         images_per_second=found.images_per_second,
@@ -128,7 +128,7 @@ def _throughput(engine: Engine, pixels: Pixels, batch_size: int, seconds: float)
 
 def _timed(engine: Engine, pixels: Pixels, seconds: float, repeats: Repeats) -> list[float]:
     """Seconds of each answer to one image, one at a time, warm-up left out."""
-    images = rounds(pixels, 1)
+    images = cycle_batches(pixels, 1)
     _warm_up(lambda: engine.answer(next(images)), seconds)
     taken: list[float] = []
     started = time.perf_counter()

@@ -19,7 +19,7 @@ from batchcls.images.load_config import LoadSettings
 from batchcls.images.loader import Loader
 from batchcls.inference.postprocess import mean_probabilities
 from batchcls.inference.predictor import pixels_of
-from batchcls.inference.throughput import answers as answers_of
+from batchcls.models.engines.batching import predict_batches
 from batchcls.models.engines.engine import Engine
 from batchcls.schema import PIXELS, ROW, Reason
 
@@ -143,7 +143,7 @@ class Answering:
 
     def _logits(self, load: LoadSettings) -> Iterator[Floats]:
         """Of each block n * V x K, the views of an image next to each other: its crops, of each both flips."""
-        found = answers_of(self._engine, self._batches(Loader(load), load))
+        found = predict_batches(self._engine, self._batches(Loader(load), load))
         for first in found:
             # The passes of a block follow each other; what it takes was noted before the first was submitted.
             answers = [first.logits]

@@ -1,7 +1,7 @@
-"""All that loading images needs beside their rows. Needs no torch."""
+"""Settings of fetching and decoding images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
@@ -13,21 +13,20 @@ from batchcls.images.url_policy import AddressPolicy
 from batchcls.preprocessing import Preprocessing, Views
 
 Least = Callable[[int, int], tuple[float, float]]
-"""From the height and width of an upright image to those that it must keep at a reduced scale."""
+"""Maps the height and width of an upright image to the smallest ones that it may be decoded at."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeLimits:
-    """What is refused before a pixel is allocated.
+    """Limits that are checked before pixels are allocated.
 
-    `max_pixels`, at least 1: the default is a quarter of a GiB of RGB, above the 50 and 61
-    megapixels of today's cameras and equal to where Pillow begins to warn. A higher one raises
-    Pillow's own limit with it. `min_side_pixels`, at least 1: shorter sides are tracking pixels
-    and rules.
-
-    `memory_bytes` is what the images that a process decodes at a time may take together, as
-    `batchcls.images.decode_memory` reckons it; one that takes more is decoded alone. `seconds` is how much
-    processor time one image may take.
+    Attributes:
+        max_pixels: at least 1. The default is a quarter of a GiB of RGB: above the 50 and 61 megapixels of
+            current cameras, and equal to the limit at which Pillow warns. A higher value raises Pillow's limit too.
+        min_side_pixels: at least 1; images with shorter sides are tracking pixels and rules.
+        memory_bytes: memory of all images that a process decodes concurrently, as `decode_memory` estimates it;
+            an image that needs more is decoded alone.
+        seconds: CPU time of decoding one image.
     """
 
     max_pixels: int = 89_478_485
@@ -43,32 +42,42 @@ class DecodeLimits:
             raise InputError(f"seconds must be more than 0, got {self.seconds}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
-    """All that a load task needs beside its rows.
+    """Settings of a loader, which fetches and decodes the images of its rows.
 
-    `normalize` says whether pixels leave as uint8 ("engine") or as normalized float32 ("worker").
-    `decode_margin` lets a JPEG be decoded at a reduced scale that leaves it at least so many times as
-    high and wide as the resize needs it; None: every image is decoded whole.
-    `run_id` tells the settings of one run from those of another in a process that serves both.
+    Attributes:
+        base: URI against which relative image URIs are resolved.
+        fetch: how images are fetched.
+        limits: limits of decoding.
+        preprocessing: of the network.
+        fetch_threads: images that are fetched concurrently.
+        block_rows: rows of a block of decoded images.
+        decode_threads: images that are decoded concurrently.
+        views: crops and flips of each image.
+        normalize: whether pixels are returned as uint8 ("engine") or as normalized float32 ("worker").
+        kept: columns of the manifest that are copied to the output.
+        decode_margin: JPEGs are decoded at a reduced scale at which they are at least this many times as high and
+            wide as the resize needs; None: at full scale.
+        run_id: identifies the settings in a process that serves several runs.
     """
 
-    run_id: str
     base: str
-    kept: tuple[pa.Field, ...]
     fetch: FetchPolicy
     limits: DecodeLimits
     preprocessing: Preprocessing
-    views: Views
-    normalize: Literal["engine", "worker"]
     fetch_threads: int
-    decode_threads: int
     block_rows: int
+    decode_threads: int = 1
+    views: Views = field(default_factory=Views)
+    normalize: Literal["engine", "worker"] = "engine"
+    kept: tuple[pa.Field, ...] = ()
     decode_margin: float | None = None
+    run_id: str = ""
 
 
 def fetch_policy(settings: FetchSettings) -> FetchPolicy:
-    """Which addresses are read, how long, how often and with which credentials."""
+    """Return the fetch policy of a job: permitted addresses, timeouts, attempts and credentials."""
     return FetchPolicy(
         addresses=AddressPolicy(tuple(settings.allowed_root), settings.allow_private_addresses),
         timeout_seconds=settings.fetch_timeout_seconds,
@@ -79,7 +88,7 @@ def fetch_policy(settings: FetchSettings) -> FetchPolicy:
 
 
 def decode_limits(settings: FetchSettings) -> DecodeLimits:
-    """How large and how small an image may be, and what decoding it may take."""
+    """Return the decode limits of a job: image size, memory and time."""
     return DecodeLimits(
         max_pixels=settings.max_image_pixels,
         min_side_pixels=settings.min_image_side_pixels,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from batchcls.models.engines.engine import EngineOutput, Precision
 
-NO_ANSWER = -1
+NO_PREDICTION = -1
 """Stands for the class of an image whose answer is not finite: the main job puts it in quarantine."""
 
 _SHORTEST = 1e-30  # an embedding of zeros has no direction, and none may divide by its length
@@ -109,16 +109,16 @@ class EngineAgreement:
 
 
 def best_class(answer: EngineOutput) -> npt.NDArray[np.int64]:
-    """Best class of N images, the first of equals; NO_ANSWER where logits or embedding are not finite."""
-    return np.where(_finite(answer), answer.logits.argmax(axis=1), NO_ANSWER)
+    """Best class of N images, the first of equals; NO_PREDICTION where logits or embedding are not finite."""
+    return np.where(_finite(answer), answer.logits.argmax(axis=1), NO_PREDICTION)
 
 
 def top1_agreement(best: npt.NDArray[np.integer], reference: npt.NDArray[np.integer]) -> float:
-    """Share in 0..1 of N images with the same best class; NO_ANSWER agrees with nothing."""
-    return float(((best == reference) & (best != NO_ANSWER)).mean())
+    """Share in 0..1 of N images with the same best class; NO_PREDICTION agrees with nothing."""
+    return float(((best == reference) & (best != NO_PREDICTION)).mean())
 
 
-def equal_to(answer: EngineOutput, reference: EngineOutput, tolerance: float) -> bool:
+def is_close_to(answer: EngineOutput, reference: EngineOutput, tolerance: float) -> bool:
     """Whether two engines say the same about N images, up to rounding.
 
     Args:

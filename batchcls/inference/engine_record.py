@@ -97,7 +97,7 @@ class CandidateResult(_Record):
         return ", ".join(words)
 
 
-class MarginFigures(_Record):
+class MarginResult(_Record):
     """How a network answers JPEGs that are decoded at a reduced scale."""
 
     margin: float = Field(
@@ -115,7 +115,7 @@ class ReducedScale(_Record):
     """How far JPEGs may be reduced in decoding."""
 
     margin: float | None = Field(description="What was chosen; None: images are decoded whole.")
-    tried: tuple[MarginFigures, ...] = Field(description="All margins that were measured.")
+    tried: tuple[MarginResult, ...] = Field(description="All margins that were measured.")
     note: str | None = Field(description="Why images are decoded whole; None where they are not.")
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from batchcls.errors import BatchclsError, InputError
 from batchcls.hardware import Hardware
-from batchcls.inference.agreement import EngineAgreement, equal_to
+from batchcls.inference.agreement import EngineAgreement, is_close_to
 from batchcls.inference.engine_record import (
     CandidateResult,
     EngineRequest,
@@ -19,7 +19,12 @@ from batchcls.inference.engine_record import (
     installed_versions,
 )
 from batchcls.inference.engine_startup import start_tested_engine
-from batchcls.inference.throughput import answer_all, batch_rates, fastest, pace
+from batchcls.inference.throughput import (
+    best_batch_size,
+    measure_throughput,
+    predict_all,
+    throughput_by_batch_size,
+)
 from batchcls.models.engines.engine import REFERENCE, Engine, EngineChoice, EngineConfig, EngineOutput
 from batchcls.models.model_bundle import Bundle
 
@@ -148,7 +153,7 @@ class _Measuring:
         images = max(least, int(rate * self._seconds / 3))
         self._pixels = self._pixels[:images]
         started = time.perf_counter()
-        self._reference = answer_all(engine, self._pixels, _FIRST_BATCH)
+        self._reference = predict_all(engine, self._pixels, _FIRST_BATCH)
         self._left -= time.perf_counter() - started
         # PyTorch has one number of threads for all engines of a process, which the next one may change.
         del self._started[REFERENCE]
@@ -166,7 +171,7 @@ class _Measuring:
             self.notes.append(f"{_CHEAPER_REFERENCE} cannot stand in for {REFERENCE}: {error}")
             return None
         found, faster = self._timed(engine, self._pixels[:_FIRST_IMAGES])
-        if not equal_to(found, answer, _TOLERANCE):
+        if not is_close_to(found, answer, _TOLERANCE):
             self.notes.append(f"{_CHEAPER_REFERENCE} does not answer as {REFERENCE} does on the first images")
             return None
         if faster <= rate:
@@ -177,9 +182,9 @@ class _Measuring:
     def _timed(self, engine: Engine, pixels: npt.NDArray[np.uint8]) -> tuple[EngineOutput, float]:
         """Answers and, after a first round for warm-up, images per second."""
         begun = time.perf_counter()
-        answer_all(engine, pixels, _FIRST_BATCH)
+        predict_all(engine, pixels, _FIRST_BATCH)
         started = time.perf_counter()
-        answer = answer_all(engine, pixels, _FIRST_BATCH)
+        answer = predict_all(engine, pixels, _FIRST_BATCH)
         ended = time.perf_counter()
         self._left -= ended - begun
         return answer, len(pixels) / (ended - started)
@@ -239,7 +244,7 @@ class _Measuring:
         """What is found out about a running candidate: a slow or wrong one ends before the batch sizes."""
         sizes = self._batch_sizes()
         first = _FIRST_BATCH if _FIRST_BATCH in sizes else sizes[0]
-        rate = pace(engine, self._pixels, first, min(1.0, seconds / 8)).images_per_second
+        rate = measure_throughput(engine, self._pixels, first, min(1.0, seconds / 8)).images_per_second
         found: dict[str, object] = {"rates": {first: rate}, "batch_size": first, "images_per_second": rate}
         best = max((entry for entry in self.figures if not entry.rejected), key=_rate, default=None)
         if best is not None and rate < _HOPELESS * _rate(best):
@@ -259,8 +264,8 @@ class _Measuring:
         else:
             close = agreement.close_call(self._wanted.contract, choice.precision)
             self.notes += [] if close is None else [f"{choice}: {close}"]
-        rates = batch_rates(engine, self._pixels, sizes, rate, min(seconds / 2, _RATES_SECONDS))
-        size = fastest(rates, _LEVEL)
+        rates = throughput_by_batch_size(engine, self._pixels, sizes, rate, min(seconds / 2, _RATES_SECONDS))
+        size = best_batch_size(rates, _LEVEL)
         return found | {"rates": rates, "batch_size": size, "images_per_second": rates[size]}
 
     def _agreement(
@@ -273,7 +278,7 @@ class _Measuring:
             held_out = np.flatnonzero(self._order[: len(places)] % 2)
             places = held_out if len(held_out) else places
         places = places[: max(_LEAST_IMAGES, images)]
-        answer = answer_all(engine, self._pixels[places], batch_size)
+        answer = predict_all(engine, self._pixels[places], batch_size)
         reference = EngineOutput(self._reference.logits[places], self._reference.embedding[places])
         return EngineAgreement.between(answer, reference)
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from batchcls.inference.golden_test import DRAWING, ask
+from batchcls.inference.golden_test import GOLDEN_IMAGES_VERSION, predict_golden_images
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig
 from batchcls.models.engines.factory import start_engine
 from batchcls.models.golden import Deviation, check
@@ -48,6 +48,6 @@ def self_test(config: BundleConfig, engine: Engine) -> Deviation:
     Raises:
         GoldenMismatch: it is further off, or the bundle has no golden answers of these drawings.
     """
-    golden = config.require_golden(DRAWING)
-    found = ask(config.preprocessing, engine)
+    golden = config.require_golden(GOLDEN_IMAGES_VERSION)
+    found = predict_golden_images(config.preprocessing, engine)
     return check(golden, found.probabilities, found.embedding, config.labels, engine.precision)

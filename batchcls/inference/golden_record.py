@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from batchcls.inference.engine_startup import self_test
-from batchcls.inference.golden_test import DRAWING, ask, drawn_pixels
+from batchcls.inference.golden_test import GOLDEN_IMAGES_VERSION, golden_pixels, predict_golden_images
 from batchcls.inference.postprocess import average
 from batchcls.models.backbone import Backbone
 from batchcls.models.build import build_backbone
@@ -25,12 +25,12 @@ def with_golden(bundle: Bundle) -> Bundle:
     preprocessing = bundle.config.preprocessing
     threads = torch.get_num_threads()
     engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", REFERENCE.precision, threads)
-    found = ask(preprocessing, engine)
-    golden = record(found.probabilities, found.embedding, bundle.config.labels, DRAWING)
+    found = predict_golden_images(preprocessing, engine)
+    golden = record(found.probabilities, found.embedding, bundle.config.labels, GOLDEN_IMAGES_VERSION)
     return replace(bundle, config=bundle.config.model_copy(update={"golden": golden}))
 
 
-def proven(bundle: Bundle) -> Bundle:
+def verified_bundle(bundle: Bundle) -> Bundle:
     """The bundle read back from the bytes of its files, after its network has given the golden answers.
 
     What `classify` does before its first image; for whoever is about to put a bundle in place.
@@ -68,6 +68,6 @@ def check_program(config: BundleConfig, program: Program) -> Deviation:
     Raises:
         GoldenMismatch: the program answers otherwise.
     """
-    golden = config.require_golden(DRAWING)
-    found = average(program(drawn_pixels(config.preprocessing)), views=1, l2_normalize=False)
+    golden = config.require_golden(GOLDEN_IMAGES_VERSION)
+    found = average(program(golden_pixels(config.preprocessing)), views=1, l2_normalize=False)
     return check(golden, found.probabilities, found.embedding, config.labels, REFERENCE.precision)

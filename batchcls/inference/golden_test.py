@@ -13,14 +13,14 @@ from batchcls.inference.postprocess import Averaged, average
 from batchcls.models.engines.engine import Engine
 from batchcls.preprocessing import Preprocessing
 
-DRAWING = 1
-"""Version of the drawn images; goes up when `draw_images` draws anything else."""
+GOLDEN_IMAGES_VERSION = 1
+"""Version of the drawn images; goes up when `golden_images` draws anything else."""
 
 # Wide, tall, square and small: the resize has to shrink, to enlarge, and to crop both ways.
 _SIZES = ((240, 320), (400, 300), (256, 256), (90, 150))
 
 
-def draw_images() -> Iterator[npt.NDArray[np.uint8]]:
+def golden_images() -> Iterator[npt.NDArray[np.uint8]]:
     """Four images, H x W x 3 uint8: colors, edges and texture in integers, the same on every machine."""
     for index, (height, width) in enumerate(_SIZES):
         rows, columns = np.mgrid[0:height, 0:width]
@@ -34,12 +34,12 @@ def draw_images() -> Iterator[npt.NDArray[np.uint8]]:
         yield image.clip(0, 255).astype(np.uint8)
 
 
-def ask(preprocessing: Preprocessing, engine: Engine) -> Averaged:
+def predict_golden_images(preprocessing: Preprocessing, engine: Engine) -> Averaged:
     """What an engine says about the drawn images."""
-    return average(engine.answer(drawn_pixels(preprocessing)), views=1, l2_normalize=False)
+    return average(engine.answer(golden_pixels(preprocessing)), views=1, l2_normalize=False)
 
 
-def drawn_pixels(preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def golden_pixels(preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """The drawn images as the network's input, N x H x W x 3."""
     transform = Transform(preprocessing)
-    return np.stack([transform(image) for image in draw_images()])
+    return np.stack([transform(image) for image in golden_images()])

@@ -1,4 +1,4 @@
-"""Blocks with pixels in, the same rows with answers out."""
+"""Prediction of blocks of decoded images: the pixels of each row are replaced by its prediction."""
 
 import time
 from collections import deque
@@ -26,24 +26,24 @@ _INPUT_TYPES: dict[str, type[np.generic]] = {"engine": np.uint8, "worker": np.fl
 
 
 class _Submitted:
-    """One forward pass: with the engine at first, then its answer."""
+    """A forward pass that was submitted to the engine, and later its output."""
 
     def __init__(self, pending: PendingOutput) -> None:
         self._pending: PendingOutput | None = pending
-        self._answer: EngineOutput | None = None
+        self._output: EngineOutput | None = None
 
     def collect(self) -> EngineOutput:
-        """Wait for the answer; a second call has it at once."""
+        """Wait for the output; a second call returns it immediately."""
         if self._pending is not None:
-            self._answer = self._pending.result()
+            self._output = self._pending.result()
             self._pending = None
-        assert self._answer is not None
-        return self._answer
+        assert self._output is not None
+        return self._output
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
-    """A record batch without its pixels, whose forward passes have been submitted.
+class _SubmittedBatch:
+    """A record batch without its pixels, whose forward passes were submitted.
 
     `good` are the rows that had pixels; `passes` has one list for each flip of their crops.
     """
@@ -54,20 +54,20 @@ class _Begun:
 
 
 class Predictor:
-    """Answers the good rows of blocks and passes the failed ones through.
+    """Predicts the good rows of blocks and passes the failed rows through.
 
-    While the answers of one block are put into columns the engine has work of the next one.
+    While the outputs of one block are converted to columns, the engine runs the next block.
     """
 
     def __init__(
         self, engine: Engine, settings: PredictSettings, busy: Callable[[], float] = time.process_time
     ) -> None:
-        """Take an engine.
+        """Initialize the predictor.
 
         Args:
-            engine: what answers; nobody else may use it while a stream is read.
+            engine: used by nothing else while a stream is read.
             settings: of the job.
-            busy: seconds that the network has worked so far, on a CPU or a GPU.
+            busy: returns the seconds for which the network was busy so far, on a CPU or a GPU.
         """
         self._engine = engine
         self._settings = settings
@@ -75,36 +75,40 @@ class Predictor:
         self._busy = busy
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Block of `schema.loaded_schema` -> block of `schema.classified_schema`, same rows, same order."""
-        (answered,) = self.stream([block])
-        return answered
+        """Return a block of `schema.classified_schema` for one of `schema.loaded_schema`: same rows, same order."""
+        (predicted,) = self.stream([block])
+        return predicted
 
     def stream(self, blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Blocks of `schema.loaded_schema` -> blocks of `schema.classified_schema`, same rows, same order.
+        """Yield blocks of `schema.classified_schema` for those of `schema.loaded_schema`: same rows, same order.
 
         A row whose logits or embedding are not finite fails with `non_finite`.
         """
-        before = self._busy()
+        busy_seconds = self._busy()
         in_flight: deque[_Submitted] = deque(maxlen=self._engine.in_flight)
-        waiting: deque[list[_Begun]] = deque()
+        pending: deque[list[_SubmittedBatch]] = deque()
         for block in blocks:
-            waiting.append([self._begin(batch, in_flight) for batch in block.to_batches() if batch.num_rows])
-            if len(waiting) > 1:
-                answered, before = self._finished(waiting.popleft(), before)
-                yield answered
-        while waiting:
-            answered, before = self._finished(waiting.popleft(), before)
-            yield answered
+            pending.append(
+                [self._submit_batch(batch, in_flight) for batch in block.to_batches() if batch.num_rows]
+            )
+            if len(pending) > 1:
+                predicted, busy_seconds = self._collect_block(pending.popleft(), busy_seconds)
+                yield predicted
+        while pending:
+            predicted, busy_seconds = self._collect_block(pending.popleft(), busy_seconds)
+            yield predicted
 
-    def _begin(self, batch: pa.RecordBatch, in_flight: deque[_Submitted]) -> _Begun:
+    def _submit_batch(self, batch: pa.RecordBatch, in_flight: deque[_Submitted]) -> _SubmittedBatch:
         kind = _INPUT_TYPES[self._settings.normalize]
         pixels = pixels_of(batch.column(PIXELS), self._settings.input_shape, kind)
-        seen = [pixels, pixels[:, :, ::-1]] if self._settings.views.flips else [pixels]
+        flips = [pixels, pixels[:, :, ::-1]] if self._settings.views.flips else [pixels]
         good = np.flatnonzero(batch.column(PIXELS).is_valid().to_numpy(zero_copy_only=False))
-        return _Begun(batch.drop_columns([PIXELS]), good, [self._submit(view, in_flight) for view in seen])
+        return _SubmittedBatch(
+            batch.drop_columns([PIXELS]), good, [self._submit(view, in_flight) for view in flips]
+        )
 
     def _submit(self, pixels: npt.NDArray[np.generic], in_flight: deque[_Submitted]) -> list[_Submitted]:
-        """Forward passes of at most `batch_size` inputs; the engine never has more than keep it busy."""
+        """Submit passes of at most `batch_size` inputs; the engine never holds more than `in_flight`."""
         size = self._settings.batch_size
         submitted = []
         for start in range(0, len(pixels), size):
@@ -114,32 +118,34 @@ class Predictor:
             in_flight.append(submitted[-1])
         return submitted
 
-    def _finished(self, parts: list[_Begun], before: float) -> tuple[pa.Table, float]:
-        """The block that these record batches were, and the engine's busy seconds so far."""
+    def _collect_block(self, batches: list[_SubmittedBatch], before: float) -> tuple[pa.Table, float]:
+        """Return the block of these record batches with its predictions, and the busy seconds so far."""
         schema = self._settings.output_schema
         index = schema.get_field_index(PREDICT_SECONDS)
-        table = pa.Table.from_batches([self._classified(part) for part in parts], schema.remove(index))
+        table = pa.Table.from_batches(
+            [self._add_predictions(batch) for batch in batches], schema.remove(index)
+        )
         now = self._busy()
         seconds = np.full(table.num_rows, max(0.0, now - before) / max(1, table.num_rows), np.float32)
         return table.append_column(schema.field(index), pa.array(seconds)), now
 
-    def _classified(self, part: _Begun) -> pa.RecordBatch:
-        rest, good = part.batch, part.good
-        found = self._average(part.passes)
-        finite = found.finite
+    def _add_predictions(self, submitted: _SubmittedBatch) -> pa.RecordBatch:
+        batch, good = submitted.batch, submitted.good
+        averaged = self._average(submitted.passes)
+        finite = averaged.finite
         if not finite.all():
-            rest = _fail(rest, good[~finite])
-        # Row r of the batch takes the answer places[r]; a failed row takes a null.
-        places = np.full(rest.num_rows, -1, np.int64)
-        places[good[finite]] = np.arange(int(finite.sum()))
-        taken = pa.array(places, mask=places < 0)
-        answers = self._columns(found.probabilities[finite], found.embedding[finite])
+            batch = _fail(batch, good[~finite])
+        # Row r of the batch takes the prediction indices[r]; a failed row takes a null.
+        indices = np.full(batch.num_rows, -1, np.int64)
+        indices[good[finite]] = np.arange(int(finite.sum()))
+        take = pa.array(indices, mask=indices < 0)
+        columns = self._columns(averaged.probabilities[finite], averaged.embedding[finite])
         settings = self._settings
         for field in answer_fields(
             settings.embedding, settings.embedding_dimension, abstain=settings.abstention is not None
         ):
-            rest = rest.append_column(field, answers[field.name].take(taken))
-        return rest
+            batch = batch.append_column(field, columns[field.name].take(take))
+        return batch
 
     def _columns(self, probabilities: Floats, embedding: Floats) -> dict[str, pa.Array]:
         columns = self._top_k.columns(probabilities)
@@ -150,17 +156,22 @@ class Predictor:
         return columns
 
     def _average(self, passes: list[list[_Submitted]]) -> Averaged:
-        """Answers to all views, averaged for each image."""
+        """Average the outputs of all views of each image."""
         settings = self._settings
         widths = (len(settings.labels), settings.embedding_dimension)
-        answers = [_joined([one.collect() for one in submitted], widths) for submitted in passes]
-        # Views of an image stand next to each other: its crops, and of each crop both flips.
-        answer = EngineOutput(
-            np.stack([one.logits for one in answers], axis=1).reshape(-1, widths[0]),
-            np.stack([one.embedding for one in answers], axis=1).reshape(-1, widths[1]),
+        outputs = [
+            EngineOutput.concatenate([submitted.collect() for submitted in flip])
+            if flip
+            else EngineOutput.empty(widths)
+            for flip in passes
+        ]
+        # Views of an image are adjacent: its crops, and both flips of each crop.
+        output = EngineOutput(
+            np.stack([flip.logits for flip in outputs], axis=1).reshape(-1, widths[0]),
+            np.stack([flip.embedding for flip in outputs], axis=1).reshape(-1, widths[1]),
         )
         return average(
-            answer,
+            output,
             settings.views.count,
             l2_normalize=settings.l2_normalize,
             temperature=settings.temperature,
@@ -170,23 +181,11 @@ class Predictor:
 def pixels_of(
     column: pa.Array, shape: tuple[int, int, int], kind: type[np.generic] = np.uint8
 ) -> npt.NDArray[Any]:
-    """All crops of the good rows of a `pixels` column as N x H x W x 3, read from Arrow's buffer without a copy."""
+    """Return all crops of the good rows of a `pixels` column as N x H x W x 3, without copying Arrow's buffer."""
     _, offset_buffer, values = column.buffers()
     offsets = np.frombuffer(offset_buffer, np.int64)[column.offset : column.offset + len(column) + 1]
     data = np.frombuffer(values, np.uint8)[offsets[0] : offsets[-1]] if values else np.empty(0, np.uint8)
     return data.view(kind).reshape(-1, *shape)
-
-
-def _joined(answers: list[EngineOutput], widths: tuple[int, int]) -> EngineOutput:
-    """Answers to the parts of a batch as one; `widths` are those of logits and embedding, for no part at all."""
-    if not answers:
-        return EngineOutput(*(np.empty((0, width), np.float32) for width in widths))
-    if len(answers) == 1:
-        return answers[0]
-    return EngineOutput(
-        np.concatenate([answer.logits for answer in answers]),
-        np.concatenate([answer.embedding for answer in answers]),
-    )
 
 
 def _fail(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from batchcls.images.decode import reduction
 from batchcls.images.transform import Transform
 from batchcls.inference.agreement import EngineAgreement
-from batchcls.inference.engine_record import EngineSelectionRecord, MarginFigures, ReducedScale
+from batchcls.inference.engine_record import EngineSelectionRecord, MarginResult, ReducedScale
 from batchcls.inference.engine_startup import start_tested_engine
-from batchcls.inference.throughput import answer_all
+from batchcls.inference.throughput import predict_all
 from batchcls.models.engines.engine import REFERENCE, Engine, EngineConfig
 from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
@@ -58,7 +58,7 @@ def reduced_by(
     )
 
 
-def measure_reduced_scale(
+def measure_scaled_decode(
     bundle: Bundle, chosen: EngineSelectionRecord, place: EngineConfig, images: CalibrationPixels
 ) -> ReducedScale:
     """Find the smallest margin with which the chosen engine keeps the contract, on images of the catalog.
@@ -73,7 +73,7 @@ def measure_reduced_scale(
         images: of the catalog.
     """
     preprocessing = bundle.config.preprocessing
-    tried: list[MarginFigures] = []
+    tried: list[MarginResult] = []
     engines: tuple[Engine, Engine] | None = None
     for margin in MARGINS:
         places = np.flatnonzero(reduced_by(images.sizes, preprocessing, margin))[:_MOST_IMAGES]
@@ -85,8 +85,8 @@ def measure_reduced_scale(
         if len(reduced) != len(images.whole):  # a store that fails now and then: none is matched by guess
             note = "JPEGs are decoded whole: not all images could be read a second time"
             return ReducedScale(margin=None, tried=tuple(tried), note=note)
-        expected = answer_all(reference, images.whole[places], place.batch_size)
-        found = answer_all(engine, reduced[places], place.batch_size)
+        expected = predict_all(reference, images.whole[places], place.batch_size)
+        found = predict_all(engine, reduced[places], place.batch_size)
         agreement = EngineAgreement.between(found, expected)
         missed = agreement.missed(chosen.wanted.contract, chosen.precision)
         tried.append(_figures(margin, agreement, missed))
@@ -106,8 +106,8 @@ def _start(bundle: Bundle, chosen: EngineSelectionRecord, place: EngineConfig) -
     return reference, engine
 
 
-def _figures(margin: float, agreement: EngineAgreement, missed: str | None) -> MarginFigures:
-    return MarginFigures(
+def _figures(margin: float, agreement: EngineAgreement, missed: str | None) -> MarginResult:
+    return MarginResult(
         margin=margin,
         images=agreement.images,
         top1_agreement=agreement.top1_agreement,

@@ -196,14 +196,11 @@ def _load(
 ) -> LoadSettings:
     cores = torch.get_num_threads()
     return LoadSettings(
-        run_id="evaluate",
         base=labeled.manifest.base,
-        kept=(),
         fetch=fetch_policy(config),
         limits=decode_limits(config),
         preprocessing=preprocessing,
         views=views,
-        normalize="engine",
         fetch_threads=max(cores, _REMOTE_REQUESTS if is_remote(labeled.manifest.base) else 1),
         decode_threads=cores,
         block_rows=config.batch_size,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.models.feature_taps import FeatureStage, FeatureTap, random_image, run_intact
+from batchcls.models.feature_taps import FeatureStage, FeatureTap, forward_full, random_image
 
 _TOLERANCE = 1e-4
 _PROBE_SEEDS = (0, 1)
@@ -104,7 +104,7 @@ class Backbone(nn.Module):
 
 
 def _intact_answer(model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
-    logits = run_intact(model, images)
+    logits = forward_full(model, images)
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
         raise InputError(f"{name} is no classifier: it does not answer with one row of logits an image")
     return logits.float()

@@ -7,7 +7,7 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.feature_taps import ImageSizeError, evaluation, find_tap, random_image, run_intact
+from batchcls.models.feature_taps import ImageSizeError, evaluation, find_tap, forward_full, random_image
 from batchcls.models.heads import mark_trainable, with_new_head
 from batchcls.models.imagenet_labels import known_labels
 from batchcls.models.labels import CategoryPaths, Labels, read_category_paths, read_labels
@@ -155,7 +155,7 @@ def _size_remedy(loaded: _Loaded, size: tuple[int, int]) -> str:
             if loaded.kind != "random":
                 load_strictly(model, state, loaded.name)
             with evaluation(model):
-                run_intact(model, random_image(size))
+                forward_full(model, random_image(size))
         except InputError:
             continue
         given = ",".join(f"{name}={str(value).lower()}" for name, value in other.arguments.items())

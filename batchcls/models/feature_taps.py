@@ -155,7 +155,7 @@ def random_image(input_size: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return torch.randn(1, 3, *input_size, generator=generator)
 
 
-def run_intact(model: nn.Module, images: torch.Tensor) -> Any:
+def forward_full(model: nn.Module, images: torch.Tensor) -> Any:
     """What a network answers.
 
     Raises:
@@ -181,7 +181,7 @@ def watch(
     """
     seen: list[tuple[str, torch.Tensor]] = []
     with evaluation(model), _listening(model, paths, seen):
-        run_intact(model, random_image(input_size))
+        forward_full(model, random_image(input_size))
     return seen
 
 

@@ -222,14 +222,14 @@ def _select_on_this_node(
     from batchcls.inference.engine_selection import CalibrationImages, choose  # noqa: PLC0415 - imports PyTorch
     from batchcls.inference.scaled_decode import (  # noqa: PLC0415 - imports PyTorch
         CalibrationPixels,
-        measure_reduced_scale,
+        measure_scaled_decode,
     )
 
     full = images.load()
     record = choose(bundle, CalibrationImages(full.pixels, images.manifest), request, config, seconds)
     if not request.reduced_scale:
         return record
-    scale = measure_reduced_scale(
+    scale = measure_scaled_decode(
         bundle,
         record,
         replace(config, batch_size=record.batch_size, calibration=images.calibration),

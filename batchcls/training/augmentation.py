@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 
-from batchcls.models.feature_taps import ImageSizeError, evaluation, random_image, run_intact
+from batchcls.models.feature_taps import ImageSizeError, evaluation, forward_full, random_image
 from batchcls.models.model_bundle import BundleConfig
 from batchcls.preprocessing import Preprocessing
 from batchcls.training.pixel_cache import PixelStore
@@ -144,7 +144,7 @@ def fitting_recipe(recipe: Recipe, model: nn.Module, config: BundleConfig) -> Re
     with evaluation(model):
         for size in sorted(set(sizes.values()) - {own}):
             try:
-                run_intact(model, random_image(size))
+                forward_full(model, random_image(size))
             except ImageSizeError as error:
                 refused[size] = error.reason
     if not refused:

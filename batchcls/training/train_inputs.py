@@ -18,7 +18,7 @@ from batchcls.manifest.snapshot import Manifest, open_labeled
 from batchcls.models.build import build_model
 from batchcls.models.labels import labels_digest, read_labels
 from batchcls.models.model_bundle import Bundle
-from batchcls.preprocessing import Preprocessing, Views
+from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage, is_remote
 from batchcls.training.augmentation import fitting_recipe
 from batchcls.training.categories import Categories, describe_categories, settle_order
@@ -141,16 +141,11 @@ def _labeled(
 ) -> TrainingManifest:
     storage, preprocessing = how
     load = LoadSettings(
-        run_id="finetune",
         base=manifest.base,
-        kept=(),
         fetch=fetch_policy(config),
         limits=decode_limits(config),
         preprocessing=preprocessing,
-        views=Views(),
-        normalize="engine",
         fetch_threads=_REMOTE_REQUESTS if is_remote(manifest.base) else _LOCAL_REQUESTS,
-        decode_threads=1,
         block_rows=_BLOCK_ROWS,
     )
     return TrainingManifest(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from batchcls.inference.golden_record import proven, with_golden
+from batchcls.inference.golden_record import verified_bundle, with_golden
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.weights import to_safetensors
 from batchcls.training.train_config import Record
@@ -67,4 +67,4 @@ def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mappin
     origin = {"kind": "trained", "name": run_id}
     weights = to_safetensors(trained.weights)
     made = start.with_weights(weights, origin, untrained_head=False, lineage=known)
-    return proven(with_golden(made))
+    return verified_bundle(with_golden(made))

@@ -14,7 +14,7 @@ from batchcls.images.transform import Transform
 from batchcls.inference.agreement import AccuracyTolerance
 from batchcls.inference.engine_record import EngineRequest, EngineSelectionRecord
 from batchcls.inference.golden_record import with_golden
-from batchcls.inference.scaled_decode import MARGINS, CalibrationPixels, measure_reduced_scale, reduced_by
+from batchcls.inference.scaled_decode import MARGINS, CalibrationPixels, measure_scaled_decode, reduced_by
 from batchcls.models.engines.compile_cache import Conversions
 from batchcls.models.engines.engine import EngineConfig
 from batchcls.models.model_bundle import Bundle
@@ -84,7 +84,7 @@ def _measure(
         images_per_second=1, candidates=(), notes=(),
     )  # fmt: skip
     place = EngineConfig("cpu", 2, 8, Conversions(tmp_path))
-    return measure_reduced_scale(bundle, chosen, place, photographs.images)
+    return measure_scaled_decode(bundle, chosen, place, photographs.images)
 
 
 def test_images_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_path):

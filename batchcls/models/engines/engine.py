@@ -1,7 +1,7 @@
-"""A backbone on a device: a batch of pixels in, logits and embeddings out, all of it numpy."""
+"""The interface of engines, which run a backbone on a device: NumPy pixels in, NumPy logits and embeddings out."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, get_args
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from batchcls.errors import InputError
 from batchcls.models.engines.compile_cache import Conversions
 
-# OpenVINO and NNCF report how they are used to their maker, over the network and in a thread of their
-# own, from the moment that they are imported; without this package of theirs they do not.
+# OpenVINO and NNCF send usage statistics over the network from a thread that starts when they are imported. They
+# do not if this package cannot be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EngineName = Literal["torch", "compile", "openvino"]
@@ -22,34 +22,49 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """What a network says about N images: logits (N,K float32) and embedding (N,D float32)."""
+    """Output of a network for N images: logits (N,K float32) and embedding (N,D float32)."""
 
     logits: NDArray[np.float32]
     embedding: NDArray[np.float32]
 
+    @classmethod
+    def concatenate(cls, outputs: Sequence[Self]) -> Self:
+        """Join the outputs of consecutive batches, at least one; a single output is returned without a copy."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return cls(
+            np.concatenate([output.logits for output in outputs]),
+            np.concatenate([output.embedding for output in outputs]),
+        )
+
+    @classmethod
+    def empty(cls, widths: tuple[int, int]) -> Self:
+        """Return the output for no image; `widths` are the number of classes and the embedding dimension."""
+        return cls(*(np.empty((0, width), np.float32) for width in widths))
+
 
 class PendingOutput(Protocol):
-    """An answer that is being worked out."""
+    """The output of a batch that was submitted to an engine."""
 
     def result(self) -> EngineOutput:
-        """Wait for it. Raises what the engine raised."""
+        """Wait for the output. Raises what the engine raised."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """An answer that is there already; see `PendingOutput`."""
+    """An output that is available already; see `PendingOutput`."""
 
     answer: EngineOutput
 
     def result(self) -> EngineOutput:
-        """The answer."""
+        """Return the output."""
         return self.answer
 
 
 class Engine(Protocol):
-    """Something that runs a backbone. Several threads may submit at once.
+    """An engine that runs a backbone. Several threads may submit batches concurrently.
 
-    `in_flight` is how many submitted batches keep it busy; more of them only wait.
+    `in_flight` is the number of submitted batches that keep the engine busy; more only wait.
     """
 
     name: EngineName
@@ -58,38 +73,38 @@ class Engine(Protocol):
     in_flight: int
 
     def submit(self, pixels: NDArray[Any]) -> PendingOutput:
-        """Begin to answer N,H,W,3 pixels: uint8, or float32 that is normalized already.
+        """Submit N,H,W,3 pixels: uint8, or float32 that is normalized already.
 
-        They are not changed, and must not be changed before the answer is there. It may wait
-        while `in_flight` batches are being answered.
+        The pixels are not modified, and must not be modified before the output is available. The call may block
+        while `in_flight` batches are running.
         """
 
     def answer(self, pixels: NDArray[Any]) -> EngineOutput:
-        """EngineOutput N,H,W,3 pixels and wait for it; N may be 0."""
+        """Submit N,H,W,3 pixels and wait for the output; N may be 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """What runs a network, and in which arithmetic."""
+    """An engine and the precision of its arithmetic."""
 
     engine: EngineName
     precision: Precision
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`torch:bf16` -> that choice.
+        """Parse a choice such as `torch:bf16`.
 
         Raises:
             InputError: the engine or the precision is unknown.
         """
-        name, _, wanted = text.partition(":")
+        name, _, precision_name = text.partition(":")
         for engine in get_args(EngineName):
             for precision in get_args(Precision):
-                if (name, wanted) == (engine, precision):
+                if (name, precision_name) == (engine, precision):
                     return cls(engine, precision)
         known = ", ".join(f"{engine}:fp32" for engine in get_args(EngineName))
         raise InputError(
-            f"--engines {text}: unknown; choose from auto, {known}, or another precision behind the colon: "
+            f"--engines {text}: unknown; choose auto, {known}, or another precision after the colon: "
             f"{', '.join(get_args(Precision))}"
         )
 
@@ -98,20 +113,20 @@ class EngineChoice:
 
 
 REFERENCE = EngineChoice("torch", "fp32")
-"""What the answers of all others are compared with."""
+"""The engine and precision with which all others are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Where an engine runs, and what it may use there.
+    """Device and resources of an engine.
 
     Attributes:
-        device: where the network runs.
-        threads: CPU threads for the network, all of its batches in flight together; at least 1.
-        batch_size: images of a full batch; smaller ones are answered as well.
-        conversions: where converted networks of this node are kept.
-        calibration: gives N,H,W,3 uint8 images of the catalog, which int8 needs to choose its
-            scales by; called only when a network is quantized. None: there are none.
+        device: device of the network.
+        threads: CPU threads of the network for all batches in flight together; at least 1.
+        batch_size: images of a full batch; smaller batches are supported.
+        conversions: cache of this node's compiled networks.
+        calibration: returns N,H,W,3 uint8 images of the catalog, from which int8 quantization computes its scales;
+            called only when a network is quantized. None: no images are available.
     """
 
     device: Device
@@ -122,7 +137,7 @@ class EngineConfig:
 
 
 class Submission:
-    """The two ways to ask an engine, over its own way to answer a batch."""
+    """Implements `submit` and `answer` of an engine with the function that starts a batch."""
 
     def __init__(
         self,
@@ -130,33 +145,33 @@ class Submission:
         widths: tuple[int, int],
         begin: Callable[[NDArray[Any]], PendingOutput],
     ) -> None:
-        """Take what the engine is.
+        """Initialize from the properties of the engine.
 
         Args:
             shape: H, W, 3 of one image.
             widths: number of classes, and dimension of the embedding.
-            begin: begins to answer N,H,W,3 uint8 or float32 pixels, N at least 1.
+            begin: starts a batch of N,H,W,3 uint8 or float32 pixels, N at least 1.
         """
         self._shape, self._widths, self._begin = shape, widths, begin
 
     def submit(self, pixels: NDArray[Any]) -> PendingOutput:
-        """Begin to answer; see `engines.Engine`.
+        """Submit a batch; see `Engine`.
 
         Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
+            ValueError: the pixels have another shape or dtype than the preprocessing returns.
         """
         if pixels.shape[1:] != self._shape or pixels.dtype not in (np.uint8, np.float32):
             raise ValueError(
                 f"expected N x {self._shape} of uint8 or float32, got {pixels.shape} of {pixels.dtype}"
             )
         if len(pixels) == 0:
-            return Ready(EngineOutput(*(np.empty((0, width), np.float32) for width in self._widths)))
+            return Ready(EngineOutput.empty(self._widths))
         return self._begin(pixels)
 
     def answer(self, pixels: NDArray[Any]) -> EngineOutput:
-        """Logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalized already.
+        """Return logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalized already.
 
         Raises:
-            ValueError: another shape or dtype than the preprocessing gives.
+            ValueError: the pixels have another shape or dtype than the preprocessing returns.
         """
         return self.submit(pixels).result()

@@ -26,15 +26,15 @@ from batchcls.images.loader import Loader
 from batchcls.inference.engine_record import EngineRequest
 from batchcls.inference.engine_selection import CalibrationImages, choose
 from batchcls.inference.engine_startup import start_tested_engine
-from batchcls.inference.throughput import answers
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.sample import take_sample
 from batchcls.manifest.snapshot import Manifest
+from batchcls.models.engines.batching import predict_batches
 from batchcls.models.engines.compile_cache import Conversions
 from batchcls.models.engines.engine import REFERENCE, Device, Engine, EngineChoice, EngineConfig, EngineOutput
 from batchcls.models.engines.factory import describe
 from batchcls.models.model_bundle import Bundle
-from batchcls.preprocessing import Preprocessing, Views
+from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, ROW, Reason
 from batchcls.storage.filesystem import Storage, is_remote
 from batchcls.storage.uris import real_place
@@ -221,14 +221,10 @@ def _start(
 
 def _load_settings(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> LoadSettings:
     return LoadSettings(
-        run_id="embeddings",
         base=manifest.base,
-        kept=(),
         fetch=settings.fetch,
         limits=settings.limits,
         preprocessing=bundle.config.preprocessing,
-        views=Views(),
-        normalize="engine",
         fetch_threads=_REMOTE_REQUESTS if is_remote(manifest.base) else settings.threads,
         decode_threads=settings.threads,
         block_rows=_BLOCK_ROWS,
@@ -283,5 +279,5 @@ def _answered(engine: Engine, batches: Iterator[_Batch]) -> Iterator[tuple[_Batc
             asked.append(batch)
             yield batch.pixels
 
-    for answer in answers(engine, pixels()):
+    for answer in predict_batches(engine, pixels()):
         yield asked.popleft(), answer

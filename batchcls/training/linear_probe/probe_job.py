@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.inference.golden_record import proven, with_golden
+from batchcls.inference.golden_record import verified_bundle, with_golden
 from batchcls.manifest.labeled_manifest import NO_LABEL, UNKNOWN_LABEL, read_labels_of
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.backbone import Backbone
@@ -98,7 +98,7 @@ def with_head(
         untrained_head=False,
         lineage=dict(lineage),
     )
-    found = proven(with_golden(made))
+    found = verified_bundle(with_golden(made))
     _require_same(found, head)
     return found
 

@@ -3,7 +3,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from batchcls.comparison.agreement_with_reference import NO_ANSWER, SamplePredictions, agreement, answer_all
+from batchcls.comparison.agreement_with_reference import (
+    NO_PREDICTION,
+    SamplePredictions,
+    agreement,
+    answer_all,
+)
 from batchcls.models.engines.engine import EngineOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +62,7 @@ def test_a_row_that_is_not_finite_has_no_answer_and_is_never_right(logits):
     logits[3, 2] = np.nan
     logits[5] = np.inf
     found = answer_all(Told(logits), _images(23), LABELS, 8)
-    assert np.flatnonzero(found.best[:, 0] == NO_ANSWER).tolist() == [3, 5]
+    assert np.flatnonzero(found.best[:, 0] == NO_PREDICTION).tolist() == [3, 5]
     agreed = agreement(found, found.first, list("a" * 23), LABELS)
     assert agreed.top1_with_fp32 == 21 / 23
     assert agreed.labeled == 23

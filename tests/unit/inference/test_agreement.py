@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from batchcls.inference.agreement import (
-    NO_ANSWER,
+    NO_PREDICTION,
     AccuracyTolerance,
     EngineAgreement,
     best_class,
-    equal_to,
+    is_close_to,
     top1_agreement,
 )
 from batchcls.models.engines.engine import EngineOutput
@@ -89,7 +89,7 @@ def test_an_answer_that_is_not_finite_agrees_with_nothing():
     broken = _answer()
     broken.logits[4, 2] = np.nan
     broken.embedding[9, 0] = np.inf
-    assert np.flatnonzero(best_class(broken) == NO_ANSWER).tolist() == [4, 9]
+    assert np.flatnonzero(best_class(broken) == NO_PREDICTION).tolist() == [4, 9]
     found = EngineAgreement.between(broken, broken)
     assert found.top1_agreement == 198 / 200
     assert found.least_cosine == 0
@@ -104,7 +104,7 @@ def test_embeddings_of_zeros_are_the_same():
 
 def test_equality_allows_rounding_and_no_more():
     answer = _answer()
-    assert equal_to(EngineOutput(answer.logits * 1.001, answer.embedding * 0.999), answer, 0.01)
-    assert not equal_to(EngineOutput(answer.logits * 1.02, answer.embedding), answer, 0.01)
-    assert not equal_to(EngineOutput(answer.logits, answer.embedding * 1.02), answer, 0.01)
-    assert not equal_to(EngineOutput(answer.logits * np.nan, answer.embedding), answer, 0.01)
+    assert is_close_to(EngineOutput(answer.logits * 1.001, answer.embedding * 0.999), answer, 0.01)
+    assert not is_close_to(EngineOutput(answer.logits * 1.02, answer.embedding), answer, 0.01)
+    assert not is_close_to(EngineOutput(answer.logits, answer.embedding * 1.02), answer, 0.01)
+    assert not is_close_to(EngineOutput(answer.logits * np.nan, answer.embedding), answer, 0.01)

@@ -9,7 +9,7 @@ import torch
 from batchcls.errors import GoldenMismatch, InputError
 from batchcls.inference.engine_startup import self_test, start_tested_engine
 from batchcls.inference.golden_record import with_golden
-from batchcls.inference.golden_test import draw_images
+from batchcls.inference.golden_test import golden_images
 from batchcls.models.build import build_backbone
 from batchcls.models.engines.compile_cache import Conversions
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig, EngineOutput
@@ -70,7 +70,7 @@ def test_the_drawn_images_never_change():
     """Their pixels are part of every bundle's golden answers."""
     import hashlib
 
-    digest = hashlib.sha256(b"".join(image.tobytes() for image in draw_images())).hexdigest()
+    digest = hashlib.sha256(b"".join(image.tobytes() for image in golden_images())).hexdigest()
     assert digest == "c27b4ca0cf69e1a158e1c96e100796633e94fc60608a15de67b16763779ab522"
 
 

@@ -4,7 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from batchcls.inference.throughput import answer_all, answers, batch_rates, fastest, pace, rounds
+from batchcls.inference.throughput import (
+    best_batch_size,
+    cycle_batches,
+    measure_throughput,
+    predict_all,
+    throughput_by_batch_size,
+)
+from batchcls.models.engines.batching import predict_batches
 from batchcls.models.engines.engine import EngineOutput
 
 IMAGES = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(3, axis=3)
@@ -51,7 +58,7 @@ class Running:
 def test_answers_come_in_order_with_all_batches_in_flight_and_no_more():
     device = Device(in_flight=3)
     batches = [IMAGES[:2], IMAGES[2:3], IMAGES[3:], IMAGES[:0], IMAGES[1:4], IMAGES[4:]]
-    found = list(answers(device, batches))
+    found = list(predict_batches(device, batches))
     assert [answer.embedding[:, 0].tolist() for answer in found] == [[0, 1], [2], [3, 4], [], [1, 2, 3], [4]]
     assert device.most_running == 3
     assert device.running == 0
@@ -59,21 +66,21 @@ def test_answers_come_in_order_with_all_batches_in_flight_and_no_more():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 9])
 def test_all_images_are_answered_once_whatever_the_batch_size(batch_size):
-    found = answer_all(Device(), IMAGES, batch_size)
+    found = predict_all(Device(), IMAGES, batch_size)
     assert found.embedding[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert found.logits.shape == (5, 2)
 
 
 def test_batches_go_round_through_all_images():
-    found = rounds(IMAGES, 3)
+    found = cycle_batches(IMAGES, 3)
     assert [next(found)[:, 0, 0, 0].tolist() for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
-    assert next(rounds(IMAGES, 12))[:, 0, 0, 0].tolist() == [*range(5), *range(5), 0, 1]
+    assert next(cycle_batches(IMAGES, 12))[:, 0, 0, 0].tolist() == [*range(5), *range(5), 0, 1]
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 def test_the_pace_is_that_of_all_batches_in_flight_together(in_flight):
     device = Device(in_flight)
-    found = pace(device, IMAGES, 4, 0.3)
+    found = measure_throughput(device, IMAGES, 4, 0.3)
     ideal = in_flight * 4 / (FIXED_SECONDS + 4 * SECONDS_AN_IMAGE)
     assert 0.4 * ideal < found.images_per_second < 1.05 * ideal
     assert device.most_running == in_flight
@@ -84,24 +91,24 @@ def test_the_pace_is_that_of_all_batches_in_flight_together(in_flight):
 
 
 def test_a_slow_engine_is_timed_for_two_batches_and_a_quick_one_until_the_time_is_over():
-    assert pace(Device(), IMAGES, 4, 1e-6, wanted=5).batches == 2
-    assert pace(Device(1), IMAGES, 1, 0.1, wanted=5).batches > 5
+    assert measure_throughput(Device(), IMAGES, 4, 1e-6, min_batches=5).batches == 2
+    assert measure_throughput(Device(1), IMAGES, 1, 0.1, min_batches=5).batches > 5
 
 
 def test_the_batch_size_is_the_smallest_of_those_as_fast_as_the_fastest():
-    assert fastest({4: 97.5, 8: 100, 16: 99, 32: 100}, 0.97) == 4
-    assert fastest({4: 90, 8: 96.9, 16: 99, 32: 100}, 0.97) == 16
+    assert best_batch_size({4: 97.5, 8: 100, 16: 99, 32: 100}, 0.97) == 4
+    assert best_batch_size({4: 90, 8: 96.9, 16: 99, 32: 100}, 0.97) == 16
 
 
 def test_larger_batches_are_faster_where_a_batch_costs_something_by_itself():
-    rates = batch_rates(Device(), IMAGES, (4, 8, 32), 1000, 1.0)
+    rates = throughput_by_batch_size(Device(), IMAGES, (4, 8, 32), 1000, 1.0)
     assert list(rates) == [4, 8, 32]
     assert rates[4] < rates[8] < rates[32]
 
 
 def test_sizes_that_would_take_all_the_time_are_left_out_and_the_first_never():
-    assert list(batch_rates(Device(), IMAGES, (4, 8, 2000), 1000, 0.3)) == [4, 8]
-    assert list(batch_rates(Device(), IMAGES, (4, 8), 1000, 1e-6)) == [4]
+    assert list(throughput_by_batch_size(Device(), IMAGES, (4, 8, 2000), 1000, 0.3)) == [4, 8]
+    assert list(throughput_by_batch_size(Device(), IMAGES, (4, 8), 1000, 1e-6)) == [4]
 
 
 def test_what_an_engine_raises_is_raised():
@@ -110,6 +117,6 @@ def test_what_an_engine_raises_is_raised():
             raise RuntimeError("some kernel is not there")
 
     with pytest.raises(RuntimeError, match="some kernel"):
-        pace(Broken(), IMAGES, 2, 0.1)
+        measure_throughput(Broken(), IMAGES, 2, 0.1)
     with pytest.raises(RuntimeError, match="some kernel"):
-        answer_all(Broken(), IMAGES, 2)
+        predict_all(Broken(), IMAGES, 2)
