@@ -117,10 +117,10 @@ EMBEDDING_TYPES: dict[str, pa.DataType | None] = {
 }
 
 BELOW_THRESHOLD = "below_threshold"
-"""Why an answered row has no label under `--abstain`: no failure, so no `Reason`."""
+"""Reason why a predicted row has no label under `--abstain`; this is not a failure and therefore not a `Reason`."""
 
-NO_LABEL = "(no label)"
-"""What people see in place of one."""
+NO_LABEL_TEXT = "(no label)"
+"""Text displayed for a prediction without a label."""
 
 # Seconds of work spent on a row, by stage; they travel with the row so that a written part can
 # say what it cost, and are summed there.

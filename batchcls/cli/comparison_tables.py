@@ -1,4 +1,4 @@
-"""A comparison on a terminal: a table for each kind of hardware, and a line for each measurement."""
+"""Prints a comparison: a results table for each hardware configuration, and a progress bar."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +13,14 @@ from batchcls.comparison.candidates import Candidate
 from batchcls.comparison.measurement import Measurement
 
 _PUBLISHED_MARK = "*"
-_WIDE = 118  # characters that all columns need beside a short name
+_WIDE = 126  # characters that all columns need beside a short name
 
 LEGEND = (
-    f"top-1, top-5: of the sample's labels ({_PUBLISHED_MARK} as published, not measured); as fp32: same best "
-    "label as in fp32; p50, p95, p99: ms at batch 1; img/s and MiB: at the best batch; M par, G mul: parameters and "
-    "multiply-adds in millions and thousand millions; cost/M: of a million images"
+    f"top-1, top-5: of the sample's labels ({_PUBLISHED_MARK} as published, not measured); as fp32: same top-1 "
+    "label as fp32; p50, p95, p99: ms at batch 1; img/s and MiB: at the best batch; Params (M), MACs (G): "
+    "parameters in millions and multiply-accumulates in billions; cost/M: per million images"
 )
-"""What the columns say, for below the tables."""
+"""Explanation of the columns, printed below the tables."""
 
 
 def results_table(measurements: Sequence[Measurement], price_per_hour: float | None, width: int) -> Table:
@@ -79,8 +79,8 @@ _COLUMNS = (
     _Column("batch", lambda entry: str(entry.best.batch_size), True),
     _Column("MiB", lambda entry: f"{entry.best.peak_memory_mib:.0f}", False),
     _Column("load s", lambda entry: f"{entry.load_seconds:.1f}", False),
-    _Column("M par", lambda entry: f"{entry.parameters / 1e6:.1f}", False),
-    _Column("G mul", lambda entry: f"{entry.multiply_adds / 1e9:.2f}", False),
+    _Column("Params (M)", lambda entry: f"{entry.parameters / 1e6:.1f}", False),
+    _Column("MACs (G)", lambda entry: f"{entry.multiply_adds / 1e9:.2f}", False),
 )
 
 

@@ -11,7 +11,7 @@ from batchcls.runs.diff import CAUSES, STATUSES, RunDiff
 from batchcls.runs.prune import Choice
 from batchcls.runs.records import HISTOGRAM_BINS
 from batchcls.runs.summary import Summary
-from batchcls.schema import NO_LABEL
+from batchcls.schema import NO_LABEL_TEXT
 
 _WIDE = 60
 _LARGEST_CATEGORIES = 10
@@ -106,7 +106,10 @@ def flows_table(found: RunDiff) -> Table:
         causes = (flow.by_image, flow.by_model, flow.by_image_and_model, flow.by_neither)
         confidence = f"{flow.old_probability:.2f} -> {flow.new_probability:.2f}"
         table.add_row(
-            *(shown(NO_LABEL if label is None else label, 40) for label in (flow.old_label, flow.new_label)),
+            *(
+                shown(NO_LABEL_TEXT if label is None else label, 40)
+                for label in (flow.old_label, flow.new_label)
+            ),
             str(flow.items),
             *map(str, causes),
             confidence,

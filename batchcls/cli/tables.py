@@ -1,4 +1,4 @@
-"""What a job says at its end: tables and lines for people."""
+"""Builds the tables and summary lines that jobs print at the end."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def counts_table(predicted: int, failures: Counter[str], *, reused: int = 0, abs
     table = Table("status", "reason", "rows", "meaning", box=None, pad_edge=False, header_style="bold")
     table.add_row("predicted", "", str(predicted), "")
     if reused:
-        table.add_row("reused", "", str(reused), "image and model are those of an earlier run")
+        table.add_row("reused", "", str(reused), "predictions of an earlier run for the same image and model")
     if abstained:
         table.add_row(
-            "", BELOW_THRESHOLD, str(abstained), "of these: not sure enough for a label (--abstain)"
+            "", BELOW_THRESHOLD, str(abstained), "of these: below the confidence threshold (--abstain)"
         )
     for reason, count in failures.most_common():
         table.add_row("quarantined", reason, str(count), _meaning(reason))
@@ -37,16 +37,16 @@ def _meaning(reason: str) -> str:
 
 
 def gates_table(gates: Sequence[GateResult]) -> Table:
-    """Every gate with what it found; those that were not passed are marked."""
-    table = Table("gate", "", "found", box=None, pad_edge=False, header_style="bold")
+    """One row per gate with its result; failed gates are highlighted."""
+    table = Table("gate", "result", "explanation", box=None, pad_edge=False, header_style="bold")
     for gate in gates:
-        word = "refused" if not gate.passed else "-" if gate.figure is None else "passed"
+        word = "failed" if not gate.passed else "-" if gate.figure is None else "passed"
         table.add_row(gate.gate, word, gate.sentence, style=None if gate.passed else "bold red")
     return table
 
 
 def bundle_line(bundle: Bundle) -> str:
-    """What a bundle is, in one line."""
+    """Summary of a bundle in one line."""
     config = bundle.config
     preprocessing = config.preprocessing
     return (
@@ -58,40 +58,40 @@ def bundle_line(bundle: Bundle) -> str:
 
 
 def bottleneck_table(found: Bottleneck) -> Table:
-    """What an image costs each stage, and what the CPUs allow that several stages share.
+    """Milliseconds per image of each stage, and the combined load of resources that several stages share.
 
-    "busy" is the share of the capacity that worked after start-up, "images/s" the rate that the
-    capacity would allow if it did nothing else. The stage that limits is marked.
+    "utilization" is the busy share of the capacity after startup, "max images/s" the throughput that the
+    capacity allows for this stage alone. The bottleneck stage is marked.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage", no_wrap=True)
-    for name in ("ms an image", "busy", "of", "images/s"):
+    for name in ("ms/image", "utilization", "capacity", "max images/s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for stage, milliseconds in found.milliseconds.items():
         cells = _bottleneck_cells(milliseconds, found.resource_of(stage), found.achieved)
         if stage == found.limited_by:
-            table.add_row(stage, *cells, "<- limits", style="bold")
+            table.add_row(stage, *cells, "bottleneck", style="bold")
         else:
             table.add_row(stage, *cells, "")
     for resource in found.resources:
         if len(resource.stages) > 1:
             cells = _bottleneck_cells(resource.milliseconds, resource, found.achieved)
-            table.add_row("together", *cells, "")
+            table.add_row("combined", *cells, "")
     return table
 
 
 def _bottleneck_cells(milliseconds: float, resource: Resource, achieved: float) -> tuple[str, ...]:
-    """Milliseconds, busy share, capacity with its name, and the rate that this cost alone would allow."""
-    busy = f"{achieved * milliseconds / 1000 / resource.capacity:.0%}"
+    """Milliseconds per image, utilization, capacity with its resource, and maximum throughput."""
+    utilization = f"{achieved * milliseconds / 1000 / resource.capacity:.0%}"
     rate = f"{resource.capacity / milliseconds * 1000:.1f}" if milliseconds > 0 else "-"
-    return f"{milliseconds:.2f}", busy, f"{resource.capacity:g} {resource.name}", rate
+    return f"{milliseconds:.2f}", utilization, f"{resource.capacity:g} {resource.name}", rate
 
 
 def metrics_table(found: Evaluated) -> Table:
-    """The figures over all rows."""
+    """The metrics over all evaluated rows."""
     table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("rows judged", f"{len(found.outcomes)}")
+    table.add_row("evaluated rows", f"{len(found.outcomes)}")
     for name, value in found.metrics.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.1%}")
@@ -100,7 +100,7 @@ def metrics_table(found: Evaluated) -> Table:
         kept = "" if found.temperature.applied else f" ({found.temperature.fitted:.3f} is not applied)"
         table.add_row("temperature", f"{found.temperature.value:.3f}{kept}")
     if found.temperature is not None and found.temperature.applied:
-        table.add_row("calibration error after it, held-out", _error(found.held_out.ece))
+        table.add_row("held-out calibration error with temperature", _error(found.held_out.ece))
     if found.hierarchy is not None:
         table.add_row("hierarchical F1", f"{found.hierarchy.flat.f1:.1%}")
     return table
@@ -108,7 +108,7 @@ def metrics_table(found: Evaluated) -> Table:
 
 def _error(found: CalibrationError) -> str:
     interval = f"95 % interval {found.low:.3f} to {found.high:.3f}"
-    return f"{found.value:.3f} ({interval}; by chance alone {found.by_chance:.3f})"
+    return f"{found.value:.3f} ({interval}; expected by chance {found.by_chance:.3f})"
 
 
 def worst_categories_table(found: Evaluated, count: int) -> Table:
@@ -119,27 +119,27 @@ def worst_categories_table(found: Evaluated, count: int) -> Table:
     table.add_column("worst categories", overflow="fold")
     for name in ("F1", "precision", "recall", "support", "threshold"):
         table.add_column(name, justify="right", no_wrap=True)
-    for place in order[:count]:
-        if np.isnan(counts.f1[place]):
+    for index in order[:count]:
+        if np.isnan(counts.f1[index]):
             break
-        shares = (counts.f1[place], counts.precision[place], counts.recall[place])
+        shares = (counts.f1[index], counts.precision[index], counts.recall[index])
         table.add_row(
-            found.outcomes.labels[place],
+            found.outcomes.labels[index],
             *("-" if np.isnan(value) else f"{value:.1%}" for value in shares),
-            str(counts.support[place]),
-            f"{limits[place]:.3f}" if np.isfinite(limits[place]) else "never",
+            str(counts.support[index]),
+            f"{limits[index]:.3f}" if np.isfinite(limits[index]) else "never",
         )
     return table
 
 
 def zoo_table(records: Sequence[ZooRecord]) -> Table:
-    """One line a backbone: size, cost, accuracy of its default weights, what it is good for."""
+    """One row per backbone: parameters, MACs, accuracy of the default weights and use case."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("name", "family", "year"):
         table.add_column(name, no_wrap=True)
-    for name in ("M parameters", "G multiply-adds", "pixels", "top-1"):
+    for name in ("Params (M)", "MACs (G)", "pixels", "top-1"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("good for")
+    table.add_column("use case")
     for record in records:
         table.add_row(
             record.name,
@@ -155,17 +155,17 @@ def zoo_table(records: Sequence[ZooRecord]) -> Table:
 
 
 def record_table(record: ZooRecord) -> Table:
-    """All that the zoo knows of one backbone, each set of weights on a line of its own."""
+    """All properties of a backbone in the zoo, with one row per set of weights."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_row(record.name, f"{record.source}:{record.architecture}, {record.family}, {record.year}")
     table.add_row("idea", record.key_idea)
-    table.add_row("good for", record.good_for)
+    table.add_row("use case", record.good_for)
     if record.warning:
         table.add_row("warning", record.warning)
     table.add_row("parameters", f"{record.parameters:,}")
-    table.add_row("multiply-adds", f"{record.multiply_adds:,} at {record.input_size} x {record.input_size}")
+    table.add_row("MACs", f"{record.multiply_adds:,} at {record.input_size} x {record.input_size}")
     for entry in record.weights:
         license = f", license {entry.license}" if entry.license else ""
         table.add_row(

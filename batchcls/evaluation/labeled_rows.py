@@ -1,4 +1,4 @@
-"""The rows of a labeled manifest, in order: which have a label to be judged by, and what became of the others."""
+"""Reads the rows of a labeled manifest in order and records why rows are excluded from evaluation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ import pyarrow.compute as pc
 from batchcls.evaluation.classification_metrics import Categories
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.ids import InvalidIds, find_bad_ids
+from batchcls.manifest.labeled_manifest import REASON_NO_LABEL, REASON_UNKNOWN_LABEL
 from batchcls.manifest.snapshot import Manifest, open_labeled
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
 from batchcls.storage.filesystem import Storage
 
-NO_LABEL = "no_label"
-UNKNOWN_LABEL = "unknown_label"
 NOT_IN_RUN = "not_in_run"
+"""Reason why evaluation excludes a row that the run does not contain."""
 
 _FRAGMENT_TABLES = 64
 
@@ -30,12 +30,12 @@ NOTES = pa.schema(
         ("reason", pa.string()),
     ]
 )
-"""What is kept of every row of the manifest; `reason` says why a row was not judged."""
+"""Schema of the notes on every row; `reason` states why a row is excluded, null for evaluated rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabeledPart:
-    """Some rows of the manifest: all of them as NOTES, and those to be judged with their categories."""
+    """A batch of rows: notes on all of them (NOTES), and the rows to evaluate with their class indices."""
 
     notes: pa.Table
     rows: pa.Table
@@ -44,7 +44,7 @@ class LabeledPart:
 
 @dataclass(frozen=True, slots=True)
 class LabeledManifest:
-    """A manifest opened with its labels."""
+    """A manifest opened with its label column."""
 
     manifest: Manifest
     bad_ids: InvalidIds
@@ -54,25 +54,25 @@ class LabeledManifest:
     def open(
         cls, uri: str, storage: Storage, *, id_column: str, label_column: str, limit: int | None
     ) -> "LabeledManifest":
-        """Open and check it.
+        """Open the manifest and check its IDs.
 
         Raises:
-            InputError: it cannot be read, or has no such column of text.
+            InputError: the manifest is not readable, or the label column is missing or not text.
         """
         manifest = open_labeled(uri, storage, label_column, id_column=id_column, limit=limit)
         return cls(manifest, find_bad_ids(manifest, storage), storage)
 
     def without_images(self) -> "LabeledManifest":
-        """The same rows without images that stand in the manifest itself."""
+        """The same rows without the images stored in the manifest."""
         columns = replace(self.manifest.columns, image=None)
         return replace(self, manifest=replace(self.manifest, columns=columns))
 
     def parts(self, labels: Sequence[str] | None, rows_per_part: int) -> Iterator[LabeledPart]:
-        """The rows in order; of those to be judged row, item_id, uri and image.
+        """Iterate over the rows in order. Rows to evaluate have the columns row, item_id, uri and image.
 
         Args:
-            labels: the model's, in order; None: any label will do, and all categories are 0.
-            rows_per_part: of one part at most.
+            labels: class names of the model, in order. None accepts any label, with class index 0.
+            rows_per_part: maximum number of rows of a part.
         """
         reader = FragmentReader(self.manifest.columns, self.storage)
         known = None if labels is None else pa.array(labels, pa.string())
@@ -82,25 +82,25 @@ class LabeledManifest:
                 yield self._part(table, table.column(column.name), known)
 
     def _part(self, table: pa.Table, label: pa.ChunkedArray, known: pa.Array | None) -> LabeledPart:
-        places = pc.index_in(label, value_set=known) if known is not None else _zeros(label)
+        indices = pc.index_in(label, value_set=known) if known is not None else _zeros(label)
         first = table.column(ROW)[0].as_py()
         reasons: list[str | None] = [
-            NO_LABEL if text is None else UNKNOWN_LABEL if place is None else None
-            for text, place in zip(label.to_pylist(), places.to_pylist(), strict=True)
+            REASON_NO_LABEL if text is None else REASON_UNKNOWN_LABEL if index is None else None
+            for text, index in zip(label.to_pylist(), indices.to_pylist(), strict=True)
         ]
         for row, failure in self.bad_ids.between(first, first + table.num_rows).items():
             reasons[row - first] = failure.reason.value
         reason = pa.array(reasons, pa.string())
-        judged = reason.is_null()
+        included = reason.is_null()
         notes = pa.table(
             [table.column(ROW), table.column(ITEM_ID), table.column(URI), label, reason], schema=NOTES
         )
-        truth = places.filter(judged).to_numpy().astype(np.int32)
-        return LabeledPart(notes, table.select([ROW, ITEM_ID, URI, IMAGE]).filter(judged), truth)
+        truth = indices.filter(included).to_numpy().astype(np.int32)
+        return LabeledPart(notes, table.select([ROW, ITEM_ID, URI, IMAGE]).filter(included), truth)
 
 
 def with_failures(notes: pa.Table, failures: Mapping[int, str]) -> pa.Table:
-    """Notes in the order of their rows, with the reasons of rows that could not be judged after all."""
+    """The notes with the reasons of `failures`, which maps row numbers to reasons."""
     reasons = notes.column("reason").to_pylist()
     for row, reason in failures.items():
         reasons[row] = reason

@@ -1,6 +1,6 @@
-"""The labels of a labeled manifest, one for each row, as numbers into the distinct ones. Needs no torch.
+"""Reads the labels of a labeled manifest as dictionary-encoded classes, without torch.
 
-Letters: N rows of the manifest, K categories.
+Arrays have one entry for each of the N rows of the manifest.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,17 @@ from batchcls.manifest.ids import column_batches
 from batchcls.manifest.snapshot import Manifest
 from batchcls.storage.filesystem import Storage
 
-NO_LABEL = -1
-"""The class of a row without a label: null, or nothing but blanks."""
+UNLABELED_CLASS = -1
+"""Class index of a row whose label is null or blank."""
 
-UNKNOWN_LABEL = -2
-"""The class of a row whose label is none of the model's."""
+UNKNOWN_CLASS = -2
+"""Class index of a row whose label is not one of the model's classes."""
+
+REASON_NO_LABEL = "no_label"
+"""Reason why evaluation excludes a row without a label."""
+
+REASON_UNKNOWN_LABEL = "unknown_label"
+"""Reason why evaluation excludes a row whose label is not one of the model's classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +33,8 @@ class LabelColumn:
     """The labels of N rows.
 
     Attributes:
-        distinct: every label once, as string array, in no particular order, never null or blank.
-        codes: N int32, the row's place in `distinct`, or NO_LABEL.
+        distinct: string array of the distinct labels in arbitrary order, without null and blank labels.
+        codes: int32 indices into `distinct` of shape (N,), or UNLABELED_CLASS.
     """
 
     distinct: pa.Array
@@ -36,32 +42,32 @@ class LabelColumn:
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """Rows of each distinct label."""
-        return np.bincount(self.codes[self.codes != NO_LABEL], minlength=len(self.distinct))
+        """Number of rows of each distinct label."""
+        return np.bincount(self.codes[self.codes != UNLABELED_CLASS], minlength=len(self.distinct))
 
     @property
     def without(self) -> npt.NDArray[np.int64]:
-        """Numbers of the rows that have no label, ascending."""
-        return np.flatnonzero(self.codes == NO_LABEL)
+        """Row numbers without a label, in ascending order."""
+        return np.flatnonzero(self.codes == UNLABELED_CLASS)
 
     def classes(self, labels: pa.Array) -> npt.NDArray[np.int32]:
-        """N class indices: the row's place in `labels`, or NO_LABEL, or UNKNOWN_LABEL."""
-        places = pc.fill_null(pc.index_in(self.distinct, value_set=labels), UNKNOWN_LABEL)
-        # The last entry is what NO_LABEL, which is -1, takes.
-        table = np.append(places.to_numpy(zero_copy_only=False), NO_LABEL).astype(np.int32)
+        """Class indices of shape (N,): indices into `labels`, UNLABELED_CLASS or UNKNOWN_CLASS."""
+        indices = pc.fill_null(pc.index_in(self.distinct, value_set=labels), UNKNOWN_CLASS)
+        # UNLABELED_CLASS is -1 and therefore selects the last entry.
+        table = np.append(indices.to_numpy(zero_copy_only=False), UNLABELED_CLASS).astype(np.int32)
         classes: npt.NDArray[np.int32] = table[self.codes]
         return classes
 
 
 def read_labels_of(manifest: Manifest, storage: Storage) -> LabelColumn:
-    """Walk over the labels of the whole snapshot; memory follows 4 bytes a row and the distinct labels.
+    """Read the labels of the whole snapshot. Uses 4 bytes per row plus the distinct labels.
 
     Args:
-        manifest: opened with the labels as the one kept column, as `batchcls.manifest.open_labeled` does.
-        storage: how to reach it.
+        manifest: manifest opened with `batchcls.manifest.snapshot.open_labeled`.
+        storage: storage that holds the manifest.
 
     Raises:
-        InputError: the column cannot be read, is no text, or no row has a label.
+        InputError: the column is not readable or not text, or no row has a label.
     """
     (field,) = manifest.columns.kept
     chunks = [
@@ -73,19 +79,21 @@ def read_labels_of(manifest: Manifest, storage: Storage) -> LabelColumn:
 
 
 def label_column(values: pa.ChunkedArray, name: str = "label") -> LabelColumn:
-    """Strings, plain or dictionary encoded, as labels. Raises InputError if no row has one."""
+    """Convert strings, plain or dictionary-encoded. Raises InputError if no row has a label."""
     if not pa.types.is_dictionary(values.type):
         values = values.dictionary_encode()
     encoded = values.unify_dictionaries().combine_chunks()
     distinct = encoded.dictionary
-    named = pc.not_equal(pc.utf8_length(pc.utf8_trim_whitespace(distinct)), 0)
-    named = pc.fill_null(named, False).to_numpy(zero_copy_only=False)
-    # Places among the labels that are names; the last entry is what a null, -1, takes.
-    places = np.append(np.where(named, np.cumsum(named) - 1, NO_LABEL), NO_LABEL).astype(np.int32)
-    codes = pc.fill_null(encoded.indices, NO_LABEL).to_numpy(zero_copy_only=False)
-    found = LabelColumn(distinct.filter(pa.array(named)), places[codes])
-    if len(found.distinct) == 0:
+    is_name = pc.not_equal(pc.utf8_length(pc.utf8_trim_whitespace(distinct)), 0)
+    is_name = pc.fill_null(is_name, False).to_numpy(zero_copy_only=False)
+    # Indices among the non-blank labels. Null has the code -1 and therefore selects the last entry.
+    indices = np.append(np.where(is_name, np.cumsum(is_name) - 1, UNLABELED_CLASS), UNLABELED_CLASS).astype(
+        np.int32
+    )
+    codes = pc.fill_null(encoded.indices, UNLABELED_CLASS).to_numpy(zero_copy_only=False)
+    column = LabelColumn(distinct.filter(pa.array(is_name)), indices[codes])
+    if len(column.distinct) == 0:
         raise InputError(
             f"column {name}: all {len(codes)} rows are null or blank; training and evaluation need labels"
         )
-    return found
+    return column

@@ -1,7 +1,7 @@
 """Formats numbers and strings for report pages. Escaping is left to the templates."""
 
 from batchcls.report.run_page_data import Text
-from batchcls.schema import NO_LABEL
+from batchcls.schema import NO_LABEL_TEXT
 
 MAX_TEXT_LENGTH = 56
 """Maximum number of characters of an ID or a label on a page."""
@@ -84,7 +84,7 @@ def display_text(text: Text, longest: int = MAX_TEXT_LENGTH) -> str:
 
 def display_label(label: str | None) -> str:
     """A label in the same format; None stands for a prediction below its threshold."""
-    return NO_LABEL if label is None else display_text(Text(label, len(label)))
+    return NO_LABEL_TEXT if label is None else display_text(Text(label, len(label)))
 
 
 def printable(text: str) -> str:

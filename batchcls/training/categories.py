@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from batchcls.errors import InputError
-from batchcls.manifest.labeled_manifest import UNKNOWN_LABEL, LabelColumn
+from batchcls.manifest.labeled_manifest import UNKNOWN_CLASS, LabelColumn
 from batchcls.models.labels import Labels, check_labels
 
 _logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def describe_categories(
         labels: K names, as `settle_order` gives them.
         training: labels of the training rows, all of them in `labels`.
         validation: labels of the validation rows; a label that is not in `labels` is noted, and its
-            rows have the class UNKNOWN_LABEL, which no answer can be.
+            rows have the class UNKNOWN_CLASS, which no answer can be.
 
     Raises:
         InputError: no validation row has a label of `labels`.
@@ -106,7 +106,7 @@ def describe_categories(
         return Categories(tuple(labels), trained, None, tuple(notes))
     classes = validation.classes(names)
     validated = count_classes(classes, len(labels))
-    unseen_rows = int((classes == UNKNOWN_LABEL).sum())
+    unseen_rows = int((classes == UNKNOWN_CLASS).sum())
     if not validated.any():
         raise InputError(
             f"none of the {len(classes)} validation rows has a category of the training manifest; it has "

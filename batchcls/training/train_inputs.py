@@ -13,7 +13,7 @@ from batchcls.config.finetune_config import RECIPE_FLAGS, FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.manifest.ids import InvalidIds, find_bad_ids
-from batchcls.manifest.labeled_manifest import NO_LABEL, LabelColumn, read_labels_of
+from batchcls.manifest.labeled_manifest import UNLABELED_CLASS, LabelColumn, read_labels_of
 from batchcls.manifest.snapshot import Manifest, open_labeled
 from batchcls.models.build import build_model
 from batchcls.models.labels import labels_digest, read_labels
@@ -44,7 +44,7 @@ class TrainingManifest:
 
     def usable(self) -> npt.NDArray[np.int64]:
         """Numbers of the rows that have a label, ascending."""
-        return np.flatnonzero(self.classes != NO_LABEL)
+        return np.flatnonzero(self.classes != UNLABELED_CLASS)
 
 
 @dataclass(frozen=True, slots=True)

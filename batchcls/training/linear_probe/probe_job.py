@@ -14,7 +14,7 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.inference.golden_record import verified_bundle, with_golden
-from batchcls.manifest.labeled_manifest import NO_LABEL, UNKNOWN_LABEL, read_labels_of
+from batchcls.manifest.labeled_manifest import UNKNOWN_CLASS, UNLABELED_CLASS, read_labels_of
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.backbone import Backbone
 from batchcls.models.build import build_backbone, build_model
@@ -259,7 +259,7 @@ def measure(head: LinearHead, seen: Embedded, classes: Classes) -> dict[str, Any
         ranked = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
         top1, top5 = top1 + int(ranked[:, 0].sum()), top5 + int(ranked.any(1).sum())
         loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    unseen = int(((classes == UNKNOWN_LABEL) & seen.good).sum())
+    unseen = int(((classes == UNKNOWN_CLASS) & seen.good).sum())
     answered = len(rows) + unseen
     if not len(rows):
         raise InputError(f"no validation row has an embedding and a known category; failed: {seen.failures}")
@@ -271,7 +271,7 @@ def measure(head: LinearHead, seen: Embedded, classes: Classes) -> dict[str, Any
         "answered": answered,
         "of_unseen_categories": unseen,
         "failed": seen.failures,
-        "without_label": int((classes == NO_LABEL).sum()),
+        "without_label": int((classes == UNLABELED_CLASS).sum()),
     }
 
 

@@ -44,14 +44,14 @@ def test_the_table_has_a_row_for_every_batch_size():
     assert (rows[0]["p50_ms"], rows[0]["latency_repeats"], rows[0]["repeats"]) == (600, 100, 12)
 
 
-def test_the_cost_is_that_of_the_rows_own_rate():
+def test_cost_follows_the_throughput_of_the_row():
     rows = to_table(MEASUREMENTS, price_per_hour=3.6).to_pylist()
     for row in rows:
         assert row["cost_per_million"] == pytest.approx(1000 / row["images_per_second"])
 
 
-def test_the_terminal_has_the_most_accurate_first_and_marks_what_is_only_published():
-    header, *rows = _shown(120, price=3.6)
+def test_terminal_sorts_by_accuracy_and_marks_published_values():
+    header, *rows = _shown(140, price=3.6)
     assert header[:3] == ["model", "engine", "top-1"]
     assert header[-1] == "cost/M"
     assert [row[:4] for row in rows] == [
@@ -61,14 +61,14 @@ def test_the_terminal_has_the_most_accurate_first_and_marks_what_is_only_publish
     ]
 
 
-def test_a_narrow_terminal_gets_the_columns_that_decide_and_all_of_their_digits():
-    wide, narrow = _shown(120), _shown(80)
+def test_narrow_terminal_shows_only_the_deciding_columns():
+    wide, narrow = _shown(140), _shown(80)
     assert len(narrow[0]) < len(wide[0])
     assert not any("…" in cell for row in narrow for cell in row)
     assert "cost/M" not in wide[0]
 
 
-def test_a_terminal_sees_which_candidate_is_measured_and_a_file_no_bar():
+def test_progress_bar_appears_only_on_a_terminal():
     candidate = Candidate("resnet50", "f", EngineChoice("torch", "bf16"), PLACE)
     shown = []
     for is_terminal in (True, False):

@@ -275,10 +275,10 @@ def said(found: Bottleneck) -> list[str]:
 
 def test_the_table_marks_the_stage_that_limits():
     lines = said(find_bottleneck(fused()))
-    (marked,) = (line for line in lines if "<- limits" in line)
-    assert marked.split() == ["predict", "17.00", "85%", "2", "CPUs", "117.6", "<-", "limits"]
-    together = [line.split() for line in lines if line.startswith("together")]
-    assert ["together", "20.00", "100%", "2", "CPUs", "100.0"] in together
+    (marked,) = (line for line in lines if "bottleneck" in line)
+    assert marked.split() == ["predict", "17.00", "85%", "2", "CPUs", "117.6", "bottleneck"]
+    combined = [line.split() for line in lines if line.startswith("combined")]
+    assert ["combined", "20.00", "100%", "2", "CPUs", "100.0"] in combined
     assert not any("…" in line for line in lines)
 
 
@@ -286,4 +286,4 @@ def test_the_table_of_a_run_on_gpus_names_what_each_stage_works_on():
     lines = {line.split()[0]: line for line in said(find_bottleneck(on_gpus()))}
     assert "GPUs" in lines["predict"]
     assert "images in flight" in lines["fetch"]
-    assert "<- limits" in lines["decode"]
+    assert "bottleneck" in lines["decode"]

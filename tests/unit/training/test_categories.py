@@ -6,8 +6,8 @@ import pytest
 
 from batchcls.errors import InputError
 from batchcls.manifest.labeled_manifest import (
-    NO_LABEL,
-    UNKNOWN_LABEL,
+    UNKNOWN_CLASS,
+    UNLABELED_CLASS,
     LabelColumn,
     label_column,
     read_labels_of,
@@ -30,11 +30,13 @@ def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
     write_manifest(tmp_path / "m/b.parquet", ids[4:], row_group_size=2, label=as_dictionary.cast(pa.string()))
     column = read_labels_of(open_labeled(str(tmp_path / "m"), Storage(), "label"), Storage())
     assert sorted(column.distinct.to_pylist()) == ["mug", "plate", "vase"]
-    found = [None if code == NO_LABEL else column.distinct[code].as_py() for code in column.codes.tolist()]
+    found = [
+        None if code == UNLABELED_CLASS else column.distinct[code].as_py() for code in column.codes.tolist()
+    ]
     assert found == ["mug", None, "plate", "mug", None, "vase", "plate"]
     assert column.without.tolist() == [1, 4]
     classes = column.classes(pa.array(["vase", "mug"]))
-    assert classes.tolist() == [1, NO_LABEL, UNKNOWN_LABEL, 1, NO_LABEL, 0, UNKNOWN_LABEL]
+    assert classes.tolist() == [1, UNLABELED_CLASS, UNKNOWN_CLASS, 1, UNLABELED_CLASS, 0, UNKNOWN_CLASS]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
 def test_text_of_every_kind_is_taken(tmp_path, labels):
     path = write_manifest(tmp_path / "m.parquet", list("1234"), label=labels)
     column = read_labels_of(open_labeled(str(path), Storage(), "label"), Storage())
-    assert column.classes(pa.array(["a", "b"])).tolist() == [1, 0, NO_LABEL, 1]
+    assert column.classes(pa.array(["a", "b"])).tolist() == [1, 0, UNLABELED_CLASS, 1]
 
 
 def test_a_manifest_without_labels_is_refused_with_the_remedy(tmp_path):
