@@ -27,7 +27,9 @@ JOBS = {
     module.__name__.rpartition(".")[2]: module
     for module in (bundle, classify, compare, evaluate, finetune, manifest, runs)
 }
-COMMAND = re.compile(r"(?:python -m batchcls\.jobs\.|(?<![\w./-])batchcls )(\w+)(?![\w.])(.*)")
+COMMAND = re.compile(
+    r"(?:python -m batchcls\.jobs\.|(?:(?<![\w./-])|\.venv/bin/)batchcls )(\w+)(?![\w.])(.*)"
+)
 MAKE = re.compile(r"^(?:\$ )?make ([a-z]+)")
 TOP_FOLDERS = ("batchcls", "benchmarks", "cluster", "docs", "examples", "jobs", "tests")
 
