@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import json
+import re
+import sys
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -20,35 +22,105 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints end with exit code 2 and one line, as every other bad input does."""
+    """A parser that reports errors as `InputError`, and whose `--help` can be limited to the essential flags."""
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see {self.prog} --help")
+
+    def format_essential_help(self) -> str:
+        """The help with the first sentence of each essential flag, and the names of the groups of `--help-all`."""
+        titles = [f"{group.title} ({len(group._group_actions)})" for group in self._action_groups[2:]]
+        texts = [action.help for action in self._actions]
+        epilog = self.epilog
+        for action in self._actions:
+            is_essential = getattr(action, "essential", True)
+            action.help = _first_sentence(action.help or "") if is_essential else argparse.SUPPRESS
+        self.epilog = f"--help-all shows every flag: {', '.join(titles)}.\n\n{epilog or ''}"
+        try:
+            return self.format_help()
+        finally:
+            self.epilog = epilog
+            for action, text in zip(self._actions, texts, strict=True):
+                action.help = text
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of a help text, and whether the flag is required or its default."""
+    sentence, end, rest = text.partition(". ")
+    found = re.search(r"(Required\.|\[[^\]]*\])$", rest)
+    return f"{sentence}{end.rstrip()} {found.group()}".rstrip() if found else sentence + end.rstrip()
+
+
+class _HelpAction(argparse.Action):
+    """Print the help, whole with `--help-all`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: object,  # noqa: ARG002 - the signature of argparse
+        values: object,  # noqa: ARG002
+        option_string: str | None = None,
+    ) -> None:
+        if option_string != "--help-all" and isinstance(parser, _Parser):
+            text = parser.format_essential_help()
+        else:
+            text = parser.format_help()
+        parser._print_message(text, sys.stdout)
+        parser.exit()
 
 
 def add_settings(
     parser: argparse.ArgumentParser, settings: type[BaseModel], positional: Sequence[str] = ()
 ) -> None:
-    """Add one flag per field of `settings` to the parser, and --config FILE.toml."""
+    """Add one flag per field of `settings` to the parser, in the groups of their markers, and --config FILE.toml."""
     parser.add_argument("--config", metavar="FILE.toml", help="Read settings from a TOML file; flags win.")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    has_essential = any(_marker(field).get("essential") for field in settings.model_fields.values())
+    if has_essential:
+        _limit_help(parser)
     for name, field in _own_fields_first(settings):
         options: dict[str, Any] = {"help": _help(field), "default": argparse.SUPPRESS}
         if name in positional:
             parser.add_argument(name, metavar=name.upper(), nargs="?", **options)
             continue
+        title = _marker(field).get("group")
+        target: argparse._ActionsContainer = parser
+        if title:
+            target = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         flag = "--" + name.replace("_", "-")
         if field.annotation is bool:
-            parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, **options)
+            action = target.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, **options)
         elif get_origin(field.annotation) is list:
-            parser.add_argument(flag, dest=name, action="append", metavar="A,B", **options)
+            action = target.add_argument(flag, dest=name, action="append", metavar="A,B", **options)
         else:
-            parser.add_argument(flag, dest=name, metavar=_metavar(field.annotation, name), **options)
+            action = target.add_argument(flag, dest=name, metavar=_metavar(field.annotation, name), **options)
+        if has_essential:
+            vars(action)["essential"] = bool(_marker(field).get("essential"))
+
+
+def _marker(field: FieldInfo) -> Mapping[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def _limit_help(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [OPTIONS]"
+    parser.add_argument(
+        *("-h", "--help", "--help-all"),
+        action=_HelpAction,
+        nargs=0,
+        dest="help",
+        default=argparse.SUPPRESS,
+        help="Show the essential flags, or all of them by group, and exit.",
+    )
 
 
 def _own_fields_first(settings: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
-    """A class's own settings before those it shares with other jobs, as a reader of --help looks for them."""
+    """Essential settings first, then a class's own, then those it shares with other jobs."""
     fields = settings.model_fields
-    return sorted(fields.items(), key=lambda item: item[0] not in settings.__annotations__)
+    return sorted(
+        fields.items(),
+        key=lambda item: (not _marker(item[1]).get("essential"), item[0] not in settings.__annotations__),
+    )
 
 
 def read_settings(settings: type[Settings], namespace: argparse.Namespace) -> Settings:
@@ -77,6 +149,7 @@ def parser_for(prog: str, description: str, examples: str) -> argparse.ArgumentP
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        conflict_handler="resolve",  # --help is replaced where the flags are in groups
     )
 
 

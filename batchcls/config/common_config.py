@@ -91,6 +91,22 @@ class ChangesResults:
     per_image: bool = True
 
 
+Marker = dict[str, Any]
+"""Position of a setting in --help and in the reference of the flags; the `json_schema_extra` of its field."""
+
+INPUT_OUTPUT: Marker = {"group": "input and output"}
+MODEL: Marker = {"group": "model"}
+ENGINE: Marker = {"group": "engine"}
+RESOURCES: Marker = {"group": "resources"}
+PUBLISHING: Marker = {"group": "publishing and gates"}
+FETCHING: Marker = {"group": "fetching"}
+
+
+def essential(group: Marker) -> Marker:
+    """The marker of a setting that most users need: `--help` shows it, and `--help-all` shows every setting."""
+    return group | {"essential": True}
+
+
 class JobConfig(BaseModel):
     """Base class of all settings: frozen, and undeclared names are refused."""
 
@@ -124,38 +140,58 @@ class FetchSettings(JobConfig):
     """How images and tables are read; shared by every job that reads them."""
 
     storage_options: dict[str, Any] = Field(
+        json_schema_extra=FETCHING,
         default_factory=dict,
         description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
         "Credentials come from the usual AWS chain and are better left out of here.",
     )
     allowed_root: Annotated[list[LocalFolder], ChangesResults()] = Field(
+        json_schema_extra=FETCHING,
         default_factory=list,
         description="Local images are read below these folders only; repeat or separate by commas. "
         "Empty: any local path.",
     )
     allow_private_addresses: Annotated[bool, ChangesResults()] = Field(
+        json_schema_extra=FETCHING,
         default=False,
         description="Let http(s) images come from private, loopback and link-local addresses.",
     )
-    fetch_timeout_seconds: float = Field(default=30.0, gt=0, description="Longest one request may take.")
+    fetch_timeout_seconds: float = Field(
+        json_schema_extra=FETCHING, default=30.0, gt=0, description="Longest one request may take."
+    )
     fetch_attempts: int = Field(
-        default=5, ge=1, le=20, description="Requests per image at most; only transient faults are repeated."
+        json_schema_extra=FETCHING,
+        default=5,
+        ge=1,
+        le=20,
+        description="Requests per image at most; only transient faults are repeated.",
     )
     max_image_bytes: Annotated[int, ChangesResults()] = Field(
-        default=50 * 2**20, ge=1, description="Larger image files go to quarantine."
+        json_schema_extra=FETCHING,
+        default=50 * 2**20,
+        ge=1,
+        description="Larger image files go to quarantine.",
     )
     max_image_pixels: Annotated[int, ChangesResults()] = Field(
+        json_schema_extra=FETCHING,
         default=89_478_485,
         ge=1,
         description="Images whose header promises more go to quarantine, unread; a quarter of a GiB of RGB.",
     )
     min_image_side_pixels: Annotated[int, ChangesResults()] = Field(
-        default=8, ge=1, description="Images with a shorter side go to quarantine (tracking pixels)."
+        json_schema_extra=FETCHING,
+        default=8,
+        ge=1,
+        description="Images with a shorter side go to quarantine (tracking pixels).",
     )
     decode_timeout_seconds: float = Field(
-        default=30.0, gt=0, description="Processor time that decoding one image may take."
+        json_schema_extra=FETCHING,
+        default=30.0,
+        gt=0,
+        description="Processor time that decoding one image may take.",
     )
     decode_memory_mib: int = Field(
+        json_schema_extra=FETCHING,
         default=2048,
         ge=1,
         description="Memory that the images which a worker decodes at a time may take together; one that takes "
@@ -166,16 +202,26 @@ class FetchSettings(JobConfig):
 class PreprocessingSettings(JobConfig):
     """What a user says of the preprocessing of weights that have no record of it."""
 
-    mean: Means | None = Field(default=None, description="Mean of R,G,B in 0..1.")
-    std: Deviations | None = Field(default=None, description="Standard deviation of R,G,B in 0..1.")
+    mean: Means | None = Field(json_schema_extra=MODEL, default=None, description="Mean of R,G,B in 0..1.")
+    std: Deviations | None = Field(
+        json_schema_extra=MODEL, default=None, description="Standard deviation of R,G,B in 0..1."
+    )
     input_size: int | None = Field(
-        default=None, ge=16, le=4096, description="Side of the network's input in pixels."
+        json_schema_extra=MODEL,
+        default=None,
+        ge=16,
+        le=4096,
+        description="Side of the network's input in pixels.",
     )
     crop_pct: float | None = Field(
-        default=None, gt=0, le=1, description="Input size divided by the resize size, e.g. 0.875."
+        json_schema_extra=MODEL,
+        default=None,
+        gt=0,
+        le=1,
+        description="Input size divided by the resize size, e.g. 0.875.",
     )
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        default=None, description="Resampling filter."
+        json_schema_extra=MODEL, default=None, description="Resampling filter."
     )
 
 
@@ -183,6 +229,7 @@ class ClusterSettings(JobConfig):
     """Where a job runs; shared by every job on Ray."""
 
     ray_address: str = Field(
+        json_schema_extra=RESOURCES,
         default="auto",
         description="auto: RAY_ADDRESS or a cluster on this machine, else start Ray here; local: always start "
         "here; HOST:PORT: that cluster.",

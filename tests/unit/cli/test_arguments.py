@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,46 @@ def test_secrets_do_not_reach_the_plan():
     assert "AKIASECRET" not in text
     assert "s3cr3t" not in text
     assert "http://store:9000" in text
+
+
+GROUPS = ("input and output", "model", "engine", "resources", "publishing and gates", "fetching")
+ESSENTIAL = {"manifest", "model", "output", "top_k", "reuse", "limit", "device", "batch_size"} | {
+    "max_failed_fraction",
+    "publish",
+}
+
+
+def test_every_flag_of_classify_is_in_a_group():
+    parser = parser_for("prog", "", "")
+    add_settings(parser, ClassifyConfig)
+    groups = {group.title: [a.dest for a in group._group_actions] for group in parser._action_groups[2:]}
+    assert set(groups) == set(GROUPS)
+    grouped = [name for names in groups.values() for name in names]
+    assert sorted(grouped) == sorted(ClassifyConfig.model_fields)
+
+
+def test_help_of_classify_fits_on_one_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    texts = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as ended:
+            parse([flag])
+        assert ended.value.code == 0
+        texts[flag] = capsys.readouterr().out
+    short, whole = texts["--help"], texts["--help-all"]
+    assert len(short.splitlines()) <= 40  # examples and exit codes of the command add up to 12
+    for name in ClassifyConfig.model_fields:
+        flag = f"  --{name.replace('_', '-')}"
+        assert flag in whole
+        assert (re.search(rf"^{flag}\b(?!-)", short, re.MULTILINE) is not None) == (name in ESSENTIAL), name
+    assert all(f"{group} (" in short and f"\n{group}:" in whole for group in GROUPS)
+
+
+def test_help_shows_all_flags_where_none_is_marked_essential(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse(["--help"], BundleCreateConfig)
+    text = capsys.readouterr().out
+    assert "--dropout" in text
+    assert "--help-all" not in text
