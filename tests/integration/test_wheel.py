@@ -107,7 +107,7 @@ def test_commands_run_from_an_empty_folder(python: Path, environment: dict[str, 
         python, "-c", "import batchcls; print(batchcls.__file__)", cwd=tmp_path, environment=environment
     )
     assert Path(location.strip()).is_relative_to(python.parent.parent)
-    listed = _run(python, "-m", "batchcls.jobs.bundle", "zoo", cwd=tmp_path, environment=environment)
+    listed = _run(python.parent / "batchcls", "bundle", "zoo", cwd=tmp_path, environment=environment)
     assert "mobilenet_v3_large" in listed  # from zoo.toml
 
 
@@ -125,7 +125,7 @@ def test_classifies_a_catalog_from_an_empty_folder(
         environment=environment,
     )
     _run(
-        *(python, "-m", "batchcls.jobs.classify", "--manifest", drawn / "catalog.parquet"),
+        *(python.parent / "batchcls", "classify", "--manifest", drawn / "catalog.parquet"),
         *(
             "--model",
             tiny_bundle,
