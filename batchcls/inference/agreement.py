@@ -1,4 +1,4 @@
-"""How far the answers of an engine agree with those of the same network in fp32. Needs no torch.
+"""Agreement of an engine's predictions with those of the same network in fp32.
 
 Letters: N images, K classes, D embedding dimension.
 """

@@ -1,4 +1,4 @@
-"""What engine was asked for, and what was measured to choose it: JSON in, JSON out. Needs no torch."""
+"""Records of the requested engine and of the measurements from which an engine is selected, stored as JSON."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a predictor needs beside an engine. Needs no torch."""
+"""Settings of a predictor."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self

@@ -1,4 +1,4 @@
-"""What names an architecture, and what a user may say about its preprocessing. Needs no torch."""
+"""The name of an architecture, and the settings of its preprocessing that a user may override."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What training processes are given: settings of a run beside its recipe, and where they run. Needs no torch."""
+"""What training processes are given: settings of a run beside its recipe, and where they run."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -86,7 +86,7 @@ def _quiet_nncf() -> Iterator[ModuleType]:
         yield nncf
 
 
-if TYPE_CHECKING:  # a network that is converted already needs no torch
+if TYPE_CHECKING:  # a network that is compiled already needs no PyTorch
     from batchcls.models.backbone import Backbone
 
 PixelType = Literal["uint8", "float32"]

@@ -22,7 +22,7 @@ from batchcls.models.engines.engine import (
 from batchcls.models.engines.openvino_convert import Converter, PixelType
 from batchcls.models.model_bundle import Bundle
 
-if TYPE_CHECKING:  # a network that is converted already needs no torch
+if TYPE_CHECKING:  # a network that is compiled already needs no PyTorch
     from batchcls.models.backbone import Backbone
 
 _NEEDS = {"bf16": "BF16", "fp16": "FP16", "int8": "INT8"}

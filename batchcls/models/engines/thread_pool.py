@@ -1,4 +1,4 @@
-"""Forward passes on a CPU: several at a time, each in one thread. Needs no torch.
+"""Concurrent forward passes on a CPU, each in one thread.
 
 A pass that is spread over all cores waits at the end of every layer for its slowest thread, and
 where decoding keeps the cores busy that is long. Passes of one thread each wait for nobody.

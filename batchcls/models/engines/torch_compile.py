@@ -1,4 +1,4 @@
-"""PyTorch, compiled: a program of this node's own on a CPU, CUDA graphs on a GPU. Needs no torch if it is compiled."""
+"""Engines of compiled PyTorch: an ahead-of-time program of this node on a CPU, CUDA graphs on a GPU."""
 
 import threading
 from collections.abc import Callable
