@@ -1,4 +1,4 @@
-"""The errors of batchcls and the exit codes they end a job with.
+"""Exceptions of batchcls, and the exit codes that they end a job with.
 
     BatchclsError                      1  unexpected: a promise of this program did not hold
     |- InputError                      2  bad configuration or input; nothing was written

@@ -1,4 +1,4 @@
-"""What a machine is, as far as it decides how fast a network runs."""
+"""Describe the hardware of a machine as far as it affects inference speed."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""How an image becomes a network's input: one record that travels with the weights.
+"""Preprocessing of images for a network: one record that is stored with the weights.
 
 A backbone's weights were trained with one way of resizing, cropping and normalizing; another
 way costs points of accuracy without any error. So this record is part of the bundle, the decode

@@ -1,4 +1,4 @@
-"""Starting or joining Ray, without its noise, and what the cluster has."""
+"""Start or join a Ray cluster, and query its nodes and resources."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""How many tasks and actors, how large, with how many threads: arithmetic over what the cluster has.
+"""Plan the number and size of tasks and actors from the resources of the cluster.
 
 Nothing here starts anything. Every number is derived once, shown with its reason, and can be set by
 a flag; what cannot be scheduled is refused before a row is read (a pool that holds every CPU makes
@@ -70,7 +70,9 @@ class ResourcePlan:
         return values
 
 
-def place(config: PipelineSettings, nodes: Sequence[Node], rows: int, *, remote_images: bool) -> ResourcePlan:
+def plan_resources(
+    config: PipelineSettings, nodes: Sequence[Node], rows: int, *, remote_images: bool
+) -> ResourcePlan:
     """Derive the shape of a run on these nodes.
 
     Raises:

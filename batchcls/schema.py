@@ -1,4 +1,4 @@
-"""The columns and closed lists that every stage and every reader of a run shares.
+"""Column schemas and closed lists that all stages and readers of a run share.
 
 Nothing here does any work: names, Arrow types and the reasons a row can fail for.
 """
@@ -80,7 +80,7 @@ REASONS: dict[Reason, ReasonRecord] = {
 }
 
 
-MAY_PASS = frozenset(
+RETRYABLE_REASONS = frozenset(
     {Reason.NOT_FOUND, Reason.ACCESS_DENIED, Reason.TIMEOUT, Reason.THROTTLED, Reason.FETCH_FAILED}
 )
 """Reasons that lie with the store or the network and not with the image: a run that goes on tries such rows again."""

@@ -28,7 +28,7 @@ from batchcls.manifest.snapshot import open_manifest
 from batchcls.runs.catalog import Counts, RunRecord
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.receipts import keep_receipt, missing_rows, read_receipts, settle_receipts
-from batchcls.runs.reuse import hashes_of, open_earlier, state_keys
+from batchcls.runs.reuse import hashes_of, open_reuse_source, state_keys
 from batchcls.storage.filesystem import Storage
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def resume(rows: int, folder: Path) -> dict[str, float]:
     steps: dict[str, float] = {}
     manifest = _timed(steps, "manifest", lambda: open_manifest(str(folder / "manifest"), _STORAGE))
     receipts = _timed(steps, "receipts", lambda: read_receipts(str(folder / "run"), _STORAGE))
-    kept = _timed(steps, "settle", lambda: settle_receipts(receipts, rows, lambda file: file.may_pass))
+    kept = _timed(steps, "settle", lambda: settle_receipts(receipts, rows, lambda file: file.is_retryable))
     todo = _timed(steps, "missing", lambda: missing_rows(kept, rows))
     cut = _timed(
         steps, "fragments", lambda: sum(len(f.row_numbers()) for f in manifest.fragments(repeat(2048), todo))
@@ -103,7 +103,7 @@ def reuse(rows: int, folder: Path) -> dict[str, float]:
         raw={},
     )
     earlier = _timed(
-        steps, "index", lambda: open_earlier(record, _STORAGE, same_base=True, same_manifest=False)
+        steps, "index", lambda: open_reuse_source(record, _STORAGE, same_base=True, same_manifest=False)
     )
 
     def search() -> int:

@@ -21,7 +21,7 @@ from batchcls.runs.catalog import open_parts, read_record
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.diff import diff_runs
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.plan import Plan, claim
+from batchcls.runs.plan import Plan, create_plan
 from batchcls.runs.summary import changed_labels, summarize
 from batchcls.runs.verify import verify
 from batchcls.schema import TOP_K_TYPE, classified_schema
@@ -71,7 +71,7 @@ def _timed(name: str, step: Callable[..., None], *arguments: object) -> None:
 def _write(output: str, name: str, rows: int, embedding: bool) -> None:
     kind = pa.float16() if embedding else None
     plan = Plan(name, {}, {"rows": rows, "fingerprint": "f"}, {"fingerprint": "m", "architecture": "x"}, {})
-    folder = claim(plan, output, Storage())
+    folder = create_plan(plan, output, Storage())
     writer = PartWriter(folder, Storage(), (), kind, _DIMENSION)
     receipts: list[Receipt] = []
     for start in range(0, rows, _PART_ROWS):

@@ -13,7 +13,7 @@ from batchcls.comparison.candidates import Candidate
 from batchcls.comparison.measurement import Measurement, Record
 from batchcls.errors import InputError
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 
 MEASUREMENTS_FOLDER = "measurements"
 _SUFFIX = ".json"
@@ -97,7 +97,7 @@ class Results:
             measurement=measured.measurement,
         )
         uri = self.uri_of(candidate)
-        with resumable(uri) if self._finished else explain(uri):
+        with resumable_errors(uri) if self._finished else explain(uri):
             self._storage.write_whole(uri, f"{finished.model_dump_json()}\n".encode())
         self._finished[key_of(candidate, self._sample)] = finished
         return finished

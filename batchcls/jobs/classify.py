@@ -33,7 +33,7 @@ from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.ray_runtime import nodes, ray_session, wait_for
 from batchcls.report.run_report import report_after_run
-from batchcls.resources import ResourcePlan, place
+from batchcls.resources import ResourcePlan, plan_resources
 from batchcls.runs import engine_cache
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.catalog import DamagedRunError, RunRecord, read_current, read_record
@@ -54,13 +54,13 @@ from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.paths import REUSED, new_run_id, run_folder
 from batchcls.runs.plan import Fingerprints, Plan
 from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
-from batchcls.runs.resume import UnfinishedRun, find_begun, require_begun
-from batchcls.runs.reuse import open_earlier
-from batchcls.runs.run_start import begin_once, held_run, no_empty_folders
+from batchcls.runs.resume import UnfinishedRun, find_unfinished, require_unfinished
+from batchcls.runs.reuse import open_reuse_source
+from batchcls.runs.run_start import exclusive_start, leased_run, removes_empty_folders
 from batchcls.runs.unpublished import find_unpublished
 from batchcls.runs.verify import presence_faults
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 
 _logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Reuse:
         return cls(**plan) if plan else None
 
 
-def choose_earlier(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict[str, Any]:
+def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict[str, Any]:
     """What plan.json says of reuse: run_id and by_row, or nothing where nothing can be taken over.
 
     Raises:
@@ -129,12 +129,12 @@ def reuse(
     try:
         record = read_record(config.output, chosen.run_id, storage)
         same_base = record.manifest.get("base") == base
-        earlier = open_earlier(record, storage, same_base=same_base, same_manifest=chosen.by_row)
+        earlier = open_reuse_source(record, storage, same_base=same_base, same_manifest=chosen.by_row)
     except InputError as error:
         _logger.warning("reuse: nothing, run %s cannot be read: %s", chosen.run_id, error)
         return []
     receipts = copy_predictions(spec, earlier, check)
-    with resumable(marker):
+    with resumable_errors(marker):
         done = {"run_id": chosen.run_id, "rows": sum(receipt.rows for receipt in receipts)}
         storage.write_whole(marker, json.dumps(done).encode())
     return receipts
@@ -213,17 +213,17 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
         with ray_session(config.ray_address), ExitStack() as turn:
             inputs = opening.result()
             storage = inputs.storage
-            turn.enter_context(no_empty_folders(config.output, storage))
+            turn.enter_context(removes_empty_folders(config.output, storage))
             beginning = turn.enter_context(ExitStack())
             decision = None
             if config.run_id is None:
                 decision = beginning.enter_context(
-                    begin_once(config.output, fingerprints_of(config, inputs), storage)
+                    exclusive_start(config.output, fingerprints_of(config, inputs), storage)
                 )
             finished = find_unpublished_run(config, fingerprints_of(config, inputs), storage)
             if finished is not None:
                 return publish_finished(config, finished, storage)
-            begun = _find_begun(config, inputs)
+            begun = _find_unfinished(config, inputs)
             placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
             for reason in placement.reasons:
                 _logger.info(reason)
@@ -233,8 +233,8 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             folder = run_folder(config.output, plan.run_id)
             if decision is not None:
                 decision.confirm()
-            with held_run(plan, config.output, storage, is_new=begun is None) as lease:
-                require_begun(config.output, plan.run_id, storage)
+            with leased_run(plan, config.output, storage, is_new=begun is None) as lease:
+                require_unfinished(config.output, plan.run_id, storage)
                 beginning.close()
                 _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
                 for choice in settled.new:
@@ -250,8 +250,8 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _find_begun(config: ClassifyConfig, inputs: ClassifyInputs) -> UnfinishedRun | None:
-    begun = find_begun(config.output, config.run_id, fingerprints_of(config, inputs), inputs.storage)
+def _find_unfinished(config: ClassifyConfig, inputs: ClassifyInputs) -> UnfinishedRun | None:
+    begun = find_unfinished(config.output, config.run_id, fingerprints_of(config, inputs), inputs.storage)
     if begun is not None:
         require_free(run_folder(config.output, begun.run_id), inputs.storage)
     return begun
@@ -304,12 +304,12 @@ def _plan(
     """The plan of the run that this job goes on with, or begins."""
     run_id = begun.run_id if begun else config.run_id or new_run_id()
     plan = plan_of(config, inputs, placement, settled, run_id)
-    reuse = begun.plan["reuse"] if begun else choose_earlier(config, plan, inputs.storage)
+    reuse = begun.plan["reuse"] if begun else choose_reuse_source(config, plan, inputs.storage)
     return replace(plan, reuse=reuse)
 
 
 def _place(config: ClassifyConfig, inputs: ClassifyInputs) -> ResourcePlan:
-    return place(config, nodes(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows)
+    return plan_resources(config, nodes(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows)
 
 
 def _do(run: _ClassifyRun, console: Console) -> _Done:
@@ -317,7 +317,7 @@ def _do(run: _ClassifyRun, console: Console) -> _Done:
     config, rows = run.config, run.inputs.manifest.rows
 
     def is_undone(file: PartFile) -> bool:
-        return file.may_pass or (config.retry_quarantine and file.kind == "quarantine")
+        return file.is_retryable or (config.retry_quarantine and file.kind == "quarantine")
 
     receipts = settle_receipts(read_receipts(run.folder, run.inputs.storage), rows, is_undone)
     todo = missing_rows(receipts, rows)
@@ -372,7 +372,7 @@ def _commit(run: _ClassifyRun, done: _Done, started: float) -> tuple[Totals, dic
     )
     findings = {"measured": measured} | verdict.as_json()
     run.lease.confirm()
-    with resumable(run.folder):
+    with resumable_errors(run.folder):
         commit(run.plan, done.receipts, totals, findings, run.inputs.storage, run.folder)
     return totals, measured, verdict
 

@@ -27,7 +27,7 @@ from batchcls.ray_runtime import nodes, ray_session
 from batchcls.runs.commit import allowed_fraction
 from batchcls.runs.paths import new_run_id
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 from batchcls.training.batch_plan import StepPlan, fit_workers, plan_steps
 from batchcls.training.initial_bundle import open_frozen
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
@@ -79,7 +79,7 @@ def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
     probed.bundle.save(config.output, storage)
     sink = pa.BufferOutputStream()
     pq.write_table(probed.noise, sink)
-    with resumable(config.work_folder):
+    with resumable_errors(config.work_folder):
         storage.write_whole(join(config.work_folder, NOISE_FILE), sink.getvalue().to_pybytes())
     _summarize_probe(config, probed, time.time() - started)
     return ExitCode.DONE

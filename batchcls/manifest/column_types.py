@@ -1,4 +1,4 @@
-"""The types that columns of a manifest are written in, and the plain ones that they are read as.
+"""Supported storage types of manifest columns, and the plain types that they are read as.
 
 One kind of value has many types: text is string, large_string, string_view or a dictionary, as Spark, Polars,
 pandas, DuckDB and Hugging Face's `datasets` write it. Each is read as one (docs/decisions/024).

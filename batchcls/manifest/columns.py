@@ -1,4 +1,4 @@
-"""Which columns a manifest has, and whether its files agree on them; what cannot be read is refused here."""
+"""Determine the columns of a manifest, check that its files agree, and reject unsupported types."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence

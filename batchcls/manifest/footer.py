@@ -1,4 +1,4 @@
-"""What a Parquet file says of itself at its end: columns, row groups, and bytes that tell one state from another.
+"""Read the footer of a Parquet file: columns, row groups, and bytes that identify its version.
 
 Only the footer's bytes are hashed. What it says of columns that a job does not use is never looked into:
 Arrow ends the process over the chunks of an encrypted column, and Python has no date for many a statistic.

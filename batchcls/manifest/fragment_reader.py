@@ -1,4 +1,4 @@
-"""The rows of a manifest's fragments, read from Parquet as plain columns."""
+"""Read the rows of manifest fragments from Parquet as plain columns."""
 
 from collections.abc import Iterator
 from typing import Any

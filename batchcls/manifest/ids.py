@@ -1,4 +1,4 @@
-"""Null and repeated ids of a manifest: which rows cannot be told apart by their id.
+"""Find null and duplicate item ids of a manifest.
 
 Ids are streamed through DuckDB, which counts them exactly and spills to disk when they do not fit in
 its memory limit, so the driver needs no more than that however many rows the manifest has.

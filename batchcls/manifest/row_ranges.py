@@ -1,4 +1,4 @@
-"""Sets of row numbers as ranges: a few numbers where rows stand together, two for each row where they do not."""
+"""Sets of row numbers stored as ranges, which are compact for consecutive rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The images that every candidate answers: a sample of the manifest, spread evenly over its rows."""
+"""Take a sample of a manifest that is spread evenly over its rows."""
 
 import hashlib
 import os

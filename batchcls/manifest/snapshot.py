@@ -1,4 +1,4 @@
-"""A Parquet manifest as a numbered, checked snapshot, and the fragments that load tasks read.
+"""Open a Parquet manifest as a checked snapshot with numbered rows, and split it into fragments.
 
 The row number is the ledger of a run, so it must not depend on anything but the manifest: files in
 the order of their paths, rows in the order of their file. Only footers are read here; what walks

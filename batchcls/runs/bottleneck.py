@@ -1,4 +1,4 @@
-"""Which stage limits a run, how fast it could have been, and how near it came.
+"""Find the stage that limits a run, its ideal throughput, and how close the run came to it.
 
 The smallest rate that a resource allows is the ideal rate of the run, and what the run reached of it
 is its efficiency, which is therefore the share of the time in which the scarcest resource worked.

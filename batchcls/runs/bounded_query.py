@@ -1,4 +1,4 @@
-"""DuckDB within bounds: a memory limit, and a folder of its own to spill to."""
+"""DuckDB connections with a memory limit and a temporary folder to spill to."""
 
 import tempfile
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What is on storage, read back: run.json as a record, the published run, all runs, the rows of a run.
+"""Read back what is on storage: the record of a run, the published run, all runs, and the rows of a run.
 
 Readers open exactly the files that run.json lists; whatever else lies in the folder is no part of the run.
 """

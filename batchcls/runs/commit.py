@@ -15,7 +15,7 @@ from batchcls.runs.parts import NAMED_FAILURES, Receipt
 from batchcls.runs.paths import RUN
 from batchcls.runs.plan import Plan
 from batchcls.runs.receipts import balance
-from batchcls.schema import MAY_PASS, Reason
+from batchcls.schema import RETRYABLE_REASONS, Reason
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
 _HOPELESS_RATE = 0.5
@@ -148,7 +148,7 @@ def _listed(failures: Counter[str]) -> str:
 
 
 def _remedy(failures: Counter[str]) -> str:
-    again = [reason for reason in failures if reason in MAY_PASS]
+    again = [reason for reason in failures if reason in RETRYABLE_REASONS]
     if not again:
         return "; --retry-quarantine tries all of them again"
     return f"; the same command goes on and tries {', '.join(again)} again, --retry-quarantine all of them"

@@ -1,4 +1,4 @@
-"""Two runs beside each other: which items are new, gone or changed, from which label to which, and why.
+"""Compare two runs: which items are new, removed or changed, between which labels, and why.
 
 Items are joined by their id in DuckDB, which spills to disk, so that memory does not grow with the runs.
 """
@@ -17,7 +17,7 @@ from batchcls.runs.catalog import RunRecord, open_parts, read_columns
 from batchcls.runs.summary import Summary, jensen_shannon, summary_of
 from batchcls.schema import Reason
 from batchcls.storage.filesystem import Storage, explain, join
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 
 ITEMS = "diff-items.parquet"
 FLOWS = "flows.parquet"
@@ -266,7 +266,7 @@ def _write(connection: duckdb.DuckDBPyConnection, found: RunDiff, to: str, stora
             connection.execute(_COPY.format(query=_ITEMS, path=_quoted(items)))
             connection.execute(_COPY.format(query=_FLOWS, path=_quoted(flows)))
             storage.write_file(join(to, ITEMS), items)
-        with resumable(to):
+        with resumable_errors(to):
             storage.write_file(join(to, FLOWS), flows)
             storage.write_whole(join(to, DIFF), json.dumps(found.as_json(), indent=2).encode())
 

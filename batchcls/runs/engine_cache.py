@@ -1,4 +1,4 @@
-"""The engines that were chosen for the kinds of nodes, kept in the output folder for the next night.
+"""Store the engines that were selected for each kind of node in the output folder, for later runs.
 
 OUTPUT/engines/BUNDLE-HARDWARE.json, the first digits of the bundle's fingerprint and `Hardware.key`.
 """

@@ -1,4 +1,4 @@
-"""The gates in front of a publish: a figure, a limit, and a sentence for people; a closed list.
+"""Evaluate the publish gates of a run: a closed list, each with a value, a limit and a sentence.
 
 What is estimated from rows (shares of changed labels, means, the category mix) fails only where the figure is
 beyond its limit by more than chance explains, one-sided at 95 %: the limit is widened by what so many rows may

@@ -1,4 +1,4 @@
-"""Who works on a run: a lease that a living driver renews, so that no two do at once.
+"""Lock a run with a lease that its driver renews, so that two drivers never work on it at once.
 
 `lease/000001.json` in the run's folder names the holder. Taking a run over from a dead holder means
 creating the next number, which only one of any number of drivers can; nothing is ever deleted or
@@ -30,7 +30,7 @@ from typing import Any, Self
 from batchcls.errors import InputError, LeaseLostError
 from batchcls.runs.paths import LEASE
 from batchcls.storage.filesystem import FileInfo, Storage, explain, join, parse_json, redact_uri
-from batchcls.storage.store_errors import STORE_ERRORS, resumable
+from batchcls.storage.store_errors import STORE_ERRORS, resumable_errors
 
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0
@@ -144,7 +144,7 @@ class Lease:
         """
         self._require_held()
         if _clock() - self._renewed_at > DEAD_SECONDS:
-            with resumable(self._folder):
+            with resumable_errors(self._folder):
                 self.beat()
             self._require_held()
 
@@ -156,7 +156,7 @@ class Lease:
             StorageStoppedError: the store cannot be asked.
         """
         self._require_held()
-        with resumable(self._folder):
+        with resumable_errors(self._folder):
             self._look()
         self._require_held()
 
@@ -278,7 +278,7 @@ def _take(folder: str, storage: Storage) -> Lease:
     with explain(folder):
         newest = _newest(folder, storage)
         before = _read_twice(newest, storage) if newest else None
-        if newest and before and (before.is_living() or _stirs(newest, before, storage)):
+        if newest and before and (before.is_living() or _is_renewed(newest, before, storage)):
             raise HeldError(folder, before)
         holder = Holder.here()
         uri = _create_next(folder, _number(newest), holder, storage)
@@ -311,7 +311,7 @@ def _create_next(folder: str, looked_at: int, holder: Holder, storage: Storage) 
     raise InputError(f"{redact_uri(place)} is full of files that are no leases; remove the folder")
 
 
-def _stirs(newest: FileInfo, before: Holder, storage: Storage) -> bool:
+def _is_renewed(newest: FileInfo, before: Holder, storage: Storage) -> bool:
     """Whether a holder of another host, dead by two clocks that may differ, is seen to beat."""
     if before.released or before.is_of_this_machine():
         return False

@@ -1,4 +1,4 @@
-"""Whole Parquet files of a run, and the receipts that say what is in them."""
+"""Write the parts of a run as complete Parquet files, with receipts that list their contents."""
 
 import hashlib
 import time
@@ -19,15 +19,15 @@ from batchcls.schema import (
     BELOW_THRESHOLD,
     DECODE_SECONDS,
     FETCH_SECONDS,
-    MAY_PASS,
     PREDICT_SECONDS,
     REASONS,
+    RETRYABLE_REASONS,
     ROW,
     predictions_schema,
     quarantine_schema,
 )
 from batchcls.storage.filesystem import Storage, join
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 
 Kind = Literal["predictions", "quarantine"]
 Origin = Literal["computed", "reused"]
@@ -68,9 +68,9 @@ class PartFile:
     abstained: int = 0
 
     @property
-    def may_pass(self) -> bool:
+    def is_retryable(self) -> bool:
         """All that failed in it failed for reasons that may be gone when it is tried again."""
-        return self.kind == "quarantine" and set(self.failures) <= MAY_PASS
+        return self.kind == "quarantine" and set(self.failures) <= RETRYABLE_REASONS
 
     def as_json(self) -> dict[str, Any]:
         """What run.json says of a file."""
@@ -169,14 +169,14 @@ class PartWriter:
         table = pa.concat_tables(blocks).sort_by(ROW)
         RowRanges.of(table.column(ROW).to_numpy())
         failed = table.column("reason").is_valid()
-        may_pass = pc.is_in(table.column("reason"), pa.array(sorted(MAY_PASS), pa.string()))
+        is_retryable = pc.is_in(table.column("reason"), pa.array(sorted(RETRYABLE_REASONS), pa.string()))
         name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}"
         good = table.filter(pc.invert(failed))
-        final = table.filter(pc.and_not(failed, may_pass))
+        final = table.filter(pc.and_not(failed, is_retryable))
         parts: tuple[tuple[Kind, str, pa.Table], ...] = (
             ("predictions", f"{PREDICTIONS}/{name}.parquet", self._predictions(good)),
             ("quarantine", f"{QUARANTINE}/{name}.parquet", _quarantine(final)),
-            ("quarantine", f"{QUARANTINE}/{name}-again.parquet", _quarantine(table.filter(may_pass))),
+            ("quarantine", f"{QUARANTINE}/{name}-again.parquet", _quarantine(table.filter(is_retryable))),
         )
         files = [self.put(kind, path, rows) for kind, path, rows in parts if rows.num_rows]
         return Receipt(
@@ -219,7 +219,7 @@ class PartWriter:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
         data = sink.getvalue().to_pybytes()
-        with resumable(self.folder):
+        with resumable_errors(self.folder):
             self.storage.write_whole(join(self.folder, path), data)
         digest = hashlib.sha256(data).hexdigest()
         if kind == "predictions":

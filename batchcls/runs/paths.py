@@ -1,4 +1,4 @@
-"""Names of the folders and files of an output folder; the contract with readers.
+"""Names of the files and folders in an output folder, which are a contract with readers.
 
 OUTPUT/current.json
 OUTPUT/beginning/DIGEST/lease/*.json   who is about to begin a run; gone once it holds the run

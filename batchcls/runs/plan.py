@@ -1,4 +1,4 @@
-"""plan.json: what a run was asked to do, of which input and with which model; written first."""
+"""Write plan.json, the first file of a run: its settings, input, model and fingerprints."""
 
 import json
 import platform
@@ -133,7 +133,7 @@ class Plan:
         }
 
 
-def claim(plan: Plan, output: str, storage: Storage) -> str:
+def create_plan(plan: Plan, output: str, storage: Storage) -> str:
     """Write plan.json and so take the run's name; returns the URI of its folder.
 
     Raises:

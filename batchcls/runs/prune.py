@@ -1,4 +1,4 @@
-"""Which runs may go, and their removal: only what this program began, never through a link.
+"""Select and remove old runs: only folders that this program created, and never through a symbolic link.
 
 A removal takes the run's lease, so that nobody resumes it, writes removal.json, and only then looks for the last
 time whether the run is published or read; a publish looks for removal.json after its swap, so that one of the two
@@ -75,7 +75,7 @@ def choose(
     for run in runs:
         why = protected.get(run.run_id)
         if why is None:
-            why = "among the newest" if run.run_id in newest else _too_young(run, keeping)
+            why = "among the newest" if run.run_id in newest else _age_reason(run, keeping)
         choices.append(Choice(run, why if why is not None else held_by(run)))
     return choices
 
@@ -93,7 +93,7 @@ def _protected(published: Published, keeping: Keeping) -> Mapping[str, str]:
     return found
 
 
-def _too_young(run: ListedRun, keeping: Keeping) -> str | None:
+def _age_reason(run: ListedRun, keeping: Keeping) -> str | None:
     if run.state is State.DAMAGED and run.created is None:
         return None if run.is_leftover else f"left alone: {run.detail}"
     if run.created is None:

@@ -1,4 +1,4 @@
-"""current.json: the one name that readers in the shop follow, and what stood there before.
+"""Publish runs in current.json, the one file that readers follow, and keep the publish history.
 
 The history stands in the same file, so that it changes with it in one swap:
 
@@ -174,7 +174,7 @@ def require_not_older(output: str, run_id: str, published: Published, storage: S
     """
     if published.run_id is None:
         return
-    ours, theirs = (begun_at(output, name, storage) for name in (run_id, published.run_id))
+    ours, theirs = (started_at(output, name, storage) for name in (run_id, published.run_id))
     if ours is not None and theirs is not None and ours < theirs:
         raise PublishRefused(
             f"run {run_id} is committed and not published: it was begun {ours:%Y-%m-%d %H:%M:%S} UTC, before run "
@@ -183,7 +183,7 @@ def require_not_older(output: str, run_id: str, published: Published, storage: S
         )
 
 
-def begun_at(output: str, run_id: str, storage: Storage) -> datetime | None:
+def started_at(output: str, run_id: str, storage: Storage) -> datetime | None:
     """When a run was begun, or at least when it was committed, in UTC; None where neither can be read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Receipts on storage: the ledger of a run, from which it goes on after any death.
+"""Read and reconcile the receipts on storage, from which a run resumes after any failure.
 
 A worker writes the files of a part and then, whole, a small file that says what is in them. Only what
 a receipt names is part of the run; a file without one is what a killed worker left. A fragment that
@@ -19,7 +19,7 @@ from batchcls.manifest.row_ranges import RowRanges, Rows
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.paths import RECEIPTS
 from batchcls.storage.filesystem import Storage, explain, join, parse_json, redact_uri
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 
 __all__ = ["Balance", "RowRanges", "balance"]
 
@@ -92,7 +92,7 @@ def keep_receipt(receipt: Receipt, folder: str, storage: Storage) -> Receipt:
     Raises:
         StorageStoppedError: storage refused; the files are not part of the run.
     """
-    with resumable(folder):
+    with resumable_errors(folder):
         storage.write_whole(join(folder, RECEIPTS, receipt.name), _to_json(receipt))
     return receipt
 

@@ -1,4 +1,4 @@
-"""plan.json, run.json, current.json and their neighbors, checked field by field when they are read.
+"""Schemas of plan.json, run.json, current.json and related files, which are validated when they are read.
 
 Whoever reads a run relies on the types that are stated here. What does not have them is damaged, whatever
 is wrong with it: no JSON, another JSON type in any place, numbers beyond 64 bits, text that no UTF-8 can hold,
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-_MOST_NESTED = 64
+_MAX_DEPTH = 64
 _LARGEST = 2**63 - 1
 
 HISTOGRAM_BINS = 20
@@ -254,7 +254,7 @@ def _require_bounded(raw: Mapping[str, Any]) -> None:
     waiting: list[tuple[Any, int]] = [(raw, 0)]
     while waiting:
         value, depth = waiting.pop()
-        if depth > _MOST_NESTED:
+        if depth > _MAX_DEPTH:
             raise DocumentError("nested too deeply")
         if isinstance(value, dict):
             waiting += ((inner, depth + 1) for pair in value.items() for inner in pair)

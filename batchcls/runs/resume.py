@@ -1,4 +1,4 @@
-"""Which run a command is about: one that was begun and not finished, or a new one."""
+"""Find the unfinished run that a command resumes, if there is one."""
 
 import logging
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from batchcls.runs.paths import REMOVAL, RUN, run_folder
 from batchcls.runs.plan import Fingerprints
 from batchcls.runs.publish import published_or_damage
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 
 _logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class UnfinishedRun:
     plan: Mapping[str, Any]
 
 
-def find_begun(
+def find_unfinished(
     output: str, run_id: str | None, fingerprints: Fingerprints, storage: Storage
 ) -> UnfinishedRun | None:
     """The run that this command goes on with; None: it begins a new one.
@@ -75,7 +75,7 @@ def _named(output: str, run_id: str, fingerprints: Fingerprints, storage: Storag
     return UnfinishedRun(run_id, plan.raw)
 
 
-def require_begun(output: str, run_id: str, storage: Storage) -> None:
+def require_unfinished(output: str, run_id: str, storage: Storage) -> None:
     """Look whether a run whose lease was just taken is still one to go on with.
 
     Raises:
@@ -83,7 +83,7 @@ def require_begun(output: str, run_id: str, storage: Storage) -> None:
         StorageStoppedError: the store refuses.
     """
     folder = run_folder(output, run_id)
-    with resumable(folder):
+    with resumable_errors(folder):
         state = list_run(output, run_id, storage).state
     if state is not State.UNFINISHED:
         raise LeaseLostError(

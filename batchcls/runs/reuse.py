@@ -1,4 +1,4 @@
-"""Answers of an earlier run, found by what their images were: by version, by the store's word, or by content.
+"""Find reusable predictions of a previous run by image version, store metadata or content hash.
 
 For each way to find a row there are two sorted arrays, 64-bit hashes and places, 16 bytes a row; every
 node has one copy of them in shared memory. A hash only says where to look: what stands there is compared
@@ -76,7 +76,9 @@ class ReuseSource:
     by_row: Index | None = None
 
 
-def open_earlier(record: RunRecord, storage: Storage, *, same_base: bool, same_manifest: bool) -> ReuseSource:
+def open_reuse_source(
+    record: RunRecord, storage: Storage, *, same_base: bool, same_manifest: bool
+) -> ReuseSource:
     """Read of an earlier run what its rows are found by.
 
     Args:

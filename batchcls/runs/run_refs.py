@@ -1,4 +1,4 @@
-"""The run that a person means by a word."""
+"""Resolve a reference to a run, such as published or a prefix of its id, to a run id."""
 
 from batchcls.errors import InputError
 from batchcls.runs.catalog import State, list_runs

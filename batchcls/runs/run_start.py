@@ -1,4 +1,4 @@
-"""Beginning a run: one driver of many does, and one that must not go on leaves nothing behind.
+"""Start a run: exactly one of several drivers starts it, and a driver that fails leaves no files behind.
 
 Commands that are about the same, started at once without a run id, would each begin a run of their own and
 compute the night as often. So whoever looks for the run to go on with holds a lease meanwhile, in
@@ -17,7 +17,7 @@ from pathlib import Path
 from batchcls.errors import InputError, RunStoppedError
 from batchcls.runs.lease import HeldError, Holder, Lease, last_holder, leased
 from batchcls.runs.paths import BEGINNING, LEASE, PLAN, run_folder
-from batchcls.runs.plan import Fingerprints, Plan, claim
+from batchcls.runs.plan import Fingerprints, Plan, create_plan
 from batchcls.storage.filesystem import Storage, explain, is_remote, join, local_path, redact_uri
 from batchcls.storage.store_errors import STORE_ERRORS
 
@@ -28,7 +28,7 @@ _DIGEST = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 
 
 @contextmanager
-def begin_once(output: str, fingerprints: Fingerprints, storage: Storage) -> Iterator[Lease]:
+def exclusive_start(output: str, fingerprints: Fingerprints, storage: Storage) -> Iterator[Lease]:
     """Keep other commands that are about the same from looking for their run while the block runs.
 
     Raises:
@@ -60,13 +60,13 @@ def _sweep(output: str, digest: str, storage: Storage) -> None:
     with explain(output):
         for name in storage.list_folders(join(output, BEGINNING)):
             folder = join(output, BEGINNING, name)
-            if name != digest and _DIGEST.fullmatch(name) and _is_forgotten(last_holder(folder, storage)):
+            if name != digest and _DIGEST.fullmatch(name) and _is_abandoned(last_holder(folder, storage)):
                 for info in storage.list_here(join(folder, LEASE)):
                     storage.remove([info.uri])
                 storage.remove_empty_folders(folder)
 
 
-def _is_forgotten(holder: Holder | None) -> bool:
+def _is_abandoned(holder: Holder | None) -> bool:
     if holder is None or holder.released:
         return True
     long_ago = time.time() - holder.beat > _FORGOTTEN_SECONDS
@@ -74,7 +74,7 @@ def _is_forgotten(holder: Holder | None) -> bool:
 
 
 @contextmanager
-def held_run(plan: Plan, output: str, storage: Storage, *, is_new: bool) -> Iterator[Lease]:
+def leased_run(plan: Plan, output: str, storage: Storage, *, is_new: bool) -> Iterator[Lease]:
     """Hold the run of a plan while the block runs; a new one is begun first, by writing its plan.
 
     Raises:
@@ -86,7 +86,7 @@ def held_run(plan: Plan, output: str, storage: Storage, *, is_new: bool) -> Iter
     with explain(folder):
         before = set() if is_new else {info.uri for info in storage.list_files(folder)}
         if is_new:
-            claim(plan, output, storage)
+            create_plan(plan, output, storage)
     plan_file = [join(folder, PLAN)] if is_new else []
     with ExitStack() as held:
         try:
@@ -127,7 +127,7 @@ def _with_locks(uris: list[str]) -> list[str]:
 
 
 @contextmanager
-def no_empty_folders(output: str, storage: Storage) -> Iterator[None]:
+def removes_empty_folders(output: str, storage: Storage) -> Iterator[None]:
     """If the block raises InputError, empty folders that were not there before are removed again."""
     new = None if is_remote(output) else _outermost_missing(Path(local_path(output)))
     try:

@@ -1,4 +1,4 @@
-"""What the rows of a run look like together: categories, confidence, embeddings; one pass, bounded memory.
+"""Summarize the rows of a run: categories, confidence and embeddings, in one pass with bounded memory.
 
 It is made of the files that the receipts name, before run.json is written, since gates are judged by it.
 """
@@ -116,7 +116,7 @@ def summarize(folder: str, files: Sequence[PartFile], storage: Storage) -> Summa
     predictions = open_files(
         folder, [file for file in files if file.kind == "predictions"], "predictions", storage
     )
-    return summarise_rows(predictions)
+    return summarize_rows(predictions)
 
 
 def summary_of(record: RunRecord, storage: Storage) -> Summary:
@@ -127,7 +127,7 @@ def summary_of(record: RunRecord, storage: Storage) -> Summary:
     return Summary.from_json(raw)
 
 
-def summarise_rows(predictions: ds.Dataset) -> Summary:
+def summarize_rows(predictions: ds.Dataset) -> Summary:
     """The same for a dataset of predictions."""
     dimension = _dimension(predictions.schema)
     norms = _Norms()

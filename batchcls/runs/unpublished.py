@@ -21,7 +21,7 @@ from batchcls.runs.catalog import (
 )
 from batchcls.runs.paths import RUN, run_folder
 from batchcls.runs.plan import Fingerprints
-from batchcls.runs.publish import Published, begun_at, published_or_damage
+from batchcls.runs.publish import Published, published_or_damage, started_at
 from batchcls.runs.verify import presence_faults
 from batchcls.storage.filesystem import Storage, explain, join
 
@@ -99,7 +99,7 @@ def _obstacle(record: RunRecord, plan: PlanRecord, published: Published, storage
     if not record.gates or not all(gate["passed"] for gate in record.gates):
         return "a gate failed"
     if published.run_id is not None:
-        theirs = begun_at(record.output, published.run_id, storage)
+        theirs = started_at(record.output, published.run_id, storage)
         if theirs is not None and plan.created < theirs:
             return "a newer one is published"
     try:

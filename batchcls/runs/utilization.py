@@ -1,4 +1,4 @@
-"""What was seen of a run, by stage, and what each of its resources would have allowed: arithmetic only.
+"""Compute the utilization and capacity of the resources of a run from its measured stage times.
 
 Every image costs each stage some busy time: fetching waits for storage, decoding and writing take
 CPUs, predicting takes CPUs or GPUs. A resource that several stages share allows its capacity divided

@@ -1,4 +1,4 @@
-"""A committed run, read again and held against its run.json: nothing is believed that can be counted.
+"""Verify a committed run: read its files again and compare them with its run.json.
 
 Files are read whole, a few at a time, so that memory is bounded by their size and not by the run's.
 """

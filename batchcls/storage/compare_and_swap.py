@@ -1,4 +1,4 @@
-"""One small file, replaced only if it still is what was read: the base of every atomic publish.
+"""Replace a small file only if it has not changed since it was read, the basis of atomic publishing.
 
 Local disk has no compare-and-swap, so writers take turns by a lock (`flock`, which a dead process
 gives back) and replace the file by renaming. S3 has one: PUT with `If-Match`, or `If-None-Match: *`

@@ -1,4 +1,4 @@
-"""Which files of a place are data: one file, what a folder holds at any depth, or what a glob matches.
+"""List the data files of a path: a single file, a folder at any depth, or the matches of a glob.
 
 Names that begin with `.` or `_` below the named place are other programs' own business: half-written
 parts, logs, bins, previews. They are never data, and neither is what a folder of such a name holds,

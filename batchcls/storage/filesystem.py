@@ -1,4 +1,4 @@
-"""The one seam to local disk, `s3://` and every other scheme that fsspec speaks.
+"""Uniform access to local disks, `s3://` and every other scheme that fsspec supports.
 
 Whole files in, whole files out: a reader never sees half of what `write_whole` writes. Listings
 are always fresh. What goes wrong is translated by `explain`, which the callers put around a step.
@@ -29,7 +29,7 @@ from batchcls.storage.local_files import (
     walk,
     write_local,
 )
-from batchcls.storage.store_errors import UnsupportedSchemeError, error_code, explain, resumable
+from batchcls.storage.store_errors import UnsupportedSchemeError, error_code, explain, resumable_errors
 from batchcls.storage.uris import (
     LOCAL,
     S3_SCHEMES,
@@ -409,7 +409,7 @@ def write_files(folder: str, files: Mapping[str, bytes], storage: Storage) -> li
     written: list[str] = []
     for name, data in files.items():
         uri = join(folder, name)
-        with resumable(uri) if written else explain(uri):
+        with resumable_errors(uri) if written else explain(uri):
             storage.write_whole(uri, data)
         written.append(uri)
     return written

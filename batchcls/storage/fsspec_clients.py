@@ -1,4 +1,4 @@
-"""The filesystem objects of fsspec: the class of a scheme, and one made with our defaults."""
+"""Create fsspec filesystems with the default options of this package."""
 
 import inspect
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Local files, whole or not at all, on disks with and without hard links, locks and a sync of folders.
+"""Write local files atomically, on filesystems with and without hard links, locks and folder sync.
 
 Network and removable file systems (SMB, exFAT, FAT, many FUSE mounts) lack some of what a local disk has. What a
 file must not lose, its whole content and that one of many writers creates it, is kept by the next best means.

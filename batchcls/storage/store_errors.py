@@ -1,4 +1,4 @@
-"""What went wrong with a store, said for the person who started the job.
+"""Translate errors of storage clients into messages for the user who started the job.
 
 Stores and their clients raise some forty kinds of exceptions, most of them with texts that repeat
 the whole request. `explain` turns them into one line that names the place, the store's own error
@@ -122,7 +122,7 @@ def explain(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(uri: str) -> Iterator[None]:
+def resumable_errors(uri: str) -> Iterator[None]:
     """Turn every failure of a store in the middle of a run into one clear line about `uri`.
 
     What was right when the run began is not the configuration's fault when it fails later.

@@ -1,4 +1,4 @@
-"""Addresses: their one normal form, schemes, joining, and what may be shown of them.
+"""Normalize, join and redact URIs and local paths.
 
 A plain path is a local file; `file://` URIs are percent-decoded; everything else is `scheme://...`.
 What a user gives to a job is brought into its normal form once, by `normal`, where the settings are

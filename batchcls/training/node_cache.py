@@ -17,7 +17,7 @@ from pathlib import Path
 
 from batchcls.models.engines.compile_cache import VARIABLE
 from batchcls.storage.filesystem import Storage
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 
 _USED = ".used"
 _SPARE_BYTES = 1 << 30
@@ -58,9 +58,9 @@ class NodeCache:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock"), fcntl.LOCK_EX):
             if not path.is_file():
-                with resumable(uri):
+                with resumable_errors(uri):
                     data = storage.read_bytes(uri)
-                with resumable(str(path)):
+                with resumable_errors(str(path)):
                     Storage().write_whole(str(path), data)
         return path
 

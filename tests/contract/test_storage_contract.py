@@ -18,7 +18,7 @@ from batchcls.errors import InputError, StorageStoppedError
 from batchcls.storage.compare_and_swap import look, swap
 from batchcls.storage.data_files import find_data
 from batchcls.storage.filesystem import Storage, explain, join
-from batchcls.storage.store_errors import resumable
+from batchcls.storage.store_errors import resumable_errors
 from tests.helpers.faulty_proxy import FaultyProxy
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def test_answers_that_break_off_again_and_again_are_explained(monkeypatch: pytes
     with ThreadingHTTPServer(("127.0.0.1", 0), BreakingOff) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         storage = Storage({"endpoint_url": f"http://127.0.0.1:{server.server_port}"})
-        for around, kind in ((explain, InputError), (resumable, StorageStoppedError)):
+        for around, kind in ((explain, InputError), (resumable_errors, StorageStoppedError)):
             with (
                 pytest.raises(kind, match=r"s3://shop/a.json: the connection .* broke off"),
                 around("s3://shop/a.json"),

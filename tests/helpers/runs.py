@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.plan import Plan, claim
+from batchcls.runs.plan import Plan, create_plan
 from batchcls.schema import TOP_K_TYPE, classified_schema
 from batchcls.storage.filesystem import Storage, join
 
@@ -111,7 +111,7 @@ def write_run(
     """A committed run; returns its folder."""
     storage = storage or Storage()
     plan = plan_of(night, len(rows))
-    folder = claim(plan, output, storage)
+    folder = create_plan(plan, output, storage)
     receipts = write_parts(folder, rows, storage, parts)
     findings = {"measured": {"images_per_second": 12.5}, **night.more}
     commit(plan, receipts, reconcile(receipts, len(rows)), findings, storage, folder)
@@ -120,7 +120,7 @@ def write_run(
 
 def begin_run(output: str, night: Night, storage: Storage | None = None) -> str:
     """A run that was begun and never committed; returns its folder."""
-    return claim(plan_of(night, 1), output, storage or Storage())
+    return create_plan(plan_of(night, 1), output, storage or Storage())
 
 
 def begun_on(output: str, run_id: str, created: str, storage: Storage | None = None) -> None:

@@ -19,7 +19,7 @@ from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
 from batchcls.pipeline.progress import Progress
 from batchcls.ray_runtime import KEEP_MEMORY, nodes, ray_session
-from batchcls.resources import place
+from batchcls.resources import plan_resources
 from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
 
@@ -63,7 +63,7 @@ def test_finished_fragments_count_by_their_receipts(
         environment = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
         assert environment.items() >= KEEP_MEMORY.items()
         inputs = open_inputs(config, check_inputs(config))
-        shape = place(config, nodes(), remote_images=False, rows=ROWS)
+        shape = plan_resources(config, nodes(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
         run = LateRun(work_of(config, inputs, shape, EngineSelection(engines, None, ()), "late"), seen.append)
         receipts = run.execute()

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
-from batchcls.resources import Node, ResourcePlan, fragment_sizes, place
+from batchcls.resources import Node, ResourcePlan, fragment_sizes, plan_resources
 
 ROWS = 100_000
 
 
 def shape(nodes: list[Node], rows: int = ROWS, **settings: object) -> ResourcePlan:
     config = ClassifyConfig.model_validate({"manifest": "m", "output": "o", "model": "timm:x", **settings})
-    return place(config, nodes, rows, remote_images=False)
+    return plan_resources(config, nodes, rows, remote_images=False)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from batchcls.preprocessing import Preprocessing, Views
 from batchcls.runs.catalog import read_record
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.receipts import read_receipts
-from batchcls.runs.reuse import open_earlier
+from batchcls.runs.reuse import open_reuse_source
 from batchcls.schema import Failure, Reason
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import DIMENSION, Item, Night, write_run
@@ -69,7 +69,7 @@ def copy(
     """Copy the run n1 into n2; return the written rows in row order, and the counts by match."""
     folder = str(tmp_path / "out" / "runs" / "n2")
     kept = manifest.columns.kept
-    earlier = open_earlier(
+    earlier = open_reuse_source(
         read_record(str(tmp_path / "out"), "n1", STORAGE), STORAGE, same_base=True, same_manifest=by_row
     )
     spec = CopySpec(
@@ -170,7 +170,7 @@ def test_rows_of_an_unreadable_source_are_left_to_compute(
         tmp_path, item_id=[f"i{n}" for n in range(6)], uri=[f"{n}.jpg" for n in range(6)]
     )
     record = read_record(str(tmp_path / "out"), "n1", STORAGE)
-    earlier = open_earlier(record, STORAGE, same_base=True, same_manifest=by_row)
+    earlier = open_reuse_source(record, STORAGE, same_base=True, same_manifest=by_row)
     part = Path(record.folder) / earlier.paths[0]
     data = part.read_bytes()
     if damage == "gone":
@@ -198,4 +198,4 @@ def test_open_rejects_incomplete_source(tmp_path: Path, night: list[Item], damag
     if damage != "gone":
         part.write_bytes(data[:-1] if damage == "cut" else b"\0" * len(data))
     with pytest.raises(InputError, match=r"runs/n1|run n1"):
-        open_earlier(record, STORAGE, same_base=True, same_manifest=False)
+        open_reuse_source(record, STORAGE, same_base=True, same_manifest=False)

@@ -10,11 +10,11 @@ import pytest
 from batchcls.cli.app import run
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs import runs
-from batchcls.jobs.classify import choose_earlier
+from batchcls.jobs.classify import choose_reuse_source
 from batchcls.runs.catalog import State, list_runs
 from batchcls.runs.plan import Fingerprints
 from batchcls.runs.publish import publish, published_or_damage
-from batchcls.runs.resume import find_begun
+from batchcls.runs.resume import find_unfinished
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Item, Night, begin_run, items, plan_of, write_run
 
@@ -160,10 +160,10 @@ def test_any_value_in_any_place_of_a_plan_keeps_nobody_from_beginning(output: Pa
     sound["reuse"] = {"run_id": "a", "by_row": False}
     wanted = Fingerprints("m", "x", {"top_k": 5})
     path.write_text(json.dumps(sound))
-    assert getattr(find_begun(str(output), None, wanted, Storage()), "run_id", None) == "begun"
+    assert getattr(find_unfinished(str(output), None, wanted, Storage()), "run_id", None) == "begun"
     for place in places(sound):
         path.write_text(json.dumps(replaced(sound, place, odd)))
-        begun = find_begun(str(output), None, wanted, Storage())
+        begun = find_unfinished(str(output), None, wanted, Storage())
         if begun is not None:
             assert isinstance(begun.plan["engines"], dict)
             assert begun.plan["reuse"] in ({}, sound["reuse"]) or begun.plan["reuse"].keys() >= {
@@ -220,10 +220,10 @@ def test_whose_published_neighbor_is_gone_or_cut_computes(
 ):
     config = ClassifyConfig(manifest="m", model="x", output=str(output))
     plan = plan_of(Night("new"), 4)
-    assert choose_earlier(config, plan, Storage())["run_id"] == "c"
+    assert choose_reuse_source(config, plan, Storage())["run_id"] == "c"
     damage(output / "runs" / "c")
-    assert choose_earlier(config, plan, Storage()) == {}
+    assert choose_reuse_source(config, plan, Storage()) == {}
     assert len([one for one in log.records if one.levelname == "WARNING"]) == 1
     assert "reuse: nothing, the published run cannot be read" in log.text
     (output / "current.json").write_text("[]")
-    assert choose_earlier(config, plan, Storage()) == {}
+    assert choose_reuse_source(config, plan, Storage()) == {}

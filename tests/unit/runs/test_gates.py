@@ -16,7 +16,7 @@ from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.gate_evaluation import GateDecision, evaluate_gates, publish_if_passed, reevaluate_gates
 from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, apply_gates, failed_gates
 from batchcls.runs.paths import run_folder
-from batchcls.runs.plan import claim
+from batchcls.runs.plan import create_plan
 from batchcls.runs.publish import publish, read_published
 from batchcls.runs.summary import Embeddings, Summary, changed_labels, jensen_shannon, summarize, summary_of
 from batchcls.storage.filesystem import Storage
@@ -32,7 +32,7 @@ def config_of(output: object, **settings: Any) -> ClassifyConfig:
 def verdict_on(output: Path, rows: list[Item], night: Night | None = None, **settings: Any) -> GateDecision:
     """What the gates say of these rows, before anything is committed."""
     night = night or Night("new")
-    folder = claim(plan_of(night, len(rows)), str(output), Storage())
+    folder = create_plan(plan_of(night, len(rows)), str(output), Storage())
     receipts = write_parts(folder, rows, Storage())
     totals = reconcile(receipts, len(rows))
     limits = Limits(config_of(output, **settings), 0.5)

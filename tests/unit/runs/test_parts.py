@@ -14,7 +14,7 @@ from batchcls.errors import BudgetExceeded, InputError, ReconciliationError, Sto
 from batchcls.inference.predictor import Predictor
 from batchcls.runs.commit import Budget, check_budget, commit, reconcile
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.plan import Plan, claim
+from batchcls.runs.plan import Plan, create_plan
 from batchcls.runs.publish import publish
 from batchcls.schema import predictions_schema, quarantine_schema
 from batchcls.storage.filesystem import Storage
@@ -111,7 +111,7 @@ def test_too_many_failures_name_figure_limit_and_reason(tmp_path: Path):
 
 def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: Path):
     output = str(tmp_path)
-    folder = claim(PLAN, output, Storage())
+    folder = create_plan(PLAN, output, Storage())
     found = receipts(Path(folder))
     commit(PLAN, found, reconcile(found, 8), {"measured": {"images_per_second": 3.0}}, Storage(), folder)
     publish(output, "night-1", Storage())
@@ -124,9 +124,9 @@ def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: P
 
 
 def test_a_run_id_is_given_once(tmp_path: Path):
-    claim(PLAN, str(tmp_path), Storage())
+    create_plan(PLAN, str(tmp_path), Storage())
     with pytest.raises(InputError, match="night-1: another job has just begun"):
-        claim(PLAN, str(tmp_path), Storage())
+        create_plan(PLAN, str(tmp_path), Storage())
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path):

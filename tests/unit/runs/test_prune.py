@@ -18,7 +18,7 @@ from batchcls.runs.lease import leased
 from batchcls.runs.paths import REMOVAL, run_folder
 from batchcls.runs.prune import Keeping, Removed, remove
 from batchcls.runs.publish import publish, read_published
-from batchcls.runs.resume import require_begun
+from batchcls.runs.resume import require_unfinished
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
 from tests.helpers.runs import Night, begin_run, begun_on, items, write_run
@@ -302,18 +302,18 @@ def test_a_run_that_was_resumed_and_committed_since_it_was_chosen_stays(output: 
 
 def test_a_job_whose_run_was_removed_before_it_took_the_lease_ends(output: str):
     begin_run(output, Night("a"))
-    require_begun(output, "a", Storage())
+    require_unfinished(output, "a", Storage())
     chosen = list_run(output, "a", Storage())
     assert remove(output, chosen, keeping(), Storage()).kept_because is None
     with (
         leased(run_folder(output, "a"), Storage()),
         pytest.raises(LeaseLostError, match="was removed meanwhile"),
     ):
-        require_begun(output, "a", Storage())
+        require_unfinished(output, "a", Storage())
     assert list_run(output, "a", Storage()).is_leftover
     write_run(output, Night("b"), items(4))
     with pytest.raises(LeaseLostError, match="was committed by another job"):
-        require_begun(output, "b", Storage())
+        require_unfinished(output, "b", Storage())
 
 
 def test_nothing_is_removed_while_nobody_knows_what_is_published(output: str, prune: Call):

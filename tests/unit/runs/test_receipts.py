@@ -68,7 +68,7 @@ def test_what_may_pass_has_a_file_of_its_own_and_is_done_again(tmp_path: Path):
     written = PartWriter(str(tmp_path), STORAGE, (), pa.float16(), DIMENSION).write([block(rows)])
     keep_receipt(written, str(tmp_path), STORAGE)
     read = read_receipts(str(tmp_path), STORAGE)
-    kept = settle_receipts(read, 5, lambda file: file.may_pass)
+    kept = settle_receipts(read, 5, lambda file: file.is_retryable)
     assert pairs(missing_rows(kept, 5)) == [(2, 3)]
     assert kept[0].failures == Counter(truncated=1)
     kept = settle_receipts(read, 5, lambda file: file.kind == "quarantine")

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from batchcls.runs.catalog import RunRecord, read_record
-from batchcls.runs.reuse import EarlierRows, Index, ReuseSource, hashes_of, open_earlier, state_keys
+from batchcls.runs.reuse import EarlierRows, Index, ReuseSource, hashes_of, open_reuse_source, state_keys
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Item, Night, write_run
 
@@ -27,7 +27,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
 
 
 def opened(record: RunRecord, *, same_base: bool = True, same_manifest: bool = False) -> ReuseSource:
-    return open_earlier(record, STORAGE, same_base=same_base, same_manifest=same_manifest)
+    return open_reuse_source(record, STORAGE, same_base=same_base, same_manifest=same_manifest)
 
 
 def found(index: Index, *texts: str) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 from batchcls.errors import ExitCode, InputError, LeaseLostError, RunStoppedError
 from batchcls.runs import lease as leases
 from batchcls.runs.plan import Fingerprints
-from batchcls.runs.run_start import begin_once, held_run, no_empty_folders
+from batchcls.runs.run_start import exclusive_start, leased_run, removes_empty_folders
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import REPOSITORY, S3Server
 from tests.helpers.runs import Night, begin_run, items, plan_of, write_parts
@@ -49,7 +49,7 @@ def test_of_four_drivers_at_once_one_begins_and_nothing_of_it_stays(place: tuple
     def drive() -> None:
         start.wait()
         try:
-            with begin_once(output, SAME, storage) as lease:
+            with exclusive_start(output, SAME, storage) as lease:
                 began.append(1)
                 held.set()
                 assert ended.wait(60)
@@ -68,7 +68,7 @@ def test_of_four_drivers_at_once_one_begins_and_nothing_of_it_stays(place: tuple
     assert len(refused) == 3
     assert all("is about to begin a run of this manifest" in text and "--run-id" in text for text in refused)
     assert below(place) == []
-    with begin_once(output, SAME, storage), begin_once(output, OTHER, storage):
+    with exclusive_start(output, SAME, storage), exclusive_start(output, OTHER, storage):
         assert len(below(place)) == 2
     assert below(place) == []
 
@@ -76,26 +76,26 @@ def test_of_four_drivers_at_once_one_begins_and_nothing_of_it_stays(place: tuple
 def test_what_a_dead_driver_has_left_is_taken_over_or_swept(tmp_path: Path):
     code = (
         "import os, sys\n"
-        "from batchcls.runs.run_start import begin_once\n"
+        "from batchcls.runs.run_start import exclusive_start\n"
         "from batchcls.runs.plan import Fingerprints\n"
         "from batchcls.storage.filesystem import Storage\n"
         "held = []\n"
         "for name in 'mn':\n"
         f"    same = Fingerprints(name * 64, 'b' * 64, {{'top_k': 5}})\n"
-        f"    held.append(begin_once({str(tmp_path)!r}, same, Storage()))\n"
+        f"    held.append(exclusive_start({str(tmp_path)!r}, same, Storage()))\n"
         "    held[-1].__enter__()\n"
         "os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
     assert len(list(tmp_path.rglob("*.json"))) == 2
-    with begin_once(str(tmp_path), SAME, STORAGE) as lease:
+    with exclusive_start(str(tmp_path), SAME, STORAGE) as lease:
         lease.confirm()
         assert sorted(path.name for path in tmp_path.rglob("*.json")) == ["000001.json", "000002.json"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_driver_whose_decision_was_taken_over_must_not_begin(tmp_path: Path):
-    with begin_once(str(tmp_path), SAME, STORAGE) as lease:
+    with exclusive_start(str(tmp_path), SAME, STORAGE) as lease:
         (mine,) = tmp_path.rglob("000001.json")
         mine.unlink()
         with pytest.raises(LeaseLostError):
@@ -106,7 +106,7 @@ def test_what_else_lies_beside_decisions_is_left(tmp_path: Path):
     for name in ("notes", "a" * 24 + "x", "A" * 24):
         (tmp_path / "beginning" / name / "lease").mkdir(parents=True)
         (tmp_path / "beginning" / name / "lease" / "000001.json").write_text("{}")
-    with begin_once(str(tmp_path), SAME, STORAGE):
+    with exclusive_start(str(tmp_path), SAME, STORAGE):
         pass
     assert len(list(tmp_path.rglob("*.json"))) == 3
 
@@ -116,9 +116,9 @@ def test_bad_input_before_anything_is_written_leaves_nothing(place: tuple[str, S
     plan = plan_of(Night("a"), 4)
     with (
         pytest.raises(InputError, match="no such column"),
-        no_empty_folders(output, storage),
-        begin_once(output, SAME, storage),
-        held_run(plan, output, storage, is_new=True),
+        removes_empty_folders(output, storage),
+        exclusive_start(output, SAME, storage),
+        leased_run(plan, output, storage, is_new=True),
     ):
         raise InputError("no such column")
     assert below(place) == []
@@ -127,7 +127,7 @@ def test_bad_input_before_anything_is_written_leaves_nothing(place: tuple[str, S
 
 def test_folders_that_were_there_before_stay(tmp_path: Path):
     (tmp_path / "out" / "runs").mkdir(parents=True)
-    with pytest.raises(InputError), no_empty_folders(str(tmp_path / "out"), STORAGE):
+    with pytest.raises(InputError), removes_empty_folders(str(tmp_path / "out"), STORAGE):
         raise InputError("no")
     assert (tmp_path / "out" / "runs").is_dir()
 
@@ -137,7 +137,7 @@ def test_bad_input_after_something_was_written_stops_a_run_that_can_go_on(place:
     plan = plan_of(Night("a"), 4)
 
     def work() -> None:
-        with held_run(plan, output, storage, is_new=True):
+        with leased_run(plan, output, storage, is_new=True):
             write_parts(join(output, "runs", "a"), items(4), storage)
             raise InputError("gone")
 
@@ -154,7 +154,7 @@ def test_bad_input_leaves_a_run_that_was_begun_before_as_it_was(place: tuple[str
     before = below(place)
     with (
         pytest.raises(InputError, match="no such engine"),
-        held_run(plan_of(Night("a"), 4), output, storage, is_new=False),
+        leased_run(plan_of(Night("a"), 4), output, storage, is_new=False),
     ):
         raise InputError("no such engine")
     assert below(place) == before

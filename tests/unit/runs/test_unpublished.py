@@ -12,7 +12,7 @@ from batchcls.errors import ExitCode, PublishRefused, StorageStoppedError
 from batchcls.jobs.classify import find_unpublished_run, publish_finished
 from batchcls.runs.catalog import read_current
 from batchcls.runs.commit import commit, reconcile
-from batchcls.runs.plan import Fingerprints, claim
+from batchcls.runs.plan import Fingerprints, create_plan
 from batchcls.runs.publish import publish, roll_back
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
@@ -44,7 +44,7 @@ def committed(
     config, storage = config_of(output, **changes), Storage()
     plan = plan_of(Night(name, unpublishable=["a trial"] if trial else []), 4)
     plan = replace(plan, config=config.redacted(), fingerprints=about(config))
-    folder = claim(plan, output, storage)
+    folder = create_plan(plan, output, storage)
     receipts = write_parts(folder, items(4), storage)
     findings = {"measured": {}, "gates": [PASSED] if gates is None else gates, "baseline": None}
     commit(plan, receipts, reconcile(receipts, 4), findings, storage, folder)
