@@ -1,1 +1,1 @@
-"""Backbones beside each other, measured on one kind of hardware. Knows no Ray."""
+"""Benchmarks backbones against each other on the same hardware, without Ray."""

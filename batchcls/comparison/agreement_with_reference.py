@@ -1,4 +1,4 @@
-"""What a candidate says about the sample: its best classes, and how often they agree and are right.
+"""Compares the predictions of a candidate with the fp32 reference and with the labels.
 
 Probabilities and ranks come from the code of the main job, so a figure here is the main job's figure.
 """

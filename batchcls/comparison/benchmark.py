@@ -1,4 +1,4 @@
-"""One candidate, measured in this process, which should be a fresh one with the machine to itself.
+"""Benchmarks one candidate in this process, which should run alone on the machine.
 
 In this order, so that no step is in the figures of another: load and first answer, latency,
 throughput with the memory it takes, then what it answers, and last what it costs by counting.

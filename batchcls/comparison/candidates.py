@@ -1,4 +1,4 @@
-"""What can be measured: a bundle on an engine, and the names that people give to engines."""
+"""Defines the candidates of a comparison, each a bundle on an engine, and parses engine names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

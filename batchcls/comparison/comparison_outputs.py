@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: one table, one page, one record of what is recommended."""
+"""Writes the outputs of a comparison: the table of measurements, the page and the recommendation."""
 
 import json
 from collections.abc import Mapping, Sequence

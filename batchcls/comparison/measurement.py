@@ -1,4 +1,4 @@
-"""What was measured of one backbone, on one engine, on one kind of hardware."""
+"""Records the measurement of one backbone on one engine and one hardware configuration."""
 
 from typing import Literal, Self
 

@@ -1,4 +1,4 @@
-"""Which of the measured candidates to take, and why, in sentences that quote the measured rows.
+"""Recommends one of the measured candidates and explains the choice with the measured values.
 
 Four questions decide: latency on this hardware, what else has to load the backbone, how many labeled
 images there are to fine-tune it, how much debugging matters. Of what they leave, the most accurate is

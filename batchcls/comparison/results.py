@@ -1,4 +1,4 @@
-"""Finished measurements on storage, one file each, so that a comparison goes on where it stopped."""
+"""Stores finished measurements in one file each, so that a comparison can resume."""
 
 import hashlib
 import json
@@ -141,6 +141,6 @@ def _read(uri: str, storage: Storage) -> Finished:
         return Finished.model_validate_json(data)
     except ValidationError as error:
         raise InputError(
-            f"{redact_uri(uri)} is damaged or of another version ({error.error_count()} fields do not fit); remove "
-            "it, and it is measured anew"
+            f"{redact_uri(uri)} is damaged or of another version ({error.error_count()} fields do not fit); delete "
+            "it to repeat the measurement"
         ) from error

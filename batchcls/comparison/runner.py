@@ -1,4 +1,4 @@
-"""All candidates one after the other: what is there already is left, what fails is noted, the rest is measured."""
+"""Measures all candidates one after the other, reuses stored measurements and records failures."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +62,7 @@ def run_campaign(
     """
     before = sum(results.find(candidate) is not None for candidate in candidates)
     if before:
-        _logger.info("resumed: %d of %d measured before", before, len(candidates))
+        _logger.info("resumed: %d of %d measurements reused", before, len(candidates))
     skipped = []
     for number, candidate in enumerate(candidates, start=1):
         begin(candidate)
@@ -99,8 +99,8 @@ def _warn_if_busy(candidate: Candidate, finished: Finished, results: Results) ->
     load = finished.measurement.other_load
     if load > BUSY_CORES:
         _logger.warning(
-            "%s: other programs kept %.1f cores busy while it was measured, so it is faster than these figures; "
-            "end them, remove %s and run the command again",
+            "%s: other programs used %.1f cores during the measurement, so the results are too low; "
+            "stop them, delete %s and run the command again",
             candidate,
             load,
             redact_uri(results.uri_of(candidate)),
@@ -171,7 +171,7 @@ def _resolve(config: CompareConfig, storage: Storage) -> Mapping[str, Bundle]:
         bundle, name = resolve_model(model, _choices(config, model), storage), redact_uri(model)
         same = [known for known, other in bundles.items() if other.fingerprint == bundle.fingerprint]
         if same:
-            _logger.warning("%s is the same model as %s and is measured once", name, same[0])
+            _logger.warning("%s is the same model as %s and is measured only once", name, same[0])
             continue
         weights = bundle.config.weights
         _logger.info("%s: %s, weights %s %s", name, bundle.config.spec, weights.kind, weights.name)

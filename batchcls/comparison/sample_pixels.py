@@ -1,4 +1,4 @@
-"""The sample's pixels for one preprocessing, loaded in the way of the main job."""
+"""Loads the pixels of the sample for one preprocessing with the loader of the main job."""
 
 from collections import Counter
 from dataclasses import dataclass

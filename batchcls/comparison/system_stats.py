@@ -1,4 +1,4 @@
-"""What a machine does besides: cores that others keep busy, memory of this process, memory that is left.
+"""Measures the CPU load of other programs, the memory of this process and the available memory.
 
 All of it is read from Linux's /proc.
 """

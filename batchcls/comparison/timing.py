@@ -1,4 +1,4 @@
-"""Timing of a running engine: warm-up first, every repeat by itself, median and spread at the end."""
+"""Times a running engine: warm-up, individual repeats, median and spread."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,1 +1,1 @@
-"""How right a model is on labeled rows, how sure it may be, and when it should abstain; knows no Ray."""
+"""Evaluates accuracy, calibration and abstention on labeled rows, without Ray."""

@@ -1,4 +1,4 @@
-"""One number makes a network as sure as it is right (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
+"""Calibrates probabilities with temperature scaling (Guo et al., On Calibration of Modern Neural Networks, 2017)."""
 
 from dataclasses import dataclass
 

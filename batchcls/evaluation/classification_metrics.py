@@ -1,4 +1,4 @@
-"""What was said about labeled rows: the one table that every figure of an evaluation comes from.
+"""Computes all classification metrics from one table of outcomes per labeled row.
 
 Letters: N rows, K categories.
 """

@@ -1,4 +1,4 @@
-"""The probability that an answer is right, given the network's own probability and the category that it names.
+"""Estimates the probability that a prediction is correct from its probability and its category.
 
 A logistic regression whose curve is shared by all categories, plus one intercept for each category that is
 shrunk towards zero: a category with many answers gets an intercept of its own, one with few takes what the

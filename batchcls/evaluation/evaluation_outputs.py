@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json, four tables and a page."""
+"""Writes the outputs of an evaluation: metrics.json, four tables and a page."""
 
 import base64
 import io

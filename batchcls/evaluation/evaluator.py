@@ -1,4 +1,4 @@
-"""All that an evaluation finds, from answers or from a run."""
+"""Computes the complete evaluation from the predictions of a model or of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Right above the label: answers as nodes of the tree of categories.
+"""Computes hierarchical metrics of predictions in the category tree.
 
 Letters: N rows, K categories.
 """

@@ -1,4 +1,4 @@
-"""A bundle's network answers a labeled manifest in this process: fetch, decode, predict, logits kept."""
+"""Predicts a labeled manifest with a bundle in this process and stores the logits."""
 
 import shutil
 import tempfile

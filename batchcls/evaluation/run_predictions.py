@@ -1,4 +1,4 @@
-"""A finished run as answers to a labeled manifest, joined by item_id. Its logits are gone: top_k is what is known."""
+"""Reads the predictions of a committed run for a labeled manifest, joined by item_id; only top_k is stored."""
 
 import json
 from dataclasses import dataclass

@@ -148,7 +148,7 @@ class _Cluster:
         )
         if prepared.failures:
             reasons = ", ".join(f"{name}={count}" for name, count in prepared.failures.most_common())
-            _logger.warning("%d images of the sample are left out: %s", prepared.failures.total(), reasons)
+            _logger.warning("%d images of the sample are excluded: %s", prepared.failures.total(), reasons)
         return prepared
 
 
@@ -171,7 +171,9 @@ def _measure_all(
             return run_campaign(candidates, results, cluster.measure, begin)
     except KeyboardInterrupt:
         kept = sum(results.find(candidate) is not None for candidate in candidates)
-        _logger.info("%d of %d measurements are kept; the same command goes on", kept, len(candidates))
+        _logger.info(
+            "%d of %d measurements are saved; run the same command again to resume", kept, len(candidates)
+        )
         raise
 
 

@@ -147,7 +147,7 @@ def _judge_bundle(
     with room_for_logits(rows * views.count, len(labels)) as room:
         with watching(lambda: answering, rows, console, config.log_interval_seconds):
             notes, judged, answers = answering.run(load, room)
-        _logger.info("%d rows answered; fitting", len(answers))
+        _logger.info("predicted %d rows; fitting calibration", len(answers))
         found = evaluate_answers(answers, paths, config.target_precision)
     assert config.model is not None
     model = {

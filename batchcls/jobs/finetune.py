@@ -218,7 +218,7 @@ def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
             "another folder, or give --restart to replace it"
         )
     _logger.info(
-        "finished already, as run %s: %s; give --restart to train anew",
+        "finished already, as run %s: %s; pass --restart to train again",
         found.config.lineage["run_id"],
         bundle_line(found),
     )

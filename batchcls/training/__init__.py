@@ -1,1 +1,1 @@
-"""From a labeled manifest to a model bundle."""
+"""Trains a model bundle on a labeled manifest."""

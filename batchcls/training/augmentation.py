@@ -1,4 +1,4 @@
-"""Training images as a network sees them: other crops, mirrored, colored, mixed; all of torchvision.
+"""Augments training images with torchvision transforms: crops, flips, color jitter and mixing.
 
 Each image's random numbers come from seed, epoch, row and how often the row came before in the epoch, so
 what is seen of it does not depend on how many workers there are (`randomness`).

@@ -1,4 +1,4 @@
-"""Images of a step: how many over all workers, how learning rates follow from that, and how many workers may share it.
+"""Plans the global batch size, the scaled learning rates and the maximum number of workers.
 
 A plan is made once, when a run begins, and kept in its record: whoever resumes the run, on however many workers,
 takes the same steps. Arithmetic only. Letters: N training images, B images of a step, W workers.

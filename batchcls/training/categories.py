@@ -1,4 +1,4 @@
-"""The categories of a training run: which there are, in which order for good, and what is odd about them.
+"""Determines the categories of a training run, their fixed order and warnings about them.
 
 The order is the order of the network's outputs and is stored in the bundle. All of it is arithmetic
 on counts of distinct labels, so 10,000 categories and millions of rows take seconds.

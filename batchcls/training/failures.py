@@ -1,4 +1,4 @@
-"""Which failures of a training process would come again, so that trying once more is in vain.
+"""Classifies training failures as permanent or retryable.
 
 Processes and nodes die, connections break, and stores do not answer: after these the others resume from the
 last checkpoint. What the code itself refuses is refused again, as often as it is tried. Needs no Ray.

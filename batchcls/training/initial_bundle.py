@@ -1,4 +1,4 @@
-"""What training starts from: a bundle whose classifier has the shop's categories, trained or not yet."""
+"""Builds the initial bundle of a training run, with a classifier for the categories of the manifest."""
 
 import logging
 import tempfile

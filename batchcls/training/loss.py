@@ -1,4 +1,4 @@
-"""The loss of a row, and how much a row counts where categories are of unequal size.
+"""Computes the loss of a row and the weights that balance unequal category sizes.
 
 Letters: N rows, K categories.
 """

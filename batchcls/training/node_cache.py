@@ -1,4 +1,4 @@
-"""Prepared images of a work directory on a store, copied to a node's own disk: once for all workers of a run there.
+"""Copies the pixel cache from object storage to the local disk of a node, once for all of its workers.
 
 Workers hold the folder while they read from it, with a lock that ends with their process. It is removed when
 the run ends, by the driver, on every node. Needs no Ray.

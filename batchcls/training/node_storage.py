@@ -1,4 +1,4 @@
-"""What training asks of the nodes: a work directory that they see, room for copies of the images, and to clean up."""
+"""Checks on every node that the work directory is visible and that the disk space suffices, and cleans up."""
 
 import logging
 import uuid

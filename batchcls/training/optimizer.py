@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a recipe: a learning rate for each layer, optimizers of PyTorch.
+"""Builds the PyTorch optimizer and the learning rate schedule of a recipe, with layer-wise learning rates.
 
 A schedule here is a function of the step alone, so a run that goes on needs no state of it.
 """

@@ -1,4 +1,4 @@
-"""A manifest's images, decoded once and kept as uint8 arrays that training reads at random.
+"""Decodes the images of a manifest once into uint8 arrays that training reads in random order.
 
 They are fetched and decoded by the code of the classifying job, by tasks all over the cluster, and lie
 in parts in the work directory: PART.npy with N x H x W x 3, and PART.json, written last, with the rows

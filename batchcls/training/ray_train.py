@@ -1,4 +1,4 @@
-"""One training on Ray Train, from prepared pixels to the last checkpoint."""
+"""Runs a training with Ray Train, from the pixel cache to the last checkpoint."""
 
 import logging
 import os

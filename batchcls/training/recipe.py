@@ -1,4 +1,4 @@
-"""How to train, as a file: optimizer, schedule, augmentation. The package has a few in `recipes/`.
+"""Defines training recipes: optimizer, schedule and augmentation in a TOML file.
 
 A recipe says nothing of the catalog, the network or the machine, so the same one serves many.
 """

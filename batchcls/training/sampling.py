@@ -1,4 +1,4 @@
-"""An epoch's images cut into steps and shared among workers.
+"""Splits the images of an epoch into steps and distributes them over the workers.
 
 Everything follows from seed and epoch, and a step is the same images however many workers share it.
 """

@@ -1,4 +1,4 @@
-"""How many training processes, how large, on which device: arithmetic over what the cluster has."""
+"""Plans the number, size and device of training workers from the resources of the cluster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

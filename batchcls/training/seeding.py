@@ -1,4 +1,4 @@
-"""Random numbers of training, all of which follow from the run's seed and from where training stands.
+"""Derives all random numbers of training from the seed of the run and the training position.
 
 No generator's state is kept: whoever draws is seeded first, by what is drawn for. So a run that resumes from
 a checkpoint draws what the undisturbed run would have drawn, and what is seen of an image does not depend on

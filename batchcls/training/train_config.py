@@ -1,4 +1,4 @@
-"""What training processes are given: settings of a run beside its recipe, and where they run."""
+"""Configuration that training workers receive in addition to the recipe."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""What a training is asked for, opened and checked: manifests, categories, recipe and the start."""
+"""Opens and validates the inputs of a training run: manifests, categories, recipe and initial bundle."""
 
 import logging
 from collections.abc import Mapping

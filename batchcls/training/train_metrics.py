@@ -1,4 +1,4 @@
-"""Loss and accuracy over all workers: torchmetrics adds up, each row counts once."""
+"""Aggregates loss and accuracy over all workers with torchmetrics, counting each row once."""
 
 from typing import Any
 

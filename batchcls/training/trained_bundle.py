@@ -1,4 +1,4 @@
-"""The bundle that training ends in: trained weights, the start's preprocessing, golden answers, lineage."""
+"""Builds the bundle of a finished training with its weights, preprocessing, golden predictions and lineage."""
 
 import io
 from collections.abc import Mapping, Sequence

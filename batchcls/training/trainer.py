@@ -1,4 +1,4 @@
-"""The loop: epochs of steps, each a few passes, then a validation. Plain PyTorch, alone or among workers.
+"""Runs the training loop in plain PyTorch, in one process or distributed over workers.
 
 A step is the same pixels for any number of workers, each of which takes a share of it; the gradient
 is the mean over the whole step. Letters: N pixels of a pass, K categories.

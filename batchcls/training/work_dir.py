@@ -1,4 +1,4 @@
-"""Which run the work directory belongs to: found again by the same command, never gone on with by another.
+"""Records which run owns the work directory, so that only the same command resumes it.
 
 run.json in the work directory names the run and the digest of all that decides what it ends in. The
 number of workers, the size of a pass and the like are not part of it: a run may go on elsewhere.

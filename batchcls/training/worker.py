@@ -1,4 +1,4 @@
-"""What each training process does: open the pixels, build the network, go on from a checkpoint, train."""
+"""Entry point of a training worker: opens the pixel cache, builds the network, resumes and trains."""
 
 import logging
 import os

@@ -98,7 +98,7 @@ def test_every_candidate_is_measured_on_the_images_that_can_be_read(compared, mo
     assert first.exit_code == 0, first.said
     assert len(files) == 4
     assert f"{IMAGES - 1} images at 64 x 64 pixels" in first.said
-    assert "1 images of the sample are left out: truncated=1" in first.said
+    assert "1 images of the sample are excluded: truncated=1" in first.said
     for model in models:
         for engine in ("torch fp32", "torch bf16"):
             assert f"{model}, {engine} on cpu: p50 " in first.said
@@ -133,7 +133,7 @@ def test_page_and_recommendation_are_there_and_name_a_measured_model(compared, m
 def test_the_same_command_measures_nothing_anew(compared):
     _, files, second = compared
     assert second.exit_code == 0
-    assert "resumed: 4 of 4 measured before" in second.said
+    assert "resumed: 4 of 4 measurements reused" in second.said
     assert second.measurements == files
 
 

@@ -1,4 +1,4 @@
-"""Embeddings of a manifest's rows on local disk: a memory map, filled in row order or not, found again after a death.
+"""Stores the embeddings of a manifest in a memory map on local disk that survives a crash.
 
 A folder holds `values.npy`, V x N x D (V views of an image, N rows, D values), `state.npy`, a byte for
 each row, and `key.json`, which says what the values are of. A row counts once its byte is on disk, and

@@ -1,4 +1,4 @@
-"""Embeddings of a manifest: fetched, decoded and answered as the main job does, kept on disk.
+"""Computes the embeddings of a manifest with the loader of the main job and stores them on disk.
 
 A frozen network says the same of an image each time, so an image goes through it once, and mirrored
 once more where the probe is to learn from both. Other augmentations change the pixels each time and
@@ -138,7 +138,7 @@ def embed(
             with _torch_threads_kept():
                 _fill(store, bundle, manifest, settings, storage)
         else:
-            _logger.info("embeddings of %d rows are there already: %s", manifest.rows, store.folder)
+            _logger.info("reused the embeddings of %d rows: %s", manifest.rows, store.folder)
         return Embedded(store.values, store.good, dict(store.failures))
 
 

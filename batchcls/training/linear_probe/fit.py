@@ -1,4 +1,4 @@
-"""The linear probe: a head on frozen embeddings, by the method that the amount of data asks for."""
+"""Fits the head of a linear probe with the method that suits the amount of data."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Training rows whose label looks wrong: what a head that had not seen them says instead.
+"""Finds training rows with a suspicious label, using out-of-fold predictions.
 
 Two marks. The loss is high where the head finds the row's label improbable. And a row is *confident*
 where another category is at least as probable as rows of that category are on average, which is what

@@ -1,4 +1,4 @@
-"""Labeled embeddings, read in pieces so that a million of them need no memory, and the space they are put into.
+"""Reads labeled embeddings in chunks and transforms them, in bounded memory.
 
 Letters: V views of an image, N rows, n rows of a piece, D values of an embedding, K categories.
 """

@@ -1,4 +1,4 @@
-"""A head for millions of rows and thousands of categories: a closed form, then passes of mini-batches from there.
+"""Fits a head for millions of rows with linear discriminant analysis, refined by mini-batch training.
 
 Letters: N rows, D values of an embedding, K categories, B rows of a batch.
 

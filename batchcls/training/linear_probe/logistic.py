@@ -1,4 +1,4 @@
-"""Logistic regression on embeddings that fit into memory: L-BFGS, its strength found by cross-validation.
+"""Fits logistic regression to embeddings in memory with L-BFGS and a cross-validated penalty.
 
 Letters: N rows (all views of an image count as rows of their own), D values, K categories.
 """

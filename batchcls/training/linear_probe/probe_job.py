@@ -1,4 +1,4 @@
-"""The recipe `linear-probe`: labeled manifests and a bundle -> a bundle with a head for their categories."""
+"""Implements the recipe `linear-probe`, which trains a new head on the frozen embeddings of a bundle."""
 
 import logging
 import time

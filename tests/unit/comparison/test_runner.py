@@ -64,7 +64,7 @@ def test_candidates_are_measured_and_kept_one_by_one(results, tmp_path, log):
     assert len(list((tmp_path / "out" / "measurements").iterdir())) == 3
     found = results()
     assert [found.find(candidate).answers for candidate in candidates] == [(1,), (2,), (3,)]
-    assert "a, torch fp32 on cpu: p50 100.0 ms, 20.0 images/s in batches of 8 (1 of 3)" in log.text
+    assert "a, torch fp32 on cpu: p50 100.0 ms, 20.0 images/s at batch size 8 (1 of 3)" in log.text
     assert "larger batches were slower" in log.text
 
 
@@ -87,7 +87,7 @@ def test_a_second_run_measures_nothing_that_is_there(results, log):
     both = [_candidate(), _candidate("b")]
     _run(both, results(), bench)
     assert [candidate.model for candidate, _ in bench.measured] == ["b"]
-    assert "resumed: 1 of 2 measured before" in log.text
+    assert "resumed: 1 of 2 measurements reused" in log.text
     _run(both, results(), bench)
     assert len(bench.measured) == 1
 
@@ -155,7 +155,7 @@ def test_a_busy_machine_is_told_with_the_way_to_measure_again(results, tmp_path,
     assert "busy" not in log.text
     _run([_candidate("b")], results(), Bench(other_load=1.4))
     (warning,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
-    assert warning.startswith("b, torch fp32 on cpu: other programs kept 1.4 cores busy")
+    assert warning.startswith("b, torch fp32 on cpu: other programs used 1.4 cores during the measurement")
     path = next(word for word in warning.split() if word.endswith(".json"))
     assert json.loads(Path(path).read_text())["measurement"]["model"] == "b"
 
@@ -180,7 +180,7 @@ def test_results_of_different_images_are_refused(results):
 def test_a_damaged_file_is_named(results, tmp_path):
     (tmp_path / "out" / "measurements").mkdir(parents=True)
     (tmp_path / "out" / "measurements" / "abc.json").write_text('{"format": "batchcls-measurement-1"}')
-    with pytest.raises(InputError, match=r"abc\.json is damaged or of another version .* remove it"):
+    with pytest.raises(InputError, match=r"abc\.json is damaged or of another version .* delete it"):
         results()
 
 
