@@ -39,7 +39,7 @@ WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment variables of every worker that runs a network; read when torch is loaded."""
 
 # What a network computes between its layers is large and soon freed, and glibc hands it back to the system, which has
-# it mapped and zeroed anew page by page: a seventh of the time of a pass in PyTorch, a third to half of that of
+# it mapped and zeroed again page by page: a seventh of the time of a pass in PyTorch, a third to half of that of
 # training (docs/measurements). With these it is kept. One arena, since only the first can keep blocks of this
 # size.
 KEEP_MEMORY = {

@@ -15,7 +15,7 @@ def choose_images(data: Path, count: int) -> list[Path]:
     """`count` photographs of about 500 pixels: all of data/imagenet, then a fixed sample of data/catalog.
 
     They come in a mixed order that is the same every time, so that any number from the front is like
-    the whole. Only if there are not enough of them, the list begins anew.
+    the whole. Only if there are not enough of them, the list begins again.
 
     Raises:
         FileNotFoundError: there are no photographs.

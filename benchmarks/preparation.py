@@ -69,7 +69,7 @@ def shorter(files: Files, count: int) -> Files:
 
 
 def prepare_model(model: str, images: Path, folder: Path) -> tuple[Path, Path, Path]:
-    """Weights, labels and bundle of an architecture; those of an earlier start are taken over."""
+    """Weights, labels and bundle of an architecture; those of an earlier start are reused."""
     weights, labels, bundle = (folder / f"{model}{end}" for end in (".safetensors", ".labels.txt", ""))
     if not labels.exists():
         note(f"{model}: making weights")
@@ -86,7 +86,7 @@ def _named(**values: object) -> list[str]:
 
 
 def plan_suites(given: argparse.Namespace, folder: Path) -> list[Suite]:
-    """Choose photographs, make weights, enlarge; what is in the folder already is taken over."""
+    """Choose photographs, make weights, enlarge; what is in the folder already is reused."""
     data = Path(given.data)
     chosen = choose_images(data, max(given.images, given.large_images))
     images, manifest = list_images(chosen[: given.images], folder, "photographs")

@@ -133,13 +133,13 @@ class ClassifyConfig(PipelineSettings, ClusterSettings, FailureBudgetSettings, G
     report: bool = Field(
         json_schema_extra=PUBLISHING,
         default=True,
-        description="Draw report.html into the run's folder, with images fetched anew for it.",
+        description="Draw report.html into the run's folder, with images fetched again for it.",
     )
     reuse: str = Field(
         json_schema_extra=essential(INPUT_OUTPUT),
         default="published",
-        description="Whose predictions are taken over where neither image nor model has changed: published, a run id, "
-        "or none. An image is the same by the manifest's column version, by the store's ETag or size and time, or by "
+        description="Run whose predictions are reused where neither image nor model has changed: published, a run id, or "
+        "none. An image is the same by the manifest's column version, by the store's ETag or size and time, or by "
         "its content.",
     )
     retry_quarantine: bool = Field(

@@ -82,5 +82,5 @@ class EngineSettings(CacheSettings):
     retune: bool = Field(
         json_schema_extra=ENGINE,
         default=False,
-        description="Measure the engines anew, though an earlier run has stored a choice.",
+        description="Measure the engines again, though an earlier run has stored a choice.",
     )

@@ -150,7 +150,7 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     )
     restart: bool = Field(
         default=False,
-        description="Forget what the work directory holds of an unfinished run, and begin anew.",
+        description="Forget what the work directory holds of an unfinished run, and begin again.",
     )
     checkpoint_minutes: float = Field(
         default=10.0,

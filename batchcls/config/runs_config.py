@@ -45,7 +45,7 @@ class RunsDiffConfig(RunsConfig):
 
 
 class RunsReportConfig(RunsConfig):
-    """Draw a run's page, report.html, anew."""
+    """Draw a run's page, report.html, again."""
 
     run: str = Field(default="published", min_length=1, description=_RUN)
     before: str | None = Field(

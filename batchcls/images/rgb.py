@@ -121,7 +121,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in _WITHOUT_RANGE:
         raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"samples of mode {image.mode} have no range to scale")
     if image.mode.startswith("I;16"):
-        return _from_16_bit_grey(image)
+        return _from_16_bit_gray(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -129,7 +129,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _from_16_bit_grey(image: Image.Image) -> np.ndarray:
+def _from_16_bit_gray(image: Image.Image) -> np.ndarray:
     """The upper 8 bits, as Pillow does for 16-bit color; its own conversion of gray clips instead."""
     samples = np.asarray(image)
     # Pillow leaves the 12 bits of a TIFF where they are, and so the image all but black.

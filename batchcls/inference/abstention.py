@@ -40,7 +40,7 @@ class Abstention:
         if calibration is None:
             raise InputError(
                 "--abstain: the bundle has no thresholds; make one that has with `python -m batchcls.jobs.evaluate "
-                "--model BUNDLE --manifest LABELLED --write-bundle NEW_BUNDLE`, and classify with that"
+                "--model BUNDLE --manifest LABELED --write-bundle NEW_BUNDLE`, and classify with that"
             )
         depths = calibration.depth_thresholds
         paths = None if depths is None else config.category_paths

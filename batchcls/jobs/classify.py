@@ -79,7 +79,7 @@ class Reuse:
 
 
 def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict[str, Any]:
-    """What plan.json says of reuse: run_id and by_row, or nothing where nothing can be taken over.
+    """What plan.json says of reuse: run_id and by_row, or nothing where nothing can be reused.
 
     Raises:
         InputError: --reuse names no whole committed run, or --retry-quarantine has no run to start from.
@@ -116,7 +116,7 @@ def reuse(
         base: what relative uris of the manifest belong to, as plan.json says it.
         check: called now and then; what it raises ends the work.
 
-    Where the earlier run is gone or damaged by now, nothing is taken over and all rows are computed; a warning says so.
+    Where the earlier run is gone or damaged by now, nothing is reused and all rows are computed; a warning says so.
 
     Raises:
         BatchclsError: the storage of this run failed.

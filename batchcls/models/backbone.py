@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         input_size: tuple[int, int],
         tap: FeatureStage | None = None,
     ) -> None:
-        """Cut `model`, which is taken over and changed in place.
+        """Cut `model`, which is modified in place and owned by this object afterwards.
 
         Args:
             model: an image classifier, float N,3,H,W -> N,K, with its weights loaded.

@@ -44,6 +44,6 @@ def build_backbone(bundle: Bundle) -> Backbone:
     if backbone.dimension != config.embedding_dimension:
         raise InputError(
             f"the embedding of {spec} has {backbone.dimension} values, {CONFIG_FILE} says "
-            f"{config.embedding_dimension}; create the bundle anew"
+            f"{config.embedding_dimension}; create the bundle again"
         )
     return backbone

@@ -193,7 +193,7 @@ class BundleConfig(BaseModel):
         """The golden answers. Raises GoldenMismatch if there are none, or of other drawings."""
         if self.golden is None or self.golden.drawing != drawing:
             raise GoldenMismatch(
-                f"{CONFIG_FILE} has no golden answers that this program can check; create the bundle anew"
+                f"{CONFIG_FILE} has no golden answers that this program can check; create the bundle again"
             )
         return self.golden
 
@@ -227,7 +227,7 @@ class Bundle:
         if found != self.config.weights.sha256:
             raise InputError(
                 f"{WEIGHTS_FILE} is not the file that {CONFIG_FILE} describes: sha256 is {found} and should "
-                f"be {self.config.weights.sha256}; copy the bundle again or create it anew"
+                f"be {self.config.weights.sha256}; copy the bundle again or create it again"
             )
 
     @cached_property
@@ -340,11 +340,11 @@ def _parse_config(data: bytes, name: str) -> BundleConfig:
     try:
         record = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is damaged ({error}); copy the bundle again or create it anew") from error
+        raise InputError(f"{name} is damaged ({error}); copy the bundle again or create it again") from error
     version = record.get("format_version") if isinstance(record, Mapping) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{name} is of format {version!r}, this program reads {FORMAT_VERSION}; create the bundle anew"
+            f"{name} is of format {version!r}, this program reads {FORMAT_VERSION}; create the bundle again"
         )
     return _checked(lambda: BundleConfig.model_validate_json(data), name)
 
@@ -356,4 +356,4 @@ def _checked(make: Callable[[], BundleConfig], name: str) -> BundleConfig:
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()
         )
-        raise InputError(f"{name} does not hold together: {problems}; create the bundle anew") from error
+        raise InputError(f"{name} does not hold together: {problems}; create the bundle again") from error

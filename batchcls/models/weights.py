@@ -51,7 +51,7 @@ def from_safetensors(data: bytes, name: str) -> State:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise InputError(
-            f"{name} is no whole safetensors file ({error}); copy it again or convert it anew"
+            f"{name} is no whole safetensors file ({error}); copy it again or convert it again"
         ) from error
 
 

@@ -50,7 +50,7 @@ def load(
         found = EngineSelectionRecord.model_validate_json(data)
     except ValidationError as error:
         _logger.warning(
-            "%s is damaged or of another version (%d fields do not fit); the engines are measured anew",
+            "%s is damaged or of another version (%d fields do not fit); the engines are measured again",
             redact_uri(uri),
             error.error_count(),
         )

@@ -10,7 +10,7 @@ A lease keeps two drivers from doing the same work. That they could not commit t
 or on anybody's clock: parts have names of their own, and run.json is created once. A driver counts the
 time since its own last beat by a clock that is never set and that counts on while the machine sleeps; of
 another host only the beat is known, which both hosts' clocks date, so one that seems dead or that comes
-from the future is watched for a while before its run is taken over.
+from the future is watched for a while before another driver resumes its run.
 """
 
 import json
@@ -219,7 +219,7 @@ class Lease:
         try:
             self.beat(released=released)
         except STORE_ERRORS as error:
-            # The next beat may come through; if none does, another job may take over, which is seen then.
+            # The next beat may come through; if none does, another job may resume the run; the next check sees it.
             _logger.warning("the lease of the run could not be renewed this time (%s)", type(error).__name__)
 
     def _try_to_remove(self) -> None:

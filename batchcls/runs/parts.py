@@ -50,7 +50,7 @@ class PartFile:
         bytes: size of the file.
         digest: SHA-256 of the file, in hex.
         ranges: numbers of the rows; receipts say them, run.json does not.
-        origin: whether the answers were made in this run or taken over; of predictions.
+        origin: whether the predictions were computed in this run or copied from another; for predictions only.
         failures: rows by reason; of a quarantine file.
         first_failed: the lowest failed row numbers with their reasons, a few of them.
         abstained: answered rows that have no label.
@@ -115,7 +115,7 @@ class Receipt:
 
     @property
     def reused(self) -> int:
-        """Rows whose answers were taken over from another run."""
+        """Rows whose predictions were copied from another run."""
         return self._of("predictions", REUSED)
 
     @property

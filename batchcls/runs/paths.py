@@ -7,7 +7,7 @@ OUTPUT/runs/RUN_ID/plan.json            first
                    quarantine/*.parquet
                    receipts/*.json      one for each part, after its files
                    lease/*.json         which driver works on the run
-                   reused.json          once what an earlier run had is taken over
+                   reused.json          once the predictions of an earlier run are copied
                    run.json             last, the commit record
                    readers/NAME.json    who wants the run kept for a while, {"until": TIME}
                    removal.json         first of a removal, and with lease/ the last that goes

@@ -99,7 +99,7 @@ class Plan:
         fingerprints: say which later command goes on with it.
         engines: what the network runs with to its end, `settle.Settled.as_json`.
         answers: everything beside an image that determines its prediction, `prediction_settings`.
-        reuse: whose answers are taken over; empty: nobody's.
+        reuse: the run whose predictions are reused; empty for none.
     """
 
     run_id: str

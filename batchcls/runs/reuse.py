@@ -63,7 +63,7 @@ class ReuseSource:
         starts: place of the first row of each file, and the number of rows.
         by_state: finds what `state_keys` gives.
         by_content: finds content hashes.
-        by_row: finds row numbers; instead of the two others where all predictions are taken over.
+        by_row: finds row numbers; instead of the two others where all predictions are reused.
     """
 
     run_id: str

@@ -3,7 +3,7 @@
 Commands that are about the same, started at once without a run id, would each begin a run of their own and
 compute the night as often. So whoever looks for the run to go on with holds a lease meanwhile, in
 OUTPUT/beginning/DIGEST; the others are told. It is given up, and removed, once the run itself is held. What a
-driver that died has left there is taken over by the next command of the same kind, and removed by any other.
+crashed driver left there is reused by the next command of the same kind and removed by any other command.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from batchcls.storage.filesystem import Storage, explain, is_remote, join, local
 from batchcls.storage.store_errors import STORE_ERRORS
 
 _FORGOTTEN_SECONDS = 86_400.0
-"""The leavings of a driver of another host that was last heard of so long ago are removed."""
+"""Files of a driver on another host are removed when its last heartbeat is this old."""
 _DIGITS = 24
 _DIGEST = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 

@@ -120,7 +120,7 @@ def summarize(folder: str, files: Sequence[PartFile], storage: Storage) -> Summa
 
 
 def summary_of(record: RunRecord, storage: Storage) -> Summary:
-    """The summary in run.json, or made anew for a run that has none."""
+    """The summary in run.json, or made again for a run that has none."""
     raw = record.raw.get("summary")
     if raw is None:
         return summarize(record.folder, record.files, storage)

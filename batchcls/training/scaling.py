@@ -11,7 +11,7 @@ _MOST_LOADERS = 8
 
 # Processes with a thread each do not wait for each other at the end of every operation, as threads do: on two cores
 # 39 to 45 images/s against 29 (docs/measurements). Below so many images of a step each has too little to do.
-_LEAST_PICTURES = 16
+_MIN_IMAGES_PER_WORKER = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _on_cpus(config: FinetuneConfig, nodes: Sequence[Node], step_images: int) ->
     """As many workers on all nodes as find enough to do, the same number on each, and at least one."""
     cpus = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
     room = int(min(node.cpus for node in nodes) / cpus)
-    return len(nodes) * max(1, min(room, step_images // _LEAST_PICTURES // len(nodes)))
+    return len(nodes) * max(1, min(room, step_images // _MIN_IMAGES_PER_WORKER // len(nodes)))
 
 
 def _range(text: str, auto: int) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class Training:
         place: DistributedContext,
         hooks: Hooks,
     ) -> None:
-        """Take over `model`, float N,3,H,W -> N,K, which `classifiers` name the last layers of."""
+        """Wrap `model`, float N,3,H,W -> N,K, which `classifiers` name the last layers of."""
         self._settings, self._place, self._hooks = settings, place, hooks
         self._recipe = settings.recipe
         self._classifiers = tuple(classifiers)

@@ -27,7 +27,7 @@ from tests.helpers.night import LENIENT
 
 ROWS = 10
 BEFORE = 5
-"""Rows of the night before; their answers are taken over."""
+"""Rows of the night before; their predictions are copied."""
 BROKEN = 7
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]

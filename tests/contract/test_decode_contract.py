@@ -77,12 +77,12 @@ def test_orientation_out_of_range_is_ignored():
 
 
 @pytest.mark.parametrize("write", [lambda gray: png(gray, 0), tiff, lambda gray: tiff(gray, ">")])
-def test_16_bit_grey_is_scaled_and_not_clipped(write):
+def test_16_bit_gray_is_scaled_and_not_clipped(write):
     gray = ramp16()
     assert np.array_equal(pixels_of(write(gray)), np.repeat((gray >> 8)[:, :, None], 3, axis=2))
 
 
-def test_clear_value_of_a_16_bit_grey_png_becomes_white():
+def test_clear_value_of_a_16_bit_gray_png_becomes_white():
     gray = ramp16()
     pixels = pixels_of(png(gray, 0, (b"tRNS", struct.pack(">H", int(gray[5, 5])))))
     assert pixels[5, 5].tolist() == [255, 255, 255]
@@ -125,7 +125,7 @@ def test_pixels_lie_in_memory_as_the_resize_reads_them_fastest():
         assert decode(data, LIMITS).pixels.flags.c_contiguous
 
 
-def test_jpeg_that_is_grey_at_its_end_is_not_mistaken_for_a_cut_one():
+def test_jpeg_that_is_gray_at_its_end_is_not_mistaken_for_a_cut_one():
     image = draw(9, 300, 200)
     image.paste((128, 128, 128), (0, 100, 300, 200))
     for options in ({}, {"progressive": True}):
@@ -206,7 +206,7 @@ def test_lab_has_the_pixels_of_pillow():
     assert np.abs(pixels_of(data) - np.asarray(draw()).astype(int)).mean() < 5
 
 
-def test_12_bit_grey_tiff_keeps_its_upper_8_bits():
+def test_12_bit_gray_tiff_keeps_its_upper_8_bits():
     samples = ramp16(60, 40) >> 4
     first, second = samples.reshape(-1, 2).T.astype(int)
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8)

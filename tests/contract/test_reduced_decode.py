@@ -97,7 +97,7 @@ def test_a_cut_jpeg_is_refused_at_a_reduced_scale_too(mode, options, fraction):
         assert raised.value.failure.reason == Reason.TRUNCATED == reason_of(damaged)
 
 
-def test_an_image_that_is_grey_at_its_end_is_not_mistaken_for_a_cut_one():
+def test_an_image_that_is_gray_at_its_end_is_not_mistaken_for_a_cut_one():
     image = draw(9, 300, 200)
     image.paste((128, 128, 128), (0, 100, 300, 200))
     assert reduced(encode(image, "JPEG", quality=90)).pixels[-1, -1].tolist() == [128, 128, 128]

@@ -130,7 +130,7 @@ def test_page_and_recommendation_are_there_and_name_a_measured_model(compared, m
     assert all(model in page for model in models)
 
 
-def test_the_same_command_measures_nothing_anew(compared):
+def test_the_same_command_measures_nothing_again(compared):
     _, files, second = compared
     assert second.exit_code == 0
     assert "resumed: 4 of 4 measurements reused" in second.said

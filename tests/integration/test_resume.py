@@ -143,7 +143,7 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
     assert labels[rows_of.index(3)] == labels_before[rows_of.index(200)]
     assert second.column("uri").to_pylist()[rows_of.index(9)] == "renamed.jpg"
 
-    # Another model setting: nothing may be taken over.
+    # Another model setting: nothing may be reused.
     third = job(*arguments, "--top-k", "3", "--run-id", "n3")
     assert third.exit_code == 0
     assert "reuse: nothing, n2 was made with another top_k" in third.log

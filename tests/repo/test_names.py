@@ -1,14 +1,50 @@
-"""Names and structure: one name for one thing and no import cycles."""
+"""Names and structure: one name for one thing, no import cycles, and the field's own words."""
 
 import ast
+import re
+import subprocess
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "batchcls"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOP_LEVEL = {"errors", "hardware", "preprocessing", "ray_runtime", "resources", "schema"}
+
+# Words of earlier versions and British spellings, each with what is written instead.
+FORBIDDEN = {
+    r"pictures?": "image",
+    r"mourn\w*|_hand_out": "handle_actor_death, assign",
+    r"accuse\w*|innocent|guilty": "isolate, isolated rows",
+    r"take_over|take over|taken over": "copy, reuse",
+    r"anew": "again",
+    r"leavings": "leftover files",
+    r"cpu_lanes|cuda_ring": "thread_pool, cuda_pipeline",
+    r"labell(ed|ing)|colour\w*|behaviour\w*|neighbour\w*|favour\w*|honour\w*": "US spelling",
+    r"(normal|optim|quant|summar|recogn|initial|organ|parallel|serial|minim|maxim|synchron)is(ed?|es|ing|ation)": (
+        "US spelling"
+    ),
+    r"catalogues?|judgement|artefacts?|grey|centre": "US spelling",
+}
+TEXT = (".py", ".md", ".toml", ".html", ".yml", ".yaml", ".sh", ".svg")
+# The changelog names old flags, and this file the words themselves.
+EXCEPTIONS = {"CHANGELOG.md", "tests/repo/test_names.py"}
+
+
+def tracked() -> list[Path]:
+    done = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [REPOSITORY / name for name in done.stdout.split() if name not in EXCEPTIONS]
 
 
 def module_name(path: Path) -> str:
@@ -54,3 +90,16 @@ def test_no_modules_import_each_other():
             del waiting[name]
         waiting = {name: needs - set(free) for name, needs in waiting.items()}
     assert waiting == {}, "these modules are in a cycle, or import one that is"
+
+
+def test_forbidden_words_do_not_occur():
+    found = []
+    for path in tracked():
+        if path.suffix not in TEXT or not path.is_file():
+            continue
+        text = f"{path.name}\n{path.read_text(errors='replace')}"
+        for words, instead in FORBIDDEN.items():
+            for match in re.finditer(rf"(?<![A-Za-z])({words})(?![A-Za-z])", text, re.IGNORECASE):
+                line = text.count("\n", 0, match.start())
+                found.append(f"{path.relative_to(REPOSITORY)}:{line}: {match[0]} ({instead})")
+    assert found == []

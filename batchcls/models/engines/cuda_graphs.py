@@ -11,7 +11,7 @@ from torch import nn
 from batchcls.models.backbone import Backbone
 from batchcls.models.engines.cuda_pipeline import CudaPipeline, Forward
 from batchcls.models.engines.engine import Device, EngineConfig, EngineName, Precision, Submission
-from batchcls.models.engines.torch_eager import NormalisedBackbone
+from batchcls.models.engines.torch_eager import NormalizedBackbone
 from batchcls.preprocessing import Preprocessing
 
 _STEP = 4
@@ -29,7 +29,7 @@ class TorchGraphs(Submission):
         """Move the backbone to the GPU; it is compiled when the first batches come.
 
         Args:
-            backbone: taken over.
+            backbone: owned by the engine afterwards.
             preprocessing: of the backbone's weights; mean, std and input size are used.
             precision: fp32, bf16 or fp16.
             place: what inductor compiles is kept in its conversions, for the next start.
@@ -37,7 +37,7 @@ class TorchGraphs(Submission):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place.conversions.folder / "inductor"))
         self.precision = precision
         work = CudaPipeline(
-            NormalisedBackbone(backbone, preprocessing, "cuda", precision),
+            NormalizedBackbone(backbone, preprocessing, "cuda", precision),
             preprocessing.shape,
             compiled=_with_graphs,
             padded=lambda count: graph_size(count, place.batch_size),

@@ -37,7 +37,7 @@ MOST_IMAGES = 300
 def quantize(
     network: openvino.Model, pixels: NDArray[np.uint8], preprocessing: Preprocessing
 ) -> openvino.Model:
-    """Quantise weights and activations.
+    """Quantize weights and activations.
 
     Args:
         network: N,3,H,W normalized images -> logits and embedding, in float32.

@@ -62,7 +62,7 @@ class ThreadPoolRunner:
 def keep_freed_memory() -> None:
     """Let the allocator keep what is freed, for the next batch.
 
-    A network's maps are large, and glibc gives such memory back at once; fetching it anew, page by
+    A network's maps are large, and glibc gives such memory back at once; fetching it again, page by
     page, took up to a third of the time of a pass. Another C library is left as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

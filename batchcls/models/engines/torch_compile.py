@@ -110,9 +110,9 @@ class TorchCompiled(Submission):
     def _convert(self, pixels: PixelType, folder: Path) -> None:
         import torch  # noqa: PLC0415 - takes seconds, and is needed only here
 
-        from batchcls.models.engines.torch_eager import NormalisedBackbone  # noqa: PLC0415
+        from batchcls.models.engines.torch_eager import NormalizedBackbone  # noqa: PLC0415
         from batchcls.models.engines.torch_export import convert  # noqa: PLC0415
 
         preprocessing = self._bundle.config.preprocessing
-        program = NormalisedBackbone(self._backbone(), preprocessing, self.device, self.precision)
+        program = NormalizedBackbone(self._backbone(), preprocessing, self.device, self.precision)
         convert(program, preprocessing.shape, getattr(torch, pixels), folder)

@@ -44,7 +44,7 @@ def check_device_and_precision(choice: EngineChoice, device: Device) -> None:
         raise InputError("--precision fp16 is for GPUs; use bf16 or fp32 on a CPU")
 
 
-class NormalisedBackbone(nn.Module):
+class NormalizedBackbone(nn.Module):
     """N,H,W,3 pixels -> logits and embedding; uint8 ones are normalized first, float32 ones are already.
 
     Runs under autocast in any precision but fp32.
@@ -53,7 +53,7 @@ class NormalisedBackbone(nn.Module):
     def __init__(
         self, backbone: Backbone, preprocessing: Preprocessing, device: Device, precision: Precision
     ) -> None:
-        """Move the backbone to the device; it is taken over."""
+        """Move the backbone to the device; this object owns it afterwards."""
         super().__init__()
         if precision == "fp32":
             # Full float32: by default a GPU rounds the inputs of convolutions to ten bits (TF32).
@@ -114,7 +114,7 @@ class TorchEager(Submission):
         """Move the backbone to the device.
 
         Args:
-            backbone: taken over; its weights move to the device.
+            backbone: owned by the engine afterwards; its weights move to the device.
             preprocessing: of the backbone's weights; mean, std and input size are used.
             device: cpu or cuda.
             precision: fp32, bf16 or fp16; see `check_device_and_precision`.
@@ -123,6 +123,6 @@ class TorchEager(Submission):
         self.device: Device = device
         self.precision: Precision = precision
         self.in_flight = _GPU_BATCHES if device == "cuda" else 2
-        network = NormalisedBackbone(backbone, preprocessing, device, precision)
+        network = NormalizedBackbone(backbone, preprocessing, device, precision)
         work = TorchThreads(network, device, _GPU_BATCHES if device == "cuda" else 1, threads)
         super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), work.submit)

@@ -15,7 +15,7 @@ from torch._inductor import aoti_compile_and_package
 from torch._inductor.utils import fresh_cache
 
 from batchcls.errors import InputError
-from batchcls.models.engines.torch_eager import NormalisedBackbone
+from batchcls.models.engines.torch_eager import NormalizedBackbone
 
 PROGRAM_FILE = "program.so"
 
@@ -23,7 +23,7 @@ _LARGEST_BATCH = 4096
 _EXAMPLE_BATCH = 4  # a batch of one would be taken for a constant
 _SETTINGS = {
     "freezing": True,
-    # A pass is one thread: see cpu_lanes.py.
+    # A pass runs on one thread; see thread_pool.py.
     "cpp.threads": 1,
     # Headers that are compiled beforehand pay only when many networks are compiled in a row.
     "aot_inductor.precompile_headers": False,
@@ -31,7 +31,7 @@ _SETTINGS = {
 
 
 def convert(
-    program: NormalisedBackbone, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path
+    program: NormalizedBackbone, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path
 ) -> None:
     """Write PROGRAM_FILE, which takes batches of any size from 1 on. Takes a minute or so.
 

@@ -43,7 +43,7 @@ def test_the_load_of_others_is_what_is_busy_less_our_own():
     assert forgotten > honest + 0.3
 
 
-def test_the_peak_of_memory_starts_anew_and_is_kept():
+def test_the_peak_of_memory_starts_again_and_is_kept():
     forget_peak_memory("cpu")
     before = peak_memory_mib("cpu")
     # Not from the heap: an engine that ran in this process before has it keep what is freed.

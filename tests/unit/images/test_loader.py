@@ -114,7 +114,7 @@ def test_inline_bytes_come_before_the_uri(tmp_path: Path):
     assert [int(image[0, 0, 0]) for image in pixels(block) if image is not None] == [9, 7]
 
 
-def test_normalised_pixels_are_float32(tmp_path: Path):
+def test_normalized_pixels_are_float32(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(gray(255))
     (block,) = Loader(settings(tmp_path, normalize="worker")).load(tables(["a.png"]), {})
     values = np.frombuffer(block.column("pixels")[0].as_py(), np.float32)

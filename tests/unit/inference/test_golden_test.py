@@ -168,7 +168,7 @@ def test_an_engine_that_answers_nan_is_caught(bundle):
 
 def test_a_bundle_without_golden_answers_is_refused(bundle):
     bare = replace(bundle, config=bundle.config.model_copy(update={"golden": None}))
-    with pytest.raises(GoldenMismatch, match="create the bundle anew"):
+    with pytest.raises(GoldenMismatch, match="create the bundle again"):
         start(bare, "fp32")
 
 

@@ -133,7 +133,7 @@ def test_answers_that_are_not_finite_fail_their_row_only():
     assert answered.column("reason").to_pylist() == [None, "non_finite", "truncated", None]
 
 
-def test_normalised_pixels_travel_as_float32():
+def test_normalized_pixels_travel_as_float32():
     answered = Predictor(MeanEngine(), settings("worker"))(block([2, None, 4], np.float32))
     assert labels(answered) == ["2", None, "4"]
 

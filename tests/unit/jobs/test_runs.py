@@ -325,7 +325,7 @@ def test_text_of_a_catalog_is_one_harmless_line(text: object, line: str):
     assert shown(text, 15 if text != "x" * 100 else 10).plain == line
 
 
-def test_a_page_is_drawn_anew(tmp_path: Path, call: Callable[..., tuple[int, str]]):
+def test_a_page_is_drawn_again(tmp_path: Path, call: Callable[..., tuple[int, str]]):
     output = str(tmp_path / "output")
     night(output, "a")
     write_run(output, Night("b"), items(4, label="dog"))

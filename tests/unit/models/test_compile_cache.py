@@ -66,7 +66,7 @@ def test_a_conversion_is_made_once_and_found_again(conversions):
     assert pickle.loads(pickle.dumps(conversions)).get(KEY, refuse) == folder
 
 
-def test_its_folder_can_be_recognised_and_another_key_has_another(conversions):
+def test_its_folder_can_be_recognized_and_another_key_has_another(conversions):
     folder = conversions.get(KEY, write)
     assert folder.name.startswith("openvino-timm-resnet50-")
     assert json.loads((folder / "key.json").read_text())["key"] == KEY
@@ -123,7 +123,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_is_tried_again(conversions):
     ],
     ids=["a file is gone", "cut off", "changed", "record is no JSON", "record of another form", "no record"],
 )
-def test_a_damaged_conversion_is_made_anew(conversions, damage):
+def test_a_damaged_conversion_is_made_again(conversions, damage):
     folder = conversions.get(KEY, write)
     damage(folder)
     assert conversions.get(KEY, write) == folder

@@ -214,7 +214,7 @@ def test_a_folder_mixed_from_two_bundles_is_found(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     other = _bundle(tmp_path, "red\ngreen\n")
     (tmp_path / "b" / WEIGHTS_FILE).write_bytes(other.weights)
-    with pytest.raises(InputError, match=r"copy the bundle again or create it anew"):
+    with pytest.raises(InputError, match=r"copy the bundle again or create it again"):
         Bundle.load(str(tmp_path / "b"), Storage())
 
 

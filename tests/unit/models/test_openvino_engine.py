@@ -79,7 +79,7 @@ def test_batches_of_any_size_get_the_answers_of_pytorch(engine, reference, count
     require_close(engine.answer(pixels(count)), reference.answer(pixels(count)))
 
 
-def test_pixels_that_are_normalised_already_get_the_same_answers(bundle, engine, reference):
+def test_pixels_that_are_normalized_already_get_the_same_answers(bundle, engine, reference):
     require_close(engine.answer(normalized(pixels(3), bundle)), reference.answer(pixels(3)))
 
 
@@ -225,7 +225,7 @@ assert not loaded, loaded
 
 
 @pytest.mark.long
-def test_converting_and_quantising_says_nothing_and_reports_to_nobody(bundle, tmp_path, clean_environment):
+def test_converting_and_quantizing_says_nothing_and_reports_to_nobody(bundle, tmp_path, clean_environment):
     """OpenVINO's and NNCF's own reports of use begin with a file in the user's home."""
     (tmp_path / "home").mkdir()
     bundle.save(str(tmp_path / "bundle"), Storage())
@@ -257,7 +257,7 @@ assert logging.getLogger().handlers == []
     assert not (tmp_path / "home" / "intel").exists()
 
 
-def test_a_damaged_conversion_is_made_anew(bundle, place, engine, reference):
+def test_a_damaged_conversion_is_made_again(bundle, place, engine, reference):
     for program in place.conversions.folder.rglob("program.blob"):
         program.write_bytes(program.read_bytes()[:1000])
     require_close(start_engine(bundle, FP32, place).answer(pixels(2)), reference.answer(pixels(2)))

@@ -162,7 +162,7 @@ def test_bfloat16_holds_the_golden_answers_and_is_not_float32(bundle, place, eng
 
 
 @pytest.mark.long
-def test_pixels_that_are_normalised_already_get_the_same_answer(bundle, engine):
+def test_pixels_that_are_normalized_already_get_the_same_answer(bundle, engine):
     mean, std = (np.float32(getattr(bundle.config.preprocessing, name)) for name in ("mean", "std"))
     normalized = (pixels(3).astype(np.float32) / 255 - mean) / std
     assert_close(engine.answer(normalized), engine.answer(pixels(3)), 1e-4)

@@ -48,7 +48,7 @@ def _normalized(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return (pixels.astype(np.float32) / 255 - mean) / std
 
 
-def test_uint8_pixels_get_the_answer_of_the_intact_network_on_normalised_ones(network, engine):
+def test_uint8_pixels_get_the_answer_of_the_intact_network_on_normalized_ones(network, engine):
     model, _, preprocessing = network
     images = torch.from_numpy(_normalized(_pixels(3), preprocessing)).permute(0, 3, 1, 2)
     with torch.inference_mode():
@@ -57,7 +57,7 @@ def test_uint8_pixels_get_the_answer_of_the_intact_network_on_normalised_ones(ne
     np.testing.assert_allclose(answer.logits, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
 
 
-def test_pixels_that_are_normalised_already_get_the_same_answer(network, engine):
+def test_pixels_that_are_normalized_already_get_the_same_answer(network, engine):
     from_uint8 = engine.answer(_pixels(3))
     from_float = engine.answer(_normalized(_pixels(3), network[2]))
     scale = abs(from_uint8.logits).max()

@@ -83,7 +83,7 @@ def test_it_holds_for_its_model_and_its_kind_of_node_only(output):
         EngineRequest(contract=AccuracyTolerance(int8_min_agreement=0.97)),
     ],
 )
-def test_another_request_is_measured_anew(output, wanted):
+def test_another_request_is_measured_again(output, wanted):
     save(output, _measured(), Storage())
     assert _load(output, wanted=wanted) is None
     save(output, _measured(wanted=wanted), Storage())
@@ -92,13 +92,13 @@ def test_another_request_is_measured_anew(output, wanted):
 
 
 @pytest.mark.parametrize("versions", [{"openvino": "2020.1"}, {"torch": "0.1"}, {}])
-def test_other_versions_are_measured_anew(output, versions):
+def test_other_versions_are_measured_again(output, versions):
     save(output, _measured(versions={**installed_versions(), **versions} if versions else {}), Storage())
     assert _load(output) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "field", "format", "text"])
-def test_a_damaged_file_is_a_warning_and_measured_anew(output, log, damage):
+def test_a_damaged_file_is_a_warning_and_measured_again(output, log, damage):
     uri = save(output, _measured(), Storage())
     text = Storage().read_bytes(uri).decode()
     record = json.loads(text)

@@ -28,7 +28,7 @@ from tests.helpers.manifests import write_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
+COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
 PIXELS = 32
 
 
@@ -48,7 +48,7 @@ def bundle(tmp_path_factory) -> Bundle:
 
 def _draw(folder: Path, name: str, color: str, seed: int) -> str:
     rng = np.random.default_rng(seed)
-    pixels = np.clip(rng.normal(COLOURS[color], 25, (40, 40, 3)), 0, 255).astype(np.uint8)
+    pixels = np.clip(rng.normal(COLORS[color], 25, (40, 40, 3)), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     (folder / name).write_bytes(buffer.getvalue())
@@ -57,7 +57,7 @@ def _draw(folder: Path, name: str, color: str, seed: int) -> str:
 
 def _manifest(folder: Path, name: str, rows: int, seed: int, **odd: str | None) -> str:
     """`rows` drawings of all colors in turn, and rows with other labels: name of the file -> label."""
-    colors = [sorted(COLOURS)[n % 3] for n in range(rows)]
+    colors = [sorted(COLORS)[n % 3] for n in range(rows)]
     uris = [_draw(folder, f"{name}-{n}.png", color, seed + n) for n, color in enumerate(colors)]
     uris += [_draw(folder, f"{name}-{stem}.png", "red", seed) for stem in odd]
     ids = [f"{name}{n}" for n in range(len(uris))]
@@ -102,7 +102,7 @@ def test_the_bundle_answers_with_the_new_head_under_the_engine_of_the_main_job(p
     place = EngineConfig("cpu", 1, 4, Conversions(tmp_path / "engines"))
     engine, _ = start_tested_engine(loaded, REFERENCE, place)
     rng = np.random.default_rng(9)
-    pixels = np.stack([rng.normal(COLOURS[label], 25, (PIXELS, PIXELS, 3)) for label in config.labels])
+    pixels = np.stack([rng.normal(COLORS[label], 25, (PIXELS, PIXELS, 3)) for label in config.labels])
     answer = engine.answer(pixels.clip(0, 255).astype(np.uint8))
     assert answer.logits.argmax(1).tolist() == [0, 1, 2]
     other, _ = start_tested_engine(pooled(bundle), REFERENCE, place)
