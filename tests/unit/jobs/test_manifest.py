@@ -55,7 +55,7 @@ def test_check_says_what_is_in_a_manifest(tmp_path: Path, capsys: pytest.Capture
         (["check", "nowhere.parquet"], "nowhere.parquet"),
         (["from-folder", ".", "--output", "x.parquet"], "no images"),
         (["mend"], "mend"),
-        ([], "say what to do: from-folder, check"),
+        ([], "a command is required: from-folder, check"),
     ],
 )
 def test_mistakes_end_with_2_and_one_line(
