@@ -138,8 +138,8 @@ class ClassifyConfig(PipelineSettings, ClusterSettings, FailureBudgetSettings, G
     reuse: str = Field(
         json_schema_extra=essential(INPUT_OUTPUT),
         default="published",
-        description="Run whose predictions are reused where neither image nor model has changed: published, a run id, or "
-        "none. An image is the same by the manifest's column version, by the store's ETag or size and time, or by "
+        description="Run whose predictions are reused where neither image nor model has changed: published, a run id, "
+        "or none. An image is the same by the manifest's column version, by the store's ETag or size and time, or by "
         "its content.",
     )
     retry_quarantine: bool = Field(

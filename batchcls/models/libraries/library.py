@@ -18,7 +18,7 @@ from batchcls.models.weights import State
 from batchcls.preprocessing import Preprocessing
 
 _PROBE_SECONDS = 10.0
-_INITIALISATION_SEED = 0
+_INITIALIZATION_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,5 +131,5 @@ def require_reachable(url: str) -> None:
 def repeatable_initialization() -> Iterator[None]:
     """The same random weights each time, and the caller's random numbers left as they were."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_INITIALISATION_SEED)
+        torch.manual_seed(_INITIALIZATION_SEED)
         yield

@@ -13,7 +13,7 @@ from batchcls.errors import InputError
 from batchcls.evaluation.labeled_rows import LabeledManifest
 from batchcls.evaluation.model_predictions import Answering
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
-from batchcls.preprocessing import Preprocessing, Views
+from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage
 from tests.helpers.drawing import encode
 from tests.unit.inference.test_predictor import MeanEngine
@@ -38,7 +38,12 @@ def labeled(folder: Path, grays: list[int], labels: list[str | None]) -> Labeled
 def settings(block_rows: int) -> LoadSettings:
     config = EvaluateConfig(manifest="m", output="o")
     return LoadSettings(
-        "e", ".", (), fetch_policy(config), decode_limits(config), SIZE, Views(), "engine", 2, 1, block_rows
+        base=".",
+        fetch=fetch_policy(config),
+        limits=decode_limits(config),
+        preprocessing=SIZE,
+        fetch_threads=2,
+        block_rows=block_rows,
     )
 
 

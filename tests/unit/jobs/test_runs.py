@@ -97,7 +97,7 @@ def test_show_names_counts_gates_and_categories(tmp_path: Path, call):
         "4: 3 predicted, 0 reused, 1 failed",
         "too_small",
         "category_shift",
-        "refused",
+        "failed",
         "<b>cat</b>[red]",
     ):
         assert word in said
