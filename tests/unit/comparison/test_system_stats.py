@@ -39,8 +39,10 @@ def test_the_load_of_others_is_what_is_busy_less_our_own():
     load = OtherLoad.begin()
     _work(0.2)
     honest = load.cores()
+    # On a busy machine this process gets a small share of a core, so the share is measured.
+    share = (time.process_time() - load.own) / (time.perf_counter() - load.started)
     forgotten = OtherLoad(load.started, load.busy, own=time.process_time()).cores()
-    assert forgotten > honest + 0.3
+    assert forgotten > honest + 0.7 * share
 
 
 def test_the_peak_of_memory_starts_again_and_is_kept():
