@@ -62,7 +62,7 @@ from batchcls.runs.verify import presence_faults
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import resumable_errors
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("batchcls.jobs.classify")  # __name__ is __main__ under python -m
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ from batchcls.training.work_dir import Claim, digest_of, find_claim, finish_run,
 
 NOISE_FILE = "label-noise.parquet"
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("batchcls.jobs.finetune")  # __name__ is __main__ under python -m
 
 
 def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
