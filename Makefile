@@ -17,7 +17,7 @@ help:  ## show this list
 setup: $(STAMP)  ## create .venv with everything in it
 
 # uv is several times faster than pip; where it cannot reach what pip is set up for, pip does it. Compiled at once,
-# as pip does: where Python may not write beside its packages, every process would compile torch and Ray anew.
+# as pip does: where Python may not write beside its packages, every process would compile torch and Ray again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.12 ..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

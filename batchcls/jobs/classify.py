@@ -165,7 +165,7 @@ _EXAMPLES = """examples:
   batchcls classify --config jobs/classify.toml
   batchcls classify --manifest s3://shop/catalog/ --model s3://shop/models/v7 --output s3://shop/out
 
-The same command again goes on with a run that was killed or stopped, and publishes one that was only committed.
+The same command resumes a run that was killed or stopped, and publishes one that was only committed.
 
 exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written;
             3 committed, a gate refused the publish;
@@ -301,7 +301,7 @@ def _plan(
     settled: EngineSelection,
     begun: UnfinishedRun | None,
 ) -> Plan:
-    """The plan of the run that this job goes on with, or begins."""
+    """Return the plan of the run that this job resumes or starts."""
     run_id = begun.run_id if begun else config.run_id or new_run_id()
     plan = plan_of(config, inputs, placement, settled, run_id)
     reuse = begun.plan["reuse"] if begun else choose_reuse_source(config, plan, inputs.storage)

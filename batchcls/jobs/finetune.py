@@ -122,7 +122,7 @@ _EXAMPLES = """examples:
   batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model models/shop-v1 --output models/shop-probe --recipe linear-probe
 
-The same command goes on with an unfinished run.
+The same command resumes an unfinished run.
 exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too many images cannot be read
 """
 
@@ -195,7 +195,7 @@ def _begin(
     workers = fit_workers(config, workers, plan, rows, needed)
     require_nodes(config.work_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
     take_claim(config.work_folder, claim, decides, plan.as_json(), inputs.storage)
-    verb = "going on with" if claim.is_resumed else "beginning"
+    verb = "resuming" if claim.is_resumed else "starting"
     _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.work_folder))
     _logger.info("%s, start %s", workers, bundle_line(inputs.start))
     return claim, plan, workers

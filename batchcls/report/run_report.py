@@ -282,10 +282,7 @@ def _thumbnails(
 ) -> dict[int, Thumbnail]:
     """Thumbnails of the rows on the page, fetched with the settings of the job."""
     config = plan["config"]
-    settings = FetchSettings.model_validate(
-        {name: config[name] for name in FetchSettings.model_fields if name in config}
-        | {"storage_options": dict(storage_options)}
-    )
+    settings = FetchSettings.from_recorded({**config, "storage_options": dict(storage_options)})
     # Records written by early versions lack the base URI; their manifests are usually single files.
     base = str(record.manifest.get("base") or folder_of(str(record.manifest["uri"])))
     sources: dict[int, Source] = {}

@@ -96,7 +96,7 @@ class Plan:
         model: with what: fingerprint, architecture, classes, preprocessing, weights.
         placement: shape of the run when it began.
         unpublishable: why it must never be published, empty when it may be.
-        fingerprints: say which later command goes on with it.
+        fingerprints: decide which later command resumes the run.
         engines: what the network runs with to its end, `settle.Settled.as_json`.
         answers: everything beside an image that determines its prediction, `prediction_settings`.
         reuse: the run whose predictions are reused; empty for none.

@@ -30,7 +30,7 @@ class UnfinishedRun:
 def find_unfinished(
     output: str, run_id: str | None, fingerprints: Fingerprints, storage: Storage
 ) -> UnfinishedRun | None:
-    """The run that this command goes on with; None: it begins a new one.
+    """Return the run that this command resumes, or None if it starts a new one.
 
     Without a run id that is the newest unfinished run that is about the same; runs that cannot be read are none.
 
@@ -69,14 +69,14 @@ def _named(output: str, run_id: str, fingerprints: Fingerprints, storage: Storag
     differences = Fingerprints.from_json(plan.raw["fingerprints"]).differences(fingerprints)
     if differences:
         raise InputError(
-            f"run {run_id} was begun in {folder} with another configuration, it cannot go on with this one: "
+            f"run {run_id} was begun in {folder} with another configuration, this one cannot resume it: "
             f"{'; '.join(differences)}; choose another --run-id or leave it out"
         )
     return UnfinishedRun(run_id, plan.raw)
 
 
 def require_unfinished(output: str, run_id: str, storage: Storage) -> None:
-    """Look whether a run whose lease was just taken is still one to go on with.
+    """Check whether a run whose lease was just taken can still be resumed.
 
     Raises:
         LeaseLostError: since it was chosen, it was committed by another job or removed by `runs prune`.
@@ -97,7 +97,7 @@ def _unfinished(output: str, run_id: str, storage: Storage) -> UnfinishedRun | N
     try:
         plan = read_plan(output, run_id, storage)
     except DamagedRunError as error:
-        _logger.warning("not gone on with: %s", error)
+        _logger.warning("not resumed: %s", error)
         return None
     if plan is None:
         return None

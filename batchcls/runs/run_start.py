@@ -1,7 +1,7 @@
 """Start a run: exactly one of several drivers starts it, and a driver that fails leaves no files behind.
 
 Commands that are about the same, started at once without a run id, would each begin a run of their own and
-compute the night as often. So whoever looks for the run to go on with holds a lease meanwhile, in
+compute the night as often. So a command that looks for the run to resume holds a lease meanwhile, in
 OUTPUT/beginning/DIGEST; the others are told. It is given up, and removed, once the run itself is held. What a
 crashed driver left there is reused by the next command of the same kind and removed by any other command.
 """
@@ -112,7 +112,7 @@ def _undo(folder: str, before: set[str], mine: list[str], storage: Storage) -> b
         found = {info.uri for info in storage.list_files(folder)} - before
         if not found <= set(mine):
             return False
-        for uri in mine:  # the lease last, so that nobody goes on with the run meanwhile
+        for uri in mine:  # the lease last, so that no other driver resumes the run meanwhile
             storage.remove([uri] if uri in found else [])
         storage.remove_empty_folders(folder)
     except STORE_ERRORS:

@@ -150,5 +150,5 @@ def require_undisturbed_rows(
         for column in ("row", "item_id", "label", "content_hash"):
             assert found.column(column).equals(undisturbed.column(column)), (number, target, column)
         assert np.allclose(found.column("probability"), undisturbed.column("probability"), atol=1e-3)
-        assert len(list((output / "runs").iterdir())) == 1, "the run was not gone on with"
+        assert len(list((output / "runs").iterdir())) == 1, "the run was not resumed"
     print(f"\n{chaos.runs} runs: {dict(starts)}")

@@ -200,7 +200,7 @@ def test_a_killed_driver_goes_on_with_the_same_run(
     output = tmp_path / "bundle"
     process = start(cluster, catalog, output, "--num-workers", "1")
     log = output.with_suffix(".log")
-    run_id = wait_for_line(process, log, r"beginning run (\S+) in").group(1)
+    run_id = wait_for_line(process, log, r"starting run (\S+) in").group(1)
     wait_for_line(process, log, r"epoch 4: ")
     process.kill()
     process.wait()
@@ -209,7 +209,7 @@ def test_a_killed_driver_goes_on_with_the_same_run(
     assert (exit_code, "differs in seed" in said) == (2, True), said
     exit_code, said = run_here(cluster, finetune, *arguments)
     assert exit_code == 0, said
-    assert f"going on with run {run_id}" in said
+    assert f"resuming run {run_id}" in said
     assert "going on from the checkpoint of epoch" in said
     require_same_end(lineage(output), lineage(undisturbed[0]))
 

@@ -21,6 +21,7 @@ FORBIDDEN = {
     r"accuse\w*|innocent|guilty": "isolate, isolated rows",
     r"take_over|take over|taken over": "copy, reuse",
     r"anew": "again",
+    r"(goes|go|gone|going) on with": "resume",
     r"leavings": "leftover files",
     r"cpu_lanes|cuda_ring": "thread_pool, cuda_pipeline",
     r"labell(ed|ing)|colour\w*|behaviour\w*|neighbour\w*|favour\w*|honour\w*": "US spelling",
@@ -29,7 +30,7 @@ FORBIDDEN = {
     ),
     r"catalogues?|judgement|artefacts?|grey|centre": "US spelling",
 }
-TEXT = (".py", ".md", ".toml", ".html", ".yml", ".yaml", ".sh", ".svg")
+TEXT = ("", ".py", ".md", ".toml", ".html", ".yml", ".yaml", ".sh", ".svg")
 # The changelog names old flags, and this file the words themselves.
 EXCEPTIONS = {"CHANGELOG.md", "tests/repo/test_names.py"}
 
