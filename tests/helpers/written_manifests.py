@@ -1,0 +1,48 @@
+"""Manifests written with chosen columns, and how they are read or refused."""
+
+from itertools import repeat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchcls.errors import InputError
+from batchcls.manifest.fragment_reader import FragmentReader
+from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.snapshot import Manifest, open_manifest
+from batchcls.storage.filesystem import Storage
+
+STORAGE = Storage()
+IDS = ["a", "b", "c", "d"]
+
+
+def read(manifest: Manifest, rows_per_table: int = 3) -> pa.Table:
+    reader = FragmentReader(manifest.columns, STORAGE)
+    tables = [table for one in manifest.fragments(repeat(3)) for table in reader.read(one, rows_per_table)]
+    return pa.concat_tables(tables)
+
+
+def write(path: Path, **columns: object) -> Path:
+    first = next(iter(columns.values()))
+    rows = len(first)  # type: ignore[arg-type]
+    data = {
+        "item_id": pa.array(IDS[:rows]),
+        "uri": pa.array([f"{item}.jpg" for item in IDS[:rows]]),
+    } | columns
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(data), path)
+    return path
+
+
+def bad_text(*values: bytes | None, kind: pa.DataType | None = None) -> pa.Array:
+    """Text that may be no UTF-8, as a program in C or an old database driver writes it."""
+    raw = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()).cast(kind or pa.string())
+
+
+def refusal(path: Path, *keep: str) -> str:
+    """What is said of a manifest before anything is computed; the same by `check` and by `classify`."""
+    with pytest.raises(InputError) as caught:
+        find_bad_ids(open_manifest(str(path), STORAGE, keep=keep), STORAGE)
+    return str(caught.value)
