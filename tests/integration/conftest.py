@@ -1,4 +1,4 @@
-"""One real Ray cluster for all integration tests, and the job as a function of its arguments."""
+"""Fixtures of the integration tests: one real Ray cluster for all of them, and jobs that run on it."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from tests.helpers.processes import processes_with, title_of
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where jobs run: the address of a cluster, and the environment that its clients need."""
+    """The address of a Ray cluster, and the environment that its clients need."""
 
     address: str
     environment: dict[str, str]
@@ -33,20 +33,22 @@ class Cluster:
 
 @dataclass(frozen=True)
 class OwnCluster(Cluster):
-    """One that we started: the folder of its session, and what marks its processes.
+    """A cluster that the tests started.
 
-    Every process of it has `mark` in its environment, or descends from one that has.
+    Attributes:
+        temporary: folder of its Ray session.
+        mark: NAME=VALUE in the environment of each of its processes, or of an ancestor of the process.
     """
 
     temporary: Path
     mark: str
 
     def workers(self, title: str) -> list[int]:
-        """Its processes with these words in their title."""
+        """Return the ids of the cluster's processes whose title contains `title`."""
         return [pid for pid in processes_with(self.mark) if title in title_of(pid)]
 
     def metrics(self) -> list[tuple[str, dict[str, str], float]]:
-        """Name, tags and value of every metric that Prometheus would find now."""
+        """Return the name, tags and value of every metric that Prometheus would scrape now."""
         (found,) = json.loads((self.temporary / "prom_metrics_service_discovery.json").read_text())
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         lines = [
@@ -83,7 +85,7 @@ def cluster(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job left behind."""
+    """Exit code, console output and output folder of a job; the properties read its only run."""
 
     exit_code: int
     log: str
@@ -108,41 +110,41 @@ class Outcome:
 
 
 def run_here(cluster: Cluster, job: ModuleType, *arguments: str) -> tuple[int, str]:
-    """Run a job in this process, on the cluster of the tests: its exit code and all it said."""
+    """Run a job in this process on the test cluster; return its exit code and console output."""
     name = job.__name__.rpartition(".")[2]
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
         for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
             patch.setenv(variable, cluster.environment[variable])
         reset_auth_token_state()  # Ray read both when it was imported
         exit_code = run(name, job.COMMANDS, [*arguments, "--ray-address", cluster.address])
-    return exit_code, said.getvalue()
+    return exit_code, printed.getvalue()
 
 
 @pytest.fixture(scope="session")
 def run_job(cluster: Cluster) -> Callable[..., Outcome]:
-    """Run the main job in this process, on the cluster of the tests; a job costs its workers' start."""
+    """Return a function that runs `classify` in this process on the test cluster; each call starts new workers."""
 
     def run_on_cluster(*arguments: str, output: str | Path) -> Outcome:
-        exit_code, said = run_here(cluster, classify, *arguments, "--output", str(output))
-        return Outcome(exit_code, said, Path(str(output)))
+        exit_code, printed = run_here(cluster, classify, *arguments, "--output", str(output))
+        return Outcome(exit_code, printed, Path(str(output)))
 
     return run_on_cluster
 
 
 @pytest.fixture
 def job(run_job: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Outcome]:
-    """The main job with this test's own output folder."""
+    """Return a function that runs `classify` with an output folder of the test."""
 
-    def run_here(*arguments: str, output: str | Path | None = None) -> Outcome:
+    def run_classify(*arguments: str, output: str | Path | None = None) -> Outcome:
         return run_job(*arguments, output=output or tmp_path / "output")
 
-    return run_here
+    return run_classify
 
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """`bundle create` with these arguments; gives the folder."""
+    """Return a function that runs `bundle create` with its arguments and returns the new folder."""
 
     def make(*arguments: str) -> str:
         folder = str(tmp_path_factory.mktemp("bundle") / "model")
@@ -154,7 +156,7 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, make_bundle: Callable[..., str]) -> str:
-    """A small network with seeded weights of our own and ten labels, for tests that do not ask what it says."""
+    """A small network with random seeded weights and ten labels, for tests that do not depend on its accuracy."""
     import timm
     import torch
     from safetensors.torch import save_file

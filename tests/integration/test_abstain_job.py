@@ -1,4 +1,4 @@
-"""classify with a bundle that was evaluated: temperature, null labels, counts; and without one."""
+"""`classify --abstain` with and without a calibrated bundle: temperature, null labels and counts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +21,10 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.long)])
-def test_abstains_below_the_thresholds(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str):
-    """The thresholds are the median of what the network says at its temperature: about half abstain."""
+def test_rows_below_threshold_have_null_label(
+    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str
+):
+    """The thresholds equal the median of the calibrated probabilities, so that about half of the rows abstain."""
     given = ("--manifest", catalog, "--max-failed-fraction", "0.1")
     plain = job(*given, "--model", tiny_bundle, "--top-k", "10", output=tmp_path / "plain")
     logits = np.log(
@@ -56,18 +58,18 @@ def test_abstains_below_the_thresholds(job: Job, tiny_bundle: str, catalog: str,
     assert found.exit_code == 0, found.log
     table = found.predictions
     np.testing.assert_allclose(table.column("probability").to_numpy(), expected, rtol=2e-3)
-    sure = table.column("probability").to_numpy() >= threshold
-    assert 20 < sure.sum() < 40
-    assert (table.column("label").is_valid().to_numpy() == sure).all()
-    assert table.column("reason").to_pylist() == [None if one else "below_threshold" for one in sure]
+    is_confident = table.column("probability").to_numpy() >= threshold
+    assert 20 < is_confident.sum() < 40
+    assert (table.column("label").is_valid().to_numpy() == is_confident).all()
+    assert table.column("reason").to_pylist() == [None if row else "below_threshold" for row in is_confident]
     assert table.column("top_k").null_count == 0
     counts = found.record["counts"]
     assert (counts["rows"], counts["predicted"], counts["quarantined"]) == (60, 59, 1)
-    assert counts["abstained"] == int((~sure).sum())
+    assert counts["abstained"] == int((~is_confident).sum())
     assert "below_threshold" in found.log
 
 
-def test_a_bundle_without_thresholds_is_refused(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
+def test_bundle_without_thresholds_is_rejected(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
     found = job("--manifest", catalog, "--model", tiny_bundle, "--abstain")
     assert found.exit_code == 2
     assert "--write-bundle" in found.log

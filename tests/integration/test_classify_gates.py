@@ -1,4 +1,4 @@
-"""The main job and its gates: what is refused stays committed, and the shop keeps what it has."""
+"""Gates of `classify`: a run that fails them is committed, and the published run stays."""
 
 import json
 from collections.abc import Callable
@@ -15,13 +15,14 @@ Job = Callable[..., Outcome]
 
 
 def runs_job(*arguments: str) -> tuple[int, str]:
-    said = StringIO()
-    with redirect_stdout(said):
+    """Run the job `runs`; return its exit code and standard output."""
+    printed = StringIO()
+    with redirect_stdout(printed):
         code = run("runs", runs.COMMANDS, arguments)
-    return code, said.getvalue()
+    return code, printed.getvalue()
 
 
-def test_a_refused_night_is_committed_shown_and_published_only_by_force(
+def test_run_with_failed_gate_is_committed_and_published_only_with_force(
     job: Job, tiny_bundle: str, tmp_path: Path
 ):
     output = str(tmp_path / "output")
@@ -53,8 +54,8 @@ def test_a_refused_night_is_committed_shown_and_published_only_by_force(
     assert runs_job("publish", "night-2", "--output", output)[0] == 3
     assert runs_job("publish", "night-2", "--output", output, "--force") == (0, "published: night-2\n")
     assert runs_job("rollback", "--output", output) == (0, "published: night-1, in place of night-2\n")
-    code, said = runs_job("diff", "night-1", "night-2", "--output", output)
+    code, printed = runs_job("diff", "night-1", "night-2", "--output", output)
     assert code == 0
-    lines = [line.split() for line in said.splitlines()]
+    lines = [line.split() for line in printed.splitlines()]
     counts = {words[0]: words[1] for words in lines if len(words) > 1}
     assert (counts["recovered"], counts["gone"], counts["new"]) == ("1", "20", "0")

@@ -1,4 +1,4 @@
-"""The main job's promises that hold for any model: rows, tables, exit codes."""
+"""Guarantees of `classify` that hold for any model: rows, tables, metrics and exit codes."""
 
 import json
 import shutil
@@ -35,9 +35,9 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
 def finished(
     cluster: Cluster, tiny_bundle: str, catalog: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Outcome:
-    """One whole run that several tests look at; its small files and batches differ from the others'.
+    """A finished run that several tests read; its files and batches are smaller than the defaults.
 
-    In a process of its own: the metrics of a process leave it for the first cluster that it joins only.
+    It ran in a separate process, because a process exports metrics only to the first cluster that it joins.
     """
     output = tmp_path_factory.mktemp("finished")
     process = start_job(
@@ -52,7 +52,7 @@ def finished(
     return outcome
 
 
-def test_files_are_read_by_arrow_pandas_duckdb_and_polars_with_the_contract_s_types(finished: Outcome):
+def test_predictions_have_documented_types_in_arrow_pandas_duckdb_and_polars(finished: Outcome):
     files = f"{finished.folder}/predictions/*.parquet"
     table = finished.predictions
     assert table.schema.field("top_k").type == TOP_K_TYPE
@@ -83,7 +83,7 @@ def test_files_are_read_by_arrow_pandas_duckdb_and_polars_with_the_contract_s_ty
     )
 
 
-def test_the_record_adds_up_and_readers_find_it(finished: Outcome):
+def test_run_record_is_consistent_and_published(finished: Outcome):
     record = finished.record
     assert record["counts"]["rows"] == 150
     assert record["counts"]["quarantined_by_reason"] == {"truncated": 3}
@@ -102,34 +102,36 @@ def test_the_record_adds_up_and_readers_find_it(finished: Outcome):
         assert finished.quarantine.column(name).null_count == 0
 
 
-def counted(
-    cluster: OwnCluster, run_id: str, name: str, tag: str, wanted: dict[str, float]
+def wait_for_counter(
+    cluster: OwnCluster, run_id: str, name: str, tag: str, expected: dict[str, float]
 ) -> dict[str, float]:
-    """A counter of the run by one of its tags, once it is what is wanted, or after 30 s."""
+    """Return a counter of a run by one of its tags, as soon as it has the expected values or after 30 s."""
     deadline = time.monotonic() + 30
     while True:
         found: dict[str, float] = {}
         for metric, tags, value in cluster.metrics():
             if metric == f"ray_{name}_total" and tags["run_id"] == run_id:
                 found[tags[tag]] = found.get(tags[tag], 0.0) + value
-        if found == pytest.approx(wanted) or time.monotonic() > deadline:
+        if found == pytest.approx(expected) or time.monotonic() > deadline:
             return found
-        time.sleep(0.2)  # workers hand their metrics over every few seconds
+        time.sleep(0.2)  # workers export their metrics every few seconds
 
 
-def test_rows_failures_and_seconds_are_metrics_of_the_cluster(cluster: OwnCluster, finished: Outcome):
+def test_cluster_exports_rows_failures_and_seconds_as_metrics(cluster: OwnCluster, finished: Outcome):
     run_id, rows = finished.folder.name, {"predicted": 147.0, "quarantined": 3.0}
-    assert counted(cluster, run_id, "batchcls_rows", "status", rows) == rows
-    assert counted(cluster, run_id, "batchcls_failures", "reason", {"truncated": 3}) == {"truncated": 3}
+    assert wait_for_counter(cluster, run_id, "batchcls_rows", "status", rows) == rows
+    assert wait_for_counter(cluster, run_id, "batchcls_failures", "reason", {"truncated": 3}) == {
+        "truncated": 3
+    }
     recorded = {stage: seconds for stage, seconds in finished.record["stage_seconds"].items() if seconds}
-    seconds = counted(cluster, run_id, "batchcls_stage_seconds", "stage", recorded)
+    seconds = wait_for_counter(cluster, run_id, "batchcls_stage_seconds", "stage", recorded)
     assert seconds == pytest.approx(recorded)
 
 
-def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalized(
+def test_predictions_do_not_depend_on_batch_size_or_normalization_stage(
     job: Job, finished: Outcome, tiny_bundle: str, catalog: str, cluster: Cluster
 ):
-    """The other shape, one image at a time, other fragments, float32 pixels: the same answers."""
+    """The other graph with batches of one image, other fragments and float32 pixels predicts the same."""
     outcome = job(
         *(
             "--manifest",
@@ -145,14 +147,14 @@ def test_answers_depend_neither_on_batches_nor_on_where_pixels_are_normalized(
     )
     other = outcome.predictions
     rows = {"predicted": 147.0, "quarantined": 3.0}
-    assert counted(cluster, outcome.folder.name, "batchcls_rows", "status", rows) == rows
+    assert wait_for_counter(cluster, outcome.folder.name, "batchcls_rows", "status", rows) == rows
     assert other.column("item_id").equals(finished.predictions.column("item_id"))
     assert other.column("label").equals(finished.predictions.column("label"))
     a, b = (np.array(t.column("embedding").to_pylist(), np.float32) for t in (finished.predictions, other))
     assert np.allclose(a, b, atol=2e-3, rtol=2e-3)  # half precision on one side
 
 
-def test_inline_images_and_bad_ids_are_accounted_for(job: Job, tiny_bundle: str, tmp_path: Path):
+def test_embedded_images_and_invalid_ids_are_accounted_for(job: Job, tiny_bundle: str, tmp_path: Path):
     source = pq.read_table(write_catalog(tmp_path / "inline", 30, inline=True))
     ids = source.column("item_id").to_pylist()
     ids[3], ids[9] = None, ids[8]
@@ -176,17 +178,17 @@ def test_inline_images_and_bad_ids_are_accounted_for(job: Job, tiny_bundle: str,
     assert outcome.predictions.num_rows == 27
 
 
-def test_too_many_failures_end_with_4_and_nothing_committed(job: Job, tiny_bundle: str, catalog: str):
+def test_exceeded_error_budget_exits_4_without_commit(job: Job, tiny_bundle: str, catalog: str):
     outcome = job("--manifest", catalog, "--model", tiny_bundle, "--max-failed-fraction", "0.001")
     assert outcome.exit_code == 4
-    # The first failure is one too many already, so the job need not have seen the others.
+    # The first failure exceeds the budget, so the job may stop before it has seen the others.
     assert "of 150 rows failed" in outcome.log
     assert "more than --max-failed-fraction 0.10% allows: truncated" in outcome.log
     assert not (outcome.folder / "run.json").exists()
     assert not (outcome.output / "current.json").exists()
 
 
-def test_a_trial_with_random_weights_is_committed_and_not_published(job: Job, catalog: str):
+def test_dry_run_with_random_weights_is_committed_but_not_published(job: Job, catalog: str):
     outcome = job(
         *("--manifest", catalog, "--model", "test_resnet", "--allow-random-weights"),
         *("--max-failed-fraction", "1", "--limit", "20", "--run-id", "night"),
@@ -206,9 +208,7 @@ def test_a_trial_with_random_weights_is_committed_and_not_published(job: Job, ca
     assert "night is committed" in second.log
 
 
-def test_an_actor_whose_network_answers_otherwise_refuses_to_work(
-    job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
-):
+def test_actor_with_golden_mismatch_fails_the_run(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
     shutil.copytree(tiny_bundle, tmp_path / "edited")
     record = json.loads((tmp_path / "edited" / "bundle.json").read_text())
     record["preprocessing"]["std"] = [0.4, 0.5, 0.5]
@@ -237,7 +237,7 @@ def test_an_actor_whose_network_answers_otherwise_refuses_to_work(
         (["--output", "/proc/nowhere"], ["/proc/nowhere"]),
     ],
 )
-def test_bad_input_ends_with_2_one_line_and_nothing_written(
+def test_invalid_input_exits_2_with_one_line_and_no_output(
     job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, arguments: list[str], words: list[str]
 ):
     given = {"--manifest": catalog, "--model": tiny_bundle}
@@ -253,7 +253,7 @@ def test_bad_input_ends_with_2_one_line_and_nothing_written(
     assert not (tmp_path / "output").exists()
 
 
-def test_the_engine_is_measured_once_and_the_choice_is_kept_for_the_next_night(
+def test_engine_is_measured_once_and_reused_by_later_runs(
     job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
 ):
     arguments = (
@@ -266,8 +266,8 @@ def test_the_engine_is_measured_once_and_the_choice_is_kept_for_the_next_night(
     (stored,) = (tmp_path / "out" / "engines").iterdir()
     choice = json.loads(stored.read_text())
     assert {entry["engine"] for entry in choice["candidates"]} >= {"torch", "openvino"}
-    taken = [entry for entry in choice["candidates"] if entry["rejected"] is None]
-    assert [(entry["engine"], entry["precision"]) for entry in taken] == [
+    selected = [entry for entry in choice["candidates"] if entry["rejected"] is None]
+    assert [(entry["engine"], entry["precision"]) for entry in selected] == [
         (choice["engine"], choice["precision"])
     ]
     assert first.record["measured"]["engine_choices"] == [choice]
@@ -278,28 +278,28 @@ def test_the_engine_is_measured_once_and_the_choice_is_kept_for_the_next_night(
     assert f"batches of {choice['batch_size']}" in second.log
 
 
-def test_a_gpu_that_ray_promises_and_torch_does_not_find_is_said(
+def test_gpu_known_to_ray_but_not_to_torch_is_reported(
     tiny_bundle: str, catalog: str, tmp_path: Path, clean_environment: dict[str, str]
 ):
-    """The graph for GPUs is built, scheduled and started for real; only the device is missing."""
+    """The graph for GPUs is built, scheduled and started; only the device is missing."""
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU; tests marked gpu cover it")
-    promise = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}', "RAY_AUTH_MODE": "disabled"}
-    promise["BATCHCLS_TEST"] = str(tmp_path)
+    changes = {"RAY_OVERRIDE_RESOURCES": '{"GPU": 1}', "RAY_AUTH_MODE": "disabled"}
+    changes["BATCHCLS_TEST"] = str(tmp_path)
     command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", catalog, "--model", tiny_bundle]
     command += ["--output", str(tmp_path / "out"), "--ray-address", "local"]
     with subprocess.Popen(
         command,
-        env=clean_environment | promise,
+        env=clean_environment | changes,
         cwd=REPOSITORY,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     ) as process:
         until_line(process, "1 actor(s) x 0 CPU, 1 GPU on cuda")
-        # The Ray that it started for itself hands on what workers have to start with.
+        # Workers inherit the environment of the raylet that the job started.
         ours = processes_with(f"BATCHCLS_TEST={tmp_path}")
         (raylet,) = (pid for pid in ours if "/raylet" in title_of(pid).split("\0")[0])
         environment = Path(f"/proc/{raylet}/environ").read_text().split("\0")

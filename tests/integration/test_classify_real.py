@@ -1,4 +1,4 @@
-"""The main job on real photographs with real weights."""
+"""`classify` on real photographs with real weights."""
 
 import csv
 from collections import Counter
@@ -25,7 +25,7 @@ SOME_OR_ALL = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def photographs(shared: Path, request: pytest.FixtureRequest) -> list[Path]:
-    """As many photographs as the test asks for, spread evenly over the sorted names; all by default."""
+    """The requested number of photographs, spread evenly over the sorted names; all by default."""
     found = sorted((shared / "data" / "imagenet").glob("*.JPEG"))
     assert len(found) == ALL
     step = ALL // getattr(request, "param", ALL)
@@ -48,14 +48,14 @@ def manifest(photographs: list[Path], tmp_path_factory: pytest.TempPathFactory) 
     return str(path)
 
 
-def answers(outcome: Outcome) -> np.ndarray:
-    """Class indices, N x 5, in the manifest's order."""
+def top5(outcome: Outcome) -> np.ndarray:
+    """Return the class indices of the top-5 predictions, N x 5, in manifest order."""
     return np.array(
         [[a["class_index"] for a in row] for row in outcome.predictions.column("top_k").to_pylist()]
     )
 
 
-def right(found: np.ndarray, truth: np.ndarray, k: int) -> int:
+def count_correct(found: np.ndarray, truth: np.ndarray, k: int) -> int:
     return int((found[:, :k] == truth[:, None]).any(axis=1).sum())
 
 
@@ -75,21 +75,21 @@ def squeezenet_bundle(make_bundle: Callable[..., str], shared: Path) -> str:
 
 
 @SOME_OR_ALL
-def test_mobilenet_is_as_right_as_a_plain_loop(
+def test_mobilenet_accuracy_equals_reference_loop(
     job: Callable[..., Outcome], mobilenet_bundle: str, shared: Path, manifest: str, photographs, truth
 ):
     outcome = job("--manifest", manifest, "--model", mobilenet_bundle)
     assert outcome.exit_code == 0, outcome.log
     expected = reference.top5(reference.mobilenet(shared), photographs, HALF, HALF)
-    found = answers(outcome)
+    found = top5(outcome)
     for k in (1, 5):
-        assert abs(right(found, truth, k) - right(expected, truth, k)) <= 1
-    assert right(expected, truth, 1) > (0.85 if len(photographs) == ALL else 0.75) * len(photographs)
+        assert abs(count_correct(found, truth, k) - count_correct(expected, truth, k)) <= 1
+    assert count_correct(expected, truth, 1) > (0.85 if len(photographs) == ALL else 0.75) * len(photographs)
     assert (found[:, 0] == expected[:, 0]).mean() > 0.98
 
 
 @SOME_OR_ALL
-def test_squeezenet_from_bare_weights_is_as_right_as_a_plain_loop(
+def test_squeezenet_from_weights_file_accuracy_equals_reference_loop(
     job: Callable[..., Outcome], shared: Path, manifest: str, photographs, truth
 ):
     weights = str(shared / "weights" / "squeezenet1_1.safetensors")
@@ -97,9 +97,9 @@ def test_squeezenet_from_bare_weights_is_as_right_as_a_plain_loop(
     assert outcome.exit_code == 0, outcome.log
     expected = reference.top5(reference.squeezenet(shared), photographs, IMAGENET_MEAN, IMAGENET_STD)
     for k in (1, 5):
-        assert abs(right(answers(outcome), truth, k) - right(expected, truth, k)) <= 1
-    assert right(expected, truth, 1) > (0.56 if len(photographs) == ALL else 0.5) * len(photographs)
-    # The labels are ImageNet's names, at the index of their class.
+        assert abs(count_correct(top5(outcome), truth, k) - count_correct(expected, truth, k)) <= 1
+    assert count_correct(expected, truth, 1) > (0.56 if len(photographs) == ALL else 0.5) * len(photographs)
+    # Labels default to the names of the ImageNet classes.
     names = outcome.predictions.column("label").to_pylist()
     assert names[[p.name for p in photographs].index("n02123045_tabby.JPEG")] in (
         "tabby",
@@ -111,22 +111,22 @@ def test_squeezenet_from_bare_weights_is_as_right_as_a_plain_loop(
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("network", ["mobilenet_bundle", "squeezenet_bundle"])
-def test_ten_crops_are_at_least_as_right_as_one(network, job, manifest, truth, tmp_path, request):
-    made = request.getfixturevalue(network)
+def test_ten_crop_accuracy_is_not_below_single_crop(network, job, manifest, truth, tmp_path, request):
+    model = request.getfixturevalue(network)
     hits = {}
     for tta in ("none", "hflip", "five-crop", "ten-crop"):
         outcome = job(
             "--manifest",
             manifest,
             "--model",
-            made,
+            model,
             "--tta",
             tta,
             output=request.getfixturevalue("tmp_path") / tta,
         )
         assert outcome.exit_code == 0, outcome.log
-        hits[tta] = [right(answers(outcome), truth, k) for k in (1, 5)]
-    print(f"\n{network}: right of 300, top-1 and top-5: {hits}")
+        hits[tta] = [count_correct(top5(outcome), truth, k) for k in (1, 5)]
+    print(f"\n{network}: correct of 300, top-1 and top-5: {hits}")
     assert hits["ten-crop"][0] >= hits["none"][0]
 
 
@@ -134,7 +134,7 @@ def test_ten_crops_are_at_least_as_right_as_one(network, job, manifest, truth, t
     ("images", "damaged_images"),
     [(700, 41), pytest.param(3409, 200, marks=[pytest.mark.long, pytest.mark.timeout(600)])],
 )
-def test_every_damaged_image_of_a_catalog_is_found_and_no_good_one_lost(
+def test_all_damaged_images_are_quarantined_and_all_others_predicted(
     job: Callable[..., Outcome],
     shared: Path,
     tiny_bundle: str,
@@ -142,15 +142,15 @@ def test_every_damaged_image_of_a_catalog_is_found_and_no_good_one_lost(
     images: int,
     damaged_images: int,
 ):
-    """What the network says does not matter here, so it is a small one."""
+    """The predictions do not matter here, so a small network is sufficient."""
     good = sorted((shared / "data" / "catalog").rglob("*.jpg"))
     assert len(good) == 3409
     good = good[:images]
     damaged = damage.make(good[:damaged_images], tmp_path / "damaged", seed=3)
     rows = [(path.stem, str(path), None) for path in good]
-    # Damaged ones stand between the good ones, so that every batch has some of both.
-    for place, (path, reason) in enumerate(damaged):
-        rows.insert(place * 17, (f"damaged-{place}", str(path), reason))
+    # Damaged images are interleaved with the others, so that batches contain both.
+    for number, (path, reason) in enumerate(damaged):
+        rows.insert(number * 17, (f"damaged-{number}", str(path), reason))
     manifest = tmp_path / "manifest.parquet"
     ids, uris, expected = zip(*rows, strict=True)
     pq.write_table(
@@ -177,6 +177,6 @@ def test_every_damaged_image_of_a_catalog_is_found_and_no_good_one_lost(
     )
     assert found == {item: reason for item, _, reason in rows if reason}
     assert sorted(outcome.predictions.column("item_id").to_pylist()) == sorted(path.stem for path in good)
-    # The job's own rows, not a neighbor's: a row number still means the same file.
+    # No row has the prediction of another one: row numbers still refer to the same files.
     numbers = outcome.predictions.column("row").to_pylist()
     assert [ids[row] for row in numbers] == outcome.predictions.column("item_id").to_pylist()

@@ -1,4 +1,4 @@
-"""Manifest, images, bundle and output on a real S3 server; the cluster is one of the job's own."""
+"""`classify` with manifest, images, bundle and output on a real S3 server, on a cluster that the job starts."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ BROKEN = (7, 31)
 
 @dataclass(frozen=True)
 class Store:
-    """The server with a catalog on it."""
+    """An S3 server that holds a catalog."""
 
     server: S3Server
     client: s3fs.S3FileSystem
@@ -31,7 +31,7 @@ class Store:
 
 @pytest.fixture
 def store(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Store:
-    # The job starts a cluster of its own here; Ray may still remember the token of the tests' cluster.
+    # The job starts its own cluster here; Ray may still cache the token of the test cluster.
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     reset_auth_token_state()
     client = s3fs.S3FileSystem(
@@ -43,15 +43,14 @@ def store(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Store:
     for number in range(IMAGES):
         data = encode(draw(number, 80, 60), "JPEG")
         client.pipe_file(f"{s3.bucket}/photos/{number:03d}.jpg", data[:200] if number in BROKEN else data)
-    place = f"s3://{s3.bucket}/catalog.parquet"
+    uri = f"s3://{s3.bucket}/catalog.parquet"
     assert (
-        run("manifest", manifest.COMMANDS, ["from-folder", f"s3://{s3.bucket}/photos", "--output", place])
-        == 0
+        run("manifest", manifest.COMMANDS, ["from-folder", f"s3://{s3.bucket}/photos", "--output", uri]) == 0
     )
-    return Store(s3, client, place, f"s3://{s3.bucket}/out")
+    return Store(s3, client, uri, f"s3://{s3.bucket}/out")
 
 
-def classify_there(store: Store, model: str, *arguments: str) -> int:
+def classify_from_store(store: Store, model: str, *arguments: str) -> int:
     given = [
         "--manifest",
         store.manifest,
@@ -65,10 +64,10 @@ def classify_there(store: Store, model: str, *arguments: str) -> int:
     return run("classify", classify.COMMANDS, [*given, *arguments])
 
 
-def test_a_run_from_s3_to_s3_with_credentials_that_never_show(
+def test_run_on_s3_does_not_reveal_credentials(
     store: Store, tiny_bundle: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Bundle, manifest, images and output in the store; keys and endpoint only in the storage options."""
+    """Bundle, manifest, images and output are in the store; keys and endpoint only in the storage options."""
     for file in Path(tiny_bundle).iterdir():
         store.client.put_file(str(file), f"{store.server.bucket}/models/v1/{file.name}")
     environment = store.server.environment
@@ -77,7 +76,7 @@ def test_a_run_from_s3_to_s3_with_credentials_that_never_show(
         monkeypatch.delenv(name)
     options = json.dumps({"key": key, "secret": secret, "endpoint_url": store.server.endpoint_url})
     bucket = store.server.bucket
-    code = classify_there(
+    code = classify_from_store(
         store, f"s3://{bucket}/models/v1", "--max-failed-fraction", "0.1", "--storage-options", options
     )
     log = "".join(capfd.readouterr())
@@ -103,10 +102,10 @@ def test_a_run_from_s3_to_s3_with_credentials_that_never_show(
         ("unknown key", ["InvalidAccessKeyId"]),
         ("no bucket for the manifest", ["no-such-bucket"]),
         ("no bucket for the output", ["no-such-bucket"]),
-        ("nobody listens", ["does not answer", "endpoint"]),
+        ("no server at the endpoint", ["does not answer", "endpoint"]),
     ],
 )
-def test_a_store_that_refuses_ends_with_2_and_one_line(
+def test_unusable_store_exits_2_with_one_line(
     store: Store, tiny_bundle: str, capfd: pytest.CaptureFixture[str], case: str, words: list[str]
 ):
     environment = store.server.environment
@@ -116,10 +115,12 @@ def test_a_store_that_refuses_ends_with_2_and_one_line(
         "unknown key": lambda: ["--storage-options", json.dumps(options | {"key": "NOBODYSKEY"})],
         "no bucket for the manifest": lambda: ["--manifest", "s3://no-such-bucket/catalog.parquet"],
         "no bucket for the output": lambda: ["--output", "s3://no-such-bucket/out"],
-        "nobody listens": lambda: ["--storage-options", json.dumps({"endpoint_url": "http://127.0.0.1:9"})],
+        "no server at the endpoint": lambda: [
+            *("--storage-options", json.dumps({"endpoint_url": "http://127.0.0.1:9"}))
+        ],
     }
     capfd.readouterr()
-    code = classify_there(store, tiny_bundle, *changes[case]())
+    code = classify_from_store(store, tiny_bundle, *changes[case]())
     log = "".join(capfd.readouterr())
     assert code == 2, log
     (line,) = [line for line in log.splitlines() if " ERROR " in line]

@@ -1,4 +1,4 @@
-"""cluster/local.sh for real: it starts, takes jobs from those with the token, and ends only its own."""
+"""cluster/local.sh: it starts a cluster, requires the token of clients, and ends only its own processes."""
 
 import os
 import shlex
@@ -19,7 +19,14 @@ SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "local.sh"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A started cluster: where its state is, how to call its script, what its clients need."""
+    """A started cluster.
+
+    Attributes:
+        state: folder in which the script keeps its state.
+        script_environment: environment of the script.
+        exports: environment variables that clients need.
+        printed: what `local.sh up` printed.
+    """
 
     state: Path
     script_environment: dict[str, str]
@@ -66,7 +73,7 @@ def cluster(clean_environment: dict[str, str], tmp_path_factory: pytest.TempPath
     assert ended.returncode == 0, ended.stderr
 
 
-def test_up_prints_what_clients_need_and_says_the_same_again(cluster: Cluster) -> None:
+def test_up_prints_client_environment_and_repeats_it(cluster: Cluster) -> None:
     names = {"RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
     assert set(cluster.exports) == names
     assert "ray job submit" in cluster.printed
@@ -75,7 +82,7 @@ def test_up_prints_what_clients_need_and_says_the_same_again(cluster: Cluster) -
     assert (status.returncode, status.stdout) == (0, cluster.printed), status.stderr
 
 
-def test_only_its_owner_can_read_the_token_and_no_command_line_shows_it(cluster: Cluster) -> None:
+def test_token_is_readable_by_owner_only_and_not_on_any_command_line(cluster: Cluster) -> None:
     token = Path(cluster.exports["RAY_AUTH_TOKEN_PATH"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert stat.S_IMODE(cluster.state.stat().st_mode) == 0o700
@@ -84,14 +91,14 @@ def test_only_its_owner_can_read_the_token_and_no_command_line_shows_it(cluster:
     assert cluster.temporary in lines
 
 
-def test_a_submitted_job_runs_with_this_python_on_the_cores_that_were_asked_for(cluster: Cluster) -> None:
+def test_submitted_job_runs_with_same_python_on_requested_cores(cluster: Cluster) -> None:
     code = "import ray, sys; ray.init(); print('has', ray.cluster_resources()['CPU'], sys.version_info[:2])"
     done = cluster.client("ray", "job", "submit", "--", "python", "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"has 2.0 {sys.version_info[:2]}" in done.stdout
 
 
-def test_a_driver_outside_of_a_job_joins_by_ray_address(cluster: Cluster) -> None:
+def test_driver_outside_a_job_connects_through_ray_address(cluster: Cluster) -> None:
     done = cluster.client(
         sys.executable, "-c", "import ray; ray.init(); print('has', ray.cluster_resources()['CPU'])"
     )
@@ -99,7 +106,7 @@ def test_a_driver_outside_of_a_job_joins_by_ray_address(cluster: Cluster) -> Non
     assert "has 2.0" in done.stdout
 
 
-def test_a_client_with_a_wrong_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+def test_client_with_wrong_token_is_rejected(cluster: Cluster, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
     refused = cluster.client("ray", "job", "submit", "--", "true", RAY_AUTH_TOKEN_PATH=str(wrong))
@@ -107,36 +114,36 @@ def test_a_client_with_a_wrong_token_is_refused(cluster: Cluster, tmp_path: Path
     assert "Authentication failed" in refused.stdout + refused.stderr
 
 
-def test_a_request_without_a_token_is_refused(cluster: Cluster) -> None:
+def test_request_without_token_is_rejected(cluster: Cluster) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with pytest.raises(urllib.error.HTTPError) as refused:
         opener.open(cluster.exports["RAY_API_SERVER_ADDRESS"] + "/api/jobs/", timeout=20)
     assert refused.value.code in (401, 403)
 
 
-def test_up_refuses_a_dashboard_port_that_is_taken_and_leaves_nothing(
+def test_up_rejects_dashboard_port_in_use_and_leaves_no_state(
     clean_environment: dict[str, str], tmp_path: Path
 ) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        wanted = {"BATCHCLS_CLUSTER_DIR": str(tmp_path / "state"), "BATCHCLS_CLUSTER_DASHBOARD_PORT": port}
-        refused = _script("up", clean_environment | wanted)
+        changes = {"BATCHCLS_CLUSTER_DIR": str(tmp_path / "state"), "BATCHCLS_CLUSTER_DASHBOARD_PORT": port}
+        refused = _script("up", clean_environment | changes)
     assert refused.returncode == 1
     assert f"{port} is taken" in refused.stderr
     assert refused.stdout == ""
     assert list((tmp_path / "state").iterdir()) == []
 
 
-def test_an_unknown_command_is_refused_with_the_usage(clean_environment: dict[str, str]) -> None:
+def test_unknown_command_prints_usage(clean_environment: dict[str, str]) -> None:
     refused = _script("stop", clean_environment)
     assert refused.returncode == 2
     assert "usage: local.sh up|down|status" in refused.stderr
 
 
 def _processes() -> dict[int, tuple[int, str, str]]:
-    """Process id to parent id, state and command line, of all that run."""
+    """Return parent id, state and command line of all running processes, by process id."""
     listed = subprocess.run(
         ["ps", "-wweo", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
     ).stdout
@@ -144,8 +151,8 @@ def _processes() -> dict[int, tuple[int, str, str]]:
     return {int(pid): (int(parent), state, "".join(args)) for pid, parent, state, *args in fields}
 
 
-def _below(roots: set[int], processes: dict[int, tuple[int, str, str]]) -> set[int]:
-    """The roots and all their descendants."""
+def _with_descendants(roots: set[int], processes: dict[int, tuple[int, str, str]]) -> set[int]:
+    """Return the roots and all their descendants."""
     found = set(roots)
     while grown := {pid for pid, (parent, _, _) in processes.items() if parent in found} - found:
         found |= grown
@@ -160,21 +167,21 @@ def _alive(pids: set[int]) -> dict[int, str]:
     }
 
 
-def test_down_ends_the_cluster_with_its_jobs_and_spares_all_others(cluster: Cluster, tmp_path: Path) -> None:
-    """Last in this file: the cluster is gone after it."""
-    temporary, told = cluster.temporary, tmp_path / "told"
-    os.mkfifo(told)
-    job = f"sleep 1000 & echo $$ $! > {shlex.quote(str(told))}; wait"
+def test_down_ends_cluster_and_jobs_but_no_other_process(cluster: Cluster, tmp_path: Path) -> None:
+    """This is the last test of the file, because it stops the cluster."""
+    temporary, job_pids = cluster.temporary, tmp_path / "job_pids"
+    os.mkfifo(job_pids)
+    job = f"sleep 1000 & echo $$ $! > {shlex.quote(str(job_pids))}; wait"
     submitted = cluster.client("ray", "job", "submit", "--no-wait", "--", "bash", "-c", job)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    of_the_job = {int(pid) for pid in told.read_text().split()}  # waits until the job has written
+    of_the_job = {int(pid) for pid in job_pids.read_text().split()}  # blocks until the job has written
 
-    # Somebody who reads the cluster's logs has its folder on the command line, too.
+    # A process that reads the cluster's logs has its folder on the command line, too.
     foreign = subprocess.Popen([sys.executable, "-c", "input()", temporary], stdin=subprocess.PIPE)
     try:
         processes = _processes()
         roots = {pid for pid, (_, _, args) in processes.items() if temporary in args} - {foreign.pid}
-        ours = _below(roots, processes)
+        ours = _with_descendants(roots, processes)
         assert len(ours) > 10
         assert of_the_job < ours
 

@@ -1,4 +1,4 @@
-"""The comparison on the cluster of the tests: small networks, real measurements, all outputs, a second run."""
+"""`compare` on the test cluster: small networks, real measurements, all outputs, and a repeated run."""
 
 import json
 from collections.abc import Callable
@@ -20,21 +20,21 @@ BROKEN = 5
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison left behind."""
+    """Exit code, console output and output folder of a comparison."""
 
     exit_code: int
-    said: str
+    printed: str
     output: Path
 
     @property
     def measurements(self) -> dict[str, int]:
-        """Names of the files, each with the time of its last change."""
+        """The names of the files in `measurements/`, each with its time of modification in nanoseconds."""
         return {path.name: path.stat().st_mtime_ns for path in (self.output / "measurements").iterdir()}
 
 
 @pytest.fixture(scope="module")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Drawn images with labels, some of which the models do not know; one image is cut."""
+    """Drawn images with labels, some of which the models do not know; one image is truncated."""
     folder = tmp_path_factory.mktemp("compare")
     for number in range(IMAGES):
         data = encode(draw(number, 90, 70), "JPEG")
@@ -52,7 +52,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
 def models(
     tiny_bundle: str, make_bundle: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, str]:
-    """The small network of the other tests, and another one with the same preprocessing."""
+    """The bundle `tiny_bundle`, and one of another network with the same preprocessing."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -87,24 +87,24 @@ def compare_job(cluster: Cluster, catalog: str, models: tuple[str, str]) -> Call
 def compared(
     compare_job: Callable[[Path], Compared], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Compared, dict[str, int], Compared]:
-    """A first run, its files, and the same command once more."""
+    """A first run, its measurements, and a second run of the same command."""
     output = tmp_path_factory.mktemp("compared")
     first = compare_job(output)
     return first, first.measurements, compare_job(output)
 
 
-def test_every_candidate_is_measured_on_the_images_that_can_be_read(compared, models):
+def test_every_candidate_is_measured_on_readable_images(compared, models):
     first, files, _ = compared
-    assert first.exit_code == 0, first.said
+    assert first.exit_code == 0, first.printed
     assert len(files) == 4
-    assert f"{IMAGES - 1} images at 64 x 64 pixels" in first.said
-    assert "1 images of the sample are excluded: truncated=1" in first.said
+    assert f"{IMAGES - 1} images at 64 x 64 pixels" in first.printed
+    assert "1 images of the sample are excluded: truncated=1" in first.printed
     for model in models:
         for engine in ("torch fp32", "torch bf16"):
-            assert f"{model}, {engine} on cpu: p50 " in first.said
+            assert f"{model}, {engine} on cpu: p50 " in first.printed
 
 
-def test_the_table_is_readable_with_duckdb_and_its_figures_hang_together(compared, models):
+def test_measurements_table_is_consistent_in_duckdb(compared, models):
     first, _, _ = compared
     table = f"'{first.output}/measurements.parquet'"
     rows = duckdb.sql(f"select model, engine, count(*), min(batch_size) from {table} group by all").fetchall()
@@ -119,25 +119,25 @@ def test_the_table_is_readable_with_duckdb_and_its_figures_hang_together(compare
     assert wrong == []
 
 
-def test_page_and_recommendation_are_there_and_name_a_measured_model(compared, models):
+def test_report_and_recommendation_name_a_measured_model(compared, models):
     first, _, _ = compared
     record = json.loads((first.output / "recommendation.json").read_text())
     (found,) = record["recommendations"].values()
     assert found["model"] in models
-    assert all(sentence in first.said for sentence in found["sentences"])
+    assert all(sentence in first.printed for sentence in found["sentences"])
     page = (first.output / "compare.html").read_text()
     assert page.lower().startswith("<!doctype html>")
     assert all(model in page for model in models)
 
 
-def test_the_same_command_measures_nothing_again(compared):
+def test_repeated_command_reuses_all_measurements(compared):
     _, files, second = compared
     assert second.exit_code == 0
-    assert "resumed: 4 of 4 measurements reused" in second.said
+    assert "resumed: 4 of 4 measurements reused" in second.printed
     assert second.measurements == files
 
 
-def test_accuracy_is_that_of_the_main_job(
+def test_accuracy_equals_that_of_classify(
     compared, catalog, models, run_job: Callable[..., Outcome], tmp_path
 ):
     first, _, _ = compared
@@ -147,11 +147,11 @@ def test_accuracy_is_that_of_the_main_job(
     )
     assert outcome.exit_code == 0, outcome.log
     known = [row for row in outcome.predictions.to_pylist() if row["row"] % 12 < 10]
-    answers = [[answer["label"] for answer in row["top_k"]] for row in known]
+    top5_labels = [[prediction["label"] for prediction in row["top_k"]] for row in known]
     truth = [f"label {row['row'] % 12}" for row in known]
     table = f"'{first.output}/measurements.parquet'"
     query = f"select distinct top1, top5 from {table} where model = '{models[0]}' and engine = 'torch fp32'"
     ((top1, top5),) = duckdb.sql(query).fetchall()
-    right = [label in found[:1] for label, found in zip(truth, answers, strict=True)]
-    among_five = [label in found for label, found in zip(truth, answers, strict=True)]
-    assert (top1, top5) == (sum(right) / len(known), sum(among_five) / len(known))
+    in_top1 = [label in found[:1] for label, found in zip(truth, top5_labels, strict=True)]
+    in_top5 = [label in found for label, found in zip(truth, top5_labels, strict=True)]
+    assert (top1, top5) == (sum(in_top1) / len(known), sum(in_top5) / len(known))

@@ -1,4 +1,4 @@
-"""The training job on a real cluster: one worker and two, a killed worker and a killed driver."""
+"""`finetune` on a real cluster: one and two workers, killed workers, a killed driver, a lost node, and S3."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from tests.integration.conftest import Cluster, run_here
 
 EPOCHS = 14
 RECIPE = f"""
-about = "For tests: without anything that depends on how images are shared among workers."
+about = "For tests: results do not depend on the number of workers."
 epochs = {EPOCHS}
 head_epochs = 1
 batch_size = 12
@@ -67,28 +67,28 @@ def undisturbed(
     catalog: Catalog, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("undisturbed") / "bundle"
-    exit_code, said = run_here(
+    exit_code, printed = run_here(
         cluster, finetune, *catalog.arguments, "--output", str(output), "--num-workers", "1"
     )
-    assert exit_code == 0, said
-    return output, said
+    assert exit_code == 0, printed
+    return output, printed
 
 
 def tail(log: Path) -> str:
     return "\n".join(line for line in log.read_text().splitlines() if " rows" not in line)[-3000:]
 
 
-def run_alone_here(job: ModuleType, *arguments: str) -> tuple[int, str]:
-    """Run a job that needs no cluster: its exit code and all it said."""
-    said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
+def run_without_cluster(job: ModuleType, *arguments: str) -> tuple[int, str]:
+    """Run a job that needs no cluster; return its exit code and console output."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
         exit_code = run(job.__name__.rpartition(".")[2], job.COMMANDS, list(arguments))
-    return exit_code, said.getvalue()
+    return exit_code, printed.getvalue()
 
 
 @pytest.fixture
 def two_nodes(clean_environment: dict[str, str], tmp_path: Path, s3: S3Server) -> Iterator[Cluster]:
-    """Two raylets of one CPU each, whose copies of pixels lie in the folder `caches` of the test."""
+    """Two raylets with one CPU each, whose pixel caches are in the folder `caches` of the test."""
     environment = clean_environment | s3.environment | {"BATCHCLS_CACHE_DIR": str(tmp_path / "caches")}
     nodes = ThreeNodes(environment, others=1)
     try:
@@ -98,7 +98,7 @@ def two_nodes(clean_environment: dict[str, str], tmp_path: Path, s3: S3Server) -
 
 
 def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    # Where tests run in the background interrupts are ignored, and so they would be by what they start.
+    # A shell starts background processes with SIGINT ignored, and tests and their children would inherit this.
     interruptible = ("env", "--default-signal=INT", sys.executable)
     command = [*interruptible, "-m", "batchcls.jobs.finetune", *catalog.arguments, "--output", str(output)]
     with output.with_suffix(".log").open("w") as log:
@@ -112,7 +112,7 @@ def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> 
 
 
 def wait_for_line(process: subprocess.Popen[str], log: Path, pattern: str) -> re.Match[str]:
-    """The log is the only sign of how far another process is."""
+    """Wait until the log of a process contains a pattern; fail if the process ends before that."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if found := re.search(pattern, log.read_text()):
@@ -126,11 +126,11 @@ def lineage(output: Path) -> dict:
     return json.loads((output / "bundle.json").read_text())["lineage"]
 
 
-def require_same_end(found: dict, expected: dict) -> None:
-    """The same epochs with the same figures, but for the order in which sums are rounded."""
+def assert_same_result(found: dict, expected: dict) -> None:
+    """Check that two runs trained the same epochs to the same metrics, up to rounding."""
     assert [record["epoch"] for record in found["history"]] == list(range(1, EPOCHS + 1))
     assert {record["validation_rows"] for record in found["history"]} == {31}
-    # there are but three categories: any other share would be a wrong count
+    # With only three categories every row is in the top 5; any other share is a wrong count.
     assert {record["validation_top5"] for record in found["history"]} == {1.0}
     for ours, theirs in ((found["history"][epoch], expected["history"][epoch]) for epoch in (0, 3)):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
@@ -139,10 +139,10 @@ def require_same_end(found: dict, expected: dict) -> None:
     assert abs(ours["validation_top1"] - theirs["validation_top1"]) <= 1 / 31 + 1e-9
 
 
-def test_a_bundle_comes_out_that_answers_and_says_where_it_comes_from(
+def test_trained_bundle_passes_its_test_and_records_its_lineage(
     undisturbed: tuple[Path, str], catalog: Catalog, tiny_bundle: str
 ):
-    output, said = undisturbed
+    output, printed = undisturbed
     made, before = (Bundle.load(str(folder), Storage()) for folder in (output, tiny_bundle))
     assert made.config.labels == CATEGORIES
     assert made.config.preprocessing == before.config.preprocessing
@@ -155,28 +155,28 @@ def test_a_bundle_comes_out_that_answers_and_says_where_it_comes_from(
     assert history[-1]["validation_top1"] > 0.9
     assert history[0]["crop_pixels"] == [32, 32]
     assert history[-1]["crop_pixels"] == [64, 64]
-    assert "parameters are trained; 15 BatchNorm layers keep their statistics" in said
+    assert "parameters are trained; 15 BatchNorm layers keep their statistics" in printed
     assert run("bundle", bundle.COMMANDS, ["test", str(output)]) == 0
     state = output.with_name("bundle.training")
     assert list((state / "curves").rglob("events.out.tfevents.*"))
     assert not (state / "pixels").exists()
 
 
-def test_the_same_command_does_not_train_again_and_another_does_not_overwrite(
+def test_finished_run_is_neither_repeated_nor_overwritten(
     undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster
 ):
     output, _ = undisturbed
     before = (output / "bundle.json").read_bytes()
     arguments = (*catalog.arguments, "--output", str(output), "--num-workers", "1")
-    exit_code, said = run_here(cluster, finetune, *arguments)
-    assert (exit_code, "finished already" in said) == (0, True), said
-    exit_code, said = run_here(cluster, finetune, *arguments, "--seed", "5")
+    exit_code, printed = run_here(cluster, finetune, *arguments)
+    assert (exit_code, "finished already" in printed) == (0, True), printed
+    exit_code, printed = run_here(cluster, finetune, *arguments, "--seed", "5")
     assert exit_code == 2
-    assert "holds another bundle already" in said
+    assert "holds another bundle already" in printed
     assert (output / "bundle.json").read_bytes() == before
 
 
-def test_two_workers_of_which_one_is_killed_end_like_one(
+def test_two_workers_with_one_killed_train_the_same_bundle_as_one(
     undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
     output = tmp_path / "bundle"
@@ -184,17 +184,17 @@ def test_two_workers_of_which_one_is_killed_end_like_one(
     log = output.with_suffix(".log")
     wait_for_line(process, log, r"epoch 4: ")
     first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
-    # What glibc and libgomp read when a process starts; later it would be too late.
+    # glibc and libgomp read these only when a process starts.
     environment = Path(f"/proc/{first.group(1)}/environ").read_bytes().split(b"\0")
     assert {b"MALLOC_MMAP_MAX_=0", b"MALLOC_ARENA_MAX=1", b"GOMP_SPINCOUNT=10000"} <= set(environment)
     os.kill(int(first.group(1)), signal.SIGKILL)
     assert process.wait(timeout=200) == 0, log.read_text()
     assert "going on from the checkpoint of epoch" in log.read_text()
-    require_same_end(lineage(output), lineage(undisturbed[0]))
+    assert_same_result(lineage(output), lineage(undisturbed[0]))
 
 
 @pytest.mark.long
-def test_a_killed_driver_goes_on_with_the_same_run(
+def test_run_of_killed_driver_is_resumed(
     undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
     output = tmp_path / "bundle"
@@ -205,18 +205,18 @@ def test_a_killed_driver_goes_on_with_the_same_run(
     process.kill()
     process.wait()
     arguments = (*catalog.arguments, "--output", str(output), "--num-workers", "1")
-    exit_code, said = run_here(cluster, finetune, *arguments, "--seed", "5")
-    assert (exit_code, "differs in seed" in said) == (2, True), said
-    exit_code, said = run_here(cluster, finetune, *arguments)
-    assert exit_code == 0, said
-    assert f"resuming run {run_id}" in said
-    assert "going on from the checkpoint of epoch" in said
-    require_same_end(lineage(output), lineage(undisturbed[0]))
+    exit_code, printed = run_here(cluster, finetune, *arguments, "--seed", "5")
+    assert (exit_code, "differs in seed" in printed) == (2, True), printed
+    exit_code, printed = run_here(cluster, finetune, *arguments)
+    assert exit_code == 0, printed
+    assert f"resuming run {run_id}" in printed
+    assert "going on from the checkpoint of epoch" in printed
+    assert_same_result(lineage(output), lineage(undisturbed[0]))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_lost_node_leaves_the_others_to_finish(
+def test_training_continues_without_a_lost_node(
     undisturbed: tuple[Path, str],
     catalog: Catalog,
     clean_environment: dict[str, str],
@@ -242,12 +242,12 @@ def test_a_lost_node_leaves_the_others_to_finish(
         nodes.shutdown()
     assert re.search(r"going on from the checkpoint of epoch", log.read_text())
     assert "1 worker(s) on cpu" in log.read_text()
-    require_same_end(lineage(output), lineage(undisturbed[0]))
+    assert_same_result(lineage(output), lineage(undisturbed[0]))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_from_a_store_to_a_store_on_two_nodes_of_which_a_worker_is_killed(
+def test_training_on_s3_with_two_nodes_survives_a_killed_worker(
     undisturbed: tuple[Path, str],
     catalog: Catalog,
     tiny_bundle: str,
@@ -255,7 +255,7 @@ def test_from_a_store_to_a_store_on_two_nodes_of_which_a_worker_is_killed(
     tmp_path: Path,
     s3: S3Server,
 ):
-    """Everything lies on the store, and each node copies the pixels once, for as long as the run lasts."""
+    """All inputs and outputs are on S3; each node copies the pixels once and deletes them at the end of the run."""
     storage = Storage({"endpoint_url": s3.endpoint_url})
     home = f"s3://{s3.bucket}/shop"
     for name, folder in {
@@ -265,7 +265,7 @@ def test_from_a_store_to_a_store_on_two_nodes_of_which_a_worker_is_killed(
     }.items():
         for path in folder.iterdir():
             storage.write_whole(f"{home}/{name}/{path.name}", path.read_bytes())
-    output, caches = tmp_path / "told", tmp_path / "caches"
+    output, caches = tmp_path / "bundle", tmp_path / "caches"
     here = Cluster(two_nodes.address, two_nodes.environment | s3.environment)
     process = start(
         *(here, catalog, output, "--output", f"{home}/made", "--model", f"{home}/start"),
@@ -278,17 +278,17 @@ def test_from_a_store_to_a_store_on_two_nodes_of_which_a_worker_is_killed(
     first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
     wait_for_line(process, log, r"epoch 4: ")
     copies = list(caches.glob("batchcls-pixels-*/*"))
-    assert len(copies) == 2, "one folder a node"
+    assert len(copies) == 2, "one folder per node"
     assert [len([file for file in folder.iterdir() if file.suffix == ""]) for folder in copies] == [3, 3]
     os.kill(int(first.group(1)), signal.SIGKILL)
     assert process.wait(timeout=400) == 0, tail(log)
-    said = log.read_text()
-    assert "each of 2 node(s) copies the prepared pixels once" in said
-    assert re.search(r"training failed \(.*\) and resumes from the last checkpoint; failure 1 of", said)
-    assert re.search(r"going on from the checkpoint of epoch \d+ and \d steps", said)
+    printed = log.read_text()
+    assert "each of 2 node(s) copies the prepared pixels once" in printed
+    assert re.search(r"training failed \(.*\) and resumes from the last checkpoint; failure 1 of", printed)
+    assert re.search(r"going on from the checkpoint of epoch \d+ and \d steps", printed)
     assert not list(caches.glob("*"))
     made = Bundle.load(f"{home}/made", storage)
-    require_same_end(made.config.lineage, lineage(undisturbed[0]))
+    assert_same_result(made.config.lineage, lineage(undisturbed[0]))
     found = [info.uri for info in storage.list_files(f"{home}/made.training")]
     assert [uri for uri in found if uri.endswith("training.pt")]
     assert [uri for uri in found if "tfevents" in uri]
@@ -297,58 +297,58 @@ def test_from_a_store_to_a_store_on_two_nodes_of_which_a_worker_is_killed(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_calibrated_bundle_is_trained_on_and_classifies(
+def test_calibrated_bundle_can_be_finetuned(
     undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
     calibrated, output = tmp_path / "calibrated", tmp_path / "bundle"
-    exit_code, said = run_alone_here(
+    exit_code, printed = run_without_cluster(
         evaluate,
         *("--manifest", catalog.arguments[3], "--model", str(undisturbed[0])),
         *("--output", str(tmp_path / "evaluated"), "--write-bundle", str(calibrated)),
     )
-    assert exit_code == 0, said
+    assert exit_code == 0, printed
     before = Bundle.load(str(calibrated), Storage())
     assert before.config.calibration is not None
     arguments = [*catalog.arguments]
     arguments[arguments.index("--model") + 1] = str(calibrated)
-    exit_code, said = run_here(
+    exit_code, printed = run_here(
         cluster, finetune, *arguments, "--epochs", "2", "--num-workers", "1", "--output", str(output)
     )
-    assert exit_code == 0, said
-    assert "the calibration of --model" in said
+    assert exit_code == 0, printed
+    assert "the calibration of --model" in printed
     made = Bundle.load(str(output), Storage())
     assert made.config.calibration is None
     assert made.config.golden != before.config.golden
     arguments = ["--manifest", catalog.arguments[3], "--model", str(output)]
-    exit_code, said = run_here(cluster, classify, *arguments, "--output", str(tmp_path / "classified"))
-    assert exit_code == 0, said
+    exit_code, printed = run_here(cluster, classify, *arguments, "--output", str(tmp_path / "classified"))
+    assert exit_code == 0, printed
 
 
-def test_workers_that_find_too_few_images_are_refused_before_anything_is_prepared(
+def test_too_small_batch_per_worker_is_rejected_before_preparation(
     catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
     output = tmp_path / "bundle"
     arguments = (*catalog.arguments, "--output", str(output), "--cpus-per-worker", "1")
-    exit_code, said = run_here(
+    exit_code, printed = run_here(
         cluster, finetune, *arguments, "--batch-size", "2", "--num-workers", "2", "--batch-norm", "trained"
     )
     assert exit_code == 2
     assert (
         "a worker needs 2 (for its BatchNorm, which gathers statistics); give --num-workers 1 or fewer"
-        in said
+        in printed
     )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_state_folder_on_one_node_s_disk_is_refused_before_anything_is_prepared(
+def test_work_dir_that_nodes_do_not_share_is_rejected_before_preparation(
     catalog: Catalog, clean_environment: dict[str, str], tmp_path: Path
 ):
-    """The second node is a raylet in a mount namespace of its own, where another disk lies over the folder."""
-    seen = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
-    if seen.returncode != 0:
-        pytest.skip("this user may not make a mount namespace")
+    """The second node is a raylet in its own mount namespace, in which another disk covers the folder."""
+    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip("this user may not create a mount namespace")
     (tmp_path / "made").mkdir()
     hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path / "made"))
     nodes = ThreeNodes(clean_environment, others=1, within=hidden)
@@ -365,7 +365,7 @@ def test_a_state_folder_on_one_node_s_disk_is_refused_before_anything_is_prepare
 
 
 @pytest.mark.long
-def test_ctrl_c_ends_with_130_and_the_run_can_go_on(catalog: Catalog, cluster: Cluster, tmp_path: Path):
+def test_interrupt_exits_130_without_bundle(catalog: Catalog, cluster: Cluster, tmp_path: Path):
     output = tmp_path / "bundle"
     process = start(cluster, catalog, output, "--num-workers", "1")
     log = output.with_suffix(".log")
@@ -375,7 +375,7 @@ def test_ctrl_c_ends_with_130_and_the_run_can_go_on(catalog: Catalog, cluster: C
     assert not output.exists()
 
 
-def test_images_that_cannot_be_read_are_left_out_up_to_a_share(
+def test_too_many_unreadable_images_exit_4(
     catalog: Catalog, cluster: Cluster, tmp_path: Path, tiny_bundle: str
 ):
     training = write_images(tmp_path / "training", 20)
@@ -384,7 +384,7 @@ def test_images_that_cannot_be_read_are_left_out_up_to_a_share(
         *("--manifest", str(training), "--validation", catalog.arguments[3], "--model", tiny_bundle),
         *("--output", str(tmp_path / "bundle"), "--epochs", "1"),
     )
-    exit_code, said = run_here(cluster, finetune, *arguments, "--max-failed-fraction", "0.04")
+    exit_code, printed = run_here(cluster, finetune, *arguments, "--max-failed-fraction", "0.04")
     assert exit_code == 4
-    assert "1 of 20 training images cannot be used (5.00%): not_an_image=1" in said
+    assert "1 of 20 training images cannot be used (5.00%): not_an_image=1" in printed
     assert not (tmp_path / "bundle").exists()

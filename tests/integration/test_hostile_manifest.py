@@ -1,4 +1,4 @@
-"""A manifest written by somebody who means harm: addresses that it must not reach, ids that it must not mangle."""
+"""A malicious manifest: URIs that must not be fetched, and ids that must not be changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +34,7 @@ IDS = (
 )
 
 
-def test_no_address_is_reached_and_no_id_is_changed(
+def test_forbidden_uris_are_quarantined_and_ids_are_unchanged(
     job: Callable[..., Outcome], tiny_bundle: str, tmp_path: Path
 ):
     catalog = tmp_path / "catalog"
@@ -78,5 +78,5 @@ def test_no_address_is_reached_and_no_id_is_changed(
     assert outcome.quarantine.column("content_hash").null_count == len(FORBIDDEN) + 1
     assert "root:" not in outcome.log
     assert "\x1b[31m" not in outcome.log
-    # Nothing was written where an id or an address points to.
+    # No file was written to a path that an id or a URI names.
     assert {path.name for path in tmp_path.iterdir()} == {"catalog", "output", "secret.jpg"}

@@ -1,4 +1,4 @@
-"""`ray job submit`, as cluster/README.md says it."""
+"""`ray job submit`, as documented in cluster/README.md."""
 
 import json
 import subprocess
@@ -10,9 +10,7 @@ from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
 
 
-def test_the_job_runs_on_a_cluster_that_it_is_submitted_to(
-    cluster: Cluster, tiny_bundle: str, tmp_path: Path
-):
+def test_submitted_job_runs_on_its_cluster(cluster: Cluster, tiny_bundle: str, tmp_path: Path):
     manifest = write_catalog(tmp_path / "catalog", 40, broken=(4,))
     output = tmp_path / "out"
     command = [
@@ -40,7 +38,7 @@ def test_the_job_runs_on_a_cluster_that_it_is_submitted_to(
     assert (record["counts"]["rows"], record["counts"]["predicted"]) == (40, 39)
 
 
-def test_a_submitted_job_that_cannot_start_fails_and_says_why(
+def test_submitted_job_with_invalid_input_fails_with_the_cause(
     cluster: Cluster, tiny_bundle: str, tmp_path: Path
 ):
     command = [

@@ -1,4 +1,4 @@
-"""A Ray that does not come up: its raylet is stopped for real, and the job starts it once more."""
+"""Ray fails to start because its raylet is frozen: the job starts it a second time, then gives up."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(240)]
 
 
 def stop_raylets(mark: str, stopped: set[int]) -> None:
-    """Freeze each raylet of the job, once, as early as it can be seen."""
+    """Freeze each new raylet of the job as soon as it appears."""
     for pid in processes_with(mark):
         if "raylet/raylet" in title_of(pid).split(" ")[0] and pid not in stopped:
             os.kill(pid, signal.SIGSTOP)
@@ -23,7 +23,7 @@ def stop_raylets(mark: str, stopped: set[int]) -> None:
 
 
 @pytest.mark.parametrize(("frozen", "exit_code"), [(1, 0), (2, 4)])
-def test_it_is_started_once_more_and_then_told_in_a_line(
+def test_ray_is_started_twice_before_the_job_gives_up(
     frozen: int, exit_code: int, tiny_bundle: str, clean_environment: dict[str, str], tmp_path: Path
 ):
     catalog = write_catalog(tmp_path / "catalog", 30)
@@ -40,14 +40,14 @@ def test_it_is_started_once_more_and_then_told_in_a_line(
     while job.poll() is None:
         if len(stopped) < frozen:
             stop_raylets(mark, stopped)
-    said = log.read_text()
+    printed = log.read_text()
     left = processes_with(mark)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    assert job.returncode == exit_code, said
-    assert "starting it once more" in said
-    assert "Traceback" not in said
+    assert job.returncode == exit_code, printed
+    assert "starting it once more" in printed
+    assert "Traceback" not in printed
     if frozen == 2:
-        assert "Ray did not come up on this machine, twice" in said.splitlines()[-1]
+        assert "Ray did not come up on this machine, twice" in printed.splitlines()[-1]
         assert not (tmp_path / "out" / "runs").exists()
     assert left == []

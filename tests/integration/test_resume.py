@@ -1,4 +1,4 @@
-"""The same command again: after SIGKILL, after a broken store, beside a living job, with another configuration."""
+"""Repeated commands: after SIGKILL, after failed storage, beside a running job, with changed settings or images."""
 
 import json
 import signal
@@ -29,7 +29,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def published(output: Path) -> pa.Table:
-    """What a reader finds through current.json: only what run.json lists."""
+    """Read the published predictions as a reader does: the files that run.json lists, found through current.json."""
     current = json.loads((output / "current.json").read_text())
     folder = output / current["path"]
     record = json.loads((folder / "run.json").read_text())
@@ -42,7 +42,7 @@ def receipts(output: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.chaos)])
-def test_a_killed_driver_s_run_goes_on_where_it_was(
+def test_run_of_killed_driver_is_resumed(
     cluster: Cluster, job: Job, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str
 ):
     arguments = [
@@ -53,7 +53,7 @@ def test_a_killed_driver_s_run_goes_on_where_it_was(
     until_line(process, "INFO run ")
     while len(receipts(tmp_path / "output")) < 2:
         assert process.poll() is None
-    process.send_signal(signal.SIGSTOP)  # it lives, and does not end before it is killed
+    process.send_signal(signal.SIGSTOP)  # the process is alive, but cannot finish before it is killed
     second = job(*arguments, "--run-id", next((tmp_path / "output" / "runs").iterdir()).name)
     process.kill()
     process.communicate(timeout=60)
@@ -76,8 +76,8 @@ def test_a_killed_driver_s_run_goes_on_where_it_was(
         assert published(tmp_path / "undisturbed").column(name).equals(table.column(name))
 
 
-def test_a_run_id_goes_on_only_with_what_it_was_begun_with(job: Job, tiny_bundle: str, tmp_path: Path):
-    """A broken bucket stops the run; mended, the same command tries again what failed."""
+def test_run_is_resumed_only_with_the_same_settings(job: Job, tiny_bundle: str, tmp_path: Path):
+    """Missing images stop the run; when they are back, the same command retries the failed rows."""
     manifest = write_catalog(tmp_path / "catalog", 600)
     images = sorted((tmp_path / "catalog").glob("*.jpg"))
     away = tmp_path / "away"
@@ -103,9 +103,7 @@ def test_a_run_id_goes_on_only_with_what_it_was_begun_with(job: Job, tiny_bundle
     assert published(outcome.output).column("row").to_pylist() == list(range(600))
 
 
-def test_the_second_night_computes_what_has_changed_and_nothing_else(
-    job: Job, tiny_bundle: str, tmp_path: Path
-):
+def test_second_run_predicts_only_changed_images(job: Job, tiny_bundle: str, tmp_path: Path):
     rows = 400
     manifest = write_catalog(tmp_path / "catalog", rows, broken=(7,))
     arguments = ["--manifest", manifest, "--model", tiny_bundle, "--keep", "shop"]
@@ -143,12 +141,12 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
     assert labels[rows_of.index(3)] == labels_before[rows_of.index(200)]
     assert second.column("uri").to_pylist()[rows_of.index(9)] == "renamed.jpg"
 
-    # Another model setting: nothing may be reused.
+    # Predictions with another --top-k cannot be reused.
     third = job(*arguments, "--top-k", "3", "--run-id", "n3")
     assert third.exit_code == 0
     assert "reuse: nothing, n2 was made with another top_k" in third.log
 
-    # What failed is mended; only that is tried again.
+    # The damaged image is repaired; only its row is predicted again.
     (folder / "7.jpg").write_bytes(encode(draw(7, 90, 70), "JPEG"))
     fourth = job(*arguments, "--retry-quarantine", "--reuse", "n2", "--run-id", "n4")
     assert fourth.exit_code == 0, fourth.log
@@ -156,7 +154,7 @@ def test_the_second_night_computes_what_has_changed_and_nothing_else(
     assert (record["counts"]["predicted"], record["counts"]["reused"]) == (1, rows - 1)
 
 
-def test_the_same_command_publishes_what_it_committed_and_a_cut_neighbor_stops_no_night(
+def test_repeated_command_publishes_committed_run_and_damaged_source_of_reuse_is_ignored(
     job: Job, tiny_bundle: str, tmp_path: Path
 ):
     rows, output = 60, tmp_path / "output"
@@ -184,7 +182,7 @@ def test_the_same_command_publishes_what_it_committed_and_a_cut_neighbor_stops_n
     assert json.loads((night / "plan.json").read_text())["reuse"]["run_id"] == first_run(output)
     away.rename(tmp_path / "catalog" / "7.jpg")
     for path in [night / "reused.json", *(night / "receipts").iterdir()]:
-        path.unlink()  # as if the job had died before it took anything over
+        path.unlink()  # as if the job had been killed before it copied predictions
     part.write_bytes(whole[:-9])
     resumed = job(*arguments, "--run-id", "night")
     assert resumed.exit_code == 3, resumed.log
@@ -199,7 +197,7 @@ def first_run(output: Path) -> str:
 
 
 @pytest.mark.chaos
-def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
+def test_run_stopped_by_full_disk_is_resumed_with_free_space(
     job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
 ):
     output = tmp_path / "small"
@@ -224,7 +222,7 @@ def test_a_full_disk_stops_and_the_run_goes_on_once_there_is_room(
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("shape", ["fused", "staged"])
-def test_images_that_kill_their_decoder_are_quarantined_and_no_others(
+def test_only_crash_inducing_images_are_quarantined(
     tiny_bundle: str, tmp_path: Path, clean_environment: dict[str, str], shape: str
 ):
     manifest = write_catalog(tmp_path / "catalog", 300)

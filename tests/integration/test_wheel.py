@@ -1,4 +1,4 @@
-"""The wheel is complete, and an installation of it classifies a catalog without the checkout."""
+"""The wheel is complete, and its installation classifies a catalog without the checkout."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def tracked_files() -> list[str]:
 def wheel(
     tracked_files: list[str], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Built from a copy of the tracked files: untracked files cannot get in, and no build folder is left here."""
+    """Build the wheel from a copy of the tracked files: it holds no untracked file, and the checkout stays clean."""
     source = tmp_path_factory.mktemp("source")
     for name in tracked_files:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def wheel(
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a new virtual environment with the wheel, and with the dependencies of this one."""
+    """The interpreter of a new virtual environment with the wheel, and with the dependencies of this environment."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     _run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=wheel.parent, environment=environment)
     interpreter = folder / "bin" / "python"
@@ -71,8 +71,8 @@ def python(wheel: Path, environment: dict[str, str], tmp_path_factory: pytest.Te
         cwd=wheel.parent,
         environment=environment,
     )
-    # A path in a .pth file comes last on sys.path, and .pth files in that path are not processed: the wheel
-    # precedes everything, and the finder of an editable installation is not active.
+    # A path in a .pth file is appended to sys.path, and .pth files in that path are not processed. So the wheel
+    # precedes all dependencies, and the finder of an editable installation is not active.
     (packages,) = folder.glob("lib/python3*/site-packages")
     dependencies = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     (packages / "dependencies.pth").write_text("\n".join(dependencies))

@@ -1,4 +1,4 @@
-"""Every backbone of the zoo through the real job: 32 drawn images, random weights.
+"""`classify` with every backbone of the zoo: 32 drawn images, random weights.
 
 Not part of `make test`: `make long` takes about half an hour on two cores and prints a table.
 """
@@ -32,17 +32,15 @@ def manifest(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results():
-    """What each backbone took, printed as a table for docs/measurements when all are done."""
+    """Rows of a table with the time and memory of each backbone, printed at the end for docs/measurements."""
     lines: list[str] = []
     yield lines
-    print(
-        "\n| backbone | whole job, s | forward pass, s per image | memory of the actor, MiB |\n|---|---|---|---|"
-    )
+    print("\n| backbone | job, s | forward pass, s per image | memory of the actor, MiB |\n|---|---|---|---|")
     print("\n".join(lines))
 
 
 @pytest.mark.parametrize("name", [record.name for record in zoo_records()])
-def test_a_backbone_of_the_zoo_classifies(name, job, manifest, results):
+def test_zoo_backbone_classifies(name, job, manifest, results):
     started = time.perf_counter()
     outcome = job("--manifest", str(manifest), "--model", name, "--allow-random-weights")
     seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""The main job when it is interrupted, and when its workers are killed."""
+"""`classify` when it is interrupted, and when its workers are killed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.started import start_job, until_line, write_catalog
 from tests.integration.conftest import OwnCluster
 
-ENGINE = ("--engine", "torch", "--precision", "fp32")  # so that no engine is measured before the run begins
+ENGINE = ("--engine", "torch", "--precision", "fp32")  # skips engine measurements
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def long_catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def kill_one(cluster: OwnCluster, title: str) -> None:
-    """SIGKILL for the first worker of the cluster with this title, as soon as there is one."""
+    """Send SIGKILL to a worker of the cluster with this title, as soon as there is one."""
     deadline = time.monotonic() + 60
     while not (found := cluster.workers(title)):
         assert time.monotonic() < deadline, f"no process named {title}"
@@ -31,7 +31,7 @@ def kill_one(cluster: OwnCluster, title: str) -> None:
     os.kill(found[0], signal.SIGKILL)
 
 
-def test_ctrl_c_ends_with_130_and_commits_nothing(
+def test_interrupt_exits_130_without_commit(
     cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
 ):
     process = start_job(
@@ -50,11 +50,11 @@ def test_ctrl_c_ends_with_130_and_commits_nothing(
     ("shape", "killed"),
     [
         ("fused", ("ray::FragmentActor", "ray::FragmentActor")),
-        # A load task and an actor: two processes, so the stages are not fused by Ray either.
+        # A load task and an actor. That both exist shows that Ray did not fuse the two stages.
         pytest.param("staged", ("ray::ReadImages", "ray::MapWorker"), marks=pytest.mark.long),
     ],
 )
-def test_killed_workers_cost_no_row(
+def test_no_row_is_lost_when_workers_are_killed(
     cluster: OwnCluster,
     tiny_bundle: str,
     long_catalog: str,
@@ -81,19 +81,19 @@ def test_killed_workers_cost_no_row(
 
 
 @pytest.mark.long
-def test_rows_over_which_every_process_dies_are_named(
+def test_error_names_rows_on_which_all_workers_crashed(
     cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
 ):
     process = start_job(
         cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle, "--num-actors", "1"
     )
     until_line(process, "INFO run ")
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.append(process.communicate()[1]))
+    outputs: list[str] = []
+    reader = threading.Thread(target=lambda: outputs.append(process.communicate()[1]))
     reader.start()
     while reader.is_alive():
         for pid in cluster.workers("ray::FragmentActor.process"):
             os.kill(pid, signal.SIGKILL)
         reader.join(0.05)
     assert process.returncode == 1
-    assert "4 worker processes crashed on rows 0 to 63" in said[0].splitlines()[-1]
+    assert "4 worker processes crashed on rows 0 to 63" in outputs[0].splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What the driver counts while the pool works: nothing twice, however late a look arrives."""
+"""Progress of the fragment graph while it runs: no row counts twice, however late a report arrives."""
 
 import os
 import sys
@@ -27,22 +27,22 @@ ROWS, FRAGMENT_ROWS = 300, 50
 
 
 class LateActor(FragmentActor):
-    """Its looks are as old as they can be: every fragment is all but finished, and all of it has failed."""
+    """An actor with outdated reports: all rows of every fragment have failed, and none has a receipt."""
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> WorkerProgress:
-        """Of every fragment of the manifest."""
+        """Report all fragments of the manifest."""
         part = PartialFragment(FRAGMENT_ROWS, Counter(truncated=FRAGMENT_ROWS))
         return WorkerProgress(dict.fromkeys(range(0, ROWS, FRAGMENT_ROWS), part), 1.0)
 
 
-class LateRun(FragmentGraph):
-    """The pool with such actors."""
+class LateGraph(FragmentGraph):
+    """A fragment graph with late actors."""
 
     actor_class = LateActor
 
 
-def test_finished_fragments_count_by_their_receipts(
+def test_finished_fragments_are_counted_from_receipts(
     cluster: Cluster, tiny_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
@@ -59,17 +59,19 @@ def test_finished_fragments_count_by_their_receipts(
         fragment_rows=FRAGMENT_ROWS,
     )
     with ray_session(cluster.address):
-        # A node of cluster/local.sh hands on what workers have to start with.
+        # Workers inherit the environment of the nodes of cluster/local.sh.
         environment = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
         assert environment.items() >= KEEP_MEMORY.items()
         inputs = open_inputs(config, check_inputs(config))
-        shape = plan_resources(config, nodes(), remote_images=False, rows=ROWS)
+        resources = plan_resources(config, nodes(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
-        run = LateRun(work_of(config, inputs, shape, EngineSelection(engines, None, ()), "late"), seen.append)
-        receipts = run.execute()
-        last = run.progress()
+        graph = LateGraph(
+            work_of(config, inputs, resources, EngineSelection(engines, None, ()), "late"), seen.append
+        )
+        receipts = graph.execute()
+        last = graph.progress()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert max(progress.failures["truncated"] for progress in seen) > 0  # such looks were heard
+    assert max(progress.failures["truncated"] for progress in seen) > 0  # late reports did arrive
     assert all(progress.rows <= ROWS for progress in seen)
-    assert (last.rows, last.failures) == (ROWS, sum((one.failures for one in receipts), Counter()))
+    assert (last.rows, last.failures) == (ROWS, sum((receipt.failures for receipt in receipts), Counter()))
     assert not last.failures
