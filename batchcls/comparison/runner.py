@@ -12,8 +12,9 @@ from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import BatchclsError, InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, decode_limits, fetch_policy
-from batchcls.manifest.sample import RowSample, take_sample
-from batchcls.manifest.snapshot import Manifest, open_labeled
+from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.sample import LABEL, RowSample, take_sample
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.engines.engine import REFERENCE
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_names import is_model_name
@@ -137,8 +138,9 @@ def open_inputs(config: CompareConfig) -> ComparisonInputs:
         check_model(model, _choices(config, model), storage)
     manifest = _open_manifest(config, storage)
     sample = take_sample(manifest, config.images, storage)
-    labels = f"labels in {config.label_column}" if manifest.columns.kept else "no labels"
-    _logger.info("sample: %d of %d rows, %s", sample.rows.num_rows, manifest.rows, labels)
+    _logger.info(
+        "sample: %d of %d rows, %s", sample.rows.num_rows, manifest.rows, _describe_labels(sample, config)
+    )
     return ComparisonInputs(
         storage=storage,
         sample=sample,
@@ -147,6 +149,13 @@ def open_inputs(config: CompareConfig) -> ComparisonInputs:
         fetch=fetch_policy(config),
         limits=decode_limits(config),
     )
+
+
+def _describe_labels(sample: RowSample, config: CompareConfig) -> str:
+    if LABEL not in sample.rows.column_names:
+        return "no label column"
+    labels = sample.rows.column(LABEL)
+    return f"{len(labels) - labels.null_count} with a label in column {config.label_column}"
 
 
 def _open_manifest(config: CompareConfig, storage: Storage) -> Manifest:

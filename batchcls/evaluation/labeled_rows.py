@@ -5,14 +5,22 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batchcls.evaluation.classification_metrics import Categories
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.ids import InvalidIds, find_bad_ids
-from batchcls.manifest.labeled_manifest import REASON_NO_LABEL, REASON_UNKNOWN_LABEL
-from batchcls.manifest.snapshot import Manifest, open_labeled
+from batchcls.manifest.labeled_manifest import (
+    REASON_NO_LABEL,
+    REASON_UNKNOWN_LABEL,
+    UNKNOWN_CLASS,
+    UNLABELED_CLASS,
+    LabelColumn,
+    open_labeled,
+    read_label_column,
+)
+from batchcls.manifest.snapshot import Manifest
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI
 from batchcls.storage.filesystem import Storage
 
@@ -20,6 +28,8 @@ NOT_IN_RUN = "not_in_run"
 """Reason why evaluation excludes a row that the run does not contain."""
 
 _FRAGMENT_TABLES = 64
+
+_REASONS = {UNLABELED_CLASS: REASON_NO_LABEL, UNKNOWN_CLASS: REASON_UNKNOWN_LABEL}
 
 NOTES = pa.schema(
     [
@@ -44,9 +54,17 @@ class LabeledPart:
 
 @dataclass(frozen=True, slots=True)
 class LabeledManifest:
-    """A manifest opened with its label column."""
+    """A manifest with the labels of its rows.
+
+    Attributes:
+        manifest: the manifest, without its label column.
+        labels: labels of all rows.
+        bad_ids: rows whose ID is null or a duplicate.
+        storage: storage that holds the manifest.
+    """
 
     manifest: Manifest
+    labels: LabelColumn
     bad_ids: InvalidIds
     storage: Storage
 
@@ -54,13 +72,15 @@ class LabeledManifest:
     def open(
         cls, uri: str, storage: Storage, *, id_column: str, label_column: str, limit: int | None
     ) -> "LabeledManifest":
-        """Open the manifest and check its IDs.
+        """Open the manifest, read its labels and check its IDs.
 
         Raises:
-            InputError: the manifest is not readable, or the label column is missing or not text.
+            InputError: the manifest is not readable, the label column is missing or not text, or no row has a label.
         """
         manifest = open_labeled(uri, storage, label_column, id_column=id_column, limit=limit)
-        return cls(manifest, find_bad_ids(manifest, storage), storage)
+        labels = read_label_column(manifest, storage)
+        manifest = manifest.without_kept()
+        return cls(manifest, labels, find_bad_ids(manifest, storage), storage)
 
     def without_images(self) -> "LabeledManifest":
         """The same rows without the images stored in the manifest."""
@@ -74,29 +94,30 @@ class LabeledManifest:
             labels: class names of the model, in order. None accepts any label, with class index 0.
             rows_per_part: maximum number of rows of a part.
         """
+        if labels is None:
+            classes = np.minimum(self.labels.codes, 0)
+        else:
+            classes = self.labels.classes(pa.array(labels, pa.string()))
         reader = FragmentReader(self.manifest.columns, self.storage)
-        known = None if labels is None else pa.array(labels, pa.string())
-        (column,) = self.manifest.columns.kept
         for fragment in self.manifest.fragments(repeat(rows_per_part * _FRAGMENT_TABLES)):
             for table in reader.read(fragment, rows_per_part):
-                yield self._part(table, table.column(column.name), known)
+                yield self._part(table, classes)
 
-    def _part(self, table: pa.Table, label: pa.ChunkedArray, known: pa.Array | None) -> LabeledPart:
-        indices = pc.index_in(label, value_set=known) if known is not None else _zeros(label)
+    def _part(self, table: pa.Table, classes: npt.NDArray[np.int32]) -> LabeledPart:
         first = table.column(ROW)[0].as_py()
-        reasons: list[str | None] = [
-            REASON_NO_LABEL if text is None else REASON_UNKNOWN_LABEL if index is None else None
-            for text, index in zip(label.to_pylist(), indices.to_pylist(), strict=True)
-        ]
-        for row, failure in self.bad_ids.between(first, first + table.num_rows).items():
+        stop = first + table.num_rows
+        classes = classes[first:stop]
+        reasons = [_REASONS.get(index) for index in classes.tolist()]
+        for row, failure in self.bad_ids.between(first, stop).items():
             reasons[row - first] = failure.reason.value
         reason = pa.array(reasons, pa.string())
         included = reason.is_null()
+        label = self.labels.texts(first, stop)
         notes = pa.table(
             [table.column(ROW), table.column(ITEM_ID), table.column(URI), label, reason], schema=NOTES
         )
-        truth = indices.filter(included).to_numpy().astype(np.int32)
-        return LabeledPart(notes, table.select([ROW, ITEM_ID, URI, IMAGE]).filter(included), truth)
+        rows = table.select([ROW, ITEM_ID, URI, IMAGE]).filter(included)
+        return LabeledPart(notes, rows, classes[included.to_numpy(zero_copy_only=False)])
 
 
 def with_failures(notes: pa.Table, failures: Mapping[int, str]) -> pa.Table:
@@ -105,7 +126,3 @@ def with_failures(notes: pa.Table, failures: Mapping[int, str]) -> pa.Table:
     for row, reason in failures.items():
         reasons[row] = reason
     return notes.set_column(NOTES.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
-
-
-def _zeros(label: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.if_else(label.is_valid(), pa.scalar(0, pa.int32()), pa.scalar(None, pa.int32()))

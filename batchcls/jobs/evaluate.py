@@ -87,7 +87,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
         label_column=config.label_column,
         limit=config.limit,
     )
-    _logger.info("manifest: %d rows, labels in %s", labeled.manifest.rows, config.label_column)
+    _logger.info("manifest: %s in column %s", labeled.labels.describe(), config.label_column)
     if config.model is not None:
         bundle = Bundle.load(config.model, storage)
         _logger.info("model: %s", bundle_line(bundle))

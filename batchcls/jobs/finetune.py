@@ -20,7 +20,8 @@ from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
 from batchcls.images.load_config import decode_limits, fetch_policy
 from batchcls.manifest.ids import column_batches
-from batchcls.manifest.snapshot import Manifest, open_labeled
+from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
 from batchcls.ray_runtime import nodes, ray_session

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from batchcls.manifest.fragment_reader import FragmentReader
-from batchcls.manifest.snapshot import Fragment, Manifest, with_text_labels
+from batchcls.manifest.labeled_manifest import blank_to_null, with_text_labels
+from batchcls.manifest.snapshot import Fragment, Manifest
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI, URI_FAULT
 from batchcls.storage.filesystem import Storage
 from batchcls.storage.uris import real_place
@@ -27,7 +28,7 @@ class RowSample:
 
     Attributes:
         rows: row, item_id, uri, image and uri_fault as `manifest.FragmentReader` gives them, and `label` as text
-            where the manifest has labels; in the manifest's order.
+            where the manifest has labels, null for blank labels; in the manifest's order.
         base: the folder that relative uris are resolved against.
     """
 
@@ -86,7 +87,7 @@ def take_sample(manifest: Manifest, count: int, storage: Storage) -> RowSample:
     rows = pa.concat_tables(tables).combine_chunks()
     columns = {name: rows.column(name) for name in (ROW, ITEM_ID, URI, IMAGE, URI_FAULT)}
     for field in manifest.columns.kept:
-        columns[LABEL] = rows.column(field.name)
+        columns[LABEL] = blank_to_null(rows.column(field.name))
     return RowSample(pa.table(columns), manifest.base)
 
 

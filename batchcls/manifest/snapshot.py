@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from batchcls.errors import InputError
 from batchcls.manifest.columns import Columns, agree, columns_of, some_names
 from batchcls.manifest.footer import Footer, read_footer, require_plain
 from batchcls.manifest.row_ranges import RowRanges, Rows
-from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, URI_FAULT
+from batchcls.schema import ITEM_ID
 from batchcls.storage.data_files import DataFiles, find_data
 from batchcls.storage.filesystem import FileInfo, Storage, explain, local_path, redact_uri
 from batchcls.storage.uris import below, is_remote, normal
@@ -30,7 +29,6 @@ __all__ = [
     "Fragment",
     "Manifest",
     "ManifestFile",
-    "open_labeled",
     "open_manifest",
 ]
 
@@ -183,60 +181,6 @@ def open_manifest(
         raise InputError(f"the manifest {redact_uri(uri)} is empty: {len(files)} Parquet file(s), no rows")
     rows = min(first_row, limit or first_row)
     return Manifest(data.base, tuple(files), columns, rows, looks[0][2])
-
-
-def open_labeled(
-    uri: str,
-    storage: Storage,
-    label_column: str,
-    *,
-    id_column: str = ITEM_ID,
-    limit: int | None = None,
-    optional: bool = False,
-) -> Manifest:
-    """Open a manifest with its labels as the one kept column, read as text: whole numbers are names too.
-
-    Args:
-        uri: a Parquet file, a folder or a glob, local or remote.
-        storage: how to reach it.
-        label_column: the column with the right class names.
-        id_column: the column with the unique ids.
-        limit: look at the first rows only.
-        optional: there may be no labels; the manifest then has no kept column.
-
-    Raises:
-        InputError: as `open_manifest`, or that column is missing, names images, or is no text.
-    """
-    if label_column in (id_column, URI, IMAGE):
-        raise InputError(f"--label-column {label_column}: that column names images; name one of labels")
-    if label_column in (ROW, ITEM_ID, SOURCE_VERSION, URI_FAULT):
-        raise InputError(
-            f"--label-column {label_column}: this program needs that name itself; rename the column"
-        )
-    manifest = open_manifest(
-        uri, storage, id_column=id_column, keep=[label_column], limit=limit, optional=True
-    )
-    if not manifest.columns.kept:
-        if optional:
-            return manifest
-        raise InputError(
-            f"--label-column {label_column} is missing: {redact_uri(manifest.files[0].uri)} has no column "
-            f"{label_column}; it has {manifest.column_names}; name the one with the right class names with "
-            "--label-column, or make a manifest from folders with `python -m batchcls.jobs.manifest from-folder "
-            "--labels-from-folders`"
-        )
-    return with_text_labels(manifest)
-
-
-def with_text_labels(manifest: Manifest) -> Manifest:
-    """A manifest whose one kept column, the labels, is read as text. Raises InputError if it is no text."""
-    (field,) = manifest.columns.kept
-    kind = field.type
-    if not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise InputError(
-            f"--label-column {field.name}: its values ({kind}) are no names; name a column of text"
-        )
-    return replace(manifest, columns=replace(manifest.columns, kept=(pa.field(field.name, pa.string()),)))
 
 
 def _first_with_rows(footer: Footer) -> int:

@@ -13,8 +13,8 @@ from batchcls.config.finetune_config import RECIPE_FLAGS, FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.manifest.ids import InvalidIds, find_bad_ids
-from batchcls.manifest.labeled_manifest import UNLABELED_CLASS, LabelColumn, read_labels_of
-from batchcls.manifest.snapshot import Manifest, open_labeled
+from batchcls.manifest.labeled_manifest import UNLABELED_CLASS, LabelColumn, open_labeled, read_label_column
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.build import build_model
 from batchcls.models.labels import labels_digest, read_labels
 from batchcls.models.model_bundle import Bundle
@@ -85,7 +85,7 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
         open_labeled(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     ]
-    columns = [read_labels_of(manifest, storage) for manifest in manifests]
+    columns = [read_label_column(manifest, storage) for manifest in manifests]
     opened = open_start(config, storage)
     given = read_labels(config.labels, storage) if config.labels is not None else None
     labels = settle_order(columns[0], given, opened.config.labels if opened is not None else ())
@@ -98,8 +98,8 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
             manifests, columns, (whole_image(preprocessing), preprocessing), strict=True
         )
     )
-    for which, found in (("training", training), ("validation", validation)):
-        _logger.info("%s: %d rows, %d with a label", which, found.manifest.rows, len(found.usable()))
+    for which, column in zip(("training", "validation"), columns, strict=True):
+        _logger.info("%s: %s", which, column.describe())
     _logger.info("%d categories", len(labels))
     categories.log_notes()
     model = build_model(start)

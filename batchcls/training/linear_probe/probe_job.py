@@ -14,7 +14,7 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.inference.golden_record import verified_bundle, with_golden
-from batchcls.manifest.labeled_manifest import UNKNOWN_CLASS, UNLABELED_CLASS, read_labels_of
+from batchcls.manifest.labeled_manifest import UNKNOWN_CLASS, UNLABELED_CLASS, read_label_column
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.backbone import Backbone
 from batchcls.models.build import build_backbone, build_model
@@ -192,7 +192,7 @@ def linear_probe_bundle(
 
     Args:
         bundle: trunk, preprocessing and tap are kept, and its labels where all training labels are among them.
-        train: opened with its labels, as `batchcls.manifest.open_labeled` does.
+        train: opened with its labels, as `batchcls.manifest.labeled_manifest.open_labeled` does.
         validation: the same; None: nothing is measured but held-out training rows.
         settings: how.
         storage: how to reach the manifests.
@@ -203,8 +203,11 @@ def linear_probe_bundle(
     """
     started = time.monotonic()
     network = pooled(bundle)
-    trained = read_labels_of(train, storage)
-    validated = None if validation is None else read_labels_of(validation, storage)
+    trained = read_label_column(train, storage)
+    validated = None if validation is None else read_label_column(validation, storage)
+    for which, column in (("training", trained), ("validation", validated)):
+        if column is not None:
+            _logger.info("%s: %s", which, column.describe())
     labels = settle_order(trained, settings.labels, bundle.config.labels)
     tell_what_ends(bundle, labels)
     categories = describe_categories(labels, trained, validated)

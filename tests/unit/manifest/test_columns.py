@@ -20,7 +20,8 @@ from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.jobs import manifest as manifest_job
 from batchcls.manifest.ids import find_bad_ids
-from batchcls.manifest.snapshot import open_labeled, open_manifest
+from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.filesystem import Storage
 from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusal, write
 

@@ -14,7 +14,8 @@ from batchcls.images.loader import Loader
 from batchcls.jobs import manifest as manifest_job
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.ids import find_bad_ids
-from batchcls.manifest.snapshot import open_labeled, open_manifest
+from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.snapshot import open_manifest
 from tests.helpers.drawing import draw, encode
 from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusal, write
 from tests.unit.images.test_loader import settings

@@ -9,17 +9,17 @@ from batchcls.manifest.labeled_manifest import (
     UNKNOWN_CLASS,
     UNLABELED_CLASS,
     LabelColumn,
-    label_column,
-    read_labels_of,
+    encode_labels,
+    open_labeled,
+    read_label_column,
 )
-from batchcls.manifest.snapshot import open_labeled
 from batchcls.storage.filesystem import Storage
 from batchcls.training.categories import describe_categories, settle_order
 from tests.helpers.manifests import write_manifest
 
 
 def _column(*labels: str | None) -> LabelColumn:
-    return label_column(pa.chunked_array([pa.array(labels, pa.string())]))
+    return encode_labels(pa.chunked_array([pa.array(labels, pa.string())]))
 
 
 def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
@@ -28,7 +28,7 @@ def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
     write_manifest(tmp_path / "m/a.parquet", ids[:4], row_group_size=3, label=pa.array(names[:4]))
     as_dictionary = pa.array(names[4:]).dictionary_encode()
     write_manifest(tmp_path / "m/b.parquet", ids[4:], row_group_size=2, label=as_dictionary.cast(pa.string()))
-    column = read_labels_of(open_labeled(str(tmp_path / "m"), Storage(), "label"), Storage())
+    column = read_label_column(open_labeled(str(tmp_path / "m"), Storage(), "label"), Storage())
     assert sorted(column.distinct.to_pylist()) == ["mug", "plate", "vase"]
     found = [
         None if code == UNLABELED_CLASS else column.distinct[code].as_py() for code in column.codes.tolist()
@@ -50,7 +50,7 @@ def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
 )
 def test_text_of_every_kind_is_taken(tmp_path, labels):
     path = write_manifest(tmp_path / "m.parquet", list("1234"), label=labels)
-    column = read_labels_of(open_labeled(str(path), Storage(), "label"), Storage())
+    column = read_label_column(open_labeled(str(path), Storage(), "label"), Storage())
     assert column.classes(pa.array(["a", "b"])).tolist() == [1, 0, UNLABELED_CLASS, 1]
 
 
@@ -65,10 +65,10 @@ def test_a_manifest_without_labels_is_refused_with_the_remedy(tmp_path):
 def test_labels_that_are_all_null_or_no_text_are_refused(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["1", "2"], label=pa.array([None, ""], pa.string()))
     with pytest.raises(InputError, match="all 2 rows are null or blank"):
-        read_labels_of(open_labeled(str(path), Storage(), "label"), Storage())
+        read_label_column(open_labeled(str(path), Storage(), "label"), Storage())
     path = write_manifest(tmp_path / "n.parquet", ["1"], label=pa.array([["mug"]]))
     with pytest.raises(InputError, match="are no names"):
-        read_labels_of(open_labeled(str(path), Storage(), "label"), Storage())
+        read_label_column(open_labeled(str(path), Storage(), "label"), Storage())
 
 
 def test_the_order_is_sorted_unless_the_bundle_or_a_file_has_one():
@@ -125,7 +125,7 @@ def test_ten_thousand_categories_and_a_million_rows_take_seconds_and_short_messa
     rng = np.random.default_rng(0)
     picked = pa.DictionaryArray.from_arrays(pa.array(rng.integers(0, 9_000, 1_000_000)), names)
     started = time.thread_time()
-    column = label_column(
+    column = encode_labels(
         pa.chunked_array([picked.slice(start, 100_000) for start in range(0, 10**6, 10**5)])
     )
     labels = settle_order(column, names.to_pylist(), [])

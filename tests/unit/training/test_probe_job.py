@@ -13,7 +13,7 @@ from batchcls.errors import InputError
 from batchcls.images.load_config import DecodeLimits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
-from batchcls.manifest.snapshot import open_labeled
+from batchcls.manifest.labeled_manifest import open_labeled
 from batchcls.models.engines.compile_cache import Conversions
 from batchcls.models.engines.engine import REFERENCE, EngineConfig
 from batchcls.models.model_bundle import Bundle
