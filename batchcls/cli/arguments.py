@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from batchcls.errors import InputError
-from batchcls.storage.uris import local_path, normal
+from batchcls.storage.uris import local_path, normalize_uri
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -131,7 +131,7 @@ def read_settings(settings: type[Settings], namespace: argparse.Namespace) -> Se
     """
     given = dict(vars(namespace))
     path = given.pop("config", None)
-    values = _read_toml(Path(local_path(normal(path))), settings) if path else {}
+    values = _read_toml(Path(local_path(normalize_uri(path))), settings) if path else {}
     values.update(
         {k: _parse(v, settings.model_fields[k]) for k, v in given.items() if k in settings.model_fields}
     )

@@ -98,7 +98,7 @@ class Results:
         )
         uri = self.uri_of(candidate)
         with resumable_errors(uri) if self._finished else explain(uri):
-            self._storage.write_whole(uri, f"{finished.model_dump_json()}\n".encode())
+            self._storage.write_atomic(uri, f"{finished.model_dump_json()}\n".encode())
         self._finished[key_of(candidate, self._sample)] = finished
         return finished
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from batchcls.errors import InputError
 from batchcls.preprocessing import Deviations, Means
 from batchcls.schema import RESERVED_COLUMNS
-from batchcls.storage.uris import is_remote, local_path, normal, normal_model
+from batchcls.storage.uris import is_remote, local_path, normalize_model, normalize_uri
 
 Auto = Literal["auto"]
 AutoOrCount = Auto | Annotated[int, Field(ge=1)]
@@ -17,11 +17,11 @@ AutoOrFraction = Auto | Annotated[float, Field(ge=0, le=1)]
 
 
 def _address(value: str) -> str:
-    return _checked(normal, value)
+    return _checked(normalize_uri, value)
 
 
 def _model(value: str) -> str:
-    return _checked(normal_model, value)
+    return _checked(normalize_model, value)
 
 
 def _local_folder(value: str) -> str:
@@ -46,7 +46,7 @@ def _checked(normalize: Callable[[str], str], value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
-"""A file, folder or glob that a user names, local or remote, in the one form that `uris.normal` gives it."""
+"""A file, folder or glob that a user names, local or remote, in the one form that `uris.normalize_uri` gives it."""
 
 LocalFolder = Annotated[str, AfterValidator(_local_folder)]
 """A folder of this machine, in the same form."""

@@ -136,7 +136,7 @@ def reuse(
     receipts = copy_predictions(spec, earlier, check)
     with resumable_errors(marker):
         done = {"run_id": chosen.run_id, "rows": sum(receipt.rows for receipt in receipts)}
-        storage.write_whole(marker, json.dumps(done).encode())
+        storage.write_atomic(marker, json.dumps(done).encode())
     return receipts
 
 

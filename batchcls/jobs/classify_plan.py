@@ -25,7 +25,7 @@ from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Fingerprints, Plan, prediction_settings
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
-from batchcls.storage.uris import real_place
+from batchcls.storage.uris import canonical_location
 
 _logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def plan_of(
         config=config.redacted(),
         manifest={
             "uri": redact_uri(config.manifest),
-            "base": real_place(manifest.base),
+            "base": canonical_location(manifest.base),
             "fingerprint": manifest.fingerprint,
             "rows": manifest.rows,
             "files": len(manifest.files),

@@ -81,7 +81,7 @@ def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
     sink = pa.BufferOutputStream()
     pq.write_table(probed.noise, sink)
     with resumable_errors(config.work_folder):
-        storage.write_whole(join(config.work_folder, NOISE_FILE), sink.getvalue().to_pybytes())
+        storage.write_atomic(join(config.work_folder, NOISE_FILE), sink.getvalue().to_pybytes())
     _summarize_probe(config, probed, time.time() - started)
     return ExitCode.DONE
 

@@ -14,9 +14,9 @@ from batchcls.config.manifest_config import ManifestCheckConfig, ManifestFromFol
 from batchcls.errors import ExitCode, InputError
 from batchcls.manifest.ids import find_bad_ids
 from batchcls.manifest.snapshot import open_manifest
-from batchcls.storage.data_files import DataFiles, find_data
+from batchcls.storage.data_files import DataFiles, find_data_files
 from batchcls.storage.filesystem import FileInfo, Storage, explain, redact_uri
-from batchcls.storage.uris import below
+from batchcls.storage.uris import relative_path
 
 _logger = logging.getLogger("batchcls.jobs.manifest")  # __name__ is __main__ here
 
@@ -43,13 +43,13 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
     with explain(config.output):
-        storage.write_whole(config.output, sink.getvalue().to_pybytes())
+        storage.write_atomic(config.output, sink.getvalue().to_pybytes())
     _logger.info("%s: %d images", redact_uri(config.output), table.num_rows)
     return ExitCode.DONE
 
 
 def _find_images(folder: str, storage: Storage) -> DataFiles:
-    found = find_data(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), photographs=True)
+    found = find_data_files(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), images=True)
     told = "; ".join(filter(None, (found.left_out.unexpected, found.left_out.hidden))) if found else ""
     if found is None or not found.files:
         but = f" but {told}" if told else ""
@@ -61,7 +61,7 @@ def _find_images(folder: str, storage: Storage) -> DataFiles:
 
 def _table(found: DataFiles, config: ManifestFromFolderConfig) -> pa.Table:
     _require_readable_names(list(found.files), config.folder)
-    names = [below(info.uri, found.base) for info in found.files]
+    names = [relative_path(info.uri, found.base) for info in found.files]
     columns = {
         "item_id": pa.array(names, pa.string()),
         "uri": pa.array([info.uri for info in found.files], pa.string()),

@@ -14,7 +14,7 @@ from batchcls.manifest.labeled_manifest import blank_to_null, with_text_labels
 from batchcls.manifest.snapshot import Fragment, Manifest
 from batchcls.schema import IMAGE, ITEM_ID, ROW, URI, URI_FAULT
 from batchcls.storage.filesystem import Storage
-from batchcls.storage.uris import real_place
+from batchcls.storage.uris import canonical_location
 
 LABEL = "label"
 """The column of a sample with class names."""
@@ -41,7 +41,7 @@ class RowSample:
 
         An image that stands in the manifest itself counts with its bytes.
         """
-        digest = hashlib.sha256(os.fsencode(real_place(self.base)))
+        digest = hashlib.sha256(os.fsencode(canonical_location(self.base)))
         named = (
             self.rows.column(name).to_pylist()
             for name in self.rows.column_names

@@ -20,9 +20,9 @@ from batchcls.manifest.columns import Columns, agree, columns_of, some_names
 from batchcls.manifest.footer import Footer, read_footer, require_plain
 from batchcls.manifest.row_ranges import RowRanges, Rows
 from batchcls.schema import ITEM_ID
-from batchcls.storage.data_files import DataFiles, find_data
+from batchcls.storage.data_files import DataFiles, find_data_files
 from batchcls.storage.filesystem import FileInfo, Storage, explain, local_path, redact_uri
-from batchcls.storage.uris import below, is_remote, normal
+from batchcls.storage.uris import is_remote, normalize_uri, relative_path
 
 __all__ = [
     "Columns",
@@ -104,7 +104,7 @@ class Manifest:
         """SHA-256 over names, sizes, versions and footers of the files and the number of rows, hex."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(os.fsencode(f"/{below(file.uri, self.base)}\0{file.digest}\0{file.rows}\n"))
+            digest.update(os.fsencode(f"/{relative_path(file.uri, self.base)}\0{file.digest}\0{file.rows}\n"))
         digest.update(str(self.rows).encode())
         return digest.hexdigest()
 
@@ -157,7 +157,7 @@ def open_manifest(
         InputError: nothing there, unreadable, empty, a column missing, repeated, encrypted or of the
             wrong type; the message names the file and the column.
     """
-    data = _find_files(normal(uri), storage)
+    data = _find_files(normalize_uri(uri), storage)
 
     def look(info: FileInfo) -> tuple[ManifestFile, Columns, str]:
         footer = _read_footer(info, storage)
@@ -193,7 +193,7 @@ def _find_files(uri: str, storage: Storage) -> DataFiles:
     Raises:
         InputError: there are none, one is empty, or they are part of a table with a log.
     """
-    found = find_data(uri, storage, _is_parquet)
+    found = find_data_files(uri, storage, _is_parquet)
     place = redact_uri(uri)
     left_out = found.left_out.unexpected if found else ""
     if found is None or not found.files:

@@ -9,7 +9,7 @@ from batchcls.models.model_bundle import CONFIG_FILE, Bundle, BundleConfig
 from batchcls.models.model_names import find_name, is_known, is_model_name, suggestions
 from batchcls.models.model_spec import ArgumentValue, ModelChoices, SourceName
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
-from batchcls.storage.uris import may_be_model_name, normal
+from batchcls.storage.uris import looks_like_model_name, normalize_uri
 
 _ARGUMENT_NAME = re.compile(r"[A-Za-z_]\w*")
 _WORDS: Mapping[str, ArgumentValue] = {"true": True, "false": False, "none": None}
@@ -26,7 +26,7 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
     """
     if not _is_name(model, storage):
         _refuse_choices(choices)
-        return Bundle.load(normal(model), storage)
+        return Bundle.load(normalize_uri(model), storage)
     # The libraries take seconds to import, and a job whose model is a folder needs none of them.
     from batchcls.models.create import bundle_of_name  # noqa: PLC0415
 
@@ -44,7 +44,7 @@ def check_model(model: str, choices: ModelChoices, storage: Storage) -> BundleCo
     """
     if not _is_name(model, storage):
         _refuse_choices(choices)
-        return Bundle.read_config(normal(model), storage)
+        return Bundle.read_config(normalize_uri(model), storage)
     source, _, architecture = (find_name(model) or model).partition(":")
     if not is_known(cast("SourceName", source), architecture):
         raise InputError(f"--model {model}: there is no such model{suggestions(model)}")
@@ -58,7 +58,7 @@ def check_model(model: str, choices: ModelChoices, storage: Storage) -> BundleCo
 
 def _is_name(model: str, storage: Storage) -> bool:
     """Whether `model` is an architecture's name. Raises InputError if it may be a bundle as well."""
-    if not may_be_model_name(model):
+    if not looks_like_model_name(model):
         return False
     if not is_model_name(model):
         if not storage.exists(model):

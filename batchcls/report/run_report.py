@@ -32,7 +32,7 @@ from batchcls.runs.diff import CAUSES, count_causes
 from batchcls.runs.paths import PLAN
 from batchcls.schema import REASONS, Reason, Stage
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
-from batchcls.storage.uris import folder_of
+from batchcls.storage.uris import parent_folder
 
 _PACKAGES = ("batchcls", "ray", "torch", "timm", "python")
 
@@ -236,7 +236,7 @@ def write_run_report(
     page = run_page(facts, thumbnails, version("batchcls"))
     uri = join(record.folder, REPORT)
     with explain(uri):
-        storage.write_whole(uri, page.encode())
+        storage.write_atomic(uri, page.encode())
     return uri
 
 
@@ -284,7 +284,7 @@ def _thumbnails(
     config = plan["config"]
     settings = FetchSettings.from_recorded({**config, "storage_options": dict(storage_options)})
     # Records written by early versions lack the base URI; their manifests are usually single files.
-    base = str(record.manifest.get("base") or folder_of(str(record.manifest["uri"])))
+    base = str(record.manifest.get("base") or parent_folder(str(record.manifest["uri"])))
     sources: dict[int, Source] = {}
     missing: dict[int, Thumbnail] = {}
     for entry in _rows_with_images(facts):

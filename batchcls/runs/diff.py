@@ -268,7 +268,7 @@ def _write(connection: duckdb.DuckDBPyConnection, found: RunDiff, to: str, stora
             storage.write_file(join(to, ITEMS), items)
         with resumable_errors(to):
             storage.write_file(join(to, FLOWS), flows)
-            storage.write_whole(join(to, DIFF), json.dumps(found.as_json(), indent=2).encode())
+            storage.write_atomic(join(to, DIFF), json.dumps(found.as_json(), indent=2).encode())
 
 
 def _quoted(path: Path) -> str:

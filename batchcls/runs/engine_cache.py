@@ -69,5 +69,5 @@ def save(output: str, measured: EngineSelectionRecord, storage: Storage) -> str:
     """
     uri = uri_of(output, measured.bundle_fingerprint, measured.hardware_key)
     with explain(uri):
-        storage.write_whole(uri, f"{measured.model_dump_json(indent=2)}\n".encode())
+        storage.write_atomic(uri, f"{measured.model_dump_json(indent=2)}\n".encode())
     return uri

@@ -167,7 +167,7 @@ class Lease:
         if self._lost.is_set():
             return
         holder = replace(self._holder, beat=time.time(), released=released)
-        self._storage.write_whole(self.uri, _to_json(holder))
+        self._storage.write_atomic(self.uri, _to_json(holder))
         self._renewed_at = began
 
     def start(self) -> None:
@@ -226,7 +226,7 @@ class Lease:
         try:
             self._look()
             if not self._lost.is_set():
-                for info in self._storage.list_here(join(self._folder, LEASE)):
+                for info in self._storage.list_direct_files(join(self._folder, LEASE)):
                     self._storage.remove([info.uri])
                 self._storage.remove_empty_folders(self._folder)
         except STORE_ERRORS as error:  # the next command of the same kind takes it over
@@ -329,7 +329,7 @@ def _is_renewed(newest: FileInfo, before: Holder, storage: Storage) -> bool:
 
 def _newest(folder: str, storage: Storage) -> FileInfo | None:
     """The lease of the highest number; whatever else lies in the folder is none."""
-    found = [info for info in storage.list_here(join(folder, LEASE)) if _number(info)]
+    found = [info for info in storage.list_direct_files(join(folder, LEASE)) if _number(info)]
     return max(found, key=_number, default=None)
 
 

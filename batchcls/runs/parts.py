@@ -220,7 +220,7 @@ class PartWriter:
         pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
         data = sink.getvalue().to_pybytes()
         with resumable_errors(self.folder):
-            self.storage.write_whole(join(self.folder, path), data)
+            self.storage.write_atomic(join(self.folder, path), data)
         digest = hashlib.sha256(data).hexdigest()
         if kind == "predictions":
             abstained = table.column("label").null_count

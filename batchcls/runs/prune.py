@@ -205,7 +205,7 @@ def _last_look(output: str, run: ListedRun, keeping: Keeping, storage: Storage) 
     """Mark the run, and look then whether it is published or read; in that case the mark is taken back."""
     mark = join(run_folder(output, run.run_id), REMOVAL)
     with explain(mark):
-        storage.write_whole(mark, _MARK)
+        storage.write_atomic(mark, _MARK)
     try:
         why = _protected(read_published(output, storage), keeping).get(run.run_id)
         why = why or _reader(output, run, storage, keeping.now)

@@ -27,7 +27,12 @@ from batchcls.runs.catalog import (
 )
 from batchcls.runs.paths import CURRENT, RUNS
 from batchcls.runs.verify import presence_faults
-from batchcls.storage.compare_and_swap import ChangedMeanwhileError, Versioned, look, swap
+from batchcls.storage.compare_and_swap import (
+    VersionConflictError,
+    Versioned,
+    compare_and_swap,
+    read_versioned,
+)
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import STORE_ERRORS
 
@@ -70,7 +75,7 @@ class Published:
     run_id: str | None = None
     published: str = ""
     history: tuple[PublishHistoryEntry, ...] = ()
-    seen: Versioned | None = field(default=None, repr=False)
+    versioned: Versioned | None = field(default=None, repr=False)
 
     @property
     def former(self) -> list[str]:
@@ -100,15 +105,15 @@ def read_published(output: str, storage: Storage) -> Published:
     ):  # also says where a folder or a file without rights is in its place
         return Published()
     with explain(uri):
-        seen = look(uri, storage)
-    if seen is None:
+        versioned = read_versioned(uri, storage)
+    if versioned is None:
         return Published()
     try:
-        raw = parse_current(output, seen.data)
+        raw = parse_current(output, versioned.data)
     except DamagedRunError as error:
-        raise DamagedCurrentError(str(error), Published(seen=seen)) from None
+        raise DamagedCurrentError(str(error), Published(versioned=versioned)) from None
     history = tuple(_former(entry) for entry in raw.get("history", ()))
-    return Published(raw["run_id"], raw["published"], history, seen)
+    return Published(raw["run_id"], raw["published"], history, versioned)
 
 
 def published_or_damage(output: str, storage: Storage) -> tuple[Published, str | None]:
@@ -263,7 +268,7 @@ def _swap(
     try:
         with explain(uri):
             _write(uri, data, before, storage)
-    except ChangedMeanwhileError:
+    except VersionConflictError:
         now = read_published(output, storage)
         if now.run_id == run_id:  # another job has published this very run
             return
@@ -273,9 +278,9 @@ def _swap(
 
 def _write(uri: str, data: bytes, before: Published, storage: Storage) -> None:
     try:
-        swap(uri, data, before.seen, storage)
+        compare_and_swap(uri, data, before.versioned, storage)
     except STORE_ERRORS:
-        now = look(uri, storage)
+        now = read_versioned(uri, storage)
         if now is None or now.data != data:  # else it was written, and only the answer was lost
             raise
 
@@ -287,12 +292,12 @@ def _require_still_whole(record: RunRecord, data: bytes, before: Published, stor
         return
     uri = join(record.output, CURRENT)
     with explain(uri):
-        now = look(uri, storage)
+        now = read_versioned(uri, storage)
         if now is not None and now.data == data:
-            if before.seen is None:
+            if before.versioned is None:
                 storage.remove([uri])
             else:
-                swap(uri, before.seen.data, now, storage)
+                compare_and_swap(uri, before.versioned.data, now, storage)
     raise PublishRefused(
         f"run {record.run_id} was removed or damaged while it was being published, and is not published: "
         f"{'; '.join(faults)}"

@@ -93,7 +93,7 @@ def keep_receipt(receipt: Receipt, folder: str, storage: Storage) -> Receipt:
         StorageStoppedError: storage refused; the files are not part of the run.
     """
     with resumable_errors(folder):
-        storage.write_whole(join(folder, RECEIPTS, receipt.name), _to_json(receipt))
+        storage.write_atomic(join(folder, RECEIPTS, receipt.name), _to_json(receipt))
     return receipt
 
 

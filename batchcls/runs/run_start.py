@@ -61,7 +61,7 @@ def _sweep(output: str, digest: str, storage: Storage) -> None:
         for name in storage.list_folders(join(output, BEGINNING)):
             folder = join(output, BEGINNING, name)
             if name != digest and _DIGEST.fullmatch(name) and _is_abandoned(last_holder(folder, storage)):
-                for info in storage.list_here(join(folder, LEASE)):
+                for info in storage.list_direct_files(join(folder, LEASE)):
                     storage.remove([info.uri])
                 storage.remove_empty_folders(folder)
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchcls.storage.filesystem import Storage, error_code, is_remote, local_path, redact_uri, scheme
-from batchcls.storage.local_files import locked
+from batchcls.storage.local_files import file_lock
 from batchcls.storage.uris import S3_SCHEMES
 
-PATIENCE_SECONDS = 60.0
+LOCK_TIMEOUT_SECONDS = 60.0
 """A writer that has its turn for longer is stopped in the middle of it."""
 
 _CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"})
@@ -29,11 +29,11 @@ class Versioned:
     etag: str | None
 
 
-class ChangedMeanwhileError(Exception):
+class VersionConflictError(Exception):
     """The file is not what was read before; it is untouched."""
 
 
-def look(uri: str, storage: Storage) -> Versioned | None:
+def read_versioned(uri: str, storage: Storage) -> Versioned | None:
     """Read a file that is to be replaced; None where there is none.
 
     The version is asked for first: if the file changes in between, the swap is refused, never wrong.
@@ -48,63 +48,63 @@ def look(uri: str, storage: Storage) -> Versioned | None:
         return None
 
 
-def swap(uri: str, data: bytes, seen: Versioned | None, storage: Storage) -> None:
-    """Replace the file if it still is what was seen; readers see the old or the new one, never a part.
+def compare_and_swap(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
+    """Replace the file if it still is what was expected; readers see the old or the new one, never a part.
 
     Args:
         uri: of the file.
         data: the new content. It should name its writer: whose answer got lost on the way finds its
             own content when it looks, and has won.
-        seen: what `look` gave; None: there must be no file.
+        expected: what `look` gave; None: there must be no file.
         storage: how to reach it.
 
     Raises:
-        ChangedMeanwhileError: somebody else was first.
+        VersionConflictError: somebody else was first.
         TimeoutError: a writer that lives has its turn and does not end it.
         OSError: the store refuses; what its client raises.
     """
     if not is_remote(uri):
-        _swap_local(uri, data, seen, storage)
+        _swap_local(uri, data, expected, storage)
         return
     try:
-        _swap_remote(uri, data, seen, storage)
-    except ChangedMeanwhileError:
-        now = look(uri, storage)
+        _swap_remote(uri, data, expected, storage)
+    except VersionConflictError:
+        now = read_versioned(uri, storage)
         if now is None or now.data != data:
             raise
 
 
-def _swap_local(uri: str, data: bytes, seen: Versioned | None, storage: Storage) -> None:
+def _swap_local(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
     target = Path(local_path(uri))
-    with locked(target.with_name(f".{target.name}.lock"), PATIENCE_SECONDS) as is_alone:
-        if is_alone:
-            _refuse_change(uri, seen, storage)
-            storage.write_whole(uri, data)
+    with file_lock(target.with_name(f".{target.name}.lock"), LOCK_TIMEOUT_SECONDS) as is_locked:
+        if is_locked:
+            _refuse_change(uri, expected, storage)
+            storage.write_atomic(uri, data)
         else:
-            _swap_unconditionally(uri, data, seen, storage)
+            _swap_unconditionally(uri, data, expected, storage)
 
 
-def _swap_remote(uri: str, data: bytes, seen: Versioned | None, storage: Storage) -> None:
+def _swap_remote(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
     if scheme(uri) not in S3_SCHEMES:
-        _swap_unconditionally(uri, data, seen, storage)
+        _swap_unconditionally(uri, data, expected, storage)
         return
     try:
-        if seen is None:
+        if expected is None:
             storage.create_exclusive(uri, data)
         else:
-            _put_if_match(uri, data, seen, storage)
+            _put_if_match(uri, data, expected, storage)
     except FileExistsError:
         raise _changed(uri) from None
     except OSError as error:
         if error_code(error) not in _NO_CONDITIONS:
             raise
-        _swap_unconditionally(uri, data, seen, storage)
+        _swap_unconditionally(uri, data, expected, storage)
 
 
-def _put_if_match(uri: str, data: bytes, seen: Versioned, storage: Storage) -> None:
+def _put_if_match(uri: str, data: bytes, expected: Versioned, storage: Storage) -> None:
     """PUT with the version quoted as HTTP says, and bare for servers that take it only so (Ceph)."""
     filesystem, path = storage.filesystem(uri)
-    for etag in (f'"{seen.etag}"', seen.etag):
+    for etag in (f'"{expected.etag}"', expected.etag):
         try:
             # One PUT always: completing a multipart upload ignores the condition on some servers.
             filesystem.pipe_file(path, data, chunksize=len(data) + 1, IfMatch=etag)
@@ -112,27 +112,27 @@ def _put_if_match(uri: str, data: bytes, seen: Versioned, storage: Storage) -> N
         except OSError as error:
             if error_code(error) not in _CHANGED:
                 raise
-        if _etag_or_none(uri, storage) != seen.etag:
+        if _etag_or_none(uri, storage) != expected.etag:
             break
     raise _changed(uri)
 
 
-def _swap_unconditionally(uri: str, data: bytes, seen: Versioned | None, storage: Storage) -> None:
-    _refuse_change(uri, seen, storage)
-    storage.write_whole(uri, data)
-    now = look(uri, storage)
+def _swap_unconditionally(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
+    _refuse_change(uri, expected, storage)
+    storage.write_atomic(uri, data)
+    now = read_versioned(uri, storage)
     if now is None or now.data != data:
         raise _changed(uri)
 
 
-def _refuse_change(uri: str, seen: Versioned | None, storage: Storage) -> None:
-    now = look(uri, storage)
-    if (now.data if now else None) != (seen.data if seen else None):
+def _refuse_change(uri: str, expected: Versioned | None, storage: Storage) -> None:
+    now = read_versioned(uri, storage)
+    if (now.data if now else None) != (expected.data if expected else None):
         raise _changed(uri)
 
 
-def _changed(uri: str) -> ChangedMeanwhileError:
-    return ChangedMeanwhileError(f"{redact_uri(uri)} was changed meanwhile")
+def _changed(uri: str) -> VersionConflictError:
+    return VersionConflictError(f"{redact_uri(uri)} was changed meanwhile")
 
 
 def _etag(uri: str, storage: Storage) -> str:

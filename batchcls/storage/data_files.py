@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from batchcls.errors import InputError
-from batchcls.storage.filesystem import Entry, FileInfo, Kind, PathEntry, Storage, explain, redact_uri
-from batchcls.storage.uris import below, folder_of, is_http, is_remote
+from batchcls.storage.filesystem import Entry, FileInfo, Kind, PathListing, Storage, explain, redact_uri
+from batchcls.storage.uris import is_http, is_remote, parent_folder, relative_path
 
 _MAGIC = re.compile(r"[*?[]")
 _ANY_DEPTH = "**"
@@ -60,7 +60,7 @@ _ICEBERG_METADATA = ".metadata.json"
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class SkippedEntries:
     """What was not taken, by cause: paths below the place, ascending."""
 
     by_cause: Mapping[str, tuple[str, ...]]
@@ -98,25 +98,25 @@ class DataFiles:
 
     base: str
     files: tuple[FileInfo, ...]
-    left_out: LeftOut
+    left_out: SkippedEntries
     others: tuple[str, ...] = ()
 
     def partition_keys(self) -> tuple[str, ...]:
         """Names of the columns that folders `key=value` stand for, in their order."""
-        folders = (name for info in self.files for name in below(info.uri, self.base).split("/")[:-1])
+        folders = (name for info in self.files for name in relative_path(info.uri, self.base).split("/")[:-1])
         return tuple(dict.fromkeys(name.partition("=")[0] for name in folders if "=" in name))
 
 
-def find_data(
-    uri: str, storage: Storage, wanted: Callable[[str], bool], *, photographs: bool = False
+def find_data_files(
+    uri: str, storage: Storage, wanted: Callable[[str], bool], *, images: bool = False
 ) -> DataFiles | None:
     """The data at an address: an existing file or folder, or else, with `*`, `?` or `[...]`, a glob.
 
     Args:
-        uri: in its normal form (`uris.normal`).
+        uri: in its normal form (`uris.normalize_uri`).
         storage: how to reach it.
         wanted: by its name, whether a file of a folder is data. A named file always is.
-        photographs: files whose names begin with `_` are data, since cameras name them so, and there are no
+        images: files whose names begin with `_` are data, since cameras name them so, and there are no
             tables to refuse.
 
     Returns:
@@ -131,20 +131,20 @@ def find_data(
             "its object store (s3://...)"
         )
     with explain(uri):
-        pattern = Pattern((_ANY_DEPTH, "*"), photographs)
-        found = storage.look_into(uri, enter=pattern.may_enter)
+        pattern = Pattern((_ANY_DEPTH, "*"), images)
+        found = storage.list_path(uri, enter=pattern.may_enter)
         if found is None and _MAGIC.search(uri):
             root, parts = _split(uri, storage)
-            pattern = Pattern(tuple(parts), photographs)
+            pattern = Pattern(tuple(parts), images)
             with explain(root):
-                found = storage.look_into(root, depth=pattern.depth, enter=pattern.may_enter)
+                found = storage.list_path(root, depth=pattern.depth, enter=pattern.may_enter)
         if found is None:
             return None
         if found.file is not None:
-            data = DataFiles(folder_of(found.uri), (found.file,), LeftOut({}))
+            data = DataFiles(parent_folder(found.uri), (found.file,), SkippedEntries({}))
         else:
             data = _chosen(found, pattern, wanted)
-        if not photographs:
+        if not images:
             _refuse_tables(data, found, storage)
     return data
 
@@ -157,7 +157,7 @@ class Pattern:
     """
 
     parts: tuple[str, ...]
-    photographs: bool = False
+    images: bool = False
 
     @property
     def depth(self) -> int | None:
@@ -203,7 +203,7 @@ class Pattern:
 
     def _is_hidden(self, name: str, *, is_folder: bool) -> bool:
         if name.startswith("_"):
-            return "=" not in name if is_folder else not self.photographs
+            return "=" not in name if is_folder else not self.images
         return name.startswith(".") or name in _KEPT_BY_DEVICES
 
     def cut_at_hidden(self, name: str) -> str:
@@ -241,7 +241,7 @@ def _split(uri: str, storage: Storage) -> tuple[str, list[str]]:
     return "/".join(segments[:fixed]) or "/", segments[fixed:]
 
 
-def _chosen(found: PathEntry, pattern: Pattern, wanted: Callable[[str], bool]) -> DataFiles:
+def _chosen(found: PathListing, pattern: Pattern, wanted: Callable[[str], bool]) -> DataFiles:
     files: list[FileInfo] = []
     others: list[str] = []
     left_out: defaultdict[str, set[str]] = defaultdict(set)
@@ -257,7 +257,7 @@ def _chosen(found: PathEntry, pattern: Pattern, wanted: Callable[[str], bool]) -
             if cause is not None:
                 left_out[cause].add(pattern.cut_at_hidden(name) if cause == _HIDDEN else name)
     ordered = {cause: tuple(sorted(left_out[cause])) for cause in _CAUSES if cause in left_out}
-    return DataFiles(found.uri, tuple(sorted(files)), LeftOut(ordered), tuple(sorted(others)))
+    return DataFiles(found.uri, tuple(sorted(files)), SkippedEntries(ordered), tuple(sorted(others)))
 
 
 def _cause(entry: Entry, pattern: Pattern) -> str | None:
@@ -275,13 +275,15 @@ def _cause(entry: Entry, pattern: Pattern) -> str | None:
     return None
 
 
-def _refuse_tables(data: DataFiles, found: PathEntry, storage: Storage) -> None:
+def _refuse_tables(data: DataFiles, found: PathListing, storage: Storage) -> None:
     """Refuse data that lies in a table with a log, at any level above it or between.
 
     Raises:
         InputError: there is one; the message says how to read it.
     """
-    folders = {""} | {above for info in data.files for above in _folders_above(below(info.uri, data.base))}
+    folders = {""} | {
+        above for info in data.files for above in _folders_above(relative_path(info.uri, data.base))
+    }
     above = list(_places_above(data.base))
     if found.file is None:
         for place, mark in _marks(found, folders, storage):
@@ -295,7 +297,7 @@ def _refuse_tables(data: DataFiles, found: PathEntry, storage: Storage) -> None:
                 raise _refusal(place, mark)
 
 
-def _marks(found: PathEntry, folders: set[str], storage: Storage) -> Iterator[tuple[str, str]]:
+def _marks(found: PathListing, folders: set[str], storage: Storage) -> Iterator[tuple[str, str]]:
     """Those of the folders that are tables, and what says so."""
     seen = set()
     for entry in found.entries:
@@ -316,7 +318,7 @@ def _has_mark(place: str, mark: str, storage: Storage) -> bool:
     try:
         if mark != "metadata":
             return storage.exists(uri)
-        found = storage.look_into(uri, depth=1, enter=lambda _: False)
+        found = storage.list_path(uri, depth=1, enter=lambda _: False)
     except PermissionError:  # above what this user may see nothing can be said
         return False
     return found is not None and any(_ICEBERG_METADATA in entry.name for entry in found.entries)

@@ -1,6 +1,6 @@
 """Uniform access to local disks, `s3://` and every other scheme that fsspec supports.
 
-Whole files in, whole files out: a reader never sees half of what `write_whole` writes. Listings
+Whole files in, whole files out: a reader never sees half of what `write_atomic` writes. Listings
 are always fresh. What goes wrong is translated by `explain`, which the callers put around a step.
 """
 
@@ -45,7 +45,7 @@ __all__ = [
     "Entry",
     "FileInfo",
     "Kind",
-    "PathEntry",
+    "PathListing",
     "Storage",
     "UnsupportedSchemeError",
     "error_code",
@@ -91,7 +91,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class PathEntry:
+class PathListing:
     """What there is at an address: a file, which is its own only entry, or a folder. `uri` as entries begin."""
 
     uri: str
@@ -156,7 +156,7 @@ class Storage:
         single = {"max_concurrency": 1} if scheme(uri) in S3_SCHEMES else {}
         return bytes(filesystem.cat_file(path, **single))
 
-    def write_whole(self, uri: str, data: bytes) -> None:
+    def write_atomic(self, uri: str, data: bytes) -> None:
         """Write or replace a file; readers see the old one or the new one, never a part.
 
         Local parents are made, and the data is on disk when this returns. A write that fails
@@ -237,7 +237,7 @@ class Storage:
         filesystem.invalidate_cache()
         return _remote_infos(uri_prefix, path, filesystem.find(path, detail=True), suffix)
 
-    def list_here(self, uri: str) -> list[FileInfo]:
+    def list_direct_files(self, uri: str) -> list[FileInfo]:
         """Files directly in a folder, sorted by URI, always fresh; none if it is not there."""
         if not is_remote(uri):
             try:
@@ -327,13 +327,13 @@ class Storage:
         found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
         return sorted(name.rpartition("/")[2] for name in found)
 
-    def look_into(
+    def list_path(
         self, uri: str, *, depth: int | None = None, enter: Callable[[str], bool] = lambda _: True
-    ) -> "PathEntry | None":
+    ) -> "PathListing | None":
         """What there is at an address: a file, or a folder with all that is in it; None: nothing. Always fresh.
 
         Args:
-            uri: in its normal form (`uris.normal`).
+            uri: in its normal form (`uris.normalize_uri`).
             depth: how many levels of a folder to list in a store, at least 1; None: all.
             enter: is given the path of each local folder below, and says whether to look into it.
 
@@ -342,13 +342,13 @@ class Storage:
             OSError: a local folder that is to be entered cannot be read; the store refuses.
         """
         if is_remote(uri):
-            return self._look_into_remote(uri, depth)
+            return self._list_remote_path(uri, depth)
         path = local_path(uri)
         kind = kind_of(path)
         if kind is None:
             return None
         if kind is Kind.FILE:
-            return PathEntry(path, (Entry("", kind, FileInfo(path, Path(path).stat().st_size, None)),))
+            return PathListing(path, (Entry("", kind, FileInfo(path, Path(path).stat().st_size, None)),))
         if kind is not Kind.FOLDER:
             article = "a " if kind is Kind.DANGLING_LINK else ""
             raise InputError(f"{path} is {article}{kind}; name a file or a folder")
@@ -357,9 +357,9 @@ class Storage:
             Entry(name, kind, FileInfo(f"{start}/{name}", size, None))
             for name, kind, size in scan(path, enter)
         )
-        return PathEntry(path, tuple(found))
+        return PathListing(path, tuple(found))
 
-    def _look_into_remote(self, uri: str, depth: int | None) -> "PathEntry | None":
+    def _list_remote_path(self, uri: str, depth: int | None) -> "PathListing | None":
         filesystem, path = self.filesystem(uri)
         filesystem.invalidate_cache()
         listed = filesystem.find(path, detail=True, withdirs=True, **({"maxdepth": depth} if depth else {}))
@@ -368,7 +368,7 @@ class Storage:
             for name, entry in listed.items()
             if not name.endswith(("/", _FOLDER_MARK)) and (name != path or entry["type"] == "file")
         ]
-        return PathEntry(uri, tuple(entries)) if entries else None
+        return PathListing(uri, tuple(entries)) if entries else None
 
 
 def _local_infos(paths: Iterable[Path], suffix: str | tuple[str, ...]) -> list[FileInfo]:
@@ -410,7 +410,7 @@ def write_files(folder: str, files: Mapping[str, bytes], storage: Storage) -> li
     for name, data in files.items():
         uri = join(folder, name)
         with resumable_errors(uri) if written else explain(uri):
-            storage.write_whole(uri, data)
+            storage.write_atomic(uri, data)
         written.append(uri)
     return written
 

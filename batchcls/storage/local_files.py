@@ -69,7 +69,7 @@ def copy_local(source: Path, path: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, patience: float | None = None) -> Iterator[bool]:
+def file_lock(path: Path, patience: float | None = None) -> Iterator[bool]:
     """Hold the lock file `path` alone, waiting for other threads and processes; it is made and it stays.
 
     The kernel gives the lock back when its holder dies. Yields False where the file system has no locks:
@@ -195,10 +195,10 @@ def _rename_new(temporary: Path, target: Path) -> None:
             raise
     else:
         return
-    with locked(target.with_name(f".{target.name}.lock")) as is_alone:
+    with file_lock(target.with_name(f".{target.name}.lock")) as is_locked:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-        if is_alone:
+        if is_locked:
             _replace(temporary, target)
         else:
             _fill_new(temporary, target)

@@ -26,7 +26,7 @@ from botocore.exceptions import (
 from batchcls.errors import BatchclsError, InputError, StorageStoppedError
 from batchcls.storage.uris import redact_uri
 
-OUT_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What the system answers when a disk, a quota or a file size limit is used up."""
 
 
@@ -100,9 +100,9 @@ def client_error(error: BaseException) -> ClientError | None:
     return seen
 
 
-def is_out_of_room(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether a local write failed because the disk, the quota or the size limit is used up."""
-    return isinstance(error, OSError) and error.errno in OUT_OF_ROOM
+    return isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _explained(uri: str, error: BaseException) -> BatchclsError:
     named = error.filename if isinstance(error, OSError) else None
     # Of what lies in a local folder the path is told, not only the folder's.
     place = named if isinstance(named, str) and named.startswith(f"{uri}/") else redact_uri(uri)
-    if is_out_of_room(error):
+    if is_disk_full(error):
         return StorageStoppedError(f"{place}: no room left on the device or quota; free some")
     code = error_code(error)
     remedy = _CODE_REMEDIES.get(code) if code else None

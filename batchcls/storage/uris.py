@@ -57,7 +57,7 @@ _HARMLESS_OPTIONS = frozenset(
 """Options whose values are shown; a new option is a secret until it is named here."""
 
 
-def normal(address: str) -> str:
+def normalize_uri(address: str) -> str:
     """The one form of an address that a user gives, whatever its spelling.
 
     Local: an absolute path without `.`, `..` and repeated slashes, `~` being the home folder, and
@@ -125,17 +125,17 @@ def _absolute(path: str) -> str:
     return made or "/"
 
 
-def normal_model(model: str) -> str:
+def normalize_model(model: str) -> str:
     """What `--model` takes: names of architectures as they are, everything else in its normal form."""
-    return model if may_be_model_name(model) else normal(model)
+    return model if looks_like_model_name(model) else normalize_uri(model)
 
 
-def may_be_model_name(model: str) -> bool:
+def looks_like_model_name(model: str) -> bool:
     """Whether `--model` may be an architecture's name; otherwise it is a bundle's folder."""
     return _LIKE_A_MODEL.fullmatch(model) is not None
 
 
-def real_place(address: str) -> str:
+def canonical_location(address: str) -> str:
     """The same text for one place however it is reached: local paths without links, remote ones redacted."""
     return redact_uri(address) if is_remote(address) else os.path.realpath(local_path(address))
 
@@ -179,8 +179,8 @@ def local_path(uri: str) -> str:
     return unquote(slash + path, errors="surrogateescape")
 
 
-def folder_of(uri: str) -> str:
-    """The folder that a file lies in, so that `below(uri, folder_of(uri))` is its name.
+def parent_folder(uri: str) -> str:
+    """The folder that a file lies in, so that `relative_path(uri, parent_folder(uri))` is its name.
 
     An object whose key holds an empty segment in front of its name keeps both slashes.
     """
@@ -190,7 +190,7 @@ def folder_of(uri: str) -> str:
     return f"{folder}/" if folder == "" or (is_remote(uri) and folder.endswith("/")) else folder
 
 
-def below(uri: str, folder: str) -> str:
+def relative_path(uri: str, folder: str) -> str:
     """The path of a file below a folder, with single slashes only where the file has them."""
     return uri.removeprefix(folder.removesuffix("/") + "/")
 

@@ -61,7 +61,7 @@ class NodeCache:
                 with resumable_errors(uri):
                     data = storage.read_bytes(uri)
                 with resumable_errors(str(path)):
-                    Storage().write_whole(str(path), data)
+                    Storage().write_atomic(str(path), data)
         return path
 
     def bytes(self) -> int:

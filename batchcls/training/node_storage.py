@@ -89,7 +89,7 @@ def _require_seen(state: str, run_id: str, storage: Storage) -> None:
         return
     mark = join(state, f".seen-{uuid.uuid4().hex}")
     with explain(state):
-        storage.write_whole(mark, b"")
+        storage.write_atomic(mark, b"")
     try:
         blind = [host.name for host, view in _views(run_id, local_path(mark)).items() if not view.sees_mark]
     finally:

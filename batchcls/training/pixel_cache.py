@@ -121,8 +121,8 @@ def prepare_part(
     np.save(buffer, pixels)
     outcome = {"rows": part.fragment.rows, "failures": {str(row): known for row, known in failures.items()}}
     with explain(part.uri):
-        storage.write_whole(f"{part.uri}.npy", buffer.getvalue())
-        storage.write_whole(f"{part.uri}.json", json.dumps(outcome).encode())
+        storage.write_atomic(f"{part.uri}.npy", buffer.getvalue())
+        storage.write_atomic(f"{part.uri}.json", json.dumps(outcome).encode())
     return PreparedPart(part.fragment.first_row, part.fragment.rows, failures)
 
 

@@ -11,7 +11,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batchcls.errors import InputError
-from batchcls.storage.uris import local_path, normal
+from batchcls.storage.uris import local_path, normalize_uri
 
 _SUFFIX = ".toml"
 Fraction = float
@@ -168,7 +168,7 @@ def read_recipe(name: str) -> Recipe:
             ".toml file"
         )
     try:
-        values = tomllib.loads(Path(local_path(normal(name))).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(local_path(normalize_uri(name))).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"--recipe {name}: there is no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:

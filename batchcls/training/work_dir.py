@@ -96,4 +96,4 @@ def _damaged(uri: str, how: str) -> InputError:
 
 def _write(uri: str, record: Mapping[str, Any], storage: Storage) -> None:
     with explain(uri):
-        storage.write_whole(uri, json.dumps(record, indent=2).encode())
+        storage.write_atomic(uri, json.dumps(record, indent=2).encode())

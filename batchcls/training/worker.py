@@ -61,7 +61,7 @@ class Curves:
         self._writer.flush()
         if is_remote(self._folder):
             for path in Path(self._here).iterdir():
-                self._storage.write_whole(join(self._folder, path.name), path.read_bytes())
+                self._storage.write_atomic(join(self._folder, path.name), path.read_bytes())
 
 
 CHECKPOINT = "training.pt"

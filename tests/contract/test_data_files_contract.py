@@ -12,9 +12,9 @@ from batchcls.errors import InputError
 from batchcls.images.url_policy import resolve_uri
 from batchcls.jobs import manifest as manifest_job
 from batchcls.manifest.snapshot import open_manifest
-from batchcls.storage.data_files import find_data
+from batchcls.storage.data_files import find_data_files
 from batchcls.storage.filesystem import Storage, join
-from batchcls.storage.uris import below, normal
+from batchcls.storage.uris import normalize_uri, relative_path
 from tests.conftest import S3Server
 
 
@@ -43,12 +43,12 @@ def manifest_bytes(*ids: str) -> bytes:
 
 def put(storage: Storage, root: str, *names: str) -> None:
     for name in names:
-        storage.write_whole(join(root, name), manifest_bytes(name))
+        storage.write_atomic(join(root, name), manifest_bytes(name))
 
 
 def names(storage: Storage, uri: str) -> list[str]:
-    found = find_data(normal(uri), storage, lambda name: name.endswith(".parquet"))
-    return [below(info.uri, found.base) for info in found.files] if found else []
+    found = find_data_files(normalize_uri(uri), storage, lambda name: name.endswith(".parquet"))
+    return [relative_path(info.uri, found.base) for info in found.files] if found else []
 
 
 def test_a_folder_and_globs_give_the_same_files_in_every_store(storage: Storage, root: str) -> None:
@@ -66,7 +66,7 @@ def test_a_folder_and_globs_give_the_same_files_in_every_store(storage: Storage,
     assert names(storage, f"{root}/**/?.parquet") == everything
     assert names(storage, f"{root}/_t*/0/*.parquet") == ["_temporary/0/f.parquet"]
     assert names(storage, f"{root}/no/*.parquet") == names(storage, f"{root}/no") == []
-    found = find_data(normal(root), storage, lambda name: name.endswith(".parquet"))
+    found = find_data_files(normalize_uri(root), storage, lambda name: name.endswith(".parquet"))
     assert found is not None
     assert found.left_out.hidden == "5 hidden names (.Trash, ._a.parquet, .h.parquet, ...)"
 
@@ -158,7 +158,7 @@ def test_every_spelling_of_a_prefix_makes_the_same_manifest(s3: S3Server, tmp_pa
     options = {"endpoint_url": s3.endpoint_url}
     storage, folder = Storage(options), f"s3://{s3.bucket}/photos"
     for name in ("a/1.jpg", "b [1].png", ".Trash/2.jpg", "a/._1.jpg", "_DSC3.jpg"):
-        storage.write_whole(f"{folder}/{name}", b"x")
+        storage.write_atomic(f"{folder}/{name}", b"x")
     made = []
     for number, spelling in enumerate((folder, f"{folder}/", f"S3{folder[2:]}", f"s3a{folder[2:]}//")):
         output = tmp_path / f"{number}.parquet"

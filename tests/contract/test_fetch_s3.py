@@ -34,7 +34,7 @@ def fetcher(s3: S3Server) -> Fetcher:
 
 def put(s3: S3Server, key: str, data: bytes) -> str:
     uri = f"s3://{s3.bucket}/{key}"
-    Storage({"endpoint_url": s3.endpoint_url}).write_whole(uri, data)
+    Storage({"endpoint_url": s3.endpoint_url}).write_atomic(uri, data)
     return uri
 
 

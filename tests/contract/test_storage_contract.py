@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.errors import InputError, StorageStoppedError
-from batchcls.storage.compare_and_swap import look, swap
-from batchcls.storage.data_files import find_data
+from batchcls.storage.compare_and_swap import compare_and_swap, read_versioned
+from batchcls.storage.data_files import find_data_files
 from batchcls.storage.filesystem import Storage, explain, join
 from batchcls.storage.store_errors import resumable_errors
 from tests.helpers.faulty_proxy import FaultyProxy
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_and_replaced(storage: Storage, root: str) -> No
     uri = join(root, "runs", "a b+%20.json")
     assert not storage.exists(uri)
     for data in (b"old", b"newer", b""):
-        storage.write_whole(uri, data)
+        storage.write_atomic(uri, data)
         assert storage.read_bytes(uri) == data
         assert storage.size(uri) == len(data)
     assert storage.exists(uri)
@@ -88,9 +88,9 @@ def test_whoever_asks_again_after_a_lost_answer_finds_the_file_its_own(s3: S3Ser
         assert storage.read_bytes(uri) == b"mine"
         proxy.lose_answers_to = {"/current.json"}
         pointer = f"s3://{s3.bucket}/lost/current.json"
-        swap(pointer, b"first", None, storage)
+        compare_and_swap(pointer, b"first", None, storage)
         proxy.lose_answers_to = {"/current.json"}
-        swap(pointer, b"second", look(pointer, storage), storage)
+        compare_and_swap(pointer, b"second", read_versioned(pointer, storage), storage)
         assert proxy.seen["lost answer"] == 3
         assert storage.read_bytes(pointer) == b"second"
 
@@ -99,17 +99,17 @@ def test_a_listing_is_recursive_sorted_complete_and_fresh(storage: Storage, root
     assert storage.list_files(root) == []
     uris = [join(root, name) for name in ("a.parquet", "b/1.parquet", "b/2.parquet")]
     for uri in (*reversed(uris), join(root, "b/1.json"), root + "2/outside.parquet"):
-        storage.write_whole(uri, b"1234")
+        storage.write_atomic(uri, b"1234")
     listed = storage.list_files(root, ".parquet")
     assert [info.uri for info in listed] == uris
     assert {info.size for info in listed} == {4}
-    Storage(storage._options).write_whole(join(root, "b/3.parquet"), b"12345")
+    Storage(storage._options).write_atomic(join(root, "b/3.parquet"), b"12345")
     assert [info.size for info in storage.list_files(root, ".parquet")] == [4, 4, 4, 5]
     assert [info.uri for info in storage.list_files(uris[0])] == uris[:1]
-    found = find_data(join(root, "b/[12].parquet"), storage, lambda _: True)
+    found = find_data_files(join(root, "b/[12].parquet"), storage, lambda _: True)
     assert found is not None
     assert [info.uri for info in found.files] == uris[1:]
-    found = find_data(join(root, "**/1.parquet"), storage, lambda _: True)
+    found = find_data_files(join(root, "**/1.parquet"), storage, lambda _: True)
     assert found is not None
     assert [info.uri for info in found.files] == uris[1:2]
 
@@ -118,7 +118,7 @@ def test_arrow_reads_parquet_by_range(storage: Storage, root: str) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"x": range(1000), "y": range(1000)}), sink, row_group_size=100)
     uri = join(root, "t.parquet")
-    storage.write_whole(uri, sink.getvalue().to_pybytes())
+    storage.write_atomic(uri, sink.getvalue().to_pybytes())
     filesystem, path = storage.arrow_filesystem(uri)
     with filesystem.open_input_file(path) as file:
         group = pq.ParquetFile(file).read_row_group(3, columns=["y"])
@@ -128,7 +128,7 @@ def test_arrow_reads_parquet_by_range(storage: Storage, root: str) -> None:
 def test_a_large_file_goes_up_in_parts_and_appears_whole(s3: S3Server) -> None:
     storage, uri = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}/large"
     data = bytes(range(256)) * 140_000
-    storage.write_whole(uri, data)
+    storage.write_atomic(uri, data)
     (info,) = storage.list_files(uri)
     assert info.size == len(data)
     assert info.etag is not None
@@ -140,7 +140,7 @@ def test_an_etag_changes_with_the_content(s3: S3Server) -> None:
     storage, uri = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}/tagged"
     tags = []
     for data in (b"one", b"two", b"one"):
-        storage.write_whole(uri, data)
+        storage.write_atomic(uri, data)
         tags.append(storage.list_files(uri)[0].etag)
     assert tags[0] == tags[2] != tags[1]
 
@@ -149,7 +149,7 @@ Ask = Callable[[Storage, str], object]
 ASKS: dict[str, Ask] = {
     "read": lambda storage, uri: storage.read_bytes(uri),
     "list": lambda storage, uri: storage.list_files(uri),
-    "write": lambda storage, uri: storage.write_whole(uri, b"x"),
+    "write": lambda storage, uri: storage.write_atomic(uri, b"x"),
     "create": lambda storage, uri: storage.create_exclusive(uri, b"x"),
 }
 
@@ -239,16 +239,16 @@ def test_folders_files_from_disk_and_removal(storage: Storage, root: str, tmp_pa
     assert storage.list_folders(top) == []
     for name in ("b", "a"):
         storage.write_file(join(top, name, "deep", "part"), source)
-    storage.write_whole(join(top, "file"), b"no folder")
+    storage.write_atomic(join(top, "file"), b"no folder")
     assert storage.list_folders(top) == ["a", "b"]
     assert storage.size(join(top, "a", "deep", "part")) == 6 << 20
     storage.remove([])
     storage.remove([join(top, "a", "deep", "part")])
     storage.remove_empty_folders(join(top, "a"))
     assert storage.list_folders(top) == ["b"]
-    storage.write_whole(join(top, "bb", "file"), b"a neighbor whose name begins alike")
-    storage.write_whole(join(top, "b", "kept", "file"), b"1")
-    storage.write_whole(join(top, "b", "kept-not"), b"22")
+    storage.write_atomic(join(top, "bb", "file"), b"a neighbor whose name begins alike")
+    storage.write_atomic(join(top, "b", "kept", "file"), b"1")
+    storage.write_atomic(join(top, "b", "kept-not"), b"22")
     assert storage.remove_folder(join(top, "b"), frozenset({"kept"})) == (6 << 20) + 2
     assert [info.uri for info in storage.list_files(join(top, "b"))] == [join(top, "b", "kept", "file")]
     assert storage.remove_folder(join(top, "b")) == 1

@@ -295,7 +295,7 @@ def night(spec: Spec, told: Connection) -> None:
     writes = Writes(spec, told)
     if spec.other_host:
         lease._place = lambda: "elsewhere"
-    lease.BEAT_SECONDS, lease.DEAD_SECONDS, compare_and_swap.PATIENCE_SECONDS = (
+    lease.BEAT_SECONDS, lease.DEAD_SECONDS, compare_and_swap.LOCK_TIMEOUT_SECONDS = (
         (0.2, 0.2, 1.0) if (spec.other_host or spec.act == "stop") else (60.0, 60.0, 1.0)
     )
     with (

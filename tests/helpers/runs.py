@@ -127,7 +127,7 @@ def begun_on(output: str, run_id: str, created: str, storage: Storage | None = N
     """Let a run have been begun at another time, an ISO time."""
     storage, uri = storage or Storage(), join(output, "runs", run_id, "plan.json")
     plan = json.loads(storage.read_bytes(uri))
-    storage.write_whole(uri, json.dumps(plan | {"created": created}).encode())
+    storage.write_atomic(uri, json.dumps(plan | {"created": created}).encode())
 
 
 def record_uri(output: str, run_id: str) -> str:

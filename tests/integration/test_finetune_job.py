@@ -264,7 +264,7 @@ def test_training_on_s3_with_two_nodes_survives_a_killed_worker(
         "start": Path(tiny_bundle),
     }.items():
         for path in folder.iterdir():
-            storage.write_whole(f"{home}/{name}/{path.name}", path.read_bytes())
+            storage.write_atomic(f"{home}/{name}/{path.name}", path.read_bytes())
     output, caches = tmp_path / "bundle", tmp_path / "caches"
     here = Cluster(two_nodes.address, two_nodes.environment | s3.environment)
     process = start(

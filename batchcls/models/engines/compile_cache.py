@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from batchcls.errors import InputError
-from batchcls.storage.local_files import locked, walk
+from batchcls.storage.local_files import file_lock, walk
 
 VARIABLE = "BATCHCLS_CACHE_DIR"
 """The environment variable that names the folder of everything that a node keeps."""
@@ -77,8 +77,8 @@ class Conversions:
         """One process or thread at a time. The kernel gives the lock back when its holder dies."""
         with ExitStack() as held:
             with self._explained():
-                is_alone = held.enter_context(locked(self.folder / f".{name}.lock"))
-            if not is_alone:
+                is_locked = held.enter_context(file_lock(self.folder / f".{name}.lock"))
+            if not is_locked:
                 raise InputError(
                     f"converted networks cannot be kept in {self.folder}, whose file system knows no locks; set "
                     f"{VARIABLE} to a folder on a disk of this machine"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from batchcls.errors import InputError
 from batchcls.schema import REASONS, Reason, Stage
-from batchcls.storage.local_files import locked, write_local
+from batchcls.storage.local_files import file_lock, write_local
 
 FloatName = Literal["float16", "float32"]
 Values = npt.NDArray[np.float16] | npt.NDArray[np.float32]
@@ -145,12 +145,12 @@ def _alone(folder: Path) -> Iterator[None]:
     remedy = "name a folder that can be written to, on a disk of this machine, with --cache-dir"
     with ExitStack() as held:
         try:
-            is_alone = held.enter_context(locked(folder / _LOCK))
+            is_locked = held.enter_context(file_lock(folder / _LOCK))
         except OSError as error:
             raise InputError(
                 f"embeddings cannot be kept in {folder} ({error.strerror or error}); {remedy}"
             ) from error
-        if not is_alone:
+        if not is_locked:
             raise InputError(
                 f"embeddings cannot be kept in {folder}, whose file system knows no locks; {remedy}"
             )

@@ -37,7 +37,7 @@ from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, ROW, Reason
 from batchcls.storage.filesystem import Storage, is_remote
-from batchcls.storage.uris import real_place
+from batchcls.storage.uris import canonical_location
 from batchcls.training.linear_probe.embedding_store import (
     EmbeddingStore,
     FloatName,
@@ -154,7 +154,7 @@ def _key(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> dic
         "network": [config.source, config.architecture, config.arguments, config.embedding_tap],
         "preprocessing": config.preprocessing.model_dump(mode="json"),
         "manifest": manifest.fingerprint,
-        "base": real_place(manifest.base),
+        "base": canonical_location(manifest.base),
         "limits": [settings.limits.max_pixels, settings.limits.min_side_pixels, settings.fetch.max_bytes],
         "engine": "measured" if settings.choice is None else str(settings.choice),
     }

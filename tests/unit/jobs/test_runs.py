@@ -57,7 +57,7 @@ def night(output: str, name: str, *, days_old: float = 0.0, count: int = 4, **mo
     storage = Storage()
     record = json.loads(storage.read_bytes(record_uri(output, name)))
     record["committed"] = (datetime.now(UTC) - timedelta(days=days_old)).isoformat()
-    storage.write_whole(record_uri(output, name), json.dumps(record).encode())
+    storage.write_atomic(record_uri(output, name), json.dumps(record).encode())
     begun_on(output, name, record["committed"])
     return Path(folder)
 
@@ -68,7 +68,7 @@ def age_history(output: str) -> None:
     current = json.loads(storage.read_bytes(uri))
     for entry in current["history"]:
         entry["replaced"] = (datetime.now(UTC) - timedelta(days=7)).isoformat()
-    storage.write_whole(uri, json.dumps(current).encode())
+    storage.write_atomic(uri, json.dumps(current).encode())
 
 
 def test_list_marks_the_published_and_the_previous_run(output: str, call):
@@ -223,7 +223,7 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
     begin_run(output, Night("begun"))
     night(output, "young", days_old=0.1)
     until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    Storage().write_whole(
+    Storage().write_atomic(
         join(output, "runs", "read", "readers", "search.json"), json.dumps({"until": until}).encode()
     )
     (tmp_path / "runs" / "damaged" / "run.json").write_text("{")

@@ -91,7 +91,7 @@ def test_five_thousand_columns_are_read_by_range_and_named_in_part(tmp_path: Pat
 def test_a_manifest_of_a_store_is_read_by_range(tmp_path: Path):
     many = {f"attribute_{n}": pa.array([n] * 4) for n in range(2_000)}
     data = write(tmp_path / "m.parquet", **many).read_bytes()
-    STORAGE.write_whole("memory://manifests/m.parquet", data)
+    STORAGE.write_atomic("memory://manifests/m.parquet", data)
     manifest = open_manifest("memory://manifests/m.parquet", Storage())
     assert (manifest.rows, manifest.columns.item_id) == (4, "item_id")
 

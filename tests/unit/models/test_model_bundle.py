@@ -71,8 +71,8 @@ class _Recorder(Storage):
         super().__init__()
         self.written: list[str] = []
 
-    def write_whole(self, uri: str, data: bytes) -> None:
-        super().write_whole(uri, data)
+    def write_atomic(self, uri: str, data: bytes) -> None:
+        super().write_atomic(uri, data)
         self.written.append(Path(uri).name)
 
 

@@ -52,7 +52,7 @@ def test_only_listed_files_are_rows_of_the_run(output: str, tmp_path: Path):
     folder = write_run(output, Night("night-1"), rows())
     record = read_record(output, "night-1", storage)
     leftover = storage.read_bytes(join(folder, record.files[0].path))
-    storage.write_whole(join(folder, "predictions", "leftover.parquet"), leftover)
+    storage.write_atomic(join(folder, "predictions", "leftover.parquet"), leftover)
     predictions = open_parts(record, "predictions", storage)
     read = read_columns(predictions, ["row", "label"]).read_all().sort_by("row")
     assert read.column("row").to_pylist() == [0, 1, 2, 3, 4, 6]
@@ -79,10 +79,10 @@ def test_runs_are_listed_newest_first_with_their_state(output: str):
     for name, committed in (("a", "2026-11-20T03:00:00+00:00"), ("b", "2026-11-22T03:00:00+00:00")):
         folder = write_run(output, Night(name), rows())
         record = json.loads(storage.read_bytes(join(folder, "run.json")))
-        storage.write_whole(join(folder, "run.json"), json.dumps(record | {"committed": committed}).encode())
+        storage.write_atomic(join(folder, "run.json"), json.dumps(record | {"committed": committed}).encode())
     begin_run(output, Night("c"))
-    storage.write_whole(join(output, "runs", "half", "run.json"), b'{"run_id": "half"')
-    storage.write_whole(join(output, "runs", "remnant", "predictions", "part.parquet"), b"x")
+    storage.write_atomic(join(output, "runs", "half", "run.json"), b'{"run_id": "half"')
+    storage.write_atomic(join(output, "runs", "remnant", "predictions", "part.parquet"), b"x")
     found = {run.run_id: run.state for run in list_runs(output, storage)}
     assert list(found)[:3] == ["c", "b", "a"]
     assert found == {

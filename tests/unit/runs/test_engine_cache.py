@@ -108,7 +108,7 @@ def test_a_damaged_file_is_a_warning_and_measured_again(output, log, damage):
         "format": json.dumps(record | {"format": "batchcls-engines-0"}),
         "text": "\x00\xff not JSON",
     }[damage]
-    Storage().write_whole(uri, changed.encode("latin-1"))
+    Storage().write_atomic(uri, changed.encode("latin-1"))
     assert _load(output) is None
     assert f"{uri_of(output, FINGERPRINT, SERVER.key)} is damaged or of another version" in log.text
 

@@ -34,11 +34,11 @@ def at(place):
         stops = None
         os.kill(os.getpid(), signal.SIGSTOP)
 
-real = publish.swap
-def swap(*arguments):
+real = publish.compare_and_swap
+def stopping_compare_and_swap(*arguments):
     at("before the swap")
     real(*arguments)
-publish.swap = swap
+publish.compare_and_swap = stopping_compare_and_swap
 
 plan, folder = plan_of(Night("yesterday"), 200), f"{output}/runs/yesterday"
 receipts = write_parts(folder, items(100), storage, parts=1)

@@ -37,10 +37,10 @@ class Misbehaving(Storage):
         self.act: Callable[[], None] = lambda: None
         self.asked = threading.Event()
 
-    def list_here(self, uri: str) -> list[FileInfo]:
+    def list_direct_files(self, uri: str) -> list[FileInfo]:
         self.act()
         self.asked.set()
-        return super().list_here(uri)
+        return super().list_direct_files(uri)
 
 
 def wait_for(lease: leases.Lease, error: type[Exception]) -> Exception:
@@ -265,7 +265,7 @@ def test_clocks_that_differ_decide_nothing_as_long_as_the_other_host_beats(
         count = 0
         while not ended.wait(0.02):
             count += 1
-            STORAGE.write_whole(
+            STORAGE.write_atomic(
                 str(tmp_path / "lease" / "000001.json"),
                 json.dumps(asdict(replace(other, beat=other.beat + count, pid=count))).encode(),
             )

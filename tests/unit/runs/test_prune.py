@@ -57,7 +57,7 @@ def keeping() -> Keeping:
 
 
 def put(output: str, path: str, data: bytes = b"x") -> None:
-    Storage().write_whole(join(output, "runs", path), data)
+    Storage().write_atomic(join(output, "runs", path), data)
 
 
 def test_what_this_program_has_not_begun_is_named_and_left(output: str, prune: Call):
@@ -93,7 +93,7 @@ def test_a_run_whose_plan_is_damaged_or_gone_is_named_and_left(
         write_run(output, Night(name), items(4))
     begin_run(output, Night("begun"))
     plan = join(output, "runs", "copied", "plan.json")
-    Storage().write_whole(plan, Storage().read_bytes(join(output, "runs", "sound", "plan.json")))
+    Storage().write_atomic(plan, Storage().read_bytes(join(output, "runs", "sound", "plan.json")))
     for name in ("committed", "begun"):
         if damage is None:
             Storage().remove([join(output, "runs", name, "plan.json")])
@@ -234,11 +234,11 @@ class _Meanwhile(Storage):
         super().__init__()
         self.happens, self.before = happens, before
 
-    def write_whole(self, uri: str, data: bytes) -> None:
+    def write_atomic(self, uri: str, data: bytes) -> None:
         is_mark = uri.endswith(REMOVAL)
         if is_mark and self.before:
             self.happens()
-        super().write_whole(uri, data)
+        super().write_atomic(uri, data)
         if is_mark and not self.before:
             self.happens()
 
@@ -318,7 +318,7 @@ def test_a_job_whose_run_was_removed_before_it_took_the_lease_ends(output: str):
 
 def test_nothing_is_removed_while_nobody_knows_what_is_published(output: str, prune: Call):
     write_run(output, Night("a"), items(4))
-    Storage().write_whole(join(output, "current.json"), b"{")
+    Storage().write_atomic(join(output, "current.json"), b"{")
     code, said = prune(output)
     assert (code, "current.json is damaged" in said, names(output)) == (2, True, ["a"])
     with pytest.raises(InputError):

@@ -21,7 +21,12 @@ from batchcls.runs.publish import (
     roll_back,
 )
 from batchcls.runs.verify import presence_faults
-from batchcls.storage.compare_and_swap import ChangedMeanwhileError, Versioned, look, swap
+from batchcls.storage.compare_and_swap import (
+    VersionConflictError,
+    Versioned,
+    compare_and_swap,
+    read_versioned,
+)
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
 from tests.helpers.runs import Night, begun_on, items, write_run
@@ -81,12 +86,12 @@ def test_every_swap_of_many_threads_builds_on_the_one_before(output: str):
         lost = 0
         for turn in range(5):
             while True:
-                seen = look(uri, storage)
-                count = int(seen.data.split()[0]) if seen else 0
+                versioned = read_versioned(uri, storage)
+                count = int(versioned.data.split()[0]) if versioned else 0
                 try:
-                    swap(uri, f"{count + 1} {name} {turn}".encode(), seen, storage)
+                    compare_and_swap(uri, f"{count + 1} {name} {turn}".encode(), versioned, storage)
                     break
-                except ChangedMeanwhileError:
+                except VersionConflictError:
                     lost += 1
         return lost
 
@@ -98,11 +103,11 @@ def test_every_swap_of_many_threads_builds_on_the_one_before(output: str):
 
 def test_a_store_without_conditions_is_swapped_with_a_last_look():
     uri, storage = "memory://swap/file", Storage()
-    swap(uri, b"1", look(uri, storage), storage)
-    seen = look(uri, storage)
-    swap(uri, b"2", seen, storage)
-    with pytest.raises(ChangedMeanwhileError):
-        swap(uri, b"3", seen, storage)
+    compare_and_swap(uri, b"1", read_versioned(uri, storage), storage)
+    versioned = read_versioned(uri, storage)
+    compare_and_swap(uri, b"2", versioned, storage)
+    with pytest.raises(VersionConflictError):
+        compare_and_swap(uri, b"3", versioned, storage)
     assert storage.read_bytes(uri) == b"2"
 
 
@@ -230,15 +235,15 @@ def test_files_that_go_while_a_run_is_published_undo_it(
     if has_published:
         publish(output, "old", storage)
     before = read_published(output, storage)
-    real = publishing.swap
+    real = publishing.compare_and_swap
 
-    def swap_and_lose(uri: str, data: bytes, seen: Versioned | None, storage: Storage) -> None:
-        real(uri, data, seen, storage)
-        monkeypatch.setattr(publishing, "swap", real)
+    def swap_and_lose(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
+        real(uri, data, expected, storage)
+        monkeypatch.setattr(publishing, "compare_and_swap", real)
         storage.remove([read_record(output, "new", storage).folder + "/" + lost])
 
     for lost in [read_record(output, "new", storage).files[0].path, "run.json"]:
-        monkeypatch.setattr(publishing, "swap", swap_and_lose)
+        monkeypatch.setattr(publishing, "compare_and_swap", swap_and_lose)
         with pytest.raises(PublishRefused, match="removed or damaged while it was being published"):
             publish(output, "new", storage)
         assert read_published(output, storage) == before
@@ -256,7 +261,7 @@ def test_a_run_without_all_its_files_is_neither_published_nor_rolled_back_to(out
     nights(output, "a", "b", "c")
     for name in ("a", "b", "c"):
         publish(output, name, storage)
-    storage.write_whole(join(output, "runs", "b", "removal.json"), b"{}")
+    storage.write_atomic(join(output, "runs", "b", "removal.json"), b"{}")
     with pytest.raises(PublishRefused, match="its removal has begun"):
         publish(output, "b", storage, force=True)
     done = roll_back(output, storage, lambda record: presence_faults(record, storage))
@@ -267,13 +272,13 @@ def test_an_answer_that_is_lost_after_the_write_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     nights(str(tmp_path), "a")
-    real = publishing.swap
+    real = publishing.compare_and_swap
 
     def swap_and_fail(*arguments: object) -> None:
         real(*arguments)
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(publishing, "swap", swap_and_fail)
+    monkeypatch.setattr(publishing, "compare_and_swap", swap_and_fail)
     publish(str(tmp_path), "a", Storage())
     assert read_current(str(tmp_path), Storage()) == "a"
 

@@ -12,9 +12,9 @@ import pytest
 
 from batchcls.errors import InputError
 from batchcls.manifest.snapshot import open_manifest
-from batchcls.storage.data_files import DataFiles, find_data
+from batchcls.storage.data_files import DataFiles, find_data_files
 from batchcls.storage.filesystem import Storage
-from batchcls.storage.uris import below
+from batchcls.storage.uris import relative_path
 from tests.helpers.manifests import write_manifest
 
 STORAGE = Storage()
@@ -25,13 +25,13 @@ def is_parquet(name: str) -> bool:
 
 
 def find(uri: str | Path, **options: bool) -> DataFiles:
-    found = find_data(str(uri), STORAGE, is_parquet, **options)
+    found = find_data_files(str(uri), STORAGE, is_parquet, **options)
     assert found is not None
     return found
 
 
 def names(found: DataFiles) -> list[str]:
-    return [below(info.uri, found.base) for info in found.files]
+    return [relative_path(info.uri, found.base) for info in found.files]
 
 
 def touch(folder: Path, *files: str) -> None:
@@ -84,7 +84,7 @@ def test_a_glob_matches_by_segments_and_hidden_ones_only_where_it_says_so(
     tmp_path: Path, pattern: str, expected: list[str]
 ):
     touch(tmp_path, "a.parquet", "readme.txt", "s/b.parquet", "s/t/c.parquet", "_d.parquet", ".h/e.parquet")
-    found = find_data(f"{tmp_path}/{pattern}", STORAGE, lambda name: True)
+    found = find_data_files(f"{tmp_path}/{pattern}", STORAGE, lambda name: True)
     assert names(found) == expected if found else expected == []
 
 
@@ -243,7 +243,7 @@ def test_a_folder_of_images_or_called_metadata_is_no_table(tmp_path: Path):
     touch(tmp_path, "metadata/a.parquet", "metadata/notes.json", "_delta_log.parquet", "delta_log/b.parquet")
     assert names(find(tmp_path)) == ["delta_log/b.parquet", "metadata/a.parquet"]
     touch(tmp_path, "_delta_log/0.json")
-    assert find(tmp_path, photographs=True).files
+    assert find(tmp_path, images=True).files
 
 
 def test_photographs_may_be_called_as_cameras_call_them(tmp_path: Path):
@@ -256,15 +256,15 @@ def test_photographs_may_be_called_as_cameras_call_them(tmp_path: Path):
         "@eaDir/x.jpg/S.jpg",
         "a/_MG_2.jpg",
     )
-    found = find_data(str(tmp_path), STORAGE, lambda name: name.endswith(".jpg"), photographs=True)
+    found = find_data_files(str(tmp_path), STORAGE, lambda name: name.endswith(".jpg"), images=True)
     assert found is not None
     assert names(found) == ["_DSC1.jpg", "a/_MG_2.jpg"]
     assert found.left_out.hidden == "4 hidden names (.Trash, ._DSC1.jpg, @eaDir, ...)"
 
 
 def test_nothing_there_is_told_from_nothing_that_is_data(tmp_path: Path):
-    assert find_data(str(tmp_path / "no"), STORAGE, is_parquet) is None
-    assert find_data(f"{tmp_path}/no/*.parquet", STORAGE, is_parquet) is None
+    assert find_data_files(str(tmp_path / "no"), STORAGE, is_parquet) is None
+    assert find_data_files(f"{tmp_path}/no/*.parquet", STORAGE, is_parquet) is None
     touch(tmp_path, "000000_0", "000001_0")
     found = find(tmp_path)
     assert (found.files, found.others) == ((), ("000000_0", "000001_0"))

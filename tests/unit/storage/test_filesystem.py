@@ -22,8 +22,8 @@ def names(folder: Path) -> list[str]:
 
 def test_a_whole_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
     storage, uri = Storage(), str(tmp_path / "new" / "folder" / "a.json")
-    storage.write_whole(uri, b"old")
-    storage.write_whole(uri, b"new")
+    storage.write_atomic(uri, b"old")
+    storage.write_atomic(uri, b"new")
     assert storage.read_bytes(uri) == b"new"
     assert storage.read_bytes(f"file://{uri}") == b"new"
     assert (storage.exists(uri), storage.size(uri)) == (True, 3)
@@ -33,7 +33,7 @@ def test_a_whole_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Pat
 def test_readers_see_the_old_file_or_the_new_one_and_never_a_part(tmp_path: Path) -> None:
     storage, uri = Storage(), str(tmp_path / "current.json")
     versions = [bytes([value]) * 200_000 for value in range(2)]
-    storage.write_whole(uri, versions[0])
+    storage.write_atomic(uri, versions[0])
     done = threading.Event()
 
     def read_all() -> set[bytes]:
@@ -45,19 +45,19 @@ def test_readers_see_the_old_file_or_the_new_one_and_never_a_part(tmp_path: Path
     with ThreadPoolExecutor(2) as pool:
         readers = [pool.submit(read_all) for _ in range(2)]
         for round_number in range(60):
-            storage.write_whole(uri, versions[round_number % 2])
+            storage.write_atomic(uri, versions[round_number % 2])
         done.set()
         assert set().union(*(reader.result() for reader in readers)) <= set(versions)
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_torn_one(tmp_path: Path) -> None:
     storage, uri = Storage(), str(tmp_path / "part.parquet")
-    storage.write_whole(uri, b"old")
+    storage.write_atomic(uri, b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(BatchclsError, match="no room left") as raised, explain(uri):
-            storage.write_whole(uri, b"x" * 100_000)
+            storage.write_atomic(uri, b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not isinstance(raised.value, InputError)
@@ -98,7 +98,7 @@ def test_of_many_exclusive_writers_exactly_one_wins(tmp_path: Path) -> None:
 def test_files_are_listed_recursively_sorted_and_by_suffix(tmp_path: Path) -> None:
     storage = Storage()
     for name in ("b/2.parquet", "a.parquet", "b/1.parquet", "b/1.json", "b2/3.parquet"):
-        storage.write_whole(str(tmp_path / name), name.encode())
+        storage.write_atomic(str(tmp_path / name), name.encode())
     (tmp_path / "folder.parquet").mkdir()
     listed = storage.list_files(str(tmp_path), ".parquet")
     assert [os.path.relpath(info.uri, tmp_path) for info in listed] == [
@@ -122,7 +122,7 @@ def test_arrow_reads_local_parquet(tmp_path: Path) -> None:
 
 def test_any_scheme_of_fsspec_writes_reads_lists_and_creates() -> None:
     storage, uri = Storage(), "memory://test-storage/runs/a.json"
-    storage.write_whole(uri, b"new")
+    storage.write_atomic(uri, b"new")
     assert (storage.read_bytes(uri), storage.exists(uri), storage.size(uri)) == (b"new", True, 3)
     assert storage.exists("memory://test-storage/none") is False
     assert [info.size for info in storage.list_files("memory://test-storage", ".json")] == [3]
@@ -131,7 +131,7 @@ def test_any_scheme_of_fsspec_writes_reads_lists_and_creates() -> None:
     pq_uri = "memory://test-storage/t.parquet"
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"x": [1]}), sink)
-    storage.write_whole(pq_uri, sink.getvalue().to_pybytes())
+    storage.write_atomic(pq_uri, sink.getvalue().to_pybytes())
     filesystem, path = storage.arrow_filesystem(pq_uri)
     assert pq.read_table(path, filesystem=filesystem).num_rows == 1
 
@@ -221,10 +221,10 @@ def test_json_that_no_program_writes_is_a_value_error():
 
 def test_a_folder_lists_what_is_directly_in_it(tmp_path: Path):
     for name in ("b.json", "a.json", "below/c.json"):
-        Storage().write_whole(str(tmp_path / name), b"12")
+        Storage().write_atomic(str(tmp_path / name), b"12")
     (tmp_path / "dangling").symlink_to("nowhere")
-    found = Storage().list_here(str(tmp_path))
+    found = Storage().list_direct_files(str(tmp_path))
     assert [(info.uri, info.size) for info in found] == [
         (str(tmp_path / name), 2) for name in ("a.json", "b.json")
     ]
-    assert Storage().list_here(str(tmp_path / "none")) == []
+    assert Storage().list_direct_files(str(tmp_path / "none")) == []

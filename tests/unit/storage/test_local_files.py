@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.storage.local_files import create_local, locked, write_local
+from batchcls.storage.local_files import create_local, file_lock, write_local
 from tests.conftest import REPOSITORY
 from tests.helpers.refusing import can_refuse
 
@@ -64,14 +64,14 @@ _PUBLISH = (
     _BEGIN
     + """
 from batchcls.storage.filesystem import Storage
-from batchcls.storage.compare_and_swap import ChangedMeanwhileError, look, swap
+from batchcls.storage.compare_and_swap import VersionConflictError, compare_and_swap, read_versioned
 uri = sys.argv[2] + "/current.json"
-swap(uri, b"first", None, Storage())
-seen = look(uri, Storage())
-swap(uri, b"second", seen, Storage())
+compare_and_swap(uri, b"first", None, Storage())
+versioned = read_versioned(uri, Storage())
+compare_and_swap(uri, b"second", versioned, Storage())
 try:
-    swap(uri, b"third", seen, Storage())
-except ChangedMeanwhileError:
+    compare_and_swap(uri, b"third", versioned, Storage())
+except VersionConflictError:
     print(Path(uri).read_text())
 """
 )
@@ -136,8 +136,8 @@ def test_a_file_in_the_place_of_a_folder_is_not_a_file_that_exists(tmp_path: Pat
 
 
 def test_a_lock_is_given_back_by_whoever_dies(tmp_path: Path):
-    code = "from batchcls.storage.local_files import locked\nfrom pathlib import Path\nimport sys\n" + (
-        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    code = "from batchcls.storage.local_files import file_lock\nfrom pathlib import Path\nimport sys\n" + (
+        "with file_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "lock")],
@@ -150,8 +150,8 @@ def test_a_lock_is_given_back_by_whoever_dies(tmp_path: Path):
     assert holder.stdout.readline() == "held\n"
     holder.kill()
     holder.communicate()
-    with locked(tmp_path / "lock") as is_alone:
-        assert is_alone
+    with file_lock(tmp_path / "lock") as is_locked:
+        assert is_locked
 
 
 def test_folders_that_are_made_are_synced_from_the_top_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,15 @@ from batchcls.config.manifest_config import ManifestCheckConfig, ManifestFromFol
 from batchcls.config.runs_config import RunsDiffConfig, RunsListConfig
 from batchcls.errors import InputError
 from batchcls.runs.plan import Fingerprints
-from batchcls.storage.uris import below, folder_of, has_scheme, local_path, normal, real_place, redact_uri
+from batchcls.storage.uris import (
+    canonical_location,
+    has_scheme,
+    local_path,
+    normalize_uri,
+    parent_folder,
+    redact_uri,
+    relative_path,
+)
 
 
 @pytest.fixture
@@ -85,14 +93,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_every_spelling_has_one_form_which_stays(here: Path, spelling: str, form: str):
     spelling, form = spelling.replace("HERE", str(here)), form.replace("HERE", str(here))
-    assert normal(spelling) == form
-    assert normal(form) == form
+    assert normalize_uri(spelling) == form
+    assert normalize_uri(form) == form
 
 
 def test_the_form_names_the_file_that_the_spelling_names(here: Path):
     (here / "real" / "m").write_text("right")
     (here / "m").write_text("wrong")
-    assert Path("link/../m").read_text() == Path(normal("link/../m")).read_text() == "right"
+    assert Path("link/../m").read_text() == Path(normalize_uri("link/../m")).read_text() == "right"
 
 
 @pytest.mark.parametrize(
@@ -114,34 +122,38 @@ def test_the_form_names_the_file_that_the_spelling_names(here: Path):
 )
 def test_what_can_be_no_place_is_refused_with_a_remedy(here: Path, spelling: str, words: str):
     with pytest.raises(InputError, match=words) as caught:
-        normal(spelling)
+        normalize_uri(spelling)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_called_like_a_user_is_that_file(here: Path):
     (here / "~root").touch()
-    assert normal("~root") == f"{here}/~root"
+    assert normalize_uri("~root") == f"{here}/~root"
 
 
 def test_file_names_that_are_no_utf8_survive_their_quoting(here: Path):
     name = os.fsdecode(b"caf\xe9.parquet")
     (here / name).touch()
-    assert Path(normal(f"file://{here}/caf%E9.parquet")).exists()
+    assert Path(normalize_uri(f"file://{here}/caf%E9.parquet")).exists()
     assert local_path("file:///caf%E9") == os.fsdecode(b"/caf\xe9")
 
 
 def test_a_form_is_still_shown_without_its_secrets(here: Path):
-    assert redact_uri(normal("S3A://key:secret@bucket/x/")) == "s3://bucket/x"
-    assert redact_uri(normal("HTTPS://me:pw@host/a?token=1")) == "https://host/a"
+    assert redact_uri(normalize_uri("S3A://key:secret@bucket/x/")) == "s3://bucket/x"
+    assert redact_uri(normalize_uri("HTTPS://me:pw@host/a?token=1")) == "https://host/a"
     for spelling in ("s3:/key:secret@bucket/x", "s3://key:secret@/x\0"):
         with pytest.raises(InputError) as caught:
-            normal(spelling)
+            normalize_uri(spelling)
         assert "secret" not in str(caught.value)
 
 
 def test_links_lead_to_one_real_place(here: Path):
-    assert real_place(normal("link/x")) == real_place(normal("real/deep/x")) == f"{here}/real/deep/x"
-    assert real_place("s3://me:pw@b/k") == "s3://b/k"
+    assert (
+        canonical_location(normalize_uri("link/x"))
+        == canonical_location(normalize_uri("real/deep/x"))
+        == f"{here}/real/deep/x"
+    )
+    assert canonical_location("s3://me:pw@b/k") == "s3://b/k"
 
 
 @pytest.mark.parametrize(
@@ -157,10 +169,10 @@ def test_links_lead_to_one_real_place(here: Path):
     ],
 )
 def test_a_file_lies_in_a_folder(uri: str, folder: str, name: str):
-    assert folder_of(uri) == folder
-    assert below(uri, folder) == name
-    assert below("/a/b//c", "/a") == "b//c"
-    assert below("s3://b//m", "s3://b") == "/m"
+    assert parent_folder(uri) == folder
+    assert relative_path(uri, folder) == name
+    assert relative_path("/a/b//c", "/a") == "b//c"
+    assert relative_path("s3://b//m", "s3://b") == "/m"
     assert has_scheme("file:/a")
     assert not has_scheme("file:a")
 

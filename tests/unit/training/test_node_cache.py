@@ -80,7 +80,7 @@ def test_a_store_that_fails_leaves_nothing_behind_and_may_be_asked_again(tmp_pat
     with pytest.raises(StorageStoppedError):
         cache.copy("memory://nothing/there", Storage())
     assert cache.bytes() == 0
-    Storage().write_whole("memory://nothing/there", b"now")
+    Storage().write_atomic("memory://nothing/there", b"now")
     assert cache.copy("memory://nothing/there", Storage()).read_bytes() == b"now"
 
 

@@ -92,7 +92,7 @@ def test_parts_of_a_store_are_copied_once(tmp_path: Path):
     storage = Storage()
     array = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     np.save(tmp_path / "part.npy", array)
-    storage.write_whole("memory://pixels/part.npy", (tmp_path / "part.npy").read_bytes())
+    storage.write_atomic("memory://pixels/part.npy", (tmp_path / "part.npy").read_bytes())
     for _ in range(2):
         store = PixelStore(["memory://pixels/part"], storage, str(tmp_path / "copies"))
         assert np.array_equal(store[1], array[1])
