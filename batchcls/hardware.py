@@ -35,7 +35,7 @@ class Hardware(BaseModel):
     torch: str = Field(description="Version of PyTorch.")
 
     @classmethod
-    def here(cls) -> Self:
+    def detect(cls) -> Self:
         """The machine that this process runs on."""
         name, flags = _processor()
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -32,10 +32,10 @@ def _deviations(values: tuple[float, float, float]) -> tuple[float, float, float
     return values
 
 
-Means = Annotated[tuple[float, float, float], AfterValidator(_means)]
+ChannelMeans = Annotated[tuple[float, float, float], AfterValidator(_means)]
 """The means of R, G, B, of values in 0..1."""
 
-Deviations = Annotated[tuple[float, float, float], AfterValidator(_deviations)]
+ChannelStds = Annotated[tuple[float, float, float], AfterValidator(_deviations)]
 """What R, G, B are divided by: 1/255 gives a network values up to 255."""
 
 InputSide = Annotated[int, Field(gt=0, le=4096)]
@@ -66,8 +66,8 @@ class Preprocessing(BaseModel):
         "squash: both sides, ratio lost; border: the long side meets it, ratio kept, padded with the mean.",
     )
     interpolation: Interpolation = Field(default="bilinear", description="Resampling filter, antialiased.")
-    mean: Means = Field(description="Mean of R, G, B in 0..1, subtracted.")
-    std: Deviations = Field(description="Standard deviation of R, G, B in 0..1, divided by.")
+    mean: ChannelMeans = Field(description="Mean of R, G, B in 0..1, subtracted.")
+    std: ChannelStds = Field(description="Standard deviation of R, G, B in 0..1, divided by.")
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

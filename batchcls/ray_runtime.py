@@ -154,11 +154,11 @@ def hardware_of(nodes: Sequence[NodeInfo]) -> list[Hardware]:
     """
     here = ray.get_runtime_context().get_node_id()
     if [node.node_id for node in nodes] == [here]:
-        return [Hardware.here()]
+        return [Hardware.detect()]
     look = ray.remote(num_cpus=0)(_call)
     tasks = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-            Hardware.here
+            Hardware.detect
         )
         for node in nodes
     ]

@@ -155,7 +155,7 @@ def main() -> None:
                 results[f"{size}, {interpolation}"] = measure(contents, ways(interpolation), arguments.rounds)
     record = {
         "date": datetime.now(UTC).date().isoformat(),
-        "hardware": Hardware.here().model_dump(),
+        "hardware": Hardware.detect().model_dump(),
         "images": arguments.images,
         "rounds": arguments.rounds,
         "results": results,

@@ -149,7 +149,7 @@ def main() -> None:
     today = datetime.now(UTC).date().isoformat()
     target = REPOSITORY / "benchmarks" / "results" / f"{today}-{arguments.name}.json"
     target.parent.mkdir(exist_ok=True)
-    record = {"date": today, "hardware": str(Hardware.here()), "points": points}
+    record = {"date": today, "hardware": str(Hardware.detect()), "points": points}
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(target)
 

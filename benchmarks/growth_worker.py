@@ -33,7 +33,7 @@ class SleepingEngine:
         )
         return _Later(answer, self._free_at)
 
-    def answer(self, pixels: NDArray[Any]) -> EngineOutput:
+    def predict(self, pixels: NDArray[Any]) -> EngineOutput:
         """Wait for it."""
         return self.submit(pixels).result()
 

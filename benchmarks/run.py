@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
             records = [run_suite(suite, given.rounds, given.int8_min_agreement) for suite in suites]
         except DisagreementError as error:
             raise SystemExit(f"nothing is reported: {error}") from error
-    hardware = Hardware.here()
+    hardware = Hardware.detect()
     date = datetime.now(UTC).date().isoformat()
     record = {
         "date": date,

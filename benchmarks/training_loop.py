@@ -165,7 +165,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": Hardware.here().model_dump(),
+        "hardware": Hardware.detect().model_dump(),
         "model": arguments.model,
         "images": arguments.images,
         "crop_pixels": side,

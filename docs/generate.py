@@ -292,7 +292,7 @@ def _model_cells(record: ZooRecord) -> list[str]:
         str(record.input_size),
         f"{default.top1:.3f}",
         f"`{default.tag}`",
-        record.good_for,
+        record.use_case,
         record.warning or "",
     ]
 

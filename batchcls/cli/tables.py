@@ -149,7 +149,7 @@ def zoo_table(records: Sequence[ZooRecord]) -> Table:
             f"{record.multiply_adds / 1e9:.2f}",
             str(record.input_size),
             f"{record.weights[0].top1:.1f}",
-            record.good_for,
+            record.use_case,
         )
     return table
 
@@ -161,7 +161,7 @@ def record_table(record: ZooRecord) -> Table:
     table.add_column()
     table.add_row(record.name, f"{record.source}:{record.architecture}, {record.family}, {record.year}")
     table.add_row("idea", record.key_idea)
-    table.add_row("use case", record.good_for)
+    table.add_row("use case", record.use_case)
     if record.warning:
         table.add_row("warning", record.warning)
     table.add_row("parameters", f"{record.parameters:,}")

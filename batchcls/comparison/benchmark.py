@@ -19,12 +19,12 @@ from batchcls.errors import BatchclsError, InputError
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.models.build import build_model
 from batchcls.models.engines.batching import is_out_of_memory
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Engine, EngineChoice, EngineConfig
 from batchcls.models.engines.factory import start_engine
-from batchcls.models.flops import count
+from batchcls.models.flops import count_cost
 from batchcls.models.model_bundle import Bundle
-from batchcls.models.registry import published, record_of
+from batchcls.models.registry import published_weights, record_for_spec
 
 _MAX_ANSWER_BATCH = {"cpu": 16, "cuda": 128}
 
@@ -93,7 +93,7 @@ def _time(bundle: Bundle, candidate: Candidate, prepared: Prepared) -> tuple[Eng
     forget_peak_memory(place.device)
     started = time.perf_counter()
     engine = _start(bundle, candidate, candidate.choice, prepared)
-    engine.answer(pixels[:1])
+    engine.predict(pixels[:1])
     load_seconds = time.perf_counter() - started
     load = OtherLoad.begin()
     single = latency(engine, pixels, place.seconds)
@@ -109,7 +109,7 @@ def _start(bundle: Bundle, candidate: Candidate, choice: EngineChoice, prepared:
         device=place.device,
         threads=place.threads,
         batch_size=max(place.batch_sizes),
-        conversions=Conversions.at(place.cache_dir),
+        compile_cache=CompileCache.from_cache_dir(place.cache_dir),
         calibration=lambda: prepared.pixels,
     )
     if bundle.config.golden is None:
@@ -154,8 +154,8 @@ def _measurement(
 ) -> Measurement:
     config, place = bundle.config, candidate.place
     size = (config.preprocessing.input_height, config.preprocessing.input_width)
-    cost = count(build_model(bundle).eval(), size)
-    record = record_of(config.spec)
+    cost = count_cost(build_model(bundle).eval(), size)
+    record = record_for_spec(config.spec)
     return Measurement(
         model=candidate.model,
         architecture=str(config.spec),
@@ -190,5 +190,5 @@ def _published_top1(bundle: Bundle) -> float | None:
     config = bundle.config
     if config.weights.kind not in ("pretrained", "random") or config.untrained_head:
         return None
-    found = published(config.spec)
+    found = published_weights(config.spec)
     return None if found is None else found.top1 / 100

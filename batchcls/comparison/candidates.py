@@ -51,7 +51,7 @@ class BenchmarkEnvironment:
 
     `seconds` is the time for one point: a latency, or the throughput of one batch size.
     `worthwhile_only` leaves out batch sizes behind the one where it stops getting faster.
-    `cache_dir` is the node's folder for converted networks, see `Conversions.at`; no figure depends
+    `cache_dir` is the node's folder for converted networks, see `CompileCache.from_cache_dir`; no figure depends
     on it.
     """
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from batchcls.comparison.measurement import Measurement, Record
 from batchcls.models.model_spec import ModelSpec, SourceName
-from batchcls.models.registry import ZooRecord, record_of
+from batchcls.models.registry import ZooRecord, record_for_spec
 
 _VALIDATION_IMAGES = 50_000  # of ImageNet-1k, behind every published figure
 
@@ -112,7 +112,7 @@ def zoo_record(architecture: str) -> ZooRecord | None:
     """The zoo's record of SOURCE:ARCHITECTURE[.TAG]; None if it has none."""
     source, _, name = architecture.partition(":")
     return next(
-        (record_of(ModelSpec(known, name)) for known in get_args(SourceName) if known == source), None
+        (record_for_spec(ModelSpec(known, name)) for known in get_args(SourceName) if known == source), None
     )
 
 
@@ -205,8 +205,8 @@ def _unfit(needs: Requirements, record: ZooRecord | None, entry: Measurement) ->
             f"{percent(agreement.top1_with_fp32)} of {agreement.images} best labels are those of fp32, where "
             f"{percent(LEAST_AGREEMENT)} are asked for."
         )
-    if record and loader in _LOADERS and record.runs_elsewhere not in _LOADED_BY[loader]:
-        where = _WHERE[record.runs_elsewhere]
+    if record and loader in _LOADERS and record.runtime_support not in _LOADED_BY[loader]:
+        where = _WHERE[record.runtime_support]
         return f"It has to run on {_LOADERS[loader]}; {record.family} runs {where}. {_given_up(entry)}"
     if needs.target_ms is not None and p95 > needs.target_ms:
         over = figure(p95 - needs.target_ms)
@@ -346,7 +346,7 @@ def _about_traits(needs: Requirements, record: ZooRecord | None, taken: Measurem
         images += ", fewer than any that is left wants: train its head alone"
     matters = "matters" if needs.debugging == "plain" else "does not matter"
     return (
-        f"Loading: asked for is {loader}; {record.family} runs {_WHERE[record.runs_elsewhere]}.",
+        f"Loading: asked for is {loader}; {record.family} runs {_WHERE[record.runtime_support]}.",
         f"Labeled images: {images}. {_fine_tuning(record)}.",
         f"Debugging: {matters}; the construction is {record.construction}.",
     )

@@ -129,13 +129,13 @@ def _throughput(engine: Engine, pixels: Pixels, batch_size: int, seconds: float)
 def _timed(engine: Engine, pixels: Pixels, seconds: float, repeats: Repeats) -> list[float]:
     """Seconds of each answer to one image, one at a time, warm-up left out."""
     images = cycle_batches(pixels, 1)
-    _warm_up(lambda: engine.answer(next(images)), seconds)
+    _warm_up(lambda: engine.predict(next(images)), seconds)
     taken: list[float] = []
     started = time.perf_counter()
     while not _enough(len(taken), time.perf_counter() - started, seconds, repeats):
         image = next(images)
         before = time.perf_counter()
-        engine.answer(image)
+        engine.predict(image)
         taken.append(time.perf_counter() - before)
     return taken
 

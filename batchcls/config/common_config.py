@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from batchcls.errors import InputError
-from batchcls.preprocessing import Deviations, Means
+from batchcls.preprocessing import ChannelMeans, ChannelStds
 from batchcls.schema import RESERVED_COLUMNS
 from batchcls.storage.uris import is_remote, local_path, normalize_model, normalize_uri
 
@@ -202,8 +202,10 @@ class FetchSettings(JobConfig):
 class PreprocessingSettings(JobConfig):
     """What a user says of the preprocessing of weights that have no record of it."""
 
-    mean: Means | None = Field(json_schema_extra=MODEL, default=None, description="Mean of R,G,B in 0..1.")
-    std: Deviations | None = Field(
+    mean: ChannelMeans | None = Field(
+        json_schema_extra=MODEL, default=None, description="Mean of R,G,B in 0..1."
+    )
+    std: ChannelStds | None = Field(
         json_schema_extra=MODEL, default=None, description="Standard deviation of R,G,B in 0..1."
     )
     input_size: int | None = Field(

@@ -12,7 +12,7 @@ from batchcls.config.engine_config import EngineSettings
 from batchcls.errors import InputError
 from batchcls.inference.agreement import AccuracyTolerance
 from batchcls.models.engines.engine import Device, EngineChoice, EngineName, Precision
-from batchcls.models.engines.factory import missing
+from batchcls.models.engines.factory import missing_package
 
 _PACKAGES = ("torch", "openvino", "nncf")
 
@@ -236,7 +236,7 @@ def candidates(wanted: EngineRequest, device: Device, *, has_bf16: bool = True) 
         found = [choice for choice in found if choice.precision != "bf16"]
         notes.append(NO_BF16)
     for engine in dict.fromkeys(choice.engine for choice in found):
-        lacking = missing(engine)
+        lacking = missing_package(engine)
         if lacking is None:
             continue
         if engine == wanted.engine:

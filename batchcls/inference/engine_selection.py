@@ -80,7 +80,7 @@ def choose(
         GoldenMismatch: the network does not answer as its bundle says.
     """
     started = time.perf_counter()
-    asked = candidates(wanted, place.device, has_bf16=Hardware.here().has_bf16)
+    asked = candidates(wanted, place.device, has_bf16=Hardware.detect().has_bf16)
     if place.calibration is None:
         place = replace(place, calibration=lambda: sample.calibration)
     measuring = _Measuring(bundle, sample, wanted, place, seconds)
@@ -93,7 +93,7 @@ def choose(
         raise InputError(
             f"--engine {wanted.engine} --precision {wanted.precision}: nothing of that can be used here ({reasons})"
         )
-    hardware = Hardware.here()
+    hardware = Hardware.detect()
     assert taken.batch_size is not None
     assert taken.images_per_second is not None
     return EngineSelectionRecord(

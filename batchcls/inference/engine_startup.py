@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from batchcls.inference.golden_test import GOLDEN_IMAGES_VERSION, predict_golden_images
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig
 from batchcls.models.engines.factory import start_engine
-from batchcls.models.golden import Deviation, check
+from batchcls.models.golden import Deviation, check_golden
 from batchcls.models.model_bundle import Bundle, BundleConfig
 
 if TYPE_CHECKING:
@@ -50,4 +50,4 @@ def self_test(config: BundleConfig, engine: Engine) -> Deviation:
     """
     golden = config.require_golden(GOLDEN_IMAGES_VERSION)
     found = predict_golden_images(config.preprocessing, engine)
-    return check(golden, found.probabilities, found.embedding, config.labels, engine.precision)
+    return check_golden(golden, found.probabilities, found.embedding, config.labels, engine.precision)

@@ -12,7 +12,7 @@ from batchcls.models.build import build_backbone
 from batchcls.models.engines.engine import REFERENCE, EngineConfig
 from batchcls.models.engines.torch_eager import TorchEager
 from batchcls.models.export import Program
-from batchcls.models.golden import Deviation, check, record
+from batchcls.models.golden import Deviation, check_golden, create_golden
 from batchcls.models.model_bundle import Bundle, BundleConfig
 
 
@@ -26,7 +26,7 @@ def with_golden(bundle: Bundle) -> Bundle:
     threads = torch.get_num_threads()
     engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", REFERENCE.precision, threads)
     found = predict_golden_images(preprocessing, engine)
-    golden = record(found.probabilities, found.embedding, bundle.config.labels, GOLDEN_IMAGES_VERSION)
+    golden = create_golden(found.probabilities, found.embedding, bundle.config.labels, GOLDEN_IMAGES_VERSION)
     return replace(bundle, config=bundle.config.model_copy(update={"golden": golden}))
 
 
@@ -39,7 +39,7 @@ def verified_bundle(bundle: Bundle) -> Bundle:
         InputError: the files would be refused.
         GoldenMismatch: the network does not answer as the bundle says.
     """
-    found = bundle.reopened()
+    found = bundle.round_trip()
     engine = TorchEager(
         build_backbone(found), found.config.preprocessing, "cpu", REFERENCE.precision, torch.get_num_threads()
     )
@@ -70,4 +70,4 @@ def check_program(config: BundleConfig, program: Program) -> Deviation:
     """
     golden = config.require_golden(GOLDEN_IMAGES_VERSION)
     found = average(program(golden_pixels(config.preprocessing)), views=1, l2_normalize=False)
-    return check(golden, found.probabilities, found.embedding, config.labels, REFERENCE.precision)
+    return check_golden(golden, found.probabilities, found.embedding, config.labels, REFERENCE.precision)

@@ -36,7 +36,7 @@ def golden_images() -> Iterator[npt.NDArray[np.uint8]]:
 
 def predict_golden_images(preprocessing: Preprocessing, engine: Engine) -> Averaged:
     """What an engine says about the drawn images."""
-    return average(engine.answer(golden_pixels(preprocessing)), views=1, l2_normalize=False)
+    return average(engine.predict(golden_pixels(preprocessing)), views=1, l2_normalize=False)
 
 
 def golden_pixels(preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:

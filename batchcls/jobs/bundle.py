@@ -22,13 +22,13 @@ from batchcls.errors import ExitCode, InputError
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import check_program, with_golden
 from batchcls.models.build import build_backbone, build_model
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, EngineConfig, Precision
-from batchcls.models.engines.factory import describe
+from batchcls.models.engines.factory import describe_engine
 from batchcls.models.export import FILE_NAMES, describe_program, export_program, load_program
 from batchcls.models.heads import mark_trainable
 from batchcls.models.model_bundle import Bundle
-from batchcls.models.model_names import suggestions
+from batchcls.models.model_names import suggest_names
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.registry import find_record, zoo_records
 from batchcls.models.resolve import parse_model_arguments, resolve_model
@@ -75,7 +75,7 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
         dropout=config.dropout,
         trainable=tuple(config.trainable),
         arguments=parse_model_arguments(config.model_args or ""),
-        overrides=PreprocessingOverrides.of(config),
+        overrides=PreprocessingOverrides.from_settings(config),
     )
     bundle = with_golden(resolve_model(config.model, choices, storage))
     bundle.save(config.output, storage)
@@ -91,7 +91,7 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
     out.print(bundle_line(bundle))
     out.print(f"fingerprint {bundle.fingerprint}")
     trainable = mark_trainable(build_model(bundle), bundle.config.trainable)
-    out.print(f"{trainable.parameters:,} of {trainable.of:,} parameters are trainable")
+    out.print(f"{trainable.parameters:,} of {trainable.total:,} parameters are trainable")
     hidden: dict[str, Any] = {
         "labels": True,
         "category_paths": True,
@@ -119,7 +119,7 @@ def test(config: BundleTestConfig, console: Console) -> ExitCode:
     started = time.perf_counter()
     engine, found = start_tested_engine(bundle, choice, place)
     out.print(
-        f"passed on {describe(engine)} in {time.perf_counter() - started:.1f} s: probabilities off by at most "
+        f"passed on {describe_engine(engine)} in {time.perf_counter() - started:.1f} s: probabilities off by at most "
         f"{found.probability:.2g}, embeddings by {found.distance:.2g} of their spread"
     )
     return ExitCode.DONE
@@ -137,7 +137,7 @@ def _settled(config: BundleTestConfig) -> tuple[EngineChoice, EngineConfig]:
         device=device,
         threads=torch.get_num_threads(),
         batch_size=_TEST_BATCH,
-        conversions=Conversions.at(config.cache_dir),
+        compile_cache=CompileCache.from_cache_dir(config.cache_dir),
     )
     return EngineChoice(config.engine, precision), place
 
@@ -172,7 +172,7 @@ def zoo(config: BundleZooConfig, console: Console) -> ExitCode:
         return ExitCode.DONE
     record = find_record(config.name)
     if record is None:
-        raise InputError(f"the zoo has no {config.name}{suggestions(config.name)}")
+        raise InputError(f"the zoo has no {config.name}{suggest_names(config.name)}")
     out.print(record_table(record))
     return ExitCode.DONE
 

@@ -12,7 +12,7 @@ from batchcls.inference.predictor_config import PredictSettings
 from batchcls.manifest.ids import InvalidIds, find_bad_ids
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Manifest, open_manifest
-from batchcls.models.engines.factory import missing
+from batchcls.models.engines.factory import missing_package
 from batchcls.models.model_bundle import Bundle, BundleConfig
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
@@ -54,7 +54,7 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
     """
     storage = Storage(config.storage_options)
     engine = "openvino" if config.precision == "int8" else config.engine
-    if engine != "auto" and (lacking := missing(engine)) is not None:
+    if engine != "auto" and (lacking := missing_package(engine)) is not None:
         raise InputError(f"--engine {config.engine} --precision {config.precision}: {lacking}")
     bundle = check_model(config.model, _model_choices(config), storage)
     if bundle is not None:

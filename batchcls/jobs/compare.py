@@ -76,7 +76,7 @@ def _places(config: CompareConfig) -> dict[BenchmarkEnvironment, NodeInfo]:
     if not nodes:
         needed = "a GPU" if config.device == "cuda" else "a CPU for tasks"
         raise InputError(f"the cluster has no node with {needed}; add one, or choose another --device")
-    found = run_everywhere(nodes, Hardware.here, config.wait_for_cluster_seconds)
+    found = run_everywhere(nodes, Hardware.detect, config.wait_for_cluster_seconds)
     places: dict[BenchmarkEnvironment, NodeInfo] = {}
     for node, hardware in zip(nodes, found, strict=True):
         places.setdefault(_place(config, node, hardware), node)

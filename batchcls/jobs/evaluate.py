@@ -34,9 +34,9 @@ from batchcls.evaluation.model_predictions import Answering, room_for_logits
 from batchcls.evaluation.run_predictions import open_run, read_answers
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import Device, EngineChoice, EngineConfig
-from batchcls.models.engines.factory import describe
+from batchcls.models.engines.factory import describe_engine
 from batchcls.models.model_bundle import Bundle, Calibration
 from batchcls.preprocessing import Preprocessing, Views, views_of
 from batchcls.report.evaluate_page import PageParts, evaluate_page, verdict
@@ -141,7 +141,7 @@ def _judge_bundle(
     load = _load(config, labeled, bundle.config.preprocessing, views)
     choice, place = EngineChoice(config.engine, config.precision), _place(config)
     engine, _ = start_tested_engine(bundle, choice, place)
-    _logger.info("engine: %s", describe(engine))
+    _logger.info("engine: %s", describe_engine(engine))
     answering = Answering(labeled, labels, engine)
     rows = labeled.manifest.rows
     with room_for_logits(rows * views.count, len(labels)) as room:
@@ -154,7 +154,7 @@ def _judge_bundle(
         "bundle": redact_uri(config.model),
         "fingerprint": bundle.fingerprint,
         "architecture": str(bundle.config.spec),
-        "engine": describe(engine),
+        "engine": describe_engine(engine),
     }
     return _Judged(found, notes, judged, model, curves)
 
@@ -188,7 +188,9 @@ def _place(config: EvaluateConfig) -> EngineConfig:
         device = config.device
     elif config.engine != "openvino" and torch.cuda.is_available():
         device = "cuda"
-    return EngineConfig(device, torch.get_num_threads(), config.batch_size, Conversions.at(config.cache_dir))
+    return EngineConfig(
+        device, torch.get_num_threads(), config.batch_size, CompileCache.from_cache_dir(config.cache_dir)
+    )
 
 
 def _load(

@@ -7,7 +7,7 @@ from batchcls.models.backbone import Backbone
 from batchcls.models.feature_taps import find_tap
 from batchcls.models.heads import mark_trainable
 from batchcls.models.model_bundle import CONFIG_FILE, WEIGHTS_FILE, Bundle
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 from batchcls.models.weights import from_safetensors, load_strictly
 
 
@@ -21,7 +21,7 @@ def build_model(bundle: Bundle) -> nn.Module:
     """
     config = bundle.config
     spec = find_model(str(config.spec), config.arguments)
-    model = library_of(spec).build(spec, len(config.labels), config.dropout)
+    model = get_library(spec).build(spec, len(config.labels), config.dropout)
     load_strictly(model, from_safetensors(bundle.weights, WEIGHTS_FILE), WEIGHTS_FILE)
     mark_trainable(model, config.trainable)
     return model
@@ -36,7 +36,7 @@ def build_backbone(bundle: Bundle) -> Backbone:
     """
     config = bundle.config
     spec = config.spec
-    library = library_of(spec)
+    library = get_library(spec)
     model = build_model(bundle)
     size = (config.preprocessing.input_height, config.preprocessing.input_width)
     tap = find_tap(spec, model, library, config.embedding_tap, size)

@@ -7,14 +7,14 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.feature_taps import ImageSizeError, evaluation, find_tap, forward_full, random_image
+from batchcls.models.feature_taps import ImageSizeError, eval_mode, find_tap, forward_full, random_image
 from batchcls.models.heads import mark_trainable, with_new_head
 from batchcls.models.imagenet_labels import known_labels
 from batchcls.models.labels import CategoryPaths, Labels, read_category_paths, read_labels
 from batchcls.models.model_bundle import Bundle, BundleConfig, OriginKind, WeightsOrigin, sha256_hex
 from batchcls.models.model_spec import ArgumentValue, ModelChoices, ModelSpec, PreprocessingOverrides
-from batchcls.models.registry import tag_notes
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.registry import describe_weights
+from batchcls.models.sources import find_model, get_library
 from batchcls.models.weights import State, from_safetensors, load_strictly, read_weights, to_safetensors
 from batchcls.storage.filesystem import Storage, redact_uri
 
@@ -32,7 +32,7 @@ class _Loaded:
     new_head: bool = False
 
 
-def bundle_of_name(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
+def create_bundle(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
     """The bundle of a named architecture.
 
     It gets the weights of a file (`choices.weights`), or random ones if allowed, or else the
@@ -58,7 +58,7 @@ def bundle_of_name(model: str, choices: ModelChoices, storage: Storage) -> Bundl
 
 def _from_file(spec: ModelSpec, uri: str, storage: Storage) -> _Loaded:
     name = redact_uri(uri)
-    library = library_of(spec)
+    library = get_library(spec)
     state, data = read_weights(uri, storage)
     adapted = library.adapt(spec, state)
     if adapted.keys() != state.keys():
@@ -89,18 +89,18 @@ def _count_classes(state: State, classifiers: tuple[str, ...]) -> int | None:
 
 
 def _random(spec: ModelSpec, labels: Labels | None) -> _Loaded:
-    library = library_of(spec)
+    library = get_library(spec)
     model = library.build(spec, len(labels) if labels else None)
     classes = _classes_in(model.state_dict(), library.classifiers(model), str(spec))
     return _Loaded(spec, model, to_safetensors(model.state_dict()), "random", "random", classes)
 
 
 def _published(spec: ModelSpec) -> _Loaded:
-    notes = tag_notes(spec)
+    notes = describe_weights(spec)
     _logger.info("weights of %s: %s", spec, notes.line)
     if notes.warning is not None:
         _logger.warning("weights of %s: %s", spec, notes.warning)
-    library = library_of(spec)
+    library = get_library(spec)
     found = library.pretrained(spec)
     spec = ModelSpec(spec.source, found.architecture, spec.arguments)
     model = library.build(spec, None)
@@ -114,7 +114,7 @@ def _with_new_head(loaded: _Loaded, labels: Labels | None, dropout: float | None
     if labels is None:
         raise InputError("--new-head needs --labels FILE: the classes that the new head is to tell apart")
     state = from_safetensors(loaded.weights, loaded.name)
-    model = with_new_head(library_of(loaded.spec), loaded.spec, state, len(labels), dropout)
+    model = with_new_head(get_library(loaded.spec), loaded.spec, state, len(labels), dropout)
     return replace(
         loaded, model=model, weights=to_safetensors(model.state_dict()), classes=len(labels), new_head=True
     )
@@ -139,7 +139,7 @@ def _fitting_labels(loaded: _Loaded, labels: Labels | None) -> Labels:
 
 def _size_remedy(loaded: _Loaded, size: tuple[int, int]) -> str:
     """What to type instead of a size that the network does not take; only what was tried and works."""
-    library, spec = library_of(loaded.spec), loaded.spec
+    library, spec = get_library(loaded.spec), loaded.spec
     own = library.preprocessing(spec, PreprocessingOverrides())
     remedies = [f"leave --input-size out, for its own size is {own.input_height} x {own.input_width}"]
     state = from_safetensors(loaded.weights, loaded.name)
@@ -154,7 +154,7 @@ def _size_remedy(loaded: _Loaded, size: tuple[int, int]) -> str:
             model = library.build(other, loaded.classes)
             if loaded.kind != "random":
                 load_strictly(model, state, loaded.name)
-            with evaluation(model):
+            with eval_mode(model):
                 forward_full(model, random_image(size))
         except InputError:
             continue
@@ -168,7 +168,7 @@ def _bundle(
     loaded: _Loaded, labels: Labels, category_paths: CategoryPaths | None, choices: ModelChoices
 ) -> Bundle:
     spec = loaded.spec
-    library = library_of(spec)
+    library = get_library(spec)
     preprocessing = library.preprocessing(spec, choices.overrides)
     size = (preprocessing.input_height, preprocessing.input_width)
     mark_trainable(loaded.model, choices.trainable)  # refuses patterns that match nothing

@@ -106,7 +106,7 @@ def first_tensor(output: object) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
-class HasStages(Protocol):
+class StageProvider(Protocol):
     """What finds the stages of a network: a library of architectures."""
 
     def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[FeatureStage, ...]:
@@ -114,7 +114,7 @@ class HasStages(Protocol):
 
 
 def find_tap(
-    spec: object, model: nn.Module, library: HasStages, name: str, input_size: tuple[int, int]
+    spec: object, model: nn.Module, library: StageProvider, name: str, input_size: tuple[int, int]
 ) -> FeatureStage | None:
     """The stage that `--embedding-tap` names, in a network that is not cut yet; None for `pooled`.
 
@@ -171,7 +171,7 @@ def forward_full(model: nn.Module, images: torch.Tensor) -> Any:
         ) from error
 
 
-def watch(
+def capture_outputs(
     model: nn.Module, paths: Iterable[str], input_size: tuple[int, int]
 ) -> list[tuple[str, torch.Tensor]]:
     """What modules hand on for the random image, copied, in the order in which the modules ended.
@@ -180,13 +180,13 @@ def watch(
         InputError: the network does not take this size.
     """
     seen: list[tuple[str, torch.Tensor]] = []
-    with evaluation(model), _listening(model, paths, seen):
+    with eval_mode(model), _listening(model, paths, seen):
         forward_full(model, random_image(input_size))
     return seen
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients inside; every module is in its former mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

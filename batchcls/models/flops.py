@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class ModelCost:
     """Size and work of a network.
 
     Attributes:
@@ -24,7 +24,7 @@ class Cost:
     multiply_adds: int
 
 
-def count(module: nn.Module, input_size: tuple[int, int]) -> Cost:
+def count_cost(module: nn.Module, input_size: tuple[int, int]) -> ModelCost:
     """Count by a forward pass on one image of zeros, on the device that the parameters are on.
 
     On the meta device that takes no arithmetic and no memory. Elsewhere it is a real pass.
@@ -43,7 +43,7 @@ def count(module: nn.Module, input_size: tuple[int, int]) -> Cost:
     with _visible_attention(), FlopCounterMode(display=False) as counter, torch.no_grad():
         module(image)
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return Cost(parameters, counter.get_total_flops() // 2)
+    return ModelCost(parameters, counter.get_total_flops() // 2)
 
 
 @contextmanager

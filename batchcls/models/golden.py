@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 TOP = 5
 
 
-class GoldenAnswer(BaseModel):
+class GoldenPrediction(BaseModel):
     """What the network says about one drawn image, in float32 on a CPU."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -42,7 +42,7 @@ class Golden(BaseModel):
         pattern=r"^[0-9a-f]{64}$",
         description="Digest of all labels in order, so that none is swapped unseen.",
     )
-    answers: tuple[GoldenAnswer, ...] = Field(
+    answers: tuple[GoldenPrediction, ...] = Field(
         min_length=2, description="One an image, in the drawing's order."
     )
 
@@ -82,11 +82,11 @@ class Deviation:
     cosine: float
 
 
-def record(probabilities: Floats, embedding: Floats, labels: Sequence[str], drawing: int) -> Golden:
+def create_golden(probabilities: Floats, embedding: Floats, labels: Sequence[str], drawing: int) -> Golden:
     """Golden answers from N x K probabilities and N x D embeddings of the drawn images."""
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
     answers = tuple(
-        GoldenAnswer(
+        GoldenPrediction(
             labels=tuple(labels[index] for index in indices),
             class_indices=tuple(map(int, indices)),
             probabilities=tuple(round(float(row[index]), 6) for index in indices),
@@ -97,7 +97,7 @@ def record(probabilities: Floats, embedding: Floats, labels: Sequence[str], draw
     return Golden(drawing=drawing, labels_sha256=labels_digest(labels), answers=answers)
 
 
-def check(
+def check_golden(
     golden: Golden, probabilities: Floats, embedding: Floats, labels: Sequence[str], precision: str
 ) -> Deviation:
     """Compare N x K probabilities and N x D embeddings of the drawn images with the golden answers.
@@ -166,5 +166,5 @@ def _cosine(embedding: Floats, expected: Floats) -> float:
     return float((products / np.maximum(lengths, 1e-30)).min())
 
 
-def _embedding(answer: GoldenAnswer) -> Floats:
+def _embedding(answer: GoldenPrediction) -> Floats:
     return np.frombuffer(base64.b64decode(answer.embedding), "<f4").astype(np.float32)

@@ -114,12 +114,12 @@ class Trainable:
     Attributes:
         names: of the parameters that may, in the network's order.
         parameters: numbers in them.
-        of: numbers in all parameters of the network.
+        total: numbers in all parameters of the network.
     """
 
     names: tuple[str, ...]
     parameters: int
-    of: int
+    total: int
 
 
 def mark_trainable(model: nn.Module, patterns: Iterable[str] = EVERYTHING) -> Trainable:

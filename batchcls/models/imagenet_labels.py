@@ -28,16 +28,16 @@ def known_labels(classes: int) -> Labels | None:
 def imagenet_labels() -> Labels:
     """The 1000 names of ImageNet, each one different; the index is the rank of the wnid."""
     info: Any = ImageNetInfo()
-    return distinct(ResNet18_Weights.DEFAULT.meta["categories"], info.label_names())
+    return disambiguate(ResNet18_Weights.DEFAULT.meta["categories"], info.label_names())
 
 
 @cache
 def _synset_labels(subset: str) -> Labels:
     info: Any = ImageNetInfo(subset)
-    return distinct(info.label_descriptions(), info.label_names())
+    return disambiguate(info.label_descriptions(), info.label_names())
 
 
-def distinct(names: Sequence[str], identifiers: Sequence[str]) -> Labels:
+def disambiguate(names: Sequence[str], identifiers: Sequence[str]) -> Labels:
     """Names made unique: one that stands for several classes gets its identifier in brackets.
 
     Two classes called crane become `crane (n02012849)` and `crane (n03126707)`.

@@ -177,7 +177,7 @@ class BundleConfig(BaseModel):
         """The record as JSON values. A bundle that was never evaluated keeps the fingerprint it always had."""
         return self.model_dump(mode="json", exclude={"calibration"} if self.calibration is None else None)
 
-    def paths_of(self, labels: Sequence[str]) -> CategoryPaths | None:
+    def category_paths_for(self, labels: Sequence[str]) -> CategoryPaths | None:
         """The category paths of other labels, by name; None unless each of them has one here."""
         if self.category_paths is None:
             return None
@@ -292,11 +292,11 @@ class Bundle:
         config = self.config
         record = config.weights.model_copy(update={**(origin or {}), "sha256": sha256_hex(weights)})
         labels = changes.get("labels", config.labels)
-        kept = {"golden": None, "calibration": None, "category_paths": config.paths_of(labels)}
+        kept = {"golden": None, "calibration": None, "category_paths": config.category_paths_for(labels)}
         values = config.model_dump() | {"weights": record.model_dump()} | kept | changes
         return Bundle(_checked(lambda: BundleConfig.model_validate(values), "the changed bundle"), weights)
 
-    def reopened(self) -> "Bundle":
+    def round_trip(self) -> "Bundle":
         """The bundle as a reader of its files will find it.
 
         Raises:
@@ -312,7 +312,7 @@ class Bundle:
                 nothing is.
             StorageStoppedError: the weights are written, and `bundle.json` cannot be.
         """
-        self.reopened()
+        self.round_trip()
         write_files(uri, {WEIGHTS_FILE: self.weights, CONFIG_FILE: self._record()}, storage)
 
     def _record(self) -> bytes:

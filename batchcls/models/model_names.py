@@ -36,7 +36,7 @@ def library_names(source: SourceName) -> frozenset[str]:
     return frozenset(name for text in _sources(source) for name in _REGISTERED.findall(text))
 
 
-def is_known(source: SourceName, architecture: str) -> bool:
+def is_known_architecture(source: SourceName, architecture: str) -> bool:
     """Whether a library has an architecture, deprecated names included; a tag is not looked at."""
     base = architecture.partition(".")[0]
     return base in library_names(source) or base in _deprecated(source)
@@ -44,10 +44,10 @@ def is_known(source: SourceName, architecture: str) -> bool:
 
 def is_model_name(text: str) -> bool:
     """Whether `--model` names an architecture, known or not, and cannot be meant as a folder's path."""
-    return text.partition(":")[0] in SOURCES or find_name(text) is not None
+    return text.partition(":")[0] in SOURCES or qualified_name(text) is not None
 
 
-def find_name(text: str) -> str | None:
+def qualified_name(text: str) -> str | None:
     """`SOURCE:ARCHITECTURE` behind a bare name of the zoo or of a library; None for any other text."""
     if not _BARE_NAME.fullmatch(text):
         return None
@@ -57,7 +57,7 @@ def find_name(text: str) -> str | None:
     return next((f"{source}:{text}" for source in SOURCES if base in library_names(source)), None)
 
 
-def suggestions(name: str) -> str:
+def suggest_names(name: str) -> str:
     """The end of an error message: names of the zoo and the libraries that are close to this one."""
     base = name.partition(":")[2] or name
     base = base.partition(".")[0].lower()

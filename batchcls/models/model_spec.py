@@ -42,7 +42,7 @@ class PreprocessingOverrides(BaseModel):
     interpolation: Interpolation | None = Field(default=None, description="Resampling filter.")
 
     @classmethod
-    def of(cls, settings: PreprocessingSettings) -> Self:
+    def from_settings(cls, settings: PreprocessingSettings) -> Self:
         """What a job's settings say; what they leave open is not among `model_fields_set`."""
         values = {name: getattr(settings, name) for name in cls.model_fields}
         return cls(**{name: value for name, value in values.items() if value is not None})

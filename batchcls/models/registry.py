@@ -54,7 +54,7 @@ class ZooRecord(BaseModel):
     family: str = Field(description="Name of the family, as in its paper.")
     year: int = Field(ge=2012, description="Year the paper appeared.")
     key_idea: str = Field(description="What was new, in a sentence.")
-    good_for: str = Field(description="When to take it.")
+    use_case: str = Field(description="When to take it.")
     warning: str | None = Field(default=None, description="What to know before taking it.")
     parameters: int = Field(gt=0, description="Without heads that only training uses, 1000 classes.")
     multiply_adds: int = Field(gt=0, description="For one image at `input_size`.")
@@ -63,7 +63,7 @@ class ZooRecord(BaseModel):
         description="plain: one kind of block in a row, to be read layer by layer; branched: parallel paths "
         "or gates that join again; intricate: several such mechanisms at once."
     )
-    runs_elsewhere: RunsElsewhere = Field(
+    runtime_support: RunsElsewhere = Field(
         description="What has its operators, whatever its size. everywhere: phones and small accelerators too, "
         "and in 8-bit integers; most runtimes: ONNX Runtime, TensorRT, OpenVINO, Core ML; servers: PyTorch and "
         "what is made for transformers."
@@ -75,7 +75,7 @@ class ZooRecord(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class TagNotes:
+class WeightsDescription:
     """What to print about the weights that a name stands for.
 
     Attributes:
@@ -113,13 +113,13 @@ def find_record(name: str) -> ZooRecord | None:
     return next((record for record in zoo_records() if record.name == name), None)
 
 
-def record_of(spec: ModelSpec) -> ZooRecord | None:
+def record_for_spec(spec: ModelSpec) -> ZooRecord | None:
     """The record of an architecture, whatever its tag; None if it is not of the zoo."""
     wanted = (spec.source, _split(spec)[0])
     return next((r for r in zoo_records() if (r.source, r.architecture) == wanted), None)
 
 
-def published(spec: ModelSpec) -> PublishedWeights | None:
+def published_weights(spec: ModelSpec) -> PublishedWeights | None:
     """The entry of the spec's tag, or of the default tag if it names none.
 
     None where no accuracy is known here: timm's architectures outside the zoo, weights without a
@@ -130,7 +130,7 @@ def published(spec: ModelSpec) -> PublishedWeights | None:
     return next((entry for entry in entries if tag in (None, entry.tag)), None)
 
 
-def tag_notes(spec: ModelSpec) -> TagNotes:
+def describe_weights(spec: ModelSpec) -> WeightsDescription:
     """What to print about the published weights behind a spec. Asks no network.
 
     Args:
@@ -139,7 +139,7 @@ def tag_notes(spec: ModelSpec) -> TagNotes:
     Raises:
         InputError: the library has no weights with this tag.
     """
-    chosen = published(spec)
+    chosen = published_weights(spec)
     if chosen is not None:
         return _compared(chosen, _entries(spec))
     return _of_torchvision(spec) if spec.source == "torchvision" else _of_timm(spec)
@@ -154,7 +154,7 @@ def _split(spec: ModelSpec) -> tuple[str, str | None]:
 
 def _entries(spec: ModelSpec) -> tuple[PublishedWeights, ...]:
     """All weights of an architecture whose accuracy is known here, the default first."""
-    record = record_of(spec)
+    record = record_for_spec(spec)
     if record is not None:
         return record.weights
     if spec.source == "timm":
@@ -180,7 +180,7 @@ def _torchvision_entry(member: Any) -> PublishedWeights | None:
     )
 
 
-def _compared(chosen: PublishedWeights, entries: tuple[PublishedWeights, ...]) -> TagNotes:
+def _compared(chosen: PublishedWeights, entries: tuple[PublishedWeights, ...]) -> WeightsDescription:
     default = entries[0]
     higher = [entry for entry in entries if entry.top1 > chosen.top1]
     standing = ", the best known" if not higher else ", the default" if chosen == default else ""
@@ -198,14 +198,14 @@ def _compared(chosen: PublishedWeights, entries: tuple[PublishedWeights, ...]) -
         )
     if chosen.license is not None:
         warnings.append(f"these weights have a license of their own: {chosen.license}")
-    return TagNotes(line, f"{chosen.tag}: {'; '.join(warnings)}" if warnings else None)
+    return WeightsDescription(line, f"{chosen.tag}: {'; '.join(warnings)}" if warnings else None)
 
 
 def _figure(entry: PublishedWeights) -> str:
     return f"{entry.tag} ({entry.top1:.3f} at {entry.input_size} pixels)"
 
 
-def _of_torchvision(spec: ModelSpec) -> TagNotes:
+def _of_torchvision(spec: ModelSpec) -> WeightsDescription:
     """Of weights that torchvision states no accuracy for."""
     from torchvision import models as torchvision_models  # noqa: PLC0415
 
@@ -216,11 +216,13 @@ def _of_torchvision(spec: ModelSpec) -> TagNotes:
     member = weights[tag or "DEFAULT"]
     line = f"{member.name}: torchvision states no top-1; {member.meta.get('recipe', 'recipe not stated')}"
     if member is weights.DEFAULT:
-        return TagNotes(line)
-    return TagNotes(line, f"{member.name} is not torchvision's default, which is {weights.DEFAULT.name}")
+        return WeightsDescription(line)
+    return WeightsDescription(
+        line, f"{member.name} is not torchvision's default, which is {weights.DEFAULT.name}"
+    )
 
 
-def _of_timm(spec: ModelSpec) -> TagNotes:
+def _of_timm(spec: ModelSpec) -> WeightsDescription:
     """Of weights outside the zoo's records: timm's package states no accuracy for any."""
     import timm  # noqa: PLC0415
 
@@ -232,14 +234,14 @@ def _of_timm(spec: ModelSpec) -> TagNotes:
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
         raise _no_such_tag(spec, tag, tags) from error
     if default is None or chosen is None or not chosen.has_weights:
-        return TagNotes(f"{spec} has no published weights")
+        return WeightsDescription(f"{spec} has no published weights")
     line = (
         f"{chosen.tag}: for {chosen.input_size[1]} pixels; timm's package states no top-1; from "
         f"{chosen.origin_url or chosen.hf_hub_id or chosen.url}, license {chosen.license or 'not stated'}"
     )
     if chosen.tag == default.tag:
-        return TagNotes(line)
-    return TagNotes(line, f"{chosen.tag} is not timm's default, which is {default.tag}")
+        return WeightsDescription(line)
+    return WeightsDescription(line, f"{chosen.tag} is not timm's default, which is {default.tag}")
 
 
 def _no_such_tag(spec: ModelSpec, tag: str | None, tags: list[str]) -> InputError:

@@ -6,7 +6,7 @@ from typing import cast
 
 from batchcls.errors import InputError
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle, BundleConfig
-from batchcls.models.model_names import find_name, is_known, is_model_name, suggestions
+from batchcls.models.model_names import is_known_architecture, is_model_name, qualified_name, suggest_names
 from batchcls.models.model_spec import ArgumentValue, ModelChoices, SourceName
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.uris import looks_like_model_name, normalize_uri
@@ -28,9 +28,9 @@ def resolve_model(model: str, choices: ModelChoices, storage: Storage) -> Bundle
         _refuse_choices(choices)
         return Bundle.load(normalize_uri(model), storage)
     # The libraries take seconds to import, and a job whose model is a folder needs none of them.
-    from batchcls.models.create import bundle_of_name  # noqa: PLC0415
+    from batchcls.models.create import create_bundle  # noqa: PLC0415
 
-    return bundle_of_name(model, choices, storage)
+    return create_bundle(model, choices, storage)
 
 
 def check_model(model: str, choices: ModelChoices, storage: Storage) -> BundleConfig | None:
@@ -45,9 +45,9 @@ def check_model(model: str, choices: ModelChoices, storage: Storage) -> BundleCo
     if not _is_name(model, storage):
         _refuse_choices(choices)
         return Bundle.read_config(normalize_uri(model), storage)
-    source, _, architecture = (find_name(model) or model).partition(":")
-    if not is_known(cast("SourceName", source), architecture):
-        raise InputError(f"--model {model}: there is no such model{suggestions(model)}")
+    source, _, architecture = (qualified_name(model) or model).partition(":")
+    if not is_known_architecture(cast("SourceName", source), architecture):
+        raise InputError(f"--model {model}: there is no such model{suggest_names(model)}")
     for flag, uri in (("--weights", choices.weights), ("--labels", choices.labels)):
         if uri is not None:
             with explain(uri):
@@ -63,13 +63,13 @@ def _is_name(model: str, storage: Storage) -> bool:
     if not is_model_name(model):
         if not storage.exists(model):
             raise InputError(
-                f"--model {model}: there is neither such a folder nor such a model{suggestions(model)}"
+                f"--model {model}: there is neither such a folder nor such a model{suggest_names(model)}"
             )
         return False
-    if find_name(model) is not None and storage.exists(join(model, CONFIG_FILE)):
+    if qualified_name(model) is not None and storage.exists(join(model, CONFIG_FILE)):
         raise InputError(
             f"--model {model}: there is a bundle in the folder {model} and an architecture of that name; write "
-            f"./{model} for the bundle or {find_name(model)} for the architecture"
+            f"./{model} for the bundle or {qualified_name(model)} for the architecture"
         )
     return True
 

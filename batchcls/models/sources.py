@@ -7,13 +7,13 @@ from batchcls.errors import InputError
 from batchcls.models.libraries.library import Library
 from batchcls.models.libraries.timm_library import TimmLibrary
 from batchcls.models.libraries.torchvision_library import TorchvisionLibrary
-from batchcls.models.model_names import find_name, suggestions
+from batchcls.models.model_names import qualified_name, suggest_names
 from batchcls.models.model_spec import Arguments, ModelSpec, SourceName
 
 LIBRARIES: Mapping[SourceName, Library] = {"torchvision": TorchvisionLibrary(), "timm": TimmLibrary()}
 
 
-def library_of(spec: ModelSpec) -> Library:
+def get_library(spec: ModelSpec) -> Library:
     """The library an architecture comes from."""
     return LIBRARIES[spec.source]
 
@@ -25,9 +25,9 @@ def find_model(text: str, arguments: Arguments) -> ModelSpec:
         InputError: no such architecture or tag (names the closest ones), or an argument that is
             settled elsewhere.
     """
-    source, _, architecture = (find_name(text) or text).partition(":")
+    source, _, architecture = (qualified_name(text) or text).partition(":")
     spec = ModelSpec(cast("SourceName", source), architecture, dict(arguments))
-    library = library_of(spec)
+    library = get_library(spec)
     if not library.check(architecture):
-        raise InputError(f"there is no model {text}{suggestions(architecture)}")
+        raise InputError(f"there is no model {text}{suggest_names(architecture)}")
     return library.complete(spec)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.models.engines.batching import OomSplittingEngine, probe_batch_size
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import Engine, EngineConfig
 from batchcls.pipeline.pipeline_spec import WorkerSpec
 
@@ -28,7 +28,7 @@ def start_for_node(spec: WorkerSpec) -> tuple[Engine, int]:
         device=resources.device,
         threads=resources.threads_per_actor,
         batch_size=batch_size,
-        conversions=Conversions.at(engines.cache_folder),
+        compile_cache=CompileCache.from_cache_dir(engines.cache_folder),
         calibration=engines.calibration,
     )
     engine, _ = start_tested_engine(bundle, node_engine.choice, config)

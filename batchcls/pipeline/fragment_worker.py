@@ -19,7 +19,7 @@ from batchcls.inference.predictor import Predictor
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.models.engines.engine import Engine
-from batchcls.models.engines.factory import describe
+from batchcls.models.engines.factory import describe_engine
 from batchcls.pipeline.actor_engine import start_for_node
 from batchcls.pipeline.fragment_actor import FRAGMENTS_IN_FLIGHT, PartialFragment, WorkerProgress
 from batchcls.pipeline.pipeline_spec import WorkerSpec
@@ -65,7 +65,7 @@ class FragmentWorker:
 
     def describe(self) -> str:
         """Return the description of the engine."""
-        return describe(self._engine)
+        return describe_engine(self._engine)
 
     def progress(self) -> WorkerProgress:
         """Return the progress of the unfinished fragments."""

@@ -17,7 +17,7 @@ from batchcls.images.load_config import DecodeLimits, decode_limits, fetch_polic
 from batchcls.inference.engine_record import EngineRequest, EngineSelectionRecord
 from batchcls.manifest.sample import RowSample, take_sample
 from batchcls.manifest.snapshot import Manifest
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, EngineConfig
 from batchcls.models.model_bundle import Bundle
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
@@ -209,7 +209,10 @@ def _measure(
         config.calibration_seconds,
     )
     engine_config = EngineConfig(
-        resources.device, resources.threads_per_actor, resources.batch_size, Conversions.at(config.cache_dir)
+        resources.device,
+        resources.threads_per_actor,
+        resources.batch_size,
+        CompileCache.from_cache_dir(config.cache_dir),
     )
     return run_alone(
         node, _select_on_this_node, bundle, images, request, engine_config, config.calibration_seconds

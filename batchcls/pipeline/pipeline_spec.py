@@ -46,7 +46,7 @@ class Engines:
     Attributes:
         by_hardware: engines of the kinds of nodes that the cluster had when the job started, by `Hardware.key`.
         default: engine of any other node.
-        cache_folder: folder of compiled networks on each node; None: see `Conversions.at`.
+        cache_folder: folder of compiled networks on each node; None: see `CompileCache.from_cache_dir`.
         calibration: see `EngineConfig.calibration`.
         probe_batches: whether an actor on a GPU measures its own batch size at start-up.
     """
@@ -59,7 +59,7 @@ class Engines:
 
     def for_this_node(self) -> NodeEngine:
         """Return the engine for the node on which this process runs."""
-        return self.by_hardware.get(Hardware.here().key, self.default)
+        return self.by_hardware.get(Hardware.detect().key, self.default)
 
 
 @dataclass(frozen=True)

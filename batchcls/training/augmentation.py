@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 
-from batchcls.models.feature_taps import ImageSizeError, evaluation, forward_full, random_image
+from batchcls.models.feature_taps import ImageSizeError, eval_mode, forward_full, random_image
 from batchcls.models.model_bundle import BundleConfig
 from batchcls.preprocessing import Preprocessing
 from batchcls.training.pixel_cache import PixelStore
@@ -141,7 +141,7 @@ def fitting_recipe(recipe: Recipe, model: nn.Module, config: BundleConfig) -> Re
     if set(sizes.values()) == {own}:
         return recipe
     refused: dict[tuple[int, int], str] = {}
-    with evaluation(model):
+    with eval_mode(model):
         for size in sorted(set(sizes.values()) - {own}):
             try:
                 forward_full(model, random_image(size))

@@ -17,7 +17,7 @@ from batchcls.models.model_bundle import WEIGHTS_FILE, Bundle
 from batchcls.models.model_names import is_model_name
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import parse_model_arguments, resolve_model
-from batchcls.models.sources import library_of
+from batchcls.models.sources import get_library
 from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.storage.filesystem import Storage
 
@@ -70,7 +70,7 @@ def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, sto
     if opened.config.labels == labels and not opened.config.untrained_head:
         return opened
     spec, state = opened.config.spec, from_safetensors(opened.weights, WEIGHTS_FILE)
-    model = with_new_head(library_of(spec), spec, state, len(labels), opened.config.dropout)
+    model = with_new_head(get_library(spec), spec, state, len(labels), opened.config.dropout)
     made = opened.with_weights(
         to_safetensors(model.state_dict()),
         labels=labels,
@@ -89,7 +89,7 @@ def tell_what_ends(opened: Bundle, labels: Labels) -> None:
             "bundle has none; run `evaluate --write-bundle` on it before `classify --abstain`",
             known.calibration.temperature,
         )
-    if known.category_paths is not None and known.paths_of(labels) is None:
+    if known.category_paths is not None and known.category_paths_for(labels) is None:
         _logger.warning(
             "the category paths of --model do not name every category: the new bundle has none; give labels as "
             "paths to `evaluate --labels-are-paths --write-bundle`"
@@ -102,7 +102,7 @@ def _with_neutral_head(bundle: Bundle) -> Bundle:
     A library's own initial values are made for training from nothing. On the large features of a
     trained body some of them give losses that take an epoch to come down again.
     """
-    library, state = library_of(bundle.config.spec), from_safetensors(bundle.weights, WEIGHTS_FILE)
+    library, state = get_library(bundle.config.spec), from_safetensors(bundle.weights, WEIGHTS_FILE)
     heads = tuple(f"{path}." for path in library.classifiers(build_model(bundle)))
     neutral = {
         name: torch.zeros_like(value) if name.startswith(heads) else value for name, value in state.items()
@@ -122,6 +122,6 @@ def _choices(config: FinetuneConfig) -> ModelChoices:
     return ModelChoices(
         weights=config.weights,
         arguments=parse_model_arguments(config.model_args or ""),
-        overrides=PreprocessingOverrides.of(config),
+        overrides=PreprocessingOverrides.from_settings(config),
         allow_random=config.from_scratch,
     )

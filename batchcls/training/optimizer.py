@@ -195,4 +195,4 @@ def describe(trainable: Trainable, model: nn.Module, batch_norm: BatchNormMode, 
         norms = f"{count} BatchNorm layers gather new statistics"
         if workers > 1:
             norms += f": each of {workers} workers from its own images, averaged after every epoch"
-    return f"{trainable.parameters:,} of {trainable.of:,} parameters are trained; {norms}"
+    return f"{trainable.parameters:,} of {trainable.total:,} parameters are trained; {norms}"

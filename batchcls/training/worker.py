@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from batchcls.models.build import build_model
 from batchcls.models.heads import mark_trainable
 from batchcls.models.model_bundle import Bundle
-from batchcls.models.sources import library_of
+from batchcls.models.sources import get_library
 from batchcls.storage.filesystem import Storage, is_remote, join, local_path
 from batchcls.training.loss import Divergence
 from batchcls.training.node_cache import NodeCache
@@ -109,7 +109,7 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
     settings = assignment.settings
     bundle: Bundle = ray.get(assignment.bundle)
     model = build_model(bundle)
-    classifiers = library_of(bundle.config.spec).classifiers(model)
+    classifiers = get_library(bundle.config.spec).classifiers(model)
     cache = NodeCache.of(assignment.run_id, ray.get_runtime_context().get_node_id())
     with cache.in_use() if assignment.copies else nullcontext():
         stores = [

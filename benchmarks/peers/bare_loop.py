@@ -30,7 +30,7 @@ from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.images.loader import Loader
 from batchcls.inference.engine_startup import start_tested_engine
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig, EngineOutput, PendingOutput
 from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing, Views
@@ -198,7 +198,9 @@ def main() -> None:
     started = time.perf_counter()
     loading = batches(paths)
     choice = EngineChoice.parse(f"{given.engine}:{given.precision}")
-    place = EngineConfig("cpu", given.threads, given.batch_size, Conversions.at(None), calibration)
+    place = EngineConfig(
+        "cpu", given.threads, given.batch_size, CompileCache.from_cache_dir(None), calibration
+    )
     engine, _ = start_tested_engine(bundle, choice, place)
     running = time.perf_counter()
     answers = list(answer(engine, ahead(loading)))

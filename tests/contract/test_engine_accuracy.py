@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from batchcls.hardware import Hardware
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import EngineChoice, EngineConfig, EngineOutput
 from batchcls.models.engines.factory import start_engine
 from batchcls.models.model_bundle import Bundle
@@ -63,7 +63,7 @@ def bundle(shared: Path, model: Published) -> Bundle:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, photographs) -> EngineConfig:
     # Two threads: some faults of int8 show only where several passes run beside each other.
-    conversions = Conversions(tmp_path_factory.mktemp("conversions"))
+    conversions = CompileCache(tmp_path_factory.mktemp("conversions"))
     return EngineConfig("cpu", 2, BATCH, conversions, lambda: photographs[0][::3])
 
 
@@ -101,7 +101,7 @@ class Bound:
 
 FP32, BF16 = Bound(1, 1, 1e-5), Bound(6, 9, 0.01)
 # Where sums of int8 saturate, as on x86 before VNNI, embeddings lose more, and weights of seven bits still more.
-INT8 = Bound(9, 30, 0.01 if any("vnni" in feature for feature in Hardware.here().features) else 0.025)
+INT8 = Bound(9, 30, 0.01 if any("vnni" in feature for feature in Hardware.detect().features) else 0.025)
 CHOICES = [
     ("openvino:fp32", FP32),
     ("openvino:bf16", BF16),

@@ -142,7 +142,7 @@ def test_the_cut_network_answers_as_the_intact_one_on_photographs(shared, photog
     assert abs(right - model.top1) < _three_standard_errors(model.top1, len(truth))
 
     engine = TorchEager(backbone, preprocessing, "cpu", "fp32", 1)
-    answers = np.concatenate([engine.answer(pixels[i : i + 15]).logits for i in range(0, len(pixels), 15)])
+    answers = np.concatenate([engine.predict(pixels[i : i + 15]).logits for i in range(0, len(pixels), 15)])
     np.testing.assert_array_equal(answers.argmax(1), expected.argmax(1).numpy())
 
 

@@ -15,7 +15,7 @@ from batchcls.inference.agreement import AccuracyTolerance
 from batchcls.inference.engine_record import EngineRequest, EngineSelectionRecord
 from batchcls.inference.golden_record import with_golden
 from batchcls.inference.scaled_decode import MARGINS, CalibrationPixels, measure_scaled_decode, reduced_by
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import EngineConfig
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_spec import ModelChoices
@@ -83,7 +83,7 @@ def _measure(
         images=PHOTOGRAPHS, seconds=1, reference="torch fp32", engine="torch", precision="bf16", batch_size=8,
         images_per_second=1, candidates=(), notes=(),
     )  # fmt: skip
-    place = EngineConfig("cpu", 2, 8, Conversions(tmp_path))
+    place = EngineConfig("cpu", 2, 8, CompileCache(tmp_path))
     return measure_scaled_decode(bundle, chosen, place, photographs.images)
 
 

@@ -9,7 +9,7 @@ import torch
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
 from batchcls.models.engines.batching import OomSplittingEngine, probe_batch_size
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Engine, EngineChoice, EngineConfig
 from batchcls.models.engines.factory import start_engine
 from batchcls.models.model_bundle import Bundle
@@ -36,8 +36,8 @@ def bundle() -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def conversions(tmp_path_factory) -> Conversions:
-    return Conversions(tmp_path_factory.mktemp("conversions"))
+def conversions(tmp_path_factory) -> CompileCache:
+    return CompileCache(tmp_path_factory.mktemp("conversions"))
 
 
 @pytest.fixture(scope="module")
@@ -65,30 +65,30 @@ def assert_close(engine, answer, expected) -> None:
 @pytest.mark.parametrize("count", [1, 4, 15, BATCH])
 def test_a_gpu_gives_the_answer_of_the_cpu(engine, plain, count):
     assert engine.device == "cuda"
-    assert_close(engine, engine.answer(pixels(count)), plain.answer(pixels(count)))
+    assert_close(engine, engine.predict(pixels(count)), plain.predict(pixels(count)))
 
 
 def test_answers_under_way_at_once_are_not_mixed_up(engine, plain):
     batches = [pixels(BATCH - seed % 4, seed) for seed in range(30)]
     pending = [engine.submit(batch) for batch in batches]
     for batch, answer in zip(batches, pending, strict=True):
-        assert_close(engine, answer.result(), plain.answer(batch))
-    assert_close(engine, pending[0].result(), plain.answer(batches[0]))
+        assert_close(engine, answer.result(), plain.predict(batch))
+    assert_close(engine, pending[0].result(), plain.predict(batches[0]))
 
 
 def test_two_threads_may_submit_at_once(engine, plain):
     batches = [pixels(BATCH - seed % 4, seed) for seed in range(40)]
     with ThreadPoolExecutor(2) as threads:
-        answers = list(threads.map(engine.answer, batches))
+        answers = list(threads.map(engine.predict, batches))
     for batch, answer in zip(batches, answers, strict=True):
-        assert_close(engine, answer, plain.answer(batch))
+        assert_close(engine, answer, plain.predict(batch))
 
 
 def test_an_answer_stays_when_the_next_batches_are_asked(engine):
-    first = engine.answer(pixels(BATCH))
+    first = engine.predict(pixels(BATCH))
     kept = first.logits.copy()
     for seed in range(5):
-        engine.answer(pixels(BATCH, seed))
+        engine.predict(pixels(BATCH, seed))
     np.testing.assert_array_equal(first.logits, kept)
 
 
@@ -97,7 +97,7 @@ def test_memory_that_runs_out_halves_the_batch(bundle, conversions):
     torch.cuda.empty_cache()
     place = EngineConfig("cuda", 1, 4096, conversions)
     engine = start_engine(bundle, EngineChoice("torch", "fp32"), place)
-    expected = engine.answer(pixels(2048))
+    expected = engine.predict(pixels(2048))
     used = torch.cuda.max_memory_reserved()
     halving = OomSplittingEngine(start_engine(bundle, EngineChoice("torch", "fp32"), place))
     del engine
@@ -105,7 +105,7 @@ def test_memory_that_runs_out_halves_the_batch(bundle, conversions):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 0.6 * used / total))
     try:
-        answer = halving.answer(pixels(2048))
+        answer = halving.predict(pixels(2048))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert halving.largest_batch is not None
@@ -115,4 +115,4 @@ def test_memory_that_runs_out_halves_the_batch(bundle, conversions):
 
 def test_the_probe_finds_a_batch_size(bundle, conversions):
     engine = start_engine(bundle, EngineChoice("torch", "bf16"), EngineConfig("cuda", 1, 1024, conversions))
-    assert 8 <= probe_batch_size(engine, SHAPE, start=8, most=1024) <= 1024
+    assert 8 <= probe_batch_size(engine, SHAPE, start=8, max_size=1024) <= 1024

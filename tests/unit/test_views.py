@@ -12,10 +12,10 @@ from batchcls.images.transform import Transform
 from batchcls.inference.predictor import Predictor
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.backbone import Backbone
-from batchcls.models.engines.engine import Ready
+from batchcls.models.engines.engine import CompletedOutput
 from batchcls.models.engines.torch_eager import TorchEager
 from batchcls.models.model_spec import PreprocessingOverrides
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 from batchcls.preprocessing import Preprocessing, views_of
 from batchcls.schema import loaded_schema
 from tests.helpers.drawing import draw
@@ -61,7 +61,7 @@ def test_corners_of_a_padded_image_are_refused():
 @pytest.fixture(scope="module")
 def engine() -> TorchEager:
     spec = find_model("timm:test_resnet", {})
-    library = library_of(spec)
+    library = get_library(spec)
     model = library.build(spec, len(LABELS))
     library.preprocessing(spec, PreprocessingOverrides())
     backbone = Backbone(model, library.classifiers(model), (32, 32))
@@ -88,7 +88,7 @@ def plain_loop(engine: TorchEager, image: np.ndarray, tta: str) -> tuple[np.ndar
     chosen = list(crops) if tta in ("five-crop", "ten-crop") else [crops[4]]
     if tta in ("hflip", "ten-crop"):
         chosen += [crop[:, ::-1] for crop in chosen]
-    answers = [engine.answer(np.ascontiguousarray(crop)[np.newaxis]) for crop in chosen]
+    answers = [engine.predict(np.ascontiguousarray(crop)[np.newaxis]) for crop in chosen]
     probabilities = [torch.softmax(torch.from_numpy(answer.logits), 1).numpy()[0] for answer in answers]
     return np.mean(probabilities, axis=0), np.mean([answer.embedding[0] for answer in answers], axis=0)
 
@@ -123,10 +123,10 @@ def test_one_view_that_is_not_finite_fails_its_image_and_no_other(engine):
             pass
 
         def submit(self, pixels):
-            return Ready(self.answer(pixels))
+            return CompletedOutput(self.predict(pixels))
 
-        def answer(self, pixels):
-            answer = engine.answer(pixels)
+        def predict(self, pixels):
+            answer = engine.predict(pixels)
             answer.logits[(pixels == 255).all(axis=(1, 2, 3))] = np.inf
             return answer
 

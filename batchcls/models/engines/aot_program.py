@@ -23,7 +23,7 @@ _OUTPUTS = 2
 _NO_INDEX = -1
 
 
-class NativeProgram:
+class AotProgram:
     """N,H,W,3 pixels in, logits and embedding out. Threads may call it at once."""
 
     def __init__(self, path: Path, runners: int) -> None:

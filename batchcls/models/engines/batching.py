@@ -62,7 +62,7 @@ class OomSplittingEngine:
         """Submit a batch; see `Engine`. A lack of memory is raised by `result` at the earliest."""
         return _Parts(self, pixels)
 
-    def answer(self, pixels: NDArray[Any]) -> EngineOutput:
+    def predict(self, pixels: NDArray[Any]) -> EngineOutput:
         """Submit N,H,W,3 pixels and wait for the output.
 
         Raises:
@@ -139,14 +139,14 @@ _WORTHWHILE_GAIN = 1.05
 _COUNTED_BATCHES = 6
 
 
-def probe_batch_size(engine: Engine, shape: tuple[int, int, int], start: int, most: int) -> int:
+def probe_batch_size(engine: Engine, shape: tuple[int, int, int], start: int, max_size: int) -> int:
     """Find the batch size of an engine: it is doubled until memory runs out or throughput stops improving.
 
     Args:
         engine: not wrapped in `OomSplittingEngine`, which would hide that a batch does not fit.
         shape: H, W, 3 of an image.
         start: the first size, at least 1; halved while it does not fit.
-        most: the largest size.
+        max_size: the largest size.
 
     Returns:
         The smallest size whose throughput is within 5 % of that of twice its size, or the largest that fits.
@@ -154,14 +154,14 @@ def probe_batch_size(engine: Engine, shape: tuple[int, int, int], start: int, mo
     Raises:
         MemoryError: not even one image fits.
     """
-    size = min(start, most)
+    size = min(start, max_size)
     rate = _rate(engine, shape, size)
     while rate is None:
         if size == 1:
             raise MemoryError(f"there is no memory on {engine.device} for one image of this network")
-        most = size = size // 2
+        max_size = size = size // 2
         rate = _rate(engine, shape, size)
-    while 2 * size <= most:
+    while 2 * size <= max_size:
         doubled = _rate(engine, shape, 2 * size)
         if doubled is None or doubled < _WORTHWHILE_GAIN * rate:
             break

@@ -27,13 +27,13 @@ _RECORD = "key.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Conversions:
+class CompileCache:
     """A folder of conversions, shared by all processes of a node."""
 
     folder: Path
 
     @classmethod
-    def at(cls, folder: str | None) -> Self:
+    def from_cache_dir(cls, folder: str | None) -> Self:
         """The conversions below a cache folder, in `engines`.
 
         Args:

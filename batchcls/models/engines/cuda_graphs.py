@@ -10,14 +10,14 @@ from torch import nn
 
 from batchcls.models.backbone import Backbone
 from batchcls.models.engines.cuda_pipeline import CudaPipeline, Forward
-from batchcls.models.engines.engine import Device, EngineConfig, EngineName, Precision, Submission
+from batchcls.models.engines.engine import BaseEngine, Device, EngineConfig, EngineName, Precision
 from batchcls.models.engines.torch_eager import NormalizedBackbone
 from batchcls.preprocessing import Preprocessing
 
 _STEP = 4
 
 
-class TorchGraphs(Submission):
+class TorchCudaGraphs(BaseEngine):
     """A network under `torch.compile`, with CUDA graphs."""
 
     name: EngineName = "compile"
@@ -34,7 +34,7 @@ class TorchGraphs(Submission):
             precision: fp32, bf16 or fp16.
             place: what inductor compiles is kept in its conversions, for the next start.
         """
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place.conversions.folder / "inductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place.compile_cache.folder / "inductor"))
         self.precision = precision
         work = CudaPipeline(
             NormalizedBackbone(backbone, preprocessing, "cuda", precision),

@@ -128,7 +128,7 @@ class _Slot:
         for kept, found in zip(self._answers, (logits, embedding), strict=True):
             kept[: len(found)].copy_(found, non_blocking=True)
 
-    def answer(self, count: int) -> EngineOutput:
+    def read_output(self, count: int) -> EngineOutput:
         """The first rows of what was received, copied, once it is there."""
         self.answered.synchronize()
         if self._answers is None:
@@ -162,7 +162,7 @@ class _PendingBatch:
         self._error = self._launched.exception()
         try:
             if self._error is None:
-                self._answer = self._slot.answer(self._launched.result())
+                self._answer = self._slot.read_output(self._launched.result())
         except (MemoryError, RuntimeError) as error:
             self._error = error
         self._settled = True

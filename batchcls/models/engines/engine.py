@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchcls.errors import InputError
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 
 # OpenVINO and NNCF send usage statistics over the network from a thread that starts when they are imported. They
 # do not if this package cannot be imported.
@@ -51,7 +51,7 @@ class PendingOutput(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class CompletedOutput:
     """An output that is available already; see `PendingOutput`."""
 
     answer: EngineOutput
@@ -79,7 +79,7 @@ class Engine(Protocol):
         while `in_flight` batches are running.
         """
 
-    def answer(self, pixels: NDArray[Any]) -> EngineOutput:
+    def predict(self, pixels: NDArray[Any]) -> EngineOutput:
         """Submit N,H,W,3 pixels and wait for the output; N may be 0."""
 
 
@@ -124,7 +124,7 @@ class EngineConfig:
         device: device of the network.
         threads: CPU threads of the network for all batches in flight together; at least 1.
         batch_size: images of a full batch; smaller batches are supported.
-        conversions: cache of this node's compiled networks.
+        compile_cache: cache of this node's compiled networks.
         calibration: returns N,H,W,3 uint8 images of the catalog, from which int8 quantization computes its scales;
             called only when a network is quantized. None: no images are available.
     """
@@ -132,11 +132,11 @@ class EngineConfig:
     device: Device
     threads: int
     batch_size: int
-    conversions: Conversions
+    compile_cache: CompileCache
     calibration: Callable[[], NDArray[np.uint8]] | None = None
 
 
-class Submission:
+class BaseEngine:
     """Implements `submit` and `answer` of an engine with the function that starts a batch."""
 
     def __init__(
@@ -165,10 +165,10 @@ class Submission:
                 f"expected N x {self._shape} of uint8 or float32, got {pixels.shape} of {pixels.dtype}"
             )
         if len(pixels) == 0:
-            return Ready(EngineOutput.empty(self._widths))
+            return CompletedOutput(EngineOutput.empty(self._widths))
         return self._begin(pixels)
 
-    def answer(self, pixels: NDArray[Any]) -> EngineOutput:
+    def predict(self, pixels: NDArray[Any]) -> EngineOutput:
         """Return logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalized already.
 
         Raises:

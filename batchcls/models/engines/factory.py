@@ -57,7 +57,7 @@ _ENGINES: Mapping[EngineName, _Registration] = {
 }
 
 
-def missing(engine: EngineName) -> str | None:
+def missing_package(engine: EngineName) -> str | None:
     """Return which package of an engine is not installed and how to install it; None if none is missing."""
     registration = _ENGINES[engine]
     if importlib.util.find_spec(registration.package) is not None:
@@ -84,7 +84,7 @@ def start_engine(
         InputError: the engine is not installed, does not support the choice on this machine, or the bundle is
             inconsistent.
     """
-    problem = missing(choice.engine)
+    problem = missing_package(choice.engine)
     if problem is not None:
         raise InputError(f"--engine {choice.engine}: {problem}")
     module = _ENGINES[choice.engine].import_module()
@@ -97,6 +97,6 @@ def _build(bundle: Bundle) -> "Backbone":
     return build_backbone(bundle)
 
 
-def describe(engine: Engine) -> str:
+def describe_engine(engine: Engine) -> str:
     """Return the description of an engine, for example `torch bf16 on cpu`."""
     return f"{engine.name} {engine.precision} on {engine.device}"

@@ -128,7 +128,7 @@ class Converter:
             "pixels": pixels,
             "arithmetic": _HINTS[self.choice.precision],
         }
-        folder = self.place.conversions.get(key, lambda folder: self._compile(pixels, folder))
+        folder = self.place.compile_cache.get(key, lambda folder: self._compile(pixels, folder))
         blob = (folder / _PROGRAM).read_bytes()
         threads = self.place.threads
         count, streams = (threads, 1) if self.choice.precision == "int8" else (1, threads)
@@ -153,10 +153,10 @@ class Converter:
         """The folder of the network; fp32 and bf16 share one."""
         key = self._network_key()
         make = self._quantize if self.choice.precision == "int8" else self._convert
-        return self.place.conversions.get(key, make)
+        return self.place.compile_cache.get(key, make)
 
     def _network_key(self) -> dict[str, str]:
-        hardware = Hardware.here()
+        hardware = Hardware.detect()
         key = {
             "name": f"openvino-{self.bundle.config.architecture}",
             "format": _FORMAT,

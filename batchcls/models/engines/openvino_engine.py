@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from batchcls.errors import InputError
 from batchcls.models.engines.engine import (
+    BaseEngine,
     Device,
     EngineChoice,
     EngineConfig,
     EngineName,
     EngineOutput,
     Precision,
-    Submission,
 )
 from batchcls.models.engines.openvino_convert import Converter, PixelType
 from batchcls.models.model_bundle import Bundle
@@ -49,7 +49,7 @@ def _require(core: openvino.Core, precision: Precision) -> None:
         )
 
 
-class OpenVino(Submission):
+class OpenVino(BaseEngine):
     """A converted network. Threads may submit at once; pixels are read where they lie."""
 
     name: EngineName = "openvino"

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from batchcls.errors import InputError
 from batchcls.hardware import Hardware
-from batchcls.models.engines.aot_program import NativeProgram
+from batchcls.models.engines.aot_program import AotProgram
 from batchcls.models.engines.engine import (
+    BaseEngine,
     Device,
     Engine,
     EngineChoice,
     EngineConfig,
     EngineName,
     EngineOutput,
-    Submission,
 )
 from batchcls.models.engines.thread_pool import ThreadPoolRunner
 from batchcls.models.model_bundle import Bundle
@@ -40,11 +40,11 @@ def start(
 ) -> Engine:
     """See `start.start_engine`."""
     if place.device == "cuda":
-        from batchcls.models.engines.cuda_graphs import TorchGraphs  # noqa: PLC0415 - torch takes seconds
+        from batchcls.models.engines.cuda_graphs import TorchCudaGraphs  # noqa: PLC0415 - torch takes seconds
         from batchcls.models.engines.torch_eager import check_device_and_precision  # noqa: PLC0415
 
         check_device_and_precision(choice, place.device)
-        return TorchGraphs(backbone(), bundle.config.preprocessing, choice.precision, place)
+        return TorchCudaGraphs(backbone(), bundle.config.preprocessing, choice.precision, place)
     if choice.precision not in _PRECISIONS:
         raise InputError(
             f"--engine compile --precision {choice.precision}: on a CPU choose from {', '.join(_PRECISIONS)}, "
@@ -53,7 +53,7 @@ def start(
     return TorchCompiled(bundle, choice, place, backbone)
 
 
-class TorchCompiled(Submission):
+class TorchCompiled(BaseEngine):
     """A network that is compiled once a node, on a CPU."""
 
     name: EngineName = "compile"
@@ -75,7 +75,7 @@ class TorchCompiled(Submission):
         """
         self.precision = choice.precision
         self._bundle, self._place, self._backbone = bundle, place, backbone
-        self._programs: dict[PixelType, NativeProgram] = {}
+        self._programs: dict[PixelType, AotProgram] = {}
         self._lock = threading.Lock()
         work = ThreadPoolRunner(self._run, place.threads, self._program("uint8").one_thread)
         self.in_flight = work.in_flight
@@ -87,16 +87,16 @@ class TorchCompiled(Submission):
     def _run(self, pixels: NDArray[Any]) -> EngineOutput:
         return self._program("uint8" if pixels.dtype.name == "uint8" else "float32")(pixels)
 
-    def _program(self, pixels: PixelType) -> NativeProgram:
+    def _program(self, pixels: PixelType) -> AotProgram:
         """The program for these pixels; float32 ones are rare, so theirs is made when they come."""
         with self._lock:
             if pixels not in self._programs:
-                folder = self._place.conversions.get(self._key(pixels), partial(self._convert, pixels))
-                self._programs[pixels] = NativeProgram(folder / "program.so", self._place.threads)
+                folder = self._place.compile_cache.get(self._key(pixels), partial(self._convert, pixels))
+                self._programs[pixels] = AotProgram(folder / "program.so", self._place.threads)
             return self._programs[pixels]
 
     def _key(self, pixels: PixelType) -> dict[str, str]:
-        hardware = Hardware.here()
+        hardware = Hardware.detect()
         return {
             "name": f"compile-{self._bundle.config.architecture}-{self.precision}",
             "format": _FORMAT,

@@ -9,14 +9,14 @@ from torch import nn
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
 from batchcls.models.engines.engine import (
+    BaseEngine,
     Device,
     EngineChoice,
     EngineConfig,
     EngineName,
     Precision,
-    Submission,
 )
-from batchcls.models.engines.torch_thread_pool import TorchThreads
+from batchcls.models.engines.torch_thread_pool import TorchThreadPool
 from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 
@@ -95,7 +95,7 @@ def start(
     return TorchEager(backbone(), preprocessing, place.device, choice.precision, place.threads)
 
 
-class TorchEager(Submission):
+class TorchEager(BaseEngine):
     """A backbone in plain PyTorch: inference mode, channels last, normalization on the device.
 
     On a CPU one batch is answered at a time, by all threads, and the next one waits beside it.
@@ -124,5 +124,5 @@ class TorchEager(Submission):
         self.precision: Precision = precision
         self.in_flight = _GPU_BATCHES if device == "cuda" else 2
         network = NormalizedBackbone(backbone, preprocessing, device, precision)
-        work = TorchThreads(network, device, _GPU_BATCHES if device == "cuda" else 1, threads)
+        work = TorchThreadPool(network, device, _GPU_BATCHES if device == "cuda" else 1, threads)
         super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), work.submit)

@@ -14,7 +14,7 @@ from batchcls.models.engines.engine import Device, EngineOutput
 Network = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class TorchThreads:
+class TorchThreadPool:
     """Answers batches in threads of its own.
 
     Pixels are copied once into a buffer of the thread, which is page-locked when a GPU reads it, so

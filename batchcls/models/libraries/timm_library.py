@@ -10,7 +10,7 @@ from timm.data.config import resolve_data_config
 from torch import nn
 
 from batchcls.errors import InputError
-from batchcls.models.feature_taps import FeatureStage, Layout, evaluation, random_image, watch
+from batchcls.models.feature_taps import FeatureStage, Layout, capture_outputs, eval_mode, random_image
 from batchcls.models.heads import check_dropout
 from batchcls.models.libraries.library import (
     Pretrained,
@@ -86,7 +86,7 @@ class TimmLibrary:
         recorded = _recorded_stages(model)
         known = dict(model.named_modules())
         paths = {str(entry["module"]) for entry in recorded} & known.keys() - {""}
-        outputs = dict(watch(model, paths, input_size))
+        outputs = dict(capture_outputs(model, paths, input_size))
         maps = _intermediate_maps(model, input_size) if outputs else []
         if len(maps) != len(recorded):
             return ()
@@ -143,10 +143,10 @@ def _recorded_stages(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _intermediate_maps(model: nn.Module, input_size: tuple[int, int]) -> list[torch.Tensor]:
-    """timm's own feature maps (1,C,h,w) of the image that `watch` shows."""
+    """timm's own feature maps (1,C,h,w) of the image that `capture_outputs` shows."""
     forward: Any = model.forward_intermediates
     try:
-        with evaluation(model):
+        with eval_mode(model):
             return list(forward(random_image(input_size), intermediates_only=True))
     except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
         raise InputError(

@@ -13,7 +13,7 @@ from torchvision import models as torchvision_models
 from torchvision.models import SwinTransformer, VisionTransformer
 
 from batchcls.errors import InputError
-from batchcls.models.feature_taps import FeatureStage, Layout, watch
+from batchcls.models.feature_taps import FeatureStage, Layout, capture_outputs
 from batchcls.models.heads import set_dropout
 from batchcls.models.libraries.library import (
     Pretrained,
@@ -166,7 +166,7 @@ def _feature_maps(
     model: nn.Module, classifiers: tuple[str, ...], input_size: tuple[int, int]
 ) -> list[tuple[str, torch.Tensor]]:
     """Maps in front of the final pooling, in the order in which their modules ended."""
-    seen = watch(model, _chain(model, classifiers), input_size)
+    seen = capture_outputs(model, _chain(model, classifiers), input_size)
     body = takewhile(lambda item: not isinstance(model.get_submodule(item[0]), nn.AdaptiveAvgPool2d), seen)
     return [(path, features) for path, features in body if features.ndim == 4]
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import ray
 
 from batchcls.inference.predictor import Predictor
-from batchcls.models.engines.factory import describe
+from batchcls.models.engines.factory import describe_engine
 from batchcls.pipeline.actor_engine import engine_clock, start_for_node
 from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.schema import ROW
@@ -28,7 +28,7 @@ class PredictActor:
         self._predictor = Predictor(engine, spec.predict.with_batch_size(batch_size), engine_clock(engine))
         self._progress_actor = progress_actor
         self._last_report: Any = None
-        progress_actor.report_ready.remote(describe(engine))
+        progress_actor.report_ready.remote(describe_engine(engine))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return a block of `schema.classified_schema` for a block of `schema.loaded_schema`."""

@@ -30,9 +30,9 @@ from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.sample import take_sample
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.engines.batching import predict_batches
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Device, Engine, EngineChoice, EngineConfig, EngineOutput
-from batchcls.models.engines.factory import describe
+from batchcls.models.engines.factory import describe_engine
 from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, ROW, Reason
@@ -71,7 +71,7 @@ class EmbeddingSettings:
         device: where it runs.
         threads: cores for decoding and for the network.
         batch_size: images of a forward pass, unless it is measured with the engine.
-        cache_dir: folder of this machine; None: as `Conversions.at`.
+        cache_dir: folder of this machine; None: as `CompileCache.from_cache_dir`.
     """
 
     fetch: FetchPolicy
@@ -87,7 +87,7 @@ class EmbeddingSettings:
     @property
     def folder(self) -> Path:
         """Where embeddings are kept: beside the converted networks."""
-        return Conversions.at(self.cache_dir).folder.parent / "embeddings"
+        return CompileCache.from_cache_dir(self.cache_dir).folder.parent / "embeddings"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def _fill(
         "embeddings: %d images in %.1f s with %s, %.1f forward passes a second",
         done,
         seconds,
-        describe(engine),
+        describe_engine(engine),
         done * views / seconds,
     )
 
@@ -206,7 +206,7 @@ def _start(
     bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings, storage: Storage, passes: int
 ) -> tuple[Engine, int]:
     """A tested engine and its batch size: as asked for, or the fastest here if there is much to do."""
-    conversions = Conversions.at(settings.cache_dir)
+    conversions = CompileCache.from_cache_dir(settings.cache_dir)
     place = EngineConfig(settings.device, settings.threads, settings.batch_size, conversions)
     choice, batch_size = settings.choice or REFERENCE, settings.batch_size
     if settings.choice is None and passes >= _MEASURE_FROM_PASSES:

@@ -20,7 +20,7 @@ from batchcls.models.backbone import Backbone
 from batchcls.models.build import build_backbone, build_model
 from batchcls.models.labels import CategoryPaths, Labels
 from batchcls.models.model_bundle import WEIGHTS_FILE, Bundle
-from batchcls.models.sources import library_of
+from batchcls.models.sources import get_library
 from batchcls.models.weights import from_safetensors, load_strictly, to_safetensors
 from batchcls.storage.filesystem import Storage
 from batchcls.training.categories import Categories, Classes, describe_categories, settle_order
@@ -41,7 +41,7 @@ def pooled(bundle: Bundle) -> Bundle:
         InputError: the network's head is not one linear layer on one embedding, or the bundle does
             not hold together.
     """
-    library, config = library_of(bundle.config.spec), bundle.config
+    library, config = get_library(bundle.config.spec), bundle.config
     if config.embedding_tap != POOLED:
         probed = config.model_copy(update={"embedding_tap": POOLED, "golden": None})
         model = build_model(bundle)
@@ -75,7 +75,7 @@ def with_head(
     Raises:
         InputError: the network's head is not one linear layer on one embedding.
     """
-    config, library = bundle.config, library_of(bundle.config.spec)
+    config, library = bundle.config, get_library(bundle.config.spec)
     path = _classifier(bundle)
     model = library.build(config.spec, len(labels), config.dropout)
     expected = model.state_dict()
@@ -105,7 +105,7 @@ def with_head(
 
 def _classifier(bundle: Bundle) -> str:
     """The path of the one linear layer that reads the embedding. Raises InputError if there is none."""
-    library = library_of(bundle.config.spec)
+    library = get_library(bundle.config.spec)
     paths = library.classifiers(build_model(bundle))
     backbone = build_backbone(bundle)
     if (
@@ -237,7 +237,7 @@ def linear_probe_bundle(
     noise = noise_table(judged, examples.rows, labels, train, storage, settings.noise_rows)
     metrics["confidently_mislabeled"] = int(judged.confident.sum())
     lineage = _lineage(bundle, train, validation, settings) | {"metrics": metrics}
-    paths = settings.paths or bundle.config.paths_of(labels)
+    paths = settings.paths or bundle.config.category_paths_for(labels)
     made = with_head(bundle, probe.head, labels, paths, (settings.name, lineage))
     _logger.info("linear probe in %.1f s: %s", time.monotonic() - started, metrics)
     return Probed(made, categories, metrics, noise, probe)

@@ -55,7 +55,7 @@ def prepared():
 
 def _candidate(bundle, engine="torch:fp32", **place):
     values = {"batch_sizes": (1, 4, 16), "worthwhile_only": False, "seconds": 0.05, "threads": 1}
-    place = BenchmarkEnvironment(hardware=Hardware.here(), device="cpu", **values | place)
+    place = BenchmarkEnvironment(hardware=Hardware.detect(), device="cpu", **values | place)
     return Candidate("tiny", bundle.fingerprint, EngineChoice.parse(engine), place)
 
 
@@ -130,10 +130,10 @@ def test_an_engine_that_is_not_there_is_refused(bundle, prepared):
 def test_a_network_that_the_engine_cannot_run_is_refused_in_one_line(bundle, prepared, monkeypatch):
     from batchcls.models.engines.torch_eager import TorchEager
 
-    def answer(self, pixels):
+    def predict(self, pixels):
         raise NotImplementedError("\"some_kernel\" not implemented for 'BFloat16'\nand more")
 
-    monkeypatch.setattr(TorchEager, "answer", answer)
+    monkeypatch.setattr(TorchEager, "predict", predict)
     with pytest.raises(
         InputError, match=r"^tiny, torch bf16 on cpu: .*not implemented for 'BFloat16'\); leave"
     ):
@@ -169,12 +169,12 @@ def test_engines_are_parsed_the_reference_first():
 
 
 def test_auto_is_what_is_worth_trying_on_the_device_and_never_int8(monkeypatch):
-    monkeypatch.setattr(engine_record, "missing", lambda engine: None)
+    monkeypatch.setattr(engine_record, "missing_package", lambda engine: None)
     found = [str(choice) for choice in parse_engines(["auto"], "cpu")]
     assert found == ["torch fp32", "openvino bf16", "openvino fp32", "torch bf16"]
     assert parse_engines(["auto", "torch:bf16"], "cpu") == parse_engines(["auto"], "cpu")
     monkeypatch.setattr(
-        engine_record, "missing", lambda engine: "is not here" if engine == "openvino" else None
+        engine_record, "missing_package", lambda engine: "is not here" if engine == "openvino" else None
     )
     found = [str(choice) for choice in parse_engines(["auto"], "cpu")]
     assert found == ["torch fp32", "compile bf16", "compile fp32", "torch bf16"]

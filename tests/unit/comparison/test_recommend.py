@@ -206,7 +206,7 @@ def test_what_else_loads_it(export_target: str, taken: str):
     places = {"servers": 280, "most runtimes": 250, "everywhere": 220}
     found = decide(
         *(measurement(place, right=right) for place, right in places.items()),
-        traits={place: record(runs_elsewhere=place) for place in places},
+        traits={place: record(runtime_support=place) for place in places},
         export_target=export_target,
     )
     assert found.model == taken

@@ -36,9 +36,9 @@ class Recorder:
     in_flight: int = 2
 
     def submit(self, pixels):
-        return Asked(self.answer(pixels))
+        return Asked(self.predict(pixels))
 
-    def answer(self, pixels):
+    def predict(self, pixels):
         if len(pixels) >= self.too_much:
             raise self.error
         self.asked.append(pixels[:, 0, 0, 0].copy())
@@ -63,9 +63,9 @@ def test_latency_asks_for_one_image_at_a_time_and_its_percentiles_are_ordered():
 
 def test_a_slow_engine_is_timed_less_often_and_never_hardly():
     class Slow(Recorder):
-        def answer(self, pixels):
+        def predict(self, pixels):
             np.linalg.inv(np.eye(200))
-            return super().answer(pixels)
+            return super().predict(pixels)
 
     assert 5 <= latency(Slow(), IMAGES, 1e-6).repeats < 20
     (entry,), _ = throughputs(Slow(), IMAGES, [2], 1e-6, worthwhile_only=False)

@@ -12,9 +12,9 @@ from batchcls.inference.engine_record import CandidateResult, EngineRequest, Eng
 from batchcls.inference.engine_selection import CalibrationImages, choose, pick
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, EngineConfig, EngineOutput
-from batchcls.models.engines.factory import missing
+from batchcls.models.engines.factory import missing_package
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
 from batchcls.storage.filesystem import Storage
@@ -41,7 +41,7 @@ def sample():
 
 @pytest.fixture
 def place(tmp_path):
-    return EngineConfig("cpu", 1, 8, Conversions(tmp_path))
+    return EngineConfig("cpu", 1, 8, CompileCache(tmp_path))
 
 
 def _figures(engine, precision, rate, rejected=None):
@@ -144,12 +144,12 @@ class Paced:
         self._inner, self._batch, self._image = inner, batch_seconds, image_seconds
         self._change = change
 
-    def answer(self, pixels):
+    def predict(self, pixels):
         time.sleep(self._batch + self._image * len(pixels))
-        return self._change(self._inner.answer(pixels))
+        return self._change(self._inner.predict(pixels))
 
     def submit(self, pixels):
-        answer = self.answer(pixels)
+        answer = self.predict(pixels)
 
         class Ready:
             def result(self):
@@ -282,7 +282,7 @@ def test_int8_is_refused_below_its_bound_and_answers_images_it_was_not_made_with
     assert np.array_equal(sample.calibration, sample.pixels[::2])
 
 
-@pytest.mark.skipif(missing("openvino") is not None, reason="needs OpenVINO")
+@pytest.mark.skipif(missing_package("openvino") is not None, reason="needs OpenVINO")
 def test_the_real_engines_of_this_machine_are_measured(bundle, sample, place):
     found = choose(bundle, sample, EngineRequest(), place, 5)
     assert {entry.engine for entry in found.candidates} == {"openvino", "torch"}

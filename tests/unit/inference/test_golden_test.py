@@ -11,7 +11,7 @@ from batchcls.inference.engine_startup import self_test, start_tested_engine
 from batchcls.inference.golden_record import with_golden
 from batchcls.inference.golden_test import golden_images
 from batchcls.models.build import build_backbone
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig, EngineOutput
 from batchcls.models.engines.torch_eager import TorchEager
 from batchcls.models.golden import Deviation
@@ -32,7 +32,7 @@ def bundle() -> Bundle:
 
 
 def start(bundle: Bundle, precision: str) -> tuple[Engine, Deviation]:
-    place = EngineConfig("cpu", threads=1, batch_size=4, conversions=Conversions.at(None))
+    place = EngineConfig("cpu", threads=1, batch_size=4, compile_cache=CompileCache.from_cache_dir(None))
     return start_tested_engine(bundle, EngineChoice("torch", precision), place)
 
 
@@ -52,8 +52,8 @@ class Through:
         self.precision = precision
         self._pixels, self._answer = pixels or (lambda x: x), answer or (lambda x: x)
 
-    def answer(self, pixels: np.ndarray) -> EngineOutput:
-        return self._answer(self._engine.answer(self._pixels(pixels)))
+    def predict(self, pixels: np.ndarray) -> EngineOutput:
+        return self._answer(self._engine.predict(self._pixels(pixels)))
 
 
 def noise(size: float):

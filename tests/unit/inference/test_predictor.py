@@ -32,9 +32,9 @@ class MeanEngine:
         self.outstanding += 1
         assert self.outstanding <= self.in_flight, "it would wait for ever"
         self.order.append(int(pixels[0, 0, 0, 0]))
-        return Later(self, self.answer(pixels))
+        return Later(self, self.predict(pixels))
 
-    def answer(self, pixels: np.ndarray[Any, Any]) -> EngineOutput:
+    def predict(self, pixels: np.ndarray[Any, Any]) -> EngineOutput:
         self.largest_batch = max(self.largest_batch, len(pixels))
         means = pixels.reshape(len(pixels), -1).astype(np.float32).mean(axis=1)
         logits = -np.abs(np.arange(10, dtype=np.float32)[None] - means[:, None])
@@ -143,9 +143,9 @@ def test_pixels_are_read_in_place():
     seen: list[int] = []
 
     class Watching(MeanEngine):
-        def answer(self, pixels: np.ndarray[Any, Any]) -> EngineOutput:
+        def predict(self, pixels: np.ndarray[Any, Any]) -> EngineOutput:
             seen.append(pixels.__array_interface__["data"][0])
-            return super().answer(pixels)
+            return super().predict(pixels)
 
     Predictor(Watching(), settings())(table)
     assert seen == [table.column("pixels").chunk(0).buffers()[2].address]

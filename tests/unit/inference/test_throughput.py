@@ -36,7 +36,7 @@ class Device:
         self.asked.append(pixels[:, 0, 0, 0].tolist())
         return Running(self, self._threads.submit(self._work, pixels))
 
-    def answer(self, pixels):
+    def predict(self, pixels):
         return self.submit(pixels).result()
 
     def _work(self, pixels):

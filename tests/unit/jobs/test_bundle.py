@@ -9,10 +9,10 @@ import torch
 from batchcls.cli.app import run
 from batchcls.jobs import bundle
 from batchcls.models.build import build_model
-from batchcls.models.engines.factory import missing
+from batchcls.models.engines.factory import missing_package
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.registry import zoo_records
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 from batchcls.models.weights import to_safetensors
 from batchcls.storage.filesystem import Storage
 
@@ -34,7 +34,7 @@ def _cache(tmp_path, monkeypatch):
 def weights(tmp_path) -> Path:
     spec = find_model("timm:test_resnet", {})
     path = tmp_path / "w.safetensors"
-    path.write_bytes(to_safetensors(library_of(spec).build(spec, 3).state_dict()))
+    path.write_bytes(to_safetensors(get_library(spec).build(spec, 3).state_dict()))
     (tmp_path / "labels.txt").write_text("mug\nplate\nvase\n")
     return path
 
@@ -70,7 +70,7 @@ def test_any_engine_and_precision_can_be_tested(create, capsys):
     assert "fp16" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(missing("openvino") is not None, reason="needs OpenVINO")
+@pytest.mark.skipif(missing_package("openvino") is not None, reason="needs OpenVINO")
 def test_openvino_is_tested_with_a_cache_of_its_own(create, tmp_path, capsys):
     made = str(create())
     given = ("--engine", "openvino", "--cache-dir", str(tmp_path / "cache"))

@@ -67,7 +67,7 @@ def opinionated(bundle: Bundle) -> Bundle:
     transform = Transform(preprocessing)
     pixels = np.stack([transform(np.array(draw(number, 90, 70))) for number in range(ROWS)])
     engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", "fp32", 1)
-    embedding = engine.answer(pixels).embedding
+    embedding = engine.predict(pixels).embedding
     centerd = embedding - embedding.mean(axis=0)
     weight = np.random.default_rng(0).normal(0, 1, (4, embedding.shape[1]))
     weight /= (centerd @ weight.T).std(axis=0)[:, None] / 2
@@ -298,7 +298,7 @@ def test_views_are_averaged_as_the_main_job_averages_them(folder: Path, tmp_path
     engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", "fp32", 1)
     crops = Transform(preprocessing, views)(np.array(Image.open(folder / "3.jpg").convert("RGB")))
     seen = np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *preprocessing.shape)
-    expected = softmax(engine.answer(np.ascontiguousarray(seen)).logits).mean(axis=0).max()
+    expected = softmax(engine.predict(np.ascontiguousarray(seen)).logits).mean(axis=0).max()
     assert found["32"][3] == pytest.approx(expected, abs=1e-4)
 
 

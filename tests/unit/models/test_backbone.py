@@ -5,7 +5,7 @@ from torch import nn
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
 from batchcls.models.feature_taps import find_tap
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,8 +56,8 @@ ARCHITECTURES = [
 
 def _model(name: str, arguments=None) -> tuple[nn.Module, tuple[str, ...]]:
     spec = find_model(name, arguments or ARGUMENTS.get(name, {}))
-    model = library_of(spec).build(spec, CLASSES).eval()
-    return model, library_of(spec).classifiers(model)
+    model = get_library(spec).build(spec, CLASSES).eval()
+    return model, get_library(spec).classifiers(model)
 
 
 def _images(count: int, side: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_statistics_of_batches_never_change_and_answers_do_not_depend_on_the_res
     _spread_statistics(model.train())
     before = {key: value.clone() for key, value in model.named_buffers()}
     spec = find_model(name, {})
-    stage = find_tap(spec, model, library_of(spec), tap, (64, 64))
+    stage = find_tap(spec, model, get_library(spec), tap, (64, 64))
     backbone = Backbone(model, classifiers, (64, 64), stage)
     images = _images(7, 64)
     together = backbone(images)

@@ -10,7 +10,7 @@ from batchcls.models.backbone import Backbone
 from batchcls.models.engines.batching import OomSplittingEngine, is_out_of_memory, probe_batch_size
 from batchcls.models.engines.torch_eager import TorchEager
 from batchcls.models.model_spec import PreprocessingOverrides
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ class Small(TorchEager):
 
     def __init__(self) -> None:
         spec = find_model("timm:test_resnet", {})
-        library = library_of(spec)
+        library = get_library(spec)
         torch.manual_seed(0)
         model = library.build(spec, 5)
         preprocessing = library.preprocessing(spec, PreprocessingOverrides(input_size=32))
@@ -69,25 +69,25 @@ def assert_same(answer, expected) -> None:
     "error", [Small.error, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_a_batch_that_does_not_fit_is_answered_in_parts_row_by_row(small, early, error):
-    expected = small.answer(pixels(13))
+    expected = small.predict(pixels(13))
     small.room, small.early, small.error = 3, early, error
-    assert_same(OomSplittingEngine(small).answer(pixels(13)), expected)
+    assert_same(OomSplittingEngine(small).predict(pixels(13)), expected)
 
 
 def test_the_size_that_fitted_is_remembered_and_not_exceeded_again(small):
     small.room = 3
     halving = OomSplittingEngine(small)
     assert halving.largest_batch is None
-    halving.answer(pixels(8))
+    halving.predict(pixels(8))
     assert halving.largest_batch == 2
     small.sizes.clear()
-    assert halving.answer(pixels(7)).logits.shape == (7, 5)
+    assert halving.predict(pixels(7)).logits.shape == (7, 5)
     assert small.sizes == [2, 2, 2, 1]
 
 
 def test_batches_under_way_when_memory_runs_out_all_get_their_answers(small):
     batches = [pixels(1 + seed % 9, seed) for seed in range(30)]
-    expected = [small.answer(batch) for batch in batches]
+    expected = [small.predict(batch) for batch in batches]
     small.room = 4
     halving = OomSplittingEngine(small)
     pending = [halving.submit(batch) for batch in batches]
@@ -103,7 +103,7 @@ def test_what_fits_is_passed_on_in_one_piece(small):
     assert (halving.name, halving.device, halving.precision) == ("torch", "cpu", "fp32")
     assert halving.in_flight == small.in_flight
     for count in (0, 1, 6):
-        assert halving.answer(pixels(count)).embedding.shape[0] == count
+        assert halving.predict(pixels(count)).embedding.shape[0] == count
     assert small.sizes == [0, 1, 6]
     assert halving.largest_batch is None
 
@@ -111,14 +111,14 @@ def test_what_fits_is_passed_on_in_one_piece(small):
 def test_one_image_that_does_not_fit_is_an_error_that_says_so(small):
     small.room = 0
     with pytest.raises(MemoryError, match="no memory on cpu for one image of this network in fp32"):
-        OomSplittingEngine(small).answer(pixels(4))
+        OomSplittingEngine(small).predict(pixels(4))
 
 
 @pytest.mark.parametrize("early", [False, True])
 def test_other_errors_are_passed_on_at_once(small, early):
     small.room, small.early, small.error = 2, early, RuntimeError("not implemented for 'BFloat16'")
     with pytest.raises(RuntimeError, match="BFloat16"):
-        OomSplittingEngine(small).answer(pixels(4))
+        OomSplittingEngine(small).predict(pixels(4))
     assert small.sizes == [4]
 
 
@@ -134,17 +134,17 @@ def test_the_real_allocator_says_so_in_words_that_are_known():
 @pytest.mark.parametrize("room", [1, 3, 16])
 def test_the_probe_finds_a_size_that_fits(small, room):
     small.room = room
-    found = probe_batch_size(small, (32, 32, 3), start=8, most=64)
+    found = probe_batch_size(small, (32, 32, 3), start=8, max_size=64)
     assert found <= room
     assert max(small.sizes) <= 64
 
 
 def test_the_probe_stays_below_what_is_asked_of_it(small):
-    assert probe_batch_size(small, (32, 32, 3), start=8, most=5) <= 5
+    assert probe_batch_size(small, (32, 32, 3), start=8, max_size=5) <= 5
     assert max(small.sizes) <= 5
 
 
 def test_the_probe_says_when_nothing_fits(small):
     small.room = 0
     with pytest.raises(MemoryError, match="no memory on cpu for one image"):
-        probe_batch_size(small, (32, 32, 3), start=4, most=8)
+        probe_batch_size(small, (32, 32, 3), start=4, max_size=8)

@@ -1,4 +1,4 @@
-"""Conversions: made once a node, whole or not at all."""
+"""The compile cache: entries are created once per node, and are complete or absent."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from batchcls.errors import InputError
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 
 KEY = {"name": "openvino timm:resnet50", "bundle": "0" * 64, "version": "1"}
 
@@ -20,19 +20,19 @@ KEY = {"name": "openvino timm:resnet50", "bundle": "0" * 64, "version": "1"}
 MAKER = """
 import sys
 from pathlib import Path
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 def make(folder):
     (folder / "half").write_text("half")
     print("begun", flush=True)
     sys.stdin.readline()
     (folder / "network").write_text("whole")
-print(Conversions(Path(sys.argv[1])).get({key!r}, make), flush=True)
+print(CompileCache(Path(sys.argv[1])).get({key!r}, make), flush=True)
 """.replace("{key!r}", repr(KEY))
 
 
 @pytest.fixture
-def conversions(tmp_path: Path) -> Conversions:
-    return Conversions(tmp_path / "engines")
+def conversions(tmp_path: Path) -> CompileCache:
+    return CompileCache(tmp_path / "engines")
 
 
 def write(folder: Path) -> None:
@@ -45,7 +45,7 @@ def refuse(folder: Path) -> None:
     raise AssertionError("made again")
 
 
-def maker(conversions: Conversions, environment: dict[str, str]) -> subprocess.Popen[str]:
+def maker(conversions: CompileCache, environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", MAKER, str(conversions.folder)],
         stdin=subprocess.PIPE,
@@ -55,7 +55,7 @@ def maker(conversions: Conversions, environment: dict[str, str]) -> subprocess.P
     )
 
 
-def visible(conversions: Conversions) -> list[str]:
+def visible(conversions: CompileCache) -> list[str]:
     return [path.name for path in conversions.folder.iterdir() if not path.name.endswith(".lock")]
 
 
@@ -135,18 +135,18 @@ def test_a_damaged_conversion_is_made_again(conversions, damage):
 def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be kept in .*file/engines .*; set BATCHCLS_CACHE_DIR to a"):
-        Conversions.at(str(tmp_path / "file")).get(KEY, write)
+        CompileCache.from_cache_dir(str(tmp_path / "file")).get(KEY, write)
 
 
 def test_the_cache_folder_is_the_named_one_or_the_environments_or_the_users(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("BATCHCLS_CACHE_DIR", raising=False)
-    assert Conversions.at(None).folder == tmp_path / "home" / ".cache" / "batchcls" / "engines"
+    assert CompileCache.from_cache_dir(None).folder == tmp_path / "home" / ".cache" / "batchcls" / "engines"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert Conversions.at(None).folder == tmp_path / "xdg" / "batchcls" / "engines"
+    assert CompileCache.from_cache_dir(None).folder == tmp_path / "xdg" / "batchcls" / "engines"
     monkeypatch.setenv("BATCHCLS_CACHE_DIR", str(tmp_path / "cache"))
-    assert Conversions.at(None).folder == tmp_path / "cache" / "engines"
-    assert Conversions.at(str(tmp_path / "named")).folder == tmp_path / "named" / "engines"
-    assert Conversions.at("~/named").folder == tmp_path / "home" / "named" / "engines"
+    assert CompileCache.from_cache_dir(None).folder == tmp_path / "cache" / "engines"
+    assert CompileCache.from_cache_dir(str(tmp_path / "named")).folder == tmp_path / "named" / "engines"
+    assert CompileCache.from_cache_dir("~/named").folder == tmp_path / "home" / "named" / "engines"
     assert not any(tmp_path.iterdir())

@@ -41,7 +41,7 @@ def test_the_program_answers_as_the_engine_does_for_any_batch(folder, kind, tmp_
     engine = TorchEager(build_backbone(made), made.config.preprocessing, "cpu", "fp32", 1)
     for size in (1, 2, 5):
         pixels = np.random.default_rng(size).integers(0, 256, (size, 64, 64, 3), np.uint8)
-        expected, found = engine.answer(pixels), program(pixels)
+        expected, found = engine.predict(pixels), program(pixels)
         assert np.allclose(found.logits, expected.logits, atol=1e-4)
         assert np.allclose(found.embedding, expected.embedding, atol=1e-4)
 

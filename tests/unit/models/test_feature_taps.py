@@ -8,15 +8,15 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
-from batchcls.models.feature_taps import FeatureStage, FeatureTap, find_tap, random_image, watch
-from batchcls.models.sources import LIBRARIES, find_model, library_of
+from batchcls.models.feature_taps import FeatureStage, FeatureTap, capture_outputs, find_tap, random_image
+from batchcls.models.sources import LIBRARIES, find_model, get_library
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
 
 def _model(name: str, classes: int | None = 5, **arguments) -> nn.Module:
     spec = find_model(name, arguments)
-    return library_of(spec).build(spec, classes).eval()
+    return get_library(spec).build(spec, classes).eval()
 
 
 def _stages(name: str, model: nn.Module, side: int) -> tuple[FeatureStage, ...]:
@@ -25,7 +25,7 @@ def _stages(name: str, model: nn.Module, side: int) -> tuple[FeatureStage, ...]:
 
 def _tap(name: str, model: nn.Module, tap: str, side: int) -> FeatureStage | None:
     spec = find_model(name, {})
-    return find_tap(spec, model, library_of(spec), tap, (side, side))
+    return find_tap(spec, model, get_library(spec), tap, (side, side))
 
 
 def _backbone(name: str, model: nn.Module, side: int, tap: FeatureStage | None) -> Backbone:
@@ -313,7 +313,7 @@ def test_a_layer_that_works_in_place_behind_a_stage_does_not_change_it():
     with torch.no_grad():
         expected = model[0](random_image((8, 8)))
         assert expected.min() < 0
-        ((path, seen),) = watch(model, ["0"], (8, 8))
+        ((path, seen),) = capture_outputs(model, ["0"], (8, 8))
         tap = FeatureTap(model, FeatureStage("stage1", "0", "NCHW", 4, 1))
         model(random_image((8, 8)))
     assert path == "0"

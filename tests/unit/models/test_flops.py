@@ -5,7 +5,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from batchcls.models.backbone import Backbone
-from batchcls.models.flops import Cost, count
+from batchcls.models.flops import ModelCost, count_cost
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -15,7 +15,7 @@ def test_a_convolution_and_a_linear_layer_are_counted_by_hand():
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 20, 5)
     )
     parameters = (8 * 27 + 8) + 2 * 8 + (5 * 160 + 5)
-    assert count(network.eval(), (4, 5)) == Cost(parameters, 20 * 8 * 27 + 160 * 5)
+    assert count_cost(network.eval(), (4, 5)) == ModelCost(parameters, 20 * 8 * 27 + 160 * 5)
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
@@ -24,7 +24,7 @@ def test_attention_counts_in_full_on_a_real_device_and_the_fast_path_is_left_as_
     try:
         layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
         network = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), nn.Flatten(2), _Transpose(), layer).eval()
-        cost = count(network, (12, 12))
+        cost = count_cost(network, (12, 12))
         assert torch.backends.mha.get_fastpath_enabled() is fast_path
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
@@ -44,20 +44,20 @@ def test_the_meta_device_gives_the_same_count(name):
     real = timm.create_model(name).eval()
     with torch.device("meta"):
         hollow = timm.create_model(name).eval()
-    assert count(real, (160, 160)) == count(hollow, (160, 160))
+    assert count_cost(real, (160, 160)) == count_cost(hollow, (160, 160))
 
 
 def test_a_backbone_costs_what_its_network_does():
     network = torchvision_models.squeezenet1_1().eval()
-    expected = count(network, (64, 64))
-    assert count(Backbone(network, ("classifier.1",), (64, 64)), (64, 64)) == expected
+    expected = count_cost(network, (64, 64))
+    assert count_cost(Backbone(network, ("classifier.1",), (64, 64)), (64, 64)) == expected
 
 
 def test_a_network_in_training_is_refused_and_keeps_its_statistics():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match=r"call eval\(\) first"):
-        count(network.train(), (2, 2))
+        count_cost(network.train(), (2, 2))
     assert int(network[1].num_batches_tracked) == 0
     before = network.eval()[1].running_mean.clone()
-    count(network, (2, 2))
+    count_cost(network, (2, 2))
     assert torch.equal(network[1].running_mean, before)

@@ -5,7 +5,7 @@ from torch import nn
 from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
 from batchcls.models.heads import set_dropout, with_new_head
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
@@ -41,7 +41,7 @@ ARCHITECTURES = [
 
 def _build(name: str, dropout: float | None = None, classes: int | None = CLASSES):
     spec = find_model(name, IMAGE_SIZE.get(name, {}))
-    library = library_of(spec)
+    library = get_library(spec)
     model = library.build(spec, classes, dropout)
     return model, library.classifiers(model)
 
@@ -101,7 +101,7 @@ def test_a_classifier_that_is_no_linear_layer_takes_no_dropout():
 def _pretrained(name: str):
     """A spec, its library, and a state for 1000 classes with numbers of its own."""
     spec = find_model(name, {})
-    library = library_of(spec)
+    library = get_library(spec)
     state = library.build(spec, 1000).state_dict()
     generator = torch.Generator().manual_seed(4)
     return (

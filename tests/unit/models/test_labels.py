@@ -4,7 +4,7 @@ import pytest
 from timm.data import ImageNetInfo
 
 from batchcls.errors import InputError
-from batchcls.models.imagenet_labels import distinct, imagenet_labels, known_labels
+from batchcls.models.imagenet_labels import disambiguate, imagenet_labels, known_labels
 from batchcls.models.labels import check_labels, read_labels
 from batchcls.storage.filesystem import Storage
 
@@ -58,7 +58,7 @@ def test_labels_from_elsewhere_are_held_to_the_same_rules():
 
 
 def test_a_name_of_several_classes_gets_its_identifier_and_others_stay():
-    names = distinct(["crane", "robin", "crane"], ["n02012849", "n01558993", "n03126707"])
+    names = disambiguate(["crane", "robin", "crane"], ["n02012849", "n01558993", "n03126707"])
     assert names == ("crane (n02012849)", "robin", "crane (n03126707)")
 
 

@@ -14,7 +14,7 @@ import pytest
 from batchcls.errors import GoldenMismatch, InputError
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig, EngineOutput
 from batchcls.models.engines.factory import start_engine
 from batchcls.models.model_bundle import Bundle
@@ -44,7 +44,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    conversions = Conversions(tmp_path_factory.mktemp("conversions"))
+    conversions = CompileCache(tmp_path_factory.mktemp("conversions"))
     return EngineConfig("cpu", 2, 4, conversions, lambda: pixels(20, seed=1))
 
 
@@ -55,7 +55,9 @@ def engine(bundle: Bundle, place: EngineConfig) -> Engine:
 
 @pytest.fixture(scope="module")
 def reference(bundle: Bundle) -> Engine:
-    return start_engine(bundle, EngineChoice("torch", "fp32"), EngineConfig("cpu", 1, 4, Conversions(Path())))
+    return start_engine(
+        bundle, EngineChoice("torch", "fp32"), EngineConfig("cpu", 1, 4, CompileCache(Path()))
+    )
 
 
 def normalized(images: np.ndarray, bundle: Bundle) -> np.ndarray:
@@ -76,32 +78,32 @@ def require_close(found: EngineOutput, expected: EngineOutput, tolerance: float 
 
 @pytest.mark.parametrize("count", [1, 4, 3, 9])
 def test_batches_of_any_size_get_the_answers_of_pytorch(engine, reference, count):
-    require_close(engine.answer(pixels(count)), reference.answer(pixels(count)))
+    require_close(engine.predict(pixels(count)), reference.predict(pixels(count)))
 
 
 def test_pixels_that_are_normalized_already_get_the_same_answers(bundle, engine, reference):
-    require_close(engine.answer(normalized(pixels(3), bundle)), reference.answer(pixels(3)))
+    require_close(engine.predict(normalized(pixels(3), bundle)), reference.predict(pixels(3)))
 
 
 def test_no_image_has_an_answer_without_rows(bundle, engine):
-    answer = engine.answer(pixels(0))
+    answer = engine.predict(pixels(0))
     assert answer.logits.shape == (0, len(bundle.config.labels))
     assert answer.embedding.shape == (0, bundle.config.embedding_dimension)
 
 
 @needs_bf16
 def test_bfloat16_is_close_to_float32_and_not_the_same(bundle, place, engine):
-    exact, rough = engine.answer(pixels(5)), start_engine(bundle, BF16, place).answer(pixels(5))
+    exact, rough = engine.predict(pixels(5)), start_engine(bundle, BF16, place).predict(pixels(5))
     require_close(rough, exact, 0.05)
     assert not np.array_equal(rough.logits, exact.logits)
 
 
 def test_int8_is_close_to_float32_whatever_the_number_of_threads(bundle, place, engine):
-    exact = engine.answer(pixels(5))
+    exact = engine.predict(pixels(5))
     two = start_engine(bundle, INT8, place)
     one = start_engine(bundle, INT8, replace(place, threads=1), no_backbone)
-    require_close(two.answer(pixels(5)), exact, 0.25)
-    require_close(two.answer(pixels(5)), one.answer(pixels(5)), 0.02)
+    require_close(two.predict(pixels(5)), exact, 0.25)
+    require_close(two.predict(pixels(5)), one.predict(pixels(5)), 0.02)
     assert (one.precision, two.in_flight) == ("int8", 2)
 
 
@@ -123,12 +125,12 @@ def test_pixels_in_memory_that_cannot_be_written_are_read_where_they_are(tmp_pat
         with (tmp_path / f"{number}").open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         locked = np.frombuffer(memory, array.dtype).reshape(array.shape)  # a write would end the process
-        require_close(engine.answer(locked), reference.answer(images))
+        require_close(engine.predict(locked), reference.predict(images))
 
 
 def test_pixels_that_lie_apart_are_answered(engine, reference):
     images = pixels(6)
-    require_close(engine.answer(images[::2]), reference.answer(np.ascontiguousarray(images[::2])))
+    require_close(engine.predict(images[::2]), reference.predict(np.ascontiguousarray(images[::2])))
 
 
 @pytest.mark.parametrize(
@@ -149,14 +151,14 @@ def test_more_batches_than_fit_may_be_submitted_and_asked_for_in_any_order(engin
     images = [pixels(2, seed) for seed in range(4 * engine.in_flight)]
     pending = [engine.submit(batch) for batch in images]
     for batch, answer in reversed(list(zip(images, pending, strict=True))):
-        require_close(answer.result(), reference.answer(batch))
+        require_close(answer.result(), reference.predict(batch))
         assert answer.result() is answer.result()
 
 
 def test_answers_that_nobody_asks_for_do_not_block_the_next(engine, reference):
     for seed in range(3 * engine.in_flight):
         engine.submit(pixels(1, seed))
-    require_close(engine.answer(pixels(2)), reference.answer(pixels(2)))
+    require_close(engine.predict(pixels(2)), reference.predict(pixels(2)))
 
 
 def test_several_threads_get_each_its_own_answers(engine, reference):
@@ -174,7 +176,7 @@ def test_several_threads_get_each_its_own_answers(engine, reference):
     for thread in threads:
         thread.join()
     for batch, answer in zip(batches, found, strict=True):
-        require_close(answer, reference.answer(batch))
+        require_close(answer, reference.predict(batch))
 
 
 def test_what_fails_while_it_runs_is_raised_to_whoever_asks_and_the_next_works():
@@ -208,13 +210,13 @@ from pathlib import Path
 import numpy as np
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.engines.engine import EngineChoice, EngineConfig
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.factory import start_engine
 from batchcls.storage.filesystem import Storage
 bundle = Bundle.load({str(tmp_path / "bundle")!r}, Storage())
-place = EngineConfig("cpu", 1, 4, Conversions(Path({str(place.conversions.folder)!r})))
+place = EngineConfig("cpu", 1, 4, CompileCache(Path({str(place.compile_cache.folder)!r})))
 engine = start_engine(bundle, EngineChoice("openvino", "fp32"), place)
-assert len(engine.answer(np.zeros((2, 64, 64, 3), np.uint8)).logits) == 2
+assert len(engine.predict(np.zeros((2, 64, 64, 3), np.uint8)).logits) == 2
 loaded = {{"torch", "timm", "torchvision", "nncf"}} & set(sys.modules)
 assert not loaded, loaded
 """
@@ -235,7 +237,7 @@ from pathlib import Path
 import numpy as np
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.engines.engine import EngineChoice, EngineConfig
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.factory import start_engine
 from batchcls.storage.filesystem import Storage
 def refuse(event, arguments):
@@ -244,8 +246,8 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 bundle = Bundle.load({str(tmp_path / "bundle")!r}, Storage())
 pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-place = EngineConfig("cpu", 1, 4, Conversions(Path({str(tmp_path / "cache")!r})), lambda: pixels)
-assert len(start_engine(bundle, EngineChoice("openvino", "int8"), place).answer(pixels).logits) == 8
+place = EngineConfig("cpu", 1, 4, CompileCache(Path({str(tmp_path / "cache")!r})), lambda: pixels)
+assert len(start_engine(bundle, EngineChoice("openvino", "int8"), place).predict(pixels).logits) == 8
 assert "nncf" in sys.modules
 assert logging.getLogger().handlers == []
 """
@@ -258,9 +260,9 @@ assert logging.getLogger().handlers == []
 
 
 def test_a_damaged_conversion_is_made_again(bundle, place, engine, reference):
-    for program in place.conversions.folder.rglob("program.blob"):
+    for program in place.compile_cache.folder.rglob("program.blob"):
         program.write_bytes(program.read_bytes()[:1000])
-    require_close(start_engine(bundle, FP32, place).answer(pixels(2)), reference.answer(pixels(2)))
+    require_close(start_engine(bundle, FP32, place).predict(pixels(2)), reference.predict(pixels(2)))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_a_damaged_conversion_is_made_again(bundle, place, engine, reference):
 )
 def test_what_it_cannot_do_is_refused_with_a_remedy(bundle, place, tmp_path, choice, changes, message):
     with pytest.raises(InputError, match=message):
-        start_engine(bundle, choice, replace(place, conversions=Conversions(tmp_path), **changes))
+        start_engine(bundle, choice, replace(place, compile_cache=CompileCache(tmp_path), **changes))
 
 
 @pytest.mark.parametrize(("precision", "name"), [("fp16", "FP16"), ("bf16", "BF16")])

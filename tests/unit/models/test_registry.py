@@ -8,19 +8,19 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
-from batchcls.models.flops import Cost, count
+from batchcls.models.flops import ModelCost, count_cost
 from batchcls.models.model_spec import ModelSpec, PreprocessingOverrides
 from batchcls.models.registry import (
     PublishedWeights,
     ZooRecord,
+    describe_weights,
     find_record,
     make_record,
-    published,
-    record_of,
-    tag_notes,
+    published_weights,
+    record_for_spec,
     zoo_records,
 )
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,14 +68,14 @@ def _torchvision_meta(record: ZooRecord, tag: str) -> dict:
 def _build(record: ZooRecord) -> nn.Module:
     spec = _spec(record)
     if record.family == "RegNetY":  # torchvision works out its widths with tensors, which must hold values
-        return library_of(spec).build(spec, None).to("meta").eval()
+        return get_library(spec).build(spec, None).to("meta").eval()
     with torch.device("meta"):
-        return library_of(spec).build(spec, None).eval()
+        return get_library(spec).build(spec, None).eval()
 
 
 @cache
-def _cost(record: ZooRecord) -> Cost:
-    return count(_build(record), (record.input_size, record.input_size))
+def _cost(record: ZooRecord) -> ModelCost:
+    return count_cost(_build(record), (record.input_size, record.input_size))
 
 
 def test_every_name_is_there_once():
@@ -117,7 +117,7 @@ def test_no_head_that_only_training_uses_is_counted():
 @EVERY
 def test_the_size_is_the_one_that_the_preprocessing_asks_for(record):
     spec = _spec(record)
-    preprocessing = library_of(spec).preprocessing(spec, PreprocessingOverrides())
+    preprocessing = get_library(spec).preprocessing(spec, PreprocessingOverrides())
     assert preprocessing.input_height == preprocessing.input_width == record.input_size
     assert record.weights[0].input_size == record.input_size
 
@@ -128,7 +128,7 @@ def test_every_tag_exists_and_asks_for_the_size_of_its_figure(record):
     assert len(set(tags)) == len(tags)
     for entry in record.weights:
         spec = _spec(record, entry.tag)
-        size = library_of(spec).preprocessing(spec, PreprocessingOverrides()).input_height
+        size = get_library(spec).preprocessing(spec, PreprocessingOverrides()).input_height
         assert size == entry.input_size
 
 
@@ -175,7 +175,7 @@ def test_the_rule_of_thumb_is_the_one_that_is_described(record):
 
 @EVERY
 def test_what_is_said_is_said_in_sentences(record):
-    for text in filter(None, (record.key_idea, record.good_for, record.warning)):
+    for text in filter(None, (record.key_idea, record.use_case, record.warning)):
         assert text.endswith(".")
         assert "\n" not in text
 
@@ -203,18 +203,20 @@ def test_a_name_that_is_not_there_is_none():
 
 
 def test_a_record_is_found_by_source_and_architecture_whatever_the_tag():
-    assert record_of(ModelSpec("torchvision", "resnet50.IMAGENET1K_V1")) is find_record("resnet50")
-    assert record_of(ModelSpec("timm", "tf_efficientnet_lite4.in1k")) is find_record("efficientnet_lite4")
-    assert record_of(ModelSpec("timm", "resnet50")) is None
+    assert record_for_spec(ModelSpec("torchvision", "resnet50.IMAGENET1K_V1")) is find_record("resnet50")
+    assert record_for_spec(ModelSpec("timm", "tf_efficientnet_lite4.in1k")) is find_record(
+        "efficientnet_lite4"
+    )
+    assert record_for_spec(ModelSpec("timm", "resnet50")) is None
 
 
 def test_published_weights_are_those_of_the_tag_or_the_default():
-    assert published(ModelSpec("torchvision", "resnet50")).top1 == 80.858
-    assert published(ModelSpec("torchvision", "resnet50.DEFAULT")).tag == "IMAGENET1K_V2"
-    assert published(ModelSpec("torchvision", "resnet50.IMAGENET1K_V1")).top1 == 76.130
-    assert published(ModelSpec("torchvision", "wide_resnet50_2")).top1 == 81.602
-    assert published(ModelSpec("torchvision", "vgg16.IMAGENET1K_FEATURES")) is None
-    assert published(ModelSpec("timm", "resnet50")) is None
+    assert published_weights(ModelSpec("torchvision", "resnet50")).top1 == 80.858
+    assert published_weights(ModelSpec("torchvision", "resnet50.DEFAULT")).tag == "IMAGENET1K_V2"
+    assert published_weights(ModelSpec("torchvision", "resnet50.IMAGENET1K_V1")).top1 == 76.130
+    assert published_weights(ModelSpec("torchvision", "wide_resnet50_2")).top1 == 81.602
+    assert published_weights(ModelSpec("torchvision", "vgg16.IMAGENET1K_FEATURES")) is None
+    assert published_weights(ModelSpec("timm", "resnet50")) is None
 
 
 def test_an_unknown_field_or_a_missing_one_is_refused():
@@ -230,17 +232,17 @@ def test_an_unknown_field_or_a_missing_one_is_refused():
 
 
 def test_the_best_tag_is_named_with_its_recipe_and_without_a_warning():
-    notes = tag_notes(find_model("resnet50", {}))
+    notes = describe_weights(find_model("resnet50", {}))
     assert notes.line.startswith(
         "IMAGENET1K_V2, the best known: top-1 80.858 at 224 pixels; recipe: torchvision's new"
     )
     assert notes.warning is None
-    assert tag_notes(find_model("resnet50.IMAGENET1K_V2", {})) == notes
-    assert tag_notes(find_model("resnet50.DEFAULT", {})) == notes
+    assert describe_weights(find_model("resnet50.IMAGENET1K_V2", {})) == notes
+    assert describe_weights(find_model("resnet50.DEFAULT", {})) == notes
 
 
 def test_an_older_tag_is_a_warning_with_the_difference():
-    notes = tag_notes(find_model("resnet50.IMAGENET1K_V1", {}))
+    notes = describe_weights(find_model("resnet50.IMAGENET1K_V1", {}))
     assert notes.line.startswith("IMAGENET1K_V1: top-1 76.130 at 224 pixels; recipe: ")
     assert notes.warning.startswith(
         "IMAGENET1K_V1: top-1 76.130, 4.728 points below IMAGENET1K_V2 (80.858 at 224 pixels)"
@@ -248,39 +250,39 @@ def test_an_older_tag_is_a_warning_with_the_difference():
 
 
 def test_weights_that_may_not_be_sold_are_a_warning_and_never_a_silent_default():
-    default = tag_notes(find_model("vit_b_16", {}))
+    default = describe_weights(find_model("vit_b_16", {}))
     assert default.line.startswith("IMAGENET1K_V1, the default: ")
     assert "higher, but mind license and size: IMAGENET1K_SWAG_E2E_V1 (85.304 at 384 pixels)" in default.line
     assert default.warning is None
-    chosen = tag_notes(find_model("vit_b_16.IMAGENET1K_SWAG_E2E_V1", {}))
+    chosen = describe_weights(find_model("vit_b_16.IMAGENET1K_SWAG_E2E_V1", {}))
     assert "CC-BY-NC 4.0" in chosen.warning
     assert "below" not in chosen.warning
-    assert "CC-BY-NC 4.0" in tag_notes(find_model("convnextv2_tiny", {})).warning
+    assert "CC-BY-NC 4.0" in describe_weights(find_model("convnextv2_tiny", {})).warning
 
 
 def test_torchvisions_architectures_outside_the_zoo_are_compared_by_its_meta():
-    notes = tag_notes(find_model("torchvision:wide_resnet50_2.IMAGENET1K_V1", {}))
+    notes = describe_weights(find_model("torchvision:wide_resnet50_2.IMAGENET1K_V1", {}))
     assert notes.line.startswith("IMAGENET1K_V1: top-1 78.468 at 224 pixels; recipe: https://")
     assert "3.134 points below IMAGENET1K_V2" in notes.warning
-    assert "the best known" in tag_notes(find_model("torchvision:wide_resnet50_2", {})).line
+    assert "the best known" in describe_weights(find_model("torchvision:wide_resnet50_2", {})).line
 
 
 def test_weights_without_a_classifier_have_no_figure():
-    notes = tag_notes(find_model("vgg16.IMAGENET1K_FEATURES", {}))
+    notes = describe_weights(find_model("vgg16.IMAGENET1K_FEATURES", {}))
     assert notes.line.startswith("IMAGENET1K_FEATURES: torchvision states no top-1")
     assert "IMAGENET1K_V1" in notes.warning
 
 
 def test_timms_architectures_outside_the_zoo_say_what_timm_says():
-    notes = tag_notes(find_model("timm:resnet50.gluon_in1k", {}))
+    notes = describe_weights(find_model("timm:resnet50.gluon_in1k", {}))
     assert notes.line.startswith(
         "gluon_in1k: for 224 pixels; timm's package states no top-1; from https://cv.gluon"
     )
     assert notes.line.endswith("license apache-2.0")
     assert notes.warning == "gluon_in1k is not timm's default, which is a1_in1k"
-    assert tag_notes(find_model("timm:resnet50", {})).warning is None
+    assert describe_weights(find_model("timm:resnet50", {})).warning is None
     assert (
-        tag_notes(find_model("timm:botnet50ts_256", {})).line
+        describe_weights(find_model("timm:botnet50ts_256", {})).line
         == "timm:botnet50ts_256 has no published weights"
     )
 
@@ -290,7 +292,7 @@ def test_timms_architectures_outside_the_zoo_say_what_timm_says():
 )
 def test_a_tag_that_does_not_exist_gets_those_that_do(source, there):
     with pytest.raises(InputError, match=rf"{source}:resnet50 has no weights tagged 'nope'; it has {there}"):
-        tag_notes(ModelSpec(source, "resnet50.nope"))
+        describe_weights(ModelSpec(source, "resnet50.nope"))
 
 
 def test_a_basic_block_keeps_the_shape():

@@ -5,7 +5,7 @@ import torch
 
 from batchcls.models.backbone import Backbone
 from batchcls.models.registry import ZooRecord, zoo_records
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
@@ -17,7 +17,7 @@ SIDES = {"alexnet": 96, "vgg16": 96, "inception_v3": 96, "vit_b_16": 224}
 @pytest.mark.parametrize("record", zoo_records(), ids=lambda record: record.name)
 def test_logits_are_the_head_of_the_pooled_embedding(record: ZooRecord):
     spec = find_model(record.name, {})
-    library = library_of(spec)
+    library = get_library(spec)
     model = library.build(spec, CLASSES)
     side = SIDES.get(record.name, 64)
     backbone = Backbone(model, library.classifiers(model), (side, side))

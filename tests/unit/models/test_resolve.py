@@ -7,7 +7,7 @@ from batchcls.models.imagenet_labels import imagenet_labels
 from batchcls.models.model_bundle import sha256_hex
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import parse_model_arguments, resolve_model
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.storage.filesystem import Storage
 
@@ -18,7 +18,7 @@ SMALL = PreprocessingOverrides(input_size=64)
 
 def _weights(name: str, classes: int, arguments=None) -> dict[str, torch.Tensor]:
     spec = find_model(name, arguments or {})
-    return dict(library_of(spec).build(spec, classes).state_dict())
+    return dict(get_library(spec).build(spec, classes).state_dict())
 
 
 def _resolve(model: str, **choices):

@@ -9,10 +9,10 @@ from timm.data import resolve_model_data_config
 from torchvision import models as torchvision_models
 
 from batchcls.errors import InputError
-from batchcls.models.model_names import find_name, is_known, is_model_name, library_names
+from batchcls.models.model_names import is_known_architecture, is_model_name, library_names, qualified_name
 from batchcls.models.model_spec import ModelSpec, PreprocessingOverrides
 from batchcls.models.registry import zoo_records
-from batchcls.models.sources import LIBRARIES, find_model, library_of
+from batchcls.models.sources import LIBRARIES, find_model, get_library
 from batchcls.models.weights import load_strictly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,12 +22,12 @@ NOTHING = PreprocessingOverrides()
 
 def _preprocessing(name: str, arguments=None, **overrides):
     spec = find_model(name, arguments or {})
-    return library_of(spec).preprocessing(spec, PreprocessingOverrides(**overrides))
+    return get_library(spec).preprocessing(spec, PreprocessingOverrides(**overrides))
 
 
 def _build(name: str, arguments=None, classes: int | None = None):
     spec = find_model(name, arguments or {})
-    return library_of(spec).build(spec, classes)
+    return get_library(spec).build(spec, classes)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def _build(name: str, arguments=None, classes: int | None = None):
 )
 def test_a_bare_name_is_looked_up_in_the_zoo_and_then_in_the_libraries(text, found):
     assert is_model_name(text)
-    assert find_name(text) == found
+    assert qualified_name(text) == found
     assert str(find_model(text, {})) == found
 
 
@@ -133,15 +133,15 @@ def test_every_architecture_of_a_library_has_a_preprocessing(source):
 def test_names_read_from_the_source_files_are_those_that_the_libraries_register():
     assert library_names("timm") == set(timm.list_models())
     assert library_names("torchvision") == set(torchvision_models.list_models(module=torchvision_models))
-    assert is_known("timm", "vit_tiny_r_s16_p8_224_in21k")  # deprecated, and timm builds it
+    assert is_known_architecture("timm", "vit_tiny_r_s16_p8_224_in21k")  # deprecated, and timm builds it
     assert timm.is_model("vit_tiny_r_s16_p8_224_in21k")
-    assert not is_known("timm", "resnet51")
+    assert not is_known_architecture("timm", "resnet51")
 
 
 def test_a_name_is_found_without_importing_torch():
     code = (
-        "import sys; from batchcls.models.model_names import find_name, suggestions; "
-        "print(find_name('resnet50'), find_name('resnet51'), 'resnet50' in suggestions('resnet51')); "
+        "import sys; from batchcls.models.model_names import qualified_name, suggest_names; "
+        "print(qualified_name('resnet50'), qualified_name('resnet51'), 'resnet50' in suggest_names('resnet51')); "
         "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -220,7 +220,7 @@ def test_arguments_reach_the_architecture():
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_heads_that_only_training_uses_are_off_and_dropped_from_published_weights(name):
     spec = find_model(f"torchvision:{name}", {})
-    library = library_of(spec)
+    library = get_library(spec)
     published = torchvision_models.get_model(
         name, weights=None, init_weights=False, aux_logits=True
     ).state_dict()
@@ -232,7 +232,7 @@ def test_heads_that_only_training_uses_are_off_and_dropped_from_published_weight
 
 def test_old_names_in_densenet_files_are_translated():
     spec = find_model("torchvision:densenet121", {})
-    library = library_of(spec)
+    library = get_library(spec)
     model = library.build(spec, 2)
     old = {
         key.replace(".norm1.", ".norm.1.")
@@ -248,7 +248,7 @@ def test_old_names_in_densenet_files_are_translated():
 
 def test_mnasnet_loads_from_a_file_without_version_numbers():
     spec = find_model("torchvision:mnasnet0_5", {})
-    model = library_of(spec).build(spec, 2)
+    model = get_library(spec).build(spec, 2)
     load_strictly(model, dict(model.state_dict()), "mnasnet")
 
 
@@ -265,7 +265,7 @@ def test_without_a_network_the_message_says_soon_what_to_pass_instead(nobody_ans
     spec = find_model(name, {})
     started = time.monotonic()
     with pytest.raises(InputError, match=r"cannot be downloaded .*--weights FILE\.safetensors, .*bundle"):
-        library_of(spec).pretrained(spec)
+        get_library(spec).pretrained(spec)
     assert time.monotonic() - started < 20
 
 
@@ -279,4 +279,4 @@ def test_without_a_network_the_message_says_soon_what_to_pass_instead(nobody_ans
 def test_published_weights_that_cannot_classify_are_refused_before_any_download(name, message):
     spec = find_model(name, {})
     with pytest.raises(InputError, match=message):
-        library_of(spec).pretrained(spec)
+        get_library(spec).pretrained(spec)

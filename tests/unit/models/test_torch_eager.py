@@ -10,7 +10,7 @@ from batchcls.models.backbone import Backbone
 from batchcls.models.engines.engine import EngineChoice
 from batchcls.models.engines.torch_eager import TorchEager, check_device_and_precision
 from batchcls.models.model_spec import PreprocessingOverrides
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 from batchcls.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +21,7 @@ HAS_GPU = torch.cuda.is_available()
 @pytest.fixture(scope="module")
 def network() -> tuple[nn.Module, tuple[str, ...], Preprocessing]:
     spec = find_model("timm:mobilenetv3_small_050", {})
-    library = library_of(spec)
+    library = get_library(spec)
     overrides = PreprocessingOverrides(input_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
     model = library.build(spec, 5)
     return model, library.classifiers(model), library.preprocessing(spec, overrides)
@@ -35,7 +35,7 @@ def engine(network) -> TorchEager:
 def _engine(network, precision: str, device: str = "cpu") -> TorchEager:
     spec = find_model("timm:mobilenetv3_small_050", {})
     _, classifiers, preprocessing = network
-    backbone = Backbone(library_of(spec).build(spec, 5), classifiers, (64, 64))
+    backbone = Backbone(get_library(spec).build(spec, 5), classifiers, (64, 64))
     return TorchEager(backbone, preprocessing, device, precision, 1)
 
 
@@ -53,20 +53,20 @@ def test_uint8_pixels_get_the_answer_of_the_intact_network_on_normalized_ones(ne
     images = torch.from_numpy(_normalized(_pixels(3), preprocessing)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         expected = model.eval()(images).numpy()
-    answer = engine.answer(_pixels(3))
+    answer = engine.predict(_pixels(3))
     np.testing.assert_allclose(answer.logits, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
 
 
 def test_pixels_that_are_normalized_already_get_the_same_answer(network, engine):
-    from_uint8 = engine.answer(_pixels(3))
-    from_float = engine.answer(_normalized(_pixels(3), network[2]))
+    from_uint8 = engine.predict(_pixels(3))
+    from_float = engine.predict(_normalized(_pixels(3), network[2]))
     scale = abs(from_uint8.logits).max()
     np.testing.assert_allclose(from_float.logits, from_uint8.logits, rtol=1e-3, atol=1e-4 * scale)
     np.testing.assert_allclose(from_float.embedding, from_uint8.embedding, rtol=1e-3, atol=1e-4)
 
 
 def test_answers_are_float32_with_a_row_an_image(engine):
-    answer = engine.answer(_pixels(3))
+    answer = engine.predict(_pixels(3))
     assert (answer.logits.shape, answer.logits.dtype) == ((3, 5), np.float32)
     assert (answer.embedding.shape, answer.embedding.dtype) == ((3, 1024), np.float32)
 
@@ -77,29 +77,32 @@ def test_pixels_in_shared_memory_are_read_without_a_warning_and_left_alone(engin
     pixels.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        engine.answer(pixels)
+        engine.predict(pixels)
     np.testing.assert_array_equal(pixels, before)
 
 
 def test_an_answer_stays_when_the_next_batch_is_asked(engine):
-    first = engine.answer(_pixels(2))
+    first = engine.predict(_pixels(2))
     kept = first.logits.copy()
-    engine.answer(255 - _pixels(2))
+    engine.predict(255 - _pixels(2))
     np.testing.assert_array_equal(first.logits, kept)
 
 
 @pytest.mark.parametrize("counts", [(4, 1), (1, 4), (2, 0, 2)])
 def test_batches_of_any_size_follow_each_other(engine, counts):
-    alone = engine.answer(_pixels(1)).logits
+    alone = engine.predict(_pixels(1)).logits
     for count in counts:
-        answer = engine.answer(_pixels(count))
+        answer = engine.predict(_pixels(count))
         assert answer.logits.shape == (count, 5)
         assert answer.embedding.shape == (count, 1024)
         np.testing.assert_allclose(answer.logits[:1], alone[:count], rtol=1e-3, atol=1e-4 * abs(alone).max())
 
 
 def test_bfloat16_is_close_to_float32_and_not_the_same(network, engine):
-    exact, rough = engine.answer(_pixels(3)).embedding, _engine(network, "bf16").answer(_pixels(3)).embedding
+    exact, rough = (
+        engine.predict(_pixels(3)).embedding,
+        _engine(network, "bf16").predict(_pixels(3)).embedding,
+    )
     assert rough.dtype == np.float32
     assert not np.array_equal(rough, exact)
     assert abs(rough - exact).max() < 0.05 * abs(exact).max()
@@ -116,13 +119,13 @@ def test_bfloat16_is_close_to_float32_and_not_the_same(network, engine):
 )
 def test_pixels_of_another_form_are_refused(engine, pixels):
     with pytest.raises(ValueError, match=r"expected N x \(64, 64, 3\) of uint8 or float32"):
-        engine.answer(pixels)
+        engine.predict(pixels)
 
 
 def test_the_number_of_threads_is_set(network):
     _, classifiers, preprocessing = network
     spec = find_model("timm:mobilenetv3_small_050", {})
-    backbone = Backbone(library_of(spec).build(spec, 5), classifiers, (64, 64))
+    backbone = Backbone(get_library(spec).build(spec, 5), classifiers, (64, 64))
     TorchEager(backbone, preprocessing, "cpu", "fp32", 2)
     assert torch.get_num_threads() == 2
 
@@ -154,7 +157,7 @@ def test_batches_in_flight_are_answered_each_by_itself(network):
     engine = _engine(network, "fp32")
     pixels = _pixels(12)
     waiting = [engine.submit(pixels[start : start + 3]) for start in range(0, 12, 3)]
-    expected = engine.answer(pixels)
+    expected = engine.predict(pixels)
     for number, pending in reversed(list(enumerate(waiting))):
         found = pending.result()
         np.testing.assert_allclose(found.logits, expected.logits[3 * number : 3 * number + 3], atol=1e-4)
@@ -167,7 +170,7 @@ def test_batches_in_flight_are_answered_each_by_itself(network):
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_gpu_gives_the_answer_of_the_cpu(network, engine, precision):
-    expected = engine.answer(_pixels(8))
-    answer = _engine(network, precision, "cuda").answer(_pixels(8))
+    expected = engine.predict(_pixels(8))
+    answer = _engine(network, precision, "cuda").predict(_pixels(8))
     tolerance = (1e-3 if precision == "fp32" else 0.05) * abs(expected.embedding).max()
     np.testing.assert_allclose(answer.embedding, expected.embedding, atol=tolerance, rtol=0)

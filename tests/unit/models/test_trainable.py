@@ -4,14 +4,14 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.heads import mark_trainable
-from batchcls.models.sources import find_model, library_of
+from batchcls.models.sources import find_model, get_library
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _model(name: str = "timm:test_resnet") -> nn.Module:
     spec = find_model(name, {})
-    return library_of(spec).build(spec, 5)
+    return get_library(spec).build(spec, 5)
 
 
 def _marked(model: nn.Module) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ def test_the_default_is_everything():
     model = _model().requires_grad_(False)
     trainable = mark_trainable(model)
     assert trainable.names == _marked(model) == tuple(dict(model.named_parameters()))
-    assert trainable.parameters == trainable.of == sum(p.numel() for p in model.parameters())
+    assert trainable.parameters == trainable.total == sum(p.numel() for p in model.parameters())
 
 
 def test_patterns_choose_parameters_by_name_and_freeze_the_rest():
@@ -31,7 +31,7 @@ def test_patterns_choose_parameters_by_name_and_freeze_the_rest():
     expected = tuple(n for n, _ in model.named_parameters() if n.startswith(("fc.", "layer4.")))
     assert trainable.names == _marked(model) == expected
     assert trainable.parameters == sum(model.get_parameter(name).numel() for name in expected)
-    assert 0 < trainable.parameters < trainable.of
+    assert 0 < trainable.parameters < trainable.total
 
 
 def test_a_second_call_undoes_the_first():

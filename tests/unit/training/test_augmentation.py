@@ -12,7 +12,7 @@ from batchcls.models.build import build_model
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import parse_model_arguments, resolve_model
-from batchcls.models.sources import library_of
+from batchcls.models.sources import get_library
 from batchcls.storage.filesystem import Storage
 from batchcls.training.augmentation import crop_size, fitting_recipe
 from batchcls.training.pixel_cache import PixelStore, whole_image
@@ -134,7 +134,7 @@ def test_two_steps_of_the_default_recipe_train_a_network_of_patches(name: str, t
     hooks = Hooks(lambda one: one, lambda _, seen: steps.append(seen), lambda *_: None)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     training = Training(
-        model, library_of(made.config.spec).classifiers(model), settings, DistributedContext(), hooks
+        model, get_library(made.config.spec).classifiers(model), settings, DistributedContext(), hooks
     )
     assert training.run(*stores) is None
     assert steps == [2, 4]

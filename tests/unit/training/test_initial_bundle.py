@@ -134,7 +134,7 @@ def test_training_on_from_a_calibrated_bundle_drops_what_was_of_its_old_weights(
     opened = open_start(chosen, Storage())
     if probe:
         head = LinearHead(torch.randn(len(labels), 96), torch.zeros(len(labels)))
-        after = with_head(opened, head, labels, opened.config.paths_of(labels), ("run-1", {}))
+        after = with_head(opened, head, labels, opened.config.category_paths_for(labels), ("run-1", {}))
     else:
         after = trained_on(start_for(chosen, opened, labels, Storage()))
         assert "the calibration of --model (temperature 1.7 and thresholds)" in log.text

@@ -14,7 +14,7 @@ from batchcls.images.load_config import DecodeLimits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
 from batchcls.manifest.labeled_manifest import open_labeled
-from batchcls.models.engines.compile_cache import Conversions
+from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, EngineConfig
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
@@ -99,14 +99,14 @@ def test_the_bundle_answers_with_the_new_head_under_the_engine_of_the_main_job(p
     assert config.preprocessing == bundle.config.preprocessing
     assert (config.embedding_tap, config.embedding_dimension) == ("stage2", bundle.config.embedding_dimension)
     assert (config.weights.kind, config.weights.name) == ("trained", "run-1")
-    place = EngineConfig("cpu", 1, 4, Conversions(tmp_path / "engines"))
+    place = EngineConfig("cpu", 1, 4, CompileCache(tmp_path / "engines"))
     engine, _ = start_tested_engine(loaded, REFERENCE, place)
     rng = np.random.default_rng(9)
     pixels = np.stack([rng.normal(COLORS[label], 25, (PIXELS, PIXELS, 3)) for label in config.labels])
-    answer = engine.answer(pixels.clip(0, 255).astype(np.uint8))
+    answer = engine.predict(pixels.clip(0, 255).astype(np.uint8))
     assert answer.logits.argmax(1).tolist() == [0, 1, 2]
     other, _ = start_tested_engine(pooled(bundle), REFERENCE, place)
-    embedding = torch.from_numpy(other.answer(pixels.clip(0, 255).astype(np.uint8)).embedding)
+    embedding = torch.from_numpy(other.predict(pixels.clip(0, 255).astype(np.uint8)).embedding)
     np.testing.assert_allclose(
         answer.logits, found.probe.head.logits(embedding).numpy(), rtol=1e-3, atol=1e-3
     )
