@@ -26,6 +26,7 @@ from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
 from batchcls.ray_runtime import nodes, ray_session
 from batchcls.runs.commit import allowed_fraction
+from batchcls.runs.lease import Lease
 from batchcls.runs.paths import new_run_id
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import resumable_errors
@@ -37,24 +38,22 @@ from batchcls.training.linear_probe.probe_job import Probed, ProbeSettings, line
 from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import require_nodes
 from batchcls.training.pixel_cache import PreparedPixels, check_failures, prepare_pixels
-from batchcls.training.ray_train import Diverged, TrainingProgress, run_training
+from batchcls.training.ray_train import Diverged, TrainingProgress, TrainingRun, run_training
 from batchcls.training.sampling import LabelledRows
 from batchcls.training.scaling import Workers, settle_workers
 from batchcls.training.train_config import TrainingSettings
 from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, settle_recipe
 from batchcls.training.trained_bundle import Trained, trained_bundle
-from batchcls.training.work_dir import Claim, digest_of, find_claim, finish_run, take_claim
+from batchcls.training.work_dir import Claim, digest_of, find_claim, finish_run, locked_work_dir, take_claim
 
 NOISE_FILE = "label-noise.parquet"
 
 _logger = logging.getLogger("batchcls.jobs.finetune")  # __name__ is __main__ under python -m
 
 
-def linear_probe(config: FinetuneConfig, console: Console) -> ExitCode:
+def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
     """Train a classifier on embeddings, which are kept on disk for the next time."""
-    del console
     started = time.time()
-    storage = Storage(config.storage_options)
     with explain(config.output):
         taken = storage.exists(join(config.output, CONFIG_FILE))
     if taken and not config.restart:
@@ -130,8 +129,14 @@ exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too
 
 def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train from manifests to a bundle; errors leave as `errors.BatchclsError`."""
-    if config.recipe == LINEAR_PROBE:
-        return linear_probe(config, console)
+    storage = Storage(config.storage_options)
+    with locked_work_dir(config.work_folder, storage) as lease:
+        if config.recipe == LINEAR_PROBE:
+            return linear_probe(config, storage)
+        return _train(config, lease, console)
+
+
+def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
     started, recipe = time.time(), settle_recipe(config)
     with ThreadPoolExecutor(1) as aside:
         opening = aside.submit(open_inputs, config, recipe)
@@ -141,11 +146,11 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
             if _is_done(config, digest_of(decides), inputs.storage):
                 return ExitCode.DONE
             claim, plan, workers = _begin(config, inputs, decides)
-            pixels = _prepare(config, inputs, console)
+            pixels = _prepare(config, inputs, lease, console)
             settings = _settings(config, inputs, pixels, workers, plan)
             rows = len(settings.training.rows)
             workers = fit_workers(config, workers, plan, rows, inputs.images_needed)
-            run = (claim.run_id, inputs.storage, console)
+            run = TrainingRun(claim.run_id, inputs.storage, lease, console)
             try:
                 trained = run_training(config, settings, inputs.start, pixels, workers, run)
             except Diverged as error:
@@ -159,6 +164,7 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
         "plan": plan.as_json(),
     }
     bundle = trained_bundle(inputs.start, trained, claim.run_id, lineage)
+    lease.confirm()
     bundle.save(config.output, inputs.storage)
     finish_run(config.work_folder, inputs.storage)
     if not config.keep_pixels:
@@ -228,13 +234,14 @@ def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
 
 
 def _prepare(
-    config: FinetuneConfig, inputs: TrainingInputs, console: Console
+    config: FinetuneConfig, inputs: TrainingInputs, lease: Lease, console: Console
 ) -> tuple[PreparedPixels, PreparedPixels]:
     """The pixels of both manifests, within the budgets of bytes and of failures."""
     seen = TrainingProgress()
 
     def prepared(part: TrainingManifest, before: int) -> PreparedPixels:
         def tell(done: int) -> None:
+            lease.check()
             seen.rows = before + done
 
         return prepare_pixels(

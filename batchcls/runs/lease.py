@@ -108,9 +108,10 @@ class Holder:
 
 
 class HeldError(InputError):
-    """A living driver has the run; `named` says which."""
+    """A living driver has the run; `named` says which, and `holder` is None if its record cannot be read."""
 
     def __init__(self, folder: str, holder: Holder | None) -> None:
+        self.holder = holder
         self.named = f"process {holder.pid} on {holder.host}" if holder else "another job"
         super().__init__(
             f"{redact_uri(folder)}: {self.named} works on this run; wait for it to end, or give another --run-id for "

@@ -4,7 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import BatchclsError, InputError, StorageStoppedError
 from batchcls.models.model_bundle import Bundle
 from batchcls.ray_runtime import KEEP_MEMORY, WORKER_VARIABLES
+from batchcls.runs.lease import Lease
 from batchcls.storage.filesystem import Storage, is_remote, join
 from batchcls.training.failures import in_one_line, lasting_failure, out_of_memory, worker_failures
 from batchcls.training.loss import Divergence
@@ -40,6 +41,23 @@ class TrainingProgress:
     failures: Counter[str] = field(default_factory=Counter)
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """The run that a training belongs to.
+
+    Attributes:
+        run_id: names the checkpoints and the training curves.
+        storage: storage that holds the work directory.
+        lease: lease of the work directory; training stops if it is lost.
+        console: console that shows the progress.
+    """
+
+    run_id: str
+    storage: Storage
+    lease: Lease
+    console: Console
 
 
 class TrainingProgressActor:
@@ -75,6 +93,8 @@ _LOOKING = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 # training a sixth of its time. They look for more of it so often first, for microseconds (docs/measurements).
 _LOOK_BEFORE_SLEEP = {"GOMP_SPINCOUNT": "10000"}
 
+_CHECK_SECONDS = 5.0
+
 _logger = logging.getLogger(__name__)
 
 
@@ -92,7 +112,7 @@ def run_training(
     start: Bundle,
     pixels: tuple[PreparedPixels, PreparedPixels],
     workers: Workers,
-    run: tuple[str, Storage, Console],
+    run: TrainingRun,
 ) -> Trained:
     """Train, or go on training the run of this name.
 
@@ -102,13 +122,14 @@ def run_training(
         start: the bundle that it starts from.
         pixels: of training and validation.
         workers: how many and how large.
-        run: the run's name, how its work directory is reached, and where progress is shown.
+        run: the run ID, the work directory's storage and lease, and the console for progress.
 
     Raises:
         Diverged: a step has no finite gradient.
         BatchclsError: workers failed more often than --max-failures allows.
+        LeaseLostError: another process has locked the work directory.
     """
-    name, storage, console = run
+    name, storage, console = run.run_id, run.storage, run.console
     # On the driver's node, which no worker's death takes away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(TrainingProgressActor).remote()
@@ -142,7 +163,7 @@ def run_training(
     images = settings.recipe.epochs * len(settings.training.rows)
     try:
         with watching(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
-            result = fit_until_done(trainer, config.max_failures)
+            result = fit_until_done(trainer, config.max_failures, run.lease.check)
     finally:
         if assignment.copies:
             remove_copies(name)
@@ -153,10 +174,17 @@ def run_training(
         return read_trained((Path(folder) / CHECKPOINT).read_bytes())
 
 
-def fit_until_done(trainer: Callable[[], TorchTrainer], max_failures: int) -> Any:
+def fit_until_done(
+    trainer: Callable[[], TorchTrainer], max_failures: int, check: Callable[[], None] = lambda: None
+) -> Any:
     """The result of training, begun again from the last checkpoint after failures that may pass.
 
     Ray Train would try again whatever the failure was, so it is told to give up at the first one.
+
+    Args:
+        trainer: creates a trainer, which resumes from the last checkpoint.
+        max_failures: number of failures after which training stops.
+        check: called every few seconds; training stops if it raises an exception.
 
     Raises:
         InputError: a worker found that the configuration or an input is wrong.
@@ -166,7 +194,7 @@ def fit_until_done(trainer: Callable[[], TorchTrainer], max_failures: int) -> An
     failures, starved = 0, False
     while True:
         try:
-            return _fit(trainer())
+            return _fit(trainer(), check)
         except TrainingFailedError as error:
             failures += 1
             found = worker_failures(error)
@@ -197,7 +225,7 @@ def _ended(error: BaseException, how: str) -> BatchclsError:
     return BatchclsError(f"training stopped: {in_one_line(error)}: {how}")
 
 
-def _fit(trainer: TorchTrainer) -> Any:
+def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> Any:
     """The result of a trainer, run in a thread of its own.
 
     In the main thread Ray Train puts its own handler in place of Ctrl-C's, which ends the process with 0.
@@ -205,7 +233,11 @@ def _fit(trainer: TorchTrainer) -> Any:
     os.environ.setdefault(*_LOOKING)
     aside = ThreadPoolExecutor(1)
     try:
-        return aside.submit(trainer.fit).result()
+        result = aside.submit(trainer.fit)
+        while not result.done():
+            wait([result], timeout=_CHECK_SECONDS)
+            check()
+        return result.result()
     finally:
         aside.shutdown(wait=False)
 

@@ -1,20 +1,60 @@
-"""Records which run owns the work directory, so that only the same command resumes it.
+"""Locks the work directory of a training command and records which run it belongs to.
 
-run.json in the work directory names the run and the digest of all that decides what it ends in. The
-number of workers, the size of a pass and the like are not part of it: a run may go on elsewhere.
+A lease in the work directory keeps a second command out while the first one is active. run.json outlasts
+the command: it contains the run ID and all settings that determine the result, so that only the same
+command resumes an unfinished run. The number of workers, the micro-batch size and similar settings are not
+part of it, because a run may be resumed on another cluster.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from batchcls.errors import InputError
+from batchcls.runs.lease import DEAD_SECONDS, HeldError, Lease, leased
 from batchcls.runs.paths import new_run_id
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 
 _RECORD = "run.json"
+
+
+@contextmanager
+def locked_work_dir(folder: str, storage: Storage) -> Iterator[Lease]:
+    """Lock the work directory while the block runs. The lock of a process that was killed does not count.
+
+    Args:
+        folder: the work directory; it is created if it does not exist, and removed at the end if it is empty.
+        storage: storage that holds the work directory.
+
+    Yields:
+        The lease, which reports whether another process has locked the work directory.
+
+    Raises:
+        InputError: another process uses the work directory; the message names it and the time of its last activity.
+    """
+    with ExitStack() as stack:
+        try:
+            lease = stack.enter_context(leased(folder, storage, is_kept=False))
+        except HeldError as error:
+            raise _in_use(folder, error) from None
+        yield lease
+
+
+def _in_use(folder: str, error: HeldError) -> InputError:
+    active, remote = "", ""
+    if error.holder is not None:
+        time = datetime.fromtimestamp(error.holder.beat, UTC)
+        active = f" (last active {time:%Y-%m-%d %H:%M:%S} UTC)"
+        if not error.holder.is_of_this_machine():
+            remote = f"; a process on another host that crashed blocks it for {DEAD_SECONDS:g} s"
+    return InputError(
+        f"the work directory {redact_uri(folder)} is in use by {error.named}{active}; wait until that command has "
+        f"ended, or choose another folder with --work-dir{remote}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

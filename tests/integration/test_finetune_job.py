@@ -324,6 +324,38 @@ def test_calibrated_bundle_can_be_finetuned(
     assert exit_code == 0, printed
 
 
+def test_two_commands_with_one_work_directory_do_not_disturb_each_other(
+    catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    work, outputs = tmp_path / "work", [tmp_path / "first", tmp_path / "second"]
+    arguments = ("--work-dir", str(work), "--num-workers", "1", "--epochs", "2")
+    processes = [start(cluster, catalog, output, *arguments) for output in outputs]
+    exit_codes = [process.wait(timeout=300) for process in processes]
+    printed = [output.with_suffix(".log").read_text() for output in outputs]
+    assert sorted(exit_codes) == [0, 2], printed
+    successful, rejected = exit_codes.index(0), exit_codes.index(2)
+    message = rf"work directory {work} is in use by process {processes[successful].pid} on "
+    assert re.search(message, printed[rejected]), printed[rejected]
+    assert (outputs[successful] / "bundle.json").exists()
+    assert not outputs[rejected].exists()
+    assert not (work / "lease").exists()
+
+
+def test_work_directory_of_a_killed_command_is_available_at_once(
+    catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    output = tmp_path / "bundle"
+    process = start(cluster, catalog, output, "--num-workers", "1", "--epochs", "2")
+    wait_for_line(process, output.with_suffix(".log"), r"starting run \S+ in")
+    process.kill()
+    process.wait()
+    arguments = (*catalog.arguments, "--output", str(output), "--num-workers", "1", "--epochs", "2")
+    exit_code, printed = run_here(cluster, finetune, *arguments)
+    assert exit_code == 0, printed
+    assert "resuming run" in printed
+    assert not (tmp_path / "bundle.training" / "lease").exists()
+
+
 def test_too_small_batch_per_worker_is_rejected_before_preparation(
     catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):

@@ -1,5 +1,6 @@
 """The training job where it needs no cluster: the linear probe, and commands that are refused."""
 
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,6 +13,7 @@ from batchcls.cli.app import run
 from batchcls.jobs import bundle, finetune
 from batchcls.models.model_bundle import Bundle
 from batchcls.storage.filesystem import Storage
+from batchcls.training.work_dir import locked_work_dir
 from tests.helpers.image_files import CATEGORIES, write_images
 
 
@@ -83,4 +85,19 @@ def test_what_cannot_be_trained_is_refused(
 ):
     assert finetuned(arguments, *more) == 2
     assert said in capfd.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("recipe", ["linear-probe", "fine-tune"])
+def test_command_with_a_work_directory_in_use_is_rejected(
+    arguments: list[str], tmp_path: Path, recipe: str, capfd: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "work"
+    pixels = folder / "pixels" / "part-000000.npy"
+    pixels.parent.mkdir(parents=True)
+    pixels.write_bytes(b"pixels of the other command")
+    with locked_work_dir(str(folder), Storage()):
+        assert finetuned(arguments, "--recipe", recipe, "--work-dir", str(folder)) == 2
+    assert f"the work directory {folder} is in use by process {os.getpid()} on " in capfd.readouterr().err
+    assert [path for path in folder.rglob("*") if path.is_file()] == [pixels]
     assert not (tmp_path / "made").exists()

@@ -82,7 +82,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch, *failures: BaseException, most: in
     """How often training is begun when it fails like this, and how it ends."""
     begun: list[int] = []
 
-    def fit(_: object) -> str:
+    def fit(*_: object) -> str:
         begun.append(1)
         if len(begun) <= len(failures):
             raise failures[len(begun) - 1]

@@ -1,13 +1,21 @@
 """The state folder belongs to one run at a time."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from batchcls.errors import InputError
+from batchcls.runs import lease as leases
 from batchcls.storage.filesystem import Storage
-from batchcls.training.work_dir import digest_of, find_claim, finish_run, take_claim
+from batchcls.training.work_dir import digest_of, find_claim, finish_run, locked_work_dir, take_claim
+from tests.conftest import REPOSITORY
 
 DECIDES = {"seed": 1, "recipe": {"epochs": 2, "crop_scale": (0.3, 1.0)}}
 
@@ -65,3 +73,74 @@ def test_a_damaged_record_is_named(tmp_path: Path, content: str):
 def test_the_digest_does_not_depend_on_the_order_of_names():
     assert digest_of(DECIDES) == digest_of(dict(reversed(json.loads(json.dumps(DECIDES)).items())))
     assert digest_of(DECIDES) != digest_of(DECIDES | {"seed": 2})
+
+
+HOLDER = """
+import sys
+from batchcls.storage.filesystem import Storage
+from batchcls.training.work_dir import locked_work_dir
+with locked_work_dir(sys.argv[1], Storage()):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def other_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has locked the work directory; it is killed at the end."""
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "locked\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_work_directory_in_use_is_rejected_with_process_and_time(tmp_path: Path):
+    folder = tmp_path / "work"
+    with other_process(folder) as process:
+        message = (
+            rf"work directory {folder} is in use by process {process.pid} on \S+ "
+            r"\(last active \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); .* choose another folder with --work-dir$"
+        )
+        with pytest.raises(InputError, match=message), locked_work_dir(str(folder), Storage()):
+            pass
+
+
+def test_work_directory_of_a_killed_process_is_available_at_once(tmp_path: Path):
+    folder = tmp_path / "work"
+    with other_process(folder) as process:
+        process.kill()
+        process.wait()
+        started = time.monotonic()
+        with locked_work_dir(str(folder), Storage()) as lease:
+            lease.confirm()
+        assert time.monotonic() - started < 10
+    assert not folder.exists()
+
+
+def test_work_directory_of_another_host_is_rejected_while_its_lease_is_renewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    other = replace(leases.Holder.here(), place="elsewhere", host="elsewhere")
+    path = tmp_path / "lease" / "000001.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(asdict(other)))
+    message = r"in use by process \d+ on elsewhere .*another host that crashed blocks it for 60 s"
+    with pytest.raises(InputError, match=message), locked_work_dir(str(tmp_path), Storage()):
+        pass
+    path.write_text(json.dumps(asdict(replace(other, beat=time.time() - leases.DEAD_SECONDS - 1))))
+    with locked_work_dir(str(tmp_path), Storage()) as lease:
+        lease.confirm()
+
+
+def test_lock_keeps_the_files_of_the_work_directory(tmp_path: Path):
+    with locked_work_dir(str(tmp_path), Storage()):
+        first = claim(tmp_path)
+    with locked_work_dir(str(tmp_path), Storage()):
+        assert claim(tmp_path).run_id == first.run_id
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
