@@ -75,7 +75,7 @@ def ways(interpolation: Interpolation) -> dict[str, Way]:
 
     def ours_reduced(data: bytes) -> object:
         hashlib.sha256(data).hexdigest()
-        decoded = decode(data, limits, transform.with_margin(_MARGIN))
+        decoded = decode(data, limits, transform.min_decoded_size(_MARGIN))
         return transform(decoded.pixels, decoded.extent)
 
     return {

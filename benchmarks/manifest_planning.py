@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 _PLAN = """
 import sys, time
-from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.filesystem import Storage
 def peak_kib():
@@ -26,12 +26,12 @@ before = peak_kib()
 started = time.perf_counter()
 manifest = open_manifest(sys.argv[1], Storage())
 opened = time.perf_counter()
-bad = find_bad_ids(manifest, Storage())
+bad = find_invalid_ids(manifest, Storage())
 walked = time.perf_counter()
 fragments = sum(1 for _ in manifest.fragments(repeat(1024)))
 after = peak_kib()
 print(f"{manifest.rows} rows: footers {opened - started:.2f} s, ids {walked - opened:.2f} s, "
-      f"{fragments} fragments, {len(bad.repeated)} repeated, peak memory +{(after - before) / 1024:.0f} MiB")
+      f"{fragments} fragments, {len(bad.duplicate)} repeated, peak memory +{(after - before) / 1024:.0f} MiB")
 """
 
 

@@ -12,7 +12,7 @@ from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import BatchclsError, InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, decode_limits, fetch_policy
-from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.sample import LABEL, RowSample, take_sample
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.engines.engine import REFERENCE
@@ -160,7 +160,7 @@ def _describe_labels(sample: RowSample, config: CompareConfig) -> str:
 
 def _open_manifest(config: CompareConfig, storage: Storage) -> Manifest:
     """The manifest, with its labels if it has any; a column that somebody named has to be there."""
-    return open_labeled(
+    return open_labeled_manifest(
         config.manifest,
         storage,
         config.label_column,

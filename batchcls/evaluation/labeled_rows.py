@@ -10,14 +10,14 @@ import pyarrow as pa
 
 from batchcls.evaluation.classification_metrics import Categories
 from batchcls.manifest.fragment_reader import FragmentReader
-from batchcls.manifest.ids import InvalidIds, find_bad_ids
+from batchcls.manifest.ids import InvalidIds, find_invalid_ids
 from batchcls.manifest.labeled_manifest import (
     REASON_NO_LABEL,
     REASON_UNKNOWN_LABEL,
     UNKNOWN_CLASS,
     UNLABELED_CLASS,
     LabelColumn,
-    open_labeled,
+    open_labeled_manifest,
     read_label_column,
 )
 from batchcls.manifest.snapshot import Manifest
@@ -77,10 +77,10 @@ class LabeledManifest:
         Raises:
             InputError: the manifest is not readable, the label column is missing or not text, or no row has a label.
         """
-        manifest = open_labeled(uri, storage, label_column, id_column=id_column, limit=limit)
+        manifest = open_labeled_manifest(uri, storage, label_column, id_column=id_column, limit=limit)
         labels = read_label_column(manifest, storage)
         manifest = manifest.without_kept()
-        return cls(manifest, labels, find_bad_ids(manifest, storage), storage)
+        return cls(manifest, labels, find_invalid_ids(manifest, storage), storage)
 
     def without_images(self) -> "LabeledManifest":
         """The same rows without the images stored in the manifest."""

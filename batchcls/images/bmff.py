@@ -219,7 +219,7 @@ def _item_header(data: bytes, items: _Items, brands: set[bytes]) -> Header:
     turns = sum(data[box.start] & 1 for box in own if box.kind == b"irot" and box.end > box.start)
     largest = max((w * h for item in needed for w, h in _sizes(data, items, item, whole)), default=0)
     return checked_header(
-        kind, width, height, tile=largest, is_turned_by_decoder=kind == Format.HEIC and turns % 2 == 1
+        kind, width, height, tile=largest, is_rotated_by_decoder=kind == Format.HEIC and turns % 2 == 1
     )
 
 

@@ -32,7 +32,7 @@ from batchcls.images.jpeg_header import (
     scans_are_complete,
     without_metadata,
 )
-from batchcls.images.load_config import DecodeLimits, Least
+from batchcls.images.load_config import DecodeLimits, MinDecodedSize
 from batchcls.images.png_header import png_without_metadata
 from batchcls.images.rgb import open_unloaded, orientation_of, orientation_of_metadata, to_rgb
 from batchcls.schema import Reason
@@ -41,7 +41,7 @@ _FACTORS = (8, 4, 2)
 _through_pillow = threading.Lock()
 
 
-def reduction(size: tuple[int, int], least: tuple[float, float], whole: bool = False) -> int:
+def reduction_factor(size: tuple[int, int], least: tuple[float, float], whole: bool = False) -> int:
     """1, 2, 4 or 8: by how much an image may be smaller than `size` and still be as large as `least`.
 
     Both are height and width. `whole` asks for a factor that divides them without a rest.
@@ -87,7 +87,7 @@ def _jpeg_with_pillow(data: bytes, header: Header, frame: JpegFrame, factor: int
     return np.array(image.convert("RGB"))
 
 
-__all__ = ["DecodeError", "DecodeLimits", "Decoded", "Least", "allowed_header", "decode"]
+__all__ = ["DecodeError", "DecodeLimits", "Decoded", "MinDecodedSize", "decode", "read_checked_header"]
 
 # Three whole images at a time, which no header tells of: no two threads do that at once.
 _checking_a_whole_image = threading.Lock()
@@ -109,7 +109,7 @@ class Decoded:
     extent: tuple[float, float]
 
 
-def allowed_header(data: bytes, limits: DecodeLimits) -> Header:
+def read_checked_header(data: bytes, limits: DecodeLimits) -> Header:
     """The header of an image that is within the limits, with no pixel decoded.
 
     Raises:
@@ -121,7 +121,7 @@ def allowed_header(data: bytes, limits: DecodeLimits) -> Header:
 
 
 def decode(
-    data: bytes, limits: DecodeLimits, least: Least | None = None, header: Header | None = None
+    data: bytes, limits: DecodeLimits, least: MinDecodedSize | None = None, header: Header | None = None
 ) -> Decoded:
     """Decode the first image of a file.
 
@@ -132,14 +132,14 @@ def decode(
         limits: how large and how small the stored image may be.
         least: with it a JPEG may be decoded at a reduced scale that leaves at least what it says.
             Without it every image comes at its full size.
-        header: what `allowed_header` has said of the file, where it was asked before.
+        header: what `read_checked_header` has said of the file, where it was asked before.
 
     Raises:
         DecodeError: empty, not_an_image, unsupported_format, truncated, corrupt, too_many_pixels
             or too_small; its detail holds nothing of the file.
         MemoryError: the process is out of memory, which says nothing about the file.
     """
-    header = header or allowed_header(data, limits)
+    header = header or read_checked_header(data, limits)
     try:
         if header.jpeg is not None:
             hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
@@ -181,10 +181,10 @@ def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tu
 
 
 def _decode_jpeg(
-    data: bytes, header: Header, frame: JpegFrame, least: Least | None
+    data: bytes, header: Header, frame: JpegFrame, least: MinDecodedSize | None
 ) -> tuple[np.ndarray, int, int]:
     """H x W x 3 as stored, the orientation, and the factor by which it is reduced."""
-    orientation = orientation_of_metadata(data[body] for body in frame.application_1)
+    orientation = orientation_of_metadata(data[body] for body in frame.app1_segments)
     if not frame.is_plain:
         return decode_jpeg(data, header, frame), orientation, 1
     suspicious = False
@@ -196,7 +196,7 @@ def _decode_jpeg(
     if least is not None:
         upright = _upright_size(header, orientation)
         # A turned image would have the row that lies partly outside of it in front: none may.
-        factor = reduction(upright, least(*upright), whole=orientation in _TURNS)
+        factor = reduction_factor(upright, least(*upright), whole=orientation in _TURNS)
     pixels = decode_jpeg(data, header, frame, factor)
     # 128 is what a block that never came decodes to, at every scale.
     if suspicious or bool((pixels[-1, -1] == 128).all()):
@@ -238,7 +238,7 @@ def _stored_size(hwc: np.ndarray, header: Header) -> tuple[int, int]:
     if header.format != Format.HEIC:
         return header.width, header.height
     height, width = hwc.shape[:2]
-    return (height, width) if header.is_turned_by_decoder else (width, height)
+    return (height, width) if header.is_rotated_by_decoder else (width, height)
 
 
 def _upright_size(header: Header, orientation: int) -> tuple[int, int]:

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from batchcls.images.decode import reduction
+from batchcls.images.decode import reduction_factor
 from batchcls.images.formats import Format, Header
 from batchcls.images.jpeg_header import has_several_scans
-from batchcls.images.load_config import DecodeLimits, Least
+from batchcls.images.load_config import DecodeLimits, MinDecodedSize
 
 _BYTES_A_PIXEL: dict[Format, int] = {
     Format.JPEG: 17,  # through Pillow; plain JPEG takes less, see `_plain_jpeg`
@@ -33,7 +33,7 @@ _COEFFICIENT_BYTES = 2
 _LEAST_BYTES = 1 << 20
 
 
-def bytes_to_decode(data: bytes, header: Header, least: Least | None = None) -> int:
+def estimate_decode_bytes(data: bytes, header: Header, least: MinDecodedSize | None = None) -> int:
     """The most memory that decoding and transforming an image takes, in bytes, beside the file itself.
 
     `least` is that of `decode.decode`: with it a plain JPEG is decoded at a reduced scale.
@@ -45,21 +45,21 @@ def bytes_to_decode(data: bytes, header: Header, least: Least | None = None) -> 
     return _LEAST_BYTES + pixels + header.overhead_bytes + _COPIES_OF_THE_FILE * len(data)
 
 
-def most_bytes_to_decode(limits: DecodeLimits, max_file_bytes: int) -> int:
+def max_decode_bytes(limits: DecodeLimits, max_file_bytes: int) -> int:
     """The most memory that any image within the limits may take, in bytes."""
     return _LEAST_BYTES + limits.max_pixels * _MOST_BYTES_A_PIXEL + _COPIES_OF_THE_FILE * max_file_bytes
 
 
-def _plain_jpeg(data: bytes, header: Header, least: Least | None) -> int:
+def _plain_jpeg(data: bytes, header: Header, least: MinDecodedSize | None) -> int:
     frame = header.jpeg
     assert frame is not None
     factor = 1
     if least is not None:
         # Which way up it is shown is not known yet: the scale that is right for both.
         sizes = ((header.height, header.width), (header.width, header.height))
-        turned = bool(frame.application_1)
-        factor = min(reduction(size, least(*size), whole=turned) for size in sizes[: 1 + turned])
-    copies = 2 if frame.application_1 else 1
+        turned = bool(frame.app1_segments)
+        factor = min(reduction_factor(size, least(*size), whole=turned) for size in sizes[: 1 + turned])
+    copies = 2 if frame.app1_segments else 1
     pixels = 3 * copies * header.allocated_pixels // factor**2
     if has_several_scans(data, frame):
         pixels += _COEFFICIENT_BYTES * len(frame.component_ids) * header.allocated_pixels
@@ -89,13 +89,13 @@ class MemoryBudget:
         self._changed = threading.Condition()
 
     @property
-    def most_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """The most that was in use at a time so far."""
         with self._changed:
             return self._most
 
     @contextmanager
-    def share(self, n_bytes: int) -> Iterator[None]:
+    def reserve(self, n_bytes: int) -> Iterator[None]:
         """Hold so many bytes for as long as the context lasts."""
         turn = object()
         with self._changed:

@@ -15,7 +15,7 @@ from pathlib import Path
 from batchcls.errors import InputError
 from batchcls.images.http_fetch import HttpClient
 from batchcls.images.object_store import ObjectReader
-from batchcls.images.retry import Backoff, attempt_error, refusal, short_body, too_large
+from batchcls.images.retry import Backoff, attempt_error, incomplete_body, permanent_error, too_large
 from batchcls.images.url_policy import INDIRECT_SCHEMES, AddressPolicy
 from batchcls.schema import Failure, Reason
 from batchcls.storage.filesystem import local_path, redact_options, redact_uri, scheme
@@ -120,7 +120,7 @@ class Fetcher:
         if name in _HTTP_SCHEMES:
             return self._http.get(uri), None
         if name in INDIRECT_SCHEMES:
-            raise refusal(Reason.UNSUPPORTED_SCHEME, f"{name}:// opens other addresses inside")
+            raise permanent_error(Reason.UNSUPPORTED_SCHEME, f"{name}:// opens other addresses inside")
         self._policy.addresses.check_scheme(name)
         return self._objects.get(uri)
 
@@ -128,14 +128,14 @@ class Fetcher:
         try:
             path = local_path(uri)
         except InputError:
-            raise refusal(Reason.FORBIDDEN_URI, "a file:// URI with a host") from None
+            raise permanent_error(Reason.FORBIDDEN_URI, "a file:// URI with a host") from None
         # Non-blocking, since opening a FIFO would wait for a writer that never comes.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
         descriptor = self._policy.addresses.open_path(path, flags)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise refusal(Reason.FORBIDDEN_URI, "this is no regular file")
+                raise permanent_error(Reason.FORBIDDEN_URI, "this is no regular file")
             if status.st_size > self._policy.max_bytes:
                 raise too_large(status.st_size, self._policy.max_bytes)
             # No more is asked for than there is: a buffer of the limit costs more than a small file's bytes.
@@ -159,7 +159,7 @@ class Fetcher:
         if len(data) > self._policy.max_bytes:
             raise too_large(None, self._policy.max_bytes)
         if len(data) < expected:
-            raise short_body(len(data), expected)
+            raise incomplete_body(len(data), expected)
         return data
 
 

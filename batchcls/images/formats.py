@@ -21,7 +21,7 @@ class Format(StrEnum):
     HEIC = "heic"
 
 
-BYTES_OF_A_BLOCK = 128
+PILLOW_BLOCK_BYTES = 128
 """What Pillow keeps of a chunk of a PNG or a block of a GIF, at most, beside its bytes."""
 
 
@@ -39,7 +39,7 @@ class JpegFrame:
 
     `start_of_frame` is the number n of its SOFn marker (0 and 1 sequential, 2 progressive, 9 and
     10 the same with arithmetic coding). `component_ids` are those of the frame, in order.
-    `adobe_transform` is None without an Adobe segment. `application_1` holds where the bodies of the
+    `adobe_transform` is None without an Adobe segment. `app1_segments` holds where the bodies of the
     APP1 segments lie, in which EXIF and XMP, and with them an orientation, may be. `scan_offset` is
     where the first SOS marker stands.
     """
@@ -48,7 +48,7 @@ class JpegFrame:
     precision: int
     component_ids: tuple[int, ...]
     adobe_transform: int | None
-    application_1: tuple[slice, ...]
+    app1_segments: tuple[slice, ...]
     scan_offset: int
 
     @property
@@ -69,7 +69,7 @@ class Header:
     `width` and `height` are stored pixels, before any orientation. `allocated_pixels` is the most
     that a decoder allocates at once: width x height, or one tile of a TIFF or one of the images that
     an AVIF or HEIC is put together from where that is larger. `jpeg` is None for every other format.
-    `is_turned_by_decoder` says that the decoder itself exchanges width and height (HEIC).
+    `is_rotated_by_decoder` says that the decoder itself exchanges width and height (HEIC).
     `overhead_bytes` is memory that decoding takes beside that of the pixels.
     """
 
@@ -78,7 +78,7 @@ class Header:
     height: int
     allocated_pixels: int
     jpeg: JpegFrame | None = None
-    is_turned_by_decoder: bool = False
+    is_rotated_by_decoder: bool = False
     overhead_bytes: int = 0
 
 
@@ -100,7 +100,7 @@ def checked_header(
     *,
     jpeg: JpegFrame | None = None,
     tile: int = 0,
-    is_turned_by_decoder: bool = False,
+    is_rotated_by_decoder: bool = False,
 ) -> Header:
     """A header whose sides are at least one pixel; `tile` is the pixels of the largest tile, if any.
 
@@ -109,4 +109,4 @@ def checked_header(
     """
     if width <= 0 or height <= 0:
         raise DecodeError(Reason.CORRUPT, f"the {kind} header says {width} x {height} pixels")
-    return Header(kind, width, height, max(width * height, tile), jpeg, is_turned_by_decoder)
+    return Header(kind, width, height, max(width * height, tile), jpeg, is_rotated_by_decoder)

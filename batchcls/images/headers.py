@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from batchcls.images.bmff import read_bmff
-from batchcls.images.formats import BYTES_OF_A_BLOCK, DecodeError, Format, Header, checked_header, unpack
+from batchcls.images.formats import PILLOW_BLOCK_BYTES, DecodeError, Format, Header, checked_header, unpack
 from batchcls.images.jpeg_header import read_jpeg
 from batchcls.images.png_header import read_png
 from batchcls.images.tiff_header import read_tiff
@@ -78,7 +78,7 @@ def _read_gif(data: bytes) -> Header:
             if frames == 0:
                 width, height = max(width, left + frame_width), max(height, top + frame_height)
                 # A block has two bytes at least, and Pillow keeps those of comments before the first frame.
-                overhead = BYTES_OF_A_BLOCK * offset // 2
+                overhead = PILLOW_BLOCK_BYTES * offset // 2
             frames += 1
             offset = _after_gif_blocks(data, offset + 11 + _gif_palette_bytes(flags))
         elif kind == 0x21:

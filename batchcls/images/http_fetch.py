@@ -17,8 +17,8 @@ import aiohttp
 
 from batchcls import __version__
 from batchcls.images.object_store import run_blocking
-from batchcls.images.request_url import next_url, parse_url
-from batchcls.images.retry import answer_error, refusal, too_large
+from batchcls.images.request_url import parse_url, redirect_target
+from batchcls.images.retry import permanent_error, status_error, too_large
 from batchcls.images.url_policy import AddressPolicy
 from batchcls.schema import Reason
 
@@ -54,8 +54,8 @@ class HttpClient:
             async with session.get(url, allow_redirects=False) as response:
                 if response.status not in _REDIRECTS:
                     return await self._body(response)
-                url = next_url(url, response.headers.get("Location"))
-        raise refusal(Reason.FETCH_FAILED, f"more than {_MAX_REDIRECTS} redirects")
+                url = redirect_target(url, response.headers.get("Location"))
+        raise permanent_error(Reason.FETCH_FAILED, f"more than {_MAX_REDIRECTS} redirects")
 
     def _open_session(self) -> aiohttp.ClientSession:
         # Runs on the event loop only, so no two threads make one; a forked child makes its own.
@@ -76,10 +76,10 @@ class HttpClient:
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
         if response.status != 200:
-            raise answer_error(response.status, retry_after=response.headers.get("Retry-After"))
+            raise status_error(response.status, retry_after=response.headers.get("Retry-After"))
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding != "identity":
-            raise refusal(Reason.FETCH_FAILED, "the body is compressed, which was not asked for")
+            raise permanent_error(Reason.FETCH_FAILED, "the body is compressed, which was not asked for")
         if response.content_length is not None and response.content_length > self._max_bytes:
             raise too_large(response.content_length, self._max_bytes)
         body = bytearray()

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import IO
 
 from batchcls.errors import BatchclsError
-from batchcls.images.decode_memory import most_bytes_to_decode
+from batchcls.images.decode_memory import max_decode_bytes
 from batchcls.images.load_config import LoadSettings
-from batchcls.images.time_limit import HELD
+from batchcls.images.time_limit import DECODER_HUNG_EXIT_CODE
 from batchcls.schema import Failure, Reason
 
 _BEGUN, _THROUGH, _OUT_OF_MEMORY = "begun", "through", "memory"
@@ -76,7 +76,7 @@ def find_crashing_rows(settings: LoadSettings, rows: Sequence[ImageRow]) -> dict
 
 
 def _try(settings: LoadSettings, rows: Sequence[ImageRow]) -> _End:
-    memory = _SPARE_MEMORY_BYTES + most_bytes_to_decode(settings.limits, settings.fetch.max_bytes)
+    memory = _SPARE_MEMORY_BYTES + max_decode_bytes(settings.limits, settings.fetch.max_bytes)
     with tempfile.TemporaryFile() as orders:
         pickle.dump((settings, list(rows), memory), orders)
         orders.seek(0)
@@ -120,7 +120,7 @@ def _watch(child: "subprocess.Popen[bytes]", said: IO[bytes], count: int, second
         raise BatchclsError(f"no process for trying images can be started (it ended with {code})")
     if is_over_time.is_set():
         return _End(through, f"not decoded after {seconds:.0f} s", Reason.DECODE_TIMEOUT)
-    if code == HELD:
+    if code == DECODER_HUNG_EXIT_CODE:
         return _End(through, "its decoder does not come back", Reason.DECODE_TIMEOUT)
     if last == _OUT_OF_MEMORY:
         return _End(through, "needs more memory to decode than the largest image that is allowed")
@@ -139,7 +139,7 @@ def _main() -> None:
     for row in rows:
         _say(_BEGUN)
         try:
-            loader.try_row(row.uri, row.image)
+            loader.check_row(row.uri, row.image)
         except MemoryError:
             _say(_OUT_OF_MEMORY)
             os._exit(1)

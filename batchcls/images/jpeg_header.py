@@ -69,7 +69,7 @@ def read_jpeg(data: bytes) -> Header:
     """
     frame: Segment | None = None
     adobe_transform = None
-    application_1: list[slice] = []
+    app1_segments: list[slice] = []
     for segment in _segments(data, 2):
         if segment.marker in (_START_OF_SCAN, _END_OF_IMAGE):
             if frame is None:
@@ -77,13 +77,13 @@ def read_jpeg(data: bytes) -> Header:
             if segment.marker == _END_OF_IMAGE:
                 raise DecodeError(Reason.CORRUPT, "the JPEG has no image data")
             coding = _coding(data, frame, segment.offset)
-            found = replace(coding, adobe_transform=adobe_transform, application_1=tuple(application_1))
+            found = replace(coding, adobe_transform=adobe_transform, app1_segments=tuple(app1_segments))
             height, width = unpack(">HH", data, frame.start + 1)
             return checked_header(Format.JPEG, width, height, jpeg=found)
         if segment.marker in _START_OF_FRAME:
             frame = frame or segment
         elif segment.marker == _APPLICATION_1:
-            application_1.append(slice(segment.start, segment.end))
+            app1_segments.append(slice(segment.start, segment.end))
         elif segment.marker == _APPLICATION_14:
             adobe_transform = _adobe_transform(data[segment.start : segment.end], adobe_transform)
     raise AssertionError("_segments ends with the end marker or with an error")

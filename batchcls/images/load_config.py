@@ -12,7 +12,7 @@ from batchcls.images.fetch import FetchPolicy
 from batchcls.images.url_policy import AddressPolicy
 from batchcls.preprocessing import Preprocessing, Views
 
-Least = Callable[[int, int], tuple[float, float]]
+MinDecodedSize = Callable[[int, int], tuple[float, float]]
 """Maps the height and width of an upright image to the smallest ones that it may be decoded at."""
 
 

@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from batchcls.images.decode import Decoded, allowed_header, decode
-from batchcls.images.decode_memory import MemoryBudget, bytes_to_decode
+from batchcls.images.decode import Decoded, decode, read_checked_header
+from batchcls.images.decode_memory import MemoryBudget, estimate_decode_bytes
 from batchcls.images.fetch import Fetched, Fetcher
 from batchcls.images.formats import DecodeError
 from batchcls.images.load_config import LoadSettings
-from batchcls.images.time_limit import OverTimeError, within
+from batchcls.images.time_limit import CpuTimeExceededError, run_with_cpu_limit
 from batchcls.images.transform import Transform, normalize
 from batchcls.images.url_policy import resolve_uri
 from batchcls.schema import (
@@ -83,7 +83,7 @@ class Loader:
         self._decoding = threading.Semaphore(settings.decode_threads)
         self._memory = MemoryBudget(settings.limits.memory_bytes)
         margin = settings.decode_margin
-        self._least = None if margin is None else self._transform.with_margin(margin)
+        self._least = None if margin is None else self._transform.min_decoded_size(margin)
         self._counting = threading.Lock()
         self._cpu_seconds = 0.0
 
@@ -114,7 +114,7 @@ class Loader:
         while waiting:
             yield self._block(*waiting.popleft())
 
-    def try_row(self, uri: str | None, image: bytes | None) -> None:
+    def check_row(self, uri: str | None, image: bytes | None) -> None:
         """Fetch, decode and transform one row in this thread, and forget it. Raises MemoryError."""
         self._load_row(uri, image, None)
 
@@ -158,7 +158,7 @@ class Loader:
             pixels, width, height = self._pixels(data)
         except DecodeError as error:
             failure = error.failure
-        except OverTimeError:
+        except CpuTimeExceededError:
             seconds = self._settings.limits.seconds
             failure = Failure(Reason.DECODE_TIMEOUT, f"not decoded in {seconds:g} s of processor time")
         decode_seconds = time.thread_time() - started
@@ -178,9 +178,9 @@ class Loader:
     def _pixels(self, data: bytes) -> tuple[np.ndarray[Any, Any], int, int]:
         """The network's input, and the stored width and height."""
         limits = self._settings.limits
-        header = within(limits.seconds, lambda: allowed_header(data, limits))
-        with self._memory.share(bytes_to_decode(data, header, self._least)):
-            return within(
+        header = run_with_cpu_limit(limits.seconds, lambda: read_checked_header(data, limits))
+        with self._memory.reserve(estimate_decode_bytes(data, header, self._least)):
+            return run_with_cpu_limit(
                 limits.seconds, lambda: self._transformed(decode(data, limits, self._least, header))
             )
 

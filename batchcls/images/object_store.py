@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fsspec.asyn import get_loop
 
-from batchcls.images.retry import short_body, too_large
+from batchcls.images.retry import incomplete_body, too_large
 from batchcls.storage.filesystem import Storage, scheme
 from batchcls.storage.uris import S3_SCHEMES
 
@@ -83,7 +83,7 @@ class ObjectReader:
                 raise too_large(expected, self._max_bytes)
             data = await self._body(body)
         if expected is not None and len(data) != expected:
-            raise short_body(len(data), expected)
+            raise incomplete_body(len(data), expected)
         return data, _version_of(response)
 
     async def _body(self, body: Any) -> bytes:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from batchcls.images.formats import BYTES_OF_A_BLOCK, DecodeError, Format, Header, checked_header, unpack
+from batchcls.images.formats import PILLOW_BLOCK_BYTES, DecodeError, Format, Header, checked_header, unpack
 from batchcls.schema import Reason
 
 _SIGNATURE_BYTES = 8
@@ -44,7 +44,7 @@ def read_png(data: bytes) -> Header:
         count += 1
         if chunk.is_critical and not _is_sound(data, chunk):
             raise DecodeError(Reason.CORRUPT, "a chunk of the PNG does not match its checksum")
-    return replace(header, overhead_bytes=BYTES_OF_A_BLOCK * count)
+    return replace(header, overhead_bytes=PILLOW_BLOCK_BYTES * count)
 
 
 def png_without_metadata(data: bytes) -> bytes:

@@ -9,7 +9,7 @@ import re
 
 from yarl import URL
 
-from batchcls.images.retry import refusal
+from batchcls.images.retry import permanent_error
 from batchcls.schema import Reason
 
 _ABSOLUTE = re.compile(r"(https?)://([^/?#]*)([^#]*)", re.IGNORECASE)
@@ -30,17 +30,17 @@ def parse_url(text: str) -> URL:
     """
     match = _ABSOLUTE.match(text.rstrip("\t\r\n"))
     if match is None or _NEVER_IN_AN_AUTHORITY.search(match[2]):
-        raise refusal(Reason.FORBIDDEN_URI, "this is no valid URL")
+        raise permanent_error(Reason.FORBIDDEN_URI, "this is no valid URL")
     try:
         origin = URL(f"{match[1]}://{match[2]}")
     except ValueError:
-        raise refusal(Reason.FORBIDDEN_URI, "this is no valid URL") from None
+        raise permanent_error(Reason.FORBIDDEN_URI, "this is no valid URL") from None
     if not origin.host:
-        raise refusal(Reason.FORBIDDEN_URI, "the URL names no host")
+        raise permanent_error(Reason.FORBIDDEN_URI, "the URL names no host")
     return URL(str(origin).rstrip("/") + _quoted(match[3]), encoded=True)
 
 
-def next_url(url: URL, location: str | None) -> URL:
+def redirect_target(url: URL, location: str | None) -> URL:
     """Where a redirect leads, from http(s) to http(s) only, and never back from TLS to plain text.
 
     An absolute `location` is taken as it is written; a relative one is resolved as RFC 3986 says.
@@ -49,16 +49,16 @@ def next_url(url: URL, location: str | None) -> URL:
         AttemptError: `fetch_failed` without a location, `forbidden_uri` where it must not lead.
     """
     if not location:
-        raise refusal(Reason.FETCH_FAILED, "a redirect that does not say where to")
+        raise permanent_error(Reason.FETCH_FAILED, "a redirect that does not say where to")
     if location.startswith("//"):
         location = f"{url.scheme}:{location}"
     if _SCHEME.match(location) is None:
         return _resolved(url, location)
     if not location.lower().startswith(("http:", "https:")):
-        raise refusal(Reason.FORBIDDEN_URI, "a redirect to something other than http(s)")
+        raise permanent_error(Reason.FORBIDDEN_URI, "a redirect to something other than http(s)")
     target = parse_url(location)
     if url.scheme == "https" and target.scheme == "http":
-        raise refusal(Reason.FORBIDDEN_URI, "a redirect from https to http")
+        raise permanent_error(Reason.FORBIDDEN_URI, "a redirect from https to http")
     return target
 
 

@@ -24,7 +24,7 @@ from batchcls.storage.store_errors import client_error
 Rule = tuple[Reason, bool]
 """What a row is told, and whether another attempt may help."""
 
-ANSWERS: dict[int | str, Rule] = {
+STATUS_RULES: dict[int | str, Rule] = {
     401: (Reason.ACCESS_DENIED, False),
     403: (Reason.ACCESS_DENIED, False),
     404: (Reason.NOT_FOUND, False),
@@ -51,7 +51,7 @@ _UNKNOWN: Rule = (Reason.FETCH_FAILED, False)
 _LOST: Rule = (Reason.FETCH_FAILED, True)
 
 # The first row that fits wins, so a subclass stands before its base.
-EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], Rule], ...] = (
+EXCEPTION_RULES: tuple[tuple[tuple[type[BaseException], ...], Rule], ...] = (
     ((ForbiddenAddressError,), (Reason.FORBIDDEN_URI, False)),
     ((aiohttp.InvalidURL,), (Reason.FORBIDDEN_URI, False)),
     ((UnsupportedSchemeError,), (Reason.UNSUPPORTED_SCHEME, False)),
@@ -72,7 +72,7 @@ EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], Rule], ...] = (
 )
 """Exceptions of clients and of the system. What is not here is `fetch_failed` and not repeated."""
 
-ERRNOS: dict[int, Rule] = {
+ERRNO_RULES: dict[int, Rule] = {
     errno.EAGAIN: _LOST,
     errno.EINTR: _LOST,
     errno.EIO: _LOST,
@@ -103,7 +103,7 @@ class AttemptError(Exception):
         self.n_bytes = n_bytes
 
 
-def refusal(reason: Reason, detail: str) -> AttemptError:
+def permanent_error(reason: Reason, detail: str) -> AttemptError:
     """A failure that no further attempt mends."""
     return AttemptError(Failure(reason, detail), transient=False)
 
@@ -115,7 +115,7 @@ def too_large(n_bytes: int | None, max_bytes: int) -> AttemptError:
     return AttemptError(failure, transient=False, n_bytes=n_bytes)
 
 
-def short_body(n_bytes: int, expected: int) -> AttemptError:
+def incomplete_body(n_bytes: int, expected: int) -> AttemptError:
     """Fewer bytes than the store named: the connection was lost, or the file is being written."""
     return AttemptError(Failure(Reason.FETCH_FAILED, f"{n_bytes} of {expected} bytes came"), transient=True)
 
@@ -142,9 +142,9 @@ class Backoff:
         return min(max(retry_after_seconds, 0.0), self.retry_after_cap_seconds) + min(jitter, 1.0)
 
 
-def answer_error(status: int, code: str | None = None, retry_after: str | None = None) -> AttemptError:
+def status_error(status: int, code: str | None = None, retry_after: str | None = None) -> AttemptError:
     """The failure that an HTTP status, and a store's own code if it sent one, stand for."""
-    reason, transient = ANSWERS.get(code or status) or ANSWERS.get(status, _UNKNOWN)
+    reason, transient = STATUS_RULES.get(code or status) or STATUS_RULES.get(status, _UNKNOWN)
     detail = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     return AttemptError(Failure(reason, detail), transient, retry_after_seconds(retry_after))
 
@@ -170,10 +170,10 @@ def attempt_error(error: Exception) -> AttemptError:
         metadata = answer.response.get("ResponseMetadata", {})
         headers = metadata.get("HTTPHeaders", {})
         code = answer.response.get("Error", {}).get("Code")
-        return answer_error(metadata.get("HTTPStatusCode", 0), code, headers.get("retry-after"))
+        return status_error(metadata.get("HTTPStatusCode", 0), code, headers.get("retry-after"))
     cause = _socket_error(error)
     if isinstance(cause, ForbiddenAddressError):
-        return refusal(Reason.FORBIDDEN_URI, str(cause))
+        return permanent_error(Reason.FORBIDDEN_URI, str(cause))
     reason, transient = _rule(cause)
     return AttemptError(Failure(reason, _name(cause)), transient)
 
@@ -188,11 +188,11 @@ def _socket_error(error: BaseException) -> BaseException:
 def _rule(error: BaseException) -> Rule:
     if isinstance(error, socket.gaierror):
         return (Reason.FETCH_FAILED, error.errno == socket.EAI_AGAIN)
-    for kinds, rule in EXCEPTIONS:
+    for kinds, rule in EXCEPTION_RULES:
         if isinstance(error, kinds):
             return rule
     number = error.errno if isinstance(error, OSError) else None
-    return _UNKNOWN if number is None else ERRNOS.get(number, _UNKNOWN)
+    return _UNKNOWN if number is None else ERRNO_RULES.get(number, _UNKNOWN)
 
 
 def _name(error: BaseException) -> str:

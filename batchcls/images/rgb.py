@@ -55,7 +55,7 @@ def open_unloaded(data: bytes, header: Header, max_pixels: int) -> ImageFile.Ima
 
 def _fits(size: tuple[int, int], header: Header) -> bool:
     """Whether an upright image has the sides of the header, up to a rounding of its crop."""
-    width, height = reversed(size) if header.is_turned_by_decoder else size
+    width, height = reversed(size) if header.is_rotated_by_decoder else size
     return abs(width - header.width) <= 1 and abs(height - header.height) <= 1
 
 

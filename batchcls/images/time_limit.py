@@ -21,7 +21,7 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-HELD = 75
+DECODER_HUNG_EXIT_CODE = 75
 """Exit code of a process in which a call into C did not come back."""
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _PATIENCE = 4
 _MOST_TOLD = 8
 
 
-class OverTimeError(BaseException):
+class CpuTimeExceededError(BaseException):
     """The work has used up its processor time.
 
     Not an `Exception`, for it can be raised at any line and no handler of damage may take it for some.
@@ -52,13 +52,13 @@ _watched: dict[int, _Watched] = {}
 _watchdog: threading.Thread | None = None
 
 
-def within(seconds: float, work: Callable[[], Result]) -> Result:
+def run_with_cpu_limit(seconds: float, work: Callable[[], Result]) -> Result:
     """Do `work` in this thread, which may take `seconds` of processor time; not to be nested.
 
     Whatever holds locks or counts what is in use belongs outside: the exception may come at any line.
 
     Raises:
-        OverTimeError: it took longer, also where it came to its end.
+        CpuTimeExceededError: it took longer, also where it came to its end.
     """
     watched = _begin(seconds)
     try:
@@ -66,11 +66,11 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
             result = work()
         finally:
             _end(watched)
-    except OverTimeError:
+    except CpuTimeExceededError:
         _end(watched)  # where the exception came while the work was ending
         raise
     if watched.told or time.thread_time() - watched.begun > seconds:
-        raise OverTimeError
+        raise CpuTimeExceededError
     return result
 
 
@@ -104,7 +104,7 @@ def _watch() -> None:
                 elif taken > watched.seconds:
                     # Again at each look: where it came inside a finalizer it was lost.
                     watched.told += 1
-                    _raise_in(watched.thread, OverTimeError)
+                    _raise_in(watched.thread, CpuTimeExceededError)
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
@@ -114,4 +114,4 @@ def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
 
 def _give_up(seconds: float) -> None:
     _logger.error("an image has held its decoder for %.0f s of processor time; this process ends", seconds)
-    os._exit(HELD)
+    os._exit(DECODER_HUNG_EXIT_CODE)

@@ -49,7 +49,7 @@ class Transform:
             return height, width
         return _resized(height, width, self._preprocessing)
 
-    def with_margin(self, margin: float) -> Callable[[int, int], tuple[float, float]]:
+    def min_decoded_size(self, margin: float) -> Callable[[int, int], tuple[float, float]]:
         """For `decode`: `margin` times as high and wide as an image is resized to, at least."""
 
         def least(height: int, width: int) -> tuple[float, float]:

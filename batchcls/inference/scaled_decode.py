@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from batchcls.images.decode import reduction
+from batchcls.images.decode import reduction_factor
 from batchcls.images.transform import Transform
 from batchcls.inference.agreement import EngineAgreement
 from batchcls.inference.engine_record import EngineSelectionRecord, MarginResult, ReducedScale
@@ -52,9 +52,10 @@ def reduced_by(
 
     How an image is turned makes no difference but where its sides cannot be divided.
     """
-    least = Transform(preprocessing).with_margin(margin)
+    least = Transform(preprocessing).min_decoded_size(margin)
     return np.array(
-        [reduction((height, width), least(height, width)) > 1 for height, width in sizes.tolist()], bool
+        [reduction_factor((height, width), least(height, width)) > 1 for height, width in sizes.tolist()],
+        bool,
     )
 
 

@@ -9,7 +9,7 @@ from batchcls.errors import InputError
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.inference.abstention import Abstention
 from batchcls.inference.predictor_config import PredictSettings
-from batchcls.manifest.ids import InvalidIds, find_bad_ids
+from batchcls.manifest.ids import InvalidIds, find_invalid_ids
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Manifest, open_manifest
 from batchcls.models.engines.factory import missing_package
@@ -82,9 +82,9 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
         InputError: something does not fit, or cannot be reached.
     """
     storage = Storage(config.storage_options)
-    bad_ids = find_bad_ids(manifest, storage)
-    if len(bad_ids.null) or len(bad_ids.repeated):
-        _logger.warning("manifest: %d null and %d repeated ids", len(bad_ids.null), len(bad_ids.repeated))
+    bad_ids = find_invalid_ids(manifest, storage)
+    if len(bad_ids.null) or len(bad_ids.duplicate):
+        _logger.warning("manifest: %d null and %d repeated ids", len(bad_ids.null), len(bad_ids.duplicate))
     bundle = resolve_model(config.model, _model_choices(config), storage)
     if bundle.config.golden is None:
         # Only a bundle that was just made from a name lacks them, and torch is imported for it anyway.

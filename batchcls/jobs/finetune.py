@@ -20,7 +20,7 @@ from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
 from batchcls.images.load_config import decode_limits, fetch_policy
 from batchcls.manifest.ids import column_batches
-from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
@@ -62,7 +62,7 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
             "replace it"
         )
     training, validation = (
-        open_labeled(uri, storage, config.label_column, id_column=config.id_column)
+        open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     )
     bundle = open_frozen(config, storage)

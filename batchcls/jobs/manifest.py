@@ -12,7 +12,7 @@ from batchcls.cli.app import Command, main
 from batchcls.cli.console import results_console
 from batchcls.config.manifest_config import ManifestCheckConfig, ManifestFromFolderConfig
 from batchcls.errors import ExitCode, InputError
-from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.data_files import DataFiles, find_data_files
 from batchcls.storage.filesystem import FileInfo, Storage, explain, redact_uri
@@ -50,7 +50,7 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
 
 def _find_images(folder: str, storage: Storage) -> DataFiles:
     found = find_data_files(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), images=True)
-    told = "; ".join(filter(None, (found.left_out.unexpected, found.left_out.hidden))) if found else ""
+    told = "; ".join(filter(None, (found.skipped.unexpected, found.skipped.hidden))) if found else ""
     if found is None or not found.files:
         but = f" but {told}" if told else ""
         raise InputError(f"no images ({', '.join(_SUFFIXES)}) below {redact_uri(folder)}{but}")
@@ -98,7 +98,7 @@ def check(config: ManifestCheckConfig, console: Console) -> ExitCode:
     manifest = open_manifest(
         config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
     )
-    bad = find_bad_ids(manifest, storage)
+    bad = find_invalid_ids(manifest, storage)
     largest = max(rows for file in manifest.files for rows in file.row_groups)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in (
@@ -107,7 +107,7 @@ def check(config: ManifestCheckConfig, console: Console) -> ExitCode:
         ("images", " and ".join(name for name in (manifest.columns.uri, manifest.columns.image) if name)),
         ("relative uris start at", redact_uri(manifest.base)),
         ("null ids", f"{len(bad.null)}"),
-        ("repeated ids", f"{len(bad.repeated)}"),
+        ("repeated ids", f"{len(bad.duplicate)}"),
         ("largest row group", f"{largest} rows"),
         ("fingerprint", manifest.fingerprint),
     ):

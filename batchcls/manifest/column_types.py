@@ -81,7 +81,7 @@ def _plain_nested(kind: pa.DataType) -> pa.DataType | None:
     return pa.struct(list(zip(names, inner, strict=True)))
 
 
-def why_not_kept(kind: pa.DataType) -> str:
+def unsupported_type_reason(kind: pa.DataType) -> str:
     """Why a column without a plain type cannot pass through."""
     if pa.types.is_decimal(kind):
         return f"readers of Parquet hold decimals of {_LARGEST_DECIMAL} digits at most"
@@ -90,7 +90,7 @@ def why_not_kept(kind: pa.DataType) -> str:
     return "readers of Parquet do not agree on it"
 
 
-def one_type(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
+def common_type(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
     """The plain type that holds every value of two plain types; None if there is none."""
     if ours == theirs or pa.types.is_null(ours):
         return theirs
@@ -114,29 +114,32 @@ def _one_integer(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
 
 def _one_nested(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
     if pa.types.is_list(ours) and pa.types.is_list(theirs):
-        inner = one_type(ours.value_type, theirs.value_type)
+        inner = common_type(ours.value_type, theirs.value_type)
         return None if inner is None else pa.list_(inner)
     if pa.types.is_map(ours) and pa.types.is_map(theirs):
-        key, value = one_type(ours.key_type, theirs.key_type), one_type(ours.item_type, theirs.item_type)
+        key, value = (
+            common_type(ours.key_type, theirs.key_type),
+            common_type(ours.item_type, theirs.item_type),
+        )
         return None if key is None or value is None else pa.map_(key, value)
     if not (pa.types.is_struct(ours) and pa.types.is_struct(theirs)):
         return None
     if [field.name for field in ours] != [field.name for field in theirs]:
         return None
-    inner = [(one.name, one_type(one.type, other.type)) for one, other in zip(ours, theirs, strict=True)]
+    inner = [(one.name, common_type(one.type, other.type)) for one, other in zip(ours, theirs, strict=True)]
     return None if any(kind is None for _, kind in inner) else pa.struct(inner)
 
 
-def without_null(kind: pa.DataType) -> pa.DataType:
+def null_as_string(kind: pa.DataType) -> pa.DataType:
     """A column of nulls in all files is text without a value: pandas writes such columns as null."""
     if pa.types.is_null(kind):
         return pa.string()
     if pa.types.is_list(kind):
-        return pa.list_(without_null(kind.value_type))
+        return pa.list_(null_as_string(kind.value_type))
     if pa.types.is_map(kind):
-        return pa.map_(without_null(kind.key_type), without_null(kind.item_type))
+        return pa.map_(null_as_string(kind.key_type), null_as_string(kind.item_type))
     if pa.types.is_struct(kind):
-        return pa.struct([(field.name, without_null(field.type)) for field in kind])
+        return pa.struct([(field.name, null_as_string(field.type)) for field in kind])
     return kind
 
 
@@ -147,7 +150,7 @@ def holds_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind))
 
 
-def as_plain(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+def to_plain_type(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """A column as a plain type, or as large_binary; text is not looked at, so it may still be no UTF-8.
 
     Raises:
@@ -173,14 +176,14 @@ def image_bytes(values: pa.ChunkedArray) -> pa.ChunkedArray:
     """A column of inline images as large_binary, which any number of bytes fits into."""
     if pa.types.is_struct(values.type):
         values = pc.struct_field(values, _BYTES)
-    return as_plain(values, pa.large_binary())
+    return to_plain_type(values, pa.large_binary())
 
 
 def image_paths(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
     """Where images lie whose bytes are null, as Hugging Face's `datasets` writes it; None where nothing says so."""
     if not pa.types.is_struct(values.type) or values.type.get_field_index(_PATH) < 0:
         return None
-    paths = as_plain(pc.struct_field(values, _PATH), pa.string())
+    paths = to_plain_type(pc.struct_field(values, _PATH), pa.string())
     inside = pc.is_valid(pc.struct_field(values, _BYTES))
     return pc.if_else(inside, pa.scalar(None, pa.string()), paths)
 
@@ -211,7 +214,7 @@ def _is_well(values: pa.Array) -> bool:
     return True
 
 
-def readable_text(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.Array]:
+def split_invalid_text(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.Array]:
     """Text with nulls in place of what is no UTF-8, and what was there, its bytes escaped; null elsewhere."""
     if all(_is_well(chunk) for chunk in values.chunks):
         return values, pa.nulls(len(values), pa.string())
@@ -252,7 +255,7 @@ def is_version(kind: pa.DataType) -> bool:
     return is_text(kind) or (plain is not None and bool(pa.types.is_integer(plain)))
 
 
-def require_text(values: pa.ChunkedArray, rows: Rows, column: str, uri: str) -> None:
+def require_utf8(values: pa.ChunkedArray, rows: Rows, column: str, uri: str) -> None:
     """Refuse text that is no UTF-8.
 
     Args:

@@ -9,14 +9,14 @@ import pyarrow as pa
 from batchcls.errors import InputError
 from batchcls.manifest.column_types import (
     IMAGE_TYPES,
+    common_type,
     holds_text,
     is_image,
     is_text,
     is_version,
-    one_type,
+    null_as_string,
     plain_type,
-    why_not_kept,
-    without_null,
+    unsupported_type_reason,
 )
 from batchcls.schema import IMAGE, ITEM_ID, SOURCE_VERSION, URI, VERSION
 from batchcls.storage.uris import redact_uri
@@ -54,7 +54,7 @@ class Columns:
         return found | {field.name: field.name for field in self.kept if holds_text(field.type)}
 
 
-def columns_of(
+def resolve_columns(
     schema: pa.Schema, uri: str, id_column: str, keep: Sequence[str], *, optional: bool
 ) -> Columns:
     """Find the columns of one file that a job uses. Types of kept columns may still hold null, see `agree`.
@@ -85,7 +85,7 @@ def columns_of(
 
     def missing(name: str, remedy: str) -> InputError:
         return InputError(
-            f"{redact_uri(uri)}: column {name} is missing; it has {some_names(schema.names)}; {remedy}"
+            f"{redact_uri(uri)}: column {name} is missing; it has {summarize_names(schema.names)}; {remedy}"
         )
 
     if id_column not in schema.names:
@@ -121,11 +121,11 @@ def _kept(field: pa.Field, uri: str) -> pa.Field:
         return pa.field(field.name, plain)
     raise InputError(
         f"{redact_uri(uri)}: column {field.name} has type {field.type}, which cannot be kept: "
-        f"{why_not_kept(field.type)}; cast it when writing the manifest, or leave it out"
+        f"{unsupported_type_reason(field.type)}; cast it when writing the manifest, or leave it out"
     )
 
 
-def agree(found: Sequence[tuple[str, Columns]]) -> Columns:
+def merge_columns(found: Sequence[tuple[str, Columns]]) -> Columns:
     """The columns that all files of a manifest have, each of one type.
 
     Args:
@@ -144,7 +144,7 @@ def agree(found: Sequence[tuple[str, Columns]]) -> Columns:
                 )
         kept = []
         for ours, theirs in zip(columns.kept, common.kept, strict=True):
-            kind = one_type(ours.type, theirs.type)
+            kind = common_type(ours.type, theirs.type)
             if kind is None:
                 raise InputError(
                     f"the files of the manifest disagree: column {ours.name} is {theirs.type} in "
@@ -153,7 +153,7 @@ def agree(found: Sequence[tuple[str, Columns]]) -> Columns:
             kept.append(pa.field(ours.name, kind))
         common = replace(common, kept=tuple(kept))
     return replace(
-        common, kept=tuple(pa.field(field.name, without_null(field.type)) for field in common.kept)
+        common, kept=tuple(pa.field(field.name, null_as_string(field.type)) for field in common.kept)
     )
 
 
@@ -165,7 +165,7 @@ def _roles(ours: Columns, theirs: Columns) -> Iterable[tuple[str, object, object
         yield name, by_name[0].get(name), by_name[1].get(name)
 
 
-def some_names(names: Sequence[str]) -> str:
+def summarize_names(names: Sequence[str]) -> str:
     """The first twenty names of columns, and how many more there are."""
     more = f" and {len(names) - _NAMED_COLUMNS} more" if len(names) > _NAMED_COLUMNS else ""
     return ", ".join(names[:_NAMED_COLUMNS]) + more

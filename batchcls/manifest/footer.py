@@ -20,7 +20,7 @@ _END_BYTES = 8  # the footer's length and the magic number
 _FIRST_READ_BYTES = 64 * 2**10
 _LARGEST_FOOTER_BYTES = 512 * 2**20
 
-UNREADABLE: tuple[type[Exception], ...] = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
+READ_ERRORS: tuple[type[Exception], ...] = (pa.ArrowException, OSError, ValueError, TypeError, KeyError)
 """What Arrow, and the extension types that other packages register in it, raise over a damaged file."""
 
 
@@ -73,7 +73,7 @@ def read_footer(uri: str, storage: Storage) -> Footer:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             row_groups = tuple(metadata.row_group(place).num_rows for place in range(metadata.num_row_groups))
             schema.names  # noqa: B018 - raises where a name is no UTF-8
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise InputError(f"{redact_uri(uri)} is not a readable Parquet file: {error}") from None
     # With encrypted columns behind a plain footer, a signature follows the footer.
     may_be_encrypted = metadata.serialized_size != length
@@ -105,7 +105,7 @@ def _footer_bytes(file: Any, name: str) -> bytes:
     return bytes(tail[len(tail) - _END_BYTES - length : len(tail) - _END_BYTES])
 
 
-def require_plain(uri: str, storage: Storage, row_group: int, names: list[str]) -> None:
+def require_unencrypted(uri: str, storage: Storage, row_group: int, names: list[str]) -> None:
     """Read the first value of each of these columns, of a file of which some columns may be encrypted.
 
     Raises:
@@ -115,7 +115,7 @@ def require_plain(uri: str, storage: Storage, row_group: int, names: list[str]) 
         with explain(uri), open_parquet(uri, storage) as parquet:
             try:
                 next(parquet.iter_batches(1, [row_group], [name]), None)
-            except UNREADABLE as error:
+            except READ_ERRORS as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
                 raise InputError(

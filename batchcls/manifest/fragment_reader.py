@@ -8,7 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcls.errors import InputError
-from batchcls.manifest.column_types import as_plain, image_bytes, image_paths, readable_text, require_text
+from batchcls.manifest.column_types import (
+    image_bytes,
+    image_paths,
+    require_utf8,
+    split_invalid_text,
+    to_plain_type,
+)
 from batchcls.manifest.columns import Columns
 from batchcls.manifest.footer import open_parquet
 from batchcls.manifest.row_ranges import Rows
@@ -46,14 +52,14 @@ class FragmentReader:
         for table in self._slices(fragment, rows_per_table):
             rows = numbers[start : start + table.num_rows]
             for name, shown in self._columns.texts.items():
-                require_text(table.column(name), rows, shown, fragment.uri)
+                require_utf8(table.column(name), rows, shown, fragment.uri)
             yield self._named(table, rows)
             start += table.num_rows
 
     def _slices(self, fragment: Fragment, rows_per_table: int) -> Iterator[pa.Table]:
         if self._columns.image is None:
             table = self._row_group(fragment)
-            if fragment.picked is None:
+            if fragment.selected is None:
                 table = table.slice(fragment.offset, fragment.rows)
             else:
                 table = table.take(_places(fragment))
@@ -63,7 +69,7 @@ class FragmentReader:
         with explain(fragment.uri), open_parquet(fragment.uri, self._storage) as file:
             read = file.iter_batches(rows_per_table, [fragment.row_group], self._columns.names)
             batches = (one for batch in read for one in self._plain(pa.table(batch), fragment).to_batches())
-            if fragment.picked is None:
+            if fragment.selected is None:
                 yield from _cut(batches, fragment.offset, fragment.rows, rows_per_table)
             else:
                 yield from _cut(_picked(batches, _places(fragment)), 0, fragment.rows, rows_per_table)
@@ -87,14 +93,14 @@ class FragmentReader:
         try:
             for name, column in texts.items():
                 if column is not None:
-                    data[name] = as_plain(table.column(column), pa.string())
+                    data[name] = to_plain_type(table.column(column), pa.string())
             if columns.image is not None:
                 images = table.column(columns.image)
                 data[IMAGE], paths = image_bytes(images), image_paths(images)
                 if paths is not None:
                     data[_PATHS] = paths
             for field in columns.kept:
-                data[field.name] = as_plain(table.column(field.name), field.type)
+                data[field.name] = to_plain_type(table.column(field.name), field.type)
         except pa.ArrowException as error:
             raise InputError(
                 f"{redact_uri(fragment.uri)}, row group {fragment.row_group}: a column cannot be read ({error}); "
@@ -105,9 +111,9 @@ class FragmentReader:
     def _named(self, table: pa.Table, numbers: Rows) -> pa.Table:
         nothing = pa.nulls(table.num_rows, pa.string())
         given = {name: table.column(name) for name in table.column_names}
-        uris, faults = readable_text(given[URI]) if URI in given else (nothing, nothing)
+        uris, faults = split_invalid_text(given[URI]) if URI in given else (nothing, nothing)
         if _PATHS in given:
-            paths, path_faults = readable_text(given[_PATHS])
+            paths, path_faults = split_invalid_text(given[_PATHS])
             uris, faults = pc.coalesce(uris, paths), pc.coalesce(faults, path_faults)
         data = {
             ROW: pa.array(numbers),

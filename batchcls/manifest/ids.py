@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcls.errors import BatchclsError, InputError
-from batchcls.manifest.column_types import as_plain, holds_text, readable_text, require_text
-from batchcls.manifest.footer import UNREADABLE, open_parquet
+from batchcls.manifest.column_types import holds_text, require_utf8, split_invalid_text, to_plain_type
+from batchcls.manifest.footer import READ_ERRORS, open_parquet
 from batchcls.manifest.snapshot import Manifest
 from batchcls.schema import Failure, Reason
 from batchcls.storage.filesystem import Storage, explain, redact_uri
@@ -31,21 +31,21 @@ class InvalidIds:
     """Row numbers, ascending, whose id is null, and whose id an earlier row has."""
 
     null: npt.NDArray[np.int64]
-    repeated: npt.NDArray[np.int64]
+    duplicate: npt.NDArray[np.int64]
 
     def between(self, start: int, stop: int) -> dict[int, Failure]:
         """The failures among the rows `start..stop-1`, by row number."""
         failures: dict[int, Failure] = {}
         for rows, reason, detail in (
             (self.null, Reason.NULL_ID, "the id is null"),
-            (self.repeated, Reason.DUPLICATE_ID, "an earlier row has this id"),
+            (self.duplicate, Reason.DUPLICATE_ID, "an earlier row has this id"),
         ):
             first, last = np.searchsorted(rows, (start, stop))
             failures.update((int(row), Failure(reason, detail)) for row in rows[first:last])
         return failures
 
 
-def find_bad_ids(manifest: Manifest, storage: Storage) -> InvalidIds:
+def find_invalid_ids(manifest: Manifest, storage: Storage) -> InvalidIds:
     """Walk over the id column of the whole snapshot, and over the other columns whose text must be UTF-8.
 
     Raises:
@@ -75,7 +75,7 @@ def find_bad_ids(manifest: Manifest, storage: Storage) -> InvalidIds:
         raise
     repeated = _later_rows(manifest, storage, repeated_ids) if len(repeated_ids) else np.empty(0, np.int64)
     bad = InvalidIds(np.concatenate([np.empty(0, np.int64), *null]), repeated)
-    if len(bad.null) + len(bad.repeated) >= manifest.rows:
+    if len(bad.null) + len(bad.duplicate) >= manifest.rows:
         raise InputError(_nothing_left(manifest, bad))
     return bad
 
@@ -143,9 +143,9 @@ def _batches(
                 for name, kind in kinds.items():
                     values = _plain(batch, name, kind, file.uri).slice(0, len(rows))
                     if name == manifest.columns.uri and name != manifest.columns.item_id:
-                        values, _ = readable_text(values)
+                        values, _ = split_invalid_text(values)
                     else:
-                        require_text(values, rows, name, file.uri)
+                        require_utf8(values, rows, name, file.uri)
                     found[name] = values.combine_chunks()
                 yield rows, found
                 if row >= manifest.rows:
@@ -157,7 +157,7 @@ def _read(
 ) -> Iterator[pa.RecordBatch]:
     try:
         yield from batches
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         names = ", ".join(kinds)
         raise InputError(f"{redact_uri(uri)}: column {names} cannot be read: {error}") from None
 
@@ -165,7 +165,7 @@ def _read(
 def _plain(batch: pa.RecordBatch, column: str, kind: pa.DataType, uri: str) -> pa.ChunkedArray:
     values = pa.chunked_array([batch.column(column)])
     try:
-        return as_plain(values, kind)
+        return to_plain_type(values, kind)
     except pa.ArrowException:
         raise InputError(
             f"{redact_uri(uri)}: column {column}: its values ({values.type}) are no names; name a column of text"

@@ -51,7 +51,7 @@ class LabelColumn:
         return np.bincount(self.codes[self.codes != UNLABELED_CLASS], minlength=len(self.distinct))
 
     @property
-    def without(self) -> npt.NDArray[np.int64]:
+    def unlabeled_rows(self) -> npt.NDArray[np.int64]:
         """Row numbers without a label, in ascending order."""
         return np.flatnonzero(self.codes == UNLABELED_CLASS)
 
@@ -70,14 +70,14 @@ class LabelColumn:
 
     def describe(self) -> str:
         """Human-readable counts, for example `1,000 rows, 990 with a label (8 null, 2 blank)`."""
-        rows, unlabeled = len(self.codes), len(self.without)
+        rows, unlabeled = len(self.codes), len(self.unlabeled_rows)
         text = f"{rows:,} rows, {rows - unlabeled:,} with a label"
         if unlabeled:
             text += f" ({unlabeled - self.blank_rows:,} null, {self.blank_rows:,} blank)"
         return text
 
 
-def open_labeled(
+def open_labeled_manifest(
     uri: str,
     storage: Storage,
     label_column: str,
@@ -139,7 +139,7 @@ def read_label_column(manifest: Manifest, storage: Storage) -> LabelColumn:
     """Read the labels of all rows. Uses 4 bytes per row plus the distinct labels.
 
     Args:
-        manifest: manifest opened with `open_labeled`.
+        manifest: manifest opened with `open_labeled_manifest`.
         storage: storage that holds the manifest.
 
     Raises:

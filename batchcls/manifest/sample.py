@@ -54,7 +54,7 @@ class RowSample:
         return digest.hexdigest()
 
 
-def spread(rows: int, count: int) -> list[int]:
+def evenly_spaced_rows(rows: int, count: int) -> list[int]:
     """`count` numbers of 0..rows-1 at equal distances, ascending; all of them where there are fewer."""
     if count >= rows:
         return list(range(rows))
@@ -78,7 +78,7 @@ def take_sample(manifest: Manifest, count: int, storage: Storage) -> RowSample:
     if manifest.columns.kept:
         manifest = with_text_labels(manifest)
     reader = FragmentReader(manifest.columns, storage)
-    wanted = np.array(spread(manifest.rows, count))
+    wanted = np.array(evenly_spaced_rows(manifest.rows, count))
     tables: list[pa.Table] = []
     for row_group in manifest.fragments(repeat(manifest.rows)):
         first, last = np.searchsorted(wanted, (row_group.first_row, row_group.first_row + row_group.rows))

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from batchcls.errors import InputError
-from batchcls.manifest.columns import Columns, agree, columns_of, some_names
-from batchcls.manifest.footer import Footer, read_footer, require_plain
+from batchcls.manifest.columns import Columns, merge_columns, resolve_columns, summarize_names
+from batchcls.manifest.footer import Footer, read_footer, require_unencrypted
 from batchcls.manifest.row_ranges import RowRanges, Rows
 from batchcls.schema import ITEM_ID
 from batchcls.storage.data_files import DataFiles, find_data_files
@@ -62,7 +62,7 @@ class Fragment:
         offset: place of the first row in the row group.
         rows: how many rows.
         first_row: number of the first row in the snapshot.
-        picked: the rows' numbers in the snapshot; None: all of them stand together.
+        selected: the rows' numbers in the snapshot; None: all of them stand together.
     """
 
     uri: str
@@ -70,18 +70,18 @@ class Fragment:
     offset: int
     rows: int
     first_row: int
-    picked: RowRanges | None = field(default=None, compare=False)
+    selected: RowRanges | None = field(default=None, compare=False)
 
     @property
     def stop(self) -> int:
         """The number after that of the last row."""
-        return self.first_row + self.rows if self.picked is None else int(self.picked.stops[-1])
+        return self.first_row + self.rows if self.selected is None else int(self.selected.stops[-1])
 
     def row_numbers(self) -> Rows:
         """Numbers of the rows in the snapshot, ascending."""
-        if self.picked is None:
+        if self.selected is None:
             return np.arange(self.first_row, self.first_row + self.rows, dtype=np.int64)
-        return self.picked.rows()
+        return self.selected.rows()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,8 @@ class Manifest:
                 while len(left):
                     taken, left = left.split(next(wanted))
                     start = int(taken.starts[0])
-                    picked = taken if len(taken.starts) > 1 else None
-                    yield Fragment(file.uri, row_group, start - first_row, len(taken), start, picked)
+                    selected = taken if len(taken.starts) > 1 else None
+                    yield Fragment(file.uri, row_group, start - first_row, len(taken), start, selected)
                 first_row += rows
 
 
@@ -162,16 +162,16 @@ def open_manifest(
     def look(info: FileInfo) -> tuple[ManifestFile, Columns, str]:
         footer = _read_footer(info, storage)
         _refuse_partition_keys(data, footer.schema.names, (id_column, *keep))
-        columns = columns_of(footer.schema, info.uri, id_column, keep, optional=optional)
+        columns = resolve_columns(footer.schema, info.uri, id_column, keep, optional=optional)
         if footer.may_be_encrypted and any(footer.row_groups):
-            require_plain(info.uri, storage, _first_with_rows(footer), columns.names)
+            require_unencrypted(info.uri, storage, _first_with_rows(footer), columns.names)
         # Of a footer only this is kept: those of thousands of files would not fit into memory.
         file = ManifestFile(info.uri, footer.row_groups, 0, _digest(info, footer, storage))
-        return file, columns, some_names(footer.schema.names)
+        return file, columns, summarize_names(footer.schema.names)
 
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         looks = list(pool.map(look, data.files))
-    columns = agree([(file.uri, columns) for file, columns, _ in looks])
+    columns = merge_columns([(file.uri, columns) for file, columns, _ in looks])
     files: list[ManifestFile] = []
     first_row = 0
     for file, _, _ in looks:
@@ -195,7 +195,7 @@ def _find_files(uri: str, storage: Storage) -> DataFiles:
     """
     found = find_data_files(uri, storage, _is_parquet)
     place = redact_uri(uri)
-    left_out = found.left_out.unexpected if found else ""
+    skipped = found.skipped.unexpected if found else ""
     if found is None or not found.files:
         others = (
             f"; it holds {', '.join(found.others)}, ...: name them by a glob"
@@ -203,13 +203,13 @@ def _find_files(uri: str, storage: Storage) -> DataFiles:
             else ""
         )
         raise InputError(
-            f"no Parquet files at {place}{f' but {left_out}' if left_out else ''}{others}; make a manifest from "
+            f"no Parquet files at {place}{f' but {skipped}' if skipped else ''}{others}; make a manifest from "
             "images with `python -m batchcls.jobs.manifest from-folder`"
         )
-    if left_out:
-        _logger.warning("the manifest %s leaves out %s", place, left_out)
-    if found.left_out.hidden:
-        _logger.info("the manifest %s leaves out %s", place, found.left_out.hidden)
+    if skipped:
+        _logger.warning("the manifest %s leaves out %s", place, skipped)
+    if found.skipped.hidden:
+        _logger.info("the manifest %s leaves out %s", place, found.skipped.hidden)
     empty = [redact_uri(info.uri) for info in found.files if info.size == 0]
     if empty:
         raise InputError(

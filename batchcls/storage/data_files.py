@@ -92,13 +92,13 @@ class DataFiles:
         base: the folder that was named, the one that the named file lies in, or a glob's part before
             its first pattern; in the form in which the files' URIs begin.
         files: sorted by URI.
-        left_out: what was not taken.
+        skipped: what was not taken.
         others: names of files that are none of the wanted ones, the first few.
     """
 
     base: str
     files: tuple[FileInfo, ...]
-    left_out: SkippedEntries
+    skipped: SkippedEntries
     others: tuple[str, ...] = ()
 
     def partition_keys(self) -> tuple[str, ...]:
@@ -244,7 +244,7 @@ def _split(uri: str, storage: Storage) -> tuple[str, list[str]]:
 def _chosen(found: PathListing, pattern: Pattern, wanted: Callable[[str], bool]) -> DataFiles:
     files: list[FileInfo] = []
     others: list[str] = []
-    left_out: defaultdict[str, set[str]] = defaultdict(set)
+    skipped: defaultdict[str, set[str]] = defaultdict(set)
     for entry in found.entries:
         name = entry.name
         if entry.kind is Kind.FILE and not wanted(name.rpartition("/")[2]):
@@ -255,8 +255,8 @@ def _chosen(found: PathListing, pattern: Pattern, wanted: Callable[[str], bool])
         else:
             cause = _cause(entry, pattern)
             if cause is not None:
-                left_out[cause].add(pattern.cut_at_hidden(name) if cause == _HIDDEN else name)
-    ordered = {cause: tuple(sorted(left_out[cause])) for cause in _CAUSES if cause in left_out}
+                skipped[cause].add(pattern.cut_at_hidden(name) if cause == _HIDDEN else name)
+    ordered = {cause: tuple(sorted(skipped[cause])) for cause in _CAUSES if cause in skipped}
     return DataFiles(found.uri, tuple(sorted(files)), SkippedEntries(ordered), tuple(sorted(others)))
 
 

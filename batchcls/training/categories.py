@@ -146,7 +146,7 @@ def _about(what: str, labels: Sequence[str], chosen: npt.NDArray[np.bool_]) -> l
 
 
 def _without_label(which: str, column: LabelColumn, consequence: str) -> list[str]:
-    rows = column.without
+    rows = column.unlabeled_rows
     if not len(rows):
         return []
     more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""

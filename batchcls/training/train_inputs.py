@@ -12,8 +12,13 @@ import pyarrow as pa
 from batchcls.config.finetune_config import RECIPE_FLAGS, FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
-from batchcls.manifest.ids import InvalidIds, find_bad_ids
-from batchcls.manifest.labeled_manifest import UNLABELED_CLASS, LabelColumn, open_labeled, read_label_column
+from batchcls.manifest.ids import InvalidIds, find_invalid_ids
+from batchcls.manifest.labeled_manifest import (
+    UNLABELED_CLASS,
+    LabelColumn,
+    open_labeled_manifest,
+    read_label_column,
+)
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.build import build_model
 from batchcls.models.labels import labels_digest, read_labels
@@ -82,7 +87,7 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
     """
     storage = Storage(config.storage_options)
     manifests = [
-        open_labeled(uri, storage, config.label_column, id_column=config.id_column)
+        open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     ]
     columns = [read_label_column(manifest, storage) for manifest in manifests]
@@ -149,5 +154,5 @@ def _labeled(
         block_rows=_BLOCK_ROWS,
     )
     return TrainingManifest(
-        manifest, find_bad_ids(manifest, storage), column.classes(pa.array(labels, pa.string())), load
+        manifest, find_invalid_ids(manifest, storage), column.classes(pa.array(labels, pa.string())), load
     )

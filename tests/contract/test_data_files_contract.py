@@ -68,7 +68,7 @@ def test_a_folder_and_globs_give_the_same_files_in_every_store(storage: Storage,
     assert names(storage, f"{root}/no/*.parquet") == names(storage, f"{root}/no") == []
     found = find_data_files(normalize_uri(root), storage, lambda name: name.endswith(".parquet"))
     assert found is not None
-    assert found.left_out.hidden == "5 hidden names (.Trash, ._a.parquet, .h.parquet, ...)"
+    assert found.skipped.hidden == "5 hidden names (.Trash, ._a.parquet, .h.parquet, ...)"
 
 
 def test_an_existing_object_is_itself_whatever_its_characters(storage: Storage, root: str) -> None:

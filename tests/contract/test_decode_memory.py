@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from batchcls.images.decode import allowed_header, decode
-from batchcls.images.decode_memory import bytes_to_decode
+from batchcls.images.decode import decode, read_checked_header
+from batchcls.images.decode_memory import estimate_decode_bytes
 from batchcls.images.load_config import DecodeLimits
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
@@ -109,7 +109,7 @@ def test_no_image_takes_more_than_its_header_is_taken_for():
     work(saved(drawn(300, 200), "JPEG"))  # what the libraries keep for themselves
     wrong = {}
     for name, data in images.items():
-        reckoned = bytes_to_decode(data, allowed_header(data, limits))
+        reckoned = estimate_decode_bytes(data, read_checked_header(data, limits))
         measured = peak_bytes(lambda data=data: work(data))  # type: ignore[misc]
         if not 0.3 * reckoned < measured + NOISE_BYTES or measured > reckoned + NOISE_BYTES:
             wrong[name] = (measured, reckoned)
@@ -120,6 +120,8 @@ def test_no_image_takes_more_than_its_header_is_taken_for():
 @pytest.mark.parametrize(("side", "factor"), [(70, 8), (300, 4), (600, 2), (1200, 1)])
 def test_a_jpeg_at_a_reduced_scale_takes_as_much_less(side: int, factor: int):
     data = saved(drawn(WIDTH, HEIGHT), "JPEG")
-    header = allowed_header(data, DecodeLimits())
-    pixels = bytes_to_decode(data, header, lambda height, width: (side, side)) - 2 * len(data) - (1 << 20)
+    header = read_checked_header(data, DecodeLimits())
+    pixels = (
+        estimate_decode_bytes(data, header, lambda height, width: (side, side)) - 2 * len(data) - (1 << 20)
+    )
     assert pixels == 3 * WIDTH * HEIGHT // factor**2

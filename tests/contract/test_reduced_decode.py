@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from batchcls.images import decode as decode_module
-from batchcls.images.decode import Decoded, DecodeError, decode, reduction
+from batchcls.images.decode import Decoded, DecodeError, decode, reduction_factor
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import Reason
@@ -28,10 +28,10 @@ def reduced(data: bytes, height: int = 20, width: int = 20) -> Decoded:
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_the_factor_is_the_largest_that_leaves_enough(factor):
     enough, least = 30 * factor, (30.0, 30.0)
-    assert reduction((enough, enough), least) == factor
-    assert reduction((enough - 1, enough), least) == factor // 2
-    assert reduction((enough, enough - 1), least) == factor // 2
-    assert reduction((enough, 100 * enough), least) == factor
+    assert reduction_factor((enough, enough), least) == factor
+    assert reduction_factor((enough - 1, enough), least) == factor // 2
+    assert reduction_factor((enough, enough - 1), least) == factor // 2
+    assert reduction_factor((enough, 100 * enough), least) == factor
 
 
 def test_an_image_is_never_reduced_below_what_is_needed():
@@ -67,7 +67,7 @@ def test_a_turned_image_shows_what_the_whole_one_shows(width_height, orientation
     width, height = width_height
     data = encode(draw(2, width, height), "JPEG", orientation=orientation, quality=95)
     transform = Transform(square(48))
-    decoded = decode(data, LIMITS, transform.with_margin(MARGIN))
+    decoded = decode(data, LIMITS, transform.min_decoded_size(MARGIN))
     # One that is not divisible has its incomplete row in front once it is turned, and stays whole.
     is_reduced = width_height == (640, 480) or orientation == 1
     assert (decoded.extent[0] in (width, height)) != is_reduced
@@ -140,7 +140,7 @@ def test_real_photographs_look_the_same_at_a_reduced_scale(shared: Path):
     distances, factors = [], set()
     for path in photographs:
         data = path.read_bytes()
-        decoded = decode(data, LIMITS, transform.with_margin(MARGIN))
+        decoded = decode(data, LIMITS, transform.min_decoded_size(MARGIN))
         factors.add(round(decoded.height / decoded.extent[0]))
         ours = transform(decoded.pixels, decoded.extent).astype(int)
         distances.append(np.abs(ours - transform(decode(data, LIMITS).pixels)).mean())

@@ -60,7 +60,7 @@ class Photographs:
 
     def reduced(self, margin: float) -> np.ndarray:
         self.margins.append(margin)
-        least = self.transform.with_margin(margin)
+        least = self.transform.min_decoded_size(margin)
         decoded = (decode(data, LIMITS, least) for data in self.files)
         return np.stack([self.transform(one.pixels, one.extent) for one in decoded])
 

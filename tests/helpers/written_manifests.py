@@ -9,7 +9,7 @@ import pytest
 
 from batchcls.errors import InputError
 from batchcls.manifest.fragment_reader import FragmentReader
-from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.snapshot import Manifest, open_manifest
 from batchcls.storage.filesystem import Storage
 
@@ -44,5 +44,5 @@ def bad_text(*values: bytes | None, kind: pa.DataType | None = None) -> pa.Array
 def refusal(path: Path, *keep: str) -> str:
     """What is said of a manifest before anything is computed; the same by `check` and by `classify`."""
     with pytest.raises(InputError) as caught:
-        find_bad_ids(open_manifest(str(path), STORAGE, keep=keep), STORAGE)
+        find_invalid_ids(open_manifest(str(path), STORAGE, keep=keep), STORAGE)
     return str(caught.value)

@@ -192,7 +192,7 @@ def linear_probe_bundle(
 
     Args:
         bundle: trunk, preprocessing and tap are kept, and its labels where all training labels are among them.
-        train: opened with its labels, as `batchcls.manifest.labeled_manifest.open_labeled` does.
+        train: opened with its labels, as `batchcls.manifest.labeled_manifest.open_labeled_manifest` does.
         validation: the same; None: nothing is measured but held-out training rows.
         settings: how.
         storage: how to reach the manifests.

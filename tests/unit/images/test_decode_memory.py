@@ -14,10 +14,10 @@ def test_shares_beyond_the_budget_wait_for_others():
     entered, leave = threading.Event(), threading.Event()
 
     def second() -> None:
-        with budget.share(5):
+        with budget.reserve(5):
             entered.set()
 
-    with ThreadPoolExecutor(1) as pool, budget.share(6):
+    with ThreadPoolExecutor(1) as pool, budget.reserve(6):
         waiting = pool.submit(second)
         assert not entered.wait(0.1)
         leave.set()
@@ -25,7 +25,7 @@ def test_shares_beyond_the_budget_wait_for_others():
         with pytest.raises(TimeoutError):
             waiting.result(timeout=0.05)
     assert entered.is_set()
-    assert budget.most_bytes == 6
+    assert budget.peak_bytes == 6
 
 
 def test_shares_that_fit_are_held_at_once():
@@ -33,13 +33,13 @@ def test_shares_that_fit_are_held_at_once():
     both = threading.Barrier(2, timeout=30)
 
     def hold() -> None:
-        with budget.share(5):
+        with budget.reserve(5):
             both.wait()
 
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(hold) for _ in range(2)]:
             done.result()
-    assert budget.most_bytes == 10
+    assert budget.peak_bytes == 10
 
 
 def test_more_than_the_budget_is_had_alone_and_nobody_is_stuck():
@@ -50,7 +50,7 @@ def test_more_than_the_budget_is_had_alone_and_nobody_is_stuck():
         random_ = random.Random(seed)
         for _ in range(300):
             size = random_.choice((1, 10, 30, 60, 100, 150, 1000))
-            with budget.share(size):
+            with budget.reserve(size):
                 with lock:
                     shares[seed] = size
                     assert sum(shares.values()) <= 100 or len(shares) == 1
@@ -60,7 +60,7 @@ def test_more_than_the_budget_is_had_alone_and_nobody_is_stuck():
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(work, seed) for seed in range(8)]:
             done.result(timeout=60)
-    assert budget.most_bytes == 1000
+    assert budget.peak_bytes == 1000
 
 
 def test_a_large_share_is_not_passed_by_small_ones_that_came_later():
@@ -68,11 +68,11 @@ def test_a_large_share_is_not_passed_by_small_ones_that_came_later():
     order: list[str] = []
 
     def hold(name: str, size: int) -> None:
-        with budget.share(size):
+        with budget.reserve(size):
             order.append(name)
 
     with ThreadPoolExecutor(4) as pool:
-        with budget.share(5):
+        with budget.reserve(5):
             calls = []
             for place, (name, size) in enumerate((("large", 10), ("small", 1), ("other", 1))):
                 calls.append(pool.submit(hold, name, size))
@@ -86,7 +86,7 @@ def test_a_large_share_is_not_passed_by_small_ones_that_came_later():
 
 def test_a_share_is_given_back_after_an_error():
     budget = MemoryBudget(10)
-    with pytest.raises(ZeroDivisionError), budget.share(10):
+    with pytest.raises(ZeroDivisionError), budget.reserve(10):
         raise ZeroDivisionError
-    with budget.share(10):
+    with budget.reserve(10):
         pass

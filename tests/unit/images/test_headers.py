@@ -38,14 +38,14 @@ def test_jpeg_coding_is_read():
     assert baseline.adobe_transform is None
     assert baseline.is_plain
     assert not baseline.is_progressive
-    assert baseline.application_1 == ()
+    assert baseline.app1_segments == ()
 
 
 def test_progressive_four_component_and_exif_jpeg_are_told_apart():
     progressive = read_header(encode(draw(), "JPEG", progressive=True, orientation=3)).jpeg
     assert progressive is not None
     assert progressive.is_progressive
-    assert len(progressive.application_1) == 1
+    assert len(progressive.app1_segments) == 1
     four = read_header(ycck()).jpeg
     assert four is not None
     assert (len(four.component_ids), four.adobe_transform, four.is_plain) == (4, 2, False)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchcls.images.retry import ANSWERS, Backoff, answer_error, attempt_error, retry_after_seconds
+from batchcls.images.retry import STATUS_RULES, Backoff, attempt_error, retry_after_seconds, status_error
 from batchcls.images.url_policy import ForbiddenAddressError
 from batchcls.schema import REASONS, Reason, Stage
 
@@ -21,22 +21,22 @@ SECRET = "https://ada:password@host/a.jpg?X-Amz-Signature=secret"
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 def test_a_status_that_passes_by_itself_is_repeated(status: int) -> None:
-    assert answer_error(status).transient
+    assert status_error(status).transient
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 405, 410, 416, 418, 451, 501, 505, 999])
 def test_a_status_that_is_an_answer_is_not_repeated(status: int) -> None:
-    assert not answer_error(status).transient
+    assert not status_error(status).transient
 
 
 def test_every_answer_in_the_table_is_a_reason_of_the_fetch_stage() -> None:
-    assert all(REASONS[reason].stage is Stage.FETCH for reason, _ in ANSWERS.values())
+    assert all(REASONS[reason].stage is Stage.FETCH for reason, _ in STATUS_RULES.values())
 
 
 def test_a_stores_code_says_more_than_its_status() -> None:
-    expired = answer_error(400, "ExpiredToken")
+    expired = status_error(400, "ExpiredToken")
     assert (expired.failure.reason, expired.failure.detail) == (Reason.ACCESS_DENIED, "HTTP 400 ExpiredToken")
-    unknown = answer_error(503, "SomethingNew")
+    unknown = status_error(503, "SomethingNew")
     assert (unknown.failure.reason, unknown.transient) == (Reason.THROTTLED, True)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from batchcls.images import time_limit
-from batchcls.images.time_limit import HELD, OverTimeError, within
+from batchcls.images.time_limit import DECODER_HUNG_EXIT_CODE, CpuTimeExceededError, run_with_cpu_limit
 from tests.conftest import REPOSITORY
 
 
@@ -24,15 +24,15 @@ def spin(seconds: float) -> str:
 
 
 def test_work_within_its_time_gives_its_result_or_its_exception():
-    assert within(5.0, lambda: 3) == 3
+    assert run_with_cpu_limit(5.0, lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        within(5.0, lambda: 1 // 0)
+        run_with_cpu_limit(5.0, lambda: 1 // 0)
 
 
 def test_a_loop_is_ended_soon_after_its_time_is_used_up():
     before = time.thread_time()
-    with pytest.raises(OverTimeError):
-        within(0.1, lambda: spin(60.0))
+    with pytest.raises(CpuTimeExceededError):
+        run_with_cpu_limit(0.1, lambda: spin(60.0))
     assert time.thread_time() - before < 10.0
     assert spin(0.3) == "through"
 
@@ -45,20 +45,20 @@ def test_a_handler_of_damage_does_not_keep_the_exception():
             except Exception:  # noqa: BLE001 - the subject of the test
                 continue
 
-    with pytest.raises(OverTimeError):
-        within(0.1, stubborn)
+    with pytest.raises(CpuTimeExceededError):
+        run_with_cpu_limit(0.1, stubborn)
 
 
 def test_a_call_into_c_that_comes_back_late_is_over_its_time_too():
-    with pytest.raises(OverTimeError):
-        within(0.02, lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000))
+    with pytest.raises(CpuTimeExceededError):
+        run_with_cpu_limit(0.02, lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000))
 
 
 def test_waiting_takes_no_time():
     woken = threading.Event()
     timer = threading.Timer(0.8, woken.set)
     timer.start()
-    assert within(0.2, woken.wait)
+    assert run_with_cpu_limit(0.2, woken.wait)
     timer.join()
 
 
@@ -70,8 +70,8 @@ def test_nothing_is_hit_outside_of_the_work(monkeypatch: pytest.MonkeyPatch):
         over, through = 0, 0
         for number in range(150):
             try:
-                through += within(0.002, partial(spin, 0.0005 * (1 + number % 6))) == "through"
-            except OverTimeError:
+                through += run_with_cpu_limit(0.002, partial(spin, 0.0005 * (1 + number % 6))) == "through"
+            except CpuTimeExceededError:
                 over += 1
             assert spin(0.001) == "through"
         return over, through
@@ -85,9 +85,9 @@ def test_nothing_is_hit_outside_of_the_work(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_call_that_does_not_come_back_ends_its_process():
     code = (
-        "import hashlib; from batchcls.images.time_limit import within; "
-        "within(0.1, lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1))"
+        "import hashlib; from batchcls.images.time_limit import run_with_cpu_limit; "
+        "run_with_cpu_limit(0.1, lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=False)
-    assert done.returncode == HELD
+    assert done.returncode == DECODER_HUNG_EXIT_CODE
     assert b"this process ends" in done.stderr

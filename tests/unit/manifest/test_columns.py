@@ -19,8 +19,8 @@ from batchcls.cli.app import run
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.jobs import manifest as manifest_job
-from batchcls.manifest.ids import find_bad_ids
-from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.ids import find_invalid_ids
+from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.filesystem import Storage
 from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusal, write
@@ -44,15 +44,15 @@ def test_columns_that_are_not_used_may_hold_anything(tmp_path: Path):
         **{"item_id.old": pa.array(IDS[::-1]), "uri.old": bad_text(*[b"\xff"] * 4), "": pa.array(IDS)},
     )
     manifest = open_manifest(str(path), STORAGE)
-    assert len(find_bad_ids(manifest, STORAGE).null) == 0
+    assert len(find_invalid_ids(manifest, STORAGE).null) == 0
     assert read(manifest).column("item_id").to_pylist() == IDS
 
 
 def test_the_id_column_is_found_by_its_name_where_others_begin_like_it(tmp_path: Path):
     old = {"item_id.old": pa.array(["x"] * 4), "item_id": pa.array(IDS), "uri": pa.array(IDS)}
     pq.write_table(pa.table(old), tmp_path / "m.parquet")
-    bad = find_bad_ids(open_manifest(str(tmp_path / "m.parquet"), STORAGE), STORAGE)
-    assert bad.repeated.tolist() == []
+    bad = find_invalid_ids(open_manifest(str(tmp_path / "m.parquet"), STORAGE), STORAGE)
+    assert bad.duplicate.tolist() == []
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_text_of_every_type_is_one_column_of_strings(tmp_path: Path, inline: boo
         path = tmp_path / "m" / f"{place}.parquet"
         write(path, shop=values, version=values, uri=values, **images)
         if name != "null":
-            found = read(open_labeled(str(path), STORAGE, "shop"))
+            found = read(open_labeled_manifest(str(path), STORAGE, "shop"))
             assert found.column("shop").to_pylist() == IDS, name
     manifest = open_manifest(str(tmp_path / "m"), STORAGE, keep=["shop"])
     table = read(manifest)
@@ -219,9 +219,9 @@ def test_ids_of_every_type_of_text_are_counted(tmp_path: Path, name: str):
     if name == "null":
         assert "all 4 rows of the manifest are bad" in refusal(path)
     write(tmp_path / "m" / "b.parquet", item_id=pa.array(["a", None, "x", "y"]))
-    bad = find_bad_ids(open_manifest(str(tmp_path / "m"), STORAGE), STORAGE)
+    bad = find_invalid_ids(open_manifest(str(tmp_path / "m"), STORAGE), STORAGE)
     assert bad.null.tolist() == ([0, 1, 2, 3, 5] if name == "null" else [5])
-    assert bad.repeated.tolist() == ([] if name == "null" else [4])
+    assert bad.duplicate.tolist() == ([] if name == "null" else [4])
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_kept_column_that_is_in_some_files_only_is_refused(tmp_path: Path):
     write(tmp_path / "a.parquet", label=pa.array(IDS))
     write(tmp_path / "b.parquet", other=pa.array(IDS))
     with pytest.raises(InputError, match=r"column label is in one of .*a\.parquet and .*b\.parquet only"):
-        open_labeled(str(tmp_path), STORAGE, "label", optional=True)
+        open_labeled_manifest(str(tmp_path), STORAGE, "label", optional=True)
     assert "column label is missing" in refusal(tmp_path, "label")
 
 

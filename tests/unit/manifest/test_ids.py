@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchcls.errors import InputError
-from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.schema import Reason
 from batchcls.storage.filesystem import Storage
@@ -15,14 +15,14 @@ from tests.helpers.manifests import write_manifest
 def test_the_first_row_of_a_repeated_id_is_kept(tmp_path: Path):
     write_manifest(tmp_path / "a.parquet", ["x", "y", None, "x"])
     write_manifest(tmp_path / "b.parquet", ["y", "z", "x", None])
-    bad = find_bad_ids(open_manifest(str(tmp_path), Storage()), Storage())
+    bad = find_invalid_ids(open_manifest(str(tmp_path), Storage()), Storage())
     assert bad.null.tolist() == [2, 7]
-    assert bad.repeated.tolist() == [3, 4, 6]
+    assert bad.duplicate.tolist() == [3, 4, 6]
 
 
 def test_failures_of_a_fragment_carry_their_reason(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", ["x", None, "x", "y"])
-    bad = find_bad_ids(open_manifest(str(path), Storage()), Storage())
+    bad = find_invalid_ids(open_manifest(str(path), Storage()), Storage())
     assert {row: f.reason for row, f in bad.between(0, 4).items()} == {
         1: Reason.NULL_ID,
         2: Reason.DUPLICATE_ID,
@@ -33,14 +33,14 @@ def test_failures_of_a_fragment_carry_their_reason(tmp_path: Path):
 
 def test_a_limit_hides_what_lies_beyond_it(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", ["x", "y", "x", None])
-    bad = find_bad_ids(open_manifest(str(path), Storage(), limit=2), Storage())
-    assert (len(bad.null), len(bad.repeated)) == (0, 0)
+    bad = find_invalid_ids(open_manifest(str(path), Storage(), limit=2), Storage())
+    assert (len(bad.null), len(bad.duplicate)) == (0, 0)
 
 
 def test_a_manifest_without_one_good_id_stops_and_names_the_first_ten(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", [None] * 12)
     with pytest.raises(InputError, match="all 12 rows") as caught:
-        find_bad_ids(open_manifest(str(path), Storage()), Storage())
+        find_invalid_ids(open_manifest(str(path), Storage()), Storage())
     assert "row 9: null_id" in str(caught.value)
     assert "row 10" not in str(caught.value)
 
@@ -51,7 +51,7 @@ def test_a_file_that_is_gone_by_now_is_named_as_everywhere_else(tmp_path: Path):
     manifest = open_manifest(str(tmp_path), Storage())
     (tmp_path / "b.parquet").unlink()
     with pytest.raises(InputError) as caught:
-        find_bad_ids(manifest, Storage())
+        find_invalid_ids(manifest, Storage())
     assert str(caught.value).startswith(str(tmp_path / "b.parquet"))
     assert "Traceback" not in str(caught.value)
 
@@ -67,6 +67,6 @@ def test_agrees_with_a_plain_loop(tmp_path_factory: pytest.TempPathFactory, ids:
             repeated.append(row)
         elif value is not None:
             seen.add(value)
-    bad = find_bad_ids(open_manifest(str(path), Storage()), Storage())
+    bad = find_invalid_ids(open_manifest(str(path), Storage()), Storage())
     assert bad.null.tolist() == [row for row, value in enumerate(ids) if value is None]
-    assert bad.repeated.tolist() == repeated
+    assert bad.duplicate.tolist() == repeated

@@ -12,7 +12,7 @@ from batchcls.manifest.labeled_manifest import (
     LabelColumn,
     blank_to_null,
     encode_labels,
-    open_labeled,
+    open_labeled_manifest,
     read_label_column,
 )
 from batchcls.manifest.sample import take_sample
@@ -32,7 +32,7 @@ def manifest(folder: Path, labels: list[str | None]) -> str:
 
 
 def for_training(uri: str) -> LabelColumn:
-    return read_label_column(open_labeled(uri, STORAGE, "label"), STORAGE)
+    return read_label_column(open_labeled_manifest(uri, STORAGE, "label"), STORAGE)
 
 
 def for_evaluation(uri: str) -> LabeledManifest:
@@ -41,7 +41,7 @@ def for_evaluation(uri: str) -> LabeledManifest:
 
 def test_training_counts_null_and_blank_labels(tmp_path: Path):
     column = for_training(manifest(tmp_path, LABELS))
-    assert column.without.tolist() == UNLABELED
+    assert column.unlabeled_rows.tolist() == UNLABELED
     assert column.describe() == "8 rows, 4 with a label (1 null, 3 blank)"
     assert for_training(manifest(tmp_path, ["mug", "cup"])).describe() == "2 rows, 2 with a label"
     assert column.texts(2, 7).to_pylist() == [None, "plate", None, None, "cup"]
@@ -65,7 +65,7 @@ def test_evaluation_excludes_blank_labels(tmp_path: Path, labels: list[str] | No
 
 @pytest.mark.parametrize("count", [3, 8])
 def test_a_sample_for_comparison_has_no_blank_labels(tmp_path: Path, count: int):
-    sample = take_sample(open_labeled(manifest(tmp_path, LABELS), STORAGE, "label"), count, STORAGE)
+    sample = take_sample(open_labeled_manifest(manifest(tmp_path, LABELS), STORAGE, "label"), count, STORAGE)
     rows, labels = (sample.rows.column(name).to_pylist() for name in ("row", "label"))
     assert len(rows) == count
     assert labels == [None if row in UNLABELED else LABELS[row] for row in rows]

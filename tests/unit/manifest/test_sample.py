@@ -10,7 +10,7 @@ from batchcls.images.decode import decode
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits
 from batchcls.images.transform import Transform
-from batchcls.manifest.sample import spread, take_sample
+from batchcls.manifest.sample import evenly_spaced_rows, take_sample
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage
@@ -32,7 +32,7 @@ def _prepare(sample, preprocessing=PREPROCESSING):
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (1000, 7), (200, 199), (5, 1), (10**9, 200)])
 def test_a_sample_is_spread_evenly_and_favors_neither_end(rows, count):
-    numbers = spread(rows, count)
+    numbers = evenly_spaced_rows(rows, count)
     assert len(set(numbers)) == count
     assert numbers == sorted(numbers)
     gaps = np.diff([-numbers[0] - 1, *numbers, 2 * rows - numbers[-1]])
@@ -41,7 +41,7 @@ def test_a_sample_is_spread_evenly_and_favors_neither_end(rows, count):
 
 
 def test_a_small_manifest_is_taken_whole():
-    assert spread(3, 3) == spread(3, 200) == [0, 1, 2]
+    assert evenly_spaced_rows(3, 3) == evenly_spaced_rows(3, 200) == [0, 1, 2]
 
 
 def test_rows_come_from_all_files_and_row_groups_with_their_labels(tmp_path):
@@ -53,7 +53,7 @@ def test_rows_come_from_all_files_and_row_groups_with_their_labels(tmp_path):
             tmp_path / "m" / f"{part}.parquet", ids[chosen], uris=ids[chosen], row_group_size=7, kind=labels
         )
     sample = _sample(tmp_path / "m", 9, keep=["kind"])
-    rows = spread(100, 9)
+    rows = evenly_spaced_rows(100, 9)
     assert sample.rows.column("row").to_pylist() == rows
     assert sample.rows.column("uri").to_pylist() == [f"item-{row}" for row in rows]
     assert sample.rows.column("label").to_pylist() == ["mug" if row % 2 == 0 else None for row in rows]
@@ -64,7 +64,7 @@ def test_inline_images_are_sampled_from_streams(tmp_path):
     table = pa.table({"item_id": [str(n) for n in range(rows)], "image": [b"%d" % n for n in range(rows)]})
     pq.write_table(table, tmp_path / "m.parquet", row_group_size=1300)
     sample = _sample(tmp_path / "m.parquet", 11)
-    assert sample.rows.column("image").to_pylist() == [b"%d" % row for row in spread(rows, 11)]
+    assert sample.rows.column("image").to_pylist() == [b"%d" % row for row in evenly_spaced_rows(rows, 11)]
 
 
 def test_the_fingerprint_follows_images_and_labels_and_not_the_time(tmp_path):

@@ -13,8 +13,8 @@ from batchcls.errors import InputError
 from batchcls.images.loader import Loader
 from batchcls.jobs import manifest as manifest_job
 from batchcls.manifest.fragment_reader import FragmentReader
-from batchcls.manifest.ids import find_bad_ids
-from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.ids import find_invalid_ids
+from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import open_manifest
 from tests.helpers.drawing import draw, encode
 from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusal, write
@@ -47,28 +47,28 @@ def test_text_inside_of_kept_values_is_looked_at(tmp_path: Path):
     lists = pa.ListArray.from_arrays(pa.array([0, 3, 6, 9, 12], pa.int32()), inside)
     path = write(tmp_path / "m.parquet", tags=lists)
     assert "column tags, row 2: the text is no valid UTF-8" in refusal(path, "tags")
-    assert len(find_bad_ids(open_manifest(str(path), STORAGE, limit=2, keep=["tags"]), STORAGE).null) == 0
+    assert len(find_invalid_ids(open_manifest(str(path), STORAGE, limit=2, keep=["tags"]), STORAGE).null) == 0
 
 
 def test_labels_that_are_no_utf8_are_refused(tmp_path: Path):
     path = write(tmp_path / "m.parquet", label=bad_text(b"mug", b"caf\xe9", None, b"mug"))
-    manifest = open_labeled(str(path), STORAGE, "label")
+    manifest = open_labeled_manifest(str(path), STORAGE, "label")
     with pytest.raises(InputError, match=r"m\.parquet: column label, row 1"):
-        find_bad_ids(manifest, STORAGE)
+        find_invalid_ids(manifest, STORAGE)
 
 
 def test_null_bytes_controls_and_megabytes_in_ids_are_told_apart(tmp_path: Path):
     ids = ["a\0b", "a\0c", "a", "\x1b[31m", "x" * 2**20, "x" * 2**20 + "y", "\u202e", "a\0b", "x" * 2**20]
     path = tmp_path / "m.parquet"
     pq.write_table(pa.table({"item_id": ids, "uri": ids, "label": ids}), path)
-    manifest = open_labeled(str(path), STORAGE, "label")
-    assert find_bad_ids(manifest, STORAGE).repeated.tolist() == [7, 8]
+    manifest = open_labeled_manifest(str(path), STORAGE, "label")
+    assert find_invalid_ids(manifest, STORAGE).duplicate.tolist() == [7, 8]
     assert read(manifest).column("label").to_pylist() == ids
 
 
 def test_labels_may_be_whole_numbers_and_are_read_as_text(tmp_path: Path):
     path = write(tmp_path / "m.parquet", label=pa.array([3, 12, None, 3]))
-    assert read(open_labeled(str(path), STORAGE, "label")).column("label").to_pylist() == [
+    assert read(open_labeled_manifest(str(path), STORAGE, "label")).column("label").to_pylist() == [
         "3",
         "12",
         None,
@@ -84,7 +84,7 @@ def test_a_uri_that_is_no_utf8_is_the_failure_of_its_row(tmp_path: Path, kind: p
     uris = bad_text(b"a.jpg", b"caf\xe9.jpg", b"s3://user:pass\xff@host/\xff?key=secret", None, kind=kind)
     path = write(tmp_path / "m.parquet", uri=uris)
     manifest = open_manifest(str(path), STORAGE)
-    assert len(find_bad_ids(manifest, STORAGE).null) == 0
+    assert len(find_invalid_ids(manifest, STORAGE).null) == 0
     tables = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(9))), 9)
     (block,) = Loader(settings(tmp_path, kept=())).load(tables, {})
     assert block.column("reason").to_pylist() == [None, "forbidden_uri", "forbidden_uri", "no_image"]

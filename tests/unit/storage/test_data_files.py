@@ -58,8 +58,8 @@ def test_hidden_segments_below_the_place_are_never_data_at_any_depth(tmp_path: P
         "x_y.z.parquet",
     ]
     assert found.base == str(root)
-    assert found.left_out.hidden == "9 hidden names (.Trash, ._a.parquet, .a=1, ...)"
-    assert found.left_out.unexpected == ""
+    assert found.skipped.hidden == "9 hidden names (.Trash, ._a.parquet, .a=1, ...)"
+    assert found.skipped.unexpected == ""
     assert found.partition_keys() == ("_day", "day")
 
 
@@ -161,7 +161,7 @@ def test_what_looks_like_data_and_is_left_out_is_counted_and_named(
     (root / "sub" / "file-link.parquet").symlink_to(root / "a.parquet")
     make(root)
     found = find(f"{root}{uri}")
-    assert found.left_out.unexpected == words
+    assert found.skipped.unexpected == words
     assert {"sub/b.parquet", "sub/file-link.parquet"} <= set(names(found))
     assert not any("link/" in name for name in names(found))
 
@@ -172,13 +172,13 @@ def test_only_the_first_few_are_named_and_a_glob_says_what_it_could_have_matched
         (tmp_path / f"link{number}").symlink_to(tmp_path / "other")
     (tmp_path / "folder.parquet").mkdir()
     assert (
-        find(tmp_path).left_out.unexpected
+        find(tmp_path).skipped.unexpected
         == "5 links to folders, which are not followed (link0, link1, link2, ...)"
     )
-    assert find(f"{tmp_path}/*.parquet").left_out.unexpected == (
+    assert find(f"{tmp_path}/*.parquet").skipped.unexpected == (
         "1 folder that the pattern matches, which takes files only (folder.parquet)"
     )
-    assert find(f"{tmp_path}/link[01]/*/*.parquet").left_out.unexpected.startswith("2 links to folders")
+    assert find(f"{tmp_path}/link[01]/*/*.parquet").skipped.unexpected.startswith("2 links to folders")
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_photographs_may_be_called_as_cameras_call_them(tmp_path: Path):
     found = find_data_files(str(tmp_path), STORAGE, lambda name: name.endswith(".jpg"), images=True)
     assert found is not None
     assert names(found) == ["_DSC1.jpg", "a/_MG_2.jpg"]
-    assert found.left_out.hidden == "4 hidden names (.Trash, ._DSC1.jpg, @eaDir, ...)"
+    assert found.skipped.hidden == "4 hidden names (.Trash, ._DSC1.jpg, @eaDir, ...)"
 
 
 def test_nothing_there_is_told_from_nothing_that_is_data(tmp_path: Path):

@@ -10,7 +10,7 @@ from batchcls.manifest.labeled_manifest import (
     UNLABELED_CLASS,
     LabelColumn,
     encode_labels,
-    open_labeled,
+    open_labeled_manifest,
     read_label_column,
 )
 from batchcls.storage.filesystem import Storage
@@ -28,13 +28,13 @@ def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
     write_manifest(tmp_path / "m/a.parquet", ids[:4], row_group_size=3, label=pa.array(names[:4]))
     as_dictionary = pa.array(names[4:]).dictionary_encode()
     write_manifest(tmp_path / "m/b.parquet", ids[4:], row_group_size=2, label=as_dictionary.cast(pa.string()))
-    column = read_label_column(open_labeled(str(tmp_path / "m"), Storage(), "label"), Storage())
+    column = read_label_column(open_labeled_manifest(str(tmp_path / "m"), Storage(), "label"), Storage())
     assert sorted(column.distinct.to_pylist()) == ["mug", "plate", "vase"]
     found = [
         None if code == UNLABELED_CLASS else column.distinct[code].as_py() for code in column.codes.tolist()
     ]
     assert found == ["mug", None, "plate", "mug", None, "vase", "plate"]
-    assert column.without.tolist() == [1, 4]
+    assert column.unlabeled_rows.tolist() == [1, 4]
     classes = column.classes(pa.array(["vase", "mug"]))
     assert classes.tolist() == [1, UNLABELED_CLASS, UNKNOWN_CLASS, 1, UNLABELED_CLASS, 0, UNKNOWN_CLASS]
 
@@ -50,25 +50,25 @@ def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
 )
 def test_text_of_every_kind_is_taken(tmp_path, labels):
     path = write_manifest(tmp_path / "m.parquet", list("1234"), label=labels)
-    column = read_label_column(open_labeled(str(path), Storage(), "label"), Storage())
+    column = read_label_column(open_labeled_manifest(str(path), Storage(), "label"), Storage())
     assert column.classes(pa.array(["a", "b"])).tolist() == [1, 0, UNLABELED_CLASS, 1]
 
 
 def test_a_manifest_without_labels_is_refused_with_the_remedy(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["1"], category=pa.array(["mug"]))
     with pytest.raises(InputError, match=r"no column label; it has item_id, uri, category.*--label-column"):
-        open_labeled(str(path), Storage(), "label")
+        open_labeled_manifest(str(path), Storage(), "label")
     with pytest.raises(InputError, match="that column names images"):
-        open_labeled(str(path), Storage(), "uri")
+        open_labeled_manifest(str(path), Storage(), "uri")
 
 
 def test_labels_that_are_all_null_or_no_text_are_refused(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["1", "2"], label=pa.array([None, ""], pa.string()))
     with pytest.raises(InputError, match="all 2 rows are null or blank"):
-        read_label_column(open_labeled(str(path), Storage(), "label"), Storage())
+        read_label_column(open_labeled_manifest(str(path), Storage(), "label"), Storage())
     path = write_manifest(tmp_path / "n.parquet", ["1"], label=pa.array([["mug"]]))
     with pytest.raises(InputError, match="are no names"):
-        read_label_column(open_labeled(str(path), Storage(), "label"), Storage())
+        read_label_column(open_labeled_manifest(str(path), Storage(), "label"), Storage())
 
 
 def test_the_order_is_sorted_unless_the_bundle_or_a_file_has_one():

@@ -13,7 +13,7 @@ from batchcls.errors import InputError
 from batchcls.images.decode import decode
 from batchcls.images.load_config import DecodeLimits, LoadSettings, decode_limits, fetch_policy
 from batchcls.images.transform import Transform
-from batchcls.manifest.ids import find_bad_ids
+from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.preprocessing import Preprocessing, Views
 from batchcls.storage.filesystem import Storage
@@ -40,7 +40,7 @@ def prepare(folder: Path, state: Path, preprocessing: Preprocessing):
     manifest = open_manifest(str(folder / "manifest.parquet"), storage)
     load = settings(preprocessing, manifest.base)
     parts = parts_of(manifest, parts_folder(str(state), manifest, load))
-    bad = find_bad_ids(manifest, storage)
+    bad = find_invalid_ids(manifest, storage)
     outcomes = [prepare_part(part, manifest.columns, storage, load, bad.between(0, 100)) for part in parts]
     return [part.uri for part in parts], outcomes
 

@@ -13,7 +13,7 @@ from batchcls.errors import InputError
 from batchcls.images.load_config import DecodeLimits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
-from batchcls.manifest.labeled_manifest import open_labeled
+from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, EngineConfig
 from batchcls.models.model_bundle import Bundle
@@ -75,7 +75,7 @@ def _settings(folder: Path, **changes) -> ProbeSettings:
 
 
 def _probe(bundle: Bundle, train: str, validation: str | None, settings: ProbeSettings) -> Probed:
-    opened = [uri and open_labeled(uri, Storage(), "label") for uri in (train, validation)]
+    opened = [uri and open_labeled_manifest(uri, Storage(), "label") for uri in (train, validation)]
     return linear_probe_bundle(bundle, opened[0], opened[1], settings, Storage())
 
 
