@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchcls.errors import BatchclsError, ClusterStartError, InputError
 from batchcls.hardware import Hardware
-from batchcls.resources import Node
+from batchcls.resources import NodeResources
 
 T = TypeVar("T")
 
@@ -24,54 +24,54 @@ _logger = logging.getLogger(__name__)
 
 _QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # The core worker's remarks on every actor pool (ray issue 53727) and its like; set it to "info"
-    # to have them, and the local daemons' log files, back.
+    # Suppresses warnings of the core worker about every actor pool (ray issue 53727), and also the log files of the
+    # local daemons; set it to "info" to get them back.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # Ray's coming behavior, chosen now to silence its announcement: workers without a GPU keep
-    # CUDA_VISIBLE_DEVICES as it is. Load tasks never touch a GPU.
+    # The future default of Ray, set here to suppress its warning: workers without a GPU keep CUDA_VISIBLE_DEVICES
+    # as it is. Load tasks never use a GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
-# libgomp's threads spin while they wait, on cores that they share with others (docs/measurements, "Negative").
+# Without this, idle threads of libgomp spin on cores that other processes need (docs/measurements, "Negative").
 WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Environment variables of every worker that runs a network; read when torch is loaded."""
+"""Environment variables of every worker that runs a network; they take effect when torch is imported."""
 
-# What a network computes between its layers is large and soon freed, and glibc hands it back to the system, which has
-# it mapped and zeroed again page by page: a seventh of the time of a pass in PyTorch, a third to half of that of
-# training (docs/measurements). With these it is kept. One arena, since only the first can keep blocks of this
-# size.
-KEEP_MEMORY = {
+# Activations are large and short-lived. By default glibc returns them to the kernel, which maps and zeroes the pages
+# again for the next layer: a seventh of the time of a forward pass in PyTorch, and a third to half of the time of
+# training (docs/measurements). These settings keep the memory in the process. There is one arena because only the
+# main arena can keep blocks of this size.
+MALLOC_VARIABLES = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_ARENA_MAX": "1",
 }
-"""Further ones, which only count where a process starts with them; cluster/ gives them to its nodes."""
+"""Environment variables that take effect only at the start of a process; cluster/ sets them on its nodes."""
 
-WORKER_ENVIRONMENT = {"env_vars": WORKER_VARIABLES | KEEP_MEMORY}
-"""Both as a runtime environment of Ray's, which has a fresh process started: about a second."""
+WORKER_RUNTIME_ENV = {"env_vars": WORKER_VARIABLES | MALLOC_VARIABLES}
+"""Both as a Ray runtime environment, for which Ray starts a new process in about a second."""
 
 
 @contextmanager
 def ray_session(address: str) -> Iterator[None]:
-    """Join the cluster at `address`, or start one here and end it afterwards.
+    """Connect to the cluster at `address`, or start Ray on this machine and shut it down afterwards.
 
     Args:
-        address: "auto" joins what RAY_ADDRESS or this machine offers and else starts Ray here;
-            "local" always starts it here; HOST:PORT joins that cluster.
+        address: "auto" connects to the cluster of RAY_ADDRESS or of this machine, and starts Ray here if there is
+            none; "local" always starts Ray here; HOST:PORT connects to that cluster.
 
     Raises:
-        InputError: there is no cluster at the address.
-        ClusterStartError: Ray was to be started here and did not come up, twice.
+        InputError: no cluster responds at the address.
+        ClusterStartError: Ray failed to start on this machine twice.
     """
-    # A Ray that is started here hands its environment on to its workers.
-    for name, value in (_QUIET_ENVIRONMENT | KEEP_MEMORY).items():
+    # Workers of a Ray that is started here inherit this environment.
+    for name, value in (_QUIET_ENVIRONMENT | MALLOC_VARIABLES).items():
         os.environ.setdefault(name, value)
     target = {"auto": None, "local": "local"}.get(address, address)
     if target is None and os.environ.get("RAY_ADDRESS", "").startswith("http"):
         raise InputError(
-            "RAY_ADDRESS is a dashboard; send the job there with `ray job submit --working-dir . -- python -m "
+            "RAY_ADDRESS is a dashboard; submit the job with `ray job submit --working-dir . -- python -m "
             "batchcls.jobs...`, or use --ray-address local or HOST:PORT"
         )
     for attempt in (1, 2):
@@ -80,20 +80,20 @@ def ray_session(address: str) -> Iterator[None]:
             break
         except (ConnectionError, RuntimeError, TimeoutError) as error:
             raise InputError(
-                f"--ray-address {address}: no Ray cluster answers there ({_first_line(error)}); start one with "
+                f"--ray-address {address}: no Ray cluster responds there ({_first_line(error)}); start one with "
                 "cluster/local.sh up, or use --ray-address local"
             ) from None
         except Exception as error:
             ray.shutdown()
-            # Ray says by a bare Exception that a node that it has started did not come up in time.
-            did_not_come_up = type(error) is Exception
-            if did_not_come_up and attempt == 1:
-                _logger.warning("Ray did not come up in time; starting it once more")
+            # Ray raises a bare Exception if a node that it started is not ready in time.
+            is_start_timeout = type(error) is Exception
+            if is_start_timeout and attempt == 1:
+                _logger.warning("Ray did not start in time; trying once more")
                 continue
-            if did_not_come_up:
+            if is_start_timeout:
                 raise ClusterStartError(
-                    f"Ray did not come up on this machine, twice ({_first_line(error)}); the machine may be busy or "
-                    "short of memory: try again, or start a cluster with cluster/local.sh up"
+                    f"Ray failed to start on this machine twice ({_first_line(error)}); the machine may be overloaded "
+                    "or low on memory: try again, or start a cluster with cluster/local.sh up"
                 ) from None
             raise
     try:
@@ -112,10 +112,10 @@ def _init(target: str | None) -> None:
         )
 
 
-def nodes() -> list[Node]:
-    """The living nodes of the cluster, with the CPUs and GPUs that Ray may use of each."""
+def node_resources() -> list[NodeResources]:
+    """Return the CPUs and GPUs that Ray may use on each alive node of the cluster."""
     return [
-        Node(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
+        NodeResources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -123,7 +123,7 @@ def nodes() -> list[Node]:
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """One node of the cluster: what Ray calls it, its host's name, and what Ray may use of it."""
+    """A node of the cluster: its Ray node id, its host name, and the CPUs and GPUs that Ray may use."""
 
     node_id: str
     host: str
@@ -131,9 +131,9 @@ class NodeInfo:
     gpus: float
 
 
-def living_nodes() -> list[NodeInfo]:
-    """The nodes that can run a task, in the order of their hosts' names."""
-    found = [
+def worker_nodes() -> list[NodeInfo]:
+    """Return the alive nodes with at least one CPU, sorted by host name."""
+    alive = [
         NodeInfo(
             node_id=node["NodeID"],
             host=node["NodeManagerHostname"],
@@ -143,56 +143,58 @@ def living_nodes() -> list[NodeInfo]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted((node for node in found if node.cpus >= 1), key=lambda node: (node.host, node.node_id))
+    return sorted((node for node in alive if node.cpus >= 1), key=lambda node: (node.host, node.node_id))
 
 
 def hardware_of(nodes: Sequence[NodeInfo]) -> list[Hardware]:
-    """What machine each node is; without a process of its own where it is the driver's node only.
+    """Return the hardware of each node, without starting a task if the driver's node is the only one.
 
     Raises:
         BatchclsError: a node died meanwhile.
     """
-    here = ray.get_runtime_context().get_node_id()
-    if [node.node_id for node in nodes] == [here]:
+    driver_node = ray.get_runtime_context().get_node_id()
+    if [node.node_id for node in nodes] == [driver_node]:
         return [Hardware.detect()]
-    look = ray.remote(num_cpus=0)(_call)
+    remote_call = ray.remote(num_cpus=0)(_call)
     tasks = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-            Hardware.detect
-        )
+        remote_call.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        ).remote(Hardware.detect)
         for node in nodes
     ]
     return [_result(node, task, None) for node, task in zip(nodes, tasks, strict=True)]
 
 
-def run_alone(node: NodeInfo, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function on a node, in a fresh process, with all of the node's CPUs and GPUs set aside.
+def run_exclusive(node: NodeInfo, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on a node, in a new process that reserves all CPUs and GPUs of the node.
 
-    It waits until nothing else that asked Ray for a CPU or GPU runs there. What uses the machine
-    without asking Ray is not seen.
+    The call waits until no other Ray task or actor holds a CPU or GPU of the node. Work outside of Ray is not
+    taken into account.
 
     Args:
-        node: of the cluster.
-        function: something that a worker can import.
-        arguments: for the function; an ObjectRef arrives as its value.
+        node: node of the cluster.
+        function: a function that a worker can import.
+        arguments: arguments of the function; an ObjectRef is replaced by its value.
 
     Raises:
-        Exception: whatever the function raises, as it raised it.
-        BatchclsError: its process or the node died.
+        Exception: the exception that the function raised.
+        BatchclsError: the process or the node died.
     """
-    found: T = _result(node, _start(node, function, *arguments), None)
-    return found
+    result: T = _result(node, _start(node, function, *arguments), None)
+    return result
 
 
-def run_everywhere(nodes: Sequence[NodeInfo], function: Callable[[], T], seconds: float) -> list[T]:
-    """Call a function on every node at once, each time as `run_alone` does; results in the nodes' order.
+def run_exclusive_on_all(
+    nodes: Sequence[NodeInfo], function: Callable[[], T], timeout_seconds: float
+) -> list[T]:
+    """Call a function on all nodes concurrently, each as in `run_exclusive`; return the results in node order.
 
     Raises:
-        InputError: a node is not free within `seconds`.
+        InputError: a node does not become free within the timeout.
         BatchclsError: a process or a node died.
     """
     tasks = [_start(node, function) for node in nodes]
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + timeout_seconds
     return [
         _result(node, task, max(0.0, deadline - time.monotonic()))
         for node, task in zip(nodes, tasks, strict=True)
@@ -200,13 +202,13 @@ def run_everywhere(nodes: Sequence[NodeInfo], function: Callable[[], T], seconds
 
 
 def _start(node: NodeInfo, function: Callable[..., Any], *arguments: Any) -> Any:
-    once = ray.remote(max_calls=1, max_retries=0)(_call)
-    task = once.options(
+    remote_call = ray.remote(max_calls=1, max_retries=0)(_call)
+    task = remote_call.options(
         name=function.__name__,
         num_cpus=node.cpus,
         num_gpus=node.gpus,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-        runtime_env=WORKER_ENVIRONMENT,
+        runtime_env=WORKER_RUNTIME_ENV,
     )
     return task.remote(function, *arguments)
 
@@ -215,40 +217,42 @@ def _call(function: Callable[..., T], *arguments: Any) -> T:
     return function(*arguments)
 
 
-def _result(node: NodeInfo, task: Any, seconds: float | None) -> Any:
+def _result(node: NodeInfo, task: Any, timeout_seconds: float | None) -> Any:
     try:
-        return ray.get(task, timeout=seconds)
+        return ray.get(task, timeout=timeout_seconds)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(task)
         raise InputError(
-            f"{node.host} has not been free yet: other work holds some of its {node.cpus:g} CPUs and "
-            f"{node.gpus:g} GPUs; wait for it to end, or use a cluster without other work"
+            f"{node.host} is not free: other work holds some of its {node.cpus:g} CPUs and {node.gpus:g} GPUs; "
+            "wait for it to end, or use a cluster without other work"
         ) from None
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.OutOfMemoryError as error:
-        raise BatchclsError(f"its process was ended on {node.host}, whose memory had run out") from error
+        raise BatchclsError(
+            f"the worker process on {node.host} was killed because the node ran out of memory"
+        ) from error
     except ray.exceptions.RayError as error:
-        raise BatchclsError(f"its process ended on {node.host} ({_first_line(error)})") from error
+        raise BatchclsError(f"the worker process on {node.host} crashed ({_first_line(error)})") from error
 
 
-def wait_for(attempt: Callable[[], T], seconds: float) -> T:
-    """Try until the cluster has grown enough for `attempt` or the time is over.
+def wait_for_cluster(attempt: Callable[[], T], timeout_seconds: float) -> T:
+    """Call `attempt` until it returns, which it does once the cluster has enough nodes, or until the timeout.
 
     Raises:
-        InputError: the last one that `attempt` raised.
+        InputError: the last error of `attempt`.
     """
-    deadline = time.monotonic() + seconds
-    told = False
+    deadline = time.monotonic() + timeout_seconds
+    is_logged = False
     while True:
         try:
             return attempt()
         except InputError as error:
             if time.monotonic() >= deadline:
                 raise
-            if not told:
-                _logger.info("waiting up to %.0f s for nodes: %s", seconds, error)
-                told = True
+            if not is_logged:
+                _logger.info("waiting up to %.0f s for nodes: %s", timeout_seconds, error)
+                is_logged = True
             time.sleep(1.0)
 
 
@@ -257,22 +261,22 @@ _NATIVE_LOG_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] .*\.c
 
 @contextmanager
 def _without_native_log_lines() -> Iterator[None]:
-    """Keep what Ray's C++ side logs to file descriptor 2 while it starts; all other text is passed on.
+    """Drop the lines that Ray's C++ code logs to file descriptor 2 while Ray starts; pass on all other output.
 
-    It announces its own log level there, whatever that level is.
+    Ray logs its log level there, whatever that level is.
     """
     sys.stderr.flush()
-    shown = os.dup(2)
-    with tempfile.TemporaryFile() as kept:
-        os.dup2(kept.fileno(), 2)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
-            os.dup2(shown, 2)
-            kept.seek(0)
-            os.write(shown, _NATIVE_LOG_LINE.sub(b"", kept.read()))
-            os.close(shown)
+            os.dup2(stderr, 2)
+            captured.seek(0)
+            os.write(stderr, _NATIVE_LOG_LINE.sub(b"", captured.read()))
+            os.close(stderr)
 
 
 def _first_line(error: BaseException) -> str:

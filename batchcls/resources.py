@@ -1,8 +1,7 @@
 """Plan the number and size of tasks and actors from the resources of the cluster.
 
-Nothing here starts anything. Every number is derived once, shown with its reason, and can be set by
-a flag; what cannot be scheduled is refused before a row is read (a pool that holds every CPU makes
-Ray wait without a word).
+Nothing here starts anything. Every number is derived once, logged with its reason, and can be set by a flag. A plan
+that cannot be scheduled is rejected before a row is read, because Ray would wait for the resources forever.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,28 +12,29 @@ from batchcls.config.pipeline_config import PipelineSettings
 from batchcls.errors import InputError
 from batchcls.models.engines.engine import Device
 
-# Measured rates that the defaults follow from: docs/measurements, "Where the defaults come from".
+# Measurements behind the defaults: docs/measurements, "Where the defaults come from".
 _CPU_BATCH = 8
 _GPU_BATCH = 128
-_GPU_BATCHES_A_BLOCK = 4
+_GPU_BATCHES_PER_BLOCK = 4
 _CPU_BLOCK_ROWS = 64
 _MAX_THREADS_PER_ACTOR = 16
-_LOAD_CPU_SHARE = 4  # one CPU in four loads, on nodes without a GPU
+_CPUS_PER_LOADING_CPU = 4  # on nodes without a GPU, one of four CPUs is left for loading
 _FRAGMENT_ROWS = 1024
 _TASK_CPU = 1.0
-# One Python process feeds so many cores; beyond, its own share of the work becomes the limit.
+# With more CPUs per actor, the Python code of its single process becomes the bottleneck.
 _FUSED_MAX_CPUS = 8.0
-_LEAST_FRAGMENT_ROWS = 64
+_MIN_FRAGMENT_ROWS = 64
 _FUSED_FILE_ROWS = 2048
-_FRAGMENTS_TO_GO = 4  # an actor's, by which fragments shrink towards the end
+_REMAINING_FRAGMENTS_PER_ACTOR = 4  # fragments shrink to keep at least this number per actor
+_MAX_DOUBLINGS = 30  # keeps the shift of fragment sizes small in long runs
 
 
 Shape = Literal["fused", "staged"]
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
-    """What Ray may use of one node."""
+class NodeResources:
+    """CPUs and GPUs of a node that Ray may use."""
 
     cpus: float
     gpus: float
@@ -42,9 +42,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """The shape of a run. CPUs and GPUs are what Ray sets aside; threads are what really runs.
+    """Numbers and sizes of the actors, tasks, blocks and files of a run.
 
-    In the fused shape there are no load tasks, and a fragment becomes one file.
+    CPUs and GPUs are logical resources that Ray reserves; an actor may run more threads than it has CPUs. In the
+    fused shape there are no load tasks, and each fragment becomes one file. `reasons` explains the numbers in
+    sentences for the log.
     """
 
     shape: Shape
@@ -64,79 +66,87 @@ class ResourcePlan:
     reasons: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """The numbers, for plan.json."""
+        """Return the numbers for plan.json, without the reasons."""
         values = asdict(self)
         values.pop("reasons")
         return values
 
 
 def plan_resources(
-    config: PipelineSettings, nodes: Sequence[Node], rows: int, *, remote_images: bool
+    config: PipelineSettings, nodes: Sequence[NodeResources], rows: int, *, remote_images: bool
 ) -> ResourcePlan:
-    """Derive the shape of a run on these nodes.
+    """Plan the resources of a run.
+
+    Args:
+        config: settings of the job.
+        nodes: nodes of the cluster.
+        rows: rows of the manifest.
+        remote_images: whether images are fetched from remote storage, which takes more concurrent requests.
 
     Raises:
-        InputError: what is asked for cannot be scheduled; the message says what to change.
+        InputError: the settings cannot be scheduled on these nodes; the message names the flags to change.
     """
     device = _device(config, sum(node.gpus for node in nodes))
-    # Measured: docs/measurements, "Fused or staged". Decoding for a GPU takes the CPUs of many nodes.
+    # Measured: docs/measurements, "Fused or staged". Decoding for one GPU takes the CPUs of many nodes.
     shape: Shape = ("staged" if device == "cuda" else "fused") if config.shape == "auto" else config.shape
     in_flight = 32 if remote_images else 4
     if shape == "fused":
-        placement = _fused(config, nodes, device, in_flight)
+        plan = _plan_fused(config, nodes, device, in_flight)
     else:
-        placement = _staged(config, nodes, rows, device, in_flight)
-    _refuse_what_cannot_start(placement, nodes)
-    return placement
+        plan = _plan_staged(config, nodes, rows, device, in_flight)
+    _require_schedulable(plan, nodes)
+    return plan
 
 
-def fragment_sizes(rows: int, placement: ResourcePlan) -> Iterator[int]:
-    """Rows of each fragment in the fused shape, for as long as anybody asks.
+def fragment_sizes(rows: int, plan: ResourcePlan) -> Iterator[int]:
+    """Yield the numbers of rows of the fragments in the fused shape, without an end.
 
-    They begin small, so that the first rows are on storage soon, double up to the most, and shrink
-    towards the end, so that all actors end together.
+    Fragments start small, so that the first rows are written early. They double up to the maximum, and shrink
+    towards the end, so that all actors finish at the same time.
     """
-    actors, least = placement.num_actors, min(_LEAST_FRAGMENT_ROWS, placement.fragment_rows)
-    given, left = 0, rows
+    actors, min_rows = plan.num_actors, min(_MIN_FRAGMENT_ROWS, plan.fragment_rows)
+    fragments, remaining = 0, rows
     while True:
-        rising = least << min(given // actors, 30)
-        size = max(least, min(placement.fragment_rows, rising, left // (_FRAGMENTS_TO_GO * actors)))
+        growing = min_rows << min(fragments // actors, _MAX_DOUBLINGS)
+        shrinking = remaining // (_REMAINING_FRAGMENTS_PER_ACTOR * actors)
+        size = max(min_rows, min(plan.fragment_rows, growing, shrinking))
         yield size
-        given, left = given + 1, max(0, left - size)
+        fragments, remaining = fragments + 1, max(0, remaining - size)
 
 
-def _fused(
-    config: PipelineSettings, nodes: Sequence[Node], device: Device, fetch_threads: int
+def _plan_fused(
+    config: PipelineSettings, nodes: Sequence[NodeResources], device: Device, fetch_threads: int
 ) -> ResourcePlan:
-    """Actors that hold all CPUs of the nodes between them, and do everything."""
+    """Plan actors that together hold all CPUs of the nodes and perform all stages."""
     if device == "cuda":
-        actors, cpus_per_actor, gpus_per_actor = _actors(config, nodes, device)
+        actors = _plan_actors(config, nodes, device)
         threads = max(1, int(min(node.cpus / max(1.0, node.gpus) for node in nodes if node.gpus)))
     else:
-        smallest = _smallest(nodes)
+        smallest = _min_cpus(nodes)
         share = smallest / -(-smallest // _FUSED_MAX_CPUS)
         cpus_per_actor = (
             float(int(share)) if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
         )
-        actors = _or(config.num_actors, sum(int(node.cpus / cpus_per_actor) for node in nodes))
-        gpus_per_actor, threads = 0.0, max(1, int(cpus_per_actor))
-    batch = _or(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
+        num_actors = _resolve(config.num_actors, sum(int(node.cpus / cpus_per_actor) for node in nodes))
+        actors = _ActorResources(num_actors, cpus_per_actor, gpus=0.0)
+        threads = max(1, int(cpus_per_actor))
+    batch = _resolve(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
     block = max(batch, _CPU_BLOCK_ROWS // batch * batch)
-    most = _or(config.fragment_rows, _or(config.rows_per_file, _FUSED_FILE_ROWS))
-    fetch = _or(config.fetch_threads, max(fetch_threads, 2 * threads))
+    fragment_rows = _resolve(config.fragment_rows, _resolve(config.rows_per_file, _FUSED_FILE_ROWS))
+    fetch = _resolve(config.fetch_threads, max(fetch_threads, 2 * threads))
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     reasons = (
         f"cluster: {len(nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs",
-        f"fused: {actors} actor(s) x {cpus_per_actor:g} CPU, {gpus_per_actor:g} GPU on {device} load, predict and "
-        f"write; {threads} thread(s) each for the network and as many for decoding, {fetch} images in flight",
-        f"files of up to {most} rows, one a fragment",
+        f"fused: {actors.count} actor(s) x {actors.cpus:g} CPU, {actors.gpus:g} GPU on {device} load, predict and "
+        f"write; each has {threads} thread(s) for the network, {threads} for decoding, and {fetch} images in flight",
+        f"files of up to {fragment_rows} rows, one per fragment",
     )
     return ResourcePlan(
         shape="fused",
         device=device,
-        num_actors=actors,
-        cpus_per_actor=cpus_per_actor,
-        gpus_per_actor=gpus_per_actor,
+        num_actors=actors.count,
+        cpus_per_actor=actors.cpus,
+        gpus_per_actor=actors.gpus,
         threads_per_actor=threads,
         load_tasks=0,
         cpus_per_load_task=0.0,
@@ -144,43 +154,44 @@ def _fused(
         decode_threads=threads,
         batch_size=batch,
         block_rows=block,
-        fragment_rows=most,
-        rows_per_file=most,
+        fragment_rows=fragment_rows,
+        rows_per_file=fragment_rows,
         reasons=reasons,
     )
 
 
-def _staged(
-    config: PipelineSettings, nodes: Sequence[Node], rows: int, device: Device, fetch_threads: int
+def _plan_staged(
+    config: PipelineSettings, nodes: Sequence[NodeResources], rows: int, device: Device, fetch_threads: int
 ) -> ResourcePlan:
-    """Load tasks on the CPUs that actors leave, actors, and write tasks that need no CPU of their own."""
+    """Plan actors, load tasks on the CPUs that the actors leave free, and write tasks that reserve no CPU."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    actors, cpus_per_actor, gpus_per_actor = _actors(config, nodes, device)
-    free = _most_free(nodes, actors, cpus_per_actor, gpus_per_actor)
-    load_cpu = _TASK_CPU if free >= _TASK_CPU else 0.5
-    load_tasks = _or(config.load_tasks, max(1, int((cpus - actors * cpus_per_actor) / load_cpu)))
-    threads = _threads(nodes, actors, device)
-    batch = _or(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
-    # Several batches a block: while one is answered the next are on their way to the device.
-    block = batch * _GPU_BATCHES_A_BLOCK if device == "cuda" else max(batch, _CPU_BLOCK_ROWS // batch * batch)
+    actors = _plan_actors(config, nodes, device)
+    load_cpu = _TASK_CPU if _max_free_cpus(nodes, actors) >= _TASK_CPU else 0.5
+    load_tasks = _resolve(config.load_tasks, max(1, int((cpus - actors.count * actors.cpus) / load_cpu)))
+    threads = _threads(nodes, actors.count, device)
+    batch = _resolve(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
+    # A GPU block has several batches, so that the next ones are copied to the device while one is predicted.
+    block = (
+        batch * _GPU_BATCHES_PER_BLOCK if device == "cuda" else max(batch, _CPU_BLOCK_ROWS // batch * batch)
+    )
     spread = max(block, -(-rows // (4 * load_tasks)))
-    fragment = _or(config.fragment_rows, min(_FRAGMENT_ROWS, -(-spread // block) * block))
-    rows_per_file = _or(config.rows_per_file, min(20_000, max(512, rows // 200)))
-    fetch = _or(config.fetch_threads, fetch_threads)
+    fragment = _resolve(config.fragment_rows, min(_FRAGMENT_ROWS, -(-spread // block) * block))
+    rows_per_file = _resolve(config.rows_per_file, min(20_000, max(512, rows // 200)))
+    fetch = _resolve(config.fetch_threads, fetch_threads)
     reasons = (
         f"cluster: {len(nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs",
-        f"predict: {actors} actor(s) x {cpus_per_actor:g} CPU, {gpus_per_actor:g} GPU on {device}, "
+        f"predict: {actors.count} actor(s) x {actors.cpus:g} CPU, {actors.gpus:g} GPU on {device}, "
         f"{threads} thread(s) each",
-        f"load: {load_tasks} task(s) x {load_cpu:g} CPU = the {cpus:g} CPUs less {actors} x {cpus_per_actor:g}; "
+        f"load: {load_tasks} task(s) x {load_cpu:g} CPU = {cpus:g} CPUs - {actors.count} x {actors.cpus:g}; "
         f"{fetch} images in flight each, fragments of {fragment} rows, blocks of {block}",
         f"write: files of {rows_per_file} rows or more",
     )
     return ResourcePlan(
         shape="staged",
         device=device,
-        num_actors=actors,
-        cpus_per_actor=cpus_per_actor,
-        gpus_per_actor=gpus_per_actor,
+        num_actors=actors.count,
+        cpus_per_actor=actors.cpus,
+        gpus_per_actor=actors.gpus,
         threads_per_actor=threads,
         load_tasks=load_tasks,
         cpus_per_load_task=load_cpu,
@@ -194,11 +205,23 @@ def _staged(
     )
 
 
-def _most_free(nodes: Sequence[Node], actors: int, cpus_per_actor: float, gpus_per_actor: float) -> float:
-    """CPUs that the emptiest node has left beside its actors, however they are spread: a task runs on one node."""
-    able = [node.cpus >= cpus_per_actor and node.gpus >= gpus_per_actor for node in nodes]
-    held = -(-actors // max(1, sum(able))) * cpus_per_actor
-    return max(node.cpus - held * holds for node, holds in zip(nodes, able, strict=True))
+@dataclass(frozen=True, slots=True)
+class _ActorResources:
+    """Number of actors, and the CPUs and GPUs of each."""
+
+    count: int
+    cpus: float
+    gpus: float
+
+
+def _max_free_cpus(nodes: Sequence[NodeResources], actors: _ActorResources) -> float:
+    """Return the most CPUs that one node has free beside its actors, if actors are spread evenly.
+
+    The maximum of a node and not the sum, because a task runs on one node.
+    """
+    fits = [node.cpus >= actors.cpus and node.gpus >= actors.gpus for node in nodes]
+    reserved = -(-actors.count // max(1, sum(fits))) * actors.cpus
+    return max(node.cpus - reserved * fit for node, fit in zip(nodes, fits, strict=True))
 
 
 def _device(config: PipelineSettings, gpus: float) -> Device:
@@ -209,11 +232,11 @@ def _device(config: PipelineSettings, gpus: float) -> Device:
     return config.device
 
 
-def _actors(config: PipelineSettings, nodes: Sequence[Node], device: str) -> tuple[int, float, float]:
-    """Number of actors, CPUs and GPUs of each.
+def _plan_actors(config: PipelineSettings, nodes: Sequence[NodeResources], device: str) -> _ActorResources:
+    """Return the number of actors and the resources of each.
 
-    On GPUs: one actor per GPU, and no CPU, which decoding needs more. On CPUs: one actor per node,
-    which leaves a quarter of the node's CPUs, at least one, for loading.
+    On GPUs, there is one actor per GPU, which reserves no CPU, because decoding needs all of them. On CPUs, there is
+    one actor per node, which leaves a quarter of the CPUs of the node, at least one, for loading.
     """
     if device == "cuda":
         share = 1.0 if config.gpus_per_actor == "auto" else float(config.gpus_per_actor)
@@ -221,35 +244,33 @@ def _actors(config: PipelineSettings, nodes: Sequence[Node], device: str) -> tup
             raise InputError("--gpus-per-actor 0 with --device cuda: an actor needs a share of a GPU")
         per_node = [int(node.gpus / share) for node in nodes]
         cpus = 0.0 if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
-        return _or(config.num_actors, max(1, sum(per_node))), cpus, share
-    smallest = _smallest(nodes)
-    left_for_actor = smallest - max(1.0, smallest // _LOAD_CPU_SHARE)
-    cpus = (
-        max(0.4, float(left_for_actor)) if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
-    )
+        return _ActorResources(_resolve(config.num_actors, max(1, sum(per_node))), cpus, share)
+    smallest = _min_cpus(nodes)
+    remaining = smallest - max(1.0, smallest // _CPUS_PER_LOADING_CPU)
+    cpus = max(0.4, float(remaining)) if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
     if cpus > 1 and config.cpus_per_actor == "auto":
         cpus = float(int(cpus))
     per_node = [
         int(node.cpus // cpus) if config.cpus_per_actor != "auto" else 1 for node in nodes if node.cpus >= 1
     ]
     fitting = max(1, sum(per_node) - (1 if sum(per_node) * cpus >= sum(n.cpus for n in nodes) else 0))
-    return _or(config.num_actors, fitting), cpus, 0.0
+    return _ActorResources(_resolve(config.num_actors, fitting), cpus, gpus=0.0)
 
 
-def _smallest(nodes: Sequence[Node]) -> float:
-    """CPUs of the smallest node that has one."""
-    found = min((node.cpus for node in nodes if node.cpus >= 1), default=0.0)
-    if found == 0:
+def _min_cpus(nodes: Sequence[NodeResources]) -> float:
+    """Return the smallest number of CPUs of a node that has at least one. Raises InputError if no node has one."""
+    smallest = min((node.cpus for node in nodes if node.cpus >= 1), default=0.0)
+    if smallest == 0:
         raise InputError(
             "the cluster has no node with a CPU for tasks; start nodes with --num-cpus 1 or more"
         )
-    return found
+    return smallest
 
 
-def _threads(nodes: Sequence[Node], actors: int, device: str) -> int:
-    """Threads of an actor's network: all cores of the node, shared among its actors.
+def _threads(nodes: Sequence[NodeResources], actors: int, device: str) -> int:
+    """Return the threads of an actor's network: all cores of the node, divided among its actors.
 
-    More than the CPUs set aside, since a load task of a CPU-bound run waits most of the time.
+    This exceeds the reserved CPUs, because the load tasks of a CPU-bound run wait most of the time.
     """
     if device == "cuda":
         return 1
@@ -258,33 +279,35 @@ def _threads(nodes: Sequence[Node], actors: int, device: str) -> int:
     return max(1, min(_MAX_THREADS_PER_ACTOR, int(min(node.cpus for node in with_cpus) // per_node)))
 
 
-def _refuse_what_cannot_start(placement: ResourcePlan, nodes: Sequence[Node]) -> None:
-    """Actors are placed before tasks: when they hold every CPU, nothing would ever be loaded."""
+def _require_schedulable(plan: ResourcePlan, nodes: Sequence[NodeResources]) -> None:
+    """Raise InputError if the actors do not fit, or leave no CPU for load tasks, which Ray schedules after them."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    held = placement.num_actors * placement.cpus_per_actor
-    places = sum(_fitting(node, placement) for node in nodes)
-    if places < placement.num_actors:
+    reserved = plan.num_actors * plan.cpus_per_actor
+    capacity = sum(_actor_capacity(node, plan) for node in nodes)
+    if capacity < plan.num_actors:
         raise InputError(
-            f"{placement.num_actors} actor(s) of {placement.cpus_per_actor:g} CPU and {placement.gpus_per_actor:g} "
-            f"GPU do not fit: the cluster's {len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs hold {places}; "
-            "lower --num-actors, --cpus-per-actor or --gpus-per-actor, or add nodes"
+            f"{plan.num_actors} actor(s) of {plan.cpus_per_actor:g} CPU and {plan.gpus_per_actor:g} GPU do not fit: "
+            f"the {len(nodes)} node(s) of the cluster, with {cpus:g} CPUs and {gpus:g} GPUs, have capacity for "
+            f"{capacity}; lower --num-actors, --cpus-per-actor or --gpus-per-actor, or add nodes"
         )
-    if placement.shape == "staged" and cpus - held < placement.cpus_per_load_task:
+    if plan.shape == "staged" and cpus - reserved < plan.cpus_per_load_task:
         raise InputError(
-            f"{placement.num_actors} actor(s) x {placement.cpus_per_actor:g} CPU would hold {held:g} of {cpus:g} CPUs "
-            f"and leave none for loading images ({placement.cpus_per_load_task:g} is needed); lower --num-actors or "
+            f"{plan.num_actors} actor(s) x {plan.cpus_per_actor:g} CPU would hold {reserved:g} of {cpus:g} CPUs and "
+            f"leave none for loading images, which needs {plan.cpus_per_load_task:g}; lower --num-actors or "
             "--cpus-per-actor"
         )
 
 
-def _fitting(node: Node, placement: ResourcePlan) -> int:
+def _actor_capacity(node: NodeResources, plan: ResourcePlan) -> int:
+    """Return how many actors fit on a node."""
     limits = [
-        int(have / need)
-        for have, need in ((node.cpus, placement.cpus_per_actor), (node.gpus, placement.gpus_per_actor))
-        if need > 0
+        int(available / required)
+        for available, required in ((node.cpus, plan.cpus_per_actor), (node.gpus, plan.gpus_per_actor))
+        if required > 0
     ]
-    return min(limits, default=placement.num_actors)
+    return min(limits, default=plan.num_actors)
 
 
-def _or(value: Any, default: int) -> int:
+def _resolve(value: Any, default: int) -> int:
+    """Return the value of a setting, or the default if it is "auto"."""
     return default if value == "auto" else int(value)

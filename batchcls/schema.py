@@ -1,7 +1,4 @@
-"""Column schemas and closed lists that all stages and readers of a run share.
-
-Nothing here does any work: names, Arrow types and the reasons a row can fail for.
-"""
+"""Column names, Arrow schemas, and the closed list of reasons for which a row can fail."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +8,7 @@ import pyarrow as pa
 
 
 class Stage(StrEnum):
-    """Where in the flow a row failed."""
+    """The stage in which a row failed."""
 
     MANIFEST = "manifest"
     FETCH = "fetch"
@@ -20,7 +17,7 @@ class Stage(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a row is in quarantine; closed, so that counts by reason can be compared between runs."""
+    """Why a row is in quarantine. The list is closed, so that counts by reason can be compared between runs."""
 
     NULL_ID = "null_id"
     DUPLICATE_ID = "duplicate_id"
@@ -47,7 +44,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReasonRecord:
-    """What is known of a reason: the stage that gives it and a sentence for people."""
+    """The stage that reports a reason, and a human-readable explanation."""
 
     stage: Stage
     meaning: str
@@ -56,41 +53,41 @@ class ReasonRecord:
 REASONS: dict[Reason, ReasonRecord] = {
     Reason.NULL_ID: ReasonRecord(Stage.MANIFEST, "the item id is null"),
     Reason.DUPLICATE_ID: ReasonRecord(Stage.MANIFEST, "an earlier row has the same item id"),
-    Reason.NO_IMAGE: ReasonRecord(Stage.MANIFEST, "the row names no image: uri and image are null"),
-    Reason.FORBIDDEN_URI: ReasonRecord(
-        Stage.FETCH, "the address or path is not allowed, or is no valid text"
+    Reason.NO_IMAGE: ReasonRecord(Stage.MANIFEST, "the row has no image: uri and image are null"),
+    Reason.FORBIDDEN_URI: ReasonRecord(Stage.FETCH, "the URI or path is not allowed, or is not valid UTF-8"),
+    Reason.UNSUPPORTED_SCHEME: ReasonRecord(
+        Stage.FETCH, "no installed filesystem supports the scheme of the URI"
     ),
-    Reason.UNSUPPORTED_SCHEME: ReasonRecord(Stage.FETCH, "no installed filesystem speaks this scheme"),
-    Reason.NOT_FOUND: ReasonRecord(Stage.FETCH, "there is no such file or object"),
-    Reason.ACCESS_DENIED: ReasonRecord(Stage.FETCH, "the store refused to give it"),
-    Reason.TIMEOUT: ReasonRecord(Stage.FETCH, "no complete answer in time, after all attempts"),
-    Reason.THROTTLED: ReasonRecord(Stage.FETCH, "the store asked to slow down, after all attempts"),
+    Reason.NOT_FOUND: ReasonRecord(Stage.FETCH, "the file or object does not exist"),
+    Reason.ACCESS_DENIED: ReasonRecord(Stage.FETCH, "the store denied access"),
+    Reason.TIMEOUT: ReasonRecord(Stage.FETCH, "no complete response within the timeout, after all attempts"),
+    Reason.THROTTLED: ReasonRecord(Stage.FETCH, "the store throttled the requests, after all attempts"),
     Reason.FETCH_FAILED: ReasonRecord(Stage.FETCH, "the store or the connection failed, after all attempts"),
-    Reason.TOO_LARGE: ReasonRecord(Stage.FETCH, "more bytes than the limit"),
-    Reason.EMPTY: ReasonRecord(Stage.DECODE, "zero bytes"),
-    Reason.NOT_AN_IMAGE: ReasonRecord(Stage.DECODE, "the bytes are no image format that is known"),
-    Reason.UNSUPPORTED_FORMAT: ReasonRecord(Stage.DECODE, "an image, of a format that is not decoded"),
-    Reason.TRUNCATED: ReasonRecord(Stage.DECODE, "the image ends before it is complete"),
-    Reason.CORRUPT: ReasonRecord(Stage.DECODE, "the decoder found damage"),
-    Reason.TOO_MANY_PIXELS: ReasonRecord(Stage.DECODE, "the header promises more pixels than the limit"),
-    Reason.TOO_SMALL: ReasonRecord(Stage.DECODE, "a side is shorter than the limit"),
-    Reason.DECODER_CRASH: ReasonRecord(Stage.DECODE, "the decoder's process died on it"),
-    Reason.DECODE_TIMEOUT: ReasonRecord(Stage.DECODE, "decoding took more processor time than the limit"),
-    Reason.NON_FINITE: ReasonRecord(Stage.PREDICT, "the network answered with NaN or infinity"),
+    Reason.TOO_LARGE: ReasonRecord(Stage.FETCH, "the file is larger than the limit"),
+    Reason.EMPTY: ReasonRecord(Stage.DECODE, "the file is empty"),
+    Reason.NOT_AN_IMAGE: ReasonRecord(Stage.DECODE, "the file is not in a known image format"),
+    Reason.UNSUPPORTED_FORMAT: ReasonRecord(Stage.DECODE, "the image format is known but not supported"),
+    Reason.TRUNCATED: ReasonRecord(Stage.DECODE, "the image is truncated"),
+    Reason.CORRUPT: ReasonRecord(Stage.DECODE, "the image data is corrupt"),
+    Reason.TOO_MANY_PIXELS: ReasonRecord(Stage.DECODE, "the header declares more pixels than the limit"),
+    Reason.TOO_SMALL: ReasonRecord(Stage.DECODE, "the width or height is below the limit"),
+    Reason.DECODER_CRASH: ReasonRecord(Stage.DECODE, "the process that decoded the image crashed"),
+    Reason.DECODE_TIMEOUT: ReasonRecord(Stage.DECODE, "decoding took more CPU time than the limit"),
+    Reason.NON_FINITE: ReasonRecord(Stage.PREDICT, "the outputs of the network contain NaN or infinity"),
 }
 
 
 RETRYABLE_REASONS = frozenset(
     {Reason.NOT_FOUND, Reason.ACCESS_DENIED, Reason.TIMEOUT, Reason.THROTTLED, Reason.FETCH_FAILED}
 )
-"""Reasons that lie with the store or the network and not with the image: a run that goes on tries such rows again."""
+"""Reasons caused by the store or the network rather than the image; a resumed run retries such rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why one row has no prediction.
+    """Why a row has no prediction.
 
-    `detail` is for people: it never holds credentials, query strings or file contents.
+    `detail` is human-readable and never contains credentials, query strings or file contents.
     """
 
     reason: Reason
@@ -122,8 +119,7 @@ BELOW_THRESHOLD = "below_threshold"
 NO_LABEL_TEXT = "(no label)"
 """Text displayed for a prediction without a label."""
 
-# Seconds of work spent on a row, by stage; they travel with the row so that a written part can
-# say what it cost, and are summed there.
+# Seconds spent on a row, by stage. They are columns of the blocks; the receipt of a part contains their sums.
 FETCH_SECONDS = "fetch_seconds"
 DECODE_SECONDS = "decode_seconds"
 PREDICT_SECONDS = "predict_seconds"
@@ -149,20 +145,27 @@ _LOADED = [
 
 
 def loaded_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
-    """Schema of a block between load and predict.
+    """Schema of a block between load and predict; `kept` are the manifest columns of `--keep`.
 
-    `pixels` holds the raw bytes of one image a row (uint8 or float32, H x W x 3, C order; five such
-    crops where `--tta` asks for them) and is null in a failed row, so the column's value buffer is
-    exactly the N x H x W x 3 array of the good rows and the predictor reads it without a copy.
+    `pixels` holds the raw bytes of the image of a row: uint8 or float32, H x W x 3, C order; five crops with
+    `--tta five-crop` and `ten-crop`. It is null in a failed row, so that the value buffer of the column is exactly
+    the N x H x W x 3 array of the other rows, which the predictor reads without a copy.
     """
     return pa.schema([*_IDENTITY, *kept, *_LOADED, pa.field(PIXELS, pa.large_binary())])
 
 
-def answer_fields(embedding: pa.DataType | None, dimension: int, *, abstain: bool = False) -> list[pa.Field]:
-    """The columns that the predictor adds; null in failed rows.
+def prediction_fields(
+    embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
+) -> list[pa.Field]:
+    """Columns that the predictor adds; null in failed rows.
 
-    With `abstain` the label of an answer that is not sure enough is null, and `category_path` says what
-    can be said of it in the tree of categories.
+    With `abstain`, the label of a prediction below its threshold is null, and `category_path` is the deepest node
+    of the category tree that passes its threshold.
+
+    Args:
+        embedding: type of the values of the embedding; None for no such column.
+        dimension: length of the embedding.
+        abstain: whether the run uses `--abstain`.
     """
     fields = [
         pa.field("label", pa.string()),
@@ -179,13 +182,13 @@ def answer_fields(embedding: pa.DataType | None, dimension: int, *, abstain: boo
 def classified_schema(
     kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
 ) -> pa.Schema:
-    """Schema of a block between predict and write: answered and failed rows together."""
+    """Schema of a block between predict and write, with both predicted and failed rows."""
     return pa.schema(
         [
             *_IDENTITY,
             *kept,
             *_LOADED,
-            *answer_fields(embedding, dimension, abstain=abstain),
+            *prediction_fields(embedding, dimension, abstain=abstain),
             pa.field(PREDICT_SECONDS, pa.float32(), nullable=False),
         ]
     )
@@ -194,14 +197,14 @@ def classified_schema(
 def predictions_schema(
     kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
 ) -> pa.Schema:
-    """Schema of `predictions/*.parquet`, as readers see it.
+    """Schema of `predictions/*.parquet`.
 
-    With `abstain` the column `reason` is BELOW_THRESHOLD where the label is null for that, else null.
+    With `abstain`, the column `reason` is BELOW_THRESHOLD in rows without a label, and null in the others.
     """
     return pa.schema(
         [
             *_IDENTITY,
-            *answer_fields(embedding, dimension, abstain=abstain),
+            *prediction_fields(embedding, dimension, abstain=abstain),
             *([pa.field("reason", pa.string())] if abstain else []),
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
@@ -214,7 +217,7 @@ def predictions_schema(
 
 
 def quarantine_schema() -> pa.Schema:
-    """Schema of `quarantine/*.parquet`, as readers see it."""
+    """Schema of `quarantine/*.parquet`."""
     return pa.schema(
         [
             *_IDENTITY,
@@ -239,4 +242,4 @@ RESERVED_COLUMNS = frozenset(
     )
     for field in schema
 )
-"""Names that a kept manifest column must not have."""
+"""Names that a manifest column of `--keep` must not have."""

@@ -35,7 +35,7 @@ from batchcls.pipeline.fragment_actor import FragmentActor
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine, WorkerSpec
-from batchcls.ray_runtime import nodes, ray_session
+from batchcls.ray_runtime import node_resources, ray_session
 from batchcls.resources import plan_resources
 from batchcls.runs.bottleneck import find_bottleneck
 from batchcls.runs.commit import reconcile
@@ -80,7 +80,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
                 cache_dir=str(rate),  # the one text that reaches the stub
             )
             inputs = open_inputs(config, check_inputs(config))
-            shape = plan_resources(config, nodes(), inputs.manifest.rows, remote_images=False)
+            shape = plan_resources(config, node_resources(), inputs.manifest.rows, remote_images=False)
             engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
             spec = replace(
                 work_of(config, inputs, shape, EngineSelection(engines, None, ()), "growth"),
@@ -90,7 +90,9 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
             began, cpu = time.time(), time.process_time()
             receipts = run.execute()
             driver = time.process_time() - cpu
-            executed = PipelineResult(spec, receipts, run.progress(), began, time.time(), driver, nodes())
+            executed = PipelineResult(
+                spec, receipts, run.progress(), began, time.time(), driver, node_resources()
+            )
     finally:
         ray.shutdown()
         cluster.shutdown()

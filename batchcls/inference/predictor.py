@@ -19,7 +19,7 @@ from batchcls.schema import (
     PREDICT_SECONDS,
     REASONS,
     Reason,
-    answer_fields,
+    prediction_fields,
 )
 
 _INPUT_TYPES: dict[str, type[np.generic]] = {"engine": np.uint8, "worker": np.float32}
@@ -141,7 +141,7 @@ class Predictor:
         take = pa.array(indices, mask=indices < 0)
         columns = self._columns(averaged.probabilities[finite], averaged.embedding[finite])
         settings = self._settings
-        for field in answer_fields(
+        for field in prediction_fields(
             settings.embedding, settings.embedding_dimension, abstain=settings.abstention is not None
         ):
             batch = batch.append_column(field, columns[field.name].take(take))

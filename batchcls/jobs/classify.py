@@ -31,7 +31,7 @@ from batchcls.pipeline.executor import PipelineResult, execute
 from batchcls.pipeline.node_engines import EngineSelection, select_engines
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
-from batchcls.ray_runtime import nodes, ray_session, wait_for
+from batchcls.ray_runtime import node_resources, ray_session, wait_for_cluster
 from batchcls.report.run_report import report_after_run
 from batchcls.resources import ResourcePlan, plan_resources
 from batchcls.runs import engine_cache
@@ -224,7 +224,7 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
             if finished is not None:
                 return publish_finished(config, finished, storage)
             begun = _find_unfinished(config, inputs)
-            placement = wait_for(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
+            placement = wait_for_cluster(lambda: _place(config, inputs), config.wait_for_cluster_seconds)
             for reason in placement.reasons:
                 _logger.info(reason)
             engines = begun.plan["engines"] if begun else None
@@ -309,7 +309,9 @@ def _plan(
 
 
 def _place(config: ClassifyConfig, inputs: ClassifyInputs) -> ResourcePlan:
-    return plan_resources(config, nodes(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows)
+    return plan_resources(
+        config, node_resources(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows
+    )
 
 
 def _do(run: _ClassifyRun, console: Console) -> _Done:

@@ -26,11 +26,18 @@ from batchcls.comparison.results import Results
 from batchcls.comparison.runner import ComparisonInputs, Reference, Skipped, open_inputs, run_campaign
 from batchcls.comparison.sample_pixels import Prepared, pixels_key, prepare
 from batchcls.config.compare_config import CompareConfig
-from batchcls.errors import ExitCode, InputError, something_is_written
+from batchcls.errors import ExitCode, InputError, stop_run_on_input_error
 from batchcls.hardware import Hardware
 from batchcls.models.engines.engine import Device
 from batchcls.preprocessing import Preprocessing
-from batchcls.ray_runtime import NodeInfo, living_nodes, ray_session, run_alone, run_everywhere, wait_for
+from batchcls.ray_runtime import (
+    NodeInfo,
+    ray_session,
+    run_exclusive,
+    run_exclusive_on_all,
+    wait_for_cluster,
+    worker_nodes,
+)
 from batchcls.report.compare_page import PageContext, compare_page
 from batchcls.storage.filesystem import redact_uri
 
@@ -53,7 +60,7 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
     inputs = open_inputs(config)
     results = Results(config.output, inputs.sample.fingerprint, inputs.storage)
     with ray_session(config.ray_address):
-        places = wait_for(lambda: _places(config), config.wait_for_cluster_seconds)
+        places = wait_for_cluster(lambda: _places(config), config.wait_for_cluster_seconds)
         skipped = _measure_all(inputs, places, results, console)
     verdict = _verdict(config, inputs, results, skipped)
     context = PageContext(
@@ -64,7 +71,7 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
         version=version("batchcls"),
     )
     page = compare_page(verdict.measurements, verdict.needs, verdict.recommendations, context)
-    with something_is_written():
+    with stop_run_on_input_error():
         written = write_outputs(verdict, page, config.output, inputs.storage)
     _show(verdict, written)
     return ExitCode.DONE
@@ -72,11 +79,11 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
 
 def _places(config: CompareConfig) -> dict[BenchmarkEnvironment, NodeInfo]:
     """One node of each kind of hardware, and how candidates are measured there."""
-    nodes = [node for node in living_nodes() if config.device != "cuda" or node.gpus >= 1]
+    nodes = [node for node in worker_nodes() if config.device != "cuda" or node.gpus >= 1]
     if not nodes:
         needed = "a GPU" if config.device == "cuda" else "a CPU for tasks"
         raise InputError(f"the cluster has no node with {needed}; add one, or choose another --device")
-    found = run_everywhere(nodes, Hardware.detect, config.wait_for_cluster_seconds)
+    found = run_exclusive_on_all(nodes, Hardware.detect, config.wait_for_cluster_seconds)
     places: dict[BenchmarkEnvironment, NodeInfo] = {}
     for node, hardware in zip(nodes, found, strict=True):
         places.setdefault(_place(config, node, hardware), node)
@@ -128,7 +135,7 @@ class _Cluster:
     def measure(self, candidate: Candidate, reference: Reference) -> BenchmarkResult:
         """Measure a candidate in a fresh process that has its node to itself."""
         preprocessing = self._inputs.bundles[candidate.model].config.preprocessing
-        return run_alone(
+        return run_exclusive(
             self._nodes[candidate.place],
             measure,
             self._bundles[candidate.model],
@@ -140,7 +147,7 @@ class _Cluster:
     def _load(self, place: BenchmarkEnvironment, preprocessing: Preprocessing) -> Prepared:
         inputs = self._inputs
         size = f"{preprocessing.input_width} x {preprocessing.input_height}"
-        prepared = run_alone(
+        prepared = run_exclusive(
             self._nodes[place], prepare, inputs.sample, preprocessing, inputs.fetch, inputs.limits
         )
         _logger.info(

@@ -15,7 +15,7 @@ from batchcls.cli.app import Command, main
 from batchcls.cli.console import results_console, watching
 from batchcls.cli.tables import bundle_line, metrics_table, worst_categories_table
 from batchcls.config.evaluate_config import EvaluateConfig
-from batchcls.errors import ExitCode, InputError, something_is_written
+from batchcls.errors import ExitCode, InputError, stop_run_on_input_error
 from batchcls.evaluation.classification_metrics import Rows
 from batchcls.evaluation.evaluation_outputs import (
     EPOCH,
@@ -106,7 +106,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     written = write_outputs(judged.found, subject, page, config.output, storage)
     if config.write_bundle is not None:
         calibration = judged.found.calibration(subject.manifest, config.tta)
-        with something_is_written():
+        with stop_run_on_input_error():
             uri = _write_bundle(config.write_bundle, bundle, calibration, judged.found.paths, storage)
         written.append(uri)
     _show(judged.found, subject, written)

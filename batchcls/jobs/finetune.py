@@ -24,7 +24,7 @@ from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
-from batchcls.ray_runtime import nodes, ray_session
+from batchcls.ray_runtime import node_resources, ray_session
 from batchcls.runs.commit import allowed_fraction
 from batchcls.runs.lease import Lease
 from batchcls.runs.paths import new_run_id
@@ -192,7 +192,7 @@ def _begin(
     """Settle all that may be refused before anything is prepared, then take the work directory."""
     rows, needed = len(inputs.training.usable()), inputs.images_needed
     claim = find_claim(config.work_folder, decides, inputs.storage, restart=config.restart)
-    workers = settle_workers(config, nodes(), config.batch_size or inputs.recipe.batch_size)
+    workers = settle_workers(config, node_resources(), config.batch_size or inputs.recipe.batch_size)
     if claim.plan is not None:
         plan = StepPlan(**claim.plan)
     elif claim.is_resumed:  # by a version that made no plans

@@ -26,7 +26,7 @@ from batchcls.pipeline.ray_errors import to_batchcls_error
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.receipts import keep_receipt
 from batchcls.runs.reuse import EarlierRows, Places, ReuseSource, hashes_of, state_keys
-from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, Failure, answer_fields
+from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, Failure, prediction_fields
 
 _FRAGMENT_ROWS = 16_384
 _THREADS = 32
@@ -283,7 +283,7 @@ def _content_hash(worker: _CopyWorker, uri: str | None, image: bytes | None) -> 
 def _write(worker: _CopyWorker, table: pa.Table, positions: npt.NDArray[np.int64]) -> Receipt:
     """Write the ids and kept columns of the current manifest with the predictions of the earlier run."""
     writer = worker.spec.writer
-    fields = answer_fields(writer.embedding, writer.embedding_dimension, abstain=writer.abstain)
+    fields = prediction_fields(writer.embedding, writer.embedding_dimension, abstain=writer.abstain)
     names = [*(field.name for field in fields), "width", "height", "content_hash"]
     if worker.spec.source.by_row is not None:
         # The images were not looked at, so that the recorded version is the one that was classified.

@@ -13,8 +13,8 @@ from batchcls.cli.console import watching
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.prometheus import metrics_of
-from batchcls.ray_runtime import nodes
-from batchcls.resources import Node
+from batchcls.ray_runtime import node_resources
+from batchcls.resources import NodeResources
 from batchcls.runs.parts import Receipt
 from batchcls.runs.utilization import Busy, Capacity, StageUsage
 
@@ -40,7 +40,7 @@ class PipelineResult:
     started_at: float
     finished_at: float
     driver_seconds: float
-    nodes: list[Node]
+    nodes: list[NodeResources]
 
     @property
     def seconds(self) -> float:
@@ -122,7 +122,7 @@ def execute(
         receipts = graph.execute()
         report_progress()
     finished_at, cpu = time.time(), time.process_time() - cpu
-    return PipelineResult(spec, receipts, graph.progress(), started_at, finished_at, cpu, nodes())
+    return PipelineResult(spec, receipts, graph.progress(), started_at, finished_at, cpu, node_resources())
 
 
 def _create_graph(spec: PipelineSpec, check: Callable[[Progress], None]) -> _Graph:

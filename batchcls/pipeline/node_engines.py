@@ -22,7 +22,7 @@ from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, Engi
 from batchcls.models.model_bundle import Bundle
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
 from batchcls.preprocessing import Preprocessing
-from batchcls.ray_runtime import NodeInfo, hardware_of, living_nodes, run_alone
+from batchcls.ray_runtime import NodeInfo, hardware_of, run_exclusive, worker_nodes
 from batchcls.resources import ResourcePlan
 from batchcls.runs import engine_cache
 from batchcls.storage.filesystem import Storage
@@ -187,7 +187,7 @@ def _sample_images(
 
 def _kinds_of_nodes(device: Device) -> Sequence[tuple[Hardware, NodeInfo]]:
     """Return the kinds of nodes on which the network may run, each with its first node."""
-    nodes = [node for node in living_nodes() if device == "cpu" or node.gpus > 0]
+    nodes = [node for node in worker_nodes() if device == "cpu" or node.gpus > 0]
     first: dict[str, tuple[Hardware, NodeInfo]] = {}
     for node, hardware in zip(nodes, hardware_of(nodes), strict=True):
         first.setdefault(hardware.key, (hardware, node))
@@ -214,7 +214,7 @@ def _measure(
         resources.batch_size,
         CompileCache.from_cache_dir(config.cache_dir),
     )
-    return run_alone(
+    return run_exclusive(
         node, _select_on_this_node, bundle, images, request, engine_config, config.calibration_seconds
     )
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import ray
 
-from batchcls.errors import BatchclsError, StorageStoppedError, innermost
+from batchcls.errors import BatchclsError, StorageStoppedError, last_exception_line
 
 _PROCESS_CRASHES = (
     ray.exceptions.WorkerCrashedError,
@@ -23,7 +23,7 @@ def root_cause(error: BaseException) -> str:
     """
     message = type(error).__name__
     for inner in _exception_chain(error):
-        message = innermost(str(inner)) or message
+        message = last_exception_line(str(inner)) or message
     return message
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import duckdb
 
-from batchcls.errors import BatchclsError, InputError, innermost
+from batchcls.errors import BatchclsError, InputError, last_exception_line
 
 MEMORY_MIB = 2048
 """What a query may take of the driver's memory; the rest goes to disk."""
@@ -38,5 +38,5 @@ def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]
             ) from None
         except (duckdb.InvalidInputException, duckdb.IOException) as error:
             # Where Arrow reads through Python, DuckDB's message holds all of its traceback.
-            cause = innermost(str(error)) or error
+            cause = last_exception_line(str(error)) or error
             raise InputError(f"a file of the run cannot be read: {cause}; see `runs verify`") from None

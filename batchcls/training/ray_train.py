@@ -20,7 +20,7 @@ from batchcls.cli.console import watching
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import BatchclsError, InputError, StorageStoppedError
 from batchcls.models.model_bundle import Bundle
-from batchcls.ray_runtime import KEEP_MEMORY, WORKER_VARIABLES
+from batchcls.ray_runtime import MALLOC_VARIABLES, WORKER_VARIABLES
 from batchcls.runs.lease import Lease
 from batchcls.storage.filesystem import Storage, is_remote, join
 from batchcls.training.failures import in_one_line, lasting_failure, out_of_memory, worker_failures
@@ -250,7 +250,7 @@ def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig
         name=name,
         failure_config=FailureConfig(max_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-        worker_runtime_env={"env_vars": WORKER_VARIABLES | _LOOK_BEFORE_SLEEP | KEEP_MEMORY},
+        worker_runtime_env={"env_vars": WORKER_VARIABLES | _LOOK_BEFORE_SLEEP | MALLOC_VARIABLES},
         storage_path=path,
         storage_filesystem=filesystem,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
-from batchcls.resources import Node
+from batchcls.resources import NodeResources
 
 _MOST_LOADERS = 8
 
@@ -48,7 +48,7 @@ class Workers:
         return f"{count} worker(s) x {self.cpus:g} CPU{', 1 GPU' if self.use_gpu else ''}"
 
 
-def settle_workers(config: FinetuneConfig, nodes: Sequence[Node], step_images: int) -> Workers:
+def settle_workers(config: FinetuneConfig, nodes: Sequence[NodeResources], step_images: int) -> Workers:
     """Derive the workers from the settings, the nodes and the images of a step, over all workers.
 
     Raises:
@@ -83,7 +83,7 @@ def settle_workers(config: FinetuneConfig, nodes: Sequence[Node], step_images: i
     return Workers(least, most, min(most, room), cpus, use_gpu, loaders)
 
 
-def _on_cpus(config: FinetuneConfig, nodes: Sequence[Node], step_images: int) -> int:
+def _on_cpus(config: FinetuneConfig, nodes: Sequence[NodeResources], step_images: int) -> int:
     """As many workers on all nodes as find enough to do, the same number on each, and at least one."""
     cpus = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
     room = int(min(node.cpus for node in nodes) / cpus)

@@ -12,7 +12,7 @@ import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.hardware import Hardware
-from batchcls.ray_runtime import hardware_of, living_nodes, ray_session
+from batchcls.ray_runtime import hardware_of, ray_session, worker_nodes
 from tests.chaos.conftest import Chaos
 from tests.helpers.night import Night, published, receipts
 from tests.helpers.nodes import ThreeNodes
@@ -104,7 +104,7 @@ def test_every_node_says_what_machine_it_is(nodes: ThreeNodes, monkeypatch: pyte
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     reset_auth_token_state()  # Ray may remember the token of another cluster
     with ray_session(nodes.address):
-        found = hardware_of(living_nodes())
+        found = hardware_of(worker_nodes())
     assert [one.key for one in found] == [Hardware.detect().key] * 3
 
 

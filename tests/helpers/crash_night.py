@@ -33,7 +33,7 @@ from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
-from batchcls.resources import Node
+from batchcls.resources import NodeResources
 from batchcls.runs import lease
 from batchcls.runs.parts import Receipt
 from batchcls.runs.reuse import ReuseSource
@@ -261,7 +261,7 @@ def execute_here(
         failures = sum((receipt.failures for receipt in receipts), Counter[str]())
         check(Progress(sum(receipt.rows for receipt in receipts), failures, Counter(), 0.0, began))
     progress = Progress(len(spec.rows), Counter(), Counter([worker.describe()]), 1.0, began)
-    return PipelineResult(spec, receipts, progress, began, time.time(), 0.1, [Node(1, 0)])
+    return PipelineResult(spec, receipts, progress, began, time.time(), 0.1, [NodeResources(1, 0)])
 
 
 def copy_predictions_here(
@@ -300,7 +300,7 @@ def night(spec: Spec, told: Connection) -> None:
     )
     with (
         patch.object(classify, "ray_session", _no_cluster),
-        patch.object(classify, "nodes", lambda: [Node(1, 0)]),
+        patch.object(classify, "node_resources", lambda: [NodeResources(1, 0)]),
         patch.object(classify, "execute", execute_here),
         patch.object(classify, "copy_predictions", copy_predictions_here),
         patch.object(os, "fsync", writes.fsync),

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchcls.ray_runtime import KEEP_MEMORY
+from batchcls.ray_runtime import MALLOC_VARIABLES
 from batchcls.schema import TOP_K_TYPE
 from tests.conftest import REPOSITORY
 from tests.helpers.processes import processes_with, title_of
@@ -304,6 +304,6 @@ def test_gpu_known_to_ray_but_not_to_torch_is_reported(
         (raylet,) = (pid for pid in ours if "/raylet" in title_of(pid).split("\0")[0])
         environment = Path(f"/proc/{raylet}/environ").read_text().split("\0")
         _, err = process.communicate(timeout=120)
-    assert set(environment) >= {f"{name}={value}" for name, value in KEEP_MEMORY.items()}
+    assert set(environment) >= {f"{name}={value}" for name, value in MALLOC_VARIABLES.items()}
     assert process.returncode == 1
     assert "PyTorch finds no GPU" in err.splitlines()[-1]

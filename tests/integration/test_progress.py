@@ -18,7 +18,7 @@ from batchcls.pipeline.fragment_actor import FragmentActor, PartialFragment, Wor
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
 from batchcls.pipeline.progress import Progress
-from batchcls.ray_runtime import KEEP_MEMORY, nodes, ray_session
+from batchcls.ray_runtime import MALLOC_VARIABLES, node_resources, ray_session
 from batchcls.resources import plan_resources
 from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
@@ -61,9 +61,9 @@ def test_finished_fragments_are_counted_from_receipts(
     with ray_session(cluster.address):
         # Workers inherit the environment of the nodes of cluster/local.sh.
         environment = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
-        assert environment.items() >= KEEP_MEMORY.items()
+        assert environment.items() >= MALLOC_VARIABLES.items()
         inputs = open_inputs(config, check_inputs(config))
-        resources = plan_resources(config, nodes(), remote_images=False, rows=ROWS)
+        resources = plan_resources(config, node_resources(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
         graph = LateGraph(
             work_of(config, inputs, resources, EngineSelection(engines, None, ()), "late"), seen.append

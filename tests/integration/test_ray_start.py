@@ -45,9 +45,9 @@ def test_ray_is_started_twice_before_the_job_gives_up(
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert job.returncode == exit_code, printed
-    assert "starting it once more" in printed
+    assert "Ray did not start in time; trying once more" in printed
     assert "Traceback" not in printed
     if frozen == 2:
-        assert "Ray did not come up on this machine, twice" in printed.splitlines()[-1]
+        assert "Ray failed to start on this machine twice" in printed.splitlines()[-1]
         assert not (tmp_path / "out" / "runs").exists()
     assert left == []

@@ -22,7 +22,7 @@ from batchcls.pipeline.ray_data.load_task import Images
 from batchcls.pipeline.ray_data.predict_actor import PredictActor
 from batchcls.pipeline.ray_data.write_task import PartSink
 from batchcls.pipeline.ray_errors import is_process_crash, to_batchcls_error
-from batchcls.ray_runtime import WORKER_ENVIRONMENT
+from batchcls.ray_runtime import WORKER_RUNTIME_ENV
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import read_receipts, settle_receipts
 from batchcls.schema import Failure
@@ -132,7 +132,7 @@ class RayDataGraph:
                 ),
                 num_cpus=plan.cpus_per_actor,
                 num_gpus=plan.gpus_per_actor,
-                runtime_env=WORKER_ENVIRONMENT,
+                runtime_env=WORKER_RUNTIME_ENV,
                 max_restarts=MAX_ACTOR_RESTARTS,
                 max_task_retries=MAX_RETRIES,
             )

@@ -145,8 +145,12 @@ def test_when_all_fail_the_error_has_all_reasons_and_the_kind_of_the_worst(resul
     refused = {first: InputError("no such precision"), second: InputError("no GPU")}
     with pytest.raises(InputError, match=r"no candidate could be measured: .*no such precision; b, .*no GPU"):
         _run([first, second], results(), Bench(refused))
-    with pytest.raises(BatchclsError, match="its process ended") as caught:
-        _run([first, second], results(), Bench(refused | {second: BatchclsError("its process ended")}))
+    with pytest.raises(BatchclsError, match="the worker process") as caught:
+        _run(
+            [first, second],
+            results(),
+            Bench(refused | {second: BatchclsError("the worker process on a crashed")}),
+        )
     assert not isinstance(caught.value, InputError)
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from batchcls.ray_runtime import KEEP_MEMORY
+from batchcls.ray_runtime import MALLOC_VARIABLES
 from tests.conftest import REPOSITORY
 
 CLUSTER = REPOSITORY / "cluster"
@@ -13,4 +13,4 @@ CLUSTER = REPOSITORY / "cluster"
 @pytest.mark.parametrize("name", ["local.sh", "Dockerfile", "README.md"])
 def test_every_way_to_start_a_node_gives_its_workers_the_same_memory(name):
     text = (CLUSTER / name).read_text(encoding="utf-8")
-    assert dict(re.findall(r"(MALLOC_\w+)=(\w+)", text)) == KEEP_MEMORY
+    assert dict(re.findall(r"(MALLOC_\w+)=(\w+)", text)) == MALLOC_VARIABLES

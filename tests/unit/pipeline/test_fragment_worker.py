@@ -19,7 +19,7 @@ from batchcls.models.resolve import resolve_model
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import Engines, LoadSpec, NodeEngine, WorkerSpec
 from batchcls.preprocessing import Views
-from batchcls.resources import Node, plan_resources
+from batchcls.resources import NodeResources, plan_resources
 from batchcls.runs.parts import PartWriter
 from batchcls.schema import Failure, Reason
 from batchcls.storage.filesystem import Storage
@@ -46,7 +46,7 @@ def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWork
     config = ClassifyConfig(manifest="m", output=str(tmp_path), model="m", batch_size=4)
     random = ModelChoices(allow_random=True)
     bundle = with_golden(resolve_model("timm:test_resnet", random, STORAGE))
-    shape = plan_resources(config, [Node(1, 0)], ROWS, remote_images=False)
+    shape = plan_resources(config, [NodeResources(1, 0)], ROWS, remote_images=False)
     load = LoadSettings(
         run_id="r",
         base=manifest.base,

@@ -155,7 +155,7 @@ def test_writes_report_when_the_baseline_run_was_deleted(output: Path, log: pyte
 def test_writes_report_when_every_row_failed(output: Path):
     write_run(str(output), night("none"), items([None, None], ["0" * 64] * 2))
     text = Reader(Path(write_run_report(str(output), "none", STORAGE)).read_text()).text
-    assert "the image ends before it is complete" in text
+    assert "the image is truncated" in text
 
 
 def test_logs_error_when_the_report_cannot_be_written(output: Path, log: pytest.LogCaptureFixture):
