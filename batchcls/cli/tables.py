@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from batchcls.evaluation.classification_metrics import CalibrationError, CategoryCounts
-from batchcls.evaluation.evaluator import Evaluated
+from batchcls.evaluation.evaluator import EvaluationResult
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.registry import ZooRecord
 from batchcls.runs.bottleneck import Bottleneck
@@ -32,7 +32,7 @@ def counts_table(predicted: int, failures: Counter[str], *, reused: int = 0, abs
 
 
 def _meaning(reason: str) -> str:
-    """Of a reason in a run's record, which a later version may have written."""
+    """Meaning of a reason. The record of a run may contain reasons of a later version."""
     return REASONS[Reason(reason)].meaning if reason in set(Reason) else "not known to this version"
 
 
@@ -40,13 +40,13 @@ def gates_table(gates: Sequence[GateResult]) -> Table:
     """One row per gate with its result; failed gates are highlighted."""
     table = Table("gate", "result", "explanation", box=None, pad_edge=False, header_style="bold")
     for gate in gates:
-        word = "failed" if not gate.passed else "-" if gate.figure is None else "passed"
-        table.add_row(gate.gate, word, gate.sentence, style=None if gate.passed else "bold red")
+        result = "failed" if not gate.passed else "-" if gate.figure is None else "passed"
+        table.add_row(gate.gate, result, gate.sentence, style=None if gate.passed else "bold red")
     return table
 
 
 def bundle_line(bundle: Bundle) -> str:
-    """Summary of a bundle in one line."""
+    """Summarize a bundle in one line."""
     config = bundle.config
     preprocessing = config.preprocessing
     return (
@@ -88,7 +88,7 @@ def _bottleneck_cells(milliseconds: float, resource: Resource, achieved: float) 
     return f"{milliseconds:.2f}", utilization, f"{resource.capacity:g} {resource.name}", rate
 
 
-def metrics_table(found: Evaluated) -> Table:
+def metrics_table(found: EvaluationResult) -> Table:
     """The metrics over all evaluated rows."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("evaluated rows", f"{len(found.outcomes)}")
@@ -97,8 +97,12 @@ def metrics_table(found: Evaluated) -> Table:
             table.add_row(name.replace("_", " "), f"{value:.1%}")
     table.add_row("calibration error", _error(found.ece_before))
     if found.temperature is not None:
-        kept = "" if found.temperature.applied else f" ({found.temperature.fitted:.3f} is not applied)"
-        table.add_row("temperature", f"{found.temperature.value:.3f}{kept}")
+        remark = (
+            ""
+            if found.temperature.applied
+            else f" (the fitted {found.temperature.fitted:.3f} is not applied)"
+        )
+        table.add_row("temperature", f"{found.temperature.value:.3f}{remark}")
     if found.temperature is not None and found.temperature.applied:
         table.add_row("held-out calibration error with temperature", _error(found.held_out.ece))
     if found.hierarchy is not None:
@@ -106,12 +110,12 @@ def metrics_table(found: Evaluated) -> Table:
     return table
 
 
-def _error(found: CalibrationError) -> str:
-    interval = f"95 % interval {found.low:.3f} to {found.high:.3f}"
-    return f"{found.value:.3f} ({interval}; expected by chance {found.by_chance:.3f})"
+def _error(error: CalibrationError) -> str:
+    interval = f"95% interval {error.low:.3f} to {error.high:.3f}"
+    return f"{error.value:.3f} ({interval}; expected by chance {error.by_chance:.3f})"
 
 
-def worst_categories_table(found: Evaluated, count: int) -> Table:
+def worst_categories_table(found: EvaluationResult, count: int) -> Table:
     """The categories with the lowest F1, with their thresholds."""
     counts, limits = CategoryCounts.of(found.outcomes), found.thresholds.by_category
     order = np.argsort(np.where(np.isnan(counts.f1), np.inf, counts.f1), kind="stable")

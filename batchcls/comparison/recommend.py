@@ -165,8 +165,8 @@ def figure(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 0..1, as in `82.3 %`."""
-    return f"{share * 100:.1f} %"
+    """A share of 0..1, as in `82.3%`."""
+    return f"{share * 100:.1f}%"
 
 
 def _require_comparable(measurements: Sequence[Measurement]) -> None:

@@ -1,6 +1,6 @@
-"""Computes all classification metrics from one table of outcomes per labeled row.
+"""Computes classification metrics, the confusion matrix and the calibration error from row outcomes.
 
-Letters: N rows, K categories.
+Notation: N rows, K categories.
 """
 
 from collections.abc import Mapping
@@ -18,19 +18,19 @@ Categories = npt.NDArray[np.int32]
 Rows = npt.NDArray[np.int64]
 
 NOT_RANKED = -1
-"""Rank of a right category that is not among those kept."""
+"""Rank of a true category that is not among the ranked categories."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """Answers to N rows and what is right.
+    """Predictions and true categories of N rows.
 
     Attributes:
-        labels: K names.
-        truth: N categories, by number.
-        predicted: N best categories.
-        probability: N probabilities of these, 0..1.
-        rank: N places of the right category among all, 0 the best, or NOT_RANKED.
+        labels: Names of the K categories.
+        truth: N indices of the true categories.
+        predicted: N indices of the top-1 categories.
+        probability: N top-1 probabilities, 0..1.
+        rank: N ranks of the true category by probability, 0 for the highest, or NOT_RANKED.
     """
 
     labels: tuple[str, ...]
@@ -43,28 +43,28 @@ class Outcomes:
         return len(self.truth)
 
     @property
-    def right(self) -> npt.NDArray[np.bool_]:
-        """Whether each row's best category is the right one."""
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whether the top-1 category of each row is the true one."""
         return np.asarray(self.predicted == self.truth)
 
     def take(self, rows: Rows) -> Self:
-        """Some of the rows."""
+        """Select rows by index."""
         return type(self)(
             self.labels, self.truth[rows], self.predicted[rows], self.probability[rows], self.rank[rows]
         )
 
 
 Counts = npt.NDArray[np.int64]
-Shares = npt.NDArray[np.float64]
+Fractions = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class CategoryCounts:
-    """Of K categories: rows with that label, answers that name it, and answers that name it rightly."""
+    """Row counts of K categories: rows with that label, rows predicted as it, and rows where both agree."""
 
     support: Counts
-    answered: Counts
-    right: Counts
+    predicted: Counts
+    correct: Counts
 
     @classmethod
     def of(cls, outcomes: Outcomes) -> "CategoryCounts":
@@ -73,58 +73,60 @@ class CategoryCounts:
         return cls(
             np.bincount(outcomes.truth, minlength=categories),
             np.bincount(outcomes.predicted, minlength=categories),
-            np.bincount(outcomes.truth[outcomes.right], minlength=categories),
+            np.bincount(outcomes.truth[outcomes.correct], minlength=categories),
         )
 
     @property
-    def precision(self) -> Shares:
-        """Share of the answers of a category that are right; NaN where there are none."""
-        return _share(self.right, self.answered)
+    def precision(self) -> Fractions:
+        """Fraction of the predictions of each category that are correct; NaN without predictions."""
+        return _divide(self.correct, self.predicted)
 
     @property
-    def recall(self) -> Shares:
-        """Share of the rows of a category that are found; NaN where there are none."""
-        return _share(self.right, self.support)
+    def recall(self) -> Fractions:
+        """Fraction of the rows of each category that are predicted correctly; NaN without rows."""
+        return _divide(self.correct, self.support)
 
     @property
-    def f1(self) -> Shares:
-        """Harmonic mean of both; NaN for a category with neither rows nor answers."""
-        return _share(2 * self.right, self.support + self.answered)
+    def f1(self) -> Fractions:
+        """Harmonic mean of precision and recall; NaN for a category with neither rows nor predictions."""
+        return _divide(2 * self.correct, self.support + self.predicted)
 
 
-def summary(outcomes: Outcomes, kept: int | None = None) -> Mapping[str, float | None]:
-    """Figures over all rows, each in 0..1.
+def summary(outcomes: Outcomes, ranked_categories: int | None = None) -> Mapping[str, float | None]:
+    """Metrics over all rows, each in 0..1.
 
     Args:
-        outcomes: at least one row.
-        kept: how many categories were ranked; None: all. With fewer than five, top-5 is None.
+        outcomes: Outcomes of at least one row.
+        ranked_categories: Number of categories with a rank; None if all are ranked. `top5` is None if fewer
+            than five are.
     """
     counts = CategoryCounts.of(outcomes)
     known = ~np.isnan(counts.f1)
-    ranked = outcomes.rank != NOT_RANKED
-    in_five = float((ranked & (outcomes.rank < 5)).mean())
+    top5 = float(((outcomes.rank != NOT_RANKED) & (outcomes.rank < 5)).mean())
+    has_top5 = ranked_categories is None or ranked_categories >= min(5, len(outcomes.labels))
     return {
-        "top1": float(outcomes.right.mean()),
-        "top5": in_five if kept is None or kept >= min(5, len(outcomes.labels)) else None,
+        "top1": float(outcomes.correct.mean()),
+        "top5": top5 if has_top5 else None,
         "balanced_accuracy": float(np.nanmean(counts.recall)),
         "macro_f1": float(counts.f1[known].mean()),
         "weighted_f1": float(np.average(counts.f1[known], weights=counts.support[known])),
     }
 
 
-def _share(part: Counts, whole: Counts) -> Shares:
-    found = np.full(len(whole), np.nan)
-    np.divide(part, whole, out=found, where=whole > 0)
-    return found
+def _divide(numerator: Counts, denominator: Counts) -> Fractions:
+    """Element-wise quotient; NaN where the denominator is 0."""
+    quotient = np.full(len(denominator), np.nan)
+    np.divide(numerator, denominator, out=quotient, where=denominator > 0)
+    return quotient
 
 
 DENSE_CATEGORIES = 200
-"""Up to so many categories every pair has a row, that of none included."""
+"""Largest number of categories for which `Confusion.as_table` lists all pairs, including those without rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Confusion:
-    """Pairs of categories, by number, and how many rows each has; ascending by label, then by answer."""
+    """Row counts of the pairs (true category, predicted category) that occur, sorted by both indices."""
 
     labels: tuple[str, ...]
     truth: Categories
@@ -133,15 +135,18 @@ class Confusion:
 
     @classmethod
     def of(cls, outcomes: Outcomes) -> "Confusion":
-        """Count N rows; memory follows the pairs that occur."""
+        """Count N rows. Memory use is proportional to the number of pairs that occur."""
         table = pa.table({"truth": outcomes.truth, "predicted": outcomes.predicted})
-        found = table.group_by(["truth", "predicted"]).aggregate([([], "count_all")])
-        found = found.sort_by([("truth", "ascending"), ("predicted", "ascending")])
-        columns = (found.column(name).to_numpy() for name in ("truth", "predicted", "count_all"))
+        counts = table.group_by(["truth", "predicted"]).aggregate([([], "count_all")])
+        counts = counts.sort_by([("truth", "ascending"), ("predicted", "ascending")])
+        columns = (counts.column(name).to_numpy() for name in ("truth", "predicted", "count_all"))
         return cls(outcomes.labels, *columns)
 
     def as_table(self) -> pa.Table:
-        """Columns label, predicted, rows, and share_of_label in 0..1; see DENSE_CATEGORIES."""
+        """Table with the columns label, predicted, rows and share_of_label (0..1).
+
+        It has a row for every pair up to DENSE_CATEGORIES categories, otherwise only for pairs that occur.
+        """
         support = np.bincount(self.truth, weights=self.rows, minlength=len(self.labels))
         truth, predicted, rows = self.truth, self.predicted, self.rows
         if len(self.labels) <= DENSE_CATEGORIES:
@@ -149,8 +154,8 @@ class Confusion:
             index = np.arange(len(self.labels), dtype=np.int32)
             truth, predicted = np.repeat(index, len(index)), np.tile(index, len(index))
         names = pa.array(self.labels, pa.string())
-        whole = support[truth]
-        share = np.divide(rows, whole, out=np.zeros(len(rows)), where=whole > 0)
+        label_rows = support[truth]
+        share = np.divide(rows, label_rows, out=np.zeros(len(rows)), where=label_rows > 0)
         return pa.table(
             {
                 "label": names.take(pa.array(truth)),
@@ -161,35 +166,37 @@ class Confusion:
         )
 
     def matrix(self) -> Rows:
-        """Rows by label and answer, K x K; for few categories."""
+        """Dense K x K matrix of row counts, indexed by true and predicted category."""
         dense = np.zeros((len(self.labels),) * 2, np.int64)
         dense[self.truth, self.predicted] = self.rows
         return dense
 
     def worst(self, count: int) -> list[tuple[int, int, int]]:
-        """The pairs that are mixed up most often: label, answer, rows; most rows first."""
-        wrong = np.flatnonzero(self.truth != self.predicted)
-        order = wrong[np.argsort(-self.rows[wrong], kind="stable")[:count]]
+        """The `count` most frequent confusions as (true category, predicted category, rows), in descending order."""
+        errors = np.flatnonzero(self.truth != self.predicted)
+        order = errors[np.argsort(-self.rows[errors], kind="stable")[:count]]
         return [(int(self.truth[i]), int(self.predicted[i]), int(self.rows[i])) for i in order]
 
 
 BINS = 15
+"""Number of bins of the reliability diagram and of the expected calibration error."""
 
 _BELOW_ONE = float(np.nextafter(1, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Rows whose probability is at least `low` and below `high` (the last bin: up to 1).
+    """Rows whose probability is at least `low` and below `high`; the last bin includes 1.
 
-    `probability` and `right` are means over them, 0..1; None where there are no rows.
+    `probability` is the mean probability of these rows and `accuracy` the fraction predicted correctly, both
+    in 0..1 and None for an empty bin.
     """
 
     low: float
     high: float
     rows: int
     probability: float | None
-    right: float | None
+    accuracy: float | None
 
 
 _REPEATS = 1000
@@ -198,14 +205,14 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class CalibrationError:
-    """The expected calibration error of N rows, and what chance does to it.
+    """Expected calibration error of N rows with its sampling uncertainty.
 
     Attributes:
-        value: 0..1.
-        low: lower end of its 95 % interval over samples of N such rows (bootstrap).
-        high: the upper end.
-        by_chance: what N rows of these probabilities would show on average if each were exactly as often right
-            as it says; an error near it is no evidence of anything.
+        value: Expected calibration error, 0..1.
+        low: Lower bound of its 95% bootstrap interval.
+        high: Upper bound of that interval.
+        by_chance: Mean error that a perfectly calibrated model with the same probabilities would show on N
+            rows. An error close to this value does not indicate miscalibration.
     """
 
     value: float
@@ -214,63 +221,64 @@ class CalibrationError:
     by_chance: float
 
 
-def calibration_error(probability: Floats, right: npt.NDArray[np.bool_]) -> CalibrationError:
-    """The expected calibration error with its uncertainty.
+def calibration_error(probability: Floats, correct: npt.NDArray[np.bool_]) -> CalibrationError:
+    """Compute the expected calibration error and its uncertainty.
 
     Args:
-        probability: of the best category of N rows, N at least 1.
-        right: whether it is right.
+        probability: Top-1 probabilities of N rows, N at least 1.
+        correct: Whether each prediction is correct.
     """
     random = np.random.default_rng(_SEED)
-    value = expected_calibration_error(probability, right)
-    bins = [one for one in reliability(probability, right) if one.rows]
-    rows = np.array([one.rows for one in bins])
-    mean = np.array([one.probability for one in bins])
-    hits = np.array([one.right for one in bins]) * rows
-    # Rows are drawn by bin, right or wrong; of a bin's probabilities only the mean enters the error.
+    value = expected_calibration_error(probability, correct)
+    bins = [bin_ for bin_ in reliability(probability, correct) if bin_.rows]
+    rows = np.array([bin_.rows for bin_ in bins])
+    mean = np.array([bin_.probability for bin_ in bins])
+    hits = np.array([bin_.accuracy for bin_ in bins]) * rows
+    # The bootstrap draws counts of correct and incorrect rows per bin: the error depends on the probabilities
+    # of a bin only through their mean.
     cells = np.concatenate([hits, rows - hits])
-    drawn = random.multinomial(len(right), cells / cells.sum(), _REPEATS)
-    drawn_hits, drawn_misses = drawn[:, : len(bins)], drawn[:, len(bins) :]
-    errors = np.abs(drawn_hits - (drawn_hits + drawn_misses) * mean).sum(axis=1) / len(right)
-    # A sample of a sample has the chance of both in it; shifted back to the error that was seen.
+    samples = random.multinomial(len(correct), cells / cells.sum(), _REPEATS)
+    sample_hits, sample_misses = samples[:, : len(bins)], samples[:, len(bins) :]
+    errors = np.abs(sample_hits - (sample_hits + sample_misses) * mean).sum(axis=1) / len(correct)
+    # Resampling adds a second sampling error, which biases the mean; center the errors on the observed value.
     errors += value - errors.mean()
     low, high = np.clip(np.quantile(errors, (0.025, 0.975)), 0, 1)
-    honest = random.binomial(rows, np.clip(mean, 0, 1), (_REPEATS, len(bins)))
-    by_chance = np.abs(honest - rows * mean).sum(axis=1) / len(right)
+    calibrated_hits = random.binomial(rows, np.clip(mean, 0, 1), (_REPEATS, len(bins)))
+    by_chance = np.abs(calibrated_hits - rows * mean).sum(axis=1) / len(correct)
     return CalibrationError(value, float(low), float(high), float(by_chance.mean()))
 
 
-def expected_calibration_error(probability: Floats, right: npt.NDArray[np.bool_]) -> float:
-    """Mean distance (0..1) between probability and share of right answers, over 15 bins of equal width.
+def expected_calibration_error(probability: Floats, correct: npt.NDArray[np.bool_]) -> float:
+    """Mean absolute difference (0..1) between probability and accuracy over 15 bins of equal width.
 
     Args:
-        probability: of the best category of N rows, N at least 1.
-        right: whether it is right.
+        probability: Top-1 probabilities of N rows, N at least 1.
+        correct: Whether each prediction is correct.
     """
-    # torchmetrics counts in the type of the probabilities: float32 ends at 16 million rows.
-    confidence = torch.from_numpy(_inside(probability))
-    return float(binary_calibration_error(confidence, torch.from_numpy(right.astype(np.int64)), BINS, "l1"))
+    # torchmetrics accumulates in the dtype of the probabilities, and float32 cannot count beyond 2**24 rows.
+    confidence = torch.from_numpy(_clip_to_bins(probability))
+    return float(binary_calibration_error(confidence, torch.from_numpy(correct.astype(np.int64)), BINS, "l1"))
 
 
-def reliability(probability: Floats, right: npt.NDArray[np.bool_]) -> tuple[Bin, ...]:
-    """The bins behind the expected calibration error."""
-    confidence = _inside(probability)
+def reliability(probability: Floats, correct: npt.NDArray[np.bool_]) -> tuple[Bin, ...]:
+    """The bins of the reliability diagram; same arguments as `expected_calibration_error`."""
+    confidence = _clip_to_bins(probability)
     edges = np.linspace(0, 1, BINS + 1)
-    place = np.searchsorted(edges, confidence, side="right") - 1
-    rows = np.bincount(place, minlength=BINS)
-    sums = [np.bincount(place, weights=values, minlength=BINS) for values in (confidence, right)]
+    bin_index = np.searchsorted(edges, confidence, side="right") - 1
+    rows = np.bincount(bin_index, minlength=BINS)
+    sums = [np.bincount(bin_index, weights=values, minlength=BINS) for values in (confidence, correct)]
     return tuple(
         Bin(
             low=float(edges[index]),
             high=float(edges[index + 1]),
             rows=int(count),
             probability=float(sums[0][index] / count) if count else None,
-            right=float(sums[1][index] / count) if count else None,
+            accuracy=float(sums[1][index] / count) if count else None,
         )
         for index, count in enumerate(rows)
     )
 
 
-def _inside(probability: Floats) -> npt.NDArray[np.float64]:
-    """In float64; a probability of 1 belongs to the last bin."""
+def _clip_to_bins(probability: Floats) -> npt.NDArray[np.float64]:
+    """Convert to float64 and move a probability of 1 into the last bin."""
     return np.minimum(probability.astype(np.float64), _BELOW_ONE)

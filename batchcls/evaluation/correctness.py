@@ -1,11 +1,12 @@
 """Estimates the probability that a prediction is correct from its probability and its category.
 
-A logistic regression whose curve is shared by all categories, plus one intercept for each category that is
-shrunk towards zero: a category with many answers gets an intercept of its own, one with few takes what the
-others have (a random-intercept model; Gelman and Hill, Data Analysis Using Regression and Multilevel Models,
-2007, chapter 12). The shared curve is beta calibration (Kull, Silva Filho and Flach, 2017).
+The model is a logistic regression with a curve that all categories share and one intercept per category,
+which is shrunk towards zero: a category with many predictions has its own intercept, a category with few
+predictions follows the shared curve (a random-intercept model; Gelman and Hill, Data Analysis Using Regression
+and Multilevel Models, 2007, chapter 12). The shared curve is beta calibration (Kull, Silva Filho and Flach,
+2017).
 
-Letters: N rows, K categories.
+Notation: N rows, K categories.
 """
 
 from dataclasses import dataclass
@@ -19,27 +20,31 @@ Doubles = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 VARIANCES = (0.0, 0.1, 0.3, 1.0, 3.0)
-"""Variances of the intercepts, in squared logits, of which cross-validation chooses one; 0: all categories alike."""
+"""Candidate variances of the intercepts, in squared logits; 0 treats all categories alike.
+
+Cross-validation selects one.
+"""
 
 FOLDS = 5
+"""Number of folds of the cross-validation."""
 
-_SMALLEST = 2.0**-24  # what float32 can tell from 1
+_EPSILON = 2.0**-24  # half of float32's machine epsilon
 _RIDGE = 1e-3
-_MOST_STEPS = 50
+_MAX_STEPS = 50
 _TOLERANCE = 1e-7
-_LONGEST_STEP = 2.0
+_MAX_STEP_SIZE = 2.0
 _BISECTIONS = 60
 _SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Correctness:
-    """A fitted model.
+    """A fitted model of the probability that a prediction is correct.
 
     Attributes:
-        curve: intercept, weight of log p (at least 0) and weight of -log(1 - p) (at least 0).
-        intercepts: K numbers in logits, added to the curve; 0 for a category without answers.
-        own_weight: K numbers in 0..1: how much of a category's intercept comes from its own answers.
+        curve: Intercept, weight of log p (at least 0) and weight of -log(1 - p) (at least 0).
+        intercepts: K intercepts in logits, added to the curve; 0 for a category without predictions.
+        own_weight: K weights in 0..1: to what extent the category's own predictions determine its intercept.
     """
 
     curve: Doubles
@@ -47,71 +52,71 @@ class Correctness:
     own_weight: Doubles
 
     def __call__(self, predicted: Categories, probability: Floats) -> Doubles:
-        """N probabilities (0..1) that the answers are right."""
-        found: Doubles = _sigmoid(_features(probability) @ self.curve + self.intercepts[predicted])
-        return found
+        """Estimate the probability (0..1) that each of N predictions is correct."""
+        estimate: Doubles = _sigmoid(_features(probability) @ self.curve + self.intercepts[predicted])
+        return estimate
 
-    def thresholds(self, least: float) -> Floats:
-        """For each category the lowest network probability from which on an answer is right with `least` (0..1).
+    def thresholds(self, target: float) -> Floats:
+        """Lowest top-1 probability of each category at which the estimate reaches `target` (0..1).
 
-        Infinity where no probability is enough.
+        Infinity for categories where no probability reaches it.
         """
-        wanted = np.log(least) - np.log1p(-least) - self.intercepts
-        low = np.full(len(wanted), -np.log(2.0**24))
+        target_logit = np.log(target) - np.log1p(-target) - self.intercepts
+        low = np.full(len(target_logit), -np.log(2.0**24))
         high = -low
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            enough = _features(_sigmoid(middle)) @ self.curve >= wanted
-            low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-        always = _features(np.zeros(1)) @ self.curve >= wanted
-        reachable = _features(np.ones(1)) @ self.curve >= wanted
-        found: Floats = np.where(always, 0.0, np.where(reachable, _sigmoid(high), np.inf)).astype(np.float32)
-        return found
+            reached = _features(_sigmoid(middle)) @ self.curve >= target_logit
+            low, high = np.where(reached, low, middle), np.where(reached, middle, high)
+        always = _features(np.zeros(1)) @ self.curve >= target_logit
+        reachable = _features(np.ones(1)) @ self.curve >= target_logit
+        limits: Floats = np.where(always, 0.0, np.where(reachable, _sigmoid(high), np.inf)).astype(np.float32)
+        return limits
 
 
 def fit_correctness(
-    predicted: Categories, probability: Floats, right: Flags, categories: int, variance: float
+    predicted: Categories, probability: Floats, correct: Flags, categories: int, variance: float
 ) -> Correctness:
     """Fit the model to N rows by penalized maximum likelihood (Newton's method).
 
     Args:
-        predicted: best category of N rows.
-        probability: its probability, 0..1.
-        right: whether it is the row's label.
-        categories: K.
-        variance: of the intercepts, in squared logits; 0: none.
+        predicted: Top-1 categories of N rows.
+        probability: Their probabilities, 0..1.
+        correct: Whether each prediction equals the label.
+        categories: Number of categories K.
+        variance: Variance of the intercepts, in squared logits; 0 fits no intercepts.
     """
     features = _features(probability)
     used = np.ones(3, bool)
     while True:
         curve, intercepts, information = _newton(
-            features * used, predicted, right.astype(np.float64), categories, variance
+            features * used, predicted, correct.astype(np.float64), categories, variance
         )
-        # A curve that falls as the network gets surer says nothing that should be used.
-        falling = used & (curve < 0) & (np.arange(3) > 0)
-        if not falling.any():
+        # Drop features with a negative weight: the estimate must not decrease with the probability.
+        decreasing = used & (curve < 0) & (np.arange(3) > 0)
+        if not decreasing.any():
             break
-        used &= ~falling
+        used &= ~decreasing
     weight = information / (information + 1 / variance) if variance else np.zeros(categories)
     return Correctness(curve * used, intercepts, weight)
 
 
 @dataclass(frozen=True, slots=True)
 class CrossFitted:
-    """Scores of N rows, each of a model that has not seen the row, and the model of all rows."""
+    """Out-of-fold estimates of N rows, and the model fitted to all rows."""
 
     scores: Doubles
     model: Correctness
 
 
-def cross_fit(predicted: Categories, probability: Floats, right: Flags, categories: int) -> CrossFitted:
-    """Fit with the variance that predicts held-out rows best, and keep these predictions.
+def cross_fit(predicted: Categories, probability: Floats, correct: Flags, categories: int) -> CrossFitted:
+    """Select the variance of the intercepts by cross-validation and fit the model to all rows.
 
     Args:
-        predicted: best category of N rows, N at least 1.
-        probability: its probability, 0..1.
-        right: whether it is the row's label.
-        categories: K.
+        predicted: Top-1 categories of N rows, N at least 1.
+        probability: Their probabilities, 0..1.
+        correct: Whether each prediction equals the label.
+        categories: Number of categories K.
     """
     fold = _folds(predicted)
     best: tuple[float, float, Doubles] | None = None
@@ -119,31 +124,31 @@ def cross_fit(predicted: Categories, probability: Floats, right: Flags, categori
         scores = np.empty(len(predicted))
         for number in range(FOLDS):
             out = fold == number
-            model = fit_correctness(predicted[~out], probability[~out], right[~out], categories, variance)
+            model = fit_correctness(predicted[~out], probability[~out], correct[~out], categories, variance)
             scores[out] = model(predicted[out], probability[out])
-        likely = np.clip(np.where(right, scores, 1 - scores), _SMALLEST, 1)
-        loss = -float(np.log(likely).mean())
+        likelihood = np.clip(np.where(correct, scores, 1 - scores), _EPSILON, 1)
+        loss = -float(np.log(likelihood).mean())
         if best is None or loss < best[0]:
             best = loss, variance, scores
     assert best is not None
     _, variance, scores = best
-    return CrossFitted(scores, fit_correctness(predicted, probability, right, categories, variance))
+    return CrossFitted(scores, fit_correctness(predicted, probability, correct, categories, variance))
 
 
 def _features(probability: npt.NDArray[np.floating]) -> Doubles:
-    """N x 3: one, log p, -log(1 - p)."""
-    inside = np.clip(probability.astype(np.float64), _SMALLEST, 1 - _SMALLEST)
-    return np.stack([np.ones(len(inside)), np.log(inside), -np.log1p(-inside)], axis=1)
+    """Feature matrix N x 3: 1, log p, -log(1 - p)."""
+    clipped = np.clip(probability.astype(np.float64), _EPSILON, 1 - _EPSILON)
+    return np.stack([np.ones(len(clipped)), np.log(clipped), -np.log1p(-clipped)], axis=1)
 
 
 def _sigmoid(values: Doubles) -> Doubles:
-    """Without overflow on either side."""
-    found: Doubles = np.exp(-np.logaddexp(0.0, -values))
-    return found
+    """Logistic function that does not overflow."""
+    result: Doubles = np.exp(-np.logaddexp(0.0, -values))
+    return result
 
 
 def _folds(predicted: Categories) -> npt.NDArray[np.int64]:
-    """Numbers of folds, the rows of each category spread evenly over them, in a fixed random order."""
+    """Random fold index of each row, stratified by predicted category; the seed is fixed."""
     shuffled = np.random.default_rng(_SEED).permutation(len(predicted))
     order = shuffled[np.argsort(predicted[shuffled], kind="stable")]
     fold = np.empty(len(predicted), np.int64)
@@ -152,19 +157,19 @@ def _folds(predicted: Categories) -> npt.NDArray[np.int64]:
 
 
 def _newton(
-    features: Doubles, group: Categories, right: Doubles, groups: int, variance: float
+    features: Doubles, group: Categories, correct: Doubles, groups: int, variance: float
 ) -> tuple[Doubles, Doubles, Doubles]:
-    """Curve, intercepts and the information that each group's rows have about its intercept.
+    """Fit curve and intercepts; also returns the Fisher information of each group about its intercept.
 
-    The groups are eliminated from the linear system of a step, so that a step costs N + K and not K cubed.
+    Each step eliminates the intercepts from the linear system, so that it takes O(N + K) instead of O(K^3).
     """
-    prior = np.array([0.0, 1.0, 1.0])  # the curve of a network that is as often right as it says
+    prior = np.array([0.0, 1.0, 1.0])  # the curve of a perfectly calibrated network
     curve, intercepts = prior.copy(), np.zeros(groups)
     information: Doubles = np.zeros(groups)
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         mean = _sigmoid(features @ curve + intercepts[group])
         weight = np.maximum(mean * (1 - mean), 1e-9)
-        residual = right - mean
+        residual = correct - mean
         weighted = weight[:, None] * features
         hessian = features.T @ weighted + _RIDGE * np.eye(3)
         gradient = features.T @ residual - _RIDGE * (curve - prior)
@@ -176,7 +181,7 @@ def _newton(
             hessian -= mixed.T @ (mixed / diagonal[:, None])
             gradient -= mixed.T @ (pull / diagonal)
         step = np.linalg.solve(hessian, gradient)
-        scale = min(1.0, _LONGEST_STEP / max(float(np.abs(step).max()), _TOLERANCE))
+        scale = min(1.0, _MAX_STEP_SIZE / max(float(np.abs(step).max()), _TOLERANCE))
         if variance:
             intercepts = intercepts + scale * (pull - mixed @ step) / diagonal
         curve = curve + scale * step

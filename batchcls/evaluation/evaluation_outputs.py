@@ -1,4 +1,4 @@
-"""Writes the outputs of an evaluation: metrics.json, four tables and a page."""
+"""Writes the outputs of an evaluation: metrics.json, four Parquet tables and the HTML page."""
 
 import base64
 import io
@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from batchcls.errors import InputError
-from batchcls.evaluation.calibration import CONFIDENCE, NEVER, HoldoutSplit, Temperature
+from batchcls.evaluation.calibration import CONFIDENCE, NO_THRESHOLD, HoldoutSplit, Temperature
 from batchcls.evaluation.classification_metrics import Bin, CategoryCounts, Outcomes, Rows, reliability
-from batchcls.evaluation.evaluator import Evaluated, Hierarchy
+from batchcls.evaluation.evaluator import EvaluationResult, Hierarchy
 from batchcls.evaluation.hierarchy import PathScores
 from batchcls.evaluation.labeled_rows import LabeledManifest
 from batchcls.images.load_config import LoadSettings
@@ -31,39 +31,39 @@ from batchcls.schema import IMAGE, ITEM_ID, PIXELS, ROW, URI
 from batchcls.storage.filesystem import Storage, explain, redact_uri, write_files
 
 
-def categories_table(found: Evaluated) -> pa.Table:
-    """One row a category: how right its answers are, its threshold, and what that is worth on held-out rows.
+def categories_table(result: EvaluationResult) -> pa.Table:
+    """Table with one row per category: metrics, threshold, and its held-out acceptance and precision.
 
-    A share that would divide by zero is null, and so is the threshold of a category that is never sure enough.
+    A fraction with a zero denominator is null, and so is the threshold of a category that accepts nothing.
     """
-    outcomes, held, limits = found.outcomes, found.held_out, found.thresholds
+    outcomes, held, limits = result.outcomes, result.held_out, result.thresholds
     counts = CategoryCounts.of(outcomes)
     categories = len(outcomes.labels)
-    taken = held.outcomes.take(np.flatnonzero(held.accepted))
-    accepted = CategoryCounts.of(taken) if len(taken) else None
+    accepted_outcomes = held.outcomes.take(np.flatnonzero(held.accepted))
+    accepted = CategoryCounts.of(accepted_outcomes) if len(accepted_outcomes) else None
     zeros = np.zeros(categories, np.int64)
-    paths = [None] * categories if found.paths is None else ["/".join(path) for path in found.paths]
+    paths = [None] * categories if result.paths is None else ["/".join(path) for path in result.paths]
     return pa.table(
         {
             "label": pa.array(outcomes.labels, pa.string()),
             "category_path": pa.array(paths, pa.string()),
             "support": counts.support,
-            "answered": counts.answered,
-            "right": counts.right,
-            "precision": _shares(counts.precision),
-            "recall": _shares(counts.recall),
-            "f1": _shares(counts.f1),
-            "threshold": pa.array(limits.by_category, mask=limits.by_category == NEVER),
+            "predicted": counts.predicted,
+            "correct": counts.correct,
+            "precision": _nullable(counts.precision),
+            "recall": _nullable(counts.recall),
+            "f1": _nullable(counts.f1),
+            "threshold": pa.array(limits.by_category, mask=limits.by_category == NO_THRESHOLD),
             "own_weight": pa.array(limits.own_weight, pa.float32()),
-            "held_out_accepted": accepted.answered if accepted else zeros,
-            "held_out_precision": _shares(accepted.precision if accepted else np.full(categories, np.nan)),
+            "held_out_accepted": accepted.predicted if accepted else zeros,
+            "held_out_precision": _nullable(accepted.precision if accepted else np.full(categories, np.nan)),
         }
     )
 
 
-def reliability_table(found: Evaluated) -> pa.Table:
-    """The bins before the temperature and, where there is one, after it, fitted on the other half of the rows."""
-    kinds = {"before": found.before} | ({"held_out": found.held_out.outcomes} if found.temperature else {})
+def reliability_table(result: EvaluationResult) -> pa.Table:
+    """Table of the reliability bins before temperature scaling and, if fitted, after it on held-out rows."""
+    kinds = {"before": result.before} | ({"held_out": result.held_out.outcomes} if result.temperature else {})
     rows = [
         {"kind": kind, **{name: getattr(bin_, name) for name in Bin.__slots__}}
         for kind, outcomes in kinds.items()
@@ -73,40 +73,42 @@ def reliability_table(found: Evaluated) -> pa.Table:
 
 
 def bins_of(outcomes: Outcomes) -> tuple[Bin, ...]:
-    """The reliability of outcomes."""
-    return reliability(outcomes.probability, outcomes.right)
+    """Reliability bins of outcomes."""
+    return reliability(outcomes.probability, outcomes.correct)
 
 
-def predictions_table(found: Evaluated, notes: pa.Table, rows: Rows) -> pa.Table:
-    """Every row of the manifest: `labeled.NOTES`, and for judged ones the answer as `classify` would give it.
+def predictions_table(result: EvaluationResult, notes: pa.Table, rows: Rows) -> pa.Table:
+    """Table of all rows of the manifest: the columns of `labeled_rows.NOTES` and the prediction.
+
+    The prediction equals that of `classify`; it is null for rows that were not evaluated.
 
     Args:
-        found: of the judged rows.
-        notes: of all rows.
-        rows: numbers of the judged ones, ascending.
+        result: Result for the evaluated rows.
+        notes: Table of all rows with the schema `labeled_rows.NOTES`.
+        rows: Row numbers of the evaluated rows, ascending.
     """
-    outcomes = found.outcomes
-    places = np.full(notes.num_rows, -1, np.int64)
-    places[rows] = np.arange(len(rows))
-    taken = pa.array(places, mask=places < 0)
+    outcomes = result.outcomes
+    positions = np.full(notes.num_rows, -1, np.int64)
+    positions[rows] = np.arange(len(rows))
+    indices = pa.array(positions, mask=positions < 0)
     labels = pa.array(outcomes.labels, pa.string())
-    answers = {
+    predictions = {
         "predicted": labels.take(pa.array(outcomes.predicted)),
         "probability": pa.array(outcomes.probability),
-        "right": pa.array(outcomes.right),
+        "correct": pa.array(outcomes.correct),
         "rank": pa.array(outcomes.rank, mask=outcomes.rank < 0),
-        "accepted": pa.array(found.accepted),
+        "accepted": pa.array(result.accepted),
     }
-    if found.hierarchy is not None and found.hierarchy.place is not None:
-        place = found.hierarchy.place
-        names = pa.array(found.hierarchy.names, pa.string())
-        answers["category_path"] = names.take(pa.array(place, mask=place < 0))
-    for name, column in answers.items():
-        notes = notes.append_column(name, column.take(taken))
+    if result.hierarchy is not None and result.hierarchy.node is not None:
+        node = result.hierarchy.node
+        names = pa.array(result.hierarchy.names, pa.string())
+        predictions["category_path"] = names.take(pa.array(node, mask=node < 0))
+    for name, column in predictions.items():
+        notes = notes.append_column(name, column.take(indices))
     return notes
 
 
-def _shares(values: npt.NDArray[np.float64]) -> pa.Array:
+def _nullable(values: npt.NDArray[np.float64]) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 
@@ -115,15 +117,15 @@ METRICS, PAGE = "metrics.json", "evaluate.html"
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSubject:
-    """What was evaluated, when and on what.
+    """The evaluated model or run and the rows it was evaluated on.
 
     Attributes:
-        created: UTC.
-        settings: of the job, without anything secret.
-        manifest: its fingerprint.
-        model: what is known of the bundle or the run, as JSON values.
-        notes: `labeled.NOTES` of all rows.
-        rows: numbers of the judged ones.
+        created: Time of the evaluation, UTC.
+        settings: Settings of the job, without secrets.
+        manifest: Fingerprint of the manifest.
+        model: Description of the bundle or the run, as JSON values.
+        notes: Table of all rows with the schema `labeled_rows.NOTES`.
+        rows: Row numbers of the evaluated rows.
     """
 
     created: datetime
@@ -134,14 +136,14 @@ class EvaluationSubject:
     rows: Rows
 
     @property
-    def left_out(self) -> Counter[str]:
-        """Rows that were not judged, by reason."""
+    def excluded(self) -> Counter[str]:
+        """Number of excluded rows by reason."""
         return Counter(self.notes.column("reason").drop_null().to_pylist())
 
 
-def as_json(found: Evaluated, subject: EvaluationSubject) -> dict[str, Any]:
-    """The contents of metrics.json; shares are in 0..1."""
-    held, wished = found.held_out, found.thresholds.target_precision
+def as_json(result: EvaluationResult, subject: EvaluationSubject) -> dict[str, Any]:
+    """Contents of metrics.json; fractions are in 0..1."""
+    held, target_precision = result.held_out, result.thresholds.target_precision
     return {
         "format": "batchcls-evaluation-1",
         "created": subject.created.isoformat(timespec="seconds"),
@@ -150,67 +152,68 @@ def as_json(found: Evaluated, subject: EvaluationSubject) -> dict[str, Any]:
         "model": dict(subject.model),
         "rows": {
             "manifest": subject.notes.num_rows,
-            "judged": len(found.outcomes),
-            "left_out": dict(subject.left_out.most_common()),
+            "evaluated": len(result.outcomes),
+            "excluded": dict(subject.excluded.most_common()),
         },
-        "metrics": dict(found.metrics),
+        "metrics": dict(result.metrics),
         "calibration": {
-            "temperature": None if found.temperature is None else _temperature(found.temperature),
-            "ece_before": asdict(found.ece_before),
-            "ece_held_out": asdict(held.ece) if found.temperature else None,
+            "temperature": None if result.temperature is None else _temperature_json(result.temperature),
+            "ece_before": asdict(result.ece_before),
+            "ece_held_out": asdict(held.ece) if result.temperature else None,
         },
         "thresholds": {
-            "target_precision": wished,
+            "target_precision": target_precision,
             "confidence": CONFIDENCE,
             "held_out": {
-                **_half(held.together),
+                **_split_json(held.combined),
                 "interval_95": held.interval,
-                "holds": held.holds(wished),
-                "halves": [_half(half) for half in held.halves],
+                "holds": held.holds(target_precision),
+                "halves": [_split_json(half) for half in held.halves],
             },
-            "all_rows": _half(_in_sample(found)),
+            "all_rows": _split_json(_in_sample(result)),
         },
-        "hierarchy": None if found.hierarchy is None else _hierarchy(found.hierarchy),
-        "approximate": approximations(found),
+        "hierarchy": None if result.hierarchy is None else _hierarchy_json(result.hierarchy),
+        "limitations": limitations(result),
     }
 
 
-def approximations(found: Evaluated) -> list[str]:
-    """What is missing or less than exact, and why."""
-    if found.temperature is not None:
+def limitations(result: EvaluationResult) -> list[str]:
+    """Sentences that state which metrics are missing or inexact, and why."""
+    if result.temperature is not None:
         return (
             [
-                f"the search for a temperature ended at its limit, {found.temperature.fitted:.3g}: so few of the rows "
-                "are wrong, or so many, that they do not determine one and none is applied; label more rows"
+                f"the search for a temperature ended at its limit of {result.temperature.fitted:.3g}: too few or too "
+                "many predictions are incorrect to determine a temperature, so none is applied; label more rows"
             ]
-            if found.temperature.at_limit
+            if result.temperature.at_limit
             else []
         )
     lines = [
-        "no temperature and no masses of nodes: a run keeps no logits; evaluate the bundle for them",
-        "categories are the labels that occur: one of the model that neither the manifest nor the run names is "
-        "not there, and a label that the model does not have counts as wrong",
+        "no temperature and no node probabilities: a run stores no logits; evaluate the bundle to get them",
+        "the categories are the labels that occur in the manifest or in the run: other categories of the model are "
+        "missing, and rows with a label unknown to the model count as incorrect",
     ]
-    if found.metrics["top5"] is None:
-        lines.append(f"no top-5: the run has a top_k of {found.kept}")
+    if result.metrics["top5"] is None:
+        lines.append(f"no top-5 accuracy: the run stores only the top {result.ranked_categories} categories")
     return lines
 
 
 def write_outputs(
-    found: Evaluated, subject: EvaluationSubject, page: str, output: str, storage: Storage
+    result: EvaluationResult, subject: EvaluationSubject, page: str, output: str, storage: Storage
 ) -> list[str]:
-    """Write everything, each file whole, metrics.json last; returns where.
+    """Write all output files, each atomically and metrics.json last, and return their URIs.
 
     Raises:
-        InputError, StorageStoppedError: as `storage.write_files` says.
+        InputError: The first file cannot be written.
+        StorageStoppedError: A later file cannot be written.
     """
     files = {
-        "categories.parquet": _parquet(categories_table(found)),
-        "confusion.parquet": _parquet(found.confusion.as_table()),
-        "reliability.parquet": _parquet(reliability_table(found)),
-        "predictions.parquet": _parquet(predictions_table(found, subject.notes, subject.rows)),
+        "categories.parquet": _parquet(categories_table(result)),
+        "confusion.parquet": _parquet(result.confusion.as_table()),
+        "reliability.parquet": _parquet(reliability_table(result)),
+        "predictions.parquet": _parquet(predictions_table(result, subject.notes, subject.rows)),
         PAGE: page.encode(),
-        METRICS: f"{json.dumps(as_json(found, subject), indent=2, ensure_ascii=False)}\n".encode(),
+        METRICS: f"{json.dumps(as_json(result, subject), indent=2, ensure_ascii=False)}\n".encode(),
     }
     return write_files(output, files, storage)
 
@@ -222,72 +225,78 @@ def _parquet(table: pa.Table) -> bytes:
     return data
 
 
-def _in_sample(found: Evaluated) -> HoldoutSplit:
-    accepted = found.accepted
-    return HoldoutSplit(len(accepted), int(accepted.sum()), int(found.outcomes.right[accepted].sum()))
+def _in_sample(result: EvaluationResult) -> HoldoutSplit:
+    accepted = result.accepted
+    return HoldoutSplit(len(accepted), int(accepted.sum()), int(result.outcomes.correct[accepted].sum()))
 
 
-def _half(half: HoldoutSplit) -> dict[str, Any]:
-    return {**asdict(half), "precision": half.precision, "coverage": half.coverage}
+def _split_json(split: HoldoutSplit) -> dict[str, Any]:
+    return {**asdict(split), "precision": split.precision, "coverage": split.coverage}
 
 
-def _temperature(found: Temperature) -> dict[str, Any]:
-    return {**asdict(found), "value": found.value, "applied": found.applied, "at_limit": found.at_limit}
-
-
-def _hierarchy(found: Hierarchy) -> dict[str, Any]:
+def _temperature_json(temperature: Temperature) -> dict[str, Any]:
     return {
-        "flat": _scores(found.flat),
-        "deepest_held_out": None if found.deepest is None else _scores(found.deepest),
-        "named": found.named,
-        "depth_thresholds": [value if value <= 1 else None for value in found.depth_thresholds],
+        **asdict(temperature),
+        "value": temperature.value,
+        "applied": temperature.applied,
+        "at_limit": temperature.at_limit,
     }
 
 
-def _scores(scores: PathScores) -> dict[str, Any]:
+def _hierarchy_json(hierarchy: Hierarchy) -> dict[str, Any]:
+    return {
+        "flat": _scores_json(hierarchy.flat),
+        "deepest_held_out": None if hierarchy.deepest is None else _scores_json(hierarchy.deepest),
+        "coverage": hierarchy.coverage,
+        "depth_thresholds": [value if value <= 1 else None for value in hierarchy.depth_thresholds],
+    }
+
+
+def _scores_json(scores: PathScores) -> dict[str, Any]:
     return {**asdict(scores), "f1": scores.f1}
 
 
 Curves = Mapping[str, list[float]]
+"""Training curves: values of each metric by epoch, and the epochs under the key `EPOCH`."""
 
 EPOCH = "epoch"
 
 
 def read_curves(uri: str | None, lineage: Mapping[str, Any], storage: Storage) -> Curves:
-    """`epoch` and whatever goes with it, lists of numbers of one length; empty where nothing is known.
+    """Read training curves: `epoch` and other metrics as lists of equal length; empty if there are none.
 
     Args:
-        uri: a JSON file; None: the lineage's own `curves`.
-        lineage: of the bundle.
-        storage: how to reach the file.
+        uri: URI of a JSON file; None reads `curves` from the lineage.
+        lineage: Lineage of the bundle.
+        storage: Storage that contains the file.
 
     Raises:
-        InputError: the file cannot be read, or holds something else.
+        InputError: The file cannot be read or has another format.
     """
     if uri is None:
-        found, name = lineage.get("curves"), "the bundle's lineage"
+        curves, name = lineage.get("curves"), "the bundle's lineage"
     else:
         name = f"--training-curves {redact_uri(uri)}"
         with explain(uri):
             data = storage.read_bytes(uri)
         try:
-            found = json.loads(data)
+            curves = json.loads(data)
         except ValueError as error:
             raise InputError(f"{name} is not JSON ({error})") from None
-    if found is None:
+    if curves is None:
         return {}
-    if not _are_curves(found):
+    if not _are_curves(curves):
         raise InputError(
-            f'{name}: curves have the form {{"epoch": [1, 2], "loss": [0.9, 0.7], "learning_rate": [...]}}, lists of '
-            "numbers of one length"
+            f'{name}: expected curves of the form {{"epoch": [1, 2], "loss": [0.9, 0.7], "learning_rate": [...]}}, '
+            "lists of numbers of equal length"
         )
-    return {str(key): [float(value) for value in values] for key, values in found.items()}
+    return {str(key): [float(value) for value in values] for key, values in curves.items()}
 
 
-def _are_curves(found: Any) -> bool:
-    if not isinstance(found, dict) or EPOCH not in found:
+def _are_curves(curves: Any) -> bool:
+    if not isinstance(curves, dict) or EPOCH not in curves:
         return False
-    lists = list(found.values())
+    lists = list(curves.values())
     return (
         all(isinstance(values, list) for values in lists)
         and len({len(values) for values in lists}) == 1
@@ -297,16 +306,19 @@ def _are_curves(found: Any) -> bool:
 
 
 SIDE = 112
-"""Pixels of a thumbnail's side."""
+"""Width and height of a thumbnail in pixels."""
 
-_PAIRS, _EACH = 8, 4
+_MAX_PAIRS, _EXAMPLES_PER_PAIR = 8, 4
 _ROWS_PER_TABLE = 1024
-_QUALITY = 72
+_JPEG_QUALITY = 72
 
 
 @dataclass(frozen=True, slots=True)
 class WorstPair:
-    """Two categories that are mixed up, how often, and the manifest's rows of a few examples, the surest first."""
+    """A frequent confusion: label, predicted category, number of rows, and row numbers of a few examples.
+
+    The examples have the highest probabilities, in descending order.
+    """
 
     label: str
     predicted: str
@@ -314,33 +326,34 @@ class WorstPair:
     examples: tuple[int, ...]
 
 
-def worst_pairs(found: Evaluated, rows: Rows) -> tuple[WorstPair, ...]:
-    """The pairs of categories that are mixed up most often, a few of them.
+def worst_pairs(result: EvaluationResult, rows: Rows) -> tuple[WorstPair, ...]:
+    """The most frequent confusions, at most eight.
 
     Args:
-        found: of the judged rows.
-        rows: numbers of these rows in the manifest.
+        result: Result for the evaluated rows.
+        rows: Row numbers of these rows in the manifest.
     """
-    outcomes = found.outcomes
+    outcomes = result.outcomes
     pairs = []
-    for truth, predicted, count in found.confusion.worst(_PAIRS):
-        places = np.flatnonzero((outcomes.truth == truth) & (outcomes.predicted == predicted))
-        surest = places[np.argsort(-outcomes.probability[places], kind="stable")[:_EACH]]
+    for truth, predicted, count in result.confusion.worst(_MAX_PAIRS):
+        confused = np.flatnonzero((outcomes.truth == truth) & (outcomes.predicted == predicted))
+        by_confidence = np.argsort(-outcomes.probability[confused], kind="stable")
+        examples = confused[by_confidence[:_EXAMPLES_PER_PAIR]]
         names = outcomes.labels[truth], outcomes.labels[predicted]
-        pairs.append(WorstPair(*names, count, tuple(map(int, rows[surest]))))
+        pairs.append(WorstPair(*names, count, tuple(map(int, rows[examples]))))
     return tuple(pairs)
 
 
 def thumbnails(pairs: Sequence[WorstPair], labeled: LabeledManifest, load: LoadSettings) -> dict[int, str]:
-    """Images of the examples by row, as `data:` URIs of JPEGs; one that cannot be read is left out.
+    """Thumbnails of the examples by row number, as `data:` URIs of JPEG files. Unreadable images are omitted.
 
     Args:
-        pairs: whose examples are wanted.
-        labeled: where they stand.
-        load: how images are fetched and which are refused.
+        pairs: Confusions whose examples are loaded.
+        labeled: Manifest that contains the examples.
+        load: Settings for fetching and decoding.
     """
-    wanted = sorted({row for pair in pairs for row in pair.examples})
-    if not wanted:
+    example_rows = sorted({row for pair in pairs for row in pair.examples})
+    if not example_rows:
         return {}
     size = Preprocessing(
         input_height=SIDE,
@@ -352,22 +365,22 @@ def thumbnails(pairs: Sequence[WorstPair], labeled: LabeledManifest, load: LoadS
     )
     loader = Loader(replace(load, preprocessing=size, decode_margin=2.0))
     images = {}
-    for block in loader.load(iter([_rows(wanted, labeled)]), {}):
+    for block in loader.load(iter([_read_rows(example_rows, labeled)]), {}):
         pixels = block.column(PIXELS).combine_chunks()
-        good = block.column(ROW).filter(pixels.is_valid()).to_pylist()
-        for row, image in zip(good, pixels_of(pixels, size.shape), strict=True):
+        decoded = block.column(ROW).filter(pixels.is_valid()).to_pylist()
+        for row, image in zip(decoded, pixels_of(pixels, size.shape), strict=True):
             file = io.BytesIO()
-            Image.fromarray(image).save(file, "JPEG", quality=_QUALITY)
+            Image.fromarray(image).save(file, "JPEG", quality=_JPEG_QUALITY)
             images[row] = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
     return images
 
 
-def _rows(wanted: Sequence[int], labeled: LabeledManifest) -> pa.Table:
+def _read_rows(rows: Sequence[int], labeled: LabeledManifest) -> pa.Table:
     reader = FragmentReader(labeled.manifest.columns, labeled.storage)
     tables = []
     for fragment in labeled.manifest.fragments(repeat(_ROWS_PER_TABLE)):
-        inside = [row for row in wanted if 0 <= row - fragment.first_row < fragment.rows]
-        if inside:
+        offsets = [row - fragment.first_row for row in rows if 0 <= row - fragment.first_row < fragment.rows]
+        if offsets:
             (table,) = reader.read(fragment, _ROWS_PER_TABLE)
-            tables.append(table.take([row - fragment.first_row for row in inside]))
+            tables.append(table.take(offsets))
     return pa.concat_tables(tables).select([ROW, ITEM_ID, URI, IMAGE])

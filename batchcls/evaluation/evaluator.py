@@ -1,4 +1,4 @@
-"""Computes the complete evaluation from the predictions of a model or of a run."""
+"""Evaluates the logits of a model or the predictions of a run: metrics, calibration and thresholds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +14,8 @@ from batchcls.evaluation.calibration import (
     check_held_out,
     fit_temperature,
     fit_thresholds,
-    halves_of,
     negative_log_likelihood,
+    split_halves,
 )
 from batchcls.evaluation.classification_metrics import (
     CalibrationError,
@@ -40,51 +40,53 @@ from batchcls.inference.taxonomy import levels_of
 from batchcls.models.model_bundle import Calibration, HeldOut
 from batchcls.preprocessing import AugmentationName
 
-_LEAST_ROWS = 2
+_MIN_ROWS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """LogitStore in the tree of categories.
+    """Hierarchical metrics and predictions in the category tree.
 
     Attributes:
-        flat: the best label of every row, abstaining never.
-        deepest: an accepted label, or else the deepest node that is probable enough, at thresholds that were
-            fitted on the other half of the rows; None where there are no masses of nodes.
-        named: share of the rows (0..1) for which a node is named at all.
-        depth_thresholds: fitted on all rows, for each depth; empty without masses.
-        names: paths of all nodes, written a/b/c.
-        place: what each of N rows gets at thresholds of all rows, in `names`; -1: nothing.
+        flat: Scores of the top-1 label of every row, without abstention.
+        deepest: Held-out scores of the accepted label or, if there is none, of the deepest node above its
+            threshold; None if node probabilities are unknown.
+        coverage: Fraction of the held-out rows (0..1) for which a node is predicted.
+        depth_thresholds: Threshold of each depth, fitted on all rows; empty without node probabilities.
+        names: Paths of all nodes, in the form a/b/c.
+        node: Index in `names` of the node predicted for each of N rows at the thresholds of all rows; -1 if
+            none is.
     """
 
     flat: PathScores
     deepest: PathScores | None = None
-    named: float | None = None
+    coverage: float | None = None
     depth_thresholds: tuple[float, ...] = ()
     names: tuple[str, ...] = ()
-    place: Categories | None = None
+    node: Categories | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
-    """What was found.
+class EvaluationResult:
+    """Complete result of an evaluation.
 
     Attributes:
-        before: outcomes at temperature 1, or as a run has them.
-        outcomes: at the temperature; those of `before` where there is none.
-        kept: how many categories were ranked; None: all.
-        metrics: see `metrics.summary`.
-        ece_before: expected calibration error of `before`.
-        temperature: None for a run, whose logits are gone.
-        thresholds: fitted on all rows.
-        held_out: what temperature and thresholds are worth on other rows.
-        hierarchy: None where categories have no paths.
-        paths: of the categories; None where they have none.
+        before: Outcomes at temperature 1, or as recorded by a run.
+        outcomes: Outcomes at the applied temperature; equal to `before` if none is applied.
+        ranked_categories: Number of categories with a rank; None if all are ranked.
+        metrics: Metrics by name, see `classification_metrics.summary`.
+        ece_before: Expected calibration error of `before`.
+        temperature: Fitted temperature; None for a run, which stores no logits.
+        thresholds: Thresholds fitted on all rows.
+        held_out: Temperature and thresholds evaluated on held-out rows.
+        confusion: Confusion matrix of `outcomes`.
+        hierarchy: Hierarchical metrics; None if the categories have no paths.
+        paths: Paths of the categories; None if they have none.
     """
 
     before: Outcomes
     outcomes: Outcomes
-    kept: int | None
+    ranked_categories: int | None
     metrics: Mapping[str, float | None]
     ece_before: CalibrationError
     temperature: Temperature | None
@@ -96,18 +98,18 @@ class Evaluated:
 
     @property
     def accepted(self) -> npt.NDArray[np.bool_]:
-        """Whether each row is sure enough at the thresholds of all rows, as `classify --abstain` has it."""
+        """Whether each row reaches its threshold, as in `classify --abstain`."""
         return self.thresholds.accepts(self.outcomes.predicted, self.outcomes.probability)
 
     def calibration(self, manifest_fingerprint: str, tta: AugmentationName) -> Calibration:
-        """What a bundle keeps of it: only of answers whose logits are known.
+        """The calibration record of a bundle. Only valid if the result was computed from logits.
 
         Args:
-            manifest_fingerprint: of the labeled rows.
-            tta: the views that were averaged.
+            manifest_fingerprint: Fingerprint of the labeled manifest.
+            tta: Test-time augmentation whose views were averaged.
         """
         assert self.temperature is not None
-        both = self.held_out.together
+        both = self.held_out.combined
         depths = self.hierarchy.depth_thresholds if self.hierarchy is not None else ()
         return Calibration(
             temperature=self.temperature.value,
@@ -123,61 +125,67 @@ class Evaluated:
         )
 
 
-def evaluate_answers(answers: LogitStore, paths: Sequence[Path] | None, target_precision: float) -> Evaluated:
-    """Everything there is to find in logits.
+def evaluate_logits(
+    store: LogitStore, paths: Sequence[Path] | None, target_precision: float
+) -> EvaluationResult:
+    """Compute metrics, temperature, thresholds and hierarchical metrics from logits.
 
     Args:
-        answers: at least two rows.
-        paths: of the K categories in a tree; None: there is no tree.
-        target_precision: above 0 and below 1.
+        store: Logits of at least two labeled rows.
+        paths: Paths of the K categories in the category tree; None if there is no tree.
+        target_precision: Above 0 and below 1.
 
     Raises:
-        InputError: there are fewer than two rows.
+        InputError: There are fewer than two rows.
     """
-    _require_rows(len(answers))
-    halves = halves_of(answers.truth)
-    fitted = [fit_temperature(answers, half) for half in halves]
+    _require_rows(len(store))
+    halves = split_halves(store.truth)
+    fitted = [fit_temperature(store, half) for half in halves]
     temperature = Temperature(
-        fitted=fit_temperature(answers),
-        nll_before=negative_log_likelihood(answers, 1.0),
-        nll_held_out=_crossed_nll(answers, fitted, halves),
+        fitted=fit_temperature(store),
+        nll_before=negative_log_likelihood(store, 1.0),
+        nll_held_out=_held_out_nll(store, fitted, halves),
     )
-    before = answers.outcomes(1.0)
+    before = store.outcomes(1.0)
     after = (
-        (answers.outcomes(fitted[0]), answers.outcomes(fitted[1]))
-        if temperature.applied
-        else (before, before)
+        (store.outcomes(fitted[0]), store.outcomes(fitted[1])) if temperature.applied else (before, before)
     )
-    held_out = check_held_out(answers.truth, after, target_precision)
-    outcomes = answers.outcomes(temperature.value) if temperature.applied else before
-    found = replace(_evaluated(before, outcomes, held_out, target_precision, paths), temperature=temperature)
+    held_out = check_held_out(store.truth, after, target_precision)
+    outcomes = store.outcomes(temperature.value) if temperature.applied else before
+    result = replace(_evaluate(before, outcomes, held_out, target_precision, paths), temperature=temperature)
     if paths is None:
-        return found
-    nodes = node_outcomes(answers, temperature.value, levels_of(paths))
-    return replace(found, hierarchy=_hierarchy(found, nodes, paths))
+        return result
+    nodes = node_outcomes(store, temperature.value, levels_of(paths))
+    return replace(result, hierarchy=_evaluate_hierarchy(result, nodes, paths))
 
 
 def evaluate_outcomes(
-    outcomes: Outcomes, kept: int, paths: Sequence[Path] | None, target_precision: float
-) -> Evaluated:
-    """What can be found without logits: no temperature, no masses of nodes, ranks among the kept categories only.
+    outcomes: Outcomes, ranked_categories: int, paths: Sequence[Path] | None, target_precision: float
+) -> EvaluationResult:
+    """Compute what does not need logits: no temperature and no node probabilities.
+
+    Args:
+        outcomes: Outcomes of at least two rows.
+        ranked_categories: Number of categories with a rank.
+        paths: Paths of the K categories in the category tree; None if there is no tree.
+        target_precision: Above 0 and below 1.
 
     Raises:
-        InputError: there are fewer than two rows.
+        InputError: There are fewer than two rows.
     """
     _require_rows(len(outcomes))
     held_out = check_held_out(outcomes.truth, (outcomes, outcomes), target_precision)
-    return _evaluated(outcomes, outcomes, held_out, target_precision, paths, kept)
+    return _evaluate(outcomes, outcomes, held_out, target_precision, paths, ranked_categories)
 
 
-def _evaluated(
+def _evaluate(
     before: Outcomes,
     outcomes: Outcomes,
     held_out: HeldOutCheck,
     target_precision: float,
     paths: Sequence[Path] | None,
-    kept: int | None = None,
-) -> Evaluated:
+    ranked_categories: int | None = None,
+) -> EvaluationResult:
     confusion = Confusion.of(outcomes)
     hierarchy = None
     if paths is not None:
@@ -185,15 +193,15 @@ def _evaluated(
             confusion.truth.tolist(), confusion.predicted.tolist(), confusion.rows.tolist(), strict=True
         )
         hierarchy = Hierarchy(path_scores(paths, paths, pairs))
-    return Evaluated(
+    return EvaluationResult(
         before=before,
         outcomes=outcomes,
-        kept=kept,
-        metrics=summary(outcomes, kept),
-        ece_before=calibration_error(before.probability, before.right),
+        ranked_categories=ranked_categories,
+        metrics=summary(outcomes, ranked_categories),
+        ece_before=calibration_error(before.probability, before.correct),
         temperature=None,
         thresholds=fit_thresholds(
-            outcomes.predicted, outcomes.probability, outcomes.right, len(outcomes.labels), target_precision
+            outcomes.predicted, outcomes.probability, outcomes.correct, len(outcomes.labels), target_precision
         ),
         held_out=held_out,
         confusion=confusion,
@@ -202,52 +210,52 @@ def _evaluated(
     )
 
 
-def _hierarchy(found: Evaluated, nodes: Sequence[NodeOutcomes], paths: Sequence[Path]) -> Hierarchy:
-    assert found.hierarchy is not None
-    wished, truth = found.thresholds.target_precision, found.outcomes.truth
-    every = np.arange(len(truth))
-    limits = tuple(one.threshold(every, wished) for one in nodes)
-    names, place = deepest_paths(nodes, limits)
-    first, second = halves_of(truth)
-    checked = np.full(len(truth), -1, np.int32)
-    for here, there in ((first, second), (second, first)):
-        _, elsewhere = deepest_paths(nodes, [one.threshold(here, wished) for one in nodes])
-        checked[there] = elsewhere[there]
-    answers = [*(tuple(name.split("/")) for name in names), ()]
-    leaves = _leaves(nodes)
-    held = found.held_out
-    checked = np.where(held.accepted, leaves[held.outcomes.predicted], checked)
-    place = np.where(found.accepted, leaves[found.outcomes.predicted], place)
-    scores = path_scores(paths, answers, count_pairs(truth, checked))
-    named = float((checked >= 0).mean())
+def _evaluate_hierarchy(
+    result: EvaluationResult, levels: Sequence[NodeOutcomes], paths: Sequence[Path]
+) -> Hierarchy:
+    """Add abstention to the hierarchical metrics; `levels` has the node outcomes of each depth."""
+    assert result.hierarchy is not None
+    target_precision, truth = result.thresholds.target_precision, result.outcomes.truth
+    all_rows = np.arange(len(truth))
+    limits = tuple(level.threshold(all_rows, target_precision) for level in levels)
+    names, node = deepest_paths(levels, limits)
+    first, second = split_halves(truth)
+    held_out_node = np.full(len(truth), -1, np.int32)
+    for fit_rows, test_rows in ((first, second), (second, first)):
+        _, fitted = deepest_paths(levels, [level.threshold(fit_rows, target_precision) for level in levels])
+        held_out_node[test_rows] = fitted[test_rows]
+    predicted_paths = [*(tuple(name.split("/")) for name in names), ()]
+    leaves = _leaf_nodes(levels)
+    held = result.held_out
+    held_out_node = np.where(held.accepted, leaves[held.outcomes.predicted], held_out_node)
     return replace(
-        found.hierarchy,
-        deepest=scores,
-        named=named,
+        result.hierarchy,
+        deepest=path_scores(paths, predicted_paths, count_pairs(truth, held_out_node)),
+        coverage=float((held_out_node >= 0).mean()),
         depth_thresholds=limits,
         names=names,
-        place=place,
+        node=np.where(result.accepted, leaves[result.outcomes.predicted], node),
     )
 
 
-def _crossed_nll(answers: LogitStore, fitted: Sequence[float], halves: tuple[Rows, Rows]) -> float:
-    """Mean over all rows, those of each half at the temperature of the other."""
+def _held_out_nll(store: LogitStore, fitted: Sequence[float], halves: tuple[Rows, Rows]) -> float:
+    """Mean negative log-likelihood of all rows, each half at the temperature fitted on the other half."""
     parts = zip(reversed(fitted), halves, strict=True)
-    total = sum(negative_log_likelihood(answers, value, half) * len(half) for value, half in parts)
-    return total / len(answers)
+    total = sum(negative_log_likelihood(store, value, half) * len(half) for value, half in parts)
+    return total / len(store)
 
 
-def _leaves(nodes: Sequence[NodeOutcomes]) -> Categories:
-    """For each category the place of its whole path among the names of all levels."""
-    above = sum(len(one.level.names) for one in nodes[:-1])
-    return nodes[-1].level.of_class + np.int32(above)
+def _leaf_nodes(levels: Sequence[NodeOutcomes]) -> Categories:
+    """Index of the full path of each category among the node names of all levels."""
+    inner_nodes = sum(len(outcomes.level.names) for outcomes in levels[:-1])
+    return levels[-1].level.of_class + np.int32(inner_nodes)
 
 
 def _require_rows(rows: int) -> None:
-    if rows < _LEAST_ROWS:
+    if rows < _MIN_ROWS:
         raise InputError(
-            f"{rows} row can be judged; thresholds are fitted on one half and checked on the other, which takes "
-            "hundreds: give a larger labeled manifest"
+            f"only {rows} row(s) can be evaluated; thresholds are fitted on one half of the rows and evaluated on "
+            "the other, which takes hundreds of rows: use a larger labeled manifest"
         )
 
 

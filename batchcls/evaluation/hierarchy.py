@@ -1,6 +1,6 @@
 """Computes hierarchical metrics of predictions in the category tree.
 
-Letters: N rows, K categories.
+Notation: N rows, K categories.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,24 +19,32 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class NodeOutcomes:
-    """The most probable node of one depth for N rows: its number, its mass (0..1), and whether it is right."""
+    """The most probable node of one depth for N rows.
+
+    Attributes:
+        level: Nodes of this depth.
+        node: N node indices in `level`.
+        probability: N probabilities of these nodes (0..1), each the sum over the classes of the node.
+        correct: Whether each node contains the true category.
+    """
 
     level: Level
-    best: Categories
-    mass: Floats
-    right: npt.NDArray[np.bool_]
+    node: Categories
+    probability: Floats
+    correct: npt.NDArray[np.bool_]
 
     def threshold(self, rows: Rows, target_precision: float) -> float:
-        """The lowest mass from which on these rows are right often enough; infinity where there is none."""
-        return float(lowest_threshold(self.mass[rows], self.right[rows], target_precision))
+        """Fit the lowest threshold that reaches the target precision on `rows`; infinity if none does."""
+        return float(lowest_threshold(self.probability[rows], self.correct[rows], target_precision))
 
 
 @dataclass(frozen=True, slots=True)
 class PathScores:
-    """Precision and recall over nodes (0..1), of Kiritchenko et al., Learning and Evaluation in the Presence of
-    Class Hierarchies (2006): each answer and each label counts with all nodes above it, the root left out.
+    """Hierarchical precision and recall (0..1).
 
-    `precision` is None where no node was ever named.
+    Each prediction and each label counts with all of its ancestors except the root (Kiritchenko et al.,
+    Learning and Evaluation in the Presence of Class Hierarchies, 2006). `precision` is None if no node was
+    predicted.
     """
 
     precision: float | None
@@ -44,75 +52,74 @@ class PathScores:
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of both."""
+        """Harmonic mean of precision and recall."""
         both = (self.precision or 0.0) + self.recall
         return 2 * (self.precision or 0.0) * self.recall / both if both else 0.0
 
 
-def node_outcomes(
-    answers: LogitStore, temperature: float, levels: Sequence[Level]
-) -> tuple[NodeOutcomes, ...]:
-    """For each level its most probable node for every row."""
-    best: list[list[Categories]] = [[] for _ in levels]
-    mass: list[list[Floats]] = [[] for _ in levels]
-    for probabilities, _ in answers.probabilities(temperature):
+def node_outcomes(store: LogitStore, temperature: float, levels: Sequence[Level]) -> tuple[NodeOutcomes, ...]:
+    """Find the most probable node of each level for every row."""
+    nodes: list[list[Categories]] = [[] for _ in levels]
+    maxima: list[list[Floats]] = [[] for _ in levels]
+    for probabilities, _ in store.probabilities(temperature):
         for depth, level in enumerate(levels):
             masses = level.masses(probabilities)
-            best[depth].append(masses.argmax(axis=1).astype(np.int32))
-            mass[depth].append(masses.max(axis=1))
-    found = []
+            nodes[depth].append(masses.argmax(axis=1).astype(np.int32))
+            maxima[depth].append(masses.max(axis=1))
+    outcomes = []
     for depth, level in enumerate(levels):
-        nodes = np.concatenate(best[depth])
-        right = nodes == level.of_class[answers.truth]
-        found.append(NodeOutcomes(level, nodes, np.concatenate(mass[depth]), right))
-    return tuple(found)
+        node = np.concatenate(nodes[depth])
+        correct = node == level.of_class[store.truth]
+        outcomes.append(NodeOutcomes(level, node, np.concatenate(maxima[depth]), correct))
+    return tuple(outcomes)
 
 
-def deepest_paths(nodes: Sequence[NodeOutcomes], thresholds: Sequence[float]) -> tuple[Path, Categories]:
-    """The deepest node of each of N rows that is probable enough.
+def deepest_paths(levels: Sequence[NodeOutcomes], thresholds: Sequence[float]) -> tuple[Path, Categories]:
+    """Find the deepest node of each of N rows that reaches the threshold of its depth.
 
     Returns:
-        Names of all nodes of the tree, written a/b/c, and for each row its place there; -1: none is sure.
+        The names of all nodes of the tree in the form a/b/c, and for each row the index of its node in these
+        names, or -1 if no node reaches its threshold.
     """
     names: list[str] = []
-    place = np.full(len(nodes[0].best), -1, np.int32)
-    for one, threshold in zip(nodes, thresholds, strict=True):
-        sure = one.mass >= np.float32(threshold)
-        place[sure] = one.best[sure] + len(names)
-        names += one.level.names
-    return tuple(names), place
+    node = np.full(len(levels[0].node), -1, np.int32)
+    for outcomes, threshold in zip(levels, thresholds, strict=True):
+        accepted = outcomes.probability >= np.float32(threshold)
+        node[accepted] = outcomes.node[accepted] + len(names)
+        names += outcomes.level.names
+    return tuple(names), node
 
 
 def path_scores(
-    truth: Sequence[Path], answers: Sequence[Path], pairs: Iterable[tuple[int, int, int]]
+    truth: Sequence[Path], predictions: Sequence[Path], pairs: Iterable[tuple[int, int, int]]
 ) -> PathScores:
-    """Score answers against labels.
+    """Compute hierarchical precision and recall.
 
     Args:
-        truth: paths of labels.
-        answers: paths of answers; an empty one names nothing.
-        pairs: label, answer, and how many rows have them.
+        truth: Paths of the labels.
+        predictions: Paths of the predicted nodes; an empty path means no prediction.
+        pairs: Index of the label, index of the prediction, and number of rows with both.
     """
-    shared = named = wanted = 0
-    for label, answer, rows in pairs:
-        right, given = truth[label], answers[answer]
-        shared += rows * _shared(right, given)
-        named += rows * len(given)
-        wanted += rows * len(right)
-    return PathScores(shared / named if named else None, shared / wanted)
+    shared = predicted_nodes = label_nodes = 0
+    for label, prediction, rows in pairs:
+        true_path, predicted_path = truth[label], predictions[prediction]
+        shared += rows * _common_prefix(true_path, predicted_path)
+        predicted_nodes += rows * len(predicted_path)
+        label_nodes += rows * len(true_path)
+    return PathScores(shared / predicted_nodes if predicted_nodes else None, shared / label_nodes)
 
 
-def count_pairs(truth: Categories, answer: Categories) -> list[tuple[int, int, int]]:
-    """How often each pair occurs in N rows."""
-    pairs, rows = np.unique(np.stack([truth, answer]), axis=1, return_counts=True)
-    return [(int(label), int(given), int(count)) for (label, given), count in zip(pairs.T, rows, strict=True)]
+def count_pairs(truth: Categories, predicted: Categories) -> list[tuple[int, int, int]]:
+    """Count the rows of each pair (true category, predicted node) that occurs."""
+    pairs, rows = np.unique(np.stack([truth, predicted]), axis=1, return_counts=True)
+    return [(int(label), int(node), int(count)) for (label, node), count in zip(pairs.T, rows, strict=True)]
 
 
-def _shared(one: Path, other: Path) -> int:
-    """Length of what two paths have in common from the top on."""
-    same = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
+def _common_prefix(path: Path, other: Path) -> int:
+    """Length of the common prefix of two paths."""
+    length = 0
+    for name, other_name in zip(path, other, strict=False):
+        if name != other_name:
             break
-        same += 1
-    return same
+        length += 1
+    return length

@@ -1,4 +1,4 @@
-"""`batchcls evaluate`: labeled rows and a bundle or a run -> how right, how sure, from where on."""
+"""`batchcls evaluate`: measures accuracy, calibrates probabilities and fits thresholds on labeled rows."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ from batchcls.evaluation.evaluation_outputs import (
     EPOCH,
     Curves,
     EvaluationSubject,
-    approximations,
+    limitations,
     read_curves,
     thumbnails,
     worst_pairs,
     write_outputs,
 )
-from batchcls.evaluation.evaluator import Evaluated, evaluate_answers, evaluate_outcomes
+from batchcls.evaluation.evaluator import EvaluationResult, evaluate_logits, evaluate_outcomes
 from batchcls.evaluation.hierarchy import Path
 from batchcls.evaluation.labeled_rows import LabeledManifest
-from batchcls.evaluation.model_predictions import Answering, room_for_logits
-from batchcls.evaluation.run_predictions import open_run, read_answers
+from batchcls.evaluation.model_predictions import LabeledPredictor, allocate_logits
+from batchcls.evaluation.run_predictions import open_run, read_run_predictions
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.models.engines.compile_cache import CompileCache
@@ -39,7 +39,7 @@ from batchcls.models.engines.engine import Device, EngineChoice, EngineConfig
 from batchcls.models.engines.factory import describe_engine
 from batchcls.models.model_bundle import Bundle, Calibration
 from batchcls.preprocessing import Preprocessing, Views, views_of
-from batchcls.report.evaluate_page import PageParts, evaluate_page, verdict
+from batchcls.report.evaluate_page import PageParts, evaluate_page, findings
 from batchcls.report.evaluate_plots import Curve
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 
@@ -52,10 +52,10 @@ _EXAMPLES = """examples:
   batchcls evaluate --manifest s3://shop/labeled/ --run s3://shop/out --output s3://shop/evaluated
   batchcls evaluate --config jobs/evaluate.toml
 
-Then `batchcls classify --model models/v1-calibrated --abstain ...` leaves a label null where the
-model is not sure enough.
-exit codes: 0 done; 1 unexpected; 2 bad configuration or input, nothing written; 4 stopped after a part was written;
-            130 interrupted
+`batchcls classify --model models/v1-calibrated --abstain ...` then sets the label of predictions below
+their threshold to null.
+exit codes: 0 success; 1 unexpected error; 2 invalid configuration or input, nothing written;
+            4 stopped after some files were written; 130 interrupted
 """
 
 _REMOTE_REQUESTS = 16
@@ -66,10 +66,18 @@ _ANY_SIZE = Preprocessing(
 
 
 @dataclass(frozen=True, slots=True)
-class _Judged:
-    """What was found, `labeled.NOTES` of all rows, the judged rows' numbers, what was judged, and its training."""
+class _Evaluation:
+    """Result of a bundle or a run, and the rows that it refers to.
 
-    found: Evaluated
+    Attributes:
+        result: Metrics, calibration and thresholds.
+        notes: Table of all rows with the schema `labeled_rows.NOTES`.
+        rows: Row numbers of the evaluated rows.
+        model: Description of the bundle or the run, as JSON values.
+        curves: Training curves, if known.
+    """
+
+    result: EvaluationResult
     notes: pa.Table
     rows: Rows
     model: Mapping[str, Any]
@@ -77,9 +85,9 @@ class _Judged:
 
 
 def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
-    """Run the job from manifest to page; errors leave as `errors.BatchclsError`."""
+    """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors."""
     storage = Storage(config.storage_options)
-    _check(config, storage)
+    _check_settings(config, storage)
     labeled = LabeledManifest.open(
         config.manifest,
         storage,
@@ -91,64 +99,64 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     if config.model is not None:
         bundle = Bundle.load(config.model, storage)
         _logger.info("model: %s", bundle_line(bundle))
-        judged = _judge_bundle(config, bundle, labeled, console)
+        evaluation = _evaluate_bundle(config, bundle, labeled, console)
     else:
-        judged = _judge_run(config, labeled)
+        evaluation = _evaluate_run(config, labeled)
     subject = EvaluationSubject(
         created=datetime.now(UTC),
         settings=config.redacted(),
         manifest=labeled.manifest.fingerprint,
-        model=judged.model,
-        notes=judged.notes,
-        rows=judged.rows,
+        model=evaluation.model,
+        notes=evaluation.notes,
+        rows=evaluation.rows,
     )
-    page = _page(config, judged, subject, labeled)
-    written = write_outputs(judged.found, subject, page, config.output, storage)
+    page = _page(config, evaluation, subject, labeled)
+    written = write_outputs(evaluation.result, subject, page, config.output, storage)
     if config.write_bundle is not None:
-        calibration = judged.found.calibration(subject.manifest, config.tta)
+        calibration = evaluation.result.calibration(subject.manifest, config.tta)
         with stop_run_on_input_error():
-            uri = _write_bundle(config.write_bundle, bundle, calibration, judged.found.paths, storage)
+            uri = _write_bundle(config.write_bundle, bundle, calibration, evaluation.result.paths, storage)
         written.append(uri)
-    _show(judged.found, subject, written)
+    _print_results(evaluation.result, subject, written)
     return ExitCode.DONE
 
 
-def _check(config: EvaluateConfig, storage: Storage) -> None:
-    """Refuse what cannot work before it costs time."""
+def _check_settings(config: EvaluateConfig, storage: Storage) -> None:
+    """Reject invalid combinations and unreachable outputs before the expensive work starts."""
     if (config.model is None) == (config.run is None):
-        raise InputError("name what is to be judged, either --model BUNDLE or --run OUTPUT/runs/ID")
+        raise InputError("specify what to evaluate, either --model BUNDLE or --run OUTPUT/runs/ID")
     if config.model is None and config.write_bundle is not None:
         raise InputError(
-            "--write-bundle: a run keeps no logits, so there is no temperature; use --model BUNDLE"
+            "--write-bundle: a run stores no logits, so there is no temperature; use --model BUNDLE"
         )
     if config.model is None and config.tta != "none":
         raise InputError(
-            "--tta: a run has averaged its views already; leave the flag out, or use --model BUNDLE"
+            "--tta: the views of a run are already averaged; remove the flag, or use --model BUNDLE"
         )
-    for place in (config.output, config.write_bundle):
-        if place is not None:
-            with explain(place):
-                storage.list_files(place)
+    for uri in (config.output, config.write_bundle):
+        if uri is not None:
+            with explain(uri):
+                storage.list_files(uri)
 
 
-def _judge_bundle(
+def _evaluate_bundle(
     config: EvaluateConfig, bundle: Bundle, labeled: LabeledManifest, console: Console
-) -> _Judged:
+) -> _Evaluation:
     curves = read_curves(config.training_curves, bundle.config.lineage, labeled.storage)
     labels = bundle.config.labels
     paths = _paths(config, labels, bundle.config.category_paths)
     views = views_of(config.tta, bundle.config.preprocessing)
-    load = _load(config, labeled, bundle.config.preprocessing, views)
-    choice, place = EngineChoice(config.engine, config.precision), _place(config)
-    engine, _ = start_tested_engine(bundle, choice, place)
+    load = _load_settings(config, labeled, bundle.config.preprocessing, views)
+    choice = EngineChoice(config.engine, config.precision)
+    engine, _ = start_tested_engine(bundle, choice, _engine_config(config))
     _logger.info("engine: %s", describe_engine(engine))
-    answering = Answering(labeled, labels, engine)
+    predictor = LabeledPredictor(labeled, labels, engine)
     rows = labeled.manifest.rows
-    with room_for_logits(rows * views.count, len(labels)) as room:
-        with watching(lambda: answering, rows, console, config.log_interval_seconds):
-            notes, judged, answers = answering.run(load, room)
-        _logger.info("predicted %d rows; fitting calibration", len(answers))
-        found = evaluate_answers(answers, paths, config.target_precision)
+    with allocate_logits(rows * views.count, len(labels)) as buffer:
+        with watching(lambda: predictor, rows, console, config.log_interval_seconds):
+            notes, evaluated_rows, store = predictor.run(load, buffer)
+        _logger.info("predicted %d rows; fitting calibration", len(store))
+        result = evaluate_logits(store, paths, config.target_precision)
     assert config.model is not None
     model = {
         "bundle": redact_uri(config.model),
@@ -156,33 +164,34 @@ def _judge_bundle(
         "architecture": str(bundle.config.spec),
         "engine": describe_engine(engine),
     }
-    return _Judged(found, notes, judged, model, curves)
+    return _Evaluation(result, notes, evaluated_rows, model, curves)
 
 
-def _judge_run(config: EvaluateConfig, labeled: LabeledManifest) -> _Judged:
+def _evaluate_run(config: EvaluateConfig, labeled: LabeledManifest) -> _Evaluation:
     assert config.run is not None
     curves = read_curves(config.training_curves, {}, labeled.storage)
     run = open_run(config.run, labeled.storage)
-    notes, rows, outcomes, kept = read_answers(run, labeled, labeled.storage)
+    notes, rows, outcomes, ranked_categories = read_run_predictions(run, labeled, labeled.storage)
     paths = _paths(config, outcomes.labels, None)
-    found = evaluate_outcomes(outcomes, kept, paths, config.target_precision)
+    result = evaluate_outcomes(outcomes, ranked_categories, paths, config.target_precision)
     model = {
         "run": run.record["run_id"],
         "fingerprint": run.record["model"].get("fingerprint"),
         "architecture": run.record["model"].get("architecture"),
     }
-    return _Judged(found, notes, rows, model, curves)
+    return _Evaluation(result, notes, rows, model, curves)
 
 
 def _paths(
-    config: EvaluateConfig, labels: Sequence[str], known: Sequence[Path] | None
+    config: EvaluateConfig, labels: Sequence[str], bundle_paths: Sequence[Path] | None
 ) -> Sequence[Path] | None:
-    if known is None and config.labels_are_paths:
+    """Category paths of the bundle, or else of the labels with --labels-are-paths."""
+    if bundle_paths is None and config.labels_are_paths:
         return [tuple(label.split("/")) for label in labels]
-    return known
+    return bundle_paths
 
 
-def _place(config: EvaluateConfig) -> EngineConfig:
+def _engine_config(config: EvaluateConfig) -> EngineConfig:
     device: Device = "cpu"
     if config.device != "auto":
         device = config.device
@@ -193,7 +202,7 @@ def _place(config: EvaluateConfig) -> EngineConfig:
     )
 
 
-def _load(
+def _load_settings(
     config: EvaluateConfig, labeled: LabeledManifest, preprocessing: Preprocessing, views: Views
 ) -> LoadSettings:
     cores = torch.get_num_threads()
@@ -210,29 +219,29 @@ def _load(
 
 
 def _page(
-    config: EvaluateConfig, judged: _Judged, subject: EvaluationSubject, labeled: LabeledManifest
+    config: EvaluateConfig, evaluation: _Evaluation, subject: EvaluationSubject, labeled: LabeledManifest
 ) -> str:
-    pairs = worst_pairs(judged.found, judged.rows)
-    epochs = judged.curves.get(EPOCH, [])
+    pairs = worst_pairs(evaluation.result, evaluation.rows)
+    epochs = evaluation.curves.get(EPOCH, [])
     parts = PageParts(
-        title=f"How right is {redact_uri(config.model or config.run or '')}",
+        title=f"Evaluation of {redact_uri(config.model or config.run or '')}",
         manifest=redact_uri(config.manifest),
         version=version("batchcls"),
         pairs=pairs,
-        images=thumbnails(pairs, labeled, _load(config, labeled, _ANY_SIZE, Views())),
+        images=thumbnails(pairs, labeled, _load_settings(config, labeled, _ANY_SIZE, Views())),
         curves=[
             Curve(name.replace("_", " "), epochs, values)
-            for name, values in judged.curves.items()
+            for name, values in evaluation.curves.items()
             if name != EPOCH
         ],
     )
-    return evaluate_page(judged.found, subject, parts)
+    return evaluate_page(evaluation.result, subject, parts)
 
 
 def _write_bundle(
     uri: str, bundle: Bundle, calibration: Calibration, paths: Sequence[Path] | None, storage: Storage
 ) -> str:
-    """The same network with what was found; its golden answers stay, which are of temperature 1."""
+    """Write the bundle with the calibration. The golden outputs stay valid: they are stored at temperature 1."""
     changes: dict[str, Any] = {"calibration": calibration}
     if bundle.config.category_paths is None and paths is not None:
         changes["category_paths"] = paths
@@ -243,16 +252,16 @@ def _write_bundle(
     return uri
 
 
-def _show(found: Evaluated, subject: EvaluationSubject, written: Sequence[str]) -> None:
-    """The closing words, on stdout."""
+def _print_results(result: EvaluationResult, subject: EvaluationSubject, written: Sequence[str]) -> None:
+    """Print the metrics, the findings and the output URIs to stdout."""
     out = results_console()
-    out.print(metrics_table(found))
-    out.print(worst_categories_table(found, _CATEGORIES_SHOWN))
-    for sentence in verdict(found):
+    out.print(metrics_table(result))
+    out.print(worst_categories_table(result, _CATEGORIES_SHOWN))
+    for sentence in findings(result):
         out.print(sentence)
-    for reason, count in subject.left_out.most_common():
-        out.print(f"left out: {reason} {count}")
-    for line in approximations(found):
+    for reason, count in subject.excluded.most_common():
+        out.print(f"excluded: {count} ({reason})")
+    for line in limitations(result):
         out.print(f"note: {line}")
     for uri in written:
         out.print(f"results: {redact_uri(uri)}")

@@ -131,7 +131,7 @@ def _at(batch_size: int, format_value: Callable[[Throughput], str]) -> Callable[
 
 
 def _throughput(part: Throughput) -> str:
-    return f"{figure(part.images_per_second)} ({part.spread * 100:.0f} %)"
+    return f"{figure(part.images_per_second)} ({part.spread * 100:.0f}%)"
 
 
 def _memory(part: Throughput) -> str:

@@ -15,11 +15,11 @@ from batchcls.evaluation.evaluation_outputs import (
     SIDE,
     EvaluationSubject,
     WorstPair,
-    approximations,
     bins_of,
     categories_table,
+    limitations,
 )
-from batchcls.evaluation.evaluator import Evaluated, Hierarchy
+from batchcls.evaluation.evaluator import EvaluationResult, Hierarchy
 from batchcls.evaluation.hierarchy import PathScores
 from batchcls.report.evaluate_plots import Curve, curve_plot, reliability_plot
 from batchcls.report.html import Column, Table, make_table, render_page
@@ -34,7 +34,7 @@ _COLUMNS: Sequence[Column[_Category]] = (
     Column("precision", lambda row: _share(row["precision"])),
     Column("recall", lambda row: _share(row["recall"])),
     Column("support", lambda row: f"{row['support']:,}", "rows"),
-    Column("predicted", lambda row: f"{row['answered']:,}", "rows"),
+    Column("predicted", lambda row: f"{row['predicted']:,}", "rows"),
     Column("threshold", lambda row: "never" if row["threshold"] is None else f"{row['threshold']:.3f}"),
     Column("own weight", lambda row: _share(row["own_weight"]), "of the threshold"),
     Column("accepted", lambda row: f"{row['held_out_accepted']:,}", "held-out rows"),
@@ -58,12 +58,12 @@ class Matrix:
     rows: tuple[tuple[Cell, ...], ...]
 
 
-def category_tables(found: Evaluated) -> tuple[Table, ...]:
-    """All categories by ascending F1; with many categories, the 50 worst and the 50 best.
+def category_tables(result: EvaluationResult) -> tuple[Table, ...]:
+    """Tables of all categories by ascending F1; with more than 100 categories, of the 50 worst and the 50 best.
 
     Categories without rows and predictions have no F1 and come last.
     """
-    table = categories_table(found)
+    table = categories_table(result)
     f1 = table.column("f1").to_numpy()
     order = np.argsort(np.where(np.isnan(f1), np.inf, f1), kind="stable")
     if len(order) <= _MAX_CATEGORIES:
@@ -76,12 +76,12 @@ def category_tables(found: Evaluated) -> tuple[Table, ...]:
     )
 
 
-def matrix_of(found: Evaluated) -> Matrix | None:
-    """The confusion matrix; None with too many categories to display."""
-    labels = found.outcomes.labels
+def matrix_of(result: EvaluationResult) -> Matrix | None:
+    """The confusion matrix; None if there are too many categories to display."""
+    labels = result.outcomes.labels
     if len(labels) > _MAX_MATRIX:
         return None
-    counts = found.confusion.matrix()
+    counts = result.confusion.matrix()
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     return Matrix(
         labels,
@@ -95,12 +95,16 @@ def matrix_of(found: Evaluated) -> Matrix | None:
     )
 
 
-def hierarchy_table(found: Hierarchy) -> Table:
-    """Hierarchical precision and recall, with and without abstention."""
-    entries = [("top-1 label", "all rows", found.flat)]
-    if found.deepest is not None and found.named is not None:
+def hierarchy_table(hierarchy: Hierarchy) -> Table:
+    """Table of hierarchical precision and recall, without and with abstention."""
+    entries = [("top-1 label", "all rows", hierarchy.flat)]
+    if hierarchy.deepest is not None and hierarchy.coverage is not None:
         entries.append(
-            ("deepest confident node", f"{percent(found.named)} of rows have one; held-out", found.deepest)
+            (
+                "deepest node above its threshold",
+                f"{percent(hierarchy.coverage)} of held-out rows",
+                hierarchy.deepest,
+            )
         )
     columns: Sequence[Column[tuple[str, str, PathScores]]] = (
         Column("precision", lambda entry: _share(entry[2].precision)),
@@ -122,8 +126,7 @@ def _share(value: float | None) -> str:
     return _NONE if value is None else percent(value)
 
 
-_MAX_CURVE_POINTS = 400
-"""Longer curves are subsampled."""
+_MAX_CURVE_POINTS = 400  # longer curves are subsampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,54 +175,54 @@ class PageParts:
     curves: Sequence[Curve]
 
 
-def evaluate_page(found: Evaluated, subject: EvaluationSubject, parts: PageParts) -> str:
+def evaluate_page(result: EvaluationResult, subject: EvaluationSubject, parts: PageParts) -> str:
     """Render the page as one self-contained HTML file without scripts."""
-    tables: tuple[Table, ...] = category_tables(found)
-    matrix: Matrix | None = matrix_of(found)
+    tables: tuple[Table, ...] = category_tables(result)
+    matrix: Matrix | None = matrix_of(result)
     return render_page(
         "evaluate.html",
         title=parts.title,
         version=parts.version,
-        facts=_facts(found, subject, parts),
-        figures=_figures(found),
-        verdict=verdict(found),
-        approximate=approximations(found),
-        plots=_plots(found, parts.curves),
-        has_temperature=found.temperature is not None,
+        facts=_facts(result, subject, parts),
+        figures=_figures(result),
+        findings=findings(result),
+        limitations=limitations(result),
+        plots=_plots(result, parts.curves),
+        has_temperature=result.temperature is not None,
         matrix=matrix,
         pairs=[_pair(pair, subject, parts.images) for pair in parts.pairs],
         side=SIDE,
         tables=tables,
-        hierarchy=None if found.hierarchy is None else hierarchy_table(found.hierarchy),
-        wished=percent(found.thresholds.target_precision),
+        hierarchy=None if result.hierarchy is None else hierarchy_table(result.hierarchy),
+        target_precision=percent(result.thresholds.target_precision),
     )
 
 
-def verdict(found: Evaluated) -> list[str]:
-    """Sentences that assess thresholds and temperature, the most important first."""
-    sentences = _threshold_sentences(found)
+def findings(result: EvaluationResult) -> list[str]:
+    """Sentences that assess the thresholds and the temperature, the most important first."""
+    sentences = _threshold_sentences(result)
     return (
         sentences
-        if found.temperature is None
-        else [*sentences, _temperature_sentence(found, found.temperature)]
+        if result.temperature is None
+        else [*sentences, _temperature_sentence(result, result.temperature)]
     )
 
 
-def _threshold_sentences(found: Evaluated) -> list[str]:
-    held, wished = found.held_out, found.thresholds.target_precision
-    both, interval = held.together, held.interval
+def _threshold_sentences(result: EvaluationResult) -> list[str]:
+    held, target_precision = result.held_out, result.thresholds.target_precision
+    both, interval = held.combined, held.interval
     if both.precision is None or interval is None:
         return [
-            f"No prediction can be accepted at {percent(wished)} precision",
+            f"No prediction can be accepted at {percent(target_precision)} precision",
             "No threshold reached that precision on these rows; lower the target or label more rows.",
         ]
     low, high = interval
-    state = "hold" if held.holds(wished) else "do not hold"
+    state = "reach" if held.holds(target_precision) else "do not reach"
     sentences = [
-        f"Thresholds for {percent(wished)} {state}: {percent(both.precision)} precision, "
+        f"The thresholds {state} the target of {percent(target_precision)}: {percent(both.precision)} precision, "
         f"{percent(both.coverage)} coverage",
-        f"Each half of the rows was evaluated with the thresholds of the other half: {both.right:,} of "
-        f"{both.accepted:,} accepted predictions were correct (95 % interval {percent(low)} to "
+        f"Each half of the rows was evaluated with the thresholds of the other half: {both.correct:,} of "
+        f"{both.accepted:,} accepted predictions were correct (95% interval {percent(low)} to "
         f"{percent(high)}); {both.rows - both.accepted:,} "
         f"of {both.rows:,} rows were left without a label.",
     ]
@@ -230,7 +233,7 @@ def _threshold_sentences(found: Evaluated) -> list[str]:
     return [*sentences, f"Precision of the two halves: {halves}."]
 
 
-def _temperature_sentence(found: Evaluated, temperature: Temperature) -> str:
+def _temperature_sentence(result: EvaluationResult, temperature: Temperature) -> str:
     likelihood = f"{temperature.nll_before:.4f} to {temperature.nll_held_out:.4f}"
     if temperature.at_limit:
         return "No temperature is applied: the rows do not determine one."
@@ -241,37 +244,37 @@ def _temperature_sentence(found: Evaluated, temperature: Temperature) -> str:
         )
     return (
         f"A temperature of {temperature.value:.3g} lowers the held-out negative log-likelihood from "
-        f"{likelihood}; the held-out expected calibration error changes from {_interval(found.ece_before)} to "
-        f"{_interval(found.held_out.ece)}. A perfectly calibrated model would score "
-        f"{found.held_out.ece.by_chance:.3f} on this number of rows by chance."
+        f"{likelihood}; the held-out expected calibration error changes from {_interval(result.ece_before)} to "
+        f"{_interval(result.held_out.ece)}. A perfectly calibrated model would score "
+        f"{result.held_out.ece.by_chance:.3f} on this number of rows by chance."
     )
 
 
 def _interval(error: CalibrationError) -> str:
-    return f"{error.value:.3f} (95 % interval {error.low:.3f} to {error.high:.3f})"
+    return f"{error.value:.3f} (95% interval {error.low:.3f} to {error.high:.3f})"
 
 
-def _facts(found: Evaluated, subject: EvaluationSubject, parts: PageParts) -> list[tuple[str, str]]:
-    left_out = ", ".join(f"{reason} {count:,}" for reason, count in subject.left_out.most_common())
+def _facts(result: EvaluationResult, subject: EvaluationSubject, parts: PageParts) -> list[tuple[str, str]]:
+    excluded = ", ".join(f"{count:,} {reason}" for reason, count in subject.excluded.most_common())
     return [
-        ("Model", ", ".join(_named(name, value) for name, value in subject.model.items() if value)),
-        ("Rows", f"{len(found.outcomes):,} of {subject.notes.num_rows:,} of {parts.manifest}"),
-        ("Excluded", left_out or "none"),
-        ("Categories", f"{len(found.outcomes.labels):,}"),
+        ("Model", ", ".join(_model_fact(name, value) for name, value in subject.model.items() if value)),
+        ("Rows", f"{len(result.outcomes):,} of {subject.notes.num_rows:,} in {parts.manifest}"),
+        ("Excluded", excluded or "none"),
+        ("Categories", f"{len(result.outcomes.labels):,}"),
         ("Created", f"{subject.created:%-d %B %Y, %H:%M %Z}".strip()),
     ]
 
 
-def _named(name: str, value: str) -> str:
+def _model_fact(name: str, value: str) -> str:
     return f"{name} {value[:12] if name == 'fingerprint' else value}"
 
 
-def _figures(found: Evaluated) -> list[_MetricCard]:
-    metrics, held = found.metrics, found.held_out
-    shown = [
+def _figures(result: EvaluationResult) -> list[_MetricCard]:
+    metrics, held = result.metrics, result.held_out
+    cards = [
         _MetricCard(name, percent(value), remark)
         for name, value, remark in (
-            ("top-1", metrics["top1"], _uncertainty(metrics["top1"], len(found.outcomes))),
+            ("top-1", metrics["top1"], _uncertainty(metrics["top1"], len(result.outcomes))),
             ("top-5", metrics["top5"], ""),
             ("balanced accuracy", metrics["balanced_accuracy"], "mean recall"),
             ("macro F1", metrics["macro_f1"], "unweighted mean"),
@@ -279,31 +282,31 @@ def _figures(found: Evaluated) -> list[_MetricCard]:
         )
         if value is not None
     ]
-    after = found.temperature is not None and found.temperature.applied
-    error = held.ece if after else found.ece_before
+    scaled = result.temperature is not None and result.temperature.applied
+    error = held.ece if scaled else result.ece_before
     remark = f"{error.low:.3f} to {error.high:.3f}; by chance {error.by_chance:.3f}"
-    remark += f"; {found.ece_before.value:.3f} before temperature scaling" if after else ""
-    return [*shown, _MetricCard("calibration error", f"{error.value:.3f}", remark)]
+    remark += f"; {result.ece_before.value:.3f} before temperature scaling" if scaled else ""
+    return [*cards, _MetricCard("calibration error", f"{error.value:.3f}", remark)]
 
 
-def _uncertainty(share: float | None, rows: int) -> str:
-    """Half the width of the 95 % interval of a share, in percentage points."""
-    reach = 1.96 * math.sqrt((share or 0.0) * (1 - (share or 0.0)) / rows)
-    return f"\N{PLUS-MINUS SIGN} {100 * reach:.1f} pp"
+def _uncertainty(proportion: float | None, rows: int) -> str:
+    """Half the width of the 95% interval of a proportion, in percentage points."""
+    margin = 1.96 * math.sqrt((proportion or 0.0) * (1 - (proportion or 0.0)) / rows)
+    return f"\N{PLUS-MINUS SIGN} {100 * margin:.1f} pp"
 
 
-def _plots(found: Evaluated, curves: Sequence[Curve]) -> list[_EvaluationPlot]:
-    after = None if found.temperature is None else bins_of(found.held_out.outcomes)
-    reliable = reliability_plot(bins_of(found.before), after, "reliability-")
-    plots = [_EvaluationPlot("Accuracy by predicted probability", reliable)]
+def _plots(result: EvaluationResult, curves: Sequence[Curve]) -> list[_EvaluationPlot]:
+    after = None if result.temperature is None else bins_of(result.held_out.outcomes)
+    diagram = reliability_plot(bins_of(result.before), after, "reliability-")
+    plots = [_EvaluationPlot("Accuracy by predicted probability", diagram)]
     for number, curve in enumerate(curves):
         step = math.ceil(len(curve.x) / _MAX_CURVE_POINTS)
-        thin = Curve(curve.name, curve.x[::step], curve.y[::step])
-        plots.append(_EvaluationPlot(f"Training: {curve.name}", curve_plot(thin, f"curve-{number}-")))
+        subsampled = Curve(curve.name, curve.x[::step], curve.y[::step])
+        plots.append(_EvaluationPlot(f"Training: {curve.name}", curve_plot(subsampled, f"curve-{number}-")))
     return plots
 
 
 def _pair(pair: WorstPair, subject: EvaluationSubject, images: Mapping[int, str]) -> _Pair:
     ids = subject.notes.column("item_id")
-    shown = tuple((images[row], str(ids[row].as_py())) for row in pair.examples if row in images)
-    return _Pair(pair.label, pair.predicted, pair.rows, shown)
+    examples = tuple((images[row], str(ids[row].as_py())) for row in pair.examples if row in images)
+    return _Pair(pair.label, pair.predicted, pair.rows, examples)

@@ -13,7 +13,7 @@ from batchcls.evaluation.classification_metrics import Bin
 from batchcls.report.html import ACCENT, GROUND, INK, MUTED
 from batchcls.report.pareto_plot import drawing, style_axes, to_markup
 
-# Pixels on a phone, where a plot fills the width.
+# In CSS pixels: on a phone, a plot fills the width.
 _WIDTH, _HEIGHT, _CURVE_HEIGHT = 378.0, 350.0, 230.0
 _MARGINS = {"left": 0.13, "right": 0.97, "top": 0.97}
 _HISTOGRAM_HEIGHT = 0.16  # share of the height of the figure
@@ -57,7 +57,7 @@ def reliability_plot(before: Sequence[Bin], after: Sequence[Bin] | None, prefix:
             hints |= _draw_bins(upper, after, "after", strong=True)
         for axis in (upper.xaxis, upper.yaxis):
             axis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         _draw_counts(lower, before if after is None else after)
         title = "Accuracy by predicted probability"
         return to_markup(figure, prefix, title, hints)
@@ -68,11 +68,11 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> di
     hints = {}
     color = ACCENT if strong else INK
     points = [
-        (one.probability, one.right, one)
-        for one in bins
-        if one.probability is not None and one.right is not None
+        (bin_.probability, bin_.accuracy, bin_)
+        for bin_ in bins
+        if bin_.probability is not None and bin_.accuracy is not None
     ]
-    most = max(one.rows for one in bins)
+    max_rows = max(bin_.rows for bin_ in bins)
     axes.plot(
         [x for x, _, _ in points],
         [y for _, y, _ in points],
@@ -80,12 +80,12 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> di
         linewidth=1.6 if strong else 1,
         gid=f"line-{gid}",
     )
-    for index, (x, y, one) in enumerate(points):
+    for index, (x, y, bin_) in enumerate(points):
         axes.plot(
             [x],
             [y],
             marker="o",
-            markersize=3 + 5 * math.sqrt(one.rows / most),
+            markersize=3 + 5 * math.sqrt(bin_.rows / max_rows),
             markerfacecolor=color if strong else GROUND,
             markeredgecolor=color,
             linestyle="none",
@@ -93,17 +93,17 @@ def _draw_bins(axes: Axes, bins: Sequence[Bin], gid: str, *, strong: bool) -> di
             gid=f"bin-{gid}-{index}",
         )
         hints[f"bin-{gid}-{index}"] = (
-            f"{gid}: {one.rows:,} rows with probability {one.low:.0%} to {one.high:.0%}, "
+            f"{gid}: {bin_.rows:,} rows with probability {bin_.low:.0%} to {bin_.high:.0%}, "
             f"mean {x:.1%}, accuracy {y:.1%}"
         )
     return hints
 
 
 def _draw_counts(axes: Axes, bins: Sequence[Bin]) -> None:
-    rows = [one.rows for one in bins]
-    widths = [0.86 * (one.high - one.low) for one in bins]
-    middles = [(one.low + one.high) / 2 for one in bins]
-    axes.bar(middles, rows, width=widths, color=MUTED, linewidth=0)
+    rows = [bin_.rows for bin_ in bins]
+    widths = [0.86 * (bin_.high - bin_.low) for bin_ in bins]
+    centers = [(bin_.low + bin_.high) / 2 for bin_ in bins]
+    axes.bar(centers, rows, width=widths, color=MUTED, linewidth=0)
     axes.grid(visible=False)
     axes.yaxis.set_major_locator(FixedLocator([max(rows)]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -10,16 +10,16 @@ _TIME_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 
 def share(part: float, whole: float) -> str:
-    """A part of a whole, such as `82.3 %`; shares near 0 and 100 get two decimals and are never rounded to 0 or 100."""
+    """A part of a whole, such as `82.3%`; shares near 0 and 100 get two decimals and are never rounded to 0 or 100."""
     if whole == 0:
         return "-"
     value = 100 * part / whole
     digits = 2 if 0 < value < 1 or 99 < value < 100 else 1
     if 0 < value < 0.01:
-        return "< 0.01 %"
+        return "< 0.01%"
     if 99.99 < value < 100:
-        return "> 99.99 %"
-    return f"{value:.{digits}f} %"
+        return "> 99.99%"
+    return f"{value:.{digits}f}%"
 
 
 def percentage_points(now: float, before: float) -> str:

@@ -243,7 +243,7 @@ def _set_axes(axes: Axes, points: Sequence[Point], x_name: str, target: Target |
     axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}%"))
     axes.set_xlabel(x_name, color=MUTED, parse_math=False, labelpad=6)
     style_axes(axes)
 

@@ -317,7 +317,7 @@ def _histogram(confidence: Confidence) -> _Histogram:
             for (low, high), rows in zip(pairwise(edges), confidence.bins, strict=True)
         ),
         line="" if before is None else _outline([100 * value / highest for value in before]),
-        highest=f"{100 * highest:.1f} %",
+        highest=f"{100 * highest:.1f}%",
         note=note,
     )
 

@@ -127,7 +127,7 @@ def _number(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
+    return "-" if value is None else f"{100 * value:.2f}%"
 
 
 def _before(record: RunRecord) -> BaselineFacts:

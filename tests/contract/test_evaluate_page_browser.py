@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from batchcls.evaluation.evaluator import evaluate_answers
+from batchcls.evaluation.evaluator import evaluate_logits
 from batchcls.evaluation.model_predictions import LogitStore
 from tests.helpers.browser import DESK, PAPER, PHONE, Browser
-from tests.helpers.evaluations import drawn_answers
+from tests.helpers.evaluations import random_logits
 from tests.unit.report.test_evaluate_page import page_of, subject
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with twenty categories, one of them with a name wider than a phone."""
-    answers = drawn_answers(3000, 20, overconfidence=2)
-    labels = ("clothes/" + "a_long_way_to_a_category/" * 5, *answers.labels[1:])
+    store = random_logits(3000, 20, overconfidence=2)
+    labels = ("clothes/" + "a_long_way_to_a_category/" * 5, *store.labels[1:])
     paths = [("all", label) for label in labels]
-    found = evaluate_answers(LogitStore(labels, answers.truth, answers.logits), paths, 0.9)
+    found = evaluate_logits(LogitStore(labels, store.truth, store.logits), paths, 0.9)
     path = tmp_path_factory.mktemp("page") / "evaluate.html"
     path.write_text(page_of(found, subject(3000), "Evaluation of s3://models/" + "x" * 200))
     return path

@@ -49,7 +49,7 @@ def test_the_first_sentence_quotes_the_measured_row():
     assert (found.model, found.engine, found.rejected) == ("a", "torch fp32", ())
     first = found.sentences[0]
     for quoted in (
-        "a (torch fp32)", "82.3 % measured on 300 images", "p50 20.0 ms", "p95 24.0 ms",
+        "a (torch fp32)", "82.3% measured on 300 images", "p50 20.0 ms", "p95 24.0 ms",
         "61.2 images/s at batch 8", "cost 9.08 at 2 an hour",
     ):  # fmt: skip
         assert quoted in first
@@ -86,7 +86,7 @@ def test_an_engine_has_to_answer_like_fp32():
     lossy = measurement("a", engine="torch fp16", p50=20, agrees=0.9899)
     found = decide(exact, limit, lossy)
     assert found.engine == "torch bf16"
-    assert "99.0 % of 300 best labels" in reason(found, "a", "torch fp16")
+    assert "99.0% of 300 best labels" in reason(found, "a", "torch fp16")
     # Best labels of random weights turn at a breath; nobody is refused for that.
     random = measurement("b", weights="random", right=None)
     turned = measurement("b", weights="random", right=None, engine="torch bf16", p50=30, agrees=0.5)
@@ -183,7 +183,7 @@ def test_measured_and_published_are_never_compared():
     unknown = measurement("unknown", p50=1, right=None)
     found = decide(published, unknown, measured)
     assert found.model == "measured"
-    assert "99.0 % as published" in reason(found, "published")
+    assert "99.0% as published" in reason(found, "published")
     assert "cannot be compared with a measured one" in reason(found, "published")
     assert "unknown" in reason(found, "unknown")
 
@@ -211,7 +211,7 @@ def test_what_else_loads_it(export_target: str, taken: str):
     )
     assert found.model == taken
     if export_target != "batchcls":
-        assert "Given up: top-1 93.3 % measured on 300 images, p50 100 ms." in reason(found, "servers")
+        assert "Given up: top-1 93.3% measured on 300 images, p50 100 ms." in reason(found, "servers")
 
 
 def test_labeled_images_rule_out_what_wants_more_of_them():

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: by hand, against torchmetrics, and at 10,000 categories."""
+"""Tests for metrics and confusion matrices: manual calculations, torchmetrics, and 10,000 categories."""
 
 import time
 
@@ -30,8 +30,8 @@ def outcomes(
     )
 
 
-def test_figures_by_hand():
-    # Category 0: 4 rows, 3 found; answered 4 times. Category 1: 2 rows, 1 found; answered twice. 2: never.
+def test_metrics_equal_a_manual_calculation():
+    # Category 0: 4 rows, 3 correct, predicted 4 times. Category 1: 2 rows, 1 correct, predicted twice. 2: never.
     found = summary(outcomes([0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 0], 3, [0, 0, 0, 5, 0, NOT_RANKED]))
     assert found["top1"] == pytest.approx(4 / 6)
     assert found["top5"] == pytest.approx(4 / 6)
@@ -40,7 +40,7 @@ def test_figures_by_hand():
     assert found["weighted_f1"] == pytest.approx((4 * 3 / 4 + 2 * 1 / 2) / 6)
 
 
-def test_a_category_that_is_only_answered_counts_for_f1_and_not_for_recall():
+def test_category_without_rows_counts_for_f1_but_not_for_balanced_accuracy():
     counts = CategoryCounts.of(outcomes([0, 0], [0, 1], 3))
     assert counts.precision.tolist()[:2] == [1, 0]
     assert np.isnan(counts.precision[2])
@@ -50,36 +50,36 @@ def test_a_category_that_is_only_answered_counts_for_f1_and_not_for_recall():
     assert summary(outcomes([0, 0], [0, 1], 3))["balanced_accuracy"] == 0.5
 
 
-def test_top_5_needs_five_ranks():
-    some = outcomes([0, 1], [0, 0], 9, [0, 4])
-    assert summary(some)["top5"] == 1
-    assert summary(some, kept=5)["top5"] == 1
-    assert summary(some, kept=3)["top5"] is None
-    assert summary(outcomes([0, 1], [0, 0], 3, [0, 2]), kept=3)["top5"] == 1
+def test_top5_requires_five_ranked_categories():
+    nine_categories = outcomes([0, 1], [0, 0], 9, [0, 4])
+    assert summary(nine_categories)["top5"] == 1
+    assert summary(nine_categories, ranked_categories=5)["top5"] == 1
+    assert summary(nine_categories, ranked_categories=3)["top5"] is None
+    assert summary(outcomes([0, 1], [0, 0], 3, [0, 2]), ranked_categories=3)["top5"] == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=60))
 @settings(max_examples=40, deadline=None)
-def test_figures_are_those_of_torchmetrics(pairs: list[tuple[int, int]]):
+def test_metrics_equal_torchmetrics(pairs: list[tuple[int, int]]):
     truth, predicted = (list(column) for column in zip(*pairs, strict=True))
     found = outcomes(truth, predicted, 6)
-    right, given_ = torch.tensor(truth), torch.tensor(predicted)
+    target, preds = torch.tensor(truth), torch.tensor(predicted)
     counts = CategoryCounts.of(found)
     for values, function in (
         (counts.precision, reference.multiclass_precision),
         (counts.recall, reference.multiclass_recall),
         (counts.f1, reference.multiclass_f1_score),
     ):
-        expected = function(given_, right, num_classes=6, average="none").numpy()
+        expected = function(preds, target, num_classes=6, average="none").numpy()
         np.testing.assert_allclose(np.nan_to_num(values), expected, atol=1e-6)
     for name, average in (("macro_f1", "macro"), ("weighted_f1", "weighted")):
-        expected = reference.multiclass_f1_score(given_, right, num_classes=6, average=average)
+        expected = reference.multiclass_f1_score(preds, target, num_classes=6, average=average)
         assert summary(found)[name] == pytest.approx(float(expected), abs=1e-6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
 @settings(max_examples=30, deadline=None)
-def test_confusion_is_that_of_torchmetrics(pairs: list[tuple[int, int]]):
+def test_confusion_matrix_equals_torchmetrics(pairs: list[tuple[int, int]]):
     truth, predicted = (list(column) for column in zip(*pairs, strict=True))
     confusion = Confusion.of(outcomes(truth, predicted, 4))
     expected = reference.multiclass_confusion_matrix(torch.tensor(predicted), torch.tensor(truth), 4)
@@ -89,7 +89,7 @@ def test_confusion_is_that_of_torchmetrics(pairs: list[tuple[int, int]]):
     assert np.array(table.column("rows")).reshape(4, 4).tolist() == expected.tolist()
 
 
-def test_worst_pairs_are_wrong_ones_in_order():
+def test_worst_pairs_are_errors_in_descending_order():
     confusion = Confusion.of(outcomes([0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 2, 2, 0], 3))
     assert confusion.worst(5) == [(1, 2, 2), (0, 1, 1), (2, 0, 1)]
     assert confusion.worst(1) == [(1, 2, 2)]
@@ -97,7 +97,7 @@ def test_worst_pairs_are_wrong_ones_in_order():
     assert shares.column("share_of_label").to_pylist() == [0.75, 0.25, 0]
 
 
-def test_ten_thousand_categories_and_a_million_rows_take_seconds():
+def test_handles_ten_thousand_categories_and_a_million_rows_in_seconds():
     random = np.random.default_rng(0)
     truth = random.integers(0, 10_000, 1_000_000).astype(np.int32)
     predicted = np.where(random.random(len(truth)) < 0.7, truth, random.integers(0, 10_000, len(truth)))

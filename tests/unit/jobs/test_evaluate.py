@@ -1,4 +1,4 @@
-"""The job as a user types it: a bundle, a run, what is written, what is refused."""
+"""Tests for `batchcls evaluate`: bundles, runs, outputs and rejected settings."""
 
 import json
 from dataclasses import replace
@@ -57,20 +57,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = encode(draw(number, 90, 70), "JPEG")
         (folder / f"{number}.jpg").write_bytes(data[:200] if number == BROKEN else data)
     write(folder, ["kind 0"] * ROWS)
-    opinionated(resolve_model("timm:test_resnet", choices, Storage())).save(str(folder / "model"), Storage())
+    with_random_head(resolve_model("timm:test_resnet", choices, Storage())).save(
+        str(folder / "model"), Storage()
+    )
     return folder
 
 
-def opinionated(bundle: Bundle) -> Bundle:
-    """The same body under a head that tells drawings apart: random directions of what the body makes of them."""
+def with_random_head(bundle: Bundle) -> Bundle:
+    """Replace the head by random projections of the embeddings, so that the drawings get different labels."""
     preprocessing = bundle.config.preprocessing
     transform = Transform(preprocessing)
     pixels = np.stack([transform(np.array(draw(number, 90, 70))) for number in range(ROWS)])
     engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", "fp32", 1)
     embedding = engine.predict(pixels).embedding
-    centerd = embedding - embedding.mean(axis=0)
+    centered = embedding - embedding.mean(axis=0)
     weight = np.random.default_rng(0).normal(0, 1, (4, embedding.shape[1]))
-    weight /= (centerd @ weight.T).std(axis=0)[:, None] / 2
+    weight /= (centered @ weight.T).std(axis=0)[:, None] / 2
     state = dict(from_safetensors(bundle.weights, "weights"))
     state["fc.weight"] = torch.tensor(weight, dtype=torch.float32)
     state["fc.bias"] = torch.tensor(-weight @ embedding.mean(axis=0), dtype=torch.float32)
@@ -81,7 +83,7 @@ def opinionated(bundle: Bundle) -> Bundle:
 
 def write(folder: Path, labels: list[str], name: str = "manifest.parquet") -> None:
     known: list[str | None] = list(labels)
-    known[UNKNOWN], known[NAMELESS] = "nobody's", None
+    known[UNKNOWN], known[NAMELESS] = "unlisted", None
     columns = {"item_id": [f"i{n}" for n in range(ROWS)], "uri": [f"{n}.jpg" for n in range(ROWS)]}
     pq.write_table(
         pa.table({**columns, "label": pa.array(known, pa.string())}), folder / name, row_group_size=25
@@ -93,22 +95,22 @@ def read(folder: Path) -> tuple[dict[str, Any], pa.Table]:
 
 
 @pytest.fixture(scope="module")
-def judged(folder: Path) -> Path:
-    """Labels are what the network says, but for every fourth row, whose label is the next one."""
+def evaluated(folder: Path) -> Path:
+    """Outputs for labels equal to the predictions, except every fourth label, which is the next class."""
     output = folder / "first"
-    given = ("--manifest", str(folder / "manifest.parquet"), "--model", str(folder / "model"))
-    assert job(*given, "--output", str(output)) == 0
+    arguments = ("--manifest", str(folder / "manifest.parquet"), "--model", str(folder / "model"))
+    assert job(*arguments, "--output", str(output)) == 0
     predicted = read(output)[1].column("predicted").to_pylist()
-    assert len(set(predicted)) == 5  # four kinds, and null
+    assert len(set(predicted)) == 5  # four classes and null
     labels = [
         LABELS[(LABELS.index(name or "kind 0") + (number % 4 == 0)) % 4]
         for number, name in enumerate(predicted)
     ]
-    write(folder, labels, "judged.parquet")
+    write(folder, labels, "relabeled.parquet")
     output = folder / "second"
     curves = folder / "curves.json"
     curves.write_text(json.dumps({"epoch": [1, 2], "loss": [2, 1], "learning_rate": [0.1, 0.01]}))
-    given = ("--manifest", str(folder / "judged.parquet"), "--model", str(folder / "model"))
+    arguments = ("--manifest", str(folder / "relabeled.parquet"), "--model", str(folder / "model"))
     more = (
         "--write-bundle",
         str(folder / "calibrated"),
@@ -117,12 +119,12 @@ def judged(folder: Path) -> Path:
         "--batch-size",
         "7",
     )
-    assert job(*given, "--output", str(output), "--target-precision", "0.6", *more) == 0
+    assert job(*arguments, "--output", str(output), "--target-precision", "0.6", *more) == 0
     return output
 
 
-def test_every_row_is_accounted_for_and_the_figures_are_right(judged: Path):
-    metrics, predictions = read(judged)
+def test_accounts_for_every_row_and_computes_correct_metrics(evaluated: Path):
+    metrics, predictions = read(evaluated)
     assert predictions.column("row").to_pylist() == list(range(ROWS))
     reasons = predictions.column("reason").to_pylist()
     assert {n: reason for n, reason in enumerate(reasons) if reason} == {
@@ -132,23 +134,23 @@ def test_every_row_is_accounted_for_and_the_figures_are_right(judged: Path):
     }
     assert metrics["rows"] == {
         "manifest": ROWS,
-        "judged": ROWS - 3,
-        "left_out": {"truncated": 1, "unknown_label": 1, "no_label": 1},
+        "evaluated": ROWS - 3,
+        "excluded": {"truncated": 1, "unknown_label": 1, "no_label": 1},
     }
     rows = [n for n in range(ROWS) if n not in (BROKEN, UNKNOWN, NAMELESS)]
-    right = [n % 4 != 0 for n in rows]
-    assert metrics["metrics"]["top1"] == pytest.approx(np.mean(right))
+    correct = [n % 4 != 0 for n in rows]
+    assert metrics["metrics"]["top1"] == pytest.approx(np.mean(correct))
     assert metrics["metrics"]["top5"] == 1
-    assert [predictions.column("right")[n].as_py() for n in rows] == right
+    assert [predictions.column("correct")[n].as_py() for n in rows] == correct
     assert predictions.column("predicted").null_count == 3
     ranks = predictions.column("rank").to_pylist()
-    assert all((ranks[n] == 0) == hit for n, hit in zip(rows, right, strict=True))
+    assert all((ranks[n] == 0) == hit for n, hit in zip(rows, correct, strict=True))
 
 
-def test_tables_agree_with_each_other(judged: Path):
-    _, predictions = read(judged)
-    categories = pq.read_table(judged / "categories.parquet")
-    confusion = pq.read_table(judged / "confusion.parquet")
+def test_tables_are_consistent(evaluated: Path):
+    _, predictions = read(evaluated)
+    categories = pq.read_table(evaluated / "categories.parquet")
+    confusion = pq.read_table(evaluated / "confusion.parquet")
     assert categories.column("label").to_pylist() == LABELS
     assert categories.column("category_path").to_pylist() == [f"all/{i % 2}/kind {i}" for i in range(4)]
     assert confusion.num_rows == 16
@@ -159,7 +161,7 @@ def test_tables_agree_with_each_other(judged: Path):
     ):
         by_label[label] += rows
     assert categories.column("support").to_pylist() == list(by_label.values())
-    reliability = pq.read_table(judged / "reliability.parquet")
+    reliability = pq.read_table(evaluated / "reliability.parquet")
     assert sum(reliability.column("rows").to_pylist()) == 2 * (ROWS - 3)
     limits = dict(zip(LABELS, categories.column("threshold").to_pylist(), strict=True))
     for row in predictions.to_pylist():
@@ -169,16 +171,16 @@ def test_tables_agree_with_each_other(judged: Path):
             assert not row["accepted"] or row["category_path"].endswith(row["predicted"])
 
 
-def test_the_page_has_images_and_curves(judged: Path):
-    page = (judged / "evaluate.html").read_text()
+def test_page_contains_images_and_curves(evaluated: Path):
+    page = (evaluated / "evaluate.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,/9j/') >= 3
     assert "loss by epoch" in page
     assert "learning rate by epoch" in page
     assert len(page) < 600_000
 
 
-def test_the_written_bundle_is_the_same_network_with_what_was_found(judged: Path, folder: Path):
-    metrics, _ = read(judged)
+def test_written_bundle_differs_only_in_its_calibration(evaluated: Path, folder: Path):
+    metrics, _ = read(evaluated)
     before = Bundle.load(str(folder / "model"), Storage())
     after = Bundle.load(str(folder / "calibrated"), Storage())
     assert after.weights == before.weights
@@ -189,12 +191,12 @@ def test_the_written_bundle_is_the_same_network_with_what_was_found(judged: Path
     assert calibration.ece_after == metrics["calibration"]["ece_held_out"]["value"]
     assert calibration.manifest_fingerprint == metrics["manifest"]
     assert calibration.held_out.coverage == metrics["thresholds"]["held_out"]["coverage"]
-    thresholds = pq.read_table(judged / "categories.parquet").column("threshold").to_pylist()
+    thresholds = pq.read_table(evaluated / "categories.parquet").column("threshold").to_pylist()
     assert list(calibration.thresholds) == thresholds
 
 
 def write_run(folder: Path, predictions: pa.Table, k: int) -> Path:
-    """A run as `classify --abstain` leaves it, of answers that an evaluation of the bundle has written."""
+    """Write a run as `classify --abstain` would, from the predictions of an evaluation."""
     rows = [row for row in predictions.to_pylist() if row["predicted"] is not None]
     top_k = []
     for row in rows:
@@ -217,7 +219,7 @@ def write_run(folder: Path, predictions: pa.Table, k: int) -> Path:
     )
     run_folder = folder / f"out-{k}" / "runs" / "night-1"
     (run_folder / "predictions").mkdir(parents=True)
-    # In two files, in another order than the manifest's.
+    # In two files, in a different order than the manifest.
     for number, part in enumerate((table.slice(30), table.slice(0, 30))):
         pq.write_table(part, run_folder / "predictions" / f"{number}.parquet")
     files = [{"path": f"predictions/{n}.parquet", "kind": "predictions"} for n in range(2)]
@@ -228,68 +230,70 @@ def write_run(folder: Path, predictions: pa.Table, k: int) -> Path:
 
 
 @pytest.mark.parametrize("k", [2, 4])
-def test_a_run_gets_the_same_figures_as_far_as_it_can(judged: Path, folder: Path, tmp_path: Path, k: int):
-    metrics, predictions = read(judged)
+def test_evaluating_a_run_gives_the_same_metrics_as_the_bundle(
+    evaluated: Path, folder: Path, tmp_path: Path, k: int
+):
+    metrics, predictions = read(evaluated)
     output = write_run(tmp_path, predictions, k)
     for run_uri in (output, output / "runs" / "night-1"):
         written = tmp_path / f"from-{run_uri.name}"
-        given = (
+        arguments = (
             "--manifest",
-            str(folder / "judged.parquet"),
+            str(folder / "relabeled.parquet"),
             "--run",
             str(run_uri),
             "--output",
             str(written),
         )
-        assert job(*given, "--target-precision", "0.6") == 0
-        found, answers = read(written)
-        assert found["rows"]["judged"] == ROWS - 3
-        assert found["rows"]["left_out"] == {"no_label": 1, "not_in_run": 2}
+        assert job(*arguments, "--target-precision", "0.6") == 0
+        found, run_predictions = read(written)
+        assert found["rows"]["evaluated"] == ROWS - 3
+        assert found["rows"]["excluded"] == {"no_label": 1, "not_in_run": 2}
         assert found["metrics"]["top1"] == metrics["metrics"]["top1"]
         assert found["metrics"]["macro_f1"] == pytest.approx(metrics["metrics"]["macro_f1"])
         assert found["metrics"]["top5"] == (1 if k == 4 else None)
         assert found["calibration"]["temperature"] is None
-        assert found["approximate"]
-        for name in ("item_id", "predicted", "probability", "right"):
-            assert answers.column(name).to_pylist() == predictions.column(name).to_pylist(), name
-        right = answers.column("right").drop_null().to_pylist()
-        assert answers.column("rank").drop_null().to_pylist() == [0 if hit else 1 for hit in right]
+        assert found["limitations"]
+        for name in ("item_id", "predicted", "probability", "correct"):
+            assert run_predictions.column(name).to_pylist() == predictions.column(name).to_pylist(), name
+        correct = run_predictions.column("correct").drop_null().to_pylist()
+        assert run_predictions.column("rank").drop_null().to_pylist() == [0 if hit else 1 for hit in correct]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "either --model BUNDLE or --run"),
         (("--model", "MODEL", "--run", "x"), "either --model BUNDLE or --run"),
-        (("--run", "x", "--write-bundle", "y"), "a run keeps no logits"),
+        (("--run", "x", "--write-bundle", "y"), "a run stores no logits"),
         (("--run", "nowhere"), "neither run.json nor current.json"),
         (("--model", "MODEL", "--label-column", "color"), "color is missing"),
         (("--model", "MODEL", "--label-column", "uri"), "names images"),
         (("--model", "MODEL", "--limit", "1"), "larger labeled manifest"),
-        (("--model", "MODEL", "--training-curves", "CURVES"), "lists of numbers of one length"),
+        (("--model", "MODEL", "--training-curves", "CURVES"), "lists of numbers of equal length"),
         (("--model", "MODEL", "--target-precision", "1"), "less than 1"),
     ],
 )
-def test_what_cannot_be_judged_is_refused_and_nothing_is_written(
-    folder: Path, tmp_path: Path, capsys, arguments: tuple[str, ...], said: str
+def test_rejects_invalid_settings_and_writes_nothing(
+    folder: Path, tmp_path: Path, capsys, arguments: tuple[str, ...], message: str
 ):
     curves = tmp_path / "curves.json"
     curves.write_text('{"epoch": [1, 2], "loss": [1]}')
-    places = {"MODEL": str(folder / "model"), "CURVES": str(curves)}
-    given = [places.get(argument, argument) for argument in arguments]
+    replacements = {"MODEL": str(folder / "model"), "CURVES": str(curves)}
+    arguments = [replacements.get(argument, argument) for argument in arguments]
     output = tmp_path / "output"
-    assert job("--manifest", str(folder / "manifest.parquet"), "--output", str(output), *given) == 2
-    assert said in capsys.readouterr().err
+    assert job("--manifest", str(folder / "manifest.parquet"), "--output", str(output), *arguments) == 2
+    assert message in capsys.readouterr().err
     assert not output.exists()
 
 
-def test_views_are_averaged_as_the_main_job_averages_them(folder: Path, tmp_path: Path):
-    """--tta ten-crop: probabilities are the means of the softmax of ten views, in batches of any size."""
-    given = ("--manifest", str(folder / "manifest.parquet"), "--model", str(folder / "model"))
+def test_averages_views_as_classify_does(folder: Path, tmp_path: Path):
+    """With ten-crop, probabilities are means over the softmax of ten views, for any batch size."""
+    arguments = ("--manifest", str(folder / "manifest.parquet"), "--model", str(folder / "model"))
     found = {}
     for size in ("1", "7", "32"):
         output = tmp_path / size
-        assert job(*given, "--output", str(output), "--tta", "ten-crop", "--batch-size", size) == 0
+        assert job(*arguments, "--output", str(output), "--tta", "ten-crop", "--batch-size", size) == 0
         found[size] = read(output)[1].column("probability").to_pylist()
     assert found["1"] == pytest.approx(found["32"], abs=1e-5, nan_ok=True)
     assert found["7"] == pytest.approx(found["32"], abs=1e-5, nan_ok=True)
@@ -297,18 +301,18 @@ def test_views_are_averaged_as_the_main_job_averages_them(folder: Path, tmp_path
     preprocessing, views = bundle.config.preprocessing, views_of("ten-crop", bundle.config.preprocessing)
     engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", "fp32", 1)
     crops = Transform(preprocessing, views)(np.array(Image.open(folder / "3.jpg").convert("RGB")))
-    seen = np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *preprocessing.shape)
-    expected = softmax(engine.predict(np.ascontiguousarray(seen)).logits).mean(axis=0).max()
+    stacked = np.stack([crops, crops[:, :, ::-1]], axis=1).reshape(-1, *preprocessing.shape)
+    expected = softmax(engine.predict(np.ascontiguousarray(stacked)).logits).mean(axis=0).max()
     assert found["32"][3] == pytest.approx(expected, abs=1e-4)
 
 
-def test_thresholds_say_which_views_they_are_for_and_other_views_are_refused(
-    judged: Path, folder: Path, tmp_path: Path, capsys
+def test_thresholds_record_their_views_and_classify_rejects_others(
+    evaluated: Path, folder: Path, tmp_path: Path, capsys
 ):
-    given = ("--manifest", str(folder / "judged.parquet"), "--model", str(folder / "model"))
+    arguments = ("--manifest", str(folder / "relabeled.parquet"), "--model", str(folder / "model"))
     target = tmp_path / "flipped"
     more = ("--tta", "hflip", "--write-bundle", str(target), "--output", str(tmp_path / "out"))
-    assert job(*given, *more, "--target-precision", "0.6") == 0
+    assert job(*arguments, *more, "--target-precision", "0.6") == 0
     assert Bundle.load(str(target), Storage()).config.calibration.tta == "hflip"
     base = {"manifest": str(folder / "manifest.parquet"), "model": str(target), "output": str(tmp_path / "o")}
     with pytest.raises(InputError, match=r"calibrated with --tta hflip; .*thresholds do not hold"):
@@ -316,14 +320,14 @@ def test_thresholds_say_which_views_they_are_for_and_other_views_are_refused(
     config = ClassifyConfig(**base, abstain=True, tta="hflip")
     assert open_inputs(config, check_inputs(config)).views.count == 2
     assert check_inputs(ClassifyConfig(**base)).rows == ROWS
-    assert job(*given[:2], "--run", "x", "--tta", "hflip", "--output", str(tmp_path / "p")) == 2
-    assert "averaged its views already" in capsys.readouterr().err
+    assert job(*arguments[:2], "--run", "x", "--tta", "hflip", "--output", str(tmp_path / "p")) == 2
+    assert "already averaged" in capsys.readouterr().err
 
 
-def test_labels_that_the_model_does_not_have_are_named(folder: Path, tmp_path: Path, capsys):
+def test_error_names_labels_that_the_model_does_not_have(folder: Path, tmp_path: Path, capsys):
     table = pq.read_table(folder / "manifest.parquet").drop_columns(["label"])
     pq.write_table(table.append_column("label", pa.array(["ship"] * ROWS)), folder / "ships.parquet")
-    given = ("--manifest", str(folder / "ships.parquet"), "--model", str(folder / "model"))
-    assert job(*given, "--output", str(tmp_path / "o")) == 2
-    assert "unknown_label=60" in (said := capsys.readouterr().err)
-    assert "'ship'" in said
+    arguments = ("--manifest", str(folder / "ships.parquet"), "--model", str(folder / "model"))
+    assert job(*arguments, "--output", str(tmp_path / "o")) == 2
+    assert "unknown_label=60" in (message := capsys.readouterr().err)
+    assert "'ship'" in message

@@ -87,7 +87,7 @@ def test_shows_all_values_of_every_measurement(full: str):
         ):
             assert figure(value) in text
         for part in entry.throughput:
-            assert f"{figure(part.images_per_second)} ({part.spread * 100:.0f} %)" in text
+            assert f"{figure(part.images_per_second)} ({part.spread * 100:.0f}%)" in text
             assert f"{figure(part.peak_memory_mib)} ({part.repeats})" in text
         assert figure(entry.cost_per_million(0.4)) in text
         assert figure(entry.parameters / 1e6) in text
@@ -103,7 +103,7 @@ def test_shows_the_recommendation_with_all_reasons(full: str):
     text = " ".join(Reader(full).text.split())
     advice = recommend(six_backbones(), Requirements(target_ms=80, price_per_hour=0.4))
     assert advice.model == "resnet50"
-    assert "Take resnet50 (torch bf16) Top-1 78.7 %" in text
+    assert "Take resnet50 (torch bf16) Top-1 78.7%" in text
     for sentence in advice.sentences[1:]:
         assert sentence in text
     for rejection in advice.rejected:

@@ -122,10 +122,10 @@ def test_bar_widths_are_percentages(page: str):
 
 def test_formats_numbers_and_strings():
     assert (share(1, 3), share(0, 3), share(1, 300), share(1, 10**6), share(1, 0)) == (
-        *("33.3 %", "0.0 %", "0.33 %"),
-        *("< 0.01 %", "-"),
+        *("33.3%", "0.0%", "0.33%"),
+        *("< 0.01%", "-"),
     )
-    assert share(999_999, 10**6) == "> 99.99 %"
+    assert share(999_999, 10**6) == "> 99.99%"
     changes = [percentage_points(*pair) for pair in ((0.12, 0.1), (0.1, 0.12), (0.1, 0.100001))]
     assert changes == [
         "+2.00",

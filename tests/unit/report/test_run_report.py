@@ -130,7 +130,7 @@ def test_publish_status_reflects_published_run_and_gates(output: Path):
     write_run(str(output), night("three", gates=[gate]), items(["mug"], ["0" * 64]))
     facts = facts_of(output, "three", "one")
     assert (facts.verdict.published, facts.verdict.because) == (False, "1 of 10 failed.")
-    assert (facts.gates[0].value, facts.gates[0].limit) == ("10.00 %", "1.00 %")
+    assert (facts.gates[0].value, facts.gates[0].limit) == ("10.00%", "1.00%")
 
 
 def test_writes_report_with_thumbnails_into_the_run_folder(output: Path):
