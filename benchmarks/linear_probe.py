@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchcls.training.linear_probe.embeddings import Embedded
+from batchcls.training.linear_probe.embeddings import ManifestEmbeddings
 from batchcls.training.linear_probe.fit import LinearSettings, train_linear_probe
 from batchcls.training.linear_probe.label_noise import LabelNoise
-from batchcls.training.linear_probe.labeled_embeddings import Examples
+from batchcls.training.linear_probe.labeled_embeddings import LabeledEmbeddings
 from batchcls.training.linear_probe.lda import MiniBatchConfig
-from batchcls.training.linear_probe.probe_job import measure
+from batchcls.training.linear_probe.probe_job import evaluate_head
 
 _WRITTEN_AT_ONCE = 50_000
 _SAMPLED_SECONDS = 0.1
@@ -97,17 +97,17 @@ def main() -> None:
         with measured("write", found):
             values = write(Path(folder) / "train.npy", classes, centers, 1)
             validation = write(Path(folder) / "validation.npy", unseen, centers, 2)
-        examples = Examples.of(values, np.ones(given.rows, bool), classes, given.categories)
-        settings = LinearSettings(threads=given.threads, passes=MiniBatchConfig(given.passes))
+        examples = LabeledEmbeddings.of(values, np.ones(given.rows, bool), classes, given.categories)
+        settings = LinearSettings(threads=given.threads, mini_batch=MiniBatchConfig(given.passes))
         with measured("fit", found):
             probe = train_linear_probe(examples, settings)
         torch.set_num_threads(given.threads)
-        seen = Embedded(validation, np.ones(len(unseen), bool), {})
+        seen = ManifestEmbeddings(validation, np.ones(len(unseen), bool), {})
         with measured("predict_and_measure_validation", found), torch.inference_mode():
-            found["validation"] = measure(probe.head, seen, unseen)
+            found["validation"] = evaluate_head(probe.head, seen, unseen)
         some = examples.where(np.arange(given.rows) < given.validation_rows)
         with measured("label_noise", found), torch.inference_mode():
-            judged = LabelNoise.of((probe.head.logits(x), y) for x, y in some.pieces())
+            judged = LabelNoise.of((probe.head.logits(x), y) for x, y in some.chunks())
             found["confidently_mislabeled"] = int(judged.confident.sum())
     found["method"], found["held_out_top1"] = probe.method, probe.chosen.top1
     print(json.dumps(found, indent=2))

@@ -76,7 +76,7 @@ class EvaluationResult:
         ranked_categories: Number of categories with a rank; None if all are ranked.
         metrics: Metrics by name, see `classification_metrics.summary`.
         ece_before: Expected calibration error of `before`.
-        temperature: Fitted temperature; None for a run, which stores no logits.
+        temperature: FittedHead temperature; None for a run, which stores no logits.
         thresholds: Thresholds fitted on all rows.
         held_out: Temperature and thresholds evaluated on held-out rows.
         confusion: Confusion matrix of `outcomes`.

@@ -30,21 +30,28 @@ from batchcls.runs.lease import Lease
 from batchcls.runs.paths import new_run_id
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import resumable_errors
-from batchcls.training.batch_plan import StepPlan, fit_workers, plan_steps
-from batchcls.training.initial_bundle import open_frozen
+from batchcls.training.batch_plan import StepPlan, limit_workers, plan_steps
+from batchcls.training.initial_bundle import open_frozen_bundle
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 from batchcls.training.linear_probe.fit import LinearSettings
-from batchcls.training.linear_probe.probe_job import Probed, ProbeSettings, linear_probe_bundle
+from batchcls.training.linear_probe.probe_job import LinearProbeResult, ProbeSettings, linear_probe_bundle
 from batchcls.training.loss import Divergence
-from batchcls.training.node_storage import require_nodes
+from batchcls.training.node_storage import check_nodes
 from batchcls.training.pixel_cache import PreparedPixels, check_failures, prepare_pixels
-from batchcls.training.ray_train import Diverged, TrainingProgress, TrainingRun, run_training
-from batchcls.training.sampling import LabelledRows
-from batchcls.training.scaling import Workers, settle_workers
+from batchcls.training.ray_train import TrainingDivergedError, TrainingProgress, TrainingRun, run_training
+from batchcls.training.sampling import LabeledRows
+from batchcls.training.scaling import Workers, plan_workers
 from batchcls.training.train_config import TrainingSettings
-from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, settle_recipe
-from batchcls.training.trained_bundle import Trained, trained_bundle
-from batchcls.training.work_dir import Claim, digest_of, find_claim, finish_run, locked_work_dir, take_claim
+from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, resolve_recipe
+from batchcls.training.trained_bundle import TrainingResult, trained_bundle
+from batchcls.training.work_dir import (
+    WorkDirRun,
+    digest_of,
+    find_run,
+    finish_run,
+    locked_work_dir,
+    record_run,
+)
 
 NOISE_FILE = "label-noise.parquet"
 
@@ -65,7 +72,7 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
         open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     )
-    bundle = open_frozen(config, storage)
+    bundle = open_frozen_bundle(config, storage)
     _logger.info("frozen: %s", bundle_line(bundle))
     cores = len(os.sched_getaffinity(0))
     settings = ProbeSettings(
@@ -85,7 +92,7 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
     return ExitCode.DONE
 
 
-def _require_budget(probed: Probed, rows: int, most: float) -> None:
+def _require_budget(probed: LinearProbeResult, rows: int, most: float) -> None:
     failed = probed.metrics["training_failed"]
     count = sum(failed.values())
     if count > most * rows:
@@ -95,7 +102,7 @@ def _require_budget(probed: Probed, rows: int, most: float) -> None:
         )
 
 
-def _summarize_probe(config: FinetuneConfig, probed: Probed, seconds: float) -> None:
+def _summarize_probe(config: FinetuneConfig, probed: LinearProbeResult, seconds: float) -> None:
     out = results_console()
     seen = probed.metrics["validation"]
     out.print(
@@ -137,7 +144,7 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
 
 
 def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
-    started, recipe = time.time(), settle_recipe(config)
+    started, recipe = time.time(), resolve_recipe(config)
     with ThreadPoolExecutor(1) as aside:
         opening = aside.submit(open_inputs, config, recipe)
         with ray_session(config.ray_address):
@@ -149,11 +156,11 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
             pixels = _prepare(config, inputs, lease, console)
             settings = _settings(config, inputs, pixels, workers, plan)
             rows = len(settings.training.rows)
-            workers = fit_workers(config, workers, plan, rows, inputs.images_needed)
+            workers = limit_workers(config, workers, plan, rows, inputs.min_micro_batch_size)
             run = TrainingRun(claim.run_id, inputs.storage, lease, console)
             try:
                 trained = run_training(config, settings, inputs.start, pixels, workers, run)
-            except Diverged as error:
+            except TrainingDivergedError as error:
                 raise _told(error.found, inputs) from None
     lineage = {
         "digest": digest_of(decides),
@@ -188,20 +195,20 @@ def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
 
 def _begin(
     config: FinetuneConfig, inputs: TrainingInputs, decides: Mapping[str, Any]
-) -> tuple[Claim, StepPlan, Workers]:
+) -> tuple[WorkDirRun, StepPlan, Workers]:
     """Settle all that may be refused before anything is prepared, then take the work directory."""
-    rows, needed = len(inputs.training.usable()), inputs.images_needed
-    claim = find_claim(config.work_folder, decides, inputs.storage, restart=config.restart)
-    workers = settle_workers(config, node_resources(), config.batch_size or inputs.recipe.batch_size)
+    rows, needed = len(inputs.training.usable()), inputs.min_micro_batch_size
+    claim = find_run(config.work_folder, decides, inputs.storage, restart=config.restart)
+    workers = plan_workers(config, node_resources(), config.batch_size or inputs.recipe.batch_size)
     if claim.plan is not None:
         plan = StepPlan(**claim.plan)
     elif claim.is_resumed:  # by a version that made no plans
         plan = StepPlan(inputs.recipe.batch_size, 1)
     else:
         plan = plan_steps(config, inputs.recipe, workers, rows, needed)
-    workers = fit_workers(config, workers, plan, rows, needed)
-    require_nodes(config.work_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
-    take_claim(config.work_folder, claim, decides, plan.as_json(), inputs.storage)
+    workers = limit_workers(config, workers, plan, rows, needed)
+    check_nodes(config.work_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
+    record_run(config.work_folder, claim, decides, plan.as_json(), inputs.storage)
     verb = "resuming" if claim.is_resumed else "starting"
     _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.work_folder))
     _logger.info("%s, start %s", workers, bundle_line(inputs.start))
@@ -285,19 +292,19 @@ def _settings(
         micro_batch_size=config.micro_batch_size,
         precision=precision,
         loader_processes=workers.loader_processes,
-        least_step=plan.least,
-        least_pass=inputs.images_needed,
+        min_step_size=plan.least,
+        min_micro_batch_size=inputs.min_micro_batch_size,
     )
 
 
-def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> LabelledRows:
+def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> LabeledRows:
     rows = labeled.usable()
-    rows = rows[pixels.is_there(rows)]
+    rows = rows[pixels.has_image(rows)]
     if len(rows) == 0:
         raise InputError(
             f"no {which} row has both a label and an image that can be read; look at the manifest"
         )
-    return LabelledRows(rows, labeled.classes[rows])
+    return LabeledRows(rows, labeled.classes[rows])
 
 
 def _told(found: Divergence, inputs: TrainingInputs) -> BatchclsError:
@@ -327,7 +334,7 @@ def _remove(folder: str, storage: Storage) -> None:
             filesystem.rm(path, recursive=True)
 
 
-def _summarize(config: FinetuneConfig, bundle: Bundle, trained: Trained, seconds: float) -> None:
+def _summarize(config: FinetuneConfig, bundle: Bundle, trained: TrainingResult, seconds: float) -> None:
     out = results_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in (

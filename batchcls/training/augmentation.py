@@ -18,7 +18,7 @@ from batchcls.models.model_bundle import BundleConfig
 from batchcls.preprocessing import Preprocessing
 from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.recipe import Recipe
-from batchcls.training.seeding import random_numbers, seed_of
+from batchcls.training.seeding import derive_seed, seeded_random
 
 _STRIDE = 32  # of almost every network: sides that are no multiple of it waste a border
 _MIXING = 0x6D6978
@@ -88,7 +88,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, item: TrainingSample) -> tuple[Tensor, int, int]:
         """The image as this epoch shows it, each time in another way; the process's random numbers stay as they are."""
         image = torch.from_numpy(self._store[item.row]).permute(2, 0, 1)
-        with random_numbers(seed_of(*self._seed, item.row, item.occurrence)):
+        with seeded_random(derive_seed(*self._seed, item.row, item.occurrence)):
             shown: Tensor = self._transform(image)
         return shown, item.target, item.row
 
@@ -113,7 +113,7 @@ class Mixing:
         """Mix float N,3,H,W and int64 N; targets come back as float N,K, or as they are without mixing."""
         if self._mix is None or len(images) < 2:
             return images, targets
-        with random_numbers(seed_of(_MIXING, *seed)):
+        with seeded_random(derive_seed(_MIXING, *seed)):
             mixed, shares = self._mix(images, targets)
         return mixed, shares
 
@@ -121,7 +121,7 @@ class Mixing:
 _logger = logging.getLogger(__name__)
 
 
-def fitting_recipe(recipe: Recipe, model: nn.Module, config: BundleConfig) -> Recipe:
+def adapt_crop_size(recipe: Recipe, model: nn.Module, config: BundleConfig) -> Recipe:
     """The recipe with crops of the network's own input size in place of those that the network does not take.
 
     What it takes is found out by a forward pass of one image, since no library says it of all networks. The input

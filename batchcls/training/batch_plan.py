@@ -11,7 +11,7 @@ from typing import Any
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.training.recipe import Recipe
-from batchcls.training.sampling import number_of_steps
+from batchcls.training.sampling import count_steps
 from batchcls.training.scaling import Workers
 
 # A batch that grows with the GPUs leaves an epoch at least so many steps: with fewer, a small catalog is not learned.
@@ -38,9 +38,9 @@ class StepPlan:
         """For the run's record."""
         return asdict(self)
 
-    def smallest_step(self, rows: int) -> int:
+    def smallest_step_size(self, rows: int) -> int:
         """Images of the smallest step of an epoch of so many images."""
-        return rows // number_of_steps(rows, self.batch_size, self.least)
+        return rows // count_steps(rows, self.batch_size, self.least)
 
     def applied_to(self, recipe: Recipe, config: FinetuneConfig) -> Recipe:
         """The recipe at this batch size; rates that are set by a flag are taken as they are.
@@ -67,7 +67,7 @@ def plan_steps(config: FinetuneConfig, recipe: Recipe, workers: Workers, rows: i
         recipe: with its own batch size.
         workers: that the run begins with.
         rows: N.
-        needed: images of a step that each worker needs, see `freeze.images_needed`.
+        needed: images of a step that each worker needs, see `freeze.min_micro_batch_size`.
     """
     batch = recipe.batch_size
     if config.worker_batch_size != "auto":
@@ -87,7 +87,9 @@ def plan_steps(config: FinetuneConfig, recipe: Recipe, workers: Workers, rows: i
     return StepPlan(batch, min(batch, rows, workers.most * needed), growth)
 
 
-def fit_workers(config: FinetuneConfig, workers: Workers, plan: StepPlan, rows: int, needed: int) -> Workers:
+def limit_workers(
+    config: FinetuneConfig, workers: Workers, plan: StepPlan, rows: int, needed: int
+) -> Workers:
     """The workers that find enough to do in every step: all of them, or fewer where the number was left to us.
 
     Raises:
@@ -99,7 +101,7 @@ def fit_workers(config: FinetuneConfig, workers: Workers, plan: StepPlan, rows: 
             f"--micro-batch-size {config.micro_batch_size}: a pass needs {needed} images{why}; "
             f"give --micro-batch-size {needed} or more"
         )
-    smallest = plan.smallest_step(rows)
+    smallest = plan.smallest_step_size(rows)
     most = smallest // needed
     if most >= workers.most:
         return workers

@@ -41,13 +41,15 @@ class Categories:
     validation: Counts | None
     notes: tuple[str, ...]
 
-    def log_notes(self) -> None:
+    def log_warnings(self) -> None:
         """Every note as a warning."""
         for note in self.notes:
             _logger.warning("%s", note)
 
 
-def settle_order(training: LabelColumn, given: Sequence[str] | None, known: Sequence[str]) -> Labels:
+def resolve_category_order(
+    training: LabelColumn, given: Sequence[str] | None, known: Sequence[str]
+) -> Labels:
     """The categories in their order.
 
     Args:
@@ -86,7 +88,7 @@ def describe_categories(
     """Count the rows of each category and note what is odd.
 
     Args:
-        labels: K names, as `settle_order` gives them.
+        labels: K names, as `resolve_category_order` gives them.
         training: labels of the training rows, all of them in `labels`.
         validation: labels of the validation rows; a label that is not in `labels` is noted, and its
             rows have the class UNKNOWN_CLASS, which no answer can be.

@@ -63,14 +63,14 @@ def worker_failures(error: BaseException) -> list[BaseException]:
     return [getattr(error, "controller_failure", error)]
 
 
-def in_one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Kind and text of a failure, shortened where libraries add whole pages."""
     text = " ".join(str(error).split())
     shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
-def lasting_failure(errors: Iterable[BaseException]) -> BaseException | None:
+def permanent_failure(errors: Iterable[BaseException]) -> BaseException | None:
     """The first failure that would come again on the same images with the same settings; None if there is none.
 
     Where one process fails, the connections of the others break, so one such failure among several decides.

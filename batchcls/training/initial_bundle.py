@@ -24,7 +24,7 @@ from batchcls.storage.filesystem import Storage
 _logger = logging.getLogger(__name__)
 
 
-def open_start(config: FinetuneConfig, storage: Storage) -> Bundle | None:
+def open_initial_bundle(config: FinetuneConfig, storage: Storage) -> Bundle | None:
     """The bundle that --model names; None where it names an architecture.
 
     Raises:
@@ -37,7 +37,7 @@ def open_start(config: FinetuneConfig, storage: Storage) -> Bundle | None:
     return resolve_model(config.model, _choices(config), storage)
 
 
-def open_frozen(config: FinetuneConfig, storage: Storage) -> Bundle:
+def open_frozen_bundle(config: FinetuneConfig, storage: Storage) -> Bundle:
     """What --model names as it is, with golden answers, to be used and not to be changed.
 
     Raises:
@@ -51,12 +51,14 @@ def open_frozen(config: FinetuneConfig, storage: Storage) -> Bundle:
     return bundle if bundle.config.golden is not None else with_golden(bundle)
 
 
-def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, storage: Storage) -> Bundle:
+def make_initial_bundle(
+    config: FinetuneConfig, opened: Bundle | None, labels: Labels, storage: Storage
+) -> Bundle:
     """The bundle with a classifier for these labels: its own if it has them in this order, or a new one.
 
     Args:
         config: what was asked for.
-        opened: what `open_start` has found.
+        opened: what `open_initial_bundle` has found.
         labels: the categories in their order.
         storage: how to reach the weights.
 
@@ -66,7 +68,7 @@ def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, sto
     if opened is None:
         named = _named(config, labels, storage)
         return named if config.from_scratch else _with_neutral_head(named)
-    tell_what_ends(opened, labels)
+    warn_about_dropped_metadata(opened, labels)
     if opened.config.labels == labels and not opened.config.untrained_head:
         return opened
     spec, state = opened.config.spec, from_safetensors(opened.weights, WEIGHTS_FILE)
@@ -80,7 +82,7 @@ def start_for(config: FinetuneConfig, opened: Bundle | None, labels: Labels, sto
     return _with_neutral_head(made)
 
 
-def tell_what_ends(opened: Bundle, labels: Labels) -> None:
+def warn_about_dropped_metadata(opened: Bundle, labels: Labels) -> None:
     """Log what of a bundle's record does not outlive training: its calibration, and paths of other categories."""
     known = opened.config
     if known.calibration is not None:

@@ -102,7 +102,7 @@ class NodeView:
     sees_mark: bool
 
 
-def look_around(run_id: str, node_id: str, mark: str) -> NodeView:
+def inspect_node(run_id: str, node_id: str, mark: str) -> NodeView:
     """The view of the node that this process runs on; caches of runs that nobody came back to are removed.
 
     Args:

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchcls.errors import InputError
 from batchcls.storage.filesystem import Storage, explain, is_remote, join, local_path, redact_uri
-from batchcls.training.node_cache import NodeCache, NodeView, free_bytes, look_around
+from batchcls.training.node_cache import NodeCache, NodeView, free_bytes, inspect_node
 
 _SECONDS = 60.0
 _GIB = 2**30
@@ -28,7 +28,7 @@ class Host:
     name: str
 
 
-def require_nodes(state: str, run_id: str, needed: int, storage: Storage) -> None:
+def check_nodes(state: str, run_id: str, needed: int, storage: Storage) -> None:
     """Check that every node reaches the prepared images, before any is prepared.
 
     Args:
@@ -68,7 +68,7 @@ def require_nodes(state: str, run_id: str, needed: int, storage: Storage) -> Non
     _require_seen(state, run_id, storage)
 
 
-def remove_copies(run_id: str) -> None:
+def remove_node_caches(run_id: str) -> None:
     """Remove the copies of a run on every node that lives, once its workers are gone."""
     hosts = _hosts()
     tasks = _on_each(hosts, _remove, run_id)
@@ -104,7 +104,7 @@ def _require_seen(state: str, run_id: str, storage: Storage) -> None:
 
 def _views(run_id: str, mark: str) -> dict[Host, NodeView]:
     hosts = _hosts()
-    tasks = _on_each(hosts, look_around, run_id, mark)
+    tasks = _on_each(hosts, inspect_node, run_id, mark)
     found: dict[Host, NodeView] = {}
     for host, task in zip(hosts, tasks, strict=True):
         try:

@@ -113,7 +113,7 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def images_needed(model: nn.Module, batch_norm: BatchNormMode) -> int:
+def min_micro_batch_size(model: nn.Module, batch_norm: BatchNormMode) -> int:
     """Images that a pass in training needs at least: 2 where a layer normalizes by the batch, else 1.
 
     Its variance of one image is that of the image's places, and of a map of one place there is none.

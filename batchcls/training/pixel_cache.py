@@ -58,7 +58,7 @@ class PreparedPart:
     failures: Mapping[int, tuple[str, str]]
 
 
-def whole_image(preprocessing: Preprocessing) -> Preprocessing:
+def uncropped(preprocessing: Preprocessing) -> Preprocessing:
     """The preprocessing that keeps all that the resize gives, for training to crop from.
 
     Of an image that is not square, the middle square remains: the part that crops of the classifying
@@ -72,7 +72,7 @@ def whole_image(preprocessing: Preprocessing) -> Preprocessing:
     )
 
 
-def parts_folder(state: str, manifest: Manifest, settings: LoadSettings) -> str:
+def pixel_folder(state: str, manifest: Manifest, settings: LoadSettings) -> str:
     """Where the parts of a manifest lie: the name changes with all that changes a pixel."""
     decided = [
         manifest.fingerprint,
@@ -83,7 +83,7 @@ def parts_folder(state: str, manifest: Manifest, settings: LoadSettings) -> str:
     return join(state, "pixels", hashlib.sha256("\0".join(decided).encode()).hexdigest()[:16])
 
 
-def parts_of(manifest: Manifest, folder: str) -> list[PixelPart]:
+def pixel_parts(manifest: Manifest, folder: str) -> list[PixelPart]:
     """The parts of a manifest, in the order of its rows."""
     fragments = manifest.fragments(iter(lambda: PART_ROWS, None))
     return [
@@ -107,7 +107,7 @@ def prepare_part(
         settings: how images are loaded.
         rejected: rows that have failed before they are fetched.
     """
-    found = read_outcome(part, storage)
+    found = read_prepared_part(part, storage)
     if found is not None:
         return found
     shape = settings.preprocessing.shape
@@ -126,7 +126,7 @@ def prepare_part(
     return PreparedPart(part.fragment.first_row, part.fragment.rows, failures)
 
 
-def read_outcome(part: PixelPart, storage: Storage) -> PreparedPart | None:
+def read_prepared_part(part: PixelPart, storage: Storage) -> PreparedPart | None:
     """What is known of a part that is there already; None where there is none."""
     try:
         record = json.loads(storage.read_bytes(f"{part.uri}.json"))
@@ -265,7 +265,7 @@ class PreparedPixels:
     uris: tuple[str, ...]
     failed: Mapping[int, tuple[str, str]]
 
-    def is_there(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    def has_image(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """For row numbers: whether there is an image."""
         return ~np.isin(rows, np.fromiter(self.failed, np.int64, len(self.failed)))
 
@@ -289,8 +289,8 @@ def prepare_pixels(
     state, storage = place
     # Labels are read elsewhere.
     columns = manifest.without_kept().columns
-    folder = parts_folder(state, manifest, settings)
-    parts = parts_of(manifest, folder)
+    folder = pixel_folder(state, manifest, settings)
+    parts = pixel_parts(manifest, folder)
     shared = ray.put((columns, storage, replace(settings, kept=())))
     done = 0
     failed: dict[int, tuple[str, str]] = {}

@@ -23,13 +23,13 @@ from batchcls.models.model_bundle import Bundle
 from batchcls.ray_runtime import MALLOC_VARIABLES, WORKER_VARIABLES
 from batchcls.runs.lease import Lease
 from batchcls.storage.filesystem import Storage, is_remote, join
-from batchcls.training.failures import in_one_line, lasting_failure, out_of_memory, worker_failures
+from batchcls.training.failures import one_line, out_of_memory, permanent_failure, worker_failures
 from batchcls.training.loss import Divergence
-from batchcls.training.node_storage import remove_copies
+from batchcls.training.node_storage import remove_node_caches
 from batchcls.training.pixel_cache import PreparedPixels
 from batchcls.training.scaling import Workers
 from batchcls.training.train_config import Record, TrainingSettings
-from batchcls.training.trained_bundle import Trained, read_trained
+from batchcls.training.trained_bundle import TrainingResult, read_training_result
 from batchcls.training.worker import CHECKPOINT, Assignment, train_worker
 
 
@@ -98,7 +98,7 @@ _CHECK_SECONDS = 5.0
 _logger = logging.getLogger(__name__)
 
 
-class Diverged(BatchclsError):  # noqa: N818 - a verdict on the run
+class TrainingDivergedError(BatchclsError):
     """A step has no finite gradient; going on would train nothing."""
 
     def __init__(self, found: Divergence) -> None:
@@ -113,7 +113,7 @@ def run_training(
     pixels: tuple[PreparedPixels, PreparedPixels],
     workers: Workers,
     run: TrainingRun,
-) -> Trained:
+) -> TrainingResult:
     """Train, or go on training the run of this name.
 
     Args:
@@ -125,7 +125,7 @@ def run_training(
         run: the run ID, the work directory's storage and lease, and the console for progress.
 
     Raises:
-        Diverged: a step has no finite gradient.
+        TrainingDivergedError: a step has no finite gradient.
         BatchclsError: workers failed more often than --max-failures allows.
         LeaseLostError: another process has locked the work directory.
     """
@@ -166,12 +166,12 @@ def run_training(
             result = fit_until_done(trainer, config.max_failures, run.lease.check)
     finally:
         if assignment.copies:
-            remove_copies(name)
+            remove_node_caches(name)
     _look(board)
     if isinstance(result.return_value, Divergence):
-        raise Diverged(result.return_value)
+        raise TrainingDivergedError(result.return_value)
     with result.checkpoint.as_directory() as folder:
-        return read_trained((Path(folder) / CHECKPOINT).read_bytes())
+        return read_training_result((Path(folder) / CHECKPOINT).read_bytes())
 
 
 def fit_until_done(
@@ -198,7 +198,7 @@ def fit_until_done(
         except TrainingFailedError as error:
             failures += 1
             found = worker_failures(error)
-            lasting, memory = lasting_failure(found), out_of_memory(found)
+            lasting, memory = permanent_failure(found), out_of_memory(found)
             if lasting is not None or isinstance(error, ControllerError):
                 raise _ended(lasting or found[0], "it would again") from error
             if memory is not None and starved:
@@ -213,7 +213,7 @@ def fit_until_done(
                 ) from error
             _logger.warning(
                 "training failed (%s) and resumes from the last checkpoint; failure %d of --max-failures %d",
-                in_one_line(found[0]),
+                one_line(found[0]),
                 failures,
                 max_failures,
             )
@@ -222,7 +222,7 @@ def fit_until_done(
 def _ended(error: BaseException, how: str) -> BatchclsError:
     if isinstance(error, InputError | StorageStoppedError):
         return type(error)(str(error))
-    return BatchclsError(f"training stopped: {in_one_line(error)}: {how}")
+    return BatchclsError(f"training stopped: {one_line(error)}: {how}")
 
 
 def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> Any:

@@ -90,7 +90,7 @@ class RowSampler:
         drawn = rows[shuffled[np.searchsorted(edges, points, side="right").clip(max=len(rows) - 1)]]
         return rng.permutation(drawn)
 
-    def of_rank(self, epoch: int, rank: int, ranks: int) -> npt.NDArray[np.int64]:
+    def for_rank(self, epoch: int, rank: int, ranks: int) -> npt.NDArray[np.int64]:
         """The part of a rank: places rank, rank + ranks, ... of the order; lengths differ by one at most.
 
         Args:
@@ -107,19 +107,19 @@ class RowSampler:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledRows:
+class LabeledRows:
     """N rows of a manifest that have an image: row numbers, int64, and class indices, int32."""
 
     rows: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int32]
 
 
-def steps_of_epoch(
+def epoch_steps(
     sampler: RowSampler, epoch: int, batch_size: int, least: int = 1
 ) -> list[npt.NDArray[np.int64]]:
-    """Places of an epoch's images among the sampler's, one array a step; see `number_of_steps`."""
+    """Places of an epoch's images among the sampler's, one array a step; see `count_steps`."""
     order = sampler.order(epoch)
-    return np.array_split(order, number_of_steps(len(order), batch_size, least))
+    return np.array_split(order, count_steps(len(order), batch_size, least))
 
 
 def with_occurrences(steps: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray[np.int64]]:
@@ -134,7 +134,7 @@ def with_occurrences(steps: Sequence[npt.NDArray[np.int64]]) -> list[npt.NDArray
     return np.split(both, np.cumsum([len(step) for step in steps])[:-1])
 
 
-def number_of_steps(count: int, batch_size: int, least: int = 1) -> int:
+def count_steps(count: int, batch_size: int, least: int = 1) -> int:
     """Steps of an epoch of so many images, all of almost the same length and of all images.
 
     As many as steps of `batch_size` at most take; fewer, and so steps that are larger, where a step would have
@@ -143,18 +143,18 @@ def number_of_steps(count: int, batch_size: int, least: int = 1) -> int:
     return max(1, min(-(-count // batch_size), count // least))
 
 
-def share_of(step: npt.NDArray[np.int64], rank: int, workers: int) -> npt.NDArray[np.int64]:
+def worker_share(step: npt.NDArray[np.int64], rank: int, workers: int) -> npt.NDArray[np.int64]:
     """The images of a step that one worker takes; lengths differ by one at most.
 
     Raises:
-        ValueError: the step has fewer images than there are workers, which `plan.fit_workers` prevents.
+        ValueError: the step has fewer images than there are workers, which `plan.limit_workers` prevents.
     """
     if len(step) < workers:
         raise ValueError(f"a step of {len(step)} images cannot be shared among {workers} workers")
     return step[rank::workers]
 
 
-def passes_of(
+def micro_batches(
     share: npt.NDArray[np.int64], micro_batch_size: int | None, least: int = 1
 ) -> list[npt.NDArray[np.int64]]:
     """A worker's share of a step, cut into passes of almost the same length.
@@ -165,4 +165,4 @@ def passes_of(
             None: all.
         least: images that every pass has at least.
     """
-    return np.array_split(share, number_of_steps(len(share), micro_batch_size or len(share), least))
+    return np.array_split(share, count_steps(len(share), micro_batch_size or len(share), least))

@@ -48,7 +48,7 @@ class Workers:
         return f"{count} worker(s) x {self.cpus:g} CPU{', 1 GPU' if self.use_gpu else ''}"
 
 
-def settle_workers(config: FinetuneConfig, nodes: Sequence[NodeResources], step_images: int) -> Workers:
+def plan_workers(config: FinetuneConfig, nodes: Sequence[NodeResources], step_images: int) -> Workers:
     """Derive the workers from the settings, the nodes and the images of a step, over all workers.
 
     Raises:

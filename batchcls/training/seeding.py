@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 
-def seed_of(*parts: int) -> int:
+def derive_seed(*parts: int) -> int:
     """One seed out of several numbers, none of them negative; any change gives another one."""
     words = np.random.SeedSequence(list(parts)).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1
 
 
 @contextmanager
-def random_numbers(seed: int) -> Iterator[None]:
+def seeded_random(seed: int) -> Iterator[None]:
     """Those of this seed, on the CPU, where transforms draw them; afterwards the process continues with its own.
 
     `torch.manual_seed` would seed GPUs as well, for whatever else draws there, and where there is none it writes
@@ -35,7 +35,7 @@ def seed_device(device: str, seed: int) -> None:
 
     Args:
         device: "cpu", "cuda" or "cuda:0".
-        seed: see `seed_of`.
+        seed: see `derive_seed`.
     """
     torch.default_generator.manual_seed(seed)
     if torch.device(device).type == "cuda":

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from batchcls.preprocessing import Preprocessing
 from batchcls.training.recipe import Recipe
-from batchcls.training.sampling import BalanceName, LabelledRows
+from batchcls.training.sampling import BalanceName, LabeledRows
 
 Record = dict[str, Any]
 """What is known of an epoch, as JSON values: see `loop.EpochRecord`."""
@@ -17,22 +17,22 @@ class TrainingSettings:
 
     `loader_processes` changes the seconds only, and so does `micro_batch_size` but for what is drawn for each pass:
     which images are mixed, dropout, and the statistics of a trained BatchNorm. None: a worker's share of a step at
-    once. `least_step` and `least_pass` are the images that a step, and a pass of a worker, has at least.
+    once. `min_step_size` and `min_micro_batch_size` are the images that a step, and a pass of a worker, has at least.
     """
 
     recipe: Recipe
     preprocessing: Preprocessing
     classes: int
     trainable: tuple[str, ...]
-    training: LabelledRows
-    validation: LabelledRows
+    training: LabeledRows
+    validation: LabeledRows
     balance: BalanceName
     seed: int
     micro_batch_size: int | None
     precision: Literal["fp32", "bf16"]
     loader_processes: int
-    least_step: int = 1
-    least_pass: int = 1
+    min_step_size: int = 1
+    min_micro_batch_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)

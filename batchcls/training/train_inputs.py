@@ -25,11 +25,11 @@ from batchcls.models.labels import labels_digest, read_labels
 from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage, is_remote
-from batchcls.training.augmentation import fitting_recipe
-from batchcls.training.categories import Categories, describe_categories, settle_order
-from batchcls.training.initial_bundle import open_start, start_for
-from batchcls.training.optimizer import images_needed
-from batchcls.training.pixel_cache import whole_image
+from batchcls.training.augmentation import adapt_crop_size
+from batchcls.training.categories import Categories, describe_categories, resolve_category_order
+from batchcls.training.initial_bundle import make_initial_bundle, open_initial_bundle
+from batchcls.training.optimizer import min_micro_batch_size
+from batchcls.training.pixel_cache import uncropped
 from batchcls.training.recipe import Recipe, read_recipe
 
 _REMOTE_REQUESTS, _LOCAL_REQUESTS = 32, 4
@@ -54,7 +54,7 @@ class TrainingManifest:
 
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
-    """Everything that a training reads; `images_needed` is what each pass of a worker has to have."""
+    """Everything that a training reads; `min_micro_batch_size` is what each pass of a worker has to have."""
 
     storage: Storage
     training: TrainingManifest
@@ -62,7 +62,7 @@ class TrainingInputs:
     categories: Categories
     recipe: Recipe
     start: Bundle
-    images_needed: int
+    min_micro_batch_size: int
 
     def decides(self, config: FinetuneConfig) -> Mapping[str, Any]:
         """All that decides what training ends in, as JSON values; one worker and these give one network."""
@@ -91,35 +91,35 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
         for uri in (config.manifest, config.validation)
     ]
     columns = [read_label_column(manifest, storage) for manifest in manifests]
-    opened = open_start(config, storage)
+    opened = open_initial_bundle(config, storage)
     given = read_labels(config.labels, storage) if config.labels is not None else None
-    labels = settle_order(columns[0], given, opened.config.labels if opened is not None else ())
+    labels = resolve_category_order(columns[0], given, opened.config.labels if opened is not None else ())
     categories = describe_categories(labels, *columns)
-    start = start_for(config, opened, labels, storage)
+    start = make_initial_bundle(config, opened, labels, storage)
     preprocessing = start.config.preprocessing
     training, validation = (
         _labeled(manifest, column, labels, config, (storage, kind))
         for manifest, column, kind in zip(
-            manifests, columns, (whole_image(preprocessing), preprocessing), strict=True
+            manifests, columns, (uncropped(preprocessing), preprocessing), strict=True
         )
     )
     for which, column in zip(("training", "validation"), columns, strict=True):
         _logger.info("%s: %s", which, column.describe())
     _logger.info("%d categories", len(labels))
-    categories.log_notes()
+    categories.log_warnings()
     model = build_model(start)
     return TrainingInputs(
         storage=storage,
         training=training,
         validation=validation,
         categories=categories,
-        recipe=fitting_recipe(recipe, model, start.config),
+        recipe=adapt_crop_size(recipe, model, start.config),
         start=start,
-        images_needed=images_needed(model, recipe.batch_norm),
+        min_micro_batch_size=min_micro_batch_size(model, recipe.batch_norm),
     )
 
 
-def settle_recipe(config: FinetuneConfig) -> Recipe:
+def resolve_recipe(config: FinetuneConfig) -> Recipe:
     """The recipe with what flags change of it.
 
     Raises:

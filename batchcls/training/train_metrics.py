@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric, SumMetric
 _TOP = 5
 
 
-class Measures:
+class TrainMetrics:
     """Means over the rows that have been added by all workers."""
 
     def __init__(self, device: str) -> None:

@@ -18,26 +18,26 @@ _PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "torchmetrics", 
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainingResult:
     """What the last checkpoint holds: weights as they are to be used, and the records of all epochs."""
 
     weights: Mapping[str, torch.Tensor]
     history: tuple[Record, ...]
 
 
-def read_trained(data: bytes) -> Trained:
+def read_training_result(data: bytes) -> TrainingResult:
     """The weights and the history in a checkpoint; the averaged weights where there are such."""
     state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return Trained(state["average"] or state["model"], tuple(state["history"]))
+    return TrainingResult(state["average"] or state["model"], tuple(state["history"]))
 
 
-def curves_of(history: Sequence[Record]) -> dict[str, list[float]]:
+def training_curves(history: Sequence[Record]) -> dict[str, list[float]]:
     """What `evaluate` draws of the epochs: lists of one length, by name."""
     names = ("epoch", "loss", "validation_loss", "learning_rate", "top1", "validation_top1")
     return {name: [float(record[name]) for record in history] for name in names}
 
 
-def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mapping[str, Any]) -> Bundle:
+def trained_bundle(start: Bundle, trained: TrainingResult, run_id: str, lineage: Mapping[str, Any]) -> Bundle:
     """The start with trained weights and golden answers of their own, opened as `classify` will open it.
 
     The start's calibration is not that of these weights and is dropped.
@@ -61,7 +61,7 @@ def trained_bundle(start: Bundle, trained: Trained, run_id: str, lineage: Mappin
             "lineage": start.config.lineage,
         },
         "history": list(trained.history),
-        "curves": curves_of(trained.history),
+        "curves": training_curves(trained.history),
         "versions": {name: version(name) for name in _PACKAGES},
     }
     origin = {"kind": "trained", "name": run_id}

@@ -34,15 +34,15 @@ from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.sampling import (
     RowSampler,
     class_weights,
-    number_of_steps,
-    passes_of,
-    share_of,
-    steps_of_epoch,
+    count_steps,
+    epoch_steps,
+    micro_batches,
     with_occurrences,
+    worker_share,
 )
-from batchcls.training.seeding import seed_device, seed_of
+from batchcls.training.seeding import derive_seed, seed_device
 from batchcls.training.train_config import DistributedContext, Record, TrainingSettings
-from batchcls.training.train_metrics import Measures, normalized
+from batchcls.training.train_metrics import TrainMetrics, normalized
 
 _VALIDATION_BATCH = 64
 _FORWARD = 0x666F72
@@ -182,7 +182,7 @@ class Training:
                     mark_trainable(self._model, self._settings.trainable)
                 network = self._hooks.wrap(self._model)
             set_training_mode(self._model, "frozen" if head_only else self._recipe.batch_norm)
-            measures = Measures(self._place.device)
+            measures = TrainMetrics(self._place.device)
             if self._part is not None:
                 started -= self._part["seconds"]
                 if self._place.rank == 0:
@@ -213,11 +213,11 @@ class Training:
         }
 
     def _train_epoch(
-        self, epoch: int, network: nn.Module, store: PixelStore, measures: Measures, started: float
+        self, epoch: int, network: nn.Module, store: PixelStore, measures: TrainMetrics, started: float
     ) -> Divergence | None:
         settings, recipe = self._settings, self._recipe
         count = len(settings.training.rows)
-        steps = number_of_steps(count, recipe.batch_size, settings.least_step)
+        steps = count_steps(count, recipe.batch_size, settings.min_step_size)
         parameters = [value for value in self._model.parameters() if value.requires_grad]
         done, seen = (0, 0) if self._part is None else (self._part["steps"], self._part["found"]["rows"])
         self._part = None
@@ -244,7 +244,7 @@ class Training:
                 self._checkpoint(epoch, step.number + 1, measures, time.perf_counter() - started)
         return None
 
-    def _checkpoint(self, epoch: int, steps: int, measures: Measures, seconds: float) -> None:
+    def _checkpoint(self, epoch: int, steps: int, measures: TrainMetrics, seconds: float) -> None:
         """Keep what is done of an epoch, from which `run` resumes as if nothing had happened."""
         self._average_statistics(epoch)
         self._part = {"steps": steps, "found": measures.result(), "seconds": seconds}
@@ -264,7 +264,7 @@ class Training:
         targets: Tensor,
         at: tuple[int, int, int],
         step_size: int,
-        measures: Measures,
+        measures: TrainMetrics,
     ) -> Tensor:
         """Add the gradient of N images, a share of a step of `step_size`; N losses.
 
@@ -274,7 +274,7 @@ class Training:
         pixels = normalized(images.to(place.device, non_blocking=True), self._mean, self._std)
         targets = targets.to(place.device, non_blocking=True)
         mixed, shares = self._mixing(pixels, targets, seed, *at, place.rank)
-        seed_device(place.device, seed_of(_FORWARD, seed, *at, place.rank))
+        seed_device(place.device, derive_seed(_FORWARD, seed, *at, place.rank))
         with self._arithmetic():
             logits = network(mixed).float()
         weights = None if self._weights is None else row_weights(shares, self._weights)
@@ -291,10 +291,13 @@ class Training:
             InputError: the images of a step are too few for mixing.
         """
         settings, labeled = self._settings, self._settings.training
-        order = steps_of_epoch(self._sampler, epoch, self._recipe.batch_size, settings.least_step)
+        order = epoch_steps(self._sampler, epoch, self._recipe.batch_size, settings.min_step_size)
         steps = with_occurrences(order)
-        shares = [share_of(step, self._place.rank, self._place.workers) for step in steps]
-        cut = [passes_of(share, settings.micro_batch_size, settings.least_pass) for share in shares[done:]]
+        shares = [worker_share(step, self._place.rank, self._place.workers) for step in steps]
+        cut = [
+            micro_batches(share, settings.micro_batch_size, settings.min_micro_batch_size)
+            for share in shares[done:]
+        ]
         self._require_mixing([len(chosen) for passes in cut for chosen in passes])
         transform = image_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
@@ -329,7 +332,7 @@ class Training:
         started = time.perf_counter()
         labeled, place = self._settings.validation, self._place
         model = self.trained.eval()
-        measures = Measures(place.device)
+        measures = TrainMetrics(place.device)
         mine = range(place.rank, len(labeled.rows), place.workers)
         for start in range(0, len(mine), _VALIDATION_BATCH):
             chosen = list(mine[start : start + _VALIDATION_BATCH])

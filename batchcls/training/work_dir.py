@@ -58,7 +58,7 @@ def _in_use(folder: str, error: HeldError) -> InputError:
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class WorkDirRun:
     """A run's name, whether it had begun before, and its plan of steps; None where it has none yet."""
 
     run_id: str
@@ -66,7 +66,7 @@ class Claim:
     plan: Mapping[str, Any] | None = None
 
 
-def find_claim(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> Claim:
+def find_run(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> WorkDirRun:
     """The run of this command: the unfinished one that the work directory holds, or a new one. Nothing is written.
 
     Args:
@@ -81,7 +81,7 @@ def find_claim(state: str, decides: Mapping[str, Any], storage: Storage, *, rest
     values = json.loads(json.dumps(decides))
     found = None if restart else _read(join(state, _RECORD), storage)
     if found is None or found["finished"]:
-        return Claim(new_run_id(), is_resumed=False)
+        return WorkDirRun(new_run_id(), is_resumed=False)
     changed = sorted(
         name
         for name in values.keys() | found["decides"].keys()
@@ -93,11 +93,11 @@ def find_claim(state: str, decides: Mapping[str, Any], storage: Storage, *, rest
             f"{', '.join(changed)}; repeat its command to finish it, give --restart to forget it, or name another "
             "--output"
         )
-    return Claim(found["run_id"], is_resumed=True, plan=found.get("plan"))
+    return WorkDirRun(found["run_id"], is_resumed=True, plan=found.get("plan"))
 
 
-def take_claim(
-    state: str, claim: Claim, decides: Mapping[str, Any], plan: Mapping[str, Any], storage: Storage
+def record_run(
+    state: str, claim: WorkDirRun, decides: Mapping[str, Any], plan: Mapping[str, Any], storage: Storage
 ) -> None:
     """Write down that the work directory belongs to this run, with its plan of steps."""
     record = {"run_id": claim.run_id, "finished": False, "decides": decides, "plan": plan}

@@ -42,7 +42,7 @@ _SHOWN = (
 )
 
 
-class Curves:
+class CurveWriter:
     """One event file of TensorBoard, on disk or copied to a store after each epoch."""
 
     def __init__(self, folder: str, storage: Storage) -> None:
@@ -149,7 +149,7 @@ class _Told:
     def __init__(self, assignment: Assignment, place: DistributedContext) -> None:
         self._settings, self._place = assignment.settings, place
         self._board = assignment.board
-        self._curves = Curves(assignment.curves, assignment.storage) if place.rank == 0 else None
+        self._curves = CurveWriter(assignment.curves, assignment.storage) if place.rank == 0 else None
         self._told_at = 0.0
         self._checkpoint_seconds, self._kept_at = assignment.checkpoint_seconds, time.monotonic()
 

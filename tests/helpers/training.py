@@ -15,7 +15,7 @@ from batchcls.storage.filesystem import Storage
 from batchcls.training.loss import Divergence
 from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.recipe import Recipe, read_recipe
-from batchcls.training.sampling import LabelledRows
+from batchcls.training.sampling import LabeledRows
 from batchcls.training.train_config import DistributedContext, TrainingSettings
 from batchcls.training.trainer import Hooks, State, Training
 
@@ -39,8 +39,8 @@ def settings(**changes: object) -> TrainingSettings:
         preprocessing=PREPROCESSING,
         classes=CLASSES,
         trainable=("*",),
-        training=LabelledRows(np.arange(ROWS), targets),
-        validation=LabelledRows(
+        training=LabeledRows(np.arange(ROWS), targets),
+        validation=LabeledRows(
             np.arange(VALIDATION_ROWS), (np.arange(VALIDATION_ROWS) % CLASSES).astype(np.int32)
         ),
         balance="none",

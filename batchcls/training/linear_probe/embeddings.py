@@ -1,8 +1,7 @@
 """Computes the embeddings of a manifest with the loader of the main job and stores them on disk.
 
-A frozen network says the same of an image each time, so an image goes through it once, and mirrored
-once more where the probe is to learn from both. Other augmentations change the pixels each time and
-have no place here.
+The embeddings of a frozen network do not change, so every image is computed once, and its mirrored version once
+more if requested. Other augmentations change the pixels in every epoch and are not supported.
 """
 
 import logging
@@ -41,7 +40,7 @@ from batchcls.storage.uris import canonical_location
 from batchcls.training.linear_probe.embedding_store import (
     EmbeddingStore,
     FloatName,
-    Shape,
+    StoreShape,
     Values,
     open_store,
 )
@@ -52,26 +51,26 @@ _REMOTE_REQUESTS = 64
 _BLOCK_ROWS = 64
 _FRAGMENT_ROWS = 2048
 _FLUSH_SECONDS = 20.0
-# Below, measuring engines and converting networks takes longer than it saves.
-_MEASURE_FROM_PASSES = 2000
-_MEASURE_IMAGES = 128
+# With fewer forward passes, measuring engines and converting networks takes longer than it saves.
+_MIN_PASSES_TO_MEASURE = 2000
+_CALIBRATION_IMAGES = 128
 _MEASURE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingSettings:
-    """How embeddings are made and where they are kept.
+    """How embeddings are computed and where they are stored.
 
     Attributes:
-        fetch: how images are read.
-        limits: which are refused.
-        mirrored: embed each image flipped left to right, too.
-        dtype: what the values are kept in; float16 has three digits and half the size.
-        choice: what runs the network; None: measured here, where there are thousands of images.
-        device: where it runs.
-        threads: cores for decoding and for the network.
-        batch_size: images of a forward pass, unless it is measured with the engine.
-        cache_dir: folder of this machine; None: as `CompileCache.from_cache_dir`.
+        fetch: how images are fetched.
+        limits: limits on decoded images.
+        mirrored: also embed every image flipped horizontally.
+        dtype: data type of the stored values; float16 has three significant digits and half the size.
+        choice: engine and precision; None: measured on this machine if there are thousands of images.
+        device: device of the network.
+        threads: number of CPU threads for decoding and for the network.
+        batch_size: images per forward pass, unless it is measured together with the engine.
+        cache_dir: local cache folder; None: the default of `CompileCache.at`.
     """
 
     fetch: FetchPolicy
@@ -86,18 +85,18 @@ class EmbeddingSettings:
 
     @property
     def folder(self) -> Path:
-        """Where embeddings are kept: beside the converted networks."""
+        """Folder of all embeddings, next to the compiled networks."""
         return CompileCache.from_cache_dir(self.cache_dir).folder.parent / "embeddings"
 
 
 @dataclass(frozen=True, slots=True)
-class Embedded:
+class ManifestEmbeddings:
     """The embeddings of a manifest.
 
     Attributes:
-        values: V x N x D, mapped from disk; V is 1, or 2 with the mirrored images last.
-        good: N, which rows have embeddings.
-        failures: the other rows, by reason.
+        values: memory-mapped array of shape (V, N, D); V is 1, or 2 with the mirrored images last.
+        good: boolean array of shape (N,), true for rows that have embeddings.
+        failures: number of other rows by reason.
     """
 
     values: Values
@@ -110,42 +109,42 @@ def embed(
     manifest: Manifest,
     settings: EmbeddingSettings,
     storage: Storage,
-    watch: Callable[[EmbeddingStore], object] | None = None,
-) -> Embedded:
-    """The embedding of every row's image, from disk as far as they are there.
+    on_open: Callable[[EmbeddingStore], object] | None = None,
+) -> ManifestEmbeddings:
+    """Compute the embeddings of all images of a manifest, and reuse stored ones.
 
-    An image that fails has none, and is counted by its reason. What was fetched in vain is tried
-    again the next time.
+    Images that fail are counted by reason. Images that could not be fetched are tried again by the next call.
 
     Args:
-        bundle: whose `embedding_tap` is taken, in evaluation mode.
-        manifest: the rows; row n of the result is row n of the snapshot.
-        settings: how and where.
-        storage: how to reach the manifest.
-        watch: is given the store before work begins, and may ask it how far it is, from any thread.
+        bundle: network in evaluation mode; the embedding is taken at its `embedding_tap`.
+        manifest: manifest of the images; row n of the result is row n of the snapshot.
+        settings: how embeddings are computed and where they are stored.
+        storage: storage that holds the manifest.
+        on_open: called with the store before the computation starts, for progress; the store may be read from any
+            thread.
 
     Raises:
-        InputError: the bundle does not hold together, the engine cannot be had, or the disk refuses.
-        GoldenMismatch: the network does not answer as the bundle says.
+        InputError: the bundle is invalid, the engine is not available, or the disk is not writable.
+        GoldenMismatch: the outputs of the network differ from the golden outputs of the bundle.
     """
-    shape = Shape(
+    shape = StoreShape(
         2 if settings.mirrored else 1, manifest.rows, bundle.config.embedding_dimension, settings.dtype
     )
     with open_store(settings.folder, _key(bundle, manifest, settings), shape) as store:
-        if watch is not None:
-            watch(store)
-        if store.to_do.any():
-            with _torch_threads_kept():
+        if on_open is not None:
+            on_open(store)
+        if store.remaining.any():
+            with _preserve_torch_threads():
                 _fill(store, bundle, manifest, settings, storage)
         else:
             _logger.info("reused the embeddings of %d rows: %s", manifest.rows, store.folder)
-        return Embedded(store.values, store.good, dict(store.failures))
+        return ManifestEmbeddings(store.values, store.good, dict(store.failures))
 
 
 def _key(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> dict[str, object]:
-    """All that an embedding depends on; the images themselves by the manifest's state only.
+    """Return everything that the embeddings depend on. Images are identified by the fingerprint of the manifest.
 
-    Not the bundle's fingerprint: labels and golden answers change nothing about an embedding.
+    The fingerprint of the bundle is not used, because labels and golden outputs do not affect embeddings.
     """
     config = bundle.config
     return {
@@ -161,29 +160,29 @@ def _key(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> dic
 
 
 @contextmanager
-def _torch_threads_kept() -> Iterator[None]:
-    """Engines and loaders set the threads of the whole process."""
-    before, arrow = torch.get_num_threads(), pa.cpu_count()
+def _preserve_torch_threads() -> Iterator[None]:
+    """Restore the thread counts of the process, which engines and loaders change."""
+    rows_before, arrow_threads = torch.get_num_threads(), pa.cpu_count()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
-        pa.set_cpu_count(arrow)
+        torch.set_num_threads(rows_before)
+        pa.set_cpu_count(arrow_threads)
 
 
 def _fill(
     store: EmbeddingStore, bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings, storage: Storage
 ) -> None:
-    """Embed what is to do, fragment by fragment."""
-    to_do, before, views = store.to_do, store.rows, store.values.shape[0]
-    engine, batch_size = _start(bundle, manifest, settings, storage, int(to_do.sum()) * views)
+    """Embed the remaining rows."""
+    remaining, rows_before, views = store.remaining, store.rows, store.values.shape[0]
+    engine, batch_size = _start_engine(bundle, manifest, settings, storage, int(remaining.sum()) * views)
     loader = Loader(_load_settings(bundle, manifest, settings))
-    blocks = loader.load(_tables(manifest, FragmentReader(manifest.columns, storage), to_do), {})
+    blocks = loader.load(_tables(manifest, FragmentReader(manifest.columns, storage), remaining), {})
     batches = _batches(blocks, bundle.config.preprocessing, batch_size, store)
     started = flushed = time.monotonic()
-    for batch, answer in _answered(engine, batches):
-        finite = np.isfinite(answer.embedding).all(axis=1)
-        store.put(batch.view, batch.rows[finite], answer.embedding[finite])
+    for batch, output in _predictions(engine, batches):
+        finite = np.isfinite(output.embedding).all(axis=1)
+        store.put(batch.view, batch.rows[finite], output.embedding[finite])
         for row in batch.rows[~finite].tolist():
             store.fail(row, Reason.NON_FINITE.value)
         if batch.view == views - 1:
@@ -192,30 +191,30 @@ def _fill(
             store.flush()
             flushed = time.monotonic()
     seconds = time.monotonic() - started
-    done = store.rows - before
+    rows = store.rows - rows_before
     _logger.info(
-        "embeddings: %d images in %.1f s with %s, %.1f forward passes a second",
-        done,
+        "embeddings: %d images in %.1f s with %s, %.1f forward passes/s",
+        rows,
         seconds,
         describe_engine(engine),
-        done * views / seconds,
+        rows * views / seconds,
     )
 
 
-def _start(
+def _start_engine(
     bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings, storage: Storage, passes: int
 ) -> tuple[Engine, int]:
-    """A tested engine and its batch size: as asked for, or the fastest here if there is much to do."""
+    """Start a tested engine, the configured or the fastest one, and return it with its batch size."""
     conversions = CompileCache.from_cache_dir(settings.cache_dir)
-    place = EngineConfig(settings.device, settings.threads, settings.batch_size, conversions)
+    config = EngineConfig(settings.device, settings.threads, settings.batch_size, conversions)
     choice, batch_size = settings.choice or REFERENCE, settings.batch_size
-    if settings.choice is None and passes >= _MEASURE_FROM_PASSES:
-        sample = take_sample(manifest.without_kept(), _MEASURE_IMAGES, storage)
+    if settings.choice is None and passes >= _MIN_PASSES_TO_MEASURE:
+        sample = take_sample(manifest.without_kept(), _CALIBRATION_IMAGES, storage)
         prepared = prepare(sample, bundle.config.preprocessing, settings.fetch, settings.limits)
         images = CalibrationImages(prepared.pixels, manifest.fingerprint)
-        measured = choose(bundle, images, EngineRequest(device=settings.device), place, _MEASURE_SECONDS)
-        choice, batch_size = measured.choice, measured.batch_size
-    engine, _ = start_tested_engine(bundle, choice, replace(place, batch_size=batch_size))
+        selection = choose(bundle, images, EngineRequest(device=settings.device), config, _MEASURE_SECONDS)
+        choice, batch_size = selection.choice, selection.batch_size
+    engine, _ = start_tested_engine(bundle, choice, replace(config, batch_size=batch_size))
     return engine, batch_size
 
 
@@ -231,20 +230,22 @@ def _load_settings(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettin
     )
 
 
-def _tables(manifest: Manifest, reader: FragmentReader, to_do: npt.NDArray[np.bool_]) -> Iterator[pa.Table]:
-    """The rows that are to do, in order."""
+def _tables(
+    manifest: Manifest, reader: FragmentReader, remaining: npt.NDArray[np.bool_]
+) -> Iterator[pa.Table]:
+    """Read the remaining rows in order."""
     for fragment in manifest.fragments(repeat(_FRAGMENT_ROWS)):
-        if not to_do[fragment.first_row : fragment.first_row + fragment.rows].any():
+        if not remaining[fragment.first_row : fragment.first_row + fragment.rows].any():
             continue
         for table in reader.read(fragment, _BLOCK_ROWS):
-            wanted = to_do[table.column(ROW).to_numpy()]
-            if wanted.any():
-                yield table.filter(pa.array(wanted))
+            selected = remaining[table.column(ROW).to_numpy()]
+            if selected.any():
+                yield table.filter(pa.array(selected))
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """One forward pass: n row numbers, which view of them, and their pixels."""
+    """One forward pass: n row numbers, the index of the view, and the pixels."""
 
     rows: npt.NDArray[np.int64]
     view: int
@@ -254,7 +255,7 @@ class _Batch:
 def _batches(
     blocks: Iterator[pa.Table], preprocessing: Preprocessing, batch_size: int, store: EmbeddingStore
 ) -> Iterator[_Batch]:
-    """Every view of the rows that have pixels; rows without are marked as failed."""
+    """Yield every view of the rows that have pixels, and mark the other rows as failed."""
     views = store.values.shape[0]
     for block in blocks:
         failed = block.filter(block.column(PIXELS).is_null())
@@ -265,19 +266,19 @@ def _batches(
             continue
         rows, pixels = good.column(ROW).to_numpy(), stack_pixels(good, preprocessing)
         for start in range(0, len(rows), batch_size):
-            seen = pixels[start : start + batch_size]
+            chunk = pixels[start : start + batch_size]
             for view in range(views):
-                yield _Batch(rows[start : start + batch_size], view, seen[:, :, ::-1] if view else seen)
+                yield _Batch(rows[start : start + batch_size], view, chunk[:, :, ::-1] if view else chunk)
 
 
-def _answered(engine: Engine, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, EngineOutput]]:
-    """Batches with their answers, in order, as many in flight as keep the engine busy."""
-    asked: deque[_Batch] = deque()
+def _predictions(engine: Engine, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, EngineOutput]]:
+    """Yield batches with their outputs in order; several batches are in flight."""
+    pending: deque[_Batch] = deque()
 
     def pixels() -> Iterator[npt.NDArray[np.uint8]]:
         for batch in batches:
-            asked.append(batch)
+            pending.append(batch)
             yield batch.pixels
 
-    for answer in predict_batches(engine, pixels()):
-        yield asked.popleft(), answer
+    for output in predict_batches(engine, pixels()):
+        yield pending.popleft(), output

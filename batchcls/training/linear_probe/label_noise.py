@@ -1,11 +1,11 @@
 """Finds training rows with a suspicious label, using out-of-fold predictions.
 
-Two marks. The loss is high where the head finds the row's label improbable. And a row is *confident*
-where another category is at least as probable as rows of that category are on average, which is what
-confident learning counts as a wrong label: Northcutt, Jiang and Chuang, "Confident Learning: Estimating
+There are two criteria. The loss of a row is high if the head assigns a low probability to its label. A row is
+*confident* if the probability of another category is at least the average probability of that category over its
+own rows, the criterion of confident learning: Northcutt, Jiang and Chuang, "Confident Learning: Estimating
 Uncertainty in Dataset Labels", JAIR 2021.
 
-Letters: N rows, K categories.
+Symbols: N rows, K categories.
 """
 
 from collections.abc import Iterable
@@ -35,18 +35,18 @@ NOISE_SCHEMA = pa.schema(
         pa.field("confident", pa.bool_()),
     ]
 )
-"""`probability` is that of `suggested`, `loss` that of `label`; the highest loss comes first."""
+"""`probability` is the probability of `suggested`, `loss` the loss of `label`; in descending order of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelNoise:
-    """What a head says of N labeled rows.
+    """Predictions of a head for N labeled rows; every array has shape (N,).
 
     Attributes:
-        classes: N, of the labels.
-        suggested: N, the most probable class.
-        probability: N, of `suggested`, 0..1.
-        loss: N, minus the logarithm of the label's probability; NaN where nobody judged.
+        classes: classes of the labels.
+        suggested: most probable classes.
+        probability: probability of `suggested`, 0..1.
+        loss: negative log-likelihood of the label; NaN for rows without an out-of-fold prediction.
     """
 
     classes: Classes
@@ -55,10 +55,10 @@ class LabelNoise:
     loss: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, pieces: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Self:
-        """Judge logits (n x K) and classes (n) piece by piece, so that N x K is never in memory."""
+    def of(cls, chunks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Self:
+        """Compute from chunks of logits (n x K) and classes (n), so that N x K logits are never in memory at once."""
         found: list[tuple[torch.Tensor, ...]] = []
-        for logits, classes in pieces:
+        for logits, classes in chunks:
             logs = torch.log_softmax(logits, dim=1)
             best, suggested = logs.max(dim=1)
             found.append((classes, suggested, best.exp(), -logs.gather(1, classes[:, None])[:, 0]))
@@ -72,41 +72,41 @@ class LabelNoise:
 
     @property
     def confident(self) -> npt.NDArray[np.bool_]:
-        """N: another class is at least as probable as it is for its own rows on average."""
-        judged = np.isfinite(self.loss)
+        """Boolean array of shape (N,): another class is at least as probable as it is on average for its own rows."""
+        scored = np.isfinite(self.loss)
         count = int(max(self.classes.max(), self.suggested.max())) + 1
-        rows = np.bincount(self.classes[judged], minlength=count)
-        own = np.bincount(self.classes[judged], np.exp(-self.loss[judged]), minlength=count)
-        # A category that nobody has rows of is never believed.
-        usual = np.where(rows > 0, own / np.maximum(rows, 1), np.inf)
-        believed = self.probability >= usual[self.suggested]
-        confident: npt.NDArray[np.bool_] = judged & believed & (self.suggested != self.classes)
+        rows = np.bincount(self.classes[scored], minlength=count)
+        summed = np.bincount(self.classes[scored], np.exp(-self.loss[scored]), minlength=count)
+        # A category without rows is never plausible.
+        threshold = np.where(rows > 0, summed / np.maximum(rows, 1), np.inf)
+        plausible = self.probability >= threshold[self.suggested]
+        confident: npt.NDArray[np.bool_] = scored & plausible & (self.suggested != self.classes)
         return confident
 
 
 def noise_table(
-    judged: LabelNoise,
+    noise: LabelNoise,
     rows: npt.NDArray[np.int64],
     labels: tuple[str, ...],
     manifest: Manifest,
     storage: Storage,
-    most: int,
+    max_rows: int,
 ) -> pa.Table:
-    """The training rows with the highest loss, as Arrow table of `NOISE_SCHEMA`.
+    """Return the training rows with the highest loss as a table with the schema `NOISE_SCHEMA`.
 
     Args:
-        judged: what a head says of N rows.
-        rows: N row numbers in the manifest, ascending.
-        labels: K.
-        manifest: of the training rows; ids and addresses are read from it.
-        storage: how to reach it.
-        most: rows of the table.
+        noise: predictions of a head for N rows.
+        rows: N row numbers in the manifest, in ascending order.
+        labels: names of the K categories.
+        manifest: manifest of the training rows; IDs and URIs are read from it.
+        storage: storage that holds the manifest.
+        max_rows: maximum number of rows of the table.
 
     Raises:
         InputError: the manifest cannot be read.
     """
-    loss = np.where(np.isfinite(judged.loss), judged.loss, -np.inf)
-    worst = np.argsort(-loss, kind="stable")[:most]
+    loss = np.where(np.isfinite(noise.loss), noise.loss, -np.inf)
+    worst = np.argsort(-loss, kind="stable")[:max_rows]
     worst = worst[np.isfinite(loss[worst])]
     names = np.array(labels, dtype=object)
     columns = manifest.columns
@@ -115,25 +115,25 @@ def noise_table(
             ROW: rows[worst],
             ITEM_ID: _values(manifest, columns.item_id, rows[worst], storage),
             URI: _values(manifest, columns.uri, rows[worst], storage),
-            "label": names[judged.classes[worst]],
-            "suggested": names[judged.suggested[worst]],
-            "probability": judged.probability[worst],
-            "loss": judged.loss[worst],
-            "confident": judged.confident[worst],
+            "label": names[noise.classes[worst]],
+            "suggested": names[noise.suggested[worst]],
+            "probability": noise.probability[worst],
+            "loss": noise.loss[worst],
+            "confident": noise.confident[worst],
         },
         schema=NOISE_SCHEMA,
     )
 
 
 def _values(
-    manifest: Manifest, column: str | None, wanted: npt.NDArray[np.int64], storage: Storage
+    manifest: Manifest, column: str | None, requested: npt.NDArray[np.int64], storage: Storage
 ) -> pa.Array:
-    """A column's values of some rows, in the order of `wanted`; nulls where the manifest has no such column."""
-    if column is None or not len(wanted):
-        return pa.nulls(len(wanted), pa.string())
-    ascending = np.sort(wanted)
+    """Values of a column in the order of the requested rows; null if the manifest has no such column."""
+    if column is None or not len(requested):
+        return pa.nulls(len(requested), pa.string())
+    ascending = np.sort(requested)
     parts = [
         values.filter(pa.array(np.isin(numbers, ascending)))
         for numbers, values in column_batches(manifest, column, storage)
     ]
-    return pa.chunked_array(parts, pa.string()).take(pa.array(np.searchsorted(ascending, wanted)))
+    return pa.chunked_array(parts, pa.string()).take(pa.array(np.searchsorted(ascending, requested)))

@@ -23,74 +23,76 @@ from batchcls.models.model_bundle import WEIGHTS_FILE, Bundle
 from batchcls.models.sources import get_library
 from batchcls.models.weights import from_safetensors, load_strictly, to_safetensors
 from batchcls.storage.filesystem import Storage
-from batchcls.training.categories import Categories, Classes, describe_categories, settle_order
-from batchcls.training.initial_bundle import tell_what_ends
+from batchcls.training.categories import Categories, Classes, describe_categories, resolve_category_order
+from batchcls.training.initial_bundle import warn_about_dropped_metadata
 from batchcls.training.linear_probe.embedding_store import EmbeddingStore
-from batchcls.training.linear_probe.embeddings import Embedded, EmbeddingSettings, embed
+from batchcls.training.linear_probe.embeddings import EmbeddingSettings, ManifestEmbeddings, embed
 from batchcls.training.linear_probe.fit import LinearProbe, LinearSettings, train_linear_probe
 from batchcls.training.linear_probe.label_noise import LabelNoise, noise_table
-from batchcls.training.linear_probe.labeled_embeddings import Examples, LinearHead
+from batchcls.training.linear_probe.labeled_embeddings import LabeledEmbeddings, LinearHead
 
 POOLED = "pooled"
 
 
-def pooled(bundle: Bundle) -> Bundle:
-    """The same network, its embedding taken where its head reads: what a head can be fitted on.
+def with_pooled_embedding(bundle: Bundle) -> Bundle:
+    """Return the same network with its embedding at the with_pooled_embedding tap, the input of its head.
 
     Raises:
-        InputError: the network's head is not one linear layer on one embedding, or the bundle does
-            not hold together.
+        InputError: the head of the network is not a single linear layer on one embedding, or the bundle is invalid.
     """
     library, config = get_library(bundle.config.spec), bundle.config
     if config.embedding_tap != POOLED:
-        probed = config.model_copy(update={"embedding_tap": POOLED, "golden": None})
+        pooled_config = config.model_copy(update={"embedding_tap": POOLED, "golden": None})
         model = build_model(bundle)
         size = (config.preprocessing.input_height, config.preprocessing.input_width)
         backbone = Backbone(model, library.classifiers(model), size)
-        bundle = Bundle(probed.model_copy(update={"embedding_dimension": backbone.dimension}), bundle.weights)
+        bundle = Bundle(
+            pooled_config.model_copy(update={"embedding_dimension": backbone.dimension}), bundle.weights
+        )
         bundle = with_golden(bundle)
     _classifier(bundle)
     return bundle
 
 
-def with_head(
+def replace_head(
     bundle: Bundle,
     head: LinearHead,
     labels: Labels,
     paths: CategoryPaths | None,
-    origin: tuple[str, Mapping[str, Any]],
+    name: str,
+    lineage: Mapping[str, Any],
 ) -> Bundle:
-    """The bundle with another head; trunk, preprocessing and tap stay, and the calibration is dropped.
+    """Return the bundle with another head. The calibration is dropped; everything else is kept.
 
     Args:
-        bundle: whose embedding at the pooled tap `head` was fitted on, whatever its own tap is.
-        head: K x D.
-        labels: K names, in the order of the head's rows.
-        paths: for each label its path in the shop's tree; None: they have none.
-        origin: name of the training run, and the lineage to be kept.
+        bundle: bundle on whose embeddings at the with_pooled_embedding tap `head` was fitted; its own tap may be another one.
+        head: head for K categories.
+        labels: names of the K categories, in the order of the rows of the head.
+        paths: paths of the labels in the category tree; None: the labels have no paths.
+        name: name of the training run.
+        lineage: lineage of the new bundle.
 
     Returns:
-        A bundle with golden answers of its own.
+        The new bundle with its own golden outputs.
 
     Raises:
-        InputError: the network's head is not one linear layer on one embedding.
+        InputError: the head of the network is not a single linear layer on one embedding.
     """
     config, library = bundle.config, get_library(bundle.config.spec)
     path = _classifier(bundle)
     model = library.build(config.spec, len(labels), config.dropout)
     expected = model.state_dict()
     state = from_safetensors(bundle.weights, WEIGHTS_FILE)
-    for name, value in (("weight", head.weight), ("bias", head.bias)):
-        key = f"{path}.{name}"
+    for parameter, value in (("weight", head.weight), ("bias", head.bias)):
+        key = f"{path}.{parameter}"
         if key not in expected:
             raise InputError(
-                f"the head of {config.spec} has no {name}, which a linear probe needs; fine-tune it"
+                f"the head of {config.spec} has no {parameter}, which a linear probe needs; use --recipe fine-tune"
             )
         state[key] = value.reshape(expected[key].shape).to(expected[key].dtype).contiguous()
     load_strictly(model, state, f"the new head of {config.spec}")
     weights = to_safetensors(model.state_dict())
-    name, lineage = origin
-    made = bundle.with_weights(
+    trained = bundle.with_weights(
         weights,
         {"kind": "trained", "name": name},
         labels=labels,
@@ -98,13 +100,13 @@ def with_head(
         untrained_head=False,
         lineage=dict(lineage),
     )
-    found = verified_bundle(with_golden(made))
-    _require_same(found, head)
-    return found
+    verified = verified_bundle(with_golden(trained))
+    _require_same(verified, head)
+    return verified
 
 
 def _classifier(bundle: Bundle) -> str:
-    """The path of the one linear layer that reads the embedding. Raises InputError if there is none."""
+    """Return the path of the linear layer that reads the embedding. Raises InputError if there is none."""
     library = get_library(bundle.config.spec)
     paths = library.classifiers(build_model(bundle))
     backbone = build_backbone(bundle)
@@ -115,13 +117,13 @@ def _classifier(bundle: Bundle) -> str:
     ):
         raise InputError(
             f"the head of {bundle.config.spec} is not one linear layer on its embedding, so that a linear probe "
-            "cannot replace it; train it with --recipe fine-tune"
+            "cannot replace it; use --recipe fine-tune"
         )
     return paths[0]
 
 
 def _require_same(bundle: Bundle, head: LinearHead) -> None:
-    """The network that comes out reads its embedding with exactly this head."""
+    """Assert that the bundle contains exactly this head."""
     config = bundle.config.model_copy(
         update={"embedding_tap": POOLED, "embedding_dimension": head.weight.shape[1]}
     )
@@ -133,21 +135,21 @@ def _require_same(bundle: Bundle, head: LinearHead) -> None:
 
 _logger = logging.getLogger(__name__)
 
-_TOP = 5
+_TOP_K = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeSettings:
-    """All that a linear probe needs beside its inputs.
+    """Settings of a linear probe.
 
     Attributes:
-        embedding: how images become embeddings; `mirrored` counts for training rows only.
+        embedding: how embeddings are computed; `mirrored` applies to training rows only.
         linear: how the head is fitted.
-        name: of the training run, kept in the bundle.
-        labels: the categories in their order, from a file; None: see `settle_order`.
-        paths: of `labels` in the shop's tree; None: the bundle's, where its labels are kept.
-        noise_rows: rows of the label-noise report.
-        watch: see `embeddings.embed`; it is called for training and for validation rows.
+        name: name of the training run, stored in the bundle.
+        labels: the categories in order, from a file; None: see `resolve_category_order`.
+        paths: paths of `labels` in the category tree; None: those of the bundle if its labels are kept.
+        max_noise_rows: maximum number of rows of the label noise report.
+        on_open: see `embeddings.embed`; called for training and for validation rows.
     """
 
     embedding: EmbeddingSettings
@@ -155,20 +157,20 @@ class ProbeSettings:
     name: str = "linear-probe"
     labels: Labels | None = None
     paths: CategoryPaths | None = None
-    noise_rows: int = 200
-    watch: Callable[[EmbeddingStore], object] | None = None
+    max_noise_rows: int = 200
+    on_open: Callable[[EmbeddingStore], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
-    """What came out.
+class LinearProbeResult:
+    """Result of a linear probe.
 
     Attributes:
-        bundle: for `classify`, with golden answers and its lineage.
-        categories: in the order of the bundle's labels, with what is odd about them.
-        metrics: what the lineage holds, too; JSON values.
-        noise: training rows whose label looks wrong, see `noise.NOISE_SCHEMA`.
-        probe: the head, and how it was found.
+        bundle: the bundle for `classify`, with golden outputs and lineage.
+        categories: the categories in the order of the labels of the bundle, with warnings.
+        metrics: metrics as JSON values; also part of the lineage.
+        noise: training rows whose label is likely wrong, see `label_noise.NOISE_SCHEMA`.
+        probe: the head, and how it was fitted.
     """
 
     bundle: Bundle
@@ -184,38 +186,38 @@ def linear_probe_bundle(
     validation: Manifest | None,
     settings: ProbeSettings,
     storage: Storage,
-) -> Probed:
-    """Fit a head for a shop's categories on the frozen network of a bundle.
+) -> LinearProbeResult:
+    """Fit a head for the categories of a manifest on the frozen network of a bundle.
 
-    Every validation row is counted once: right, wrong (a category that training does not have is
-    wrong, too), failed (its image cannot be read) or without a label. No choice is made by them.
+    Every validation row is counted once: as correct, as wrong (also if training does not have its category), as failed
+    (its image cannot be read) or as unlabeled. Validation rows do not influence the head.
 
     Args:
-        bundle: trunk, preprocessing and tap are kept, and its labels where all training labels are among them.
-        train: opened with its labels, as `batchcls.manifest.labeled_manifest.open_labeled_manifest` does.
-        validation: the same; None: nothing is measured but held-out training rows.
-        settings: how.
-        storage: how to reach the manifests.
+        bundle: frozen network. Its labels are kept if they contain all training labels.
+        train: training manifest, opened with `batchcls.manifest.labeled_manifest.open_labeled_manifest`.
+        validation: validation manifest, opened in the same way; None: only held-out training rows are evaluated.
+        settings: settings of the linear probe.
+        storage: storage that holds the manifests.
 
     Raises:
-        InputError: labels, images or the network are not fit for it; the message has the remedy.
-        GoldenMismatch: the network does not answer as the bundle says.
+        InputError: labels, images or the network cannot be used; the message names the remedy.
+        GoldenMismatch: the outputs of the network differ from the golden outputs of the bundle.
     """
     started = time.monotonic()
-    network = pooled(bundle)
+    network = with_pooled_embedding(bundle)
     trained = read_label_column(train, storage)
     validated = None if validation is None else read_label_column(validation, storage)
-    for which, column in (("training", trained), ("validation", validated)):
+    for name, column in (("training", trained), ("validation", validated)):
         if column is not None:
-            _logger.info("%s: %s", which, column.describe())
-    labels = settle_order(trained, settings.labels, bundle.config.labels)
-    tell_what_ends(bundle, labels)
+            _logger.info("%s: %s", name, column.describe())
+    labels = resolve_category_order(trained, settings.labels, bundle.config.labels)
+    warn_about_dropped_metadata(bundle, labels)
     categories = describe_categories(labels, trained, validated)
-    categories.log_notes()
+    categories.log_warnings()
     names = pa.array(labels, pa.string())
-    embedded = embed(network, train, settings.embedding, storage, settings.watch)
-    examples = Examples.of(embedded.values, embedded.good, trained.classes(names), len(labels))
-    _require_some(examples, embedded, "training")
+    embedded = embed(network, train, settings.embedding, storage, settings.on_open)
+    examples = LabeledEmbeddings.of(embedded.values, embedded.good, trained.classes(names), len(labels))
+    _require_examples(examples, embedded, "training")
     embedded_seconds = time.monotonic() - started
     probe = train_linear_probe(examples, settings.linear)
     metrics: dict[str, Any] = {
@@ -231,66 +233,73 @@ def linear_probe_bundle(
     }
     if validation is not None and validated is not None:
         plain = replace(settings.embedding, mirrored=False)
-        seen = embed(network, validation, plain, storage, settings.watch)
-        metrics["validation"] = measure(probe.head, seen, validated.classes(names))
-    judged = LabelNoise.of(_answers(examples, probe))
-    noise = noise_table(judged, examples.rows, labels, train, storage, settings.noise_rows)
-    metrics["confidently_mislabeled"] = int(judged.confident.sum())
+        unmirrored = embed(network, validation, plain, storage, settings.on_open)
+        metrics["validation"] = evaluate_head(probe.head, unmirrored, validated.classes(names))
+    label_noise = LabelNoise.of(_training_logits(examples, probe))
+    noise = noise_table(label_noise, examples.rows, labels, train, storage, settings.max_noise_rows)
+    metrics["confidently_mislabeled"] = int(label_noise.confident.sum())
     lineage = _lineage(bundle, train, validation, settings) | {"metrics": metrics}
     paths = settings.paths or bundle.config.category_paths_for(labels)
-    made = with_head(bundle, probe.head, labels, paths, (settings.name, lineage))
+    new_bundle = replace_head(bundle, probe.head, labels, paths, settings.name, lineage)
     _logger.info("linear probe in %.1f s: %s", time.monotonic() - started, metrics)
-    return Probed(made, categories, metrics, noise, probe)
+    return LinearProbeResult(new_bundle, categories, metrics, noise, probe)
 
 
-def measure(head: LinearHead, seen: Embedded, classes: Classes) -> dict[str, Any]:
-    """Count what a head answers to N rows (first view), a piece at a time.
+def evaluate_head(head: LinearHead, embeddings: ManifestEmbeddings, classes: Classes) -> dict[str, Any]:
+    """Evaluate a head on the first view of N rows, in chunks.
 
     Args:
-        head: for K categories.
-        seen: embeddings of N rows.
-        classes: N, as `LabelColumn.classes` gives them.
+        head: head for K categories.
+        embeddings: embeddings of N rows.
+        classes: class indices of shape (N,), see `LabelColumn.classes`.
 
     Returns:
-        Shares `top1` and `top5` of the labeled rows with an embedding, mean cross-entropy `loss` of
-        those whose category is known, and the rows of each kind.
+        Accuracies `top1` and `top5` of the labeled rows with an embedding, mean cross-entropy `loss` of the rows
+        whose category is known, and the number of rows of each kind.
+
+    Raises:
+        InputError: no row has an embedding and a known category.
     """
-    rows = Examples.of(seen.values, seen.good, classes, len(head.bias))
+    rows = LabeledEmbeddings.of(embeddings.values, embeddings.good, classes, len(head.bias))
     top1, top5, loss = 0, 0, 0.0
-    for embeddings, targets in rows.pieces():
-        logits = head.logits(embeddings)
-        ranked = logits.topk(min(_TOP, logits.shape[1])).indices == targets[:, None]
+    for chunk, targets in rows.chunks():
+        logits = head.logits(chunk)
+        ranked = logits.topk(min(_TOP_K, logits.shape[1])).indices == targets[:, None]
         top1, top5 = top1 + int(ranked[:, 0].sum()), top5 + int(ranked.any(1).sum())
         loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    unseen = int(((classes == UNKNOWN_CLASS) & seen.good).sum())
-    answered = len(rows) + unseen
+    unknown = int(((classes == UNKNOWN_CLASS) & embeddings.good).sum())
+    evaluated = len(rows) + unknown
     if not len(rows):
-        raise InputError(f"no validation row has an embedding and a known category; failed: {seen.failures}")
+        raise InputError(
+            f"no validation row has a readable image and a known category; failed: {embeddings.failures}"
+        )
     return {
-        "top1": top1 / answered,
-        "top5": top5 / answered,
+        "top1": top1 / evaluated,
+        "top5": top5 / evaluated,
         "loss": loss / len(rows),
         "rows": len(classes),
-        "answered": answered,
-        "of_unseen_categories": unseen,
-        "failed": seen.failures,
+        "answered": evaluated,
+        "of_unseen_categories": unknown,
+        "failed": embeddings.failures,
         "without_label": int((classes == UNLABELED_CLASS).sum()),
     }
 
 
-def _require_some(examples: Examples, embedded: Embedded, which: str) -> None:
+def _require_examples(examples: LabeledEmbeddings, embedded: ManifestEmbeddings, name: str) -> None:
     if not len(examples):
         raise InputError(
-            f"none of the labeled {which} rows has an image that can be read; failed: {embedded.failures}"
+            f"none of the labeled {name} rows has an image that can be read; failed: {embedded.failures}"
         )
 
 
-def _answers(examples: Examples, probe: LinearProbe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits of training rows with their classes: by heads that had not seen them, where there are such."""
+def _training_logits(
+    examples: LabeledEmbeddings, probe: LinearProbe
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield logits and classes of the training rows, out-of-fold logits if available."""
     if probe.held_out is not None:
         yield torch.from_numpy(probe.held_out), torch.from_numpy(examples.classes.astype(np.int64))
         return
-    for embeddings, classes in examples.pieces():
+    for embeddings, classes in examples.chunks():
         yield probe.head.logits(embeddings), classes
 
 

@@ -14,10 +14,10 @@ from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import parse_model_arguments, resolve_model
 from batchcls.models.sources import get_library
 from batchcls.storage.filesystem import Storage
-from batchcls.training.augmentation import crop_size, fitting_recipe
-from batchcls.training.pixel_cache import PixelStore, whole_image
+from batchcls.training.augmentation import adapt_crop_size, crop_size
+from batchcls.training.pixel_cache import PixelStore, uncropped
 from batchcls.training.recipe import Recipe, read_recipe
-from batchcls.training.sampling import LabelledRows
+from batchcls.training.sampling import LabeledRows
 from batchcls.training.train_config import DistributedContext, TrainingSettings
 from batchcls.training.trainer import Hooks, Training
 
@@ -55,7 +55,7 @@ def test_a_network_is_trained_on_crops_that_it_takes(
     name: str, arguments: str, expected: tuple[int, int], log: pytest.LogCaptureFixture
 ):
     made = start(name, arguments)
-    found = fitting_recipe(read_recipe("fine-tune"), build_model(made), made.config)
+    found = adapt_crop_size(read_recipe("fine-tune"), build_model(made), made.config)
     assert crops(found, made)[0] == expected
     lines = [line for line in log.messages if "takes no images of" in line]
     assert len(lines) == (1 if found != read_recipe("fine-tune") else 0)
@@ -63,7 +63,7 @@ def test_a_network_is_trained_on_crops_that_it_takes(
 
 def test_a_size_below_what_a_network_takes_is_no_crop_either():
     made = start("torchvision:alexnet", input_size=64)
-    found = fitting_recipe(read_recipe("fine-tune"), build_model(made), made.config)
+    found = adapt_crop_size(read_recipe("fine-tune"), build_model(made), made.config)
     assert crops(read_recipe("fine-tune"), made) == [(32, 32), (64, 64)]
     assert crops(found, made) == [(64, 64), (64, 64)]
 
@@ -111,14 +111,14 @@ def test_two_steps_of_the_default_recipe_train_a_network_of_patches(name: str, t
     model = build_model(made)
     preprocessing = made.config.preprocessing
     chosen = read_recipe("fine-tune").with_changes(epochs=1, batch_size=2)
-    whole = whole_image(preprocessing)
+    whole = uncropped(preprocessing)
     random, rows, stores = np.random.default_rng(0), 4, []
     for part, taken in (("training", whole), ("validation", preprocessing)):
         np.save(tmp_path / f"{part}.npy", random.integers(0, 256, (rows, *taken.shape), np.uint8))
         stores.append(PixelStore([str(tmp_path / part)], Storage(), "unused"))
-    labeled = LabelledRows(np.arange(rows), np.arange(rows, dtype=np.int32))
+    labeled = LabeledRows(np.arange(rows), np.arange(rows, dtype=np.int32))
     settings = TrainingSettings(
-        recipe=fitting_recipe(chosen, model, made.config),
+        recipe=adapt_crop_size(chosen, model, made.config),
         preprocessing=preprocessing,
         classes=len(made.config.labels),
         trainable=("*",),

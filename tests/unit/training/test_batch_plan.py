@@ -7,9 +7,9 @@ import pytest
 
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
-from batchcls.training.batch_plan import StepPlan, fit_workers, plan_steps
+from batchcls.training.batch_plan import StepPlan, limit_workers, plan_steps
 from batchcls.training.recipe import Recipe, read_recipe
-from batchcls.training.sampling import RowSampler, number_of_steps, passes_of, share_of, steps_of_epoch
+from batchcls.training.sampling import RowSampler, count_steps, epoch_steps, micro_batches, worker_share
 from batchcls.training.scaling import Workers
 
 
@@ -29,7 +29,7 @@ def planned(
     chosen: FinetuneConfig, found: Workers, batch: int, rows: int, needed: int
 ) -> tuple[StepPlan, Workers]:
     plan = plan_steps(chosen, recipe(batch), found, rows, needed)
-    return plan, fit_workers(chosen, found, plan, rows, needed)
+    return plan, limit_workers(chosen, found, plan, rows, needed)
 
 
 def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
@@ -41,13 +41,13 @@ def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
         for rows, batch in product(range(1, 41), recipes):
             plan = plan_steps(chosen, recipes[batch], asked, rows, needed)
             try:
-                found = fit_workers(chosen, asked, plan, rows, needed)
+                found = limit_workers(chosen, asked, plan, rows, needed)
             except InputError:
                 refused += 1
                 assert count * needed > min(rows, batch), (rows, batch, count, needed)
                 continue
             shared += 1
-            steps = number_of_steps(rows, batch, plan.least)
+            steps = count_steps(rows, batch, plan.least)
             smallest, largest = rows // steps, -(-rows // steps)
             assert found.most == count
             assert smallest // count >= needed, (rows, batch, count, needed)
@@ -62,13 +62,13 @@ def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
 def test_steps_are_all_rows_once_and_passes_are_all_of_a_share(rows: int):
     sampler = RowSampler(np.zeros(rows, np.int32), seed=3)
     for batch, least, micro_batch_size, needed in product((2, 3, 7, 32), (1, 2, 4), (None, 2, 3, 5), (1, 2)):
-        steps = steps_of_epoch(sampler, 0, batch, min(least, rows))
+        steps = epoch_steps(sampler, 0, batch, min(least, rows))
         assert sorted(np.concatenate(steps)) == list(range(rows))
         for step in steps:
             for count in range(1, len(step) // needed + 1):
-                shares = [share_of(step, rank, count) for rank in range(count)]
+                shares = [worker_share(step, rank, count) for rank in range(count)]
                 assert sorted(np.concatenate(shares)) == sorted(step)
-                cut = [part for share in shares for part in passes_of(share, micro_batch_size, needed)]
+                cut = [part for share in shares for part in micro_batches(share, micro_batch_size, needed)]
                 assert sum(map(len, cut)) == len(step)
                 assert min(map(len, cut)) >= needed
                 if micro_batch_size is not None:
@@ -77,10 +77,10 @@ def test_steps_are_all_rows_once_and_passes_are_all_of_a_share(rows: int):
 
 def test_21_rows_at_a_batch_of_2_leave_no_step_of_one_image():
     plan, _ = planned(config(num_workers="2"), workers(2), 2, 21, 1)
-    steps = steps_of_epoch(RowSampler(np.zeros(21, np.int32), seed=0), 0, plan.batch_size, plan.least)
+    steps = epoch_steps(RowSampler(np.zeros(21, np.int32), seed=0), 0, plan.batch_size, plan.least)
     assert sorted(map(len, steps)) == [2] * 9 + [3]
     with pytest.raises(ValueError, match="a step of 1 images cannot be shared among 2 workers"):
-        share_of(np.arange(1), 0, 2)
+        worker_share(np.arange(1), 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -120,16 +120,16 @@ def test_workers_whose_number_was_left_to_us_become_fewer_with_a_line(log: pytes
     plan, found = planned(config(), workers(64), 32, 1000, 1)
     assert (found.least, found.most, found.now) == (32, 32, 32)
     assert "32 worker(s) instead of 64: the smallest step has 32 images of 1000" in log.text
-    assert plan.smallest_step(1000) == 32
+    assert plan.smallest_step_size(1000) == 32
     _, found = planned(config(num_workers="2-64"), workers(64, 2), 32, 1000, 1)
     assert (found.least, found.most) == (2, 32)
 
 
 def test_a_run_that_moves_to_a_larger_machine_keeps_its_steps():
     plan, _ = planned(config(), workers(1), 32, 60, 1)
-    found = fit_workers(config(), workers(8), plan, 60, 1)
+    found = limit_workers(config(), workers(8), plan, 60, 1)
     assert found.most == 8
-    again = fit_workers(config(), workers(64), plan, 60, 1)
+    again = limit_workers(config(), workers(64), plan, 60, 1)
     assert again.most == 30
 
 

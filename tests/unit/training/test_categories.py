@@ -14,7 +14,7 @@ from batchcls.manifest.labeled_manifest import (
     read_label_column,
 )
 from batchcls.storage.filesystem import Storage
-from batchcls.training.categories import describe_categories, settle_order
+from batchcls.training.categories import describe_categories, resolve_category_order
 from tests.helpers.manifests import write_manifest
 
 
@@ -73,22 +73,22 @@ def test_labels_that_are_all_null_or_no_text_are_refused(tmp_path):
 
 def test_the_order_is_sorted_unless_the_bundle_or_a_file_has_one():
     column = _column("vase", "mug", "Zebra", "étui", "mug")
-    assert settle_order(column, None, ["cat", "dog"]) == ("Zebra", "mug", "vase", "étui")
+    assert resolve_category_order(column, None, ["cat", "dog"]) == ("Zebra", "mug", "vase", "étui")
     known = ["vase", "étui", "Zebra", "mug", "plate"]
-    assert settle_order(column, None, known) == tuple(known)
+    assert resolve_category_order(column, None, known) == tuple(known)
     given = ["étui", "vase", "mug", "Zebra", "spoon"]
-    assert settle_order(column, given, known) == tuple(given)
+    assert resolve_category_order(column, given, known) == tuple(given)
 
 
 def test_a_list_that_lacks_labels_is_refused_and_ten_are_named():
     column = _column(*(f"c{i:02d}" for i in range(30)))
     with pytest.raises(InputError, match=r"lacks 28 of the 30 .*: c02, .*, c11 and 18 more; add them"):
-        settle_order(column, ["c00", "c01"], [])
+        resolve_category_order(column, ["c00", "c01"], [])
 
 
 def test_one_category_is_no_classifier():
     with pytest.raises(InputError, match="only the category 'mug'"):
-        settle_order(_column("mug", "mug"), None, [])
+        resolve_category_order(_column("mug", "mug"), None, [])
 
 
 def test_what_is_odd_is_counted_and_named():
@@ -128,7 +128,7 @@ def test_ten_thousand_categories_and_a_million_rows_take_seconds_and_short_messa
     column = encode_labels(
         pa.chunked_array([picked.slice(start, 100_000) for start in range(0, 10**6, 10**5)])
     )
-    labels = settle_order(column, names.to_pylist(), [])
+    labels = resolve_category_order(column, names.to_pylist(), [])
     found = describe_categories(labels, column, column)
     assert time.thread_time() - started < 5
     assert found.training.sum() == 1_000_000

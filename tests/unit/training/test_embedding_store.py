@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from batchcls.errors import InputError
-from batchcls.training.linear_probe.embedding_store import Shape, open_store
+from batchcls.training.linear_probe.embedding_store import StoreShape, open_store
 
-SHAPE = Shape(2, 10, 3, "float16")
+SHAPE = StoreShape(2, 10, 3, "float16")
 KEY = {"name": "a/b", "bundle": "x"}
 
 
@@ -29,10 +29,10 @@ def test_rows_are_found_again_and_a_failed_fetch_is_to_do_again(tmp_path):
     with open_store(tmp_path, KEY, SHAPE) as store:
         assert np.flatnonzero(store.good).tolist() == [0, 2]
         assert store.failures == {"corrupt": 1}
-        assert np.flatnonzero(store.to_do).tolist() == [3, 4, 5, 6, 7, 8, 9]
+        assert np.flatnonzero(store.remaining).tolist() == [3, 4, 5, 6, 7, 8, 9]
         assert store.values[:, 2].tolist() == [[1.5] * 3, [2.5] * 3]
     with open_store(tmp_path, {**KEY, "bundle": "y"}, SHAPE) as store:
-        assert store.to_do.all()
+        assert store.remaining.all()
 
 
 def test_a_row_that_failed_in_one_view_is_not_good(tmp_path):
@@ -47,8 +47,8 @@ def test_a_killed_process_loses_no_more_than_what_it_had_not_flushed(tmp_path):
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from batchcls.training.linear_probe.embedding_store import Shape, open_store
-with open_store(Path({str(tmp_path)!r}), {KEY!r}, Shape(2, 10, 3, "float16")) as store:
+from batchcls.training.linear_probe.embedding_store import StoreShape, open_store
+with open_store(Path({str(tmp_path)!r}), {KEY!r}, StoreShape(2, 10, 3, "float16")) as store:
     for rows in ([0, 1, 2], [3]):
         for view in range(2):
             store.put(view, np.array(rows), np.ones((len(rows), 3), np.float32))

@@ -11,7 +11,7 @@ from torch import distributed, nn
 
 from batchcls.errors import BatchclsError, ExitCode, InputError, StorageStoppedError
 from batchcls.training import ray_train
-from batchcls.training.failures import lasting_failure, out_of_memory, worker_failures
+from batchcls.training.failures import out_of_memory, permanent_failure, worker_failures
 
 
 def raised(function) -> BaseException:
@@ -50,21 +50,21 @@ PASSING = [
     RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"),
     distributed.DistBackendError("NCCL error: remote process exited"),
     distributed.DistStoreError("wait timeout after 180000ms"),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.OutOfMemoryError("CUDA out of memory. FitCandidate to allocate 2.00 GiB"),
     MemoryError(),
 ]
 
 
 @pytest.mark.parametrize("error", LASTING, ids=lambda error: f"{type(error).__name__}-{str(error)[:20]}")
 def test_what_the_code_refuses_comes_again(error: BaseException):
-    assert lasting_failure([error]) is error
+    assert permanent_failure([error]) is error
     # the others lose their connection to the one that failed
-    assert lasting_failure([PASSING[6], error, PASSING[0]]) is error
+    assert permanent_failure([PASSING[6], error, PASSING[0]]) is error
 
 
 @pytest.mark.parametrize("error", PASSING, ids=lambda error: f"{type(error).__name__}-{str(error)[:20]}")
 def test_deaths_connections_and_stores_may_pass(error: BaseException):
-    assert lasting_failure([error]) is None
+    assert permanent_failure([error]) is None
 
 
 def test_memory_that_is_used_up_is_known():

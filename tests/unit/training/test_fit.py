@@ -5,7 +5,11 @@ import torch
 from batchcls.errors import InputError
 from batchcls.training.linear_probe.fit import LinearSettings, train_linear_probe
 from batchcls.training.linear_probe.label_noise import LabelNoise
-from batchcls.training.linear_probe.labeled_embeddings import Examples, split_folds, standard_space
+from batchcls.training.linear_probe.labeled_embeddings import (
+    LabeledEmbeddings,
+    fit_standardization,
+    split_folds,
+)
 from batchcls.training.linear_probe.lda import MiniBatchConfig, fit_large_scale
 from batchcls.training.linear_probe.logistic import Objective
 from batchcls.training.sampling import BalanceName, class_weights
@@ -13,7 +17,9 @@ from batchcls.training.sampling import BalanceName, class_weights
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _examples(rows: int, categories: int, *, views: int = 1, apart: float = 2.5, seed: int = 0) -> Examples:
+def _examples(
+    rows: int, categories: int, *, views: int = 1, apart: float = 2.5, seed: int = 0
+) -> LabeledEmbeddings:
     """Clouds around random centers; values of very different size, one that is always the same, one that is noise."""
     rng = np.random.default_rng(seed)
     centers = np.random.default_rng(7).normal(size=(categories, 16)) * apart / 4
@@ -21,11 +27,11 @@ def _examples(rows: int, categories: int, *, views: int = 1, apart: float = 2.5,
     values = centers[classes] + rng.normal(size=(views, rows, 16))
     values = values * np.geomspace(0.01, 100, 16) + 3
     values = np.concatenate([values, np.full((views, rows, 1), 5.0)], axis=2).astype(np.float32)
-    return Examples.of(values, np.ones(rows, bool), classes, categories)
+    return LabeledEmbeddings.of(values, np.ones(rows, bool), classes, categories)
 
 
-def _right(head, examples: Examples) -> float:
-    return np.mean([(head.logits(x).argmax(1) == y).float().mean().item() for x, y in examples.pieces()])
+def _right(head, examples: LabeledEmbeddings) -> float:
+    return np.mean([(head.logits(x).argmax(1) == y).float().mean().item() for x, y in examples.chunks()])
 
 
 def test_a_probe_tells_clouds_apart_and_says_how_well_on_rows_it_had_not_seen():
@@ -34,7 +40,7 @@ def test_a_probe_tells_clouds_apart_and_says_how_well_on_rows_it_had_not_seen():
     assert unseen > 0.75
     assert probe.method == "l-bfgs"
     assert probe.chosen.top1 == pytest.approx(unseen, abs=0.03)
-    assert probe.chosen.loss == min(one.loss for one in probe.tried)
+    assert probe.chosen.loss == min(one.loss for one in probe.candidates)
 
 
 def test_it_answers_as_well_as_the_best_that_is_possible():
@@ -49,9 +55,9 @@ def test_it_answers_as_well_as_the_best_that_is_possible():
 
 def test_the_head_on_plain_embeddings_answers_as_in_its_space():
     examples = _examples(500, 3)
-    space = standard_space(examples)
-    (embeddings, _), *_ = examples.pieces()
-    moved = space.put(embeddings)
+    space = fit_standardization(examples)
+    (embeddings, _), *_ = examples.chunks()
+    moved = space.transform(embeddings)
     np.testing.assert_allclose(moved[:, :16].mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(moved[:, :16].std(0), 1, rtol=1e-2)
     assert (moved[:, 16] == 0).all()
@@ -70,7 +76,7 @@ def test_the_same_seed_gives_the_same_head_and_leaves_the_callers_random_numbers
     assert torch.equal(torch.randn(3), expected)
     second = train_linear_probe(examples, LinearSettings(seed=1, folds=2))
     assert torch.equal(first.head.weight, second.head.weight)
-    assert first.tried == second.tried
+    assert first.candidates == second.candidates
 
 
 def test_all_views_are_learnt_from():
@@ -79,9 +85,9 @@ def test_all_views_are_learnt_from():
     values = examples.values.copy()
     values[0] = np.random.default_rng(0).normal(size=values[0].shape)
     probe = train_linear_probe(
-        Examples(values, examples.rows, examples.classes, 2), LinearSettings(folds=2, l2=0.1)
+        LabeledEmbeddings(values, examples.rows, examples.classes, 2), LinearSettings(folds=2, l2=0.1)
     )
-    mirrored = Examples(values[1:], examples.rows, examples.classes, 2)
+    mirrored = LabeledEmbeddings(values[1:], examples.rows, examples.classes, 2)
     assert _right(probe.head, mirrored) > 0.8
 
 
@@ -89,7 +95,7 @@ def test_weights_lift_a_small_category():
     rng = np.random.default_rng(0)
     classes = np.repeat(np.array([0, 1], np.int32), [950, 50])
     values = (rng.normal(size=(1, 1000, 4)) + classes[None, :, None] * 0.8).astype(np.float32)
-    examples = Examples.of(values, np.ones(1000, bool), classes, 2)
+    examples = LabeledEmbeddings.of(values, np.ones(1000, bool), classes, 2)
     found = {}
     for balance in ("none", "loss", "sampling"):
         probe = train_linear_probe(examples, LinearSettings(balance=balance, folds=2))
@@ -107,7 +113,7 @@ def test_smoothed_labels_do_not_cost_the_largest_category_its_rows(
     classes = np.repeat(np.array([0, 1, 2], np.int32), [940, 10, 10])
     values = rng.normal(size=(1, 960, 4)).astype(np.float32)
     values[0, np.arange(960), classes] += 4
-    examples = Examples.of(values, np.ones(960, bool), classes, 3)
+    examples = LabeledEmbeddings.of(values, np.ones(960, bool), classes, 3)
     if passes is None:
         head = train_linear_probe(
             examples, LinearSettings(balance=balance, label_smoothing=0.1, folds=2, l2=0.01)
@@ -133,7 +139,7 @@ def test_categories_without_rows_and_with_one_row_are_no_obstacle():
     values = np.random.default_rng(0).normal(size=(1, 41, 4)).astype(np.float32)
     values[0, :20] += 4
     classes = np.array([1] * 20 + [3] * 20 + [4], np.int32)
-    examples = Examples.of(values, np.ones(41, bool), classes, 6)
+    examples = LabeledEmbeddings.of(values, np.ones(41, bool), classes, 6)
     probe = train_linear_probe(examples, LinearSettings(folds=2))
     answers = probe.head.logits(torch.from_numpy(values[0])).argmax(1)
     assert (answers[:20] == 1).float().mean() > 0.9
@@ -142,11 +148,11 @@ def test_categories_without_rows_and_with_one_row_are_no_obstacle():
 
 @pytest.mark.parametrize(
     ("classes", "message"),
-    [([1, 1, 1], "are of one category; two are needed"), ([0, 1, 2], "alone in its category")],
+    [([1, 1, 1], "have one category; at least two are needed"), ([0, 1, 2], "alone in its category")],
 )
 def test_rows_that_teach_nothing_are_refused(classes, message):
     values = np.zeros((1, 3, 4), np.float32)
-    examples = Examples.of(values, np.ones(3, bool), np.array(classes, np.int32), 3)
+    examples = LabeledEmbeddings.of(values, np.ones(3, bool), np.array(classes, np.int32), 3)
     with pytest.raises(InputError, match=message):
         train_linear_probe(examples, LinearSettings())
 
@@ -156,7 +162,9 @@ def test_the_large_scale_method_is_as_good_and_reads_half_precision_from_disk(tm
     mapped = np.lib.format.open_memmap(tmp_path / "values.npy", "w+", np.float16, examples.values.shape)
     mapped[:] = examples.values
     unseen = _examples(3000, 40, apart=4, seed=1)
-    stored = Examples(np.load(tmp_path / "values.npy", mmap_mode="r"), examples.rows, examples.classes, 40)
+    stored = LabeledEmbeddings(
+        np.load(tmp_path / "values.npy", mmap_mode="r"), examples.rows, examples.classes, 40
+    )
     objective = Objective(None, 0.0, None, 0)
     closed = fit_large_scale(stored, objective, MiniBatchConfig(0))
     trained = fit_large_scale(stored, objective, MiniBatchConfig(4, 256, 3e-3))
@@ -173,7 +181,7 @@ def test_passes_start_from_the_closed_form_and_better_it_where_clouds_are_not_ro
     classes = rng.integers(0, 3, 6000).astype(np.int32)
     values = rng.standard_t(2, size=(1, 6000, 8)).astype(np.float32)
     values[0, np.arange(6000), classes] += 4
-    examples = Examples.of(values, np.ones(6000, bool), classes, 3)
+    examples = LabeledEmbeddings.of(values, np.ones(6000, bool), classes, 3)
     closed = fit_large_scale(examples, Objective(None, 0.0, None, 0), MiniBatchConfig(0))
     trained = fit_large_scale(examples, Objective(None, 0.0, None, 0), MiniBatchConfig(10, 256, 1e-2))
     assert trained.chosen.loss < closed.chosen.loss - 0.01
@@ -184,7 +192,7 @@ def test_wrong_labels_stand_first_in_the_noise_report():
     wrong = np.random.default_rng(3).choice(1200, 24, replace=False)
     classes = examples.classes.copy()
     classes[wrong] = (classes[wrong] + 1) % 4
-    noisy = Examples(examples.values, examples.rows, classes, 4)
+    noisy = LabeledEmbeddings(examples.values, examples.rows, classes, 4)
     probe = train_linear_probe(noisy, LinearSettings(folds=3))
     judged = LabelNoise.of([(torch.from_numpy(probe.held_out), torch.from_numpy(classes.astype(np.int64)))])
     seen = np.isfinite(judged.loss)

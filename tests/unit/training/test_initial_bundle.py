@@ -13,10 +13,10 @@ from batchcls.inference.golden_record import with_golden
 from batchcls.models.build import build_model
 from batchcls.models.model_bundle import Bundle, BundleConfig, Calibration, HeldOut
 from batchcls.storage.filesystem import Storage
-from batchcls.training.initial_bundle import open_start, start_for
+from batchcls.training.initial_bundle import make_initial_bundle, open_initial_bundle
 from batchcls.training.linear_probe.labeled_embeddings import LinearHead
-from batchcls.training.linear_probe.probe_job import with_head
-from batchcls.training.trained_bundle import Trained, trained_bundle
+from batchcls.training.linear_probe.probe_job import replace_head
+from batchcls.training.trained_bundle import TrainingResult, trained_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,7 +38,7 @@ def weights(tmp_path: Path) -> str:
 
 
 def start(chosen: FinetuneConfig, labels: tuple[str, ...] = LABELS) -> Bundle:
-    return start_for(chosen, open_start(chosen, Storage()), labels, Storage())
+    return make_initial_bundle(chosen, open_initial_bundle(chosen, Storage()), labels, Storage())
 
 
 def test_named_weights_get_a_classifier_to_which_all_categories_are_alike(weights: str):
@@ -58,7 +58,7 @@ def test_a_bundle_keeps_its_classifier_where_its_categories_are_these(weights: s
     made = start(config("timm:test_resnet", weights=weights))
     state = build_model(made).state_dict()
     moved = {k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()}
-    trained = trained_bundle(made, Trained(moved, ()), "run-1", {"digest": "x"})
+    trained = trained_bundle(made, TrainingResult(moved, ()), "run-1", {"digest": "x"})
     assert trained.publishable
     assert trained.config.golden is not None
     assert trained.config.preprocessing == made.config.preprocessing
@@ -83,9 +83,9 @@ def test_what_a_bundle_brings_itself_cannot_be_said_about_it(weights: str, tmp_p
     folder = str(tmp_path / "bundle")
     start(config("timm:test_resnet", weights=weights)).save(folder, Storage())
     with pytest.raises(InputError, match="--from-scratch: --model is a bundle"):
-        open_start(config(folder, from_scratch=True), Storage())
+        open_initial_bundle(config(folder, from_scratch=True), Storage())
     with pytest.raises(InputError, match="--model is a bundle, which brings its own"):
-        open_start(config(folder, input_size=96), Storage())
+        open_initial_bundle(config(folder, input_size=96), Storage())
 
 
 PATHS = (("wear", "bag"), ("wear", "cap"), ("home", "mug"))
@@ -111,7 +111,7 @@ def calibrated(bundle: Bundle, **changes: object) -> Bundle:
 def trained_on(bundle: Bundle) -> Bundle:
     state = build_model(bundle).state_dict()
     moved = {k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()}
-    return trained_bundle(bundle, Trained(moved, ()), "run-1", {"digest": "x"})
+    return trained_bundle(bundle, TrainingResult(moved, ()), "run-1", {"digest": "x"})
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_training_on_from_a_calibrated_bundle_drops_what_was_of_its_old_weights(
     before = calibrated(named, embedding_tap="stage2", embedding_dimension=32, untrained_head=False)
     before.save(str(tmp_path / "calibrated"), Storage())
     chosen = config(str(tmp_path / "calibrated"))
-    opened = open_start(chosen, Storage())
+    opened = open_initial_bundle(chosen, Storage())
     if probe:
         head = LinearHead(torch.randn(len(labels), 96), torch.zeros(len(labels)))
-        after = with_head(opened, head, labels, opened.config.category_paths_for(labels), ("run-1", {}))
+        after = replace_head(opened, head, labels, opened.config.category_paths_for(labels), "run-1", {})
     else:
-        after = trained_on(start_for(chosen, opened, labels, Storage()))
+        after = trained_on(make_initial_bundle(chosen, opened, labels, Storage()))
         assert "the calibration of --model (temperature 1.7 and thresholds)" in log.text
         assert ("the category paths of --model do not name every category" in log.text) == (paths is None)
     after.save(str(tmp_path / "made"), Storage())
@@ -163,7 +163,7 @@ def test_a_bundle_that_nobody_could_open_is_not_put_in_place(weights: str, tmp_p
     with pytest.raises(InputError, match="holds NaN or infinity"):
         trained_bundle(
             made,
-            Trained({k: v * float("nan") for k, v in build_model(made).state_dict().items()}, ()),
+            TrainingResult({k: v * float("nan") for k, v in build_model(made).state_dict().items()}, ()),
             "run-1",
             {},
         )

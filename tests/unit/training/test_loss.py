@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from batchcls.training.augmentation import Mixing
 from batchcls.training.pixel_cache import PixelStore
-from batchcls.training.sampling import LabelledRows, RowSampler, class_weights, steps_of_epoch
+from batchcls.training.sampling import LabeledRows, RowSampler, class_weights, epoch_steps
 from batchcls.training.train_config import DistributedContext, TrainingSettings
 from batchcls.training.train_metrics import normalized
 from batchcls.training.trainer import Training
@@ -27,8 +27,8 @@ def uneven(folder: Path, held_out: int = 60) -> tuple[TrainingSettings, tuple[Pi
     targets = np.repeat(np.arange(CLASSES), COUNTS).astype(np.int32)
     others = (np.arange(held_out) % CLASSES).astype(np.int32)
     chosen = settings(
-        training=LabelledRows(np.arange(len(targets)), targets),
-        validation=LabelledRows(np.arange(held_out), others),
+        training=LabeledRows(np.arange(len(targets)), targets),
+        validation=LabeledRows(np.arange(held_out), others),
     )
     return chosen, write_stores(folder, targets, others)
 
@@ -65,7 +65,7 @@ def test_weighted_training_is_that_of_a_plain_loop(
         learning_rate=0.1, head_learning_rate=0.1, weight_decay=0.0, schedule="steps", warmup_fraction=0.0,
         milestones=(), clip_norm=None, ema_decay=None, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0,
     )  # fmt: skip
-    labeled = LabelledRows(some, chosen.training.targets[some])
+    labeled = LabeledRows(some, chosen.training.targets[some])
     chosen = replace(chosen, recipe=how, balance="loss", training=labeled, micro_batch_size=micro_batch_size)
     training = Training(Tiny(), ["fc"], chosen, DistributedContext(), hooks())
     assert training.run(*stores) is None
@@ -81,7 +81,7 @@ def plain_loop(chosen: TrainingSettings, store: PixelStore) -> nn.Module:
     weights = torch.from_numpy(class_weights(np.bincount(labeled.targets)))
     half, resize = torch.full((1, 3, 1, 1), 0.5), v2.Resize((32, 32), antialias=True)
     for epoch in range(how.epochs):
-        steps = steps_of_epoch(RowSampler(labeled.targets, chosen.seed), epoch, how.batch_size)
+        steps = epoch_steps(RowSampler(labeled.targets, chosen.seed), epoch, how.batch_size)
         for number, step in enumerate(steps):
             images = torch.stack(
                 [torch.from_numpy(store[row]).permute(2, 0, 1) for row in labeled.rows[step]]

@@ -10,7 +10,7 @@ import pytest
 from batchcls.errors import StorageStoppedError
 from batchcls.storage.filesystem import Storage
 from batchcls.training import node_cache
-from batchcls.training.node_cache import NodeCache, caches_folder, free_bytes, look_around
+from batchcls.training.node_cache import NodeCache, caches_folder, free_bytes, inspect_node
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +88,11 @@ def test_a_node_says_its_room_and_whether_it_sees_the_state_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "mark").touch()
-    found = look_around("run-1", "node-a", str(tmp_path / "mark"))
+    found = inspect_node("run-1", "node-a", str(tmp_path / "mark"))
     assert found.sees_mark
     assert found.cache == str(caches_folder())
     assert 0 < found.free <= free_bytes(tmp_path) + 2**30
-    assert not look_around("run-1", "node-a", str(tmp_path / "other")).sees_mark
+    assert not inspect_node("run-1", "node-a", str(tmp_path / "other")).sees_mark
 
 
 def test_copies_of_runs_that_nobody_came_back_to_are_removed_after_a_day(tmp_path: Path):
@@ -102,10 +102,10 @@ def test_copies_of_runs_that_nobody_came_back_to_are_removed_after_a_day(tmp_pat
     os.utime(old, (0, 0))
     with NodeCache.of("old", "node-a").in_use():
         os.utime(old, (0, 0))
-        look_around("run-1", "node-a", "")
+        inspect_node("run-1", "node-a", "")
         assert old.is_dir()
     os.utime(old, (0, 0))
-    look_around("run-1", "node-a", "")
+    inspect_node("run-1", "node-a", "")
     assert not old.exists()
     assert NodeCache.of("young", "node-a").folder.is_dir()
     assert node_cache.free_bytes(tmp_path / "a" / "b") > 0

@@ -18,7 +18,7 @@ from batchcls.manifest.snapshot import open_manifest
 from batchcls.preprocessing import Preprocessing, Views
 from batchcls.storage.filesystem import Storage
 from batchcls.training import pixel_cache
-from batchcls.training.pixel_cache import PixelStore, parts_folder, parts_of, prepare_part, whole_image
+from batchcls.training.pixel_cache import PixelStore, pixel_folder, pixel_parts, prepare_part, uncropped
 from tests.helpers.image_files import write_images
 
 PREPROCESSING = Preprocessing(
@@ -39,7 +39,7 @@ def prepare(folder: Path, state: Path, preprocessing: Preprocessing):
     storage = Storage()
     manifest = open_manifest(str(folder / "manifest.parquet"), storage)
     load = settings(preprocessing, manifest.base)
-    parts = parts_of(manifest, parts_folder(str(state), manifest, load))
+    parts = pixel_parts(manifest, pixel_folder(str(state), manifest, load))
     bad = find_invalid_ids(manifest, storage)
     outcomes = [prepare_part(part, manifest.columns, storage, load, bad.between(0, 100)) for part in parts]
     return [part.uri for part in parts], outcomes
@@ -74,7 +74,7 @@ def test_a_part_that_is_there_is_not_made_again(tmp_path: Path):
 def test_other_settings_of_pixels_lie_in_another_folder(tmp_path: Path):
     write_images(tmp_path / "images", 2)
     narrow, _ = prepare(tmp_path / "images", tmp_path / "state", PREPROCESSING)
-    wide, _ = prepare(tmp_path / "images", tmp_path / "state", whole_image(PREPROCESSING))
+    wide, _ = prepare(tmp_path / "images", tmp_path / "state", uncropped(PREPROCESSING))
     recolored, _ = prepare(
         tmp_path / "images", tmp_path / "state", PREPROCESSING.model_copy(update={"mean": (0.1, 0.2, 0.3)})
     )

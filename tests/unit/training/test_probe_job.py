@@ -23,7 +23,12 @@ from batchcls.storage.filesystem import Storage
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 from batchcls.training.linear_probe.fit import LinearSettings
 from batchcls.training.linear_probe.label_noise import NOISE_SCHEMA
-from batchcls.training.linear_probe.probe_job import Probed, ProbeSettings, linear_probe_bundle, pooled
+from batchcls.training.linear_probe.probe_job import (
+    LinearProbeResult,
+    ProbeSettings,
+    linear_probe_bundle,
+    with_pooled_embedding,
+)
 from tests.helpers.manifests import write_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,16 +76,18 @@ def _settings(folder: Path, **changes) -> ProbeSettings:
     embedding = EmbeddingSettings(
         fetch_policy(FetchSettings()), DecodeLimits(), choice=REFERENCE, cache_dir=str(folder / "cache")
     )
-    return replace(ProbeSettings(embedding, LinearSettings(folds=2), name="run-1", noise_rows=5), **changes)
+    return replace(
+        ProbeSettings(embedding, LinearSettings(folds=2), name="run-1", max_noise_rows=5), **changes
+    )
 
 
-def _probe(bundle: Bundle, train: str, validation: str | None, settings: ProbeSettings) -> Probed:
+def _probe(bundle: Bundle, train: str, validation: str | None, settings: ProbeSettings) -> LinearProbeResult:
     opened = [uri and open_labeled_manifest(uri, Storage(), "label") for uri in (train, validation)]
     return linear_probe_bundle(bundle, opened[0], opened[1], settings, Storage())
 
 
 @pytest.fixture(scope="module")
-def probed(bundle, tmp_path_factory) -> tuple[Probed, Path]:
+def probed(bundle, tmp_path_factory) -> tuple[LinearProbeResult, Path]:
     folder = tmp_path_factory.mktemp("shop")
     train = _manifest(folder, "train", 60, 0, wrong="green", unlabeled=None, broken="red")
     (folder / "train-broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no image")
@@ -105,7 +112,7 @@ def test_the_bundle_answers_with_the_new_head_under_the_engine_of_the_main_job(p
     pixels = np.stack([rng.normal(COLORS[label], 25, (PIXELS, PIXELS, 3)) for label in config.labels])
     answer = engine.predict(pixels.clip(0, 255).astype(np.uint8))
     assert answer.logits.argmax(1).tolist() == [0, 1, 2]
-    other, _ = start_tested_engine(pooled(bundle), REFERENCE, place)
+    other, _ = start_tested_engine(with_pooled_embedding(bundle), REFERENCE, place)
     embedding = torch.from_numpy(other.predict(pixels.clip(0, 255).astype(np.uint8)).embedding)
     np.testing.assert_allclose(
         answer.logits, found.probe.head.logits(embedding).numpy(), rtol=1e-3, atol=1e-3
@@ -167,4 +174,4 @@ def test_a_network_whose_head_is_not_linear_is_refused(tmp_path):
         Storage(),
     )
     with pytest.raises(InputError, match="not one linear layer on its embedding"):
-        pooled(squeezenet)
+        with_pooled_embedding(squeezenet)

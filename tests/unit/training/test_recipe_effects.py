@@ -16,7 +16,7 @@ from batchcls.errors import InputError
 from batchcls.training.augmentation import crop_size
 from batchcls.training.recipe import Recipe, read_recipe
 from batchcls.training.train_config import DistributedContext, TrainingSettings
-from batchcls.training.train_inputs import settle_recipe
+from batchcls.training.train_inputs import resolve_recipe
 from batchcls.training.trainer import Training
 from tests.helpers.training import CLASSES, PREPROCESSING, Stores, hooks, settings, weights_of, write_stores
 
@@ -180,8 +180,8 @@ FLAGS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", RECIPE_FLAGS)
 def test_flags_that_stand_for_a_recipe_s_setting_replace_it(name: str):
-    plain = settle_recipe(FinetuneConfig(**REQUIRED))
-    changed = settle_recipe(FinetuneConfig(**REQUIRED, **{name: FLAGS[name]}))
+    plain = resolve_recipe(FinetuneConfig(**REQUIRED))
+    changed = resolve_recipe(FinetuneConfig(**REQUIRED, **{name: FLAGS[name]}))
     assert getattr(changed, name) == FLAGS[name] != getattr(plain, name)
     assert changed.model_dump(exclude={name}) == plain.model_dump(exclude={name})
 

@@ -32,7 +32,7 @@ def test_weights_that_make_no_sense_are_refused():
 def test_ranks_share_an_epoch_without_overlap_and_without_a_rest(ranks):
     classes = np.array([0, 1, -1, 1, 2, -2, 0, 0, 1, 2, 2], np.int32)
     sampler = RowSampler(classes, seed=3)
-    parts = [sampler.of_rank(4, rank, ranks) for rank in range(ranks)]
+    parts = [sampler.for_rank(4, rank, ranks) for rank in range(ranks)]
     together = np.concatenate(parts)
     assert sorted(together.tolist()) == np.flatnonzero(classes >= 0).tolist()
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -64,4 +64,4 @@ def test_balanced_sampling_draws_small_categories_as_often_as_large_ones():
 
 def test_a_rank_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="rank 2 of 2"):
-        RowSampler(np.zeros(4, np.int32), seed=0).of_rank(0, 2, 2)
+        RowSampler(np.zeros(4, np.int32), seed=0).for_rank(0, 2, 2)

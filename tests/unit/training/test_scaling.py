@@ -5,12 +5,12 @@ import pytest
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.resources import NodeResources
-from batchcls.training.scaling import settle_workers
+from batchcls.training.scaling import plan_workers
 
 
 def workers(nodes: list[NodeResources], step_images: int = 32, **changes: object):
     config = FinetuneConfig(manifest="m", validation="v", model="x", output="o", **changes)
-    return settle_workers(config, nodes, step_images)
+    return plan_workers(config, nodes, step_images)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from batchcls.training.seeding import random_numbers, seed_device, seed_of
+from batchcls.training.seeding import derive_seed, seed_device, seeded_random
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -25,14 +25,14 @@ def test_random_numbers_of_a_seed_leave_the_process_s_own_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    with random_numbers(7):
+    with seeded_random(7):
         first = torch.rand(3)
     assert torch.equal(torch.rand(3), expected)
-    with random_numbers(7):
+    with seeded_random(7):
         assert torch.equal(torch.rand(3), first)
 
 
 def test_every_part_of_a_seed_counts():
-    seeds = {seed_of(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
+    seeds = {derive_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512
     assert all(0 <= seed < 2**63 for seed in seeds)

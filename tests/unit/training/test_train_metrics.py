@@ -4,13 +4,13 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from batchcls.training.train_metrics import Measures
+from batchcls.training.train_metrics import TrainMetrics
 
 LOGITS = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]])
 
 
 def test_targets_are_counted_over_batches_of_different_sizes():
-    measures = Measures("cpu")
+    measures = TrainMetrics("cpu")
     measures.add(LOGITS, torch.tensor([0, 1, 1]))
     measures.add(LOGITS[:1], torch.tensor([2]))
     found = measures.result()
@@ -20,7 +20,7 @@ def test_targets_are_counted_over_batches_of_different_sizes():
 
 
 def test_a_category_that_the_network_does_not_have_is_never_right():
-    measures = Measures("cpu")
+    measures = TrainMetrics("cpu")
     measures.add(LOGITS, torch.tensor([0, -1, -1]))
     found = measures.result()
     assert (found["rows"], found["top1"]) == (3, pytest.approx(1 / 3))
@@ -32,7 +32,7 @@ def test_a_mixed_image_is_right_where_its_larger_part_is_named(seed):
     torch.manual_seed(seed)
     images = torch.eye(3).reshape(3, 3, 1, 1).expand(3, 3, 4, 4)
     mixed, shares = v2.MixUp(alpha=0.2, num_classes=3)(images, torch.arange(3))
-    measures = Measures("cpu")
+    measures = TrainMetrics("cpu")
     # What an image holds of each category is its brightness in a color here, so this network is perfect.
     measures.add(20 * mixed.mean(dim=(2, 3)), shares)
     assert measures.result()["top1"] == 1

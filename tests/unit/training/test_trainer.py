@@ -14,7 +14,7 @@ from batchcls.training.augmentation import AugmentedImages, Mixing, TrainingSamp
 from batchcls.training.loss import Divergence
 from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.recipe import read_recipe
-from batchcls.training.sampling import LabelledRows, passes_of, share_of
+from batchcls.training.sampling import LabeledRows, micro_batches, worker_share
 from batchcls.training.train_config import DistributedContext
 from batchcls.training.trainer import Training
 from tests.helpers.training import (
@@ -85,7 +85,7 @@ def test_every_validation_row_is_counted_once_and_an_unknown_category_as_wrong(s
     assert {record["validation_rows"] for record in training.history} == {VALIDATION_ROWS}
     assert {record["validation_top5"] for record in training.history} == {1.0}
     targets = np.full(VALIDATION_ROWS, -2, np.int32)
-    unknown = settings(validation=LabelledRows(np.arange(VALIDATION_ROWS), targets))
+    unknown = settings(validation=LabeledRows(np.arange(VALIDATION_ROWS), targets))
     training, _, _ = train(unknown, stores)
     assert training.history[-1]["validation_top1"] == 0
 
@@ -105,7 +105,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rows(stores, tmp_path: Path):
 def test_rare_categories_weigh_more_when_asked_to(stores, balance: str):
     targets = np.zeros(ROWS, np.int32)
     targets[:2] = 1
-    uneven = settings(training=LabelledRows(np.arange(ROWS), targets), balance=balance)
+    uneven = settings(training=LabeledRows(np.arange(ROWS), targets), balance=balance)
     training, found, _ = train(uneven, stores)
     assert found is None
     assert np.isfinite(training.history[-1]["loss"])
@@ -159,7 +159,7 @@ def test_what_is_reported_of_mixed_images_is_held_against_what_was_mixed(
 ):
     """A mixing that leaves images alone and names the next category is training on the next category."""
     targets = ((np.arange(ROWS) + 1) % CLASSES).astype(np.int32)
-    expected, _, _ = train(settings(training=LabelledRows(np.arange(ROWS), targets)), stores)
+    expected, _, _ = train(settings(training=LabeledRows(np.arange(ROWS), targets)), stores)
 
     def renamed(_, images: torch.Tensor, found: torch.Tensor, *seed: int):
         return images, nn.functional.one_hot((found + 1) % CLASSES, CLASSES).float()
@@ -182,9 +182,9 @@ def test_crops_grow_at_the_end_in_multiples_of_32():
 
 def test_shares_of_a_step_are_all_of_it():
     step = np.arange(11)
-    assert sorted(np.concatenate([share_of(step, rank, 3) for rank in range(3)])) == list(range(11))
-    assert [len(part) for part in passes_of(step, 4)] == [4, 4, 3]
-    assert [len(part) for part in passes_of(step, None)] == [11]
+    assert sorted(np.concatenate([worker_share(step, rank, 3) for rank in range(3)])) == list(range(11))
+    assert [len(part) for part in micro_batches(step, 4)] == [4, 4, 3]
+    assert [len(part) for part in micro_batches(step, None)] == [11]
 
 
 @pytest.mark.parametrize("balance", ["none", "sampling"])
@@ -192,7 +192,7 @@ def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
     """What is shown depends on seed, epoch, row and occurrence: the same for any number of workers and passes."""
     targets = np.zeros(ROWS, np.int32)
     targets[:2] = 1
-    chosen = settings(training=LabelledRows(np.arange(ROWS), targets), balance=balance)
+    chosen = settings(training=LabeledRows(np.arange(ROWS), targets), balance=balance)
 
     def shown(place: DistributedContext, micro_batch_size: int | None) -> list[tuple[int, bytes]]:
         training = Training(

@@ -12,9 +12,9 @@ from torch import distributed, multiprocessing, nn
 
 from batchcls.training.optimizer import WRAPPING, batch_norms
 from batchcls.training.recipe import Recipe, read_recipe
-from batchcls.training.sampling import LabelledRows
+from batchcls.training.sampling import LabeledRows
 from batchcls.training.train_config import DistributedContext, TrainingSettings
-from batchcls.training.trained_bundle import read_trained
+from batchcls.training.trained_bundle import read_training_result
 from batchcls.training.trainer import State, Training
 from tests.helpers.training import (
     ROWS,
@@ -97,7 +97,7 @@ def uneven() -> TrainingSettings:
     """Rows of which a few are of rare categories, so that workers and passes have shares of other weights."""
     targets = np.zeros(ROWS, np.int32)
     targets[:3] = (1, 2, 2)
-    return settings(training=LabelledRows(np.arange(ROWS), targets), balance="loss", micro_batch_size=3)
+    return settings(training=LabeledRows(np.arange(ROWS), targets), balance="loss", micro_batch_size=3)
 
 
 def statistics(model: nn.Module) -> torch.Tensor:
@@ -122,7 +122,7 @@ def gathered(stores: Stores, place: DistributedContext, wrap) -> dict[str, objec
     kept = io.BytesIO()
     torch.save(states[-1], kept)
     saved = network()
-    saved.load_state_dict(read_trained(kept.getvalue()).weights)
+    saved.load_state_dict(read_training_result(kept.getvalue()).weights)
     after = [statistics(training._model), statistics(training.trained)]
     return {"before": seen, "after": after, "saved": statistics(saved)}
 

@@ -14,7 +14,7 @@ import pytest
 from batchcls.errors import InputError
 from batchcls.runs import lease as leases
 from batchcls.storage.filesystem import Storage
-from batchcls.training.work_dir import digest_of, find_claim, finish_run, locked_work_dir, take_claim
+from batchcls.training.work_dir import digest_of, find_run, finish_run, locked_work_dir, record_run
 from tests.conftest import REPOSITORY
 
 DECIDES = {"seed": 1, "recipe": {"epochs": 2, "crop_scale": (0.3, 1.0)}}
@@ -22,9 +22,9 @@ DECIDES = {"seed": 1, "recipe": {"epochs": 2, "crop_scale": (0.3, 1.0)}}
 
 def claim(folder: Path, decides: dict | None = None, *, restart: bool = False):
     decides = decides or DECIDES
-    found = find_claim(str(folder), decides, Storage(), restart=restart)
+    found = find_run(str(folder), decides, Storage(), restart=restart)
     if not found.is_resumed:
-        take_claim(str(folder), found, decides, {"batch_size": 32}, Storage())
+        record_run(str(folder), found, decides, {"batch_size": 32}, Storage())
     return found
 
 
@@ -37,7 +37,7 @@ def test_the_same_command_finds_its_run_again(tmp_path: Path):
 
 
 def test_nothing_is_written_before_the_folder_is_taken(tmp_path: Path):
-    assert find_claim(str(tmp_path / "state"), DECIDES, Storage(), restart=False).plan is None
+    assert find_run(str(tmp_path / "state"), DECIDES, Storage(), restart=False).plan is None
     assert not (tmp_path / "state").exists()
 
 
