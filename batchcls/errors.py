@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -49,9 +50,14 @@ class InputError(BatchclsError):
 
 
 class PublishRefused(BatchclsError):  # noqa: N818 - an expected outcome
-    """A committed run was not published; the previously published run is unchanged."""
+    """A committed run was not published; the run that was published before still is.
+
+    Attributes:
+        run: the committed run (`batchcls.Run`), if `batchcls.classify` raised the exception.
+    """
 
     exit_code = ExitCode.PUBLISH_REFUSED
+    run: Any = None
 
 
 class BudgetExceeded(BatchclsError):  # noqa: N818 - an expected outcome

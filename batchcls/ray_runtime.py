@@ -61,10 +61,21 @@ def ray_session(address: str) -> Iterator[None]:
         address: "auto" connects to the cluster of RAY_ADDRESS or of this machine, and starts Ray here if there is
             none; "local" always starts Ray here; HOST:PORT connects to that cluster.
 
+    A process that is connected to Ray already, such as a notebook, keeps its connection.
+
     Raises:
-        InputError: no cluster responds at the address.
+        InputError: no cluster responds at the address, or this process is connected to Ray already and the address
+            is not "auto".
         ClusterStartError: Ray failed to start on this machine twice.
     """
+    if ray.is_initialized():
+        if address != "auto":
+            raise InputError(
+                f"--ray-address {address}: this process is connected to Ray already; leave the setting out to use that "
+                "connection, or call ray.shutdown() first"
+            )
+        yield
+        return
     # Workers of a Ray that is started here inherit this environment.
     for name, value in (_QUIET_ENVIRONMENT | MALLOC_VARIABLES).items():
         os.environ.setdefault(name, value)

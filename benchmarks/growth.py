@@ -27,7 +27,7 @@ from rich.console import Console
 
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.hardware import Hardware
-from batchcls.jobs.classify_plan import check_inputs, open_inputs, work_of
+from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of
 from batchcls.models.engines.engine import REFERENCE
 from batchcls.pipeline.actor_pool import FragmentGraph
 from batchcls.pipeline.executor import PipelineResult
@@ -83,7 +83,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
             shape = plan_resources(config, node_resources(), inputs.manifest.rows, remote_images=False)
             engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
             spec = replace(
-                work_of(config, inputs, shape, EngineSelection(engines, None, ()), "growth"),
+                pipeline_spec_of(config, inputs, shape, EngineSelection(engines, None, ()), "growth"),
                 no_progress_timeout_seconds=120.0,
             )
             run = SleepingRun(spec, lambda _: None)

@@ -7,7 +7,7 @@ import re
 import sys
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -87,7 +87,7 @@ def add_settings(
         target: argparse._ActionsContainer = parser
         if title:
             target = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if field.annotation is bool:
             action = target.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, **options)
         elif get_origin(field.annotation) is list:
@@ -124,7 +124,7 @@ def _own_fields_first(settings: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
 
 
 def read_settings(settings: type[Settings], namespace: argparse.Namespace) -> Settings:
-    """Join the TOML file and the flags into one checked object.
+    """Merge the TOML file and the flags, which take precedence, into validated settings.
 
     Raises:
         InputError: a setting is unknown, missing or out of range; every one is named.
@@ -135,10 +135,40 @@ def read_settings(settings: type[Settings], namespace: argparse.Namespace) -> Se
     values.update(
         {k: _parse(v, settings.model_fields[k]) for k, v in given.items() if k in settings.model_fields}
     )
+    return validate_settings(settings, values)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def validate_settings(
+    settings: type[Settings], values: Mapping[str, Any], *, name: Callable[[str], str] = flag_of
+) -> Settings:
+    """Validate the values of settings.
+
+    Args:
+        settings: class of the settings.
+        values: by name.
+        name: how errors name a setting; default: by its flag.
+
+    Raises:
+        InputError: a setting is unknown, missing or out of range; every one is named.
+    """
+    _require_known(values, settings, "")
     try:
-        return settings.model_validate(values)
+        return settings.model_validate(dict(values))
     except ValidationError as error:
-        raise InputError("; ".join(_complaints(error, settings))) from None
+        raise InputError("; ".join(_messages(error, settings, name))) from None
+
+
+def _require_known(values: Iterable[str], settings: type[BaseModel], source: str) -> None:
+    for name in values:
+        if name not in settings.model_fields:
+            close = difflib.get_close_matches(name, settings.model_fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"{source}unknown setting {name}{hint}")
 
 
 def parser_for(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -165,11 +195,7 @@ def _read_toml(path: Path, settings: type[BaseModel]) -> dict[str, Any]:
         if isinstance(values.get(table), dict):
             values |= {prefix + name: value for name, value in values.pop(table).items()}
     values = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in values:
-        if name not in settings.model_fields:
-            close = difflib.get_close_matches(name, settings.model_fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"--config {path}: unknown setting {name}{hint}")
+    _require_known(values, settings, f"--config {path}: ")
     return values
 
 
@@ -190,17 +216,17 @@ def _parse(value: Any, field: FieldInfo) -> Any:
     return value
 
 
-def _complaints(error: ValidationError, settings: type[BaseModel]) -> list[str]:
-    """One line a setting; of a setting that may be several things, what each of them would have to be."""
+def _messages(error: ValidationError, settings: type[BaseModel], name_of: Callable[[str], str]) -> list[str]:
+    """One message per setting; for a setting of several types, it lists what each of them requires."""
     found: dict[str, list[str]] = {}
     for item in error.errors(include_url=False, include_input=False, include_context=False):
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
-        # Without a place it is about several settings, which the message names.
+        # An error without a location is about several settings, which the message names.
         name = str(item["loc"][0]) if item["loc"] else ""
         found.setdefault(name, []).append(message.removeprefix("Input "))
     lines = []
     for name, messages in found.items():
-        flag = "--" + name.replace("_", "-")
+        flag = name_of(name)
         field = settings.model_fields.get(name)
         if not name:
             lines += messages
@@ -234,14 +260,14 @@ def _metavar(annotation: Any, name: str) -> str:
             words.append("JSON")
         elif get_origin(kind) is tuple:
             words.append("A,B,C")
-        elif kind in (int, float) or (kind is str and name not in _PLACES):
+        elif kind in (int, float) or (kind is str and name not in _URI_SETTINGS):
             words.append(_METAVARS[kind])
         elif kind is str:
             words.append("URI")
     return "|".join(dict.fromkeys(words))
 
 
-_PLACES = frozenset({"manifest", "output", "weights", "labels", "folder", "bundle"})
+_URI_SETTINGS = frozenset({"manifest", "output", "weights", "labels", "folder", "bundle"})
 
 
 def _help(field: FieldInfo) -> str:

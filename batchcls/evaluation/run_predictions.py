@@ -25,14 +25,14 @@ _COLUMNS = [ITEM_ID, "label", "probability", "top_k"]
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class EvaluatedRun:
     """A committed run: its folder and the contents of its run.json."""
 
     folder: str
     record: dict[str, Any]
 
 
-def open_run(uri: str, storage: Storage) -> Run:
+def open_evaluated_run(uri: str, storage: Storage) -> EvaluatedRun:
     """Open the run in the folder `uri`, or the published run if `uri` is an output folder.
 
     Raises:
@@ -43,15 +43,15 @@ def open_run(uri: str, storage: Storage) -> Run:
         if not storage.exists(join(folder, RUN)):
             if not storage.exists(join(folder, CURRENT)):
                 raise InputError(
-                    f"--run {redact_uri(folder)}: result neither {RUN} nor {CURRENT}; specify a committed run "
+                    f"--run {redact_uri(folder)}: contains neither {RUN} nor {CURRENT}; specify a committed run "
                     "(OUTPUT/runs/ID) or an output folder with a published run"
                 )
             folder = join(folder, json.loads(storage.read_bytes(join(folder, CURRENT)))["path"])
-        return Run(folder, json.loads(storage.read_bytes(join(folder, RUN))))
+        return EvaluatedRun(folder, json.loads(storage.read_bytes(join(folder, RUN))))
 
 
 def read_run_predictions(
-    run: Run, labeled: LabeledManifest, storage: Storage
+    run: EvaluatedRun, labeled: LabeledManifest, storage: Storage
 ) -> tuple[pa.Table, Rows, Outcomes, int]:
     """Read the predictions of the run for the rows of a labeled manifest.
 
@@ -80,7 +80,7 @@ def read_run_predictions(
     return notes, rows[in_run], outcomes, ranked_categories
 
 
-def _read_predictions(run: Run, storage: Storage) -> pa.Table:
+def _read_predictions(run: EvaluatedRun, storage: Storage) -> pa.Table:
     tables = []
     for file in run.record["files"]:
         if file["kind"] == PREDICTIONS:

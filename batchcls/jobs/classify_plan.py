@@ -1,7 +1,8 @@
-"""What the main job was asked for, opened and checked."""
+"""Plan a run of the classify job: check and open its inputs, and derive the plan and the pipeline from them."""
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from batchcls.cli.tables import bundle_line
 from batchcls.config.classify_config import ClassifyConfig
@@ -20,9 +21,11 @@ from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
 from batchcls.preprocessing import Views, views_of
 from batchcls.resources import ResourcePlan
+from batchcls.runs.catalog import DamagedRunError, RunRecord, read_current, read_record
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Fingerprints, Plan, prediction_settings
+from batchcls.runs.verify import presence_faults
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 from batchcls.storage.uris import canonical_location
@@ -32,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClassifyInputs:
-    """Manifest, model and views of a run, and how storage is reached."""
+    """The opened manifest and model of a run, its views, and access to storage."""
 
     manifest: Manifest
     bad_ids: InvalidIds
@@ -47,10 +50,10 @@ class ClassifyInputs:
 
 
 def check_inputs(config: ClassifyConfig) -> Manifest:
-    """Refuse within seconds, without Ray and without torch, what cannot work; returns the opened manifest.
+    """Check the inputs within seconds, without Ray and PyTorch, and return the opened manifest.
 
     Raises:
-        InputError: something is not there, does not fit, or cannot be reached.
+        InputError: an input is missing, cannot be read, or does not match the settings.
     """
     storage = Storage(config.storage_options)
     engine = "openvino" if config.precision == "int8" else config.engine
@@ -66,7 +69,7 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
             "--abstain: an architecture has no thresholds; use a bundle that `evaluate` has calibrated"
         )
     with explain(config.output):
-        # Keys, bucket and network of the output are tried before anything costs time.
+        # Credentials, bucket and network of the output are checked before any work starts.
         storage.list_files(run_folder(config.output, config.run_id or "none"))
     manifest = open_manifest(
         config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
@@ -79,7 +82,7 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
     """Open everything that a run reads, after `check_inputs`.
 
     Raises:
-        InputError: something does not fit, or cannot be reached.
+        InputError: an input cannot be read or does not match the settings.
     """
     storage = Storage(config.storage_options)
     bad_ids = find_invalid_ids(manifest, storage)
@@ -87,7 +90,7 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
         _logger.warning("manifest: %d null and %d repeated ids", len(bad_ids.null), len(bad_ids.duplicate))
     bundle = resolve_model(config.model, _model_choices(config), storage)
     if bundle.config.golden is None:
-        # Only a bundle that was just made from a name lacks them, and torch is imported for it anyway.
+        # Only a bundle that was just created from a name lacks them, and torch is imported for that anyway.
         from batchcls.inference.golden_record import with_golden  # noqa: PLC0415
 
         bundle = with_golden(bundle)
@@ -110,30 +113,30 @@ def _model_choices(config: ClassifyConfig) -> ModelChoices:
 
 
 def _require_fingerprint(config: ClassifyConfig, bundle: Bundle) -> None:
-    wanted = config.model_fingerprint
-    if wanted is not None and not bundle.fingerprint.startswith(wanted):
+    expected = config.model_fingerprint
+    if expected is not None and not bundle.fingerprint.startswith(expected):
         raise InputError(
-            f"--model-fingerprint {wanted}: {redact_uri(config.model)} has {bundle.fingerprint}; it is another "
-            "model than the one this job is pinned to"
+            f"--model-fingerprint {expected}: {redact_uri(config.model)} has the fingerprint {bundle.fingerprint}, "
+            "so it is not the model that this job is pinned to"
         )
 
 
 def _require_views(config: ClassifyConfig, bundle: BundleConfig) -> None:
-    """Probabilities that are averaged over other views are not what temperature and thresholds were fitted on."""
+    """Temperature and thresholds are fitted to averages over certain views and do not hold for others."""
     calibration = bundle.calibration
     if calibration is None or calibration.tta == config.tta:
         return
-    told = (
+    message = (
         f"--tta {config.tta}: {redact_uri(config.model)} was calibrated with --tta {calibration.tta}; classify with "
         f"that, or calibrate it again with `batchcls evaluate --tta {config.tta} --write-bundle BUNDLE`"
     )
     if config.abstain:
-        raise InputError(f"{told}; its thresholds do not hold for other views")
-    _logger.warning("%s; probabilities may be less well calibrated", told)
+        raise InputError(f"{message}; its thresholds do not hold for other views")
+    _logger.warning("%s; probabilities may be less well calibrated", message)
 
 
 def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
-    """What the embedding column will hold."""
+    """Describe the contents of the embedding column for the log."""
     if config.embedding_dtype == "none":
         return "not written"
     length = ", of length 1" if config.l2_normalize else ""
@@ -143,15 +146,15 @@ def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
 
 
 def fingerprints_of(config: ClassifyConfig, inputs: ClassifyInputs) -> Fingerprints:
-    """What the run is about."""
+    """The fingerprints that identify the run: those of its manifest, its model and its settings."""
     return Fingerprints.of(config, inputs.manifest.fingerprint, inputs.bundle.fingerprint)
 
 
 def plan_of(
     config: ClassifyConfig,
     inputs: ClassifyInputs,
-    placement: ResourcePlan,
-    settled: EngineSelection,
+    resource_plan: ResourcePlan,
+    selection: EngineSelection,
     run_id: str,
 ) -> Plan:
     """The plan of a run."""
@@ -161,7 +164,7 @@ def plan_of(
     if not bundle.publishable:
         unpublishable.append("the weights are random, or the head was never trained")
     if config.limit is not None:
-        unpublishable.append(f"--limit {config.limit}: a part of the manifest only")
+        unpublishable.append(f"--limit {config.limit}: only a part of the manifest")
     return Plan(
         run_id=run_id,
         config=config.redacted(),
@@ -181,22 +184,24 @@ def plan_of(
             "embedding_tap": bundle.config.embedding_tap,
             "weights": bundle.config.weights.model_dump(mode="json"),
         },
-        placement=placement.as_json(),
+        placement=resource_plan.as_json(),
         unpublishable=unpublishable,
         fingerprints=fingerprints,
-        engines=settled.as_json(),
-        answers=prediction_settings(config, bundle.fingerprint, settled.precisions, settled.decode_margin),
+        engines=selection.as_json(),
+        answers=prediction_settings(
+            config, bundle.fingerprint, selection.precisions, selection.decode_margin
+        ),
     )
 
 
-def work_of(
+def pipeline_spec_of(
     config: ClassifyConfig,
     inputs: ClassifyInputs,
-    placement: ResourcePlan,
-    settled: EngineSelection,
+    resource_plan: ResourcePlan,
+    selection: EngineSelection,
     run_id: str,
 ) -> PipelineSpec:
-    """What the workers are given; all rows of the manifest are to be done."""
+    """The specification of the pipeline over all rows of the manifest."""
     kept = inputs.manifest.columns.kept
     bundle = inputs.bundle.config
     embedding = EMBEDDING_TYPES[config.embedding_dtype]
@@ -209,10 +214,10 @@ def work_of(
         preprocessing=bundle.preprocessing,
         views=inputs.views,
         normalize=config.normalize,
-        fetch_threads=placement.fetch_threads,
-        decode_threads=placement.decode_threads,
-        block_rows=placement.block_rows,
-        decode_margin=settled.decode_margin,
+        fetch_threads=resource_plan.fetch_threads,
+        decode_threads=resource_plan.decode_threads,
+        block_rows=resource_plan.block_rows,
+        decode_margin=selection.decode_margin,
     )
     predict = PredictSettings(
         labels=tuple(bundle.labels),
@@ -223,7 +228,7 @@ def work_of(
         views=inputs.views,
         input_shape=bundle.preprocessing.shape,
         normalize=config.normalize,
-        batch_size=placement.batch_size,
+        batch_size=resource_plan.batch_size,
         kept=kept,
         temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
         abstention=Abstention.of(bundle) if config.abstain else None,
@@ -231,7 +236,7 @@ def work_of(
     worker = WorkerSpec(
         bundle=inputs.bundle,
         fingerprint=inputs.bundle.fingerprint,
-        engines=settled.engines,
+        engines=selection.engines,
         load=LoadSpec(inputs.manifest.columns, inputs.storage, load),
         predict=predict,
         writer=PartWriter(
@@ -242,7 +247,7 @@ def work_of(
             bundle.embedding_dimension,
             abstain=config.abstain,
         ),
-        resources=placement,
+        resources=resource_plan,
     )
     return PipelineSpec(
         manifest=inputs.manifest,
@@ -251,3 +256,69 @@ def work_of(
         worker=worker,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """The earlier run whose predictions a run reuses.
+
+    Attributes:
+        run_id: of the earlier run.
+        by_row: reuse all of its predictions by row, without checking whether the images changed since.
+    """
+
+    run_id: str
+    by_row: bool
+
+    @classmethod
+    def of(cls, plan: dict[str, Any]) -> "Reuse | None":
+        """From the section of plan.json; None if nothing is reused."""
+        return cls(**plan) if plan else None
+
+
+def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict[str, Any]:
+    """The section `reuse` of plan.json: run_id and by_row, or nothing if nothing can be reused.
+
+    Raises:
+        InputError: --reuse names no complete committed run, or --retry-quarantine has no run to start from.
+    """
+    record = _reusable_record(config, storage)
+    if record is None:
+        if config.retry_quarantine:
+            raise InputError(
+                "--retry-quarantine: there is no unfinished run of this manifest, model and settings and no run to "
+                "take the other predictions from; name one with --reuse RUN_ID"
+            )
+        return {}
+    before = record.raw.get("answers", {})
+    differing = sorted(name for name in plan.answers if before.get(name) != plan.answers[name])
+    if differing:
+        reason = f"{record.run_id} was made with a different {', '.join(differing)}"
+        if config.retry_quarantine:
+            raise InputError(f"--retry-quarantine: {reason}; leave the flag out")
+        _logger.info("reuse: nothing, %s", reason)
+        return {}
+    same_manifest = record.manifest.get("fingerprint") == plan.manifest["fingerprint"]
+    return {"run_id": record.run_id, "by_row": config.retry_quarantine and same_manifest}
+
+
+def _reusable_record(config: ClassifyConfig, storage: Storage) -> RunRecord | None:
+    if config.reuse == "none":
+        return None
+    if config.reuse != "published":
+        return _require_complete(read_record(config.output, config.reuse, storage), storage)
+    try:
+        current = read_current(config.output, storage)
+        if current is None:
+            return None
+        return _require_complete(read_record(config.output, current, storage), storage)
+    except InputError as error:
+        _logger.warning("reuse: nothing, the published run cannot be read: %s", error)
+        return None
+
+
+def _require_complete(record: RunRecord, storage: Storage) -> RunRecord:
+    faults = presence_faults(record, storage)
+    if faults:
+        raise DamagedRunError(f"run {record.run_id} is not complete: {'; '.join(faults)}")
+    return record

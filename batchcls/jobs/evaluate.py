@@ -13,7 +13,8 @@ from rich.console import Console
 
 from batchcls.cli.app import Command, main
 from batchcls.cli.console import results_console, watching
-from batchcls.cli.tables import bundle_line, metrics_table, worst_categories_table
+from batchcls.cli.evaluation_tables import metrics_table, worst_categories_table
+from batchcls.cli.tables import bundle_line
 from batchcls.config.evaluate_config import EvaluateConfig
 from batchcls.errors import ExitCode, InputError, stop_run_on_input_error
 from batchcls.evaluation.classification_metrics import Rows
@@ -31,7 +32,7 @@ from batchcls.evaluation.evaluator import EvaluationResult, evaluate_logits, eva
 from batchcls.evaluation.hierarchy import Path
 from batchcls.evaluation.labeled_rows import LabeledManifest
 from batchcls.evaluation.model_predictions import LabeledPredictor, allocate_logits
-from batchcls.evaluation.run_predictions import open_run, read_run_predictions
+from batchcls.evaluation.run_predictions import open_evaluated_run, read_run_predictions
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.models.engines.compile_cache import CompileCache
@@ -170,7 +171,7 @@ def _evaluate_bundle(
 def _evaluate_run(config: EvaluateConfig, labeled: LabeledManifest) -> _Evaluation:
     assert config.run is not None
     curves = read_curves(config.training_curves, {}, labeled.storage)
-    run = open_run(config.run, labeled.storage)
+    run = open_evaluated_run(config.run, labeled.storage)
     notes, rows, outcomes, ranked_categories = read_run_predictions(run, labeled, labeled.storage)
     paths = _paths(config, outcomes.labels, None)
     result = evaluate_outcomes(outcomes, ranked_categories, paths, config.target_precision)

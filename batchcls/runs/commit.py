@@ -232,8 +232,8 @@ def commit(
     findings: Mapping[str, Any],
     storage: Storage,
     folder: str,
-) -> None:
-    """Write run.json; from then on the run exists for readers.
+) -> bytes:
+    """Write run.json and return its contents; from then on the run exists for readers.
 
     `findings` are further keys of it: `measured` (wall-clock seconds, images per second, hardware), and
     `summary`, `baseline` and `gates` of `judge.Verdict`.
@@ -271,3 +271,4 @@ def commit(
         storage.create_exclusive(join(folder, RUN), data)
     except FileExistsError:
         raise LeaseLostError(f"{redact_uri(folder)} has been committed by another job") from None
+    return data

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 from batchcls.cli.app import run
-from batchcls.jobs import bundle, classify
+from batchcls.jobs import bundle, classify, classify_run
 from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
 from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
@@ -299,10 +299,10 @@ def night(spec: Spec, told: Connection) -> None:
         (0.2, 0.2, 1.0) if (spec.other_host or spec.act == "stop") else (60.0, 60.0, 1.0)
     )
     with (
-        patch.object(classify, "ray_session", _no_cluster),
-        patch.object(classify, "node_resources", lambda: [NodeResources(1, 0)]),
-        patch.object(classify, "execute", execute_here),
-        patch.object(classify, "copy_predictions", copy_predictions_here),
+        patch.object(classify_run, "ray_session", _no_cluster),
+        patch.object(classify_run, "node_resources", lambda: [NodeResources(1, 0)]),
+        patch.object(classify_run, "execute", execute_here),
+        patch.object(classify_run, "copy_predictions", copy_predictions_here),
         patch.object(os, "fsync", writes.fsync),
         patch.object(s3fs.S3FileSystem, "_call_s3", writes.request(s3fs.S3FileSystem._call_s3)),
     ):

@@ -11,7 +11,7 @@ import ray.cloudpickle
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.config.classify_config import ClassifyConfig
-from batchcls.jobs.classify_plan import check_inputs, open_inputs, work_of
+from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of
 from batchcls.models.engines.engine import REFERENCE
 from batchcls.pipeline.actor_pool import FragmentGraph
 from batchcls.pipeline.fragment_actor import FragmentActor, PartialFragment, WorkerProgress
@@ -66,7 +66,8 @@ def test_finished_fragments_are_counted_from_receipts(
         resources = plan_resources(config, node_resources(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
         graph = LateGraph(
-            work_of(config, inputs, resources, EngineSelection(engines, None, ()), "late"), seen.append
+            pipeline_spec_of(config, inputs, resources, EngineSelection(engines, None, ()), "late"),
+            seen.append,
         )
         receipts = graph.execute()
         last = graph.progress()

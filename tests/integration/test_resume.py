@@ -144,7 +144,7 @@ def test_second_run_predicts_only_changed_images(job: Job, tiny_bundle: str, tmp
     # Predictions with another --top-k cannot be reused.
     third = job(*arguments, "--top-k", "3", "--run-id", "n3")
     assert third.exit_code == 0
-    assert "reuse: nothing, n2 was made with another top_k" in third.log
+    assert "reuse: nothing, n2 was made with a different top_k" in third.log
 
     # The damaged image is repaired; only its row is predicted again.
     (folder / "7.jpg").write_bytes(encode(draw(7, 90, 70), "JPEG"))

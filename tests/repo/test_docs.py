@@ -1,5 +1,7 @@
 """The documentation builds without warnings, is current, and contains only commands that exist."""
 
+import ast
+import inspect
 import os
 import re
 import runpy
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import batchcls
 from batchcls.cli.arguments import add_settings, parser_for, read_settings
+from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.jobs import bundle, classify, compare, evaluate, finetune, manifest, runs
 from tests.conftest import REPOSITORY
@@ -69,6 +73,21 @@ def test_links_of_the_readme_resolve():
     local = [link for link in links if "://" not in link]
     assert local
     assert [link for link in local if not (REPOSITORY / link).exists()] == []
+
+
+def test_python_examples_use_names_that_exist():
+    """Code blocks in Python parse, and every `batchcls.NAME` and every setting of `classify` in them exists."""
+    settings = {*ClassifyConfig.model_fields, *inspect.signature(batchcls.classify).parameters}
+    calls = 0
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "batchcls":
+                    assert node.attr in batchcls.__all__, f"{page}: batchcls.{node.attr}"
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "batchcls.classify":
+                    calls += 1
+                    assert {keyword.arg for keyword in node.keywords} <= settings, page
+    assert calls >= 4
 
 
 def test_command_lines_parse(monkeypatch: pytest.MonkeyPatch):

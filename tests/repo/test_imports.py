@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPOSITORY
 
 TORCH_FREE_PACKAGES = (
@@ -16,6 +18,7 @@ TORCH_FREE_PACKAGES = (
 """Packages of which no module imports PyTorch; subpackages are listed separately."""
 
 TORCH_FREE_MODULES = (
+    "api",
     "cli.app",
     "cli.arguments",
     "cli.comparison_tables",
@@ -23,6 +26,7 @@ TORCH_FREE_MODULES = (
     "cli.console",
     "cli.main",
     "cli.run_tables",
+    "cli.tables",
     "comparison.candidates",
     "comparison.measurement",
     "comparison.recommend",
@@ -52,7 +56,11 @@ TORCH_FREE_MODULES = (
     "inference.predictor_config",
     "inference.taxonomy",
     "inference.throughput",
+    "jobs.classify",
+    "jobs.classify_plan",
+    "jobs.classify_run",
     "jobs.manifest",
+    "jobs.runs",
     "models.engines.aot_program",
     "models.engines.batching",
     "models.engines.compile_cache",
@@ -127,5 +135,14 @@ def test_torch_free_modules_do_not_import_torch():
         text=True,
         timeout=120,
         check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["batchcls", "batchcls.jobs.classify", "batchcls.jobs.runs"])
+def test_help_needs_neither_ray_nor_torch(module: str):
+    code = f"import sys, {module}; assert not {{'ray', 'torch'}} & set(sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr

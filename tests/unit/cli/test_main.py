@@ -49,6 +49,7 @@ def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     files = {path.stem for path in (REPOSITORY / "batchcls" / "jobs").glob("*.py")} - {
         "__init__",
         "classify_plan",
+        "classify_run",
     }
     assert files == set(module.JOBS)
     assert all(f"\n  {job} " in text for job in [*module.JOBS, "completion"])

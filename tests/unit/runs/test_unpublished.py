@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from batchcls.config.classify_config import ClassifyConfig
-from batchcls.errors import ExitCode, PublishRefused, StorageStoppedError
-from batchcls.jobs.classify import find_unpublished_run, publish_finished
-from batchcls.runs.catalog import read_current
+from batchcls.errors import BatchclsError, ExitCode, PublishRefused, StorageStoppedError
+from batchcls.jobs.classify_run import find_unpublished_run, publish_run, reevaluate_run
+from batchcls.runs.catalog import RunRecord, read_current
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.plan import Fingerprints, create_plan
 from batchcls.runs.publish import publish, roll_back
@@ -55,6 +55,13 @@ def found(output: str, **changes: Any) -> str | None:
     config = config_of(output, **changes)
     record = find_unpublished_run(config, about(config), Storage())
     return None if record is None else record.run_id
+
+
+def publish_again(config: ClassifyConfig, record: RunRecord) -> BatchclsError | None:
+    """Publish an unpublished run as the same command does; the error if that failed."""
+    publication = publish_run(config, reevaluate_run(config, record, Storage()))
+    assert publication.published == (publication.error is None)
+    return publication.error
 
 
 def test_a_run_whose_publish_was_interrupted_is_found_until_it_is_published(output: str):
@@ -147,7 +154,7 @@ def test_what_is_found_is_judged_again_and_published_and_nothing_is_computed(out
     before = Storage().list_files(folder)
     record = find_unpublished_run(config, about(config), Storage())
     assert record is not None
-    assert publish_finished(config, record, Storage()) == ExitCode.DONE
+    assert publish_again(config, record) is None
     assert read_current(output, Storage()) == "night"
     assert Storage().list_files(folder) == before
 
@@ -161,11 +168,12 @@ def test_what_is_found_and_cannot_be_published_yet_stops_and_is_found_again(tmp_
     for _ in range(2):
         record = find_unpublished_run(config, about(config), Storage())
         assert record is not None
-        with pytest.raises(StorageStoppedError, match="the same command publishes it") as caught:
-            publish_finished(config, record, Storage())
-        assert caught.value.exit_code == ExitCode.BUDGET_EXCEEDED
+        error = publish_again(config, record)
+        assert isinstance(error, StorageStoppedError)
+        assert "the same command publishes it" in str(error)
+        assert error.exit_code == ExitCode.BUDGET_EXCEEDED
     lock.rmdir()
-    assert publish_finished(config, record, Storage()) == ExitCode.DONE
+    assert publish_again(config, record) is None
     assert found(output) is None
 
 
@@ -176,6 +184,7 @@ def test_what_is_found_is_refused_where_its_answers_do_not_fit_what_is_published
     config = config_of(output, report=False, gate_min_rows=1, gate_min_mean_confidence=0)
     record = find_unpublished_run(config, about(config), Storage())
     assert record is not None
-    with pytest.raises(PublishRefused, match="gate changed_labels_fraction"):
-        publish_finished(config, record, Storage())
+    error = publish_again(config, record)
+    assert isinstance(error, PublishRefused)
+    assert "gate changed_labels_fraction" in str(error)
     assert read_current(output, Storage()) == "before"
