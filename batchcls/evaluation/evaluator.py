@@ -36,7 +36,7 @@ from batchcls.evaluation.hierarchy import (
     path_scores,
 )
 from batchcls.evaluation.model_predictions import LogitStore
-from batchcls.inference.taxonomy import levels_of
+from batchcls.inference.taxonomy import taxonomy_levels
 from batchcls.models.model_bundle import Calibration, HeldOut
 from batchcls.preprocessing import AugmentationName
 
@@ -155,7 +155,7 @@ def evaluate_logits(
     result = replace(_evaluate(before, outcomes, held_out, target_precision, paths), temperature=temperature)
     if paths is None:
         return result
-    nodes = node_outcomes(store, temperature.value, levels_of(paths))
+    nodes = node_outcomes(store, temperature.value, taxonomy_levels(paths))
     return replace(result, hierarchy=_evaluate_hierarchy(result, nodes, paths))
 
 

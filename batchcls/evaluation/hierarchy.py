@@ -12,7 +12,7 @@ import numpy.typing as npt
 from batchcls.evaluation.calibration import lowest_threshold
 from batchcls.evaluation.classification_metrics import Categories, Floats, Rows
 from batchcls.evaluation.model_predictions import LogitStore
-from batchcls.inference.taxonomy import Level
+from batchcls.inference.taxonomy import TaxonomyLevel
 
 Path = tuple[str, ...]
 
@@ -28,7 +28,7 @@ class NodeOutcomes:
         correct: Whether each node contains the true category.
     """
 
-    level: Level
+    level: TaxonomyLevel
     node: Categories
     probability: Floats
     correct: npt.NDArray[np.bool_]
@@ -57,13 +57,15 @@ class PathScores:
         return 2 * (self.precision or 0.0) * self.recall / both if both else 0.0
 
 
-def node_outcomes(store: LogitStore, temperature: float, levels: Sequence[Level]) -> tuple[NodeOutcomes, ...]:
+def node_outcomes(
+    store: LogitStore, temperature: float, levels: Sequence[TaxonomyLevel]
+) -> tuple[NodeOutcomes, ...]:
     """Find the most probable node of each level for every row."""
     nodes: list[list[Categories]] = [[] for _ in levels]
     maxima: list[list[Floats]] = [[] for _ in levels]
     for probabilities, _ in store.probabilities(temperature):
         for depth, level in enumerate(levels):
-            masses = level.masses(probabilities)
+            masses = level.node_probabilities(probabilities)
             nodes[depth].append(masses.argmax(axis=1).astype(np.int32))
             maxima[depth].append(masses.max(axis=1))
     outcomes = []

@@ -1,1 +1,1 @@
-"""Batch of pixels in, Arrow table of answers out. Knows no Ray."""
+"""Conversion of batches of pixels to Arrow tables of predictions, without Ray."""

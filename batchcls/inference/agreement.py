@@ -1,4 +1,4 @@
-"""Agreement of an engine's predictions with those of the same network in fp32.
+"""Agreement of an engine's outputs with those of the same network in fp32.
 
 Letters: N images, K classes, D embedding dimension.
 """
@@ -12,20 +12,20 @@ import numpy.typing as npt
 from batchcls.models.engines.engine import EngineOutput, Precision
 
 NO_PREDICTION = -1
-"""Stands for the class of an image whose answer is not finite: the main job puts it in quarantine."""
+"""Class index of an image whose outputs are not finite; `classify` quarantines such rows."""
 
-_SHORTEST = 1e-30  # an embedding of zeros has no direction, and none may divide by its length
+_EPSILON = 1e-30  # avoids division by the zero length of an embedding of zeros
 
 
 @dataclass(frozen=True, slots=True)
 class AccuracyTolerance:
-    """How much of fp32's answers a faster engine has to keep.
+    """How far the outputs of a faster engine may differ from those of fp32.
 
     Attributes:
-        min_top1_agreement: share in 0..1 of the images whose best class is that of fp32.
+        min_top1_agreement: share in 0..1 of the images with the same best class as in fp32.
         min_embedding_cosine: mean cosine between embeddings and those of fp32, for bf16 and fp16.
-        int8_min_agreement: share as above, for int8, which is held to nothing else; None: int8 is
-            not chosen on its own.
+        int8_min_agreement: as `min_top1_agreement`, and the only limit for int8. None: int8 is not selected
+            automatically.
     """
 
     min_top1_agreement: float = 0.99
@@ -33,110 +33,113 @@ class AccuracyTolerance:
     int8_min_agreement: float | None = None
 
 
-_CONTRACT_OF_FP32 = AccuracyTolerance()  # its answers may differ by rounding, whatever is asked of the others
+_FP32_TOLERANCE = (
+    AccuracyTolerance()
+)  # another fp32 engine differs by rounding, whatever tolerance is requested
 
 
 @dataclass(frozen=True, slots=True)
 class EngineAgreement:
-    """Answers to `images` images beside those of fp32.
+    """Agreement of an engine with fp32 on the same images.
 
     Attributes:
-        images: how many were compared.
-        top1_agreement: share in 0..1 with the same best class; an answer that is not finite has none.
-        mean_cosine: of the angle between an embedding and that of fp32, in -1..1; 0 if not finite.
-        least_cosine: that of the image that is furthest off.
+        images: number of images.
+        top1_agreement: share in 0..1 with the same best class; outputs that are not finite agree with nothing.
+        mean_cosine: mean cosine between an embedding and that of fp32, in -1..1; 0 if not finite.
+        min_cosine: smallest of these cosines.
     """
 
     images: int
     top1_agreement: float
     mean_cosine: float
-    least_cosine: float
+    min_cosine: float
 
     @classmethod
-    def between(cls, answer: EngineOutput, reference: EngineOutput) -> Self:
-        """Compare the answers to the same N images, N at least 1."""
-        cosine = _cosine(answer.embedding, reference.embedding)
+    def between(cls, output: EngineOutput, reference: EngineOutput) -> Self:
+        """Compare the outputs for the same N images, N at least 1."""
+        cosine = _cosine(output.embedding, reference.embedding)
         return cls(
             images=len(cosine),
-            top1_agreement=top1_agreement(best_class(answer), best_class(reference)),
+            top1_agreement=top1_agreement(best_classes(output), best_classes(reference)),
             mean_cosine=float(cosine.mean()),
-            least_cosine=float(cosine.min()),
+            min_cosine=float(cosine.min()),
         )
 
-    def missed(self, contract: AccuracyTolerance, precision: Precision) -> str | None:
-        """What of the contract does not hold, with the figure, for people; None if all of it does.
+    def violation(self, tolerance: AccuracyTolerance, precision: Precision) -> str | None:
+        """Return a human-readable description of the first limit that is violated; None if there is none.
 
-        int8 for which no bound is set misses nothing; whether it may be chosen is another matter.
+        int8 without a limit violates nothing; whether it may be selected is decided elsewhere.
         """
         if precision == "int8":
-            bound = contract.int8_min_agreement
-            return None if bound is None else self._too_few(bound)
-        contract = _CONTRACT_OF_FP32 if precision == "fp32" else contract
-        return self._too_few(contract.min_top1_agreement) or self._too_far(contract.min_embedding_cosine)
+            limit = tolerance.int8_min_agreement
+            return None if limit is None else self._top1_violation(limit)
+        tolerance = _FP32_TOLERANCE if precision == "fp32" else tolerance
+        return self._top1_violation(tolerance.min_top1_agreement) or self._cosine_violation(
+            tolerance.min_embedding_cosine
+        )
 
-    def close_call(self, contract: AccuracyTolerance, precision: Precision) -> str | None:
-        """That another sample might as well miss the contract that this one holds, for people; else None.
+    def sampling_warning(self, tolerance: AccuracyTolerance, precision: Precision) -> str | None:
+        """Return a warning if the top-1 agreement is within one standard error of its limit, else None.
 
-        Within one standard error of the bound for the best classes; fp32 is never close.
+        Another sample might violate the tolerance in that case. There is no warning for fp32.
         """
-        bound = contract.int8_min_agreement if precision == "int8" else contract.min_top1_agreement
-        if precision == "fp32" or bound is None:
+        limit = tolerance.int8_min_agreement if precision == "int8" else tolerance.min_top1_agreement
+        if precision == "fp32" or limit is None:
             return None
-        error = (self.top1_agreement * (1 - self.top1_agreement) / self.images) ** 0.5
-        if self.top1_agreement - error >= bound:
-            return None
-        return (
-            f"{self.top1_agreement:.2%} of {self.images} images is within the sampling error of the {bound:.2%} "
-            "that are asked for; more --calibration-images tell more"
-        )
-
-    def holds(self, contract: AccuracyTolerance, precision: Precision) -> bool:
-        """Whether all of the contract holds that is meant for the precision."""
-        return self.missed(contract, precision) is None
-
-    def _too_few(self, bound: float) -> str | None:
-        # Written so that a NaN, which compares as false, is refused.
-        if self.top1_agreement >= bound:
+        standard_error = (self.top1_agreement * (1 - self.top1_agreement) / self.images) ** 0.5
+        if self.top1_agreement - standard_error >= limit:
             return None
         return (
-            f"{self.top1_agreement:.2%} of the images keep the best class of fp32, {bound:.2%} are asked for"
+            f"top-1 agreement of {self.top1_agreement:.2%} on {self.images} images is within the sampling error of "
+            f"the required {limit:.2%}; increase --calibration-images for a reliable estimate"
         )
 
-    def _too_far(self, bound: float) -> str | None:
-        if self.mean_cosine >= bound:
+    def satisfies(self, tolerance: AccuracyTolerance, precision: Precision) -> bool:
+        """Return whether all limits of the tolerance that apply to the precision are met."""
+        return self.violation(tolerance, precision) is None
+
+    def _top1_violation(self, limit: float) -> str | None:
+        # In this form, NaN is a violation, because it compares as false.
+        if self.top1_agreement >= limit:
             return None
-        return f"the cosine of its embeddings with fp32's is {self.mean_cosine:.5f}, {bound:g} is asked for"
+        return f"top-1 agreement with fp32 is {self.top1_agreement:.2%}, below the required {limit:.2%}"
+
+    def _cosine_violation(self, limit: float) -> str | None:
+        if self.mean_cosine >= limit:
+            return None
+        return f"mean embedding cosine with fp32 is {self.mean_cosine:.5f}, below the required {limit:g}"
 
 
-def best_class(answer: EngineOutput) -> npt.NDArray[np.int64]:
-    """Best class of N images, the first of equals; NO_PREDICTION where logits or embedding are not finite."""
-    return np.where(_finite(answer), answer.logits.argmax(axis=1), NO_PREDICTION)
+def best_classes(output: EngineOutput) -> npt.NDArray[np.int64]:
+    """Return the best class of N images, the lowest index of equal ones; NO_PREDICTION where outputs are not finite."""
+    return np.where(_is_finite(output), output.logits.argmax(axis=1), NO_PREDICTION)
 
 
 def top1_agreement(best: npt.NDArray[np.integer], reference: npt.NDArray[np.integer]) -> float:
-    """Share in 0..1 of N images with the same best class; NO_PREDICTION agrees with nothing."""
+    """Return the share in 0..1 of N images with the same best class; NO_PREDICTION agrees with nothing."""
     return float(((best == reference) & (best != NO_PREDICTION)).mean())
 
 
-def is_close_to(answer: EngineOutput, reference: EngineOutput, tolerance: float) -> bool:
-    """Whether two engines say the same about N images, up to rounding.
+def outputs_close(output: EngineOutput, reference: EngineOutput, tolerance: float) -> bool:
+    """Return whether the outputs of two engines for N images are equal up to rounding.
 
     Args:
-        answer: of the one.
-        reference: of the other.
-        tolerance: by how much a number may differ, in units of the largest of the reference's kind.
+        output: output of one engine.
+        reference: output of the other engine.
+        tolerance: maximum absolute difference, relative to the largest absolute logit or embedding value of the
+            reference.
     """
     return all(
-        bool(np.abs(found - expected).max() <= tolerance * np.abs(expected).max())
-        for found, expected in (
-            (answer.logits, reference.logits),
-            (answer.embedding, reference.embedding),
+        bool(np.abs(actual - expected).max() <= tolerance * np.abs(expected).max())
+        for actual, expected in (
+            (output.logits, reference.logits),
+            (output.embedding, reference.embedding),
         )
     )
 
 
-def _finite(answer: EngineOutput) -> npt.NDArray[np.bool_]:
-    return _finite_rows(answer.logits) & _finite_rows(answer.embedding)
+def _is_finite(output: EngineOutput) -> npt.NDArray[np.bool_]:
+    return _finite_rows(output.logits) & _finite_rows(output.embedding)
 
 
 def _finite_rows(values: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
@@ -147,11 +150,11 @@ def _finite_rows(values: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
 def _cosine(
     embedding: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64]:
-    """N cosines; 1 for two embeddings of zeros, which are the same, 0 where a value is not finite."""
-    one, other = embedding.astype(np.float64), reference.astype(np.float64)
-    finite = _finite_rows(one) & _finite_rows(other)
-    one, other = np.where(finite[:, None], one, 0), np.where(finite[:, None], other, 0)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    cosine = (one * other).sum(axis=1) / np.maximum(lengths, _SHORTEST)
-    both_zero = finite & ~one.any(axis=1) & ~other.any(axis=1)
+    """Return N cosines; 1 for two embeddings of zeros, which are equal, and 0 where a value is not finite."""
+    a, b = embedding.astype(np.float64), reference.astype(np.float64)
+    finite = _finite_rows(a) & _finite_rows(b)
+    a, b = np.where(finite[:, None], a, 0), np.where(finite[:, None], b, 0)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / np.maximum(lengths, _EPSILON)
+    both_zero = finite & ~a.any(axis=1) & ~b.any(axis=1)
     return np.where(both_zero, 1.0, cosine)

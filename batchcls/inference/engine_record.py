@@ -18,154 +18,164 @@ _PACKAGES = ("torch", "openvino", "nncf")
 
 
 class _Record(BaseModel):
-    """What all records here have in common: frozen, and no field that is not declared."""
+    """Base class of the records: frozen, without undeclared fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class EngineRequest(_Record):
-    """What a job was asked for, as far as it decides which engine is chosen."""
+    """The settings of a job that determine which engine is selected."""
 
-    engine: EngineName | Literal["auto"] = Field(default="auto", description="As in --engine.")
-    precision: Precision | Literal["auto"] = Field(default="auto", description="As in --precision.")
-    device: Device | Literal["auto"] = Field(default="auto", description="As in --device.")
+    engine: EngineName | Literal["auto"] = Field(default="auto", description="As --engine.")
+    precision: Precision | Literal["auto"] = Field(default="auto", description="As --precision.")
+    device: Device | Literal["auto"] = Field(default="auto", description="As --device.")
     batch_size: int | None = Field(
-        default=None, gt=0, description="Images of a forward pass; None: the fastest that is found."
+        default=None, gt=0, description="Images per forward pass; None: the fastest of several sizes."
     )
-    contract: AccuracyTolerance = Field(
-        default=AccuracyTolerance(), description="How much of fp32's answers has to be kept."
+    tolerance: AccuracyTolerance = Field(
+        default=AccuracyTolerance(), description="Allowed differences from the outputs of fp32."
     )
-    reduced_scale: bool = Field(
-        default=False, description="Whether to find out how far JPEGs may be reduced in decoding."
+    scaled_decode: bool = Field(
+        default=False, description="Whether to measure at which scale JPEGs may be decoded."
     )
 
     @classmethod
-    def of(cls, settings: EngineSettings, batch_size: int | None, reduced_scale: bool = False) -> Self:
-        """What the settings of a job ask for."""
+    def from_settings(
+        cls, settings: EngineSettings, batch_size: int | None, scaled_decode: bool = False
+    ) -> Self:
+        """Create the request of a job's settings."""
         return cls(
             engine=settings.engine,
             precision=settings.precision,
             device=settings.device,
             batch_size=batch_size,
-            contract=AccuracyTolerance(
+            tolerance=AccuracyTolerance(
                 min_top1_agreement=settings.min_top1_agreement,
                 min_embedding_cosine=settings.min_embedding_cosine,
                 int8_min_agreement=settings.int8_min_agreement,
             ),
-            reduced_scale=reduced_scale,
+            scaled_decode=scaled_decode,
         )
 
 
 class CandidateResult(_Record):
-    """What was found out about one candidate; what was not measured is None."""
+    """Measurements of one candidate; a value that was not measured is None."""
 
-    engine: EngineName = Field(description="What ran the network.")
-    precision: Precision = Field(description="In which arithmetic.")
+    engine: EngineName = Field(description="Engine of the candidate.")
+    precision: Precision = Field(description="Precision of the candidate.")
     start_seconds: float | None = Field(
-        default=None, ge=0, description="From the bundle to a tested engine, conversion included."
+        default=None, ge=0, description="Seconds to start and test the engine, compilation included."
     )
     rates: dict[int, float] = Field(
-        default_factory=dict, description="Images per second by batch size, the median of several windows."
+        default_factory=dict,
+        description="Images per second by batch size, each the median of several windows.",
     )
-    batch_size: int | None = Field(default=None, gt=0, description="The best of them.")
-    images_per_second: float | None = Field(default=None, gt=0, description="At the best batch size.")
+    batch_size: int | None = Field(default=None, gt=0, description="The best of these batch sizes.")
+    images_per_second: float | None = Field(default=None, gt=0, description="Rate at the best batch size.")
     images: int | None = Field(
-        default=None, gt=0, description="Images whose answers were compared with fp32's."
+        default=None, gt=0, description="Images whose outputs were compared with those of fp32."
     )
     top1_agreement: float | None = Field(
-        default=None, ge=0, le=1, description="Share of them with fp32's best class."
+        default=None, ge=0, le=1, description="Share of these images with the best class of fp32."
     )
     mean_cosine: float | None = Field(
         default=None, description="Mean cosine between embeddings and those of fp32."
     )
-    least_cosine: float | None = Field(default=None, description="That of the image furthest off.")
-    rejected: str | None = Field(default=None, description="Why it was not taken; None for the one that was.")
+    min_cosine: float | None = Field(default=None, description="Smallest of these cosines.")
+    rejected: str | None = Field(
+        default=None, description="Why the candidate was rejected; None for the selected one."
+    )
 
     @property
     def choice(self) -> EngineChoice:
-        """The candidate."""
+        """Engine and precision of the candidate."""
         return EngineChoice(self.engine, self.precision)
 
     def __str__(self) -> str:
-        words = [str(self.choice)]
+        parts = [str(self.choice)]
         if self.images_per_second is not None:
-            words.append(f"{self.images_per_second:.1f} images/s in batches of {self.batch_size}")
+            parts.append(f"{self.images_per_second:.1f} images/s in batches of {self.batch_size}")
         if self.top1_agreement is not None:
-            words.append(f"best class of fp32 on {self.top1_agreement:.2%} of {self.images} images")
+            parts.append(f"top-1 agreement {self.top1_agreement:.2%} on {self.images} images")
         if self.mean_cosine is not None:
-            words.append(f"cosine {self.mean_cosine:.5f}")
-        return ", ".join(words)
+            parts.append(f"cosine {self.mean_cosine:.5f}")
+        return ", ".join(parts)
 
 
 class MarginResult(_Record):
-    """How a network answers JPEGs that are decoded at a reduced scale."""
+    """Accuracy of an engine on JPEGs that are decoded at a reduced scale with one margin."""
 
     margin: float = Field(
-        ge=1, description="Times as high and wide as the resize needs it an image still is, at least."
+        ge=1, description="Minimum ratio of the height and width of a decoded image to what the resize needs."
     )
-    images: int = Field(gt=0, description="Images that this margin has reduced, whose answers were compared.")
+    images: int = Field(
+        gt=0, description="Compared images: those that this margin decodes at a reduced scale."
+    )
     top1_agreement: float = Field(
-        ge=0, le=1, description="Share of them with the best class of fp32 on the whole image."
+        ge=0, le=1, description="Share of these images with the best class of fp32 at full scale."
     )
-    mean_cosine: float = Field(description="Mean cosine between embeddings and those of fp32 on whole ones.")
-    rejected: str | None = Field(description="What of the contract it misses; None for the one that is used.")
+    mean_cosine: float = Field(description="Mean cosine between embeddings and those of fp32 at full scale.")
+    rejected: str | None = Field(
+        description="Which limit of the tolerance is violated; None for the selected margin."
+    )
 
 
-class ReducedScale(_Record):
-    """How far JPEGs may be reduced in decoding."""
+class ScaledDecode(_Record):
+    """At which scale JPEGs may be decoded."""
 
-    margin: float | None = Field(description="What was chosen; None: images are decoded whole.")
-    tried: tuple[MarginResult, ...] = Field(description="All margins that were measured.")
-    note: str | None = Field(description="Why images are decoded whole; None where they are not.")
+    margin: float | None = Field(description="The selected margin; None: JPEGs are decoded at full scale.")
+    results: tuple[MarginResult, ...] = Field(description="Results of all margins that were measured.")
+    note: str | None = Field(description="Why JPEGs are decoded at full scale; None if they are not.")
 
     def __str__(self) -> str:
         if self.margin is None:
-            return self.note or "decoded whole"
-        held = self.tried[-1]
+            return self.note or "JPEGs are decoded at full scale"
+        selected = self.results[-1]
         return (
-            f"JPEGs at least {2 * self.margin:g} times as large as the resize needs are decoded at a reduced "
-            f"scale: {held.top1_agreement:.2%} of {held.images} keep their best class, cosine {held.mean_cosine:.5f}"
+            f"JPEGs at least {2 * self.margin:g} times as large as the resize needs are decoded at a reduced scale: "
+            f"top-1 agreement {selected.top1_agreement:.2%} on {selected.images} images, cosine "
+            f"{selected.mean_cosine:.5f}"
         )
 
 
 class EngineSelectionRecord(_Record):
-    """An engine that was chosen by measurement, and all that the choice depends on."""
+    """An engine that was selected by measurement, and everything on which the selection depends."""
 
     format: Literal["batchcls-engines-1"] = Field(
         default="batchcls-engines-1", description="Version of this record."
     )
-    created: datetime = Field(description="When it was measured, UTC.")
-    wanted: EngineRequest = Field(description="What was asked for.")
-    bundle_fingerprint: str = Field(description="Of the model.")
+    created: datetime = Field(description="Time of the measurement, UTC.")
+    request: EngineRequest = Field(description="The settings for which the engine was selected.")
+    bundle_fingerprint: str = Field(description="Fingerprint of the model.")
     hardware_key: str = Field(description="`Hardware.key` of the node.")
-    hardware: str = Field(description="The node in words.")
-    versions: dict[str, str] = Field(description="Of the packages that run networks, as far as installed.")
-    device: Device = Field(description="Where the network runs.")
-    threads: int = Field(gt=0, description="CPU threads of the engines when they were measured.")
-    manifest: str = Field(description="Fingerprint of the manifest that the images are from.")
-    images: int = Field(gt=0, description="Images that were at hand.")
-    seconds: float = Field(ge=0, description="That choosing took, conversions included.")
-    reference: str = Field(description="What answered in fp32, which the candidates are compared with.")
-    engine: EngineName = Field(description="What was chosen to run the network.")
-    precision: Precision = Field(description="In which arithmetic.")
-    batch_size: int = Field(gt=0, description="Images of a forward pass.")
-    images_per_second: float = Field(gt=0, description="The network alone, no decoding beside it.")
+    hardware: str = Field(description="Human-readable description of the node.")
+    versions: dict[str, str] = Field(description="Versions of the installed packages that run networks.")
+    device: Device = Field(description="Device of the network.")
+    threads: int = Field(gt=0, description="CPU threads of the engines during the measurement.")
+    manifest: str = Field(description="Fingerprint of the manifest from which the images were sampled.")
+    images: int = Field(gt=0, description="Number of sampled images.")
+    seconds: float = Field(ge=0, description="Duration of the selection, compilation included.")
+    reference: str = Field(description="The fp32 engine with which the candidates were compared.")
+    engine: EngineName = Field(description="The selected engine.")
+    precision: Precision = Field(description="The selected precision.")
+    batch_size: int = Field(gt=0, description="Images per forward pass.")
+    images_per_second: float = Field(gt=0, description="Rate of the network alone, without decoding.")
     candidates: tuple[CandidateResult, ...] = Field(
-        description="All that were tried, with the reason if not taken."
+        description="All candidates, with the reason of each rejection."
     )
-    notes: tuple[str, ...] = Field(description="What a person should know of how it was chosen.")
-    reduced_scale: ReducedScale | None = Field(
-        default=None, description="How far JPEGs may be reduced; None: that was not asked for."
+    notes: tuple[str, ...] = Field(description="Human-readable remarks on the selection.")
+    scaled_decode: ScaledDecode | None = Field(
+        default=None, description="At which scale JPEGs may be decoded; None: this was not requested."
     )
 
     @property
     def choice(self) -> EngineChoice:
-        """The engine that was chosen."""
+        """The selected engine and precision."""
         return EngineChoice(self.engine, self.precision)
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that run networks; one that is not installed is not there."""
+    """Return the versions of the installed packages that run networks."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -175,8 +185,8 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-# Those worth trying on their own, the one that is likely to win first: then the slow ones end early.
-_WORTH_TRYING: Mapping[Device, tuple[EngineChoice, ...]] = {
+# Candidates of `auto`, the likely winner first, so that the measurement of a slower one ends early.
+_AUTO_CANDIDATES: Mapping[Device, tuple[EngineChoice, ...]] = {
     "cpu": (
         EngineChoice("openvino", "int8"),
         EngineChoice("openvino", "bf16"),
@@ -197,63 +207,64 @@ _WORTH_TRYING: Mapping[Device, tuple[EngineChoice, ...]] = {
 }
 
 
-NO_BF16 = (
-    "bf16 is left out: this processor has no instructions for it and would emulate it, far slower than fp32"
-)
+NO_BF16 = "bf16 is skipped, because this processor has no bf16 instructions and would emulate it far slower than fp32"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What is to be measured, the likely winner first, and why others are not."""
+    """Engines and precisions to measure, the likely winner first, and notes on why others are skipped."""
 
     choices: tuple[EngineChoice, ...]
     notes: tuple[str, ...]
 
 
-def candidates(wanted: EngineRequest, device: Device, *, has_bf16: bool = True) -> Candidates:
-    """The engines and precisions that come into question on a device.
+def candidates(request: EngineRequest, device: Device, *, has_bf16: bool = True) -> Candidates:
+    """Return the engines and precisions to measure on a device.
 
-    On a CPU without instructions for bf16 (`has_bf16`) it is left out unless it was asked for.
+    If both are requested explicitly, the pair is the only candidate; the engine itself rejects an unsupported
+    precision.
 
-    What was asked for by name of both is tried whatever it is: the engine itself refuses what it
-    cannot do.
+    Args:
+        request: the requested engine and precision.
+        device: device of the network.
+        has_bf16: whether the CPU has bf16 instructions; without them bf16 is a candidate only if requested.
 
     Raises:
-        InputError: the engine that was asked for is not installed, or none has the precision.
+        InputError: the requested engine is not installed, or no engine supports the requested precision.
     """
-    if wanted.engine != "auto" and wanted.precision != "auto":
-        found = [EngineChoice(wanted.engine, wanted.precision)]
+    if request.engine != "auto" and request.precision != "auto":
+        choices = [EngineChoice(request.engine, request.precision)]
     else:
-        found = [
+        choices = [
             choice
-            for choice in _WORTH_TRYING[device]
-            if wanted.engine in ("auto", choice.engine) and wanted.precision in ("auto", choice.precision)
+            for choice in _AUTO_CANDIDATES[device]
+            if request.engine in ("auto", choice.engine) and request.precision in ("auto", choice.precision)
         ]
     notes = []
-    if wanted.precision == "auto" and wanted.contract.int8_min_agreement is None:
-        found = [choice for choice in found if choice.precision != "int8"]
-    if wanted.precision == "auto" and device == "cpu" and not has_bf16:
-        found = [choice for choice in found if choice.precision != "bf16"]
+    if request.precision == "auto" and request.tolerance.int8_min_agreement is None:
+        choices = [choice for choice in choices if choice.precision != "int8"]
+    if request.precision == "auto" and device == "cpu" and not has_bf16:
+        choices = [choice for choice in choices if choice.precision != "bf16"]
         notes.append(NO_BF16)
-    for engine in dict.fromkeys(choice.engine for choice in found):
-        lacking = missing_package(engine)
-        if lacking is None:
+    for engine in dict.fromkeys(choice.engine for choice in choices):
+        problem = missing_package(engine)
+        if problem is None:
             continue
-        if engine == wanted.engine:
-            raise InputError(f"--engine {engine}: {lacking}")
-        notes.append(lacking)
-        found = [choice for choice in found if choice.engine != engine]
-    engines = {choice.engine for choice in found}
-    if device == "cpu" and wanted.engine == "auto" and {"openvino", "compile"} <= engines:
-        found = [choice for choice in found if choice.engine != "compile"]
+        if engine == request.engine:
+            raise InputError(f"--engine {engine}: {problem}")
+        notes.append(problem)
+        choices = [choice for choice in choices if choice.engine != engine]
+    engines = {choice.engine for choice in choices}
+    if device == "cpu" and request.engine == "auto" and {"openvino", "compile"} <= engines:
+        choices = [choice for choice in choices if choice.engine != "compile"]
         notes.append(
-            "compile was left out: it converts a network for a minute or more, and openvino is here; try it "
-            "with --engine compile"
+            "compile is skipped, because it takes a minute or more to compile a network and openvino is available; "
+            "request it with --engine compile"
         )
-    if not found:
+    if not choices:
         reasons = "".join(f"; {note}" for note in notes)
         raise InputError(
-            f"--engine {wanted.engine} --precision {wanted.precision}: there is no such engine for a "
+            f"--engine {request.engine} --precision {request.precision}: no engine supports this on a "
             f"{'GPU' if device == 'cuda' else 'CPU'}{reasons}; choose another precision, or auto"
         )
-    return Candidates(tuple(found), tuple(notes))
+    return Candidates(tuple(choices), tuple(notes))

@@ -1,4 +1,4 @@
-"""Start an engine and hold it against its bundle's golden answers. Needs torch for what must be built only."""
+"""Start an engine and test it with the golden outputs of its bundle. PyTorch is imported only to build a network."""
 
 from typing import TYPE_CHECKING
 
@@ -13,40 +13,41 @@ if TYPE_CHECKING:
 
 
 def start_tested_engine(
-    bundle: Bundle, choice: EngineChoice, place: EngineConfig
+    bundle: Bundle, choice: EngineChoice, config: EngineConfig
 ) -> tuple[Engine, Deviation]:
-    """Put the bundle's network on the device, tested against its golden answers.
+    """Start an engine with the network of a bundle, and test it with the golden outputs of the bundle.
 
-    Whatever the choice, a network that is built is tested in fp32 on the same device before an
-    engine gets it; then the engine is tested with the tolerance of its precision. So a wrong mean
-    does not hide behind rounding. A conversion of an earlier start was made of a tested network.
+    A network that has to be built is first tested in fp32 on the same device, whatever the choice, so that the larger
+    tolerance of another precision does not hide an error such as a wrong mean. Then the engine is tested with the
+    tolerance of its precision. A network from the compile cache was tested before it was compiled.
 
     Returns:
-        The engine, and how far its answers are from the golden ones.
+        The engine, and the deviation of its outputs from the golden ones.
 
     Raises:
-        InputError: the bundle does not hold together, or the engine, device or precision is not there.
-        GoldenMismatch: the network does not answer as the bundle says.
+        InputError: the bundle is inconsistent, or the engine, device or precision is not available.
+        GoldenMismatch: the network or the engine does not reproduce the golden outputs.
     """
-    engine = start_engine(bundle, choice, place, lambda: _tested_backbone(bundle, place))
+    engine = start_engine(bundle, choice, config, lambda: _tested_backbone(bundle, config))
     return engine, self_test(bundle.config, engine)
 
 
-def _tested_backbone(bundle: Bundle, place: EngineConfig) -> "Backbone":
-    # The libraries of architectures take seconds to import; a converted network needs none of them.
+def _tested_backbone(bundle: Bundle, config: EngineConfig) -> "Backbone":
+    # The libraries of architectures take seconds to import, and a compiled network does not need them.
     from batchcls.inference.golden_record import tested_backbone  # noqa: PLC0415
 
-    return tested_backbone(bundle, place)
+    return tested_backbone(bundle, config)
 
 
 def self_test(config: BundleConfig, engine: Engine) -> Deviation:
-    """Hold a running engine against the golden answers of its bundle.
+    """Compare the outputs of an engine with the golden outputs of its bundle.
 
     Returns:
-        How far off the engine is, within the tolerance of its precision.
+        The deviation of the engine, which is within the tolerance of its precision.
 
     Raises:
-        GoldenMismatch: it is further off, or the bundle has no golden answers of these drawings.
+        GoldenMismatch: the deviation exceeds the tolerance, or the bundle has no golden outputs for this version of
+            the golden images.
     """
     golden = config.require_golden(GOLDEN_IMAGES_VERSION)
     found = predict_golden_images(config.preprocessing, engine)

@@ -1,4 +1,4 @@
-"""The network as its library builds it, in float32: where golden answers come from, and what is tested by them."""
+"""The float32 network of a bundle, from which golden outputs are computed and which is tested with them."""
 
 from dataclasses import replace
 
@@ -17,10 +17,10 @@ from batchcls.models.model_bundle import Bundle, BundleConfig
 
 
 def with_golden(bundle: Bundle) -> Bundle:
-    """The bundle with the golden answers of its own network, in float32 on this machine's CPU.
+    """Return the bundle with the golden outputs of its network, computed in float32 on the CPU of this machine.
 
     Raises:
-        InputError: the bundle does not hold together.
+        InputError: the bundle is inconsistent.
     """
     preprocessing = bundle.config.preprocessing
     threads = torch.get_num_threads()
@@ -31,13 +31,13 @@ def with_golden(bundle: Bundle) -> Bundle:
 
 
 def verified_bundle(bundle: Bundle) -> Bundle:
-    """The bundle read back from the bytes of its files, after its network has given the golden answers.
+    """Return the bundle as it is read back from the bytes of its files, after its network has passed the golden test.
 
-    What `classify` does before its first image; for whoever is about to put a bundle in place.
+    Call this before a new bundle is saved; `classify` performs the same checks before its first image.
 
     Raises:
-        InputError: the files would be refused.
-        GoldenMismatch: the network does not answer as the bundle says.
+        InputError: the files cannot be read back.
+        GoldenMismatch: the network does not reproduce the golden outputs of the bundle.
     """
     found = bundle.round_trip()
     engine = TorchEager(
@@ -47,26 +47,26 @@ def verified_bundle(bundle: Bundle) -> Bundle:
     return found
 
 
-def tested_backbone(bundle: Bundle, place: EngineConfig) -> Backbone:
-    """The bundle's network, after it has given the golden answers in float32 on the place's device.
+def tested_backbone(bundle: Bundle, config: EngineConfig) -> Backbone:
+    """Return the network of the bundle, after it has passed the golden test in float32 on the configured device.
 
     Raises:
-        InputError: the bundle does not hold together.
-        GoldenMismatch: the network does not answer as the bundle says.
+        InputError: the bundle is inconsistent.
+        GoldenMismatch: the network does not reproduce the golden outputs of the bundle.
     """
     backbone = build_backbone(bundle)
     preprocessing = bundle.config.preprocessing
     self_test(
-        bundle.config, TorchEager(backbone, preprocessing, place.device, REFERENCE.precision, place.threads)
+        bundle.config, TorchEager(backbone, preprocessing, config.device, REFERENCE.precision, config.threads)
     )
     return backbone
 
 
 def check_program(config: BundleConfig, program: Program) -> Deviation:
-    """Hold an exported program against the golden answers of its bundle, as `self_test` does an engine.
+    """Compare the outputs of an exported program with the golden outputs of its bundle, as `self_test` does.
 
     Raises:
-        GoldenMismatch: the program answers otherwise.
+        GoldenMismatch: the program does not reproduce the golden outputs.
     """
     golden = config.require_golden(GOLDEN_IMAGES_VERSION)
     found = average(program(golden_pixels(config.preprocessing)), views=1, l2_normalize=False)

@@ -1,6 +1,6 @@
-"""A few drawn images that every bundle knows the answers to, and how an engine is asked about them.
+"""The golden images: a few drawn images for which every bundle contains the expected outputs of its network.
 
-The images go the whole way: resize and crop as the bundle's preprocessing says, then the engine.
+The images pass through the preprocessing of the bundle and through the engine, so that both are tested.
 """
 
 from collections.abc import Iterator
@@ -9,19 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from batchcls.images.transform import Transform
-from batchcls.inference.postprocess import Averaged, average
+from batchcls.inference.postprocess import AveragedOutput, average
 from batchcls.models.engines.engine import Engine
 from batchcls.preprocessing import Preprocessing
 
 GOLDEN_IMAGES_VERSION = 1
-"""Version of the drawn images; goes up when `golden_images` draws anything else."""
+"""Version of the golden images; increase it with every change of `golden_images`."""
 
-# Wide, tall, square and small: the resize has to shrink, to enlarge, and to crop both ways.
+# Wide, tall, square and small, so that the resize shrinks, enlarges and crops in both directions.
 _SIZES = ((240, 320), (400, 300), (256, 256), (90, 150))
 
 
 def golden_images() -> Iterator[npt.NDArray[np.uint8]]:
-    """Four images, H x W x 3 uint8: colors, edges and texture in integers, the same on every machine."""
+    """Yield four images, H x W x 3 uint8, with colors, edges and texture.
+
+    They are drawn with integer arithmetic, which gives the same pixels on every machine.
+    """
     for index, (height, width) in enumerate(_SIZES):
         rows, columns = np.mgrid[0:height, 0:width]
         checks = (rows // (9 + 5 * index) + columns // (13 + 3 * index)) % 2
@@ -34,12 +37,12 @@ def golden_images() -> Iterator[npt.NDArray[np.uint8]]:
         yield image.clip(0, 255).astype(np.uint8)
 
 
-def predict_golden_images(preprocessing: Preprocessing, engine: Engine) -> Averaged:
-    """What an engine says about the drawn images."""
+def predict_golden_images(preprocessing: Preprocessing, engine: Engine) -> AveragedOutput:
+    """Return the probabilities and embeddings of the golden images."""
     return average(engine.predict(golden_pixels(preprocessing)), views=1, l2_normalize=False)
 
 
 def golden_pixels(preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """The drawn images as the network's input, N x H x W x 3."""
+    """Return the golden images as input of the network, N x H x W x 3."""
     transform = Transform(preprocessing)
     return np.stack([transform(image) for image in golden_images()])

@@ -1,4 +1,4 @@
-"""Logits and embeddings of all views of an image -> its probabilities and its embedding.
+"""Conversion of network outputs: averages over the views of an image, top-k columns and embedding columns.
 
 Letters: N images, V views of each, K classes, D embedding dimension.
 """
@@ -19,38 +19,46 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Averaged:
-    """What N images are: probabilities (N,K in 0..1), embedding (N,D), and whether all of it is finite (N)."""
+class AveragedOutput:
+    """Outputs for N images, averaged over their views.
+
+    Attributes:
+        probabilities: N,K float32 in 0..1.
+        embedding: N,D float32.
+        finite: N bool; whether all logits and embedding values of an image are finite.
+    """
 
     probabilities: Floats
     embedding: Floats
     finite: npt.NDArray[np.bool_]
 
 
-def average(answer: EngineOutput, views: int, *, l2_normalize: bool, temperature: float = 1.0) -> Averaged:
-    """Mean over the views of softmax probabilities and of embeddings, both in float32.
+def average(
+    output: EngineOutput, views: int, *, l2_normalize: bool, temperature: float = 1.0
+) -> AveragedOutput:
+    """Average softmax probabilities and embeddings over the views of each image, in float32.
 
     Args:
-        answer: of N * V inputs, all views of an image next to each other.
+        output: outputs for N * V inputs; all views of an image are adjacent.
         views: V.
-        l2_normalize: give each embedding the length 1, after the mean; one of zeros stays so.
+        l2_normalize: scale each averaged embedding to length 1; an embedding of zeros is unchanged.
         temperature: see `models.calibration.Calibration`.
     """
-    probabilities = mean_probabilities(answer.logits, views, temperature)
-    embedding = _mean_of_views(answer.embedding, views)
-    finite = np.isfinite(answer.logits).all(axis=1) & np.isfinite(answer.embedding).all(axis=1)
+    probabilities = mean_probabilities(output.logits, views, temperature)
+    embedding = _mean_of_views(output.embedding, views)
+    finite = np.isfinite(output.logits).all(axis=1) & np.isfinite(output.embedding).all(axis=1)
     if l2_normalize:
         embedding = torch.nn.functional.normalize(torch.from_numpy(embedding), dim=1).numpy()
-    return Averaged(probabilities, embedding, np.logical_and.reduce(finite.reshape(-1, views), axis=1))
+    return AveragedOutput(probabilities, embedding, np.logical_and.reduce(finite.reshape(-1, views), axis=1))
 
 
 def mean_probabilities(logits: Floats, views: int, temperature: float = 1.0) -> Floats:
-    """N * V x K logits, all views of an image next to each other -> N x K mean probabilities in 0..1."""
+    """Return N x K mean probabilities in 0..1 for N * V x K logits; all views of an image are adjacent."""
     return _mean_of_views(softmax(logits, temperature), views)
 
 
 def softmax(logits: Floats, temperature: float = 1.0) -> Floats:
-    """N x K logits -> probabilities in 0..1, in float32."""
+    """Return N x K float32 probabilities in 0..1 for N x K logits."""
     values = torch.from_numpy(logits)
     if temperature != 1.0:
         values = values / temperature
@@ -66,19 +74,19 @@ def _mean_of_views(values: Floats, views: int) -> Floats:
 
 
 class TopK:
-    """Picks the best `k` of the labels; fewer where there are fewer labels."""
+    """Selects the `k` best labels, or all labels if there are fewer."""
 
     def __init__(self, labels: Sequence[str], k: int) -> None:
         self._labels = pa.array(labels, pa.string())
         self._k = min(k, len(labels))
 
     def columns(self, probabilities: Floats) -> dict[str, pa.Array]:
-        """Columns label, probability and top_k for N x K probabilities in 0..1, the best first.
+        """Return the columns label, probability and top_k for N x K probabilities in 0..1, best first.
 
-        Of equal ones the lower class index comes first, so that an answer does not depend on the
-        library's sort.
+        Classes with equal probabilities are ordered by index, so that predictions do not depend on the sort
+        algorithm of the library.
         """
-        best, indices = _best(probabilities, self._k)
+        best, indices = _top_k(probabilities, self._k)
         names = self._labels.take(pa.array(indices.reshape(-1)))
         offsets = pa.array(np.arange(0, indices.size + 1, self._k, dtype=np.int32))
         structs = pa.StructArray.from_arrays(
@@ -92,23 +100,23 @@ class TopK:
         }
 
 
-def _best(probabilities: Floats, k: int) -> tuple[Floats, npt.NDArray[np.int32]]:
-    """The k largest of each row, N x T, and their indices; a stable sort breaks ties by index."""
-    candidates = np.sort(_at_least_k(probabilities, k), axis=1)
+def _top_k(probabilities: Floats, k: int) -> tuple[Floats, npt.NDArray[np.int32]]:
+    """Return the k largest values of each row, N x k, and their indices; a stable sort breaks ties by index."""
+    candidates = np.sort(_top_k_unsorted(probabilities, k), axis=1)
     values = np.take_along_axis(probabilities, candidates, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")[:, :k]
     indices = np.take_along_axis(candidates, order, axis=1)
     return np.take_along_axis(probabilities, indices, axis=1), indices.astype(np.int32)
 
 
-def _at_least_k(probabilities: Floats, k: int) -> npt.NDArray[Any]:
-    """Indices of the k largest, found without sorting all K; the partition keeps memory at N x K."""
+def _top_k_unsorted(probabilities: Floats, k: int) -> npt.NDArray[Any]:
+    """Return the indices of the k largest values of each row, without sorting all K values."""
     if k >= probabilities.shape[1]:
         return np.broadcast_to(np.arange(probabilities.shape[1]), probabilities.shape)
     return np.argpartition(-probabilities, k - 1, axis=1)[:, :k]
 
 
 def embedding_column(embedding: Floats, kind: pa.DataType) -> pa.Array:
-    """N x D float32 -> fixed_size_list<kind>[D]; kind is halffloat or float."""
+    """Return N x D float32 embeddings as fixed_size_list<kind>[D]; `kind` is halffloat or float."""
     flat = embedding.astype(kind.to_pandas_dtype()).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat, kind), embedding.shape[1])

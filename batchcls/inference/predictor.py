@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcls.inference.postprocess import Averaged, Floats, TopK, average, embedding_column
+from batchcls.inference.postprocess import AveragedOutput, Floats, TopK, average, embedding_column
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.engines.engine import Engine, EngineOutput, PendingOutput
 from batchcls.schema import (
@@ -66,8 +66,8 @@ class Predictor:
 
         Args:
             engine: used by nothing else while a stream is read.
-            settings: of the job.
-            busy: returns the seconds for which the network was busy so far, on a CPU or a GPU.
+            settings: settings of the predictions.
+            busy: returns the seconds that the network has been busy so far, on a CPU or a GPU.
         """
         self._engine = engine
         self._settings = settings
@@ -150,12 +150,12 @@ class Predictor:
     def _columns(self, probabilities: Floats, embedding: Floats) -> dict[str, pa.Array]:
         columns = self._top_k.columns(probabilities)
         if self._settings.abstention is not None:
-            columns = self._settings.abstention.columns(columns, probabilities)
+            columns = self._settings.abstention.apply(columns, probabilities)
         if self._settings.embedding is not None:
             columns["embedding"] = embedding_column(embedding, self._settings.embedding)
         return columns
 
-    def _average(self, passes: list[list[_Submitted]]) -> Averaged:
+    def _average(self, passes: list[list[_Submitted]]) -> AveragedOutput:
         """Average the outputs of all views of each image."""
         settings = self._settings
         widths = (len(settings.labels), settings.embedding_dimension)
@@ -189,6 +189,7 @@ def pixels_of(
 
 
 def _fail(batch: pa.RecordBatch, rows: npt.NDArray[np.int64]) -> pa.RecordBatch:
+    """Set reason and detail of rows whose outputs are not finite."""
     failed = np.zeros(batch.num_rows, bool)
     failed[rows] = True
     texts = {"reason": Reason.NON_FINITE.value, "detail": REASONS[Reason.NON_FINITE].meaning}

@@ -12,11 +12,21 @@ from batchcls.schema import classified_schema
 
 @dataclass(frozen=True, slots=True)
 class PredictSettings:
-    """What the predictor needs beside an engine.
+    """What the predictor needs besides an engine.
 
-    `embedding` is halffloat, float or None for no column; `input_shape` is H, W, C of a crop;
-    `batch_size` counts inputs of a forward pass, so an image with ten views counts ten times.
-    `temperature` is the bundle's; `abstention` says when an answer is not sure enough, None: never.
+    Attributes:
+        labels: label of each class.
+        top_k: number of classes in the column `top_k`.
+        embedding: type of the values of the column `embedding`, halffloat or float; None for no such column.
+        embedding_dimension: length of an embedding.
+        l2_normalize: whether embeddings are scaled to length 1.
+        views: views of each image that are averaged.
+        input_shape: H, W, C of a crop.
+        normalize: whether the engine normalizes uint8 pixels, or load workers did already (float32).
+        batch_size: inputs per forward pass; an image with ten views counts ten times.
+        kept: manifest columns of `--keep`.
+        temperature: temperature of the bundle's calibration.
+        abstention: thresholds of `--abstain`; None without it.
     """
 
     labels: tuple[str, ...]
@@ -40,5 +50,5 @@ class PredictSettings:
         )
 
     def with_batch_size(self, batch_size: int) -> Self:
-        """The same for an engine that answers batches of another size."""
+        """Return the settings with another batch size."""
         return replace(self, batch_size=batch_size)

@@ -1,8 +1,8 @@
-"""How far JPEGs may be reduced in decoding before a network answers otherwise: measured, as engines are.
+"""Measurement of the scale at which JPEGs may be decoded without a loss of accuracy.
 
-A reduced image lacks a little of what the whole one shows, and networks differ in what they make of
-that. Photographs of ImageNet enlarged until half the scale just fits kept, with a margin of 2, the best
-class of 96 % for mobilenetv2_100, and with 4 that of 98 % for squeezenet1_1 (docs/measurements).
+An image decoded at a reduced scale lacks some detail of the full image, and networks differ in their sensitivity to
+that. Photographs of ImageNet, enlarged until a margin just allows half the scale, kept 96% of the best classes of
+mobilenetv2_100 with a margin of 2, and 98% of those of squeezenet1_1 with a margin of 4 (docs/measurements).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from batchcls.images.decode import reduction_factor
 from batchcls.images.transform import Transform
 from batchcls.inference.agreement import EngineAgreement
-from batchcls.inference.engine_record import EngineSelectionRecord, MarginResult, ReducedScale
+from batchcls.inference.engine_record import EngineSelectionRecord, MarginResult, ScaledDecode
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.throughput import predict_all
 from batchcls.models.engines.engine import REFERENCE, Engine, EngineConfig
@@ -22,96 +22,103 @@ from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 
 MARGINS = (1.5, 2.0, 3.0, 4.0)
-"""What is tried: how many times as high and wide as the resize needs it an image must still be."""
+"""Measured margins: the minimum ratio of the height and width of a decoded image to what the resize needs."""
 
-_MOST_IMAGES = 256
-_LEAST_IMAGES = 50  # of which one that changes is two in a hundred, more than the contract lets pass
+_MAX_IMAGES = 256
+_MIN_IMAGES = 50  # one changed class of 50 is 2%, which already violates the default tolerance
 
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
-class CalibrationPixels:
-    """CalibrationPixels of the catalog in a network's preprocessing, and how to have them decoded otherwise.
+class DecodedSample:
+    """Sampled images in the preprocessing of a network, and a function that decodes them at a reduced scale.
 
     Attributes:
-        whole: N,H,W,3 uint8, decoded whole.
+        full: N,H,W,3 uint8, decoded at full scale.
         sizes: N x 2, height and width of the stored images.
-        reduced: as `whole`, decoded with a margin.
+        decode_scaled: returns the images as `full`, decoded with a margin.
     """
 
-    whole: Pixels
+    full: Pixels
     sizes: npt.NDArray[np.int32]
-    reduced: Callable[[float], Pixels]
+    decode_scaled: Callable[[float], Pixels]
 
 
-def reduced_by(
+def scaled_images(
     sizes: npt.NDArray[np.int32], preprocessing: Preprocessing, margin: float
 ) -> npt.NDArray[np.bool_]:
-    """Which of N images, of N x 2 heights and widths, a margin has decoded at a reduced scale.
+    """Return for N x 2 heights and widths which of the images are decoded at a reduced scale with a margin.
 
-    How an image is turned makes no difference but where its sides cannot be divided.
+    EXIF orientation is ignored. It only matters for images whose sides are not divisible by the factor.
     """
-    least = Transform(preprocessing).min_decoded_size(margin)
+    min_size = Transform(preprocessing).min_decoded_size(margin)
     return np.array(
-        [reduction_factor((height, width), least(height, width)) > 1 for height, width in sizes.tolist()],
+        [reduction_factor((height, width), min_size(height, width)) > 1 for height, width in sizes.tolist()],
         bool,
     )
 
 
 def measure_scaled_decode(
-    bundle: Bundle, chosen: EngineSelectionRecord, place: EngineConfig, images: CalibrationPixels
-) -> ReducedScale:
-    """Find the smallest margin with which the chosen engine keeps the contract, on images of the catalog.
+    bundle: Bundle, selection: EngineSelectionRecord, config: EngineConfig, sample: DecodedSample
+) -> ScaledDecode:
+    """Find the smallest margin with which the selected engine is within the accuracy tolerance.
 
-    The whole error is judged, that of the engine and that of the scale together: reduced images in
-    the engine beside whole ones in fp32.
+    The errors of the engine and of the scale are measured together: scaled images in the selected engine are compared
+    with full images in fp32.
 
     Args:
         bundle: the model.
-        chosen: the engine that was chosen for this node.
-        place: where it runs.
-        images: of the catalog.
+        selection: the engine that was selected for this node.
+        config: device and resources of the engines.
+        sample: images of the catalog.
     """
     preprocessing = bundle.config.preprocessing
-    tried: list[MarginResult] = []
+    results: list[MarginResult] = []
     engines: tuple[Engine, Engine] | None = None
     for margin in MARGINS:
-        places = np.flatnonzero(reduced_by(images.sizes, preprocessing, margin))[:_MOST_IMAGES]
-        if len(places) < _LEAST_IMAGES:
-            few = f"{len(places)} of {len(images.sizes)} images are large enough for a margin of {margin:g}"
-            return ReducedScale(margin=None, tried=tuple(tried), note=f"JPEGs are decoded whole: {few}")
-        reference, engine = engines = engines or _start(bundle, chosen, place)
-        reduced = images.reduced(margin)
-        if len(reduced) != len(images.whole):  # a store that fails now and then: none is matched by guess
-            note = "JPEGs are decoded whole: not all images could be read a second time"
-            return ReducedScale(margin=None, tried=tuple(tried), note=note)
-        expected = predict_all(reference, images.whole[places], place.batch_size)
-        found = predict_all(engine, reduced[places], place.batch_size)
-        agreement = EngineAgreement.between(found, expected)
-        missed = agreement.missed(chosen.wanted.contract, chosen.precision)
-        tried.append(_figures(margin, agreement, missed))
-        if missed is None:
-            return ReducedScale(margin=margin, tried=tuple(tried), note=None)
-    note = f"JPEGs are decoded whole: {tried[-1].rejected} (margin {MARGINS[-1]:g})"
-    return ReducedScale(margin=None, tried=tuple(tried), note=note)
+        indices = np.flatnonzero(scaled_images(sample.sizes, preprocessing, margin))[:_MAX_IMAGES]
+        if len(indices) < _MIN_IMAGES:
+            reason = (
+                f"{len(indices)} of {len(sample.sizes)} images are large enough for a margin of {margin:g}"
+            )
+            return _full_scale(results, reason)
+        reference, engine = engines = engines or _start_engines(bundle, selection, config)
+        scaled = sample.decode_scaled(margin)
+        if len(scaled) != len(sample.full):  # fetching failed for some, so that indices do not match
+            return _full_scale(results, "not all images could be read a second time")
+        expected = predict_all(reference, sample.full[indices], config.batch_size)
+        output = predict_all(engine, scaled[indices], config.batch_size)
+        agreement = EngineAgreement.between(output, expected)
+        violation = agreement.violation(selection.request.tolerance, selection.precision)
+        results.append(_margin_result(margin, agreement, violation))
+        if violation is None:
+            return ScaledDecode(margin=margin, results=tuple(results), note=None)
+    return _full_scale(results, f"{results[-1].rejected} (margin {MARGINS[-1]:g})")
 
 
-def _start(bundle: Bundle, chosen: EngineSelectionRecord, place: EngineConfig) -> tuple[Engine, Engine]:
-    """What answers in fp32, and what was chosen."""
-    exact = replace(chosen.choice, precision=REFERENCE.precision)
-    reference, _ = start_tested_engine(bundle, exact, place)
-    if exact == chosen.choice:
+def _full_scale(results: list[MarginResult], reason: str) -> ScaledDecode:
+    note = f"JPEGs are decoded at full scale: {reason}"
+    return ScaledDecode(margin=None, results=tuple(results), note=note)
+
+
+def _start_engines(
+    bundle: Bundle, selection: EngineSelectionRecord, config: EngineConfig
+) -> tuple[Engine, Engine]:
+    """Start the selected engine in fp32, and in the selected precision; both are the same if that is fp32."""
+    fp32 = replace(selection.choice, precision=REFERENCE.precision)
+    reference, _ = start_tested_engine(bundle, fp32, config)
+    if fp32 == selection.choice:
         return reference, reference
-    engine, _ = start_tested_engine(bundle, chosen.choice, place)
+    engine, _ = start_tested_engine(bundle, selection.choice, config)
     return reference, engine
 
 
-def _figures(margin: float, agreement: EngineAgreement, missed: str | None) -> MarginResult:
+def _margin_result(margin: float, agreement: EngineAgreement, violation: str | None) -> MarginResult:
     return MarginResult(
         margin=margin,
         images=agreement.images,
         top1_agreement=agreement.top1_agreement,
         mean_cosine=agreement.mean_cosine,
-        rejected=missed,
+        rejected=violation,
     )

@@ -16,9 +16,9 @@ Pixels = npt.NDArray[np.uint8]
 
 _MAX_WINDOWS = 9
 _BATCHES_PER_WINDOW = 2  # per batch in flight, because batches that run concurrently finish together
-_MIN_SECONDS = 1e-9  # between two readings of the clock
+_MIN_SECONDS = 1e-9  # avoids division by zero if two readings of the clock are equal
 MIN_BATCHES = 2
-"""Batches that are measured even if they exceed the time."""
+"""Batches that are measured even if they exceed the time limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,29 +104,29 @@ def cycle_batches(pixels: Pixels, batch_size: int) -> Iterator[Pixels]:
 def throughput_by_batch_size(
     engine: Engine, pixels: Pixels, batch_sizes: Sequence[int], rate: float, seconds: float
 ) -> dict[int, float]:
-    """Measure images per second by batch size, each in two turns.
+    """Measure images per second by batch size, in two alternating rounds.
 
-    The speed of a shared machine changes over time; taking turns exposes all sizes to the same changes.
+    The speed of a shared machine changes over time; alternating rounds expose all sizes to the same changes.
 
     Args:
         engine: the engine to measure.
         pixels: N,H,W,3.
-        batch_sizes: at least one.
+        batch_sizes: at least one; the first is always measured.
         rate: estimated images per second.
-        seconds: for all sizes; sizes other than the first that would far exceed their share are skipped.
+        seconds: time for all sizes; a size that is expected to take more than twice its share is skipped.
     """
     share = seconds / len(batch_sizes)
     needed = {size: (engine.in_flight + MIN_BATCHES) * size / rate for size in batch_sizes}
     sizes = [size for size in batch_sizes if size == batch_sizes[0] or needed[size] <= 2 * share]
-    turns = 2 if sum(needed[size] for size in sizes) * 2 <= seconds else 1
+    rounds = 2 if sum(needed[size] for size in sizes) * 2 <= seconds else 1
     windows: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(turns):
+    for _ in range(rounds):
         for size in sizes:
-            windows[size] += measure_throughput(engine, pixels, size, share / turns).windows
-    return {size: float(np.median(found)) for size, found in windows.items()}
+            windows[size] += measure_throughput(engine, pixels, size, share / rounds).windows
+    return {size: float(np.median(rates)) for size, rates in windows.items()}
 
 
-def best_batch_size(rates: Mapping[int, float], level: float) -> int:
-    """Return the smallest batch size with at least the share `level` of the highest rate."""
-    most = max(rates.values())
-    return min(size for size, rate in rates.items() if rate >= level * most)
+def best_batch_size(rates: Mapping[int, float], min_share: float) -> int:
+    """Return the smallest batch size with at least the share `min_share` of the highest rate."""
+    highest = max(rates.values())
+    return min(size for size, rate in rates.items() if rate >= min_share * highest)

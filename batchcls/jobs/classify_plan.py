@@ -62,7 +62,7 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
     bundle = check_model(config.model, _model_choices(config), storage)
     if bundle is not None:
         if config.abstain:
-            Abstention.of(bundle)
+            Abstention.from_bundle(bundle)
         _require_views(config, bundle)
     elif config.abstain:
         raise InputError(
@@ -231,7 +231,7 @@ def pipeline_spec_of(
         batch_size=resource_plan.batch_size,
         kept=kept,
         temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
-        abstention=Abstention.of(bundle) if config.abstain else None,
+        abstention=Abstention.from_bundle(bundle) if config.abstain else None,
     )
     worker = WorkerSpec(
         bundle=inputs.bundle,

@@ -110,7 +110,7 @@ def select_engines(
         GoldenMismatch: the network does not reproduce the golden outputs of its bundle.
     """
     batch_size = None if config.batch_size == "auto" else config.batch_size
-    request = EngineRequest.of(config, batch_size, reduced_scale=config.scaled_decode == "auto")
+    request = EngineRequest.from_settings(config, batch_size, scaled_decode=config.scaled_decode == "auto")
     default = NodeEngine(_default_choice(request), resources.batch_size)
     probe_batches = resources.device == "cuda" and config.batch_size == "auto"
     if "auto" not in (request.engine, request.precision) and request.precision != "int8":
@@ -163,7 +163,7 @@ def _decode_margin(config: PipelineSettings, measured: Sequence[EngineSelectionR
     """Return the largest margin of all kinds of nodes, which is accurate enough on each; None without one."""
     if isinstance(config.scaled_decode, float):
         return config.scaled_decode
-    margins = [None if record.reduced_scale is None else record.reduced_scale.margin for record in measured]
+    margins = [None if record.scaled_decode is None else record.scaled_decode.margin for record in measured]
     required = [margin for margin in margins if margin is not None]
     return max(required) if required and len(required) == len(margins) else None
 
@@ -222,23 +222,23 @@ def _measure(
 def _select_on_this_node(
     bundle: Bundle, images: SampleImages, request: EngineRequest, config: EngineConfig, seconds: float
 ) -> EngineSelectionRecord:
-    from batchcls.inference.engine_selection import CalibrationImages, choose  # noqa: PLC0415 - imports PyTorch
+    from batchcls.inference.engine_selection import CalibrationImages, select_engine  # noqa: PLC0415 - imports PyTorch
     from batchcls.inference.scaled_decode import (  # noqa: PLC0415 - imports PyTorch
-        CalibrationPixels,
+        DecodedSample,
         measure_scaled_decode,
     )
 
     full = images.load()
-    record = choose(bundle, CalibrationImages(full.pixels, images.manifest), request, config, seconds)
-    if not request.reduced_scale:
+    record = select_engine(bundle, CalibrationImages(full.pixels, images.manifest), request, config, seconds)
+    if not request.scaled_decode:
         return record
     scale = measure_scaled_decode(
         bundle,
         record,
         replace(config, batch_size=record.batch_size, calibration=images.calibration),
-        CalibrationPixels(full.pixels, full.sizes, lambda margin: images.load(margin).pixels),
+        DecodedSample(full.pixels, full.sizes, lambda margin: images.load(margin).pixels),
     )
-    return record.model_copy(update={"reduced_scale": scale})
+    return record.model_copy(update={"scaled_decode": scale})
 
 
 def _log_selection(node: NodeInfo, record: EngineSelectionRecord) -> None:
@@ -255,5 +255,5 @@ def _log_selection(node: NodeInfo, record: EngineSelectionRecord) -> None:
         record.created.date(),
         record.images_per_second,
     )
-    if record.reduced_scale is not None:
-        _logger.info("decoding on %s: %s", node.host, record.reduced_scale)
+    if record.scaled_decode is not None:
+        _logger.info("decoding on %s: %s", node.host, record.scaled_decode)

@@ -23,7 +23,7 @@ def uri_of(output: str, bundle_fingerprint: str, hardware_key: str) -> str:
 
 
 def load(
-    output: str, bundle_fingerprint: str, hardware: Hardware, wanted: EngineRequest, storage: Storage
+    output: str, bundle_fingerprint: str, hardware: Hardware, request: EngineRequest, storage: Storage
 ) -> EngineSelectionRecord | None:
     """The choice of an earlier run, if it was made for the same model, kind of node and request.
 
@@ -31,7 +31,7 @@ def load(
         output: the job's output folder.
         bundle_fingerprint: of the model.
         hardware: the kind of node.
-        wanted: what was asked for; a choice for anything else does not count.
+        request: what was asked for; a choice for anything else does not count.
         storage: how to reach the folder.
 
     Returns:
@@ -55,8 +55,8 @@ def load(
             error.error_count(),
         )
         return None
-    expected = (bundle_fingerprint, hardware.key, wanted, installed_versions())
-    if (found.bundle_fingerprint, found.hardware_key, found.wanted, found.versions) != expected:
+    expected = (bundle_fingerprint, hardware.key, request, installed_versions())
+    if (found.bundle_fingerprint, found.hardware_key, found.request, found.versions) != expected:
         return None
     return found
 

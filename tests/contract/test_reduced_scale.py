@@ -14,7 +14,7 @@ from batchcls.images.transform import Transform
 from batchcls.inference.agreement import AccuracyTolerance
 from batchcls.inference.engine_record import EngineRequest, EngineSelectionRecord
 from batchcls.inference.golden_record import with_golden
-from batchcls.inference.scaled_decode import MARGINS, CalibrationPixels, measure_scaled_decode, reduced_by
+from batchcls.inference.scaled_decode import MARGINS, DecodedSample, measure_scaled_decode, scaled_images
 from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import EngineConfig
 from batchcls.models.model_bundle import Bundle
@@ -51,14 +51,14 @@ class Photographs:
         paths = sorted((shared / "data" / "imagenet").glob("*.JPEG"))[: 4 * PHOTOGRAPHS : 4]
         self.files = [_enlarged(path, side) for path in paths]
         whole = [decode(data, LIMITS) for data in self.files]
-        self.images = CalibrationPixels(
-            whole=np.stack([self.transform(one.pixels) for one in whole]),
+        self.images = DecodedSample(
+            full=np.stack([self.transform(one.pixels) for one in whole]),
             sizes=np.array([(one.height, one.width) for one in whole], np.int32),
-            reduced=self.reduced,
+            decode_scaled=self.decode_scaled,
         )
         self.margins: list[float] = []
 
-    def reduced(self, margin: float) -> np.ndarray:
+    def decode_scaled(self, margin: float) -> np.ndarray:
         self.margins.append(margin)
         least = self.transform.min_decoded_size(margin)
         decoded = (decode(data, LIMITS, least) for data in self.files)
@@ -74,11 +74,11 @@ def _measure(
     bundle: Bundle,
     photographs: Photographs,
     tmp_path: Path,
-    contract: AccuracyTolerance = AccuracyTolerance(),  # noqa: B008 - frozen
+    tolerance: AccuracyTolerance = AccuracyTolerance(),  # noqa: B008 - frozen
 ):
     photographs.margins.clear()
     chosen = EngineSelectionRecord(
-        created=datetime.now(UTC), wanted=EngineRequest(contract=contract), bundle_fingerprint=bundle.fingerprint,
+        created=datetime.now(UTC), request=EngineRequest(tolerance=tolerance), bundle_fingerprint=bundle.fingerprint,
         hardware_key="0" * 12, hardware="this machine", versions={}, device="cpu", threads=2, manifest="m",
         images=PHOTOGRAPHS, seconds=1, reference="torch fp32", engine="torch", precision="bf16", batch_size=8,
         images_per_second=1, candidates=(), notes=(),
@@ -88,13 +88,13 @@ def _measure(
 
 
 def test_images_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_path):
-    """With the contract of fp32 itself nothing passes, and margins that reduce too few are not tried."""
+    """With the tolerance of fp32 itself nothing passes, and margins that reduce too few are not measured."""
     found = _measure(
         bundle, photographs, tmp_path, AccuracyTolerance(min_top1_agreement=1.0, min_embedding_cosine=1.0)
     )
     assert found.margin is None
-    assert [entry.margin for entry in found.tried] == [1.5, 2.0] == photographs.margins
-    assert all(entry.rejected is not None and entry.images == PHOTOGRAPHS for entry in found.tried)
+    assert [entry.margin for entry in found.results] == [1.5, 2.0] == photographs.margins
+    assert all(entry.rejected is not None and entry.images == PHOTOGRAPHS for entry in found.results)
     assert "0 of 60 images are large enough for a margin of 3" in str(found)
 
 
@@ -102,22 +102,22 @@ def test_the_smallest_margin_that_holds_is_taken(bundle, photographs, tmp_path):
     found = _measure(
         bundle, photographs, tmp_path, AccuracyTolerance(min_top1_agreement=0.8, min_embedding_cosine=0.9)
     )
-    assert found.margin == 1.5 == found.tried[-1].margin
+    assert found.margin == 1.5 == found.results[-1].margin
     assert photographs.margins == [1.5]
-    assert found.tried[-1].rejected is None
-    assert 0.8 <= found.tried[-1].top1_agreement <= 1
-    assert "60 keep their best class" in str(found)
+    assert found.results[-1].rejected is None
+    assert 0.8 <= found.results[-1].top1_agreement <= 1
+    assert "on 60 images" in str(found)
 
 
 def test_what_it_finds_is_the_error_of_scale_and_engine_together(bundle, photographs, tmp_path):
     loose = AccuracyTolerance(min_top1_agreement=0.0, min_embedding_cosine=-1.0)
-    (entry,) = _measure(bundle, photographs, tmp_path, loose).tried
+    (entry,) = _measure(bundle, photographs, tmp_path, loose).results
     # Half the scale at twice what the resize needs changes pixels, and so the embedding, a little.
     assert 0.99 < entry.mean_cosine < 1 - 1e-6
 
 
 def test_images_that_cannot_be_read_again_are_not_guessed_at(bundle, photographs, tmp_path):
-    fewer = replace(photographs.images, reduced=lambda margin: photographs.reduced(margin)[:-1])
+    fewer = replace(photographs.images, decode_scaled=lambda margin: photographs.decode_scaled(margin)[:-1])
     photographs_that_fail = Photographs.__new__(Photographs)
     photographs_that_fail.images, photographs_that_fail.margins = fewer, photographs.margins
     found = _measure(bundle, photographs_that_fail, tmp_path)
@@ -131,7 +131,7 @@ def test_which_images_a_margin_reduces(bundle):
     sizes = np.array(
         [(side, side), (3 * side, 4 * side), (6 * side, 7 * side), (20 * side, 20 * side)], np.int32
     )
-    found = {margin: reduced_by(sizes, preprocessing, margin).tolist() for margin in MARGINS}
+    found = {margin: scaled_images(sizes, preprocessing, margin).tolist() for margin in MARGINS}
     assert found[1.5] == [False, True, True, True]
     assert found[2.0] == found[3.0] == [False, False, True, True]
     assert found[4.0] == [False, False, False, True]

@@ -23,7 +23,7 @@ from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.images.loader import Loader
 from batchcls.inference.engine_record import EngineRequest
-from batchcls.inference.engine_selection import CalibrationImages, choose
+from batchcls.inference.engine_selection import CalibrationImages, select_engine
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.sample import take_sample
@@ -212,7 +212,9 @@ def _start_engine(
         sample = take_sample(manifest.without_kept(), _CALIBRATION_IMAGES, storage)
         prepared = prepare(sample, bundle.config.preprocessing, settings.fetch, settings.limits)
         images = CalibrationImages(prepared.pixels, manifest.fingerprint)
-        selection = choose(bundle, images, EngineRequest(device=settings.device), config, _MEASURE_SECONDS)
+        selection = select_engine(
+            bundle, images, EngineRequest(device=settings.device), config, _MEASURE_SECONDS
+        )
         choice, batch_size = selection.choice, selection.batch_size
     engine, _ = start_tested_engine(bundle, choice, replace(config, batch_size=batch_size))
     return engine, batch_size

@@ -5,7 +5,7 @@ import pytest
 
 from batchcls.evaluation.evaluator import evaluate_logits
 from batchcls.evaluation.hierarchy import count_pairs, deepest_paths, node_outcomes, path_scores
-from batchcls.inference.taxonomy import deepest, levels_of
+from batchcls.inference.taxonomy import deepest_nodes, taxonomy_levels
 from tests.helpers.evaluations import random_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -14,27 +14,29 @@ PATHS = [("clothes", "top", "shirt"), ("clothes", "leg", "pants"), ("shoes",), (
 
 
 def test_node_probability_is_the_sum_over_its_classes():
-    top, middle, leaves = levels_of(PATHS)
+    top, middle, leaves = taxonomy_levels(PATHS)
     assert top.names == ("clothes", "shoes")
     assert middle.names == ("clothes/top", "clothes/leg", "shoes")
     probabilities = np.float32([[0.4, 0.1, 0.2, 0.3]])
-    np.testing.assert_allclose(top.masses(probabilities), [[0.8, 0.2]], atol=1e-6)
-    np.testing.assert_allclose(middle.masses(probabilities), [[0.7, 0.1, 0.2]], atol=1e-6)
-    np.testing.assert_allclose(leaves.masses(probabilities), probabilities, atol=1e-6)
+    np.testing.assert_allclose(top.node_probabilities(probabilities), [[0.8, 0.2]], atol=1e-6)
+    np.testing.assert_allclose(middle.node_probabilities(probabilities), [[0.7, 0.1, 0.2]], atol=1e-6)
+    np.testing.assert_allclose(leaves.node_probabilities(probabilities), probabilities, atol=1e-6)
     assert middle.of_class.tolist() == [0, 1, 2, 0]
 
 
 def test_selects_the_deepest_node_above_its_threshold():
-    levels = levels_of(PATHS)
+    levels = taxonomy_levels(PATHS)
     probabilities = np.float32(
         [[0.4, 0.1, 0.2, 0.3], [0.9, 0.1, 0, 0], [0.3, 0.3, 0.4, 0.0], [0.05, 0, 0.95, 0]]
     )
-    level, node = deepest([one.masses(probabilities) for one in levels], (0.75, 0.7, 0.8))
+    level, node = deepest_nodes(
+        [level.node_probabilities(probabilities) for level in levels], (0.75, 0.7, 0.8)
+    )
     names = [
         None if depth < 0 else levels[depth].names[index] for depth, index in zip(level, node, strict=True)
     ]
     assert names == ["clothes/top", "clothes/top/shirt", None, "shoes"]
-    level, _ = deepest([one.masses(probabilities) for one in levels], (np.inf,) * 3)
+    level, _ = deepest_nodes([level.node_probabilities(probabilities) for level in levels], (np.inf,) * 3)
     assert level.tolist() == [-1] * 4
 
 
@@ -77,7 +79,7 @@ def test_category_tree_increases_coverage_at_equal_precision():
 
 def test_predicts_no_node_if_none_reaches_its_threshold():
     store = random_logits(200, 4, spread=0.01)
-    nodes = node_outcomes(store, 1.0, levels_of(PATHS))
+    nodes = node_outcomes(store, 1.0, taxonomy_levels(PATHS))
     names, node = deepest_paths(nodes, (np.inf,) * 3)
     assert (node == -1).all()
     assert names == ("clothes", "shoes", "clothes/top", "clothes/leg", "shoes", *("/".join(p) for p in PATHS))

@@ -1,4 +1,4 @@
-"""Abstaining, from the bundle's record to the written files, with an engine that can be checked by hand."""
+"""Abstention, from the bundle to the written files, with an engine whose outputs are easy to verify."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -60,15 +60,17 @@ def config(**changes) -> BundleConfig:
     return BundleConfig(**values | changes)
 
 
-def abstaining(**changes) -> PredictSettings:
+def settings_with_abstention(**changes) -> PredictSettings:
     calibrated = config(category_paths=PATHS, calibration=calibration(**changes))
-    return replace(settings(), temperature=0.5, abstention=Abstention.of(calibrated))
+    return replace(settings(), temperature=0.5, abstention=Abstention.from_bundle(calibrated))
 
 
-def test_an_unsure_answer_has_no_label_and_keeps_everything_else():
-    # Class = mean of the pixels, so an image of 4s has one class and one between 4 and 5 has two.
+def test_prediction_below_threshold_has_null_label_and_other_columns():
+    # The class is the mean of the pixels. Only the thresholds of classes 4 and 6 exceed the probabilities.
     thresholds = (0.5,) * 4 + (0.99, 0.5, None, 0.5, 0.5, 0.5)
-    found = Predictor(MeanEngine(), abstaining(thresholds=thresholds))(block([3, 4, None, 6, 7]))
+    found = Predictor(MeanEngine(), settings_with_abstention(thresholds=thresholds))(
+        block([3, 4, None, 6, 7])
+    )
     assert found.column("label").to_pylist() == ["3", None, None, None, "7"]
     plain = Predictor(MeanEngine(), replace(settings(), temperature=0.5))(block([3, 4, None, 6, 7]))
     for name in ("probability", "top_k", "reason", "embedding"):
@@ -77,9 +79,9 @@ def test_an_unsure_answer_has_no_label_and_keeps_everything_else():
     assert plain.column("label").to_pylist() == ["3", "4", None, "6", "7"]
 
 
-def test_the_deepest_node_that_is_sure_is_named():
-    given = abstaining(thresholds=(0.99,) * 10, depth_thresholds=(0.9, 0.9, 1))
-    found = Predictor(MeanEngine(), given)(block([3, 0, 7, None]))
+def test_category_path_is_deepest_confident_node():
+    with_abstention = settings_with_abstention(thresholds=(0.99,) * 10, depth_thresholds=(0.9, 0.9, 1))
+    found = Predictor(MeanEngine(), with_abstention)(block([3, 0, 7, None]))
     probabilities = softmax(-np.abs(np.arange(10, dtype=np.float32)[None] - np.float32([[3], [0], [7]])), 0.5)
     assert found.column("label").to_pylist() == [None] * 4
     expected = []
@@ -87,35 +89,37 @@ def test_the_deepest_node_that_is_sure_is_named():
         top = {name: sum(row[i] for i in range(10) if PATHS[i][0] == name) for name in ("low", "high")}
         middle = {path[:2]: sum(row[i] for i in range(10) if PATHS[i][:2] == path[:2]) for path in PATHS}
         best = max(middle, key=lambda name: middle[name])
-        sure = middle[best] >= 0.9
-        expected.append("/".join(best) if sure else max(top, key=lambda name: top[name]))
+        is_confident = middle[best] >= 0.9
+        expected.append("/".join(best) if is_confident else max(top, key=lambda name: top[name]))
     assert found.column("category_path").to_pylist() == [*expected, None]
     assert expected == ["low", "low/about 0", "high"]
 
 
-def test_a_sure_answer_has_its_whole_path_and_without_paths_there_is_none():
-    given = abstaining(depth_thresholds=(0.1, 0.1, 0.1))
-    assert Predictor(MeanEngine(), given)(block([3])).column("category_path").to_pylist() == ["low/about 2/3"]
-    given = replace(settings(), temperature=0.5, abstention=Abstention.of(config(calibration=calibration())))
-    assert Predictor(MeanEngine(), given)(block([3])).column("category_path").to_pylist() == [None]
+def test_category_path_of_confident_prediction_is_full_path_and_null_without_paths():
+    with_abstention = settings_with_abstention(depth_thresholds=(0.1, 0.1, 0.1))
+    assert Predictor(MeanEngine(), with_abstention)(block([3])).column("category_path").to_pylist() == [
+        "low/about 2/3"
+    ]
+    without_paths = replace(
+        settings(), temperature=0.5, abstention=Abstention.from_bundle(config(calibration=calibration()))
+    )
+    assert Predictor(MeanEngine(), without_paths)(block([3])).column("category_path").to_pylist() == [None]
 
 
-def test_temperature_changes_probabilities_as_written_and_golden_answers_are_of_temperature_1():
-    answer = EngineOutput(np.float32([[2, 0]]), np.zeros((1, 2), np.float32))
-    cold = average(answer, 1, l2_normalize=False, temperature=0.5).probabilities
+def test_temperature_divides_logits():
+    output = EngineOutput(np.float32([[2, 0]]), np.zeros((1, 2), np.float32))
+    cold = average(output, 1, l2_normalize=False, temperature=0.5).probabilities
     expected = 1 / (1 + np.exp(-2 / 0.5))
     assert cold[0, 0] == pytest.approx(expected)
-    assert average(answer, 1, l2_normalize=False).probabilities[0, 0] == pytest.approx(1 / (1 + np.exp(-2)))
-    assert TOLERANCES["fp32"].probability < cold[0, 0] - 1 / (
-        1 + np.exp(-2)
-    )  # or the sentence above were empty
+    assert average(output, 1, l2_normalize=False).probabilities[0, 0] == pytest.approx(1 / (1 + np.exp(-2)))
+    assert TOLERANCES["fp32"].probability < cold[0, 0] - 1 / (1 + np.exp(-2))  # larger than rounding
     two = EngineOutput(np.float32([[2, 0], [0, 2]]), np.zeros((2, 2), np.float32))
     assert average(two, 2, l2_normalize=False, temperature=3).probabilities.tolist() == [[0.5, 0.5]]
 
 
-def test_files_have_the_reason_and_the_record_counts_it(tmp_path: Path):
-    given = abstaining(thresholds=(0.5,) * 4 + (None,) + (0.5,) * 5)
-    predictor = Predictor(MeanEngine(), given)
+def test_abstained_rows_are_written_and_counted(tmp_path: Path):
+    with_abstention = settings_with_abstention(thresholds=(0.5,) * 4 + (None,) + (0.5,) * 5)
+    predictor = Predictor(MeanEngine(), with_abstention)
     writer = PartWriter(str(tmp_path), Storage(), settings().kept, settings().embedding, 2, abstain=True)
     receipts = [
         writer.write([predictor(block([4, 3, None]))]),
@@ -132,18 +136,18 @@ def test_files_have_the_reason_and_the_record_counts_it(tmp_path: Path):
     assert counts_table(4, totals.failures, abstained=3).row_count == 3
 
 
-def test_without_abstain_the_table_is_as_it_was():
+def test_columns_of_abstention_are_optional_and_reserved():
     names = predictions_schema((), settings().embedding, 2).names
     assert not {"reason", "category_path"} & set(names)
     assert {"reason", "category_path"} <= RESERVED_COLUMNS
 
 
-def test_a_bundle_without_thresholds_is_refused_with_the_remedy():
+def test_bundle_without_thresholds_is_rejected_with_remedy():
     with pytest.raises(InputError, match=r"jobs\.evaluate .*--write-bundle"):
-        Abstention.of(config())
+        Abstention.from_bundle(config())
 
 
-def test_a_calibration_fits_its_bundle():
+def test_calibration_must_match_its_bundle():
     with pytest.raises(ValidationError, match="9 thresholds for 10 labels"):
         config(calibration=calibration(thresholds=(0.5,) * 9))
     with pytest.raises(ValidationError, match="2 depths"):
@@ -152,7 +156,7 @@ def test_a_calibration_fits_its_bundle():
         calibration(temperature=0)
 
 
-def test_it_is_part_of_the_fingerprint_and_comes_back(tmp_path: Path):
+def test_calibration_is_part_of_fingerprint_and_files(tmp_path: Path):
     import hashlib
 
     weights = b"weights"

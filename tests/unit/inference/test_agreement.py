@@ -5,106 +5,106 @@ from batchcls.inference.agreement import (
     NO_PREDICTION,
     AccuracyTolerance,
     EngineAgreement,
-    best_class,
-    is_close_to,
+    best_classes,
+    outputs_close,
     top1_agreement,
 )
 from batchcls.models.engines.engine import EngineOutput
 
 
-def _answer(images=200, seed=0):
+def _output(images=200, seed=0):
     random = np.random.default_rng(seed)
     return EngineOutput(
         random.normal(size=(images, 7)).astype(np.float32), random.normal(size=(images, 5)).astype(np.float32)
     )
 
 
-def _with_other_classes(answer, count):
-    logits = answer.logits.copy()
+def _with_other_classes(output, count):
+    logits = output.logits.copy()
     logits[:count] = np.roll(logits[:count], 1, axis=1)
-    return EngineOutput(logits, answer.embedding)
+    return EngineOutput(logits, output.embedding)
 
 
-def test_equal_answers_agree_wholly_and_hold_every_contract():
-    found = EngineAgreement.between(_answer(), _answer())
+def test_equal_outputs_satisfy_every_tolerance():
+    found = EngineAgreement.between(_output(), _output())
     assert (found.images, found.top1_agreement) == (200, 1)
     assert found.mean_cosine == pytest.approx(1)
     for precision in ("fp32", "bf16", "fp16", "int8"):
-        assert found.holds(AccuracyTolerance(0.999, 0.9999, 0.999), precision)
+        assert found.satisfies(AccuracyTolerance(0.999, 0.9999, 0.999), precision)
 
 
-def test_every_image_with_another_best_class_counts_once():
-    found = EngineAgreement.between(_with_other_classes(_answer(), 3), _answer())
+def test_top1_agreement_counts_images_with_same_best_class():
+    found = EngineAgreement.between(_with_other_classes(_output(), 3), _output())
     assert found.top1_agreement == pytest.approx(197 / 200)
-    assert found.holds(AccuracyTolerance(min_top1_agreement=0.98), "bf16")
-    assert found.missed(AccuracyTolerance(min_top1_agreement=0.99), "bf16") == (
-        "98.50% of the images keep the best class of fp32, 99.00% are asked for"
+    assert found.satisfies(AccuracyTolerance(min_top1_agreement=0.98), "bf16")
+    assert found.violation(AccuracyTolerance(min_top1_agreement=0.99), "bf16") == (
+        "top-1 agreement with fp32 is 98.50%, below the required 99.00%"
     )
 
 
-def test_the_angle_between_embeddings_counts_and_their_length_does_not():
-    answer = _answer()
+def test_cosine_does_not_depend_on_embedding_length():
+    output = _output()
     assert EngineAgreement.between(
-        EngineOutput(answer.logits, answer.embedding * 3), answer
+        EngineOutput(output.logits, output.embedding * 3), output
     ).mean_cosine == pytest.approx(1)
-    turned = answer.embedding.copy()
-    turned[0] *= -1
-    found = EngineAgreement.between(EngineOutput(answer.logits, turned), answer)
-    assert found.least_cosine == pytest.approx(-1)
+    flipped = output.embedding.copy()
+    flipped[0] *= -1
+    found = EngineAgreement.between(EngineOutput(output.logits, flipped), output)
+    assert found.min_cosine == pytest.approx(-1)
     assert found.mean_cosine == pytest.approx(198 / 200)
-    assert found.missed(AccuracyTolerance(), "fp16") == (
-        "the cosine of its embeddings with fp32's is 0.99000, 0.999 is asked for"
+    assert found.violation(AccuracyTolerance(), "fp16") == (
+        "mean embedding cosine with fp32 is 0.99000, below the required 0.999"
     )
 
 
-def test_a_share_that_another_sample_might_miss_is_a_close_call():
-    found = EngineAgreement.between(_with_other_classes(_answer(), 2), _answer())
-    assert found.holds(AccuracyTolerance(), "bf16")
-    assert found.close_call(AccuracyTolerance(), "bf16").startswith(
-        "99.00% of 200 images is within the sampling error"
+def test_agreement_within_sampling_error_of_limit_gives_warning():
+    found = EngineAgreement.between(_with_other_classes(_output(), 2), _output())
+    assert found.satisfies(AccuracyTolerance(), "bf16")
+    assert found.sampling_warning(AccuracyTolerance(), "bf16").startswith(
+        "top-1 agreement of 99.00% on 200 images is within the sampling error"
     )
-    assert found.close_call(AccuracyTolerance(min_top1_agreement=0.98), "bf16") is None
-    assert found.close_call(AccuracyTolerance(), "fp32") is None
-    assert found.close_call(AccuracyTolerance(), "int8") is None
-    assert found.close_call(AccuracyTolerance(int8_min_agreement=0.99), "int8") is not None
+    assert found.sampling_warning(AccuracyTolerance(min_top1_agreement=0.98), "bf16") is None
+    assert found.sampling_warning(AccuracyTolerance(), "fp32") is None
+    assert found.sampling_warning(AccuracyTolerance(), "int8") is None
+    assert found.sampling_warning(AccuracyTolerance(int8_min_agreement=0.99), "int8") is not None
 
 
-def test_int8_is_held_to_its_own_bound_alone():
-    answer = _with_other_classes(_answer(), 10)
-    answer = EngineOutput(answer.logits, -answer.embedding)
-    found = EngineAgreement.between(answer, _answer())
-    assert found.holds(AccuracyTolerance(), "int8")
-    assert found.holds(AccuracyTolerance(int8_min_agreement=0.95), "int8")
-    assert not found.holds(AccuracyTolerance(int8_min_agreement=0.96), "int8")
+def test_int8_has_only_its_own_limit():
+    output = _with_other_classes(_output(), 10)
+    output = EngineOutput(output.logits, -output.embedding)
+    found = EngineAgreement.between(output, _output())
+    assert found.satisfies(AccuracyTolerance(), "int8")
+    assert found.satisfies(AccuracyTolerance(int8_min_agreement=0.95), "int8")
+    assert not found.satisfies(AccuracyTolerance(int8_min_agreement=0.96), "int8")
 
 
-def test_fp32_in_another_engine_may_differ_by_rounding_whatever_is_asked():
-    found = EngineAgreement.between(_with_other_classes(_answer(), 1), _answer())
+def test_fp32_of_another_engine_may_differ_by_rounding():
+    found = EngineAgreement.between(_with_other_classes(_output(), 1), _output())
     exact = AccuracyTolerance(min_top1_agreement=1, min_embedding_cosine=1)
-    assert found.holds(exact, "fp32")
-    assert not found.holds(exact, "bf16")
+    assert found.satisfies(exact, "fp32")
+    assert not found.satisfies(exact, "bf16")
 
 
-def test_an_answer_that_is_not_finite_agrees_with_nothing():
-    broken = _answer()
+def test_outputs_that_are_not_finite_agree_with_nothing():
+    broken = _output()
     broken.logits[4, 2] = np.nan
     broken.embedding[9, 0] = np.inf
-    assert np.flatnonzero(best_class(broken) == NO_PREDICTION).tolist() == [4, 9]
+    assert np.flatnonzero(best_classes(broken) == NO_PREDICTION).tolist() == [4, 9]
     found = EngineAgreement.between(broken, broken)
     assert found.top1_agreement == 198 / 200
-    assert found.least_cosine == 0
-    assert top1_agreement(best_class(broken), best_class(broken)) == 198 / 200
+    assert found.min_cosine == 0
+    assert top1_agreement(best_classes(broken), best_classes(broken)) == 198 / 200
 
 
-def test_embeddings_of_zeros_are_the_same():
-    zeros = EngineOutput(_answer().logits, np.zeros((200, 5), np.float32))
-    assert EngineAgreement.between(zeros, zeros).least_cosine == 1
-    assert EngineAgreement.between(zeros, _answer()).mean_cosine == 0
+def test_embeddings_of_zeros_are_equal():
+    zeros = EngineOutput(_output().logits, np.zeros((200, 5), np.float32))
+    assert EngineAgreement.between(zeros, zeros).min_cosine == 1
+    assert EngineAgreement.between(zeros, _output()).mean_cosine == 0
 
 
-def test_equality_allows_rounding_and_no_more():
-    answer = _answer()
-    assert is_close_to(EngineOutput(answer.logits * 1.001, answer.embedding * 0.999), answer, 0.01)
-    assert not is_close_to(EngineOutput(answer.logits * 1.02, answer.embedding), answer, 0.01)
-    assert not is_close_to(EngineOutput(answer.logits, answer.embedding * 1.02), answer, 0.01)
-    assert not is_close_to(EngineOutput(answer.logits * np.nan, answer.embedding), answer, 0.01)
+def test_outputs_close_allows_rounding_only():
+    output = _output()
+    assert outputs_close(EngineOutput(output.logits * 1.001, output.embedding * 0.999), output, 0.01)
+    assert not outputs_close(EngineOutput(output.logits * 1.02, output.embedding), output, 0.01)
+    assert not outputs_close(EngineOutput(output.logits, output.embedding * 1.02), output, 0.01)
+    assert not outputs_close(EngineOutput(output.logits * np.nan, output.embedding), output, 0.01)

@@ -1,4 +1,4 @@
-"""Golden answers: everything that would make a network answer otherwise is caught."""
+"""The golden test detects every change of a bundle or engine that changes its outputs."""
 
 from dataclasses import replace
 
@@ -32,42 +32,45 @@ def bundle() -> Bundle:
 
 
 def start(bundle: Bundle, precision: str) -> tuple[Engine, Deviation]:
-    place = EngineConfig("cpu", threads=1, batch_size=4, compile_cache=CompileCache.from_cache_dir(None))
-    return start_tested_engine(bundle, EngineChoice("torch", precision), place)
+    config = EngineConfig("cpu", threads=1, batch_size=4, compile_cache=CompileCache.from_cache_dir(None))
+    return start_tested_engine(bundle, EngineChoice("torch", precision), config)
 
 
-def changed(bundle: Bundle, **preprocessing: object) -> Bundle:
-    """The bundle with another preprocessing in its record, golden answers kept."""
+def with_preprocessing(bundle: Bundle, **preprocessing: object) -> Bundle:
+    """Return the bundle with changed preprocessing and unchanged golden outputs."""
     record = bundle.config.preprocessing.model_copy(update=preprocessing)
     return replace(bundle, config=bundle.config.model_copy(update={"preprocessing": record}))
 
 
-class Through:
-    """An engine whose pixels or answers are changed on the way, as a broken runtime would."""
+class FaultyEngine:
+    """An engine that changes pixels or outputs, as a broken runtime would."""
 
     name, device = "torch", "cpu"
 
-    def __init__(self, bundle: Bundle, precision: str = "fp32", pixels=None, answer=None) -> None:
+    def __init__(
+        self, bundle: Bundle, precision: str = "fp32", change_pixels=None, change_output=None
+    ) -> None:
         self._engine = TorchEager(build_backbone(bundle), bundle.config.preprocessing, "cpu", "fp32", 1)
         self.precision = precision
-        self._pixels, self._answer = pixels or (lambda x: x), answer or (lambda x: x)
+        self._change_pixels = change_pixels or (lambda pixels: pixels)
+        self._change_output = change_output or (lambda output: output)
 
     def predict(self, pixels: np.ndarray) -> EngineOutput:
-        return self._answer(self._engine.predict(self._pixels(pixels)))
+        return self._change_output(self._engine.predict(self._change_pixels(pixels)))
 
 
 def noise(size: float):
-    def add(answer: EngineOutput) -> EngineOutput:
+    def add(output: EngineOutput) -> EngineOutput:
         random = np.random.default_rng(0)
-        spread = float(np.std(answer.embedding, axis=0).max())
-        moved = answer.embedding + random.normal(0, size * spread, answer.embedding.shape)
-        return EngineOutput(answer.logits, moved.astype(np.float32))
+        spread = float(np.std(output.embedding, axis=0).max())
+        noisy = output.embedding + random.normal(0, size * spread, output.embedding.shape)
+        return EngineOutput(output.logits, noisy.astype(np.float32))
 
     return add
 
 
-def test_the_drawn_images_never_change():
-    """Their pixels are part of every bundle's golden answers."""
+def test_golden_images_never_change():
+    """The golden outputs of every bundle depend on their pixels."""
     import hashlib
 
     digest = hashlib.sha256(b"".join(image.tobytes() for image in golden_images())).hexdigest()
@@ -75,13 +78,13 @@ def test_the_drawn_images_never_change():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_bundle_as_it_was_made_passes(bundle, precision):
+def test_unchanged_bundle_passes(bundle, precision):
     engine, found = start(bundle, precision)
     assert engine.precision == precision
     assert (found.distance < 1e-4) == (precision == "fp32")
 
 
-def test_golden_answers_survive_saving_and_loading(bundle, tmp_path):
+def test_golden_outputs_are_saved_and_loaded(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     loaded = Bundle.load(str(tmp_path / "b"), Storage())
     assert loaded.config.golden == bundle.config.golden
@@ -101,29 +104,29 @@ def test_golden_answers_survive_saving_and_loading(bundle, tmp_path):
     ids=lambda wrong: next(iter(wrong)),
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_another_preprocessing_is_caught_in_every_precision(bundle, wrong, precision):
+def test_changed_preprocessing_is_detected_in_every_precision(bundle, wrong, precision):
     with pytest.raises(GoldenMismatch, match="as it did when the bundle was made"):
-        start(changed(bundle, **wrong), precision)
+        start(with_preprocessing(bundle, **wrong), precision)
 
 
-def test_channels_in_another_order_are_caught(bundle):
+def test_swapped_channels_are_detected(bundle):
     with pytest.raises(GoldenMismatch):
-        self_test(bundle.config, Through(bundle, pixels=lambda pixels: pixels[..., ::-1]))
+        self_test(bundle.config, FaultyEngine(bundle, change_pixels=lambda pixels: pixels[..., ::-1]))
 
 
-def test_labels_that_were_swapped_are_caught_wherever_they_stand(bundle):
+def test_swapped_labels_are_detected_at_any_index(bundle):
     labels = list(bundle.config.labels)
-    seen = {index for answer in bundle.config.golden.answers for index in answer.class_indices}
-    unseen = [index for index in range(len(labels)) if index not in seen]
-    for first, second in ((min(seen), unseen[0]), (unseen[0], unseen[1])):
+    in_golden = {index for answer in bundle.config.golden.answers for index in answer.class_indices}
+    others = [index for index in range(len(labels)) if index not in in_golden]
+    for first, second in ((min(in_golden), others[0]), (others[0], others[1])):
         swapped = labels.copy()
         swapped[first], swapped[second] = swapped[second], swapped[first]
         config = bundle.config.model_copy(update={"labels": tuple(swapped)})
         with pytest.raises(GoldenMismatch, match=r"labels|called"):
-            self_test(config, Through(bundle))
+            self_test(config, FaultyEngine(bundle))
 
 
-def test_a_folder_whose_labels_were_swapped_is_not_even_loaded(bundle, tmp_path):
+def test_bundle_folder_with_swapped_labels_is_not_loaded(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     path = tmp_path / "b" / "bundle.json"
     text = path.read_text()
@@ -133,46 +136,46 @@ def test_a_folder_whose_labels_were_swapped_is_not_even_loaded(bundle, tmp_path)
         Bundle.load(str(tmp_path / "b"), Storage())
 
 
-def test_another_tap_is_caught(bundle):
+def test_other_tap_is_detected(bundle):
     choices = ModelChoices(
         allow_random=True, tap="stage3", overrides=PreprocessingOverrides(input_size=64, mean=(0.4, 0.5, 0.6))
     )
     tapped = with_golden(resolve_model("timm:test_resnet", choices, Storage()))
     assert tapped.config.embedding_dimension != bundle.config.embedding_dimension
     with pytest.raises(GoldenMismatch, match="another tap"):
-        self_test(bundle.config, Through(tapped))
+        self_test(bundle.config, FaultyEngine(tapped))
 
 
-def test_a_tap_of_the_same_size_is_caught(bundle):
-    def elsewhere(answer: EngineOutput) -> EngineOutput:
-        return EngineOutput(answer.logits, np.roll(answer.embedding, 1, axis=1))
+def test_other_tap_of_same_dimension_is_detected(bundle):
+    def rolled(output: EngineOutput) -> EngineOutput:
+        return EngineOutput(output.logits, np.roll(output.embedding, 1, axis=1))
 
     with pytest.raises(GoldenMismatch, match="embeddings off"):
-        self_test(bundle.config, Through(bundle, answer=elsewhere))
+        self_test(bundle.config, FaultyEngine(bundle, change_output=rolled))
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 0.02), ("bf16", 0.4)])
-def test_an_engine_that_loses_too_much_is_caught(bundle, precision, size):
-    self_test(bundle.config, Through(bundle, precision, answer=noise(size / 100)))
+def test_inaccurate_engine_is_detected(bundle, precision, size):
+    self_test(bundle.config, FaultyEngine(bundle, precision, change_output=noise(size / 100)))
     with pytest.raises(GoldenMismatch, match=precision):
-        self_test(bundle.config, Through(bundle, precision, answer=noise(size)))
+        self_test(bundle.config, FaultyEngine(bundle, precision, change_output=noise(size)))
 
 
-def test_an_engine_that_answers_nan_is_caught(bundle):
-    def broken(answer: EngineOutput) -> EngineOutput:
-        return EngineOutput(answer.logits, np.full_like(answer.embedding, np.nan))
+def test_engine_with_nan_outputs_is_detected(bundle):
+    def broken(output: EngineOutput) -> EngineOutput:
+        return EngineOutput(output.logits, np.full_like(output.embedding, np.nan))
 
     with pytest.raises(GoldenMismatch):
-        self_test(bundle.config, Through(bundle, answer=broken))
+        self_test(bundle.config, FaultyEngine(bundle, change_output=broken))
 
 
-def test_a_bundle_without_golden_answers_is_refused(bundle):
+def test_bundle_without_golden_outputs_is_rejected(bundle):
     bare = replace(bundle, config=bundle.config.model_copy(update={"golden": None}))
     with pytest.raises(GoldenMismatch, match="create the bundle again"):
         start(bare, "fp32")
 
 
-def test_random_numbers_of_the_caller_are_left_alone(bundle):
+def test_random_state_of_caller_is_unchanged(bundle):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)

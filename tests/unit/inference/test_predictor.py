@@ -1,4 +1,4 @@
-"""The predictor on blocks as load makes them, with an engine that can be checked by hand."""
+"""The predictor on loaded blocks, with an engine whose outputs are easy to verify."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -28,11 +28,11 @@ class MeanEngine:
     outstanding: int = 0
     order: list[int] = field(default_factory=list)
 
-    def submit(self, pixels: np.ndarray[Any, Any]) -> "Later":
+    def submit(self, pixels: np.ndarray[Any, Any]) -> "MeanOutput":
         self.outstanding += 1
-        assert self.outstanding <= self.in_flight, "it would wait for ever"
+        assert self.outstanding <= self.in_flight, "submit would block forever"
         self.order.append(int(pixels[0, 0, 0, 0]))
-        return Later(self, self.predict(pixels))
+        return MeanOutput(self, self.predict(pixels))
 
     def predict(self, pixels: np.ndarray[Any, Any]) -> EngineOutput:
         self.largest_batch = max(self.largest_batch, len(pixels))
@@ -43,15 +43,15 @@ class MeanEngine:
 
 
 @dataclass
-class Later:
-    """Its place is free again only when somebody has taken the answer."""
+class MeanOutput:
+    """A pending output that occupies the engine until its result is read."""
 
     engine: MeanEngine
-    found: EngineOutput
+    output: EngineOutput
 
     def result(self) -> EngineOutput:
         self.engine.outstanding -= 1
-        return self.found
+        return self.output
 
 
 def settings(normalize: Literal["engine", "worker"] = "engine", batch_size: int = 4) -> PredictSettings:
@@ -71,7 +71,7 @@ def settings(normalize: Literal["engine", "worker"] = "engine", batch_size: int 
 
 
 def block(values: list[int | None], dtype: type[np.generic] = np.uint8, first_row: int = 0) -> pa.Table:
-    """One image a value, all its pixels of that value; None is a failed row."""
+    """Return a block with one image per value, whose pixels all have this value; None is a failed row."""
     images = [None if v is None else np.full(SHAPE, v, dtype) for v in values]
     n = len(values)
     columns = {
@@ -98,72 +98,72 @@ def labels(table: pa.Table) -> list[str | None]:
     return table.column("label").to_pylist()
 
 
-def test_every_answer_stays_with_its_row_between_failed_ones():
-    answered = Predictor(MeanEngine(), settings())(block([None, 3, None, 7, 1, None]))
-    assert labels(answered) == [None, "3", None, "7", "1", None]
-    assert answered.column("embedding").to_pylist() == [None, [3, 3], None, [7, 7], [1, 1], None]
-    assert answered.column("item_id").to_pylist() == [f"id{i}" for i in range(6)]
-    assert answered.schema.equals(settings().output_schema)
+def test_predictions_match_rows_between_failed_rows():
+    predicted = Predictor(MeanEngine(), settings())(block([None, 3, None, 7, 1, None]))
+    assert labels(predicted) == [None, "3", None, "7", "1", None]
+    assert predicted.column("embedding").to_pylist() == [None, [3, 3], None, [7, 7], [1, 1], None]
+    assert predicted.column("item_id").to_pylist() == [f"id{i}" for i in range(6)]
+    assert predicted.schema.equals(settings().output_schema)
 
 
-def test_a_block_of_several_chunks_and_slices_is_read_right():
+def test_chunked_and_sliced_blocks_are_predicted():
     joined = pa.concat_tables(
         [block([1, None, 2]), block([None, 5], first_row=3), block([6, 7, 8], first_row=5)]
     )
-    answered = Predictor(MeanEngine(), settings())(joined.slice(1, 6))
-    assert labels(answered) == [None, "2", None, "5", "6", "7"]
+    predicted = Predictor(MeanEngine(), settings())(joined.slice(1, 6))
+    assert labels(predicted) == [None, "2", None, "5", "6", "7"]
 
 
-def test_the_network_sees_no_more_than_a_batch_at_once():
+def test_no_forward_pass_exceeds_batch_size():
     engine = MeanEngine()
-    answered = Predictor(engine, settings(batch_size=4))(block([i % 9 for i in range(11)]))
+    predicted = Predictor(engine, settings(batch_size=4))(block([i % 9 for i in range(11)]))
     assert engine.largest_batch == 4
-    assert labels(answered) == [str(i % 9) for i in range(11)]
+    assert labels(predicted) == [str(i % 9) for i in range(11)]
 
 
-def test_a_block_without_one_good_image_passes_through():
-    answered = Predictor(MeanEngine(), settings())(block([None, None]))
-    assert labels(answered) == [None, None]
-    assert answered.column("reason").to_pylist() == ["truncated", "truncated"]
+def test_block_of_failed_rows_passes_through():
+    predicted = Predictor(MeanEngine(), settings())(block([None, None]))
+    assert labels(predicted) == [None, None]
+    assert predicted.column("reason").to_pylist() == ["truncated", "truncated"]
 
 
-def test_answers_that_are_not_finite_fail_their_row_only():
-    answered = Predictor(MeanEngine(), settings())(block([2, 255, None, 4]))
-    assert labels(answered) == ["2", None, None, "4"]
-    assert answered.column("reason").to_pylist() == [None, "non_finite", "truncated", None]
+def test_outputs_that_are_not_finite_fail_only_their_row():
+    predicted = Predictor(MeanEngine(), settings())(block([2, 255, None, 4]))
+    assert labels(predicted) == ["2", None, None, "4"]
+    assert predicted.column("reason").to_pylist() == [None, "non_finite", "truncated", None]
 
 
-def test_normalized_pixels_travel_as_float32():
-    answered = Predictor(MeanEngine(), settings("worker"))(block([2, None, 4], np.float32))
-    assert labels(answered) == ["2", None, "4"]
+def test_normalized_pixels_are_float32():
+    predicted = Predictor(MeanEngine(), settings("worker"))(block([2, None, 4], np.float32))
+    assert labels(predicted) == ["2", None, "4"]
 
 
-def test_pixels_are_read_in_place():
+def test_pixels_are_not_copied():
     table = block([1, 2])
-    seen: list[int] = []
+    addresses: list[int] = []
 
-    class Watching(MeanEngine):
+    class RecordingEngine(MeanEngine):
         def predict(self, pixels: np.ndarray[Any, Any]) -> EngineOutput:
-            seen.append(pixels.__array_interface__["data"][0])
+            addresses.append(pixels.__array_interface__["data"][0])
             return super().predict(pixels)
 
-    Predictor(Watching(), settings())(table)
-    assert seen == [table.column("pixels").chunk(0).buffers()[2].address]
+    Predictor(RecordingEngine(), settings())(table)
+    assert addresses == [table.column("pixels").chunk(0).buffers()[2].address]
 
 
-def test_without_an_embedding_column_none_is_written():
-    bare = replace(settings(), embedding=None)
-    assert "embedding" not in Predictor(MeanEngine(), bare)(block([1])).column_names
+def test_embedding_column_is_optional():
+    without_embedding = replace(settings(), embedding=None)
+    assert "embedding" not in Predictor(MeanEngine(), without_embedding)(block([1])).column_names
 
 
 @pytest.mark.parametrize("images", [[], [None], [np.zeros(SHAPE, np.uint8)]])
-def test_packed_pixels_have_no_gaps(images: list[Any]):
+def test_packed_pixels_are_valid_arrow(images: list[Any]):
     packed = pack_pixels(images)
     packed.validate(full=True)
     assert packed.null_count == sum(image is None for image in images)
 
 
-def test_a_stream_keeps_the_engine_busy_with_the_next_block_and_every_answer_in_its_place():
+def test_stream_submits_next_block_early_and_keeps_order():
     engine = MeanEngine()
     blocks = [
         block([0, None, 1, 2, 3, 4], first_row=0),
@@ -172,11 +172,11 @@ def test_a_stream_keeps_the_engine_busy_with_the_next_block_and_every_answer_in_
     ]
     stream = Predictor(engine, settings(batch_size=2)).stream(iter(blocks))
     first = next(stream)
-    # Before the first block is out, the second one has been begun: here it had nothing to submit.
+    # The second block is submitted before the first is returned, but it has no images.
     assert engine.order == [0, 2, 4]
-    answered = pa.concat_tables([first, *stream])
-    assert answered.column("row").to_pylist() == list(range(13))
-    assert answered.column("label").to_pylist() == [
+    predicted = pa.concat_tables([first, *stream])
+    assert predicted.column("row").to_pylist() == list(range(13))
+    assert predicted.column("label").to_pylist() == [
         *("0", None, "1", "2", "3", "4"),
         *(None, None),
         *("5", "6", "7", "8", "9"),
@@ -184,9 +184,9 @@ def test_a_stream_keeps_the_engine_busy_with_the_next_block_and_every_answer_in_
     assert engine.outstanding == 0
 
 
-def test_seconds_are_what_the_clock_says_and_add_up_over_a_stream():
+def test_predict_seconds_of_a_stream_sum_to_busy_time():
     ticks = iter([10.0, 13.0, 17.0])
     predictor = Predictor(MeanEngine(), settings(), busy=lambda: next(ticks))
-    answered = list(predictor.stream([block([1, 2]), block([3, None, 5, 6], first_row=2)]))
-    seconds = [sum(table.column("predict_seconds").to_pylist()) for table in answered]
+    predicted = list(predictor.stream([block([1, 2]), block([3, None, 5, 6], first_row=2)]))
+    seconds = [sum(table.column("predict_seconds").to_pylist()) for table in predicted]
     assert seconds == pytest.approx([3.0, 4.0])

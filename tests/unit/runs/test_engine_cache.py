@@ -22,7 +22,7 @@ FINGERPRINT = "0123456789abcdef" * 4
 def _measured(**changes):
     values = {
         "created": datetime.now(UTC),
-        "wanted": EngineRequest(),
+        "request": EngineRequest(),
         "bundle_fingerprint": FINGERPRINT,
         "hardware_key": SERVER.key,
         "hardware": str(SERVER),
@@ -51,8 +51,8 @@ def output(tmp_path):
     return str(tmp_path / "out")
 
 
-def _load(output, fingerprint=FINGERPRINT, hardware=SERVER, wanted=EngineRequest()):  # noqa: B008 - frozen
-    return load(output, fingerprint, hardware, wanted, Storage())
+def _load(output, fingerprint=FINGERPRINT, hardware=SERVER, request=EngineRequest()):  # noqa: B008 - frozen
+    return load(output, fingerprint, hardware, request, Storage())
 
 
 def test_a_choice_comes_back_as_it_was(output):
@@ -72,22 +72,22 @@ def test_it_holds_for_its_model_and_its_kind_of_node_only(output):
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "other_request",
     [
         EngineRequest(engine="openvino"),
         EngineRequest(precision="fp32"),
         EngineRequest(device="cpu"),
         EngineRequest(batch_size=8),
-        EngineRequest(contract=AccuracyTolerance(min_top1_agreement=0.98)),
-        EngineRequest(contract=AccuracyTolerance(min_embedding_cosine=0.99)),
-        EngineRequest(contract=AccuracyTolerance(int8_min_agreement=0.97)),
+        EngineRequest(tolerance=AccuracyTolerance(min_top1_agreement=0.98)),
+        EngineRequest(tolerance=AccuracyTolerance(min_embedding_cosine=0.99)),
+        EngineRequest(tolerance=AccuracyTolerance(int8_min_agreement=0.97)),
     ],
 )
-def test_another_request_is_measured_again(output, wanted):
+def test_another_request_is_measured_again(output, other_request):
     save(output, _measured(), Storage())
-    assert _load(output, wanted=wanted) is None
-    save(output, _measured(wanted=wanted), Storage())
-    assert _load(output, wanted=wanted).wanted == wanted
+    assert _load(output, request=other_request) is None
+    save(output, _measured(request=other_request), Storage())
+    assert _load(output, request=other_request).request == other_request
     assert _load(output) is None
 
 
