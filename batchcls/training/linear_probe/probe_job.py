@@ -65,7 +65,7 @@ def replace_head(
     """Return the bundle with another head. The calibration is dropped; everything else is kept.
 
     Args:
-        bundle: bundle on whose embeddings at the with_pooled_embedding tap `head` was fitted; its own tap may be another one.
+        bundle: bundle on whose pooled embeddings `head` was fitted; its own tap may be another one.
         head: head for K categories.
         labels: names of the K categories, in the order of the rows of the head.
         paths: paths of the labels in the category tree; None: the labels have no paths.
