@@ -38,12 +38,13 @@ from batchcls.training.linear_probe.probe_job import LinearProbeResult, ProbeSet
 from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import check_nodes
 from batchcls.training.pixel_cache import PreparedPixels, check_failures, prepare_pixels
-from batchcls.training.ray_train import TrainingDivergedError, TrainingProgress, TrainingRun, run_training
+from batchcls.training.ray_train import TrainingDivergedError, TrainingRun, run_training
 from batchcls.training.sampling import LabeledRows
 from batchcls.training.scaling import Workers, plan_workers
 from batchcls.training.train_config import TrainingSettings
 from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, resolve_recipe
 from batchcls.training.trained_bundle import TrainingResult, trained_bundle
+from batchcls.training.training_progress import TrainingProgress
 from batchcls.training.work_dir import (
     WorkDirRun,
     digest_of,

@@ -2,10 +2,9 @@
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,9 @@ from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import remove_node_caches
 from batchcls.training.pixel_cache import PreparedPixels
 from batchcls.training.scaling import Workers
-from batchcls.training.train_config import Record, TrainingSettings
+from batchcls.training.train_config import CHECKPOINT, Assignment, Record, TrainingSettings
 from batchcls.training.trained_bundle import TrainingResult, read_training_result
-from batchcls.training.worker import CHECKPOINT, Assignment, train_worker
-
-
-@dataclass
-class TrainingProgress:
-    """What has happened so far; only for people."""
-
-    rows: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
-    records: list[Record] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+from batchcls.training.training_progress import TrainingProgress, TrainingProgressActor
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,31 +47,6 @@ class TrainingRun:
     storage: Storage
     lease: Lease
     console: Console
-
-
-class TrainingProgressActor:
-    """Keeps what workers tell until the driver asks; a worker that starts again corrects what it said."""
-
-    def __init__(self) -> None:
-        self._seen = TrainingProgress()
-
-    def at(self, rows: int) -> None:
-        """So many images have been trained on since the first epoch."""
-        self._seen.rows = rows
-
-    def epoch(self, record: Record) -> None:
-        """An epoch is done."""
-        self._seen.records.append(record)
-
-    def note(self, text: str) -> None:
-        """Something that belongs into the log."""
-        self._seen.notes.append(text)
-
-    def seen(self) -> TrainingProgress:
-        """All so far; records and notes are handed out once."""
-        found = self._seen
-        self._seen = TrainingProgress(found.rows)
-        return found
 
 
 # Every epoch waits until Ray Train's controller has taken its report, for which it looks every two seconds unless told
@@ -147,9 +111,15 @@ def run_training(
         board=board,
     )
 
+    # Pickled by value: a reference to the worker's module would make Ray Train's controller import the networks, too.
+    def train(config: dict[str, Assignment]) -> Divergence | None:
+        from batchcls.training.worker import train_worker  # noqa: PLC0415
+
+        return train_worker(config)
+
     def trainer() -> TorchTrainer:
         return TorchTrainer(
-            train_worker,
+            train,
             train_loop_config={"assignment": assignment},
             torch_config=TorchConfig(timeout_s=int(config.collective_timeout_seconds)),
             scaling_config=ScalingConfig(

@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from batchcls.preprocessing import Preprocessing
+from batchcls.storage.filesystem import Storage
 from batchcls.training.recipe import Recipe
 from batchcls.training.sampling import BalanceName, LabeledRows
+
+CHECKPOINT = "training.pt"
+"""File of a checkpoint that holds the state of a training."""
 
 Record = dict[str, Any]
 """What is known of an epoch, as JSON values: see `loop.EpochRecord`."""
@@ -42,3 +46,33 @@ class DistributedContext:
     rank: int = 0
     workers: int = 1
     device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a worker is given.
+
+    Attributes:
+        settings: of the training.
+        bundle: reference to the `Bundle` that training starts from.
+        training, validation: URIs of the parts with the pixels, in the order of the rows.
+        storage: how to reach the work directory.
+        run_id: of the run.
+        checkpoint_seconds: longest time between two checkpoints.
+        copies: whether the parts lie on a store, so that each node has copies.
+        threads: of a worker on a CPU.
+        curves: folder of the TensorBoard files.
+        board: the actor that the driver watches.
+    """
+
+    settings: TrainingSettings
+    bundle: Any
+    training: tuple[str, ...]
+    validation: tuple[str, ...]
+    storage: Storage
+    run_id: str
+    copies: bool
+    checkpoint_seconds: float
+    threads: int
+    curves: str
+    board: Any

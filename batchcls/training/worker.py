@@ -7,10 +7,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
@@ -28,7 +26,13 @@ from batchcls.training.loss import Divergence
 from batchcls.training.node_cache import NodeCache
 from batchcls.training.optimizer import WRAPPING, describe, set_training_mode
 from batchcls.training.pixel_cache import PixelStore
-from batchcls.training.train_config import DistributedContext, Record, TrainingSettings
+from batchcls.training.train_config import (
+    CHECKPOINT,
+    Assignment,
+    DistributedContext,
+    Record,
+    TrainingSettings,
+)
 from batchcls.training.trainer import Hooks, State, Training
 
 _SHOWN = (
@@ -64,40 +68,9 @@ class CurveWriter:
                 self._storage.write_atomic(join(self._folder, path.name), path.read_bytes())
 
 
-CHECKPOINT = "training.pt"
 _TELL_SECONDS = 1.0
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """All that a worker is given.
-
-    Attributes:
-        settings: of the training.
-        bundle: reference to the `Bundle` that training starts from.
-        training, validation: URIs of the parts with the pixels, in the order of the rows.
-        storage: how to reach the work directory.
-        run_id: of the run.
-        checkpoint_seconds: longest time between two checkpoints.
-        copies: whether the parts lie on a store, so that each node has copies.
-        threads: of a worker on a CPU.
-        curves: folder of the TensorBoard files.
-        board: the actor that the driver watches.
-    """
-
-    settings: TrainingSettings
-    bundle: Any
-    training: tuple[str, ...]
-    validation: tuple[str, ...]
-    storage: Storage
-    run_id: str
-    copies: bool
-    checkpoint_seconds: float
-    threads: int
-    curves: str
-    board: Any
 
 
 def train_worker(config: dict[str, Assignment]) -> Divergence | None:

@@ -31,10 +31,22 @@ def write_catalog(folder: Path, images: int, broken: tuple[int, ...] = (), inlin
     return str(path)
 
 
+# A shell starts background processes with SIGINT ignored, and tests and their children would inherit this.
+INTERRUPTIBLE = ("env", "--default-signal=INT")
+
+
 def start_job(cluster: Cluster, output: Path, *arguments: str) -> subprocess.Popen[str]:
     """The main job in a process of its own; it says often how far it is."""
     environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
-    command = [sys.executable, "-m", "batchcls.jobs.classify", *arguments, "--output", str(output)]
+    command = [
+        *INTERRUPTIBLE,
+        sys.executable,
+        "-m",
+        "batchcls.jobs.classify",
+        *arguments,
+        "--output",
+        str(output),
+    ]
     command += ["--log-interval-seconds", "0.2"]
     return subprocess.Popen(
         command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True

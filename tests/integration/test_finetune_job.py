@@ -24,9 +24,10 @@ from batchcls.storage.filesystem import Storage
 from tests.conftest import S3Server
 from tests.helpers.image_files import CATEGORIES, write_images
 from tests.helpers.nodes import ThreeNodes
+from tests.helpers.started import INTERRUPTIBLE
 from tests.integration.conftest import Cluster, run_here
 
-EPOCHS = 14
+EPOCHS = 8
 RECIPE = f"""
 about = "For tests: results do not depend on the number of workers."
 epochs = {EPOCHS}
@@ -39,7 +40,7 @@ ema_decay = 0.9
 clip_norm = 5.0
 label_smoothing = 0.1
 size_fraction = 0.5
-final_epochs = 4
+final_epochs = 2
 """
 
 
@@ -98,12 +99,18 @@ def two_nodes(clean_environment: dict[str, str], tmp_path: Path, s3: S3Server) -
 
 
 def start(cluster: Cluster, catalog: Catalog, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    # A shell starts background processes with SIGINT ignored, and tests and their children would inherit this.
-    interruptible = ("env", "--default-signal=INT", sys.executable)
-    command = [*interruptible, "-m", "batchcls.jobs.finetune", *catalog.arguments, "--output", str(output)]
+    command = [
+        *INTERRUPTIBLE,
+        sys.executable,
+        "-m",
+        "batchcls.jobs.finetune",
+        *catalog.arguments,
+        "--output",
+        str(output),
+    ]
     with output.with_suffix(".log").open("w") as log:
         return subprocess.Popen(
-            [*command, "--ray-address", cluster.address, *arguments],
+            [*command, "--output", str(output), "--ray-address", cluster.address, *arguments],
             env=cluster.environment,
             stderr=log,
             stdout=log,
@@ -132,7 +139,7 @@ def assert_same_result(found: dict, expected: dict) -> None:
     assert {record["validation_rows"] for record in found["history"]} == {31}
     # With only three categories every row is in the top 5; any other share is a wrong count.
     assert {record["validation_top5"] for record in found["history"]} == {1.0}
-    for ours, theirs in ((found["history"][epoch], expected["history"][epoch]) for epoch in (0, 3)):
+    for ours, theirs in ((found["history"][epoch], expected["history"][epoch]) for epoch in (0, 2)):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     ours, theirs = found["history"][-1], expected["history"][-1]
     assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], abs=0.05)
