@@ -274,7 +274,7 @@ def _uris_and_versions(table: pa.Table) -> Iterator[tuple[str | None, str | None
 
 
 def _content_hash(worker: _CopyWorker, uri: str | None, image: bytes | None) -> str | None:
-    """Return the SHA-256 of a stored image; None if it cannot be fetched, which the pipeline will report."""
+    """Return the SHA-256 of an image; None if it cannot be fetched, in which case the pipeline reports the failure."""
     if image is None and uri is not None:
         image = worker.fetcher.fetch(resolve_uri(uri, worker.spec.load.settings.base)).data
     return None if image is None else hashlib.sha256(image).hexdigest()
@@ -286,7 +286,7 @@ def _write(worker: _CopyWorker, table: pa.Table, positions: npt.NDArray[np.int64
     fields = prediction_fields(writer.embedding, writer.embedding_dimension, abstain=writer.abstain)
     names = [*(field.name for field in fields), "width", "height", "content_hash"]
     if worker.spec.source.by_row is not None:
-        # The images were not looked at, so that the recorded version is the one that was classified.
+        # The images were not checked for changes, so the version that the earlier run classified is recorded.
         names.append(SOURCE_VERSION)
         table = table.drop_columns([SOURCE_VERSION])
     rows = _read_source(worker, positions, names)

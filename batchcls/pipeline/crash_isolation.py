@@ -1,6 +1,6 @@
 """Isolation of the images that crash the process which decodes them.
 
-When the worker processes of a fragment crash repeatedly, its rows are decoded one by one in a separate process,
+When the worker processes of a fragment crash repeatedly, its rows are decoded individually in a separate process,
 on any node. Rows that crash this process as well are quarantined as decoder_crash, and the fragment is
 processed again without them.
 """
@@ -62,12 +62,12 @@ class CrashIsolator:
         return 0 if self.crashing_rows else MAX_RETRIES
 
     def isolate(self, fragment: Fragment) -> None:
-        """Start a task that decodes the rows of a fragment one by one."""
+        """Start a task that decodes the rows of a fragment individually."""
         first, last = fragment.first_row, fragment.stop - 1
         _logger.warning(
-            "worker processes crashed on rows %d to %d; decoding them one by one in isolation", first, last
+            "worker processes crashed on rows %d to %d; decoding them individually in isolation", first, last
         )
-        # No CPU of its own: the actors hold all of them, and the node of the crashed process has one idle.
+        # The task reserves no CPU, because the actors hold all of them; the CPU of the crashed process is idle.
         task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_isolate_fragment)
         rejected = rejected_rows(self._spec, self.crashing_rows, fragment)
         self._calls[task.remote([self._load], fragment, rejected)] = fragment
@@ -122,13 +122,13 @@ def isolate_fragments(
 
 
 def _unexplained_crashes(fragments: Iterable[Fragment]) -> BatchclsError:
-    """Return the error of a job whose worker processes crash although none of its images does it."""
+    """Return the error of a job whose worker processes crash although no image crashes the isolated process."""
     fragments = list(fragments)
     first = min(fragment.first_row for fragment in fragments)
     last = max(fragment.stop for fragment in fragments) - 1
     return BatchclsError(
-        f"the pipeline failed: {MAX_RETRIES + 1} worker processes crashed on rows {first} to {last}, and none of the "
-        "images crashes a process by itself; the node may be out of memory, or something kills the processes"
+        f"the pipeline failed: {MAX_RETRIES + 1} worker processes crashed on rows {first} to {last}, but none of the "
+        "images crashes a process on its own; the node may be out of memory, or another program kills the processes"
     )
 
 

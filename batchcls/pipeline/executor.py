@@ -67,11 +67,15 @@ class PipelineResult:
         }
 
     def stage_usage(self, stage_seconds: Mapping[str, float], engine_was_measured: bool) -> StageUsage:
-        """Return what the bottleneck is computed from; `stage_seconds` are busy seconds by stage over all workers."""
+        """Return the usage from which the bottleneck is computed.
+
+        Args:
+            stage_seconds: busy seconds by stage, over all workers.
+            engine_was_measured: whether the engine was selected by measurement.
+        """
         plan = self.spec.worker.resources
         ready_at = self.progress.ready_at or self.started_at
         start = min(max(0.0, ready_at - self.started_at), 0.999 * self.seconds)
-        # One process of the pool may still be starting while another one works already.
         gpus = plan.num_actors * plan.gpus_per_actor
         loaders = plan.num_actors if plan.shape == "fused" else plan.load_tasks
         cpus = plan.num_actors * plan.cpus_per_actor + plan.load_tasks * plan.cpus_per_load_task

@@ -169,7 +169,7 @@ def _decode_margin(config: PipelineSettings, measured: Sequence[EngineSelectionR
 
 
 def _default_choice(request: EngineRequest) -> EngineChoice:
-    """Return the requested engine, with the reference in place of each `auto`: accurate everywhere, if slow."""
+    """Return the requested engine, with the reference instead of `auto`, which is accurate on every node but slow."""
     return EngineChoice(
         REFERENCE.engine if request.engine == "auto" else request.engine,
         REFERENCE.precision if request.precision == "auto" else request.precision,

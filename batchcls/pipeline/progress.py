@@ -55,7 +55,7 @@ class ProgressActor:
         return sorted(self._unfinished_fragments)
 
     def request_stop(self) -> None:
-        """Have every actor that reports from now on stop."""
+        """Stop every actor at its next report."""
         self._is_stop_requested = True
 
     def add_block(self, first_row: int, rows: int, failures: Counter[str], peak_memory_mib: float) -> bool:

@@ -27,14 +27,16 @@ class RunMetrics:
         self._failures = Counter("batchcls_failures", "Rows in quarantine, by reason.", (_RUN, "reason"))
         self._seconds = Counter(
             "batchcls_stage_seconds",
-            "Busy seconds by stage, over all workers: waiting for fetch, CPU or GPU for the others.",
+            "Busy seconds by stage, over all workers: wall time of fetch, CPU or GPU time of the other stages.",
             (_RUN, "stage"),
         )
         self._bytes = Counter("batchcls_image_bytes", "Bytes of images fetched.", (_RUN,))
         self._rate = Gauge(
-            "batchcls_images_per_second", "Rows answered a second since the first worker was ready.", (_RUN,)
+            "batchcls_images_per_second",
+            "Finished rows per second since the first worker was ready.",
+            (_RUN,),
         )
-        self._waiting = Gauge("batchcls_rows_waiting", "Rows of the run without an answer yet.", (_RUN,))
+        self._waiting = Gauge("batchcls_rows_waiting", "Rows of the run that are not finished yet.", (_RUN,))
 
     def record(self, receipt: Receipt) -> None:
         """Count the rows of a part. A write that Ray retries is counted twice; run.json has the exact counts."""

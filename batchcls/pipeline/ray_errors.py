@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_process_crash(error: BaseException) -> bool:
-    """Return whether a worker's process crashed, or one of its allocations failed.
+    """Return whether the process of a worker crashed, or one of its allocations failed.
 
     Ray also reports an actor as dead when its constructor raised an exception. That is not a crash, and its
     message holds the cause.

@@ -1,6 +1,6 @@
-"""Three nodes on this machine that may be killed, and the main job as a process that may be killed.
+"""Fixtures of the chaos tests: three nodes on this machine that a test may kill.
 
-How often: BATCHCLS_CHAOS_RUNS (50 by `make chaos`), from a seed: BATCHCLS_CHAOS_SEED (0).
+BATCHCLS_CHAOS_RUNS is the number of killed runs (default 50), BATCHCLS_CHAOS_SEED the random seed (default 0).
 """
 
 import os
@@ -26,7 +26,7 @@ def nodes(clean_environment: dict[str, str]) -> Iterator[ThreeNodes]:
 
 @dataclass(frozen=True)
 class Chaos:
-    """How many runs are killed, and the seed of the moments."""
+    """The number of runs that are killed, and the seed of the moments at which they are killed."""
 
     runs: int
     seed: int

@@ -1,6 +1,6 @@
-"""The job ends at each of its writes in turn, loses what was not synced, or is stopped there while another one runs.
+"""`classify` is killed at each of its writes, loses unsynced data, or is suspended while another job runs.
 
-Afterwards the same command ends with the same rows, and the pointer is never older than it was.
+Afterwards, the same command publishes the same rows, and the published run is never replaced by an older one.
 """
 
 import json
@@ -27,7 +27,7 @@ from tests.helpers.night import LENIENT
 
 ROWS = 10
 BEFORE = 5
-"""Rows of the night before; their predictions are copied."""
+"""Rows of the run of the previous night, whose predictions are copied."""
 BROKEN = 7
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
@@ -43,7 +43,7 @@ class Catalog:
     folder: Path
 
     def arguments(self, manifest: Path, output: str) -> tuple[str, ...]:
-        """Of a command line."""
+        """Return the arguments of `classify` for a manifest and an output folder."""
         return (
             *("--manifest", str(manifest), "--model", self.model, "--output", output, "--engine", "torch"),
             *("--precision", "fp32", "--device", "cpu", "--max-failed-fraction", "0.5", *LENIENT),
@@ -67,7 +67,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Catal
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[multiprocessing.context.ForkServerContext]:
-    """A process that has loaded all that a night needs, and forks."""
+    """A fork server that has already imported the modules of a run."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
@@ -83,21 +83,21 @@ def server() -> Iterator[multiprocessing.context.ForkServerContext]:
 
 @dataclass(frozen=True)
 class Store:
-    """Where outputs lie, read without the code under test."""
+    """The storage of the outputs, read without the code under test; local if `filesystem` is None."""
 
     filesystem: s3fs.S3FileSystem | None
     root: str
     environment: Mapping[str, str]
 
     def read(self, path: str) -> bytes | None:
-        """The content of a file; None if it is not there."""
+        """Return the content of a file, None if it does not exist."""
         if self.filesystem is None:
             return Path(path).read_bytes() if Path(path).exists() else None
         self.filesystem.invalidate_cache()
         return self.filesystem.cat_file(path) if self.filesystem.exists(path) else None
 
     def copy(self, source: str, target: str) -> None:
-        """A copy of a folder."""
+        """Copy a folder."""
         if self.filesystem is None:
             shutil.copytree(source, target)
             return
@@ -107,7 +107,7 @@ class Store:
             )
 
     def names(self, folder: str) -> list[str]:
-        """What lies in a folder."""
+        """Return the names of the entries of a folder."""
         if self.filesystem is None:
             return sorted(path.name for path in Path(folder).glob("*"))
         self.filesystem.invalidate_cache()
@@ -117,7 +117,7 @@ class Store:
 
 
 class Nights:
-    """Starts nights of one kind of store, and reads what they have published."""
+    """Starts nightly runs on one kind of store, and reads what they published."""
 
     def __init__(
         self, catalog: Catalog, context: multiprocessing.context.ForkServerContext, store: Store
@@ -126,37 +126,37 @@ class Nights:
         self.context = context
         self.store = store
         self._count = 0
-        self.base = self.place()
+        self.base = self.new_output()
         yesterday = self.spec(self.base, catalog.yesterday)
         assert self.run(yesterday)[0] == 0
         self.yesterday = self.published(self.base)[0]
-        reference = self.copied()
+        reference = self.output_with_yesterday()
         code, self.writes = self.run(self.spec(reference))
         assert code == 0
         self.rows = self.published(reference)[1]
         assert self.rows.column("row").to_pylist() == [row for row in range(ROWS) if row != BROKEN]
         assert set(self.rows.column("origin").to_pylist()) == {"computed", "reused"}
 
-    def place(self) -> str:
-        """A new output folder."""
+    def new_output(self) -> str:
+        """Return the path of a new output folder."""
         self._count += 1
         return f"{self.store.root}/{self._count:04d}"
 
-    def copied(self) -> str:
-        """A new output folder in which yesterday's run is published."""
-        place = self.place()
-        self.store.copy(self.base, place)
-        return place
+    def output_with_yesterday(self) -> str:
+        """Create an output folder in which yesterday's run is published."""
+        output = self.new_output()
+        self.store.copy(self.base, output)
+        return output
 
     def spec(self, output: str, manifest: Path | None = None) -> Spec:
-        """The command of a night."""
+        """Return the specification of tonight's run, or of a run of another manifest."""
         arguments = self.catalog.arguments(manifest or self.catalog.tonight, output)
         kind = "local" if self.store.filesystem is None else "s3"
         log = str(self.catalog.folder / f"{kind}-{self._count:04d}.log")
         return Spec(arguments, output, log, environment=self.store.environment)
 
     def start(self, spec: Spec) -> tuple[ForkServerProcess, Connection]:
-        """A night that runs."""
+        """Start a run; return its process and the connection to it."""
         here, there = self.context.Pipe()
         process = self.context.Process(target=night, args=(spec, there))
         process.start()
@@ -164,16 +164,16 @@ class Nights:
         return process, here
 
     def run(self, spec: Spec) -> tuple[int, list[str]]:
-        """A night to its end: exit code, negative for a signal, and what it wrote."""
-        process, told = self.start(spec)
+        """Run to the end; return the exit code, negative for a signal, and the descriptions of all writes."""
+        process, connection = self.start(spec)
         try:
-            seen = told.recv()
+            writes = connection.recv()
         except EOFError:
-            seen = []
-        return ended(process), seen
+            writes = []
+        return exit_code_of(process), writes
 
     def published(self, output: str) -> tuple[str, pa.Table]:
-        """Run id and rows of predictions, as a reader finds them."""
+        """Return the id and the predictions of the published run, as a reader finds them."""
         pointer = json.loads(self.store.read(f"{output}/current.json") or b"null")
         folder = f"{output}/{pointer['path']}"
         record = json.loads(self.store.read(f"{folder}/run.json") or b"null")
@@ -187,8 +187,8 @@ class Nights:
                 tables.append(pq.read_table(pa.BufferReader(data), columns=COLUMNS))
         return pointer["run_id"], pa.concat_tables(tables).sort_by("row")
 
-    def is_tonights(self, output: str) -> bool:
-        """Whether the pointer names a run of tonight with all its rows; else it is yesterday's still."""
+    def is_tonight_published(self, output: str) -> bool:
+        """Return whether tonight's run is published, with all its rows; otherwise yesterday's still is."""
         run_id, rows = self.published(output)
         if run_id == self.yesterday:
             return False
@@ -196,20 +196,20 @@ class Nights:
         return True
 
     def log(self, spec: Spec) -> str:
-        """What all starts of a night have said."""
+        """Return the log of all starts of a run."""
         return Path(spec.log).read_text()
 
 
 COLUMNS = ["row", "item_id", "label", "probability", "content_hash", "origin"]
 
 
-def ended(process: ForkServerProcess, seconds: float = 120) -> int:
-    """The exit code of a process."""
+def exit_code_of(process: ForkServerProcess, seconds: float = 120) -> int:
+    """Wait for the end of a process and return its exit code."""
     process.join(seconds)
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise AssertionError("the night does not end")
+        raise AssertionError("the run does not end")
     return process.exitcode
 
 
@@ -239,66 +239,66 @@ def nights(request: pytest.FixtureRequest) -> Nights:
 
 
 def finish(nights: Nights, spec: Spec, what: str) -> None:
-    """The same command once more: it ends well, and what it has published is tonight's."""
-    again = replace(spec, act="none", at=0, other_host=False)
-    code, _ = nights.run(again)
+    """Run the same command again; check that it succeeds and that tonight's run is published."""
+    undisturbed = replace(spec, act="none", at=0, other_host=False)
+    code, _ = nights.run(undisturbed)
     assert code == 0, f"{what}: exit {code}\n{nights.log(spec)}"
-    assert nights.is_tonights(spec.output), what
+    assert nights.is_tonight_published(spec.output), what
     assert "beginning" not in nights.store.names(spec.output), what
     assert "Traceback" not in nights.log(spec), nights.log(spec)
 
 
-def test_a_night_that_dies_or_loses_power_at_any_write_is_finished_by_the_same_command(local: Nights):
+def test_same_command_finishes_run_after_crash_or_power_loss_at_any_write(local: Nights):
     kept = local.catalog.folder / "kept"
     kept.mkdir()
-    code, seen = local.run(replace(local.spec(local.copied()), act="keep", kept=str(kept)))
+    code, writes = local.run(replace(local.spec(local.output_with_yesterday()), act="keep", kept=str(kept)))
     assert code == 0
     states = sorted(path for path in kept.iterdir() if path.is_dir())
-    assert len(states) > len(seen) > 15
+    assert len(states) > len(writes) > 15
     for state in states:
         what = f"{state.name}: {state.with_suffix('.txt').read_text()}"
-        spec = local.spec(local.place())
+        spec = local.spec(local.new_output())
         shutil.copytree(state, spec.output)
-        local.is_tonights(spec.output)
+        local.is_tonight_published(spec.output)
         finish(local, spec, what)
         shutil.rmtree(spec.output)
 
 
-def test_a_night_that_is_killed_at_any_request_is_finished_by_the_same_command(remote: Nights):
+def test_same_command_finishes_run_killed_at_any_request(remote: Nights):
     assert len(remote.writes) > 15
     for number, what in enumerate(remote.writes, 1):
-        spec = replace(remote.spec(remote.copied()), act="kill", at=number)
+        spec = replace(remote.spec(remote.output_with_yesterday()), act="kill", at=number)
         code, _ = remote.run(spec)
         assert code == -signal.SIGKILL, f"{number}: {what}\n{remote.log(spec)}"
-        remote.is_tonights(spec.output)
+        remote.is_tonight_published(spec.output)
         finish(remote, spec, f"killed at {number}: {what}")
 
 
-def test_a_second_driver_runs_while_the_first_is_stopped_at_any_write(nights: Nights):
+def test_second_driver_runs_while_first_is_suspended_at_any_write(nights: Nights):
     for number, what in enumerate(nights.writes, 1):
-        stopped_at(nights, number, what)
+        run_while_suspended(nights, number, what)
 
 
-def stopped_at(nights: Nights, number: int, what: str) -> None:
-    """Stop a night at a write, let a driver of another host do it, and let the first go on."""
-    spec = replace(nights.spec(nights.copied()), act="stop", at=number)
-    first, told = nights.start(spec)
-    pid = told.recv()
-    if isinstance(pid, list):  # it made fewer writes this time
-        assert ended(first) == 0
+def run_while_suspended(nights: Nights, number: int, what: str) -> None:
+    """Suspend a driver at a write, run the same command on another host, and let the first driver continue."""
+    spec = replace(nights.spec(nights.output_with_yesterday()), act="stop", at=number)
+    first, connection = nights.start(spec)
+    pid = connection.recv()
+    if isinstance(pid, list):  # the run had fewer writes this time, and is finished
+        assert exit_code_of(first) == 0
         return
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.01)
     try:
         second, _ = nights.run(replace(spec, act="none", at=0, other_host=True))
-        was_tonights = nights.is_tonights(spec.output)
+        was_published = nights.is_tonight_published(spec.output)
     finally:
         os.kill(pid, signal.SIGCONT)
-    code = ended(first)
-    exits = f"stopped at {number}: {what}: exits {code} and {second}\n{nights.log(spec)}"
+    code = exit_code_of(first)
+    exits = f"suspended at {number}: {what}: exits {code} and {second}\n{nights.log(spec)}"
     assert second in (0, 2, 4), exits
     assert code in (0, 3, 4), exits
     assert "Traceback" not in exits
-    assert nights.is_tonights(spec.output) >= was_tonights, exits
-    if not nights.is_tonights(spec.output):
+    assert nights.is_tonight_published(spec.output) >= was_published, exits
+    if not nights.is_tonight_published(spec.output):
         finish(nights, spec, exits)

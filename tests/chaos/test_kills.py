@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and started again publish what an undisturbed run publishes."""
+"""Runs that are killed at random moments and restarted publish the same rows as an undisturbed run."""
 
 import os
 import random
@@ -19,8 +19,8 @@ from tests.helpers.nodes import ThreeNodes
 from tests.helpers.started import write_catalog
 
 ROWS = 2000
-BROKEN = tuple(range(3, ROWS, 97))  # so that nearly every part has two files
-MOST_STARTS = 6
+BROKEN = tuple(range(3, ROWS, 97))  # so that nearly every part has a predictions file and a quarantine file
+MAX_STARTS = 6
 TARGETS = ("driver", "actor", "load worker", "raylet", "between two files")
 
 
@@ -34,7 +34,7 @@ def arguments(catalog: str, model: str, target: str) -> tuple[str, ...]:
     return (
         *("--manifest", catalog, "--model", model, "--shape", shape, "--max-failed-fraction", "0.05"),
         *("--fragment-rows", "100", "--rows-per-file", "100", "--no-progress-timeout-seconds", "120"),
-        *("--engine", "torch", "--precision", "fp32"),  # nothing to be measured in each of the runs
+        *("--engine", "torch", "--precision", "fp32"),  # skips engine measurements
     )
 
 
@@ -49,7 +49,7 @@ def undisturbed(
 
 
 def wait_for_receipts(night: Night, number: int) -> None:
-    """Until so many parts are on storage, or the job has ended."""
+    """Wait until a number of parts is on storage, or the job has ended."""
     while len(receipts(night.output)) < number and not night.ends_within(0.02):
         pass
 
@@ -62,29 +62,29 @@ def kill_worker(nodes: ThreeNodes, night: Night, title: str, chance: random.Rand
 
 
 def kill_between_two_files(nodes: ThreeNodes, night: Night) -> bool:
-    """Stop the actors when a part has its predictions and no receipt yet, and kill them there."""
+    """Kill the actors when a part has its predictions but no receipt; return whether that moment was hit."""
 
-    def half_written() -> list[str]:
+    def partly_written() -> list[str]:
         written = {path.stem for path in night.output.glob("runs/*/predictions/*.parquet")}
         return sorted(written - {Path(name).stem for name in receipts(night.output)})
 
     while not night.ends_within(0):
-        if not half_written():
+        if not partly_written():
             continue
         actors = nodes.workers("ray::FragmentActor")
         for pid in actors:
             os.kill(pid, signal.SIGSTOP)
-        caught = bool(half_written())
+        is_hit = bool(partly_written())
         for pid in actors:
-            os.kill(pid, signal.SIGKILL if caught else signal.SIGCONT)
-        if caught:
+            os.kill(pid, signal.SIGKILL if is_hit else signal.SIGCONT)
+        if is_hit:
             return True
     return False
 
 
-def strike(nodes: ThreeNodes, night: Night, target: str, chance: random.Random) -> None:
-    """Kill something at a random moment of the run."""
-    if not night.has_begun():
+def kill_target(nodes: ThreeNodes, night: Night, target: str, chance: random.Random) -> None:
+    """Kill the target at a random moment of the run."""
+    if not night.has_started():
         return
     wait_for_receipts(night, chance.randrange(0, 16))
     if target == "driver":
@@ -99,49 +99,49 @@ def strike(nodes: ThreeNodes, night: Night, target: str, chance: random.Random) 
         kill_between_two_files(nodes, night)
 
 
-def test_every_node_says_what_machine_it_is(nodes: ThreeNodes, monkeypatch: pytest.MonkeyPatch):
-    """Engines are measured on the first node of each kind, so all are asked."""
+def test_hardware_of_every_node_is_detected(nodes: ThreeNodes, monkeypatch: pytest.MonkeyPatch):
+    """Engines are measured on one node of each kind, so the hardware of all nodes must be known."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    reset_auth_token_state()  # Ray may remember the token of another cluster
+    reset_auth_token_state()  # Ray may cache the token of another cluster
     with ray_session(nodes.address):
         found = hardware_of(worker_nodes())
-    assert [one.key for one in found] == [Hardware.detect().key] * 3
+    assert [hardware.key for hardware in found] == [Hardware.detect().key] * 3
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_driver_s_run_goes_on_over_three_nodes(
+def test_run_of_killed_driver_is_resumed_on_three_nodes(
     nodes: ThreeNodes, catalog: str, tiny_bundle: str, undisturbed: pa.Table, tmp_path: Path
 ):
-    """The short form of the test below."""
-    require_undisturbed_rows(nodes, (catalog, tiny_bundle), undisturbed, tmp_path, Chaos(runs=1, seed=0))
+    """A short version of the test below."""
+    require_undisturbed_rows(nodes, catalog, tiny_bundle, undisturbed, tmp_path, Chaos(runs=1, seed=0))
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(7200)
-def test_whatever_is_killed_the_published_rows_are_those_of_an_undisturbed_run(
+def test_killed_runs_publish_the_rows_of_an_undisturbed_run(
     nodes: ThreeNodes, catalog: str, tiny_bundle: str, undisturbed: pa.Table, tmp_path: Path, chaos: Chaos
 ):
-    require_undisturbed_rows(nodes, (catalog, tiny_bundle), undisturbed, tmp_path, chaos)
+    require_undisturbed_rows(nodes, catalog, tiny_bundle, undisturbed, tmp_path, chaos)
 
 
 def require_undisturbed_rows(
-    nodes: ThreeNodes, given: tuple[str, str], undisturbed: pa.Table, folder: Path, chaos: Chaos
+    nodes: ThreeNodes, catalog: str, model: str, undisturbed: pa.Table, folder: Path, chaos: Chaos
 ) -> None:
-    """Kill something in each of some runs, start it again until it is done, and compare what is published."""
+    """Disturb several runs, restart each until it succeeds, and compare the published rows."""
     starts: Counter[str] = Counter()
     for number in range(chaos.runs):
         chance = random.Random(1000 * chaos.seed + number)
         target = TARGETS[number % len(TARGETS)]
         output = folder / f"{number}"
-        night = Night(nodes, output, *arguments(*given, target))
-        strike(nodes, night, target, chance)
+        night = Night(nodes, output, *arguments(catalog, model, target))
+        kill_target(nodes, night, target, chance)
         started = 1
         while (code := night.exit_code()) != 0:
             assert code in (1, 4, -signal.SIGKILL), night.text
             assert not (output / "current.json").exists()
-            assert started < MOST_STARTS, night.text
+            assert started < MAX_STARTS, night.text
             nodes.replace_dead()
-            night = Night(nodes, output, *arguments(*given, target))
+            night = Night(nodes, output, *arguments(catalog, model, target))
             started += 1
         nodes.replace_dead()
         starts[f"{target}, {started} start(s)"] += 1

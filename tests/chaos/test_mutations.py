@@ -1,4 +1,4 @@
-"""Damaged images from a seeded fuzzer through the real job: all accounted for, no worker dies, memory bounded."""
+"""`classify` with images from a seeded fuzzer: all are accounted for, no worker crashes, memory stays bounded."""
 
 import random
 import struct
@@ -17,7 +17,7 @@ from tests.integration.conftest import Cluster, Outcome, cluster, run_here
 __all__ = ["cluster"]
 
 _KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-_LARGEST_MIB = 1600  # an actor with its network takes 1,000 of them
+_MAX_MIB = 1600  # of which an actor with its network takes 1,000
 
 
 def flip_bits(data: bytes, chance: random.Random) -> bytes:
@@ -38,7 +38,7 @@ def swap_header(data: bytes, chance: random.Random) -> bytes:
 
 
 def bomb(data: bytes, chance: random.Random) -> bytes:
-    """A header that promises 10^9 pixels."""
+    """Return an image whose header declares 10^9 pixels."""
     side = struct.pack(">II", 31623, 31623)
     if chance.random() < 0.5:
         png = encode(draw(1, 40, 30), "PNG")
@@ -77,7 +77,7 @@ def test_mutated_images_are_accounted_for(cluster: Cluster, tiny_bundle: str, tm
     assert "decoder_crash" not in counts["quarantined_by_reason"]
     assert {"truncated", "too_many_pixels", "not_an_image"} <= set(counts["quarantined_by_reason"])
     assert "died" not in log
-    assert outcome.record["measured"]["peak_memory_mib_of_an_actor"] < _LARGEST_MIB
+    assert outcome.record["measured"]["peak_memory_mib_of_an_actor"] < _MAX_MIB
     print(
         f"\n{len(files)} images: {Counter(counts['quarantined_by_reason'])}, {counts['predicted']} predicted"
     )

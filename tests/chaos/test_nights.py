@@ -1,4 +1,4 @@
-"""Three nights over the real catalog: unchanged images are not computed again, another model computes everything."""
+"""Three nightly runs on real images: unchanged images are reused, and another model predicts all images."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tests.integration.conftest import Cluster, cluster, run_here
 __all__ = ["cluster"]
 
 CHANGED_FRACTION = 0.01
-MOST_PREDICT_FRACTION = 0.05
+MAX_PREDICT_FRACTION = 0.05
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
@@ -31,12 +31,12 @@ def make_bundle(shared: Path, folder: Path, name: str, *arguments: str) -> str:
     labels.write_text("".join(f"{row.split(',')[1]}\n" for row in rows))
     weights = str(shared / "weights" / f"{name}.safetensors")
     common = ("--weights", weights, "--labels", str(labels), "--input-size", "224", "--crop-pct", "0.875")
-    made = ["create", *arguments, *common, "--interpolation", "bilinear", "--output", str(folder / name)]
-    assert run("bundle", bundle.COMMANDS, made) == 0
+    command = ["create", *arguments, *common, "--interpolation", "bilinear", "--output", str(folder / name)]
+    assert run("bundle", bundle.COMMANDS, command) == 0
     return str(folder / name)
 
 
-def test_three_nights(cluster: Cluster, shared: Path, tmp_path: Path):
+def test_nightly_runs_reuse_unchanged_images(cluster: Cluster, shared: Path, tmp_path: Path):
     photographs, output = tmp_path / "photographs", tmp_path / "output"
     shutil.copytree(shared / "data" / "catalog", photographs)
     catalog = str(tmp_path / "catalog.parquet")
@@ -46,11 +46,11 @@ def test_three_nights(cluster: Cluster, shared: Path, tmp_path: Path):
     )
 
     def night(name: str, model: str) -> tuple[int, str]:
-        made = ["from-folder", str(photographs), "--output", catalog]
-        assert run("manifest", manifest.COMMANDS, made) == 0
+        command = ["from-folder", str(photographs), "--output", catalog]
+        assert run("manifest", manifest.COMMANDS, command) == 0
         engine = ("--engine", "openvino", "--precision", "fp32")
-        given = ("--manifest", catalog, "--model", model, "--output", str(output), "--run-id", name)
-        return run_here(cluster, classify, *given, *engine)
+        arguments = ("--manifest", catalog, "--model", model, "--output", str(output), "--run-id", name)
+        return run_here(cluster, classify, *arguments, *engine)
 
     code, log = night("night-1", first_model)
     assert code == 0, log
@@ -75,13 +75,13 @@ def test_three_nights(cluster: Cluster, shared: Path, tmp_path: Path):
     }
     assert computed == {str(image.relative_to(photographs)) for image in changed}
     share = second["stage_seconds"]["predict"] / first["stage_seconds"]["predict"]
-    assert share <= MOST_PREDICT_FRACTION
-    to = str(tmp_path / "diff")
+    assert share <= MAX_PREDICT_FRACTION
+    diff = str(tmp_path / "diff")
     assert (
-        run("runs", runs.COMMANDS, ["diff", "night-1", "night-2", "--output", str(output), "--to", to]) == 0
+        run("runs", runs.COMMANDS, ["diff", "night-1", "night-2", "--output", str(output), "--to", diff]) == 0
     )
-    named = pq.read_table(f"{to}/diff-items.parquet").to_pylist()
-    assert {item["item_id"] for item in named if item["image_changed"]} == computed
+    items = pq.read_table(f"{diff}/diff-items.parquet").to_pylist()
+    assert {item["item_id"] for item in items if item["image_changed"]} == computed
 
     second_model = make_bundle(
         *(
@@ -98,8 +98,10 @@ def test_three_nights(cluster: Cluster, shared: Path, tmp_path: Path):
     code, log = night("night-3", second_model)
     third = record(output, "night-3")
     assert (third["counts"]["predicted"], third["counts"]["reused"]) == (rows, 0)
-    refused = [gate["gate"] for gate in third["gates"] if not gate["passed"]]
+    failed = [gate["gate"] for gate in third["gates"] if not gate["passed"]]
     assert (code, json.loads((output / "current.json").read_text())["run_id"]) == (3, "night-2"), log
-    assert "changed_labels_fraction" in refused
-    seconds = [one["measured"]["seconds_total"] for one in (first, second, third)]
-    print(f"\nnights {seconds} s, predict {share:.2%} of the first night's; the third refused by {refused}")
+    assert "changed_labels_fraction" in failed
+    seconds = [run_record["measured"]["seconds_total"] for run_record in (first, second, third)]
+    print(
+        f"\nruns: {seconds} s; the second took {share:.2%} of the first run's predict time; the third failed {failed}"
+    )

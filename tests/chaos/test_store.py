@@ -1,4 +1,4 @@
-"""A store that fails: through a proxy that answers as stores and networks do on a bad night."""
+"""`classify` on an S3 store behind a proxy that injects the faults of stores and networks."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.helpers.drawing import draw, encode
 from tests.helpers.faulty_proxy import FaultyProxy
 
 BROKEN = (7, 31)
-MOST_STARTS = 12
+MAX_STARTS = 12
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
@@ -42,16 +42,15 @@ def put_catalog(s3: S3Server, images: int) -> str:
     for number in range(images):
         data = encode(draw(number, 80, 60), "JPEG")
         store.pipe_file(f"{s3.bucket}/photos/{number:04d}.jpg", data[:200] if number in BROKEN else data)
-    place = f"s3://{s3.bucket}/catalog.parquet"
+    uri = f"s3://{s3.bucket}/catalog.parquet"
     assert (
-        run("manifest", manifest.COMMANDS, ["from-folder", f"s3://{s3.bucket}/photos", "--output", place])
-        == 0
+        run("manifest", manifest.COMMANDS, ["from-folder", f"s3://{s3.bucket}/photos", "--output", uri]) == 0
     )
-    return place
+    return uri
 
 
 def start(catalog: str, model: str, output: str, endpoint: str, *more: str) -> int:
-    """The job in a process of its own, which is gone when it has ended, as its lease is then."""
+    """Run `classify` in a separate process, so that its lease is free after it has ended; return the exit code."""
     options = json.dumps({"endpoint_url": endpoint})
     done = subprocess.run(
         [
@@ -67,7 +66,7 @@ def start(catalog: str, model: str, output: str, endpoint: str, *more: str) -> i
         check=False,
     )
     assert "Traceback" not in done.stderr, done.stderr
-    # 2: the manifest or the output could not be opened yet.
+    # The exit code is 2 if the manifest or the output could not be opened.
     assert done.returncode in (0, 2, 4), (done.returncode, done.stderr)
     print(f"\nexit {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
     return done.returncode
@@ -80,13 +79,13 @@ def current_run(store: s3fs.S3FileSystem, output: str) -> tuple[str, dict[str, o
 
 
 @pytest.mark.parametrize("images", [60, 2000])
-def test_a_store_that_fails_half_of_all_requests_loses_no_row(s3: S3Server, tiny_bundle: str, images: int):
+def test_no_row_is_lost_with_a_faulty_store(s3: S3Server, tiny_bundle: str, images: int):
     catalog, output = put_catalog(s3, images), f"s3://{s3.bucket}/out"
     with FaultyProxy(s3.endpoint_url, share=0.1, seed=images, stall_seconds=5) as proxy:
         starts = 1
         more = ("--fetch-attempts", "20", "--max-failed-fraction", "0.2")
         while start(catalog, tiny_bundle, output, proxy.url, *more) != 0:
-            assert starts < MOST_STARTS
+            assert starts < MAX_STARTS
             starts += 1
         assert all(proxy.seen[fault] for fault in ("500", "503", "reset", "stall", "cut")), proxy.seen
         print(f"\n{images} images, {starts} start(s), requests: {dict(proxy.seen)}")
@@ -110,7 +109,7 @@ def test_a_store_that_fails_half_of_all_requests_loses_no_row(s3: S3Server, tiny
     assert min(quarantine.column("attempts").to_pylist()) >= 1
 
 
-def test_credentials_that_expire_in_mid_run_stop_the_job_and_it_goes_on(s3: S3Server, tiny_bundle: str):
+def test_run_stopped_by_expired_credentials_is_resumed(s3: S3Server, tiny_bundle: str):
     images = 120
     catalog, output = put_catalog(s3, images), f"s3://{s3.bucket}/out"
     with FaultyProxy(s3.endpoint_url) as proxy:

@@ -45,8 +45,8 @@ class Night:
             self.log.append("(end)")
             self._said.notify_all()
 
-    def has_begun(self, seconds: float = 120) -> bool:
-        """Wait until the run is named in the log; False if the job ended before."""
+    def has_started(self, seconds: float = 120) -> bool:
+        """Wait until the log names the run; return False if the job ended before."""
 
         def known() -> bool:
             return any(" run " in line or line == "(end)" for line in self.log)

@@ -152,7 +152,7 @@ class RayDataGraph:
         context.target_max_block_size = max(
             1, int(0.9 * self._spec.worker.resources.block_rows * image_bytes)
         )
-        # Errors are raised here; Ray's own account of them is in the log files of its session.
+        # Errors are raised by this graph; Ray's own report of them is in the log files of its session.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 

@@ -47,7 +47,7 @@ class Images(Datasource):
     def _read_task(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> ReadTask:
         metadata = BlockMetadata(num_rows=fragment.rows, size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(
-            partial(_load_fragment, self._run_id, (self._load, self._progress_actor), fragment, rejected),
+            partial(_load_fragment, self._run_id, self._load, self._progress_actor, fragment, rejected),
             metadata,
         )
 
@@ -67,11 +67,11 @@ _workers: dict[str, _LoadWorker] = {}
 
 def _load_fragment(
     run_id: str,
-    shared: "tuple[ray.ObjectRef[LoadSpec], Any]",
+    load_ref: "ray.ObjectRef[LoadSpec]",
+    progress_actor: Any,
     fragment: Fragment,
     rejected: Mapping[int, Failure],
 ) -> Iterator[pa.Table]:
-    load_ref, progress_actor = shared
     if run_id not in _workers:
         load: LoadSpec = ray.get(load_ref)
         _workers.clear()

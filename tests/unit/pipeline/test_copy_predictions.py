@@ -131,7 +131,7 @@ def test_unchanged_files_are_copied_with_current_columns(tmp_path: Path, night: 
 def test_manifest_version_takes_precedence_over_store_version(tmp_path: Path):
     rows = [Item(f"i{n}", f"label {n}", content_hash=None, source_version=f"version:{n}") for n in range(3)]
     write_run(str(tmp_path / "out"), Night("n1"), rows, STORAGE)
-    put(tmp_path / "a.jpg", b"whatever lies there")
+    put(tmp_path / "a.jpg", b"any content")
     manifest = write_manifest(
         tmp_path, item_id=["i0", "i1", "i2"], uri=["a.jpg"] * 3, version=["0", "9", "2"]
     )
@@ -184,8 +184,8 @@ def test_rows_of_an_unreadable_source_are_left_to_compute(
         earlier,
     )
     found = [copy_fragment(spec, fragment, {}) for fragment in manifest.fragments(repeat(6))]
-    assert [one.receipt for one in found] == [None] * len(found)
-    assert sum((one.counts for one in found), Counter()) == Counter(lost=6)
+    assert [copied.receipt for copied in found] == [None] * len(found)
+    assert sum((copied.counts for copied in found), Counter()) == Counter(lost=6)
     assert str(part) in found[0].error
 
 

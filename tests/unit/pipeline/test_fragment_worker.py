@@ -46,7 +46,7 @@ def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWork
     config = ClassifyConfig(manifest="m", output=str(tmp_path), model="m", batch_size=4)
     random = ModelChoices(allow_random=True)
     bundle = with_golden(resolve_model("timm:test_resnet", random, STORAGE))
-    shape = plan_resources(config, [NodeResources(1, 0)], ROWS, remote_images=False)
+    resources = plan_resources(config, [NodeResources(1, 0)], ROWS, remote_images=False)
     load = LoadSettings(
         run_id="r",
         base=manifest.base,
@@ -73,7 +73,7 @@ def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWork
             LoadSpec(manifest.columns, STORAGE, load),
             predict,
             PartWriter(str(tmp_path), STORAGE, (), pa.float16(), dimension),
-            shape,
+            resources,
         )
     )
 
@@ -81,7 +81,7 @@ def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWork
 def test_concurrent_fragments_write_each_row_once_with_stage_seconds(
     worker: FragmentWorker, manifest: Manifest, tmp_path: Path
 ):
-    rejected = {5: Failure(Reason.DUPLICATE_ID, "row 2 has it")}
+    rejected = {5: Failure(Reason.DUPLICATE_ID, "row 2 has the same item id")}
     fragments = list(manifest.fragments(itertools.repeat(30)))
     with ThreadPoolExecutor(2) as pool:
         receipts = list(pool.map(lambda fragment: worker.process(fragment, rejected), fragments))
@@ -105,9 +105,10 @@ def test_concurrent_fragments_write_each_row_once_with_stage_seconds(
 
 
 def test_labels_do_not_depend_on_fragment_sizes(worker: FragmentWorker, manifest: Manifest, tmp_path: Path):
-    def labels(sizes: int) -> list[str]:
-        receipts = [worker.process(part, {}) for part in manifest.fragments(itertools.repeat(sizes))]
-        files = [file.path for one in receipts for file in one.files if file.kind == "predictions"]
+    def labels(fragment_rows: int) -> list[str]:
+        fragments = manifest.fragments(itertools.repeat(fragment_rows))
+        receipts = [worker.process(fragment, {}) for fragment in fragments]
+        files = [file.path for receipt in receipts for file in receipt.files if file.kind == "predictions"]
         return pa.concat_tables(pq.read_table(tmp_path / path) for path in files).column("label").to_pylist()
 
     assert labels(90) == labels(7)
