@@ -13,25 +13,26 @@ from batchcls.comparison.candidates import Candidate
 from batchcls.comparison.measurement import Measurement
 
 _PUBLISHED_MARK = "*"
-_WIDE = 126  # characters that all columns need beside a short name
+_MIN_WIDTH = 126  # characters that all columns take with a short model name
 
 LEGEND = (
-    f"top-1, top-5: of the sample's labels ({_PUBLISHED_MARK} as published, not measured); as fp32: same top-1 "
-    "label as fp32; p50, p95, p99: ms at batch 1; img/s and MiB: at the best batch; Params (M), MACs (G): "
-    "parameters in millions and multiply-accumulates in billions; cost/M: per million images"
+    f"top-1, top-5: accuracy on the labels of the sample ({_PUBLISHED_MARK} published, not measured); agreement: "
+    "fraction of top-1 labels equal to those of fp32; p50, p95, p99: latency in ms at batch size 1; images/s and "
+    "MiB: at the best batch size; Params (M), MACs (G): parameters in millions and multiply-accumulates in billions; "
+    "cost/M: cost per million images"
 )
 """Explanation of the columns, printed below the tables."""
 
 
 def results_table(measurements: Sequence[Measurement], price_per_hour: float | None, width: int) -> Table:
-    """Measurements of one kind of hardware, the most accurate first, then the quickest.
+    """Table of the measurements of one hardware configuration, by descending accuracy, then by latency.
 
     Args:
-        measurements: of one `Hardware.key`.
-        price_per_hour: adds the cost of a million images.
-        width: of the terminal in characters; a narrow one gets the columns that decide.
+        measurements: Measurements with equal `Hardware.key`.
+        price_per_hour: Price of a node; adds a column with the cost per million images.
+        width: Width of the terminal in characters. Narrow terminals show only the essential columns.
     """
-    columns = [column for column in _COLUMNS if width >= _WIDE or column.decides]
+    columns = [column for column in _COLUMNS if width >= _MIN_WIDTH or column.essential]
     if price_per_hour is not None:
         columns.append(_Column("cost/M", lambda entry: f"{entry.cost_per_million(price_per_hour):.2f}", True))
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
@@ -50,7 +51,7 @@ def _rank(measurement: Measurement) -> tuple[float, float]:
 
 
 def _engine(measurement: Measurement) -> str:
-    """The engine, and where it ran if the machine leaves a choice."""
+    """The engine, and its device if the hardware has a GPU."""
     return f"{measurement.engine} {measurement.device}" if measurement.hardware.gpu else measurement.engine
 
 
@@ -65,17 +66,17 @@ def _top1(measurement: Measurement) -> str:
 class _Column:
     name: str
     cell: Callable[[Measurement], str]
-    decides: bool
+    essential: bool
 
 
 _COLUMNS = (
     _Column("top-1", _top1, True),
     _Column("top-5", lambda entry: _share(entry.agreement.top5), False),
-    _Column("as fp32", lambda entry: _share(entry.agreement.top1_with_fp32), True),
+    _Column("agreement", lambda entry: _share(entry.agreement.top1_with_fp32), True),
     _Column("p50", lambda entry: f"{entry.latency.p50_ms:.1f}", True),
     _Column("p95", lambda entry: f"{entry.latency.p95_ms:.1f}", True),
     _Column("p99 ms", lambda entry: f"{entry.latency.p99_ms:.1f}", False),
-    _Column("img/s", lambda entry: f"{entry.best.images_per_second:.1f}", True),
+    _Column("images/s", lambda entry: f"{entry.best.images_per_second:.1f}", True),
     _Column("batch", lambda entry: str(entry.best.batch_size), True),
     _Column("MiB", lambda entry: f"{entry.best.peak_memory_mib:.0f}", False),
     _Column("load s", lambda entry: f"{entry.load_seconds:.1f}", False),
@@ -89,11 +90,11 @@ def _share(value: float | None) -> str:
 
 
 @contextmanager
-def watching_candidates(console: Console, count: int) -> Iterator[Callable[[Candidate], None]]:
-    """A bar on a terminal, and nothing elsewhere, where the lines of the log are enough.
+def comparison_progress(console: Console, count: int) -> Iterator[Callable[[Candidate], None]]:
+    """Show a progress bar on a terminal. Elsewhere nothing is shown, because log lines report the progress.
 
     Yields:
-        What is to be told of each candidate when its turn comes.
+        A callback to call with each candidate before it is processed.
     """
     columns = (
         TextColumn("compare", markup=False),
@@ -102,14 +103,14 @@ def watching_candidates(console: Console, count: int) -> Iterator[Callable[[Cand
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    # Drawn once a second: the bar must not disturb what it shows.
+    # Refresh only once per second, so that the bar does not disturb the measurements.
     with Progress(
         *columns, console=console, transient=True, refresh_per_second=1, disable=not console.is_terminal
     ) as progress:
         task = progress.add_task("", total=count)
-        begun = itertools.count()
+        completed = itertools.count()
 
-        def begin(candidate: Candidate) -> None:
-            progress.update(task, completed=next(begun), description=str(candidate).replace("\n", " "))
+        def on_start(candidate: Candidate) -> None:
+            progress.update(task, completed=next(completed), description=str(candidate).replace("\n", " "))
 
-        yield begin
+        yield on_start

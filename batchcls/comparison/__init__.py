@@ -1,1 +1,1 @@
-"""Benchmarks backbones against each other on the same hardware, without Ray."""
+"""Compares backbones on the same hardware, without Ray."""

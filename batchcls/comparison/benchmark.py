@@ -1,7 +1,7 @@
 """Benchmarks one candidate in this process, which should run alone on the machine.
 
-In this order, so that no step is in the figures of another: load and first answer, latency,
-throughput with the memory it takes, then what it answers, and last what it costs by counting.
+The order of the steps keeps them from affecting each other: startup and first prediction, latency, throughput
+with peak memory, predictions for the sample, and the count of parameters and MACs.
 """
 
 import time
@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from batchcls.comparison.agreement_with_reference import SamplePredictions, agreement, answer_all
+from batchcls.comparison.agreement_with_reference import SamplePredictions, agreement, predict_sample
 from batchcls.comparison.candidates import Candidate
 from batchcls.comparison.measurement import AccuracyResult, Latency, Measurement, Throughput
-from batchcls.comparison.sample_pixels import Prepared
-from batchcls.comparison.system_stats import OtherLoad, forget_peak_memory
-from batchcls.comparison.timing import latency, throughputs
+from batchcls.comparison.sample_pixels import SamplePixels
+from batchcls.comparison.system_stats import OtherLoad, reset_peak_memory
+from batchcls.comparison.timing import measure_latency, measure_throughputs
 from batchcls.errors import BatchclsError, InputError
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.models.build import build_model
@@ -26,133 +26,145 @@ from batchcls.models.flops import count_cost
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.registry import published_weights, record_for_spec
 
-_MAX_ANSWER_BATCH = {"cpu": 16, "cuda": 128}
+_MAX_PREDICT_BATCH = {"cpu": 16, "cuda": 128}
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkResult:
-    """A measurement, and what is needed beside it.
+    """Result of benchmarking one candidate.
 
     Attributes:
-        measurement: the figures.
-        answers: best class of each image, which others are compared with if this is the reference.
-        notes: what a person should know of how it was measured.
+        measurement: Measured values.
+        predictions: Top-1 class of each image. If the candidate is the reference, other candidates are
+            compared with them.
+        notes: Human-readable remarks on the measurement.
     """
 
     measurement: Measurement
-    answers: tuple[int, ...]
+    predictions: tuple[int, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed:
+class _Timings:
+    """Timings of a candidate; `stop_reason` states why larger batch sizes were not tried."""
+
     load_seconds: float
     latency: Latency
     throughput: list[Throughput]
-    stopped: str | None
+    stop_reason: str | None
     other_load: float
 
 
 def measure(
-    bundle: Bundle, candidate: Candidate, prepared: Prepared, reference: Sequence[int] | None
+    bundle: Bundle, candidate: Candidate, sample: SamplePixels, reference: Sequence[int] | None
 ) -> BenchmarkResult:
-    """Measure one candidate here.
+    """Benchmark one candidate in this process.
 
     Args:
-        bundle: the model.
-        candidate: what runs it, and how it is measured.
-        prepared: the sample, in the bundle's preprocessing.
-        reference: best classes of the same bundle in fp32 on this device; None: they are found out
-            here, unless the candidate is the reference itself.
+        bundle: The model.
+        candidate: Engine and settings of the benchmark.
+        sample: The sample with the preprocessing of the bundle.
+        reference: Top-1 classes of the same bundle in fp32 on this device. None computes them here, unless the
+            candidate is the reference itself.
 
     Raises:
-        InputError: the bundle does not hold together, or the engine cannot run this network.
-        GoldenMismatch: the network does not answer as its bundle says.
-        BatchclsError: it does not fit into memory.
+        InputError: The bundle is inconsistent, or the engine cannot run this network.
+        GoldenMismatch: The outputs of the network differ from the golden outputs of the bundle.
+        BatchclsError: The network does not fit into memory.
     """
     bundle.verify(candidate.bundle_fingerprint)
-    with _explained(candidate):
-        engine, timed = _time(bundle, candidate, prepared)
-        batch_size = _answer_batch(candidate, timed)
-        answers = answer_all(engine, prepared.pixels, bundle.config.labels, batch_size)
+    with _engine_errors(candidate):
+        engine, timings = _time(bundle, candidate, sample)
+        batch_size = _predict_batch_size(candidate, timings)
+        predictions = predict_sample(engine, sample.pixels, bundle.config.labels, batch_size)
         if reference is None:
-            reference = _reference(bundle, candidate, prepared, answers, batch_size)
-    # Labels say nothing about weights that were never trained.
-    truth = prepared.labels if bundle.publishable else [None] * len(prepared.labels)
-    agreed = agreement(answers, reference, truth, bundle.config.labels)
-    notes = [] if timed.stopped is None else [timed.stopped]
+            reference = _reference(bundle, candidate, sample, predictions, batch_size)
+    # The accuracy of untrained weights is meaningless.
+    truth = sample.labels if bundle.publishable else [None] * len(sample.labels)
+    accuracy = agreement(predictions, reference, truth, bundle.config.labels)
+    notes = [] if timings.stop_reason is None else [timings.stop_reason]
     if candidate.choice.precision == "int8":
-        notes.append("the sample is also what int8 took its scales from, so other images may agree less")
+        notes.append("int8 was calibrated on this sample, so the agreement may be lower on other images")
     return BenchmarkResult(
-        _measurement(bundle, candidate, prepared, timed, agreed), answers.first, tuple(notes)
+        _measurement(bundle, candidate, sample, timings, accuracy), predictions.top1, tuple(notes)
     )
 
 
-def _time(bundle: Bundle, candidate: Candidate, prepared: Prepared) -> tuple[Engine, _Timed]:
-    place, pixels = candidate.place, prepared.pixels
-    forget_peak_memory(place.device)
+def _time(bundle: Bundle, candidate: Candidate, sample: SamplePixels) -> tuple[Engine, _Timings]:
+    environment, pixels = candidate.environment, sample.pixels
+    reset_peak_memory(environment.device)
     started = time.perf_counter()
-    engine = _start(bundle, candidate, candidate.choice, prepared)
+    engine = _start(bundle, candidate, candidate.choice, sample)
     engine.predict(pixels[:1])
     load_seconds = time.perf_counter() - started
-    load = OtherLoad.begin()
-    single = latency(engine, pixels, place.seconds)
-    batches, stopped = throughputs(
-        engine, pixels, place.batch_sizes, place.seconds, worthwhile_only=place.worthwhile_only
+    load = OtherLoad.start()
+    latency = measure_latency(engine, pixels, environment.seconds)
+    throughput, stop_reason = measure_throughputs(
+        engine,
+        pixels,
+        environment.batch_sizes,
+        environment.seconds,
+        stop_early=environment.stop_early,
     )
-    return engine, _Timed(load_seconds, single, batches, stopped, load.cores())
+    return engine, _Timings(load_seconds, latency, throughput, stop_reason, load.cores())
 
 
-def _start(bundle: Bundle, candidate: Candidate, choice: EngineChoice, prepared: Prepared) -> Engine:
-    place = candidate.place
-    where = EngineConfig(
-        device=place.device,
-        threads=place.threads,
-        batch_size=max(place.batch_sizes),
-        compile_cache=CompileCache.from_cache_dir(place.cache_dir),
-        calibration=lambda: prepared.pixels,
+def _start(bundle: Bundle, candidate: Candidate, choice: EngineChoice, sample: SamplePixels) -> Engine:
+    environment = candidate.environment
+    config = EngineConfig(
+        device=environment.device,
+        threads=environment.threads,
+        batch_size=max(environment.batch_sizes),
+        compile_cache=CompileCache.from_cache_dir(environment.cache_dir),
+        calibration=lambda: sample.pixels,
     )
     if bundle.config.golden is None:
-        return start_engine(bundle, choice, where)
-    # Tested before it is converted, since what is converted is kept for the main job.
-    engine, _ = start_tested_engine(bundle, choice, where)
+        return start_engine(bundle, choice, config)
+    # The golden test runs before the conversion, because `classify` reuses the converted network.
+    engine, _ = start_tested_engine(bundle, choice, config)
     return engine
 
 
-def _answer_batch(candidate: Candidate, timed: _Timed) -> int:
-    """The largest batch size that has run and that the main job would use, too."""
-    most = _MAX_ANSWER_BATCH[candidate.place.device]
-    sizes = [entry.batch_size for entry in timed.throughput]
-    return max((size for size in sizes if size <= most), default=1)
+def _predict_batch_size(candidate: Candidate, timings: _Timings) -> int:
+    """The largest measured batch size that `classify` would also use."""
+    limit = _MAX_PREDICT_BATCH[candidate.environment.device]
+    sizes = [entry.batch_size for entry in timings.throughput]
+    return max((size for size in sizes if size <= limit), default=1)
 
 
 def _reference(
-    bundle: Bundle, candidate: Candidate, prepared: Prepared, own: SamplePredictions, batch_size: int
+    bundle: Bundle,
+    candidate: Candidate,
+    sample: SamplePixels,
+    predictions: SamplePredictions,
+    batch_size: int,
 ) -> Sequence[int]:
+    """Top-1 classes in fp32; `predictions` are those of the candidate."""
     if candidate.choice == REFERENCE:
-        return own.first
-    engine = _start(bundle, candidate, REFERENCE, prepared)
-    return answer_all(engine, prepared.pixels, bundle.config.labels, batch_size).first
+        return predictions.top1
+    engine = _start(bundle, candidate, REFERENCE, sample)
+    return predict_sample(engine, sample.pixels, bundle.config.labels, batch_size).top1
 
 
 @contextmanager
-def _explained(candidate: Candidate) -> Iterator[None]:
-    """What PyTorch raises when a network cannot run here, in a line for people."""
+def _engine_errors(candidate: Candidate) -> Iterator[None]:
+    """Convert errors of an engine that cannot run the network into one-line messages."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise BatchclsError(
-                f"{candidate}: it does not fit into memory, even one image at a time"
-            ) from error
+            raise BatchclsError(f"{candidate}: does not fit into memory, even with batch size 1") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{candidate}: it cannot run this network ({reason}); leave it out") from error
+        raise InputError(
+            f"{candidate}: cannot run this network ({reason}); remove it from the comparison"
+        ) from error
 
 
 def _measurement(
-    bundle: Bundle, candidate: Candidate, prepared: Prepared, timed: _Timed, agreed: AccuracyResult
+    bundle: Bundle, candidate: Candidate, sample: SamplePixels, timings: _Timings, accuracy: AccuracyResult
 ) -> Measurement:
-    config, place = bundle.config, candidate.place
+    config, environment = bundle.config, candidate.environment
     size = (config.preprocessing.input_height, config.preprocessing.input_width)
     cost = count_cost(build_model(bundle).eval(), size)
     record = record_for_spec(config.spec)
@@ -163,20 +175,20 @@ def _measurement(
         bundle_fingerprint=candidate.bundle_fingerprint,
         weights=_weights(bundle),
         engine=str(candidate.choice),
-        device=place.device,
-        threads=place.threads,
-        hardware=place.hardware,
+        device=environment.device,
+        threads=environment.threads,
+        hardware=environment.hardware,
         input_size=size,
         classes=len(config.labels),
         parameters=cost.parameters,
         multiply_adds=cost.multiply_adds,
-        load_seconds=timed.load_seconds,
-        latency=timed.latency,
-        throughput=tuple(timed.throughput),
-        prepare_ms=prepared.median_ms,
-        agreement=agreed,
+        load_seconds=timings.load_seconds,
+        latency=timings.latency,
+        throughput=tuple(timings.throughput),
+        prepare_ms=sample.median_ms,
+        agreement=accuracy,
         published_top1=_published_top1(bundle),
-        other_load=timed.other_load,
+        other_load=timings.other_load,
     )
 
 
@@ -186,7 +198,7 @@ def _weights(bundle: Bundle) -> str:
 
 
 def _published_top1(bundle: Bundle) -> float | None:
-    """Top-1 in 0..1 of the published weights that these are, or that random ones stand for."""
+    """Published top-1 accuracy (0..1) of the weights, or of the default weights if the weights are random."""
     config = bundle.config
     if config.weights.kind not in ("pretrained", "random") or config.untrained_head:
         return None

@@ -8,7 +8,7 @@ from batchcls.inference.engine_record import NO_BF16, EngineRequest, candidates
 from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice
 
 AUTO = "auto"
-"""The name behind `--engines` for all that is worth trying on a machine."""
+"""Value of `--engines` that selects the engines suitable for a machine."""
 
 _CPU_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _GPU_BATCH_SIZES = (*_CPU_BATCH_SIZES, 128, 256, 512)
@@ -16,10 +16,10 @@ _MAX_THREADS = 16
 
 
 def check_engines(names: Sequence[str]) -> None:
-    """Refuse names behind `--engines` that no machine knows, before anything is measured.
+    """Validate the values of `--engines` before anything is measured.
 
     Raises:
-        InputError: a name is unknown.
+        InputError: A name is unknown.
     """
     for name in names:
         if name != AUTO:
@@ -27,67 +27,73 @@ def check_engines(names: Sequence[str]) -> None:
 
 
 def parse_engines(names: Sequence[str], device: Device) -> tuple[EngineChoice, ...]:
-    """The choices behind `--engines` on a device, the reference first, since the others are compared with it.
+    """Resolve the values of `--engines` for a device.
 
-    `auto` is what the main job would try by itself there, and the reference; int8 has to be named.
+    The reference comes first, because the other engines are compared with it. `auto` selects the reference and
+    the candidates of `classify --engine auto`; int8 must be requested explicitly.
 
     Raises:
-        InputError: a name is unknown.
+        InputError: A name is unknown.
     """
     choices: dict[EngineChoice, None] = {}
     for name in names:
-        found = (
+        resolved = (
             (REFERENCE, *candidates(EngineRequest(), device).choices)
             if name == AUTO
             else (EngineChoice.parse(name),)
         )
-        choices |= dict.fromkeys(found)
+        choices |= dict.fromkeys(resolved)
     return tuple(sorted(choices, key=lambda choice: choice != REFERENCE))
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkEnvironment:
-    """Where candidates run, and how they are measured there.
+    """Hardware and settings of a benchmark.
 
-    `seconds` is the time for one point: a latency, or the throughput of one batch size.
-    `worthwhile_only` leaves out batch sizes behind the one where it stops getting faster.
-    `cache_dir` is the node's folder for converted networks, see `CompileCache.from_cache_dir`; no figure depends
-    on it.
+    Attributes:
+        hardware: Hardware configuration of the node.
+        device: Device that runs the network.
+        threads: CPU threads of the network.
+        batch_sizes: Batch sizes to measure, ascending.
+        stop_early: Whether to skip larger batch sizes once throughput no longer increases.
+        seconds: Duration of one measurement, which is the latency or the throughput of one batch size.
+        cache_dir: Folder of the node for converted networks, see `CompileCache.from_cache_dir`. Results do not
+            depend on it.
     """
 
     hardware: Hardware
     device: Device
     threads: int
     batch_sizes: tuple[int, ...]
-    worthwhile_only: bool
+    stop_early: bool
     seconds: float
     cache_dir: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One model on one engine, in one place. `model` is how it was named."""
+    """One model on one engine in one environment. `model` is the name passed to `--models`."""
 
     model: str
     bundle_fingerprint: str
     choice: EngineChoice
-    place: BenchmarkEnvironment
+    environment: BenchmarkEnvironment
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.choice} on {self.place.device}"
+        return f"{self.model}, {self.choice} on {self.environment.device}"
 
     @property
-    def pointless(self) -> str | None:
-        """Why measuring it would take minutes and tell nothing; None: it is worth it."""
-        emulated = self.choice.precision == "bf16" and self.place.device == "cpu"
-        return NO_BF16 if emulated and not self.place.hardware.has_bf16 else None
+    def skip_reason(self) -> str | None:
+        """Why the candidate is skipped because its measurement would be slow and uninformative, or None."""
+        bf16_on_cpu = self.choice.precision == "bf16" and self.environment.device == "cpu"
+        return NO_BF16 if bf16_on_cpu and not self.environment.hardware.has_bf16 else None
 
 
 def default_threads(device: Device, cpus: float) -> int:
-    """As the main job does it: all CPUs of a node for the network, and one thread beside a GPU."""
+    """Number of threads that `classify` uses: all CPUs of a node up to 16, or one for a GPU."""
     return 1 if device == "cuda" else max(1, min(_MAX_THREADS, int(cpus)))
 
 
 def default_batch_sizes(device: Device) -> tuple[int, ...]:
-    """Powers of two, as far as it can be worth it."""
+    """Powers of two up to 64 on a CPU and 512 on a GPU."""
     return _GPU_BATCH_SIZES if device == "cuda" else _CPU_BATCH_SIZES

@@ -1,4 +1,4 @@
-"""Writes the outputs of a comparison: the table of measurements, the page and the recommendation."""
+"""Writes the outputs of a comparison: the table of measurements, the HTML page and the recommendation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -55,11 +55,12 @@ SCHEMA = pa.schema(
         pa.field("other_load", _NUMBER, nullable=False),
     ]
 )
-"""Times in the unit of their name, shares in 0..1, `cost_per_million` in the currency of the price."""
+"""Schema of the table. Times are in the unit of their name, accuracies and fractions in 0..1, and
+`cost_per_million` is in the currency of the price."""
 
 
 def to_table(measurements: Sequence[Measurement], price_per_hour: float | None) -> pa.Table:
-    """All measurements, of any hardware, as rows of SCHEMA; the cost is null where there is no price."""
+    """Convert measurements to a table with one row per batch size; the cost is null without a price."""
     rows = [
         _row(measurement, entry, price_per_hour)
         for measurement in measurements
@@ -91,49 +92,52 @@ PARQUET, PAGE, RECOMMENDATION = "measurements.parquet", "compare.html", "recomme
 
 @dataclass(frozen=True, slots=True)
 class ComparisonSummary:
-    """What a comparison says, and of what.
+    """Results of a comparison.
 
     Attributes:
-        created: when, UTC.
-        settings: of the job, without anything secret.
-        sample: fingerprint of the images.
-        needs: what the backbone is wanted for.
-        kinds: measurements by `Hardware.key`.
-        recommendations: by the same keys.
-        skipped: what could not be measured this time.
+        created: Time of the comparison, UTC.
+        settings: Settings of the job, without secrets.
+        sample: Fingerprint of the sample.
+        requirements: Requirements for the recommendation.
+        by_hardware: Measurements by `Hardware.key`.
+        recommendations: Recommendation by `Hardware.key`.
+        skipped: Candidates that could not be measured in this run.
     """
 
     created: datetime
     settings: Mapping[str, Any]
     sample: str
-    needs: Requirements
-    kinds: Mapping[str, tuple[Measurement, ...]]
+    requirements: Requirements
+    by_hardware: Mapping[str, tuple[Measurement, ...]]
     recommendations: Mapping[str, Recommendation]
     skipped: Sequence[Skipped]
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
-        """Of all kinds of hardware, one kind after the other."""
-        return tuple(measurement for kind in self.kinds.values() for measurement in kind)
+        """All measurements, grouped by hardware."""
+        return tuple(entry for entries in self.by_hardware.values() for entry in entries)
 
     def as_json(self) -> dict[str, Any]:
-        """The contents of recommendation.json."""
+        """Contents of recommendation.json."""
         return {
             "format": "batchcls-recommendation-1",
             "created": self.created.isoformat(timespec="seconds"),
             "settings": self.settings,
             "sample": self.sample,
-            "needs": self.needs.model_dump(mode="json"),
+            "requirements": self.requirements.model_dump(mode="json"),
             "recommendations": {
-                key: {"hardware": str(self.kinds[key][0].hardware), **found.model_dump(mode="json")}
-                for key, found in self.recommendations.items()
+                key: {
+                    "hardware": str(self.by_hardware[key][0].hardware),
+                    **recommendation.model_dump(mode="json"),
+                }
+                for key, recommendation in self.recommendations.items()
             },
             "skipped": [
                 {
                     "model": entry.candidate.model,
                     "engine": str(entry.candidate.choice),
-                    "device": entry.candidate.place.device,
-                    "hardware": str(entry.candidate.place.hardware),
+                    "device": entry.candidate.environment.device,
+                    "hardware": str(entry.candidate.environment.hardware),
                     "reason": entry.reason,
                 }
                 for entry in self.skipped
@@ -141,17 +145,18 @@ class ComparisonSummary:
         }
 
 
-def write_outputs(verdict: ComparisonSummary, page: str, output: str, storage: Storage) -> list[str]:
-    """Write table, page and record into the output folder, each whole; returns where.
+def write_outputs(summary: ComparisonSummary, page: str, output: str, storage: Storage) -> list[str]:
+    """Write table, page and recommendation into the output folder, each atomically, and return their URIs.
 
     Raises:
-        InputError, StorageStoppedError: as `storage.write_files` says.
+        InputError: The first file cannot be written.
+        StorageStoppedError: A later file cannot be written.
     """
     table = pa.BufferOutputStream()
-    pq.write_table(to_table(verdict.measurements, verdict.needs.price_per_hour), table)
+    pq.write_table(to_table(summary.measurements, summary.requirements.price_per_hour), table)
     files = {
         PARQUET: table.getvalue().to_pybytes(),
         PAGE: page.encode(),
-        RECOMMENDATION: f"{json.dumps(verdict.as_json(), indent=2, ensure_ascii=False)}\n".encode(),
+        RECOMMENDATION: f"{json.dumps(summary.as_json(), indent=2, ensure_ascii=False)}\n".encode(),
     }
     return write_files(output, files, storage)

@@ -1,4 +1,4 @@
-"""Stores finished measurements in one file each, so that a comparison can resume."""
+"""Stores each finished measurement in a file, so that a comparison can resume."""
 
 import hashlib
 import json
@@ -20,127 +20,132 @@ _SUFFIX = ".json"
 _SHOWN_DIGITS = 12
 
 
-class Finished(Record):
-    """The contents of a file: a measurement, and what it was made from."""
+class StoredMeasurement(Record):
+    """Contents of a measurement file."""
 
     format: Literal["batchcls-measurement-1"] = Field(
         default="batchcls-measurement-1", description="Version of this record."
     )
-    created: datetime = Field(description="When it was finished, UTC.")
-    sample: str = Field(description="Fingerprint of the sample of images.")
-    answers: tuple[int, ...] = Field(
-        description="Best class of each image; -1 where the answer is no number."
+    created: datetime = Field(description="Time of completion, UTC.")
+    sample: str = Field(description="Fingerprint of the sample.")
+    predictions: tuple[int, ...] = Field(
+        description="Top-1 class index of each image; -1 if its logits are not finite."
     )
-    notes: tuple[str, ...] = Field(description="What a person should know of how it was measured.")
-    measurement: Measurement = Field(description="The figures.")
+    notes: tuple[str, ...] = Field(description="Human-readable remarks on the measurement.")
+    measurement: Measurement = Field(description="Measured values.")
 
 
-def key_of(candidate: Candidate, sample: str) -> str:
-    """What a measurement depends on, as hexadecimal digits: the same for the same candidate and sample."""
-    place = candidate.place
+def measurement_key(candidate: Candidate, sample: str) -> str:
+    """Hexadecimal digest of everything that a measurement depends on."""
+    environment = candidate.environment
     parts = [
         candidate.bundle_fingerprint,
         str(candidate.choice),
-        place.device,
-        place.hardware.key,
-        place.threads,
-        place.batch_sizes,
-        place.worthwhile_only,
-        place.seconds,
+        environment.device,
+        environment.hardware.key,
+        environment.threads,
+        environment.batch_sizes,
+        environment.stop_early,
+        environment.seconds,
         sample,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 class Results:
-    """The measurements of one output folder."""
+    """Measurements stored in one output folder."""
 
     def __init__(self, output: str, sample: str, storage: Storage) -> None:
-        """Read what is there.
+        """Read the stored measurements.
 
         Args:
-            output: the folder of the comparison.
-            sample: fingerprint of the sample that everything in it has to be measured on.
-            storage: how to reach it.
+            output: Output folder of the comparison.
+            sample: Fingerprint of the sample; all measurements in the folder must use this sample.
+            storage: Storage that contains the folder.
 
         Raises:
-            InputError: a file is damaged or was measured on other images.
+            InputError: A file is damaged or was measured on a different sample.
         """
         self._folder = join(output, MEASUREMENTS_FOLDER)
         self._sample = sample
         self._storage = storage
         with explain(self._folder):
             files = storage.list_files(self._folder, _SUFFIX)
-        self._finished = {_key(info.uri): _read(info.uri, storage) for info in files}
+        self._stored = {_key(info.uri): _read(info.uri, storage) for info in files}
         self._require_one_sample(output)
 
-    def find(self, candidate: Candidate) -> Finished | None:
-        """The candidate's measurement, of this run or an earlier one."""
-        return self._finished.get(key_of(candidate, self._sample))
+    def find(self, candidate: Candidate) -> StoredMeasurement | None:
+        """The stored measurement of the candidate, or None."""
+        return self._stored.get(measurement_key(candidate, self._sample))
 
     def uri_of(self, candidate: Candidate) -> str:
-        """Where the candidate's measurement is kept."""
-        return join(self._folder, f"{key_of(candidate, self._sample)}{_SUFFIX}")
+        """URI of the file for the measurement of the candidate."""
+        return join(self._folder, f"{measurement_key(candidate, self._sample)}{_SUFFIX}")
 
-    def add(self, candidate: Candidate, measured: BenchmarkResult) -> Finished:
-        """Keep a measurement, on storage when this returns.
+    def add(self, candidate: Candidate, result: BenchmarkResult) -> StoredMeasurement:
+        """Write a measurement to storage.
 
         Raises:
-            InputError: it cannot be written, and none was before.
-            StorageStoppedError: it cannot be written; what was measured before is kept.
+            InputError: It cannot be written, and the folder contains no other measurements.
+            StorageStoppedError: It cannot be written; the measurements stored before are kept.
         """
-        finished = Finished(
+        stored = StoredMeasurement(
             created=datetime.now(UTC),
             sample=self._sample,
-            answers=measured.answers,
-            notes=measured.notes,
-            measurement=measured.measurement,
+            predictions=result.predictions,
+            notes=result.notes,
+            measurement=result.measurement,
         )
         uri = self.uri_of(candidate)
-        with resumable_errors(uri) if self._finished else explain(uri):
-            self._storage.write_atomic(uri, f"{finished.model_dump_json()}\n".encode())
-        self._finished[key_of(candidate, self._sample)] = finished
-        return finished
+        with resumable_errors(uri) if self._stored else explain(uri):
+            self._storage.write_atomic(uri, f"{stored.model_dump_json()}\n".encode())
+        self._stored[measurement_key(candidate, self._sample)] = stored
+        return stored
 
     def by_hardware(self) -> Mapping[str, tuple[Measurement, ...]]:
-        """Measurements to be ranked against each other, by `Hardware.key`; those of two kinds never meet."""
-        kinds: dict[str, list[Measurement]] = {}
-        for measurement in newest(self._finished.values()):
-            kinds.setdefault(measurement.hardware.key, []).append(measurement)
-        return {key: tuple(kinds[key]) for key in sorted(kinds)}
+        """Measurements by `Hardware.key`. Only measurements with equal keys may be ranked together."""
+        groups: dict[str, list[Measurement]] = {}
+        for measurement in newest(self._stored.values()):
+            groups.setdefault(measurement.hardware.key, []).append(measurement)
+        return {key: tuple(groups[key]) for key in sorted(groups)}
 
     def _require_one_sample(self, output: str) -> None:
-        for finished in self._finished.values():
-            if finished.sample != self._sample:
+        for stored in self._stored.values():
+            if stored.sample != self._sample:
                 raise InputError(
-                    f"{redact_uri(output)} holds measurements on the sample {finished.sample[:_SHOWN_DIGITS]}, the "
-                    f"manifest, --images and --label-column give the sample {self._sample[:_SHOWN_DIGITS]}; figures "
-                    "of different images are not compared: choose another --output"
+                    f"{redact_uri(output)} contains measurements on the sample {stored.sample[:_SHOWN_DIGITS]}, but "
+                    f"the manifest, --images and --label-column select the sample {self._sample[:_SHOWN_DIGITS]}; "
+                    "results on different images cannot be compared: choose another --output"
                 )
 
 
-def newest(finished: Iterable[Finished]) -> list[Measurement]:
-    """The measurements in a fixed order; of several with equal bundle, engine and place, the newest."""
+def newest(stored: Iterable[StoredMeasurement]) -> list[Measurement]:
+    """The measurements in a fixed order; only the newest for equal bundle, engine, device, threads and hardware."""
     latest: dict[tuple[object, ...], Measurement] = {}
-    for entry in sorted(finished, key=lambda entry: entry.created):
-        found = entry.measurement
-        latest[found.bundle_fingerprint, found.engine, found.device, found.threads, found.hardware.key] = (
-            found
+    for entry in sorted(stored, key=lambda entry: entry.created):
+        measurement = entry.measurement
+        key = (
+            measurement.bundle_fingerprint,
+            measurement.engine,
+            measurement.device,
+            measurement.threads,
+            measurement.hardware.key,
         )
-    return sorted(latest.values(), key=lambda found: (found.model, found.engine, found.device, found.threads))
+        latest[key] = measurement
+    return sorted(latest.values(), key=lambda entry: (entry.model, entry.engine, entry.device, entry.threads))
 
 
 def _key(uri: str) -> str:
     return uri.rpartition("/")[2].removesuffix(_SUFFIX)
 
 
-def _read(uri: str, storage: Storage) -> Finished:
+def _read(uri: str, storage: Storage) -> StoredMeasurement:
     with explain(uri):
         data = storage.read_bytes(uri)
     try:
-        return Finished.model_validate_json(data)
+        return StoredMeasurement.model_validate_json(data)
     except ValidationError as error:
         raise InputError(
-            f"{redact_uri(uri)} is damaged or of another version ({error.error_count()} fields do not fit); delete "
-            "it to repeat the measurement"
+            f"{redact_uri(uri)} is damaged or was written by another version ({error.error_count()} invalid "
+            "fields); delete it to repeat the measurement"
         ) from error

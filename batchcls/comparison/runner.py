@@ -1,4 +1,4 @@
-"""Measures all candidates one after the other, reuses stored measurements and records failures."""
+"""Measures all candidates sequentially, reuses stored measurements and records failures."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from batchcls.comparison.benchmark import BenchmarkResult
 from batchcls.comparison.candidates import Candidate, check_engines
-from batchcls.comparison.recommend import BUSY_CORES
-from batchcls.comparison.results import Finished, Results
+from batchcls.comparison.recommend import MAX_OTHER_LOAD
+from batchcls.comparison.results import Results, StoredMeasurement
 from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import BatchclsError, InputError
 from batchcls.images.fetch import FetchPolicy
@@ -30,77 +30,78 @@ MeasureOne = Callable[[Candidate, Reference], BenchmarkResult]
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A candidate that could not be measured, and why."""
+    """A candidate that could not be measured, with the error."""
 
     candidate: Candidate
     error: BatchclsError
 
     @property
     def reason(self) -> str:
-        """Why, in a line."""
+        """Reason on one line, without the name of the candidate."""
         return str(self.error).removeprefix(f"{self.candidate}: ")
 
 
-def run_campaign(
+def measure_candidates(
     candidates: Sequence[Candidate],
     results: Results,
     measure_one: MeasureOne,
-    begin: Callable[[Candidate], None],
+    on_start: Callable[[Candidate], None],
 ) -> list[Skipped]:
-    """Measure every candidate that `results` does not have yet, and keep each as soon as it is finished.
+    """Measure every candidate without a stored measurement, and store each result immediately.
 
     Args:
-        candidates: those in fp32 before the others of the same bundle, which are compared with them.
-        results: what was measured before; is added to.
-        measure_one: measures a candidate; is given the best classes of its fp32 reference if known.
-        begin: is told of every candidate when its turn comes.
+        candidates: Candidates in order. For each bundle, fp32 comes first, because the other engines are
+            compared with it.
+        results: Stored measurements; new ones are added.
+        measure_one: Measures a candidate, given the top-1 classes of its fp32 reference if known.
+        on_start: Called with each candidate before it is processed.
 
     Returns:
-        The candidates that could not be measured; they are tried again by the next run.
+        The candidates that could not be measured. The next run tries them again.
 
     Raises:
-        BatchclsError: none of the candidates could be measured, nor was before; the message has the reasons.
+        BatchclsError: There is no measurement of any candidate; the message lists the reasons.
     """
     before = sum(results.find(candidate) is not None for candidate in candidates)
     if before:
         _logger.info("resumed: %d of %d measurements reused", before, len(candidates))
     skipped = []
     for number, candidate in enumerate(candidates, start=1):
-        begin(candidate)
-        finished = results.find(candidate)
-        if finished is None:
+        on_start(candidate)
+        stored = results.find(candidate)
+        if stored is None:
             try:
-                if candidate.pointless is not None:
-                    raise InputError(candidate.pointless)
-                measured = measure_one(candidate, _reference(candidate, results))
+                if candidate.skip_reason is not None:
+                    raise InputError(candidate.skip_reason)
+                result = measure_one(candidate, _reference(candidate, results))
             except BatchclsError as error:
                 skipped.append(Skipped(candidate, error))
                 _logger.warning("skipped %s: %s", candidate, skipped[-1].reason)
                 continue
-            finished = results.add(candidate, measured)
-            _tell(candidate, finished, f"{number} of {len(candidates)}")
-        _warn_if_busy(candidate, finished, results)
+            stored = results.add(candidate, result)
+            _log_measurement(candidate, stored, f"{number} of {len(candidates)}")
+        _warn_about_other_load(candidate, stored, results)
     if len(skipped) == len(candidates):
-        raise _nothing_measured(skipped)
+        raise _no_measurement_error(skipped)
     return skipped
 
 
 def _reference(candidate: Candidate, results: Results) -> Reference:
-    finished = results.find(replace(candidate, choice=REFERENCE))
-    return None if finished is None else finished.answers
+    stored = results.find(replace(candidate, choice=REFERENCE))
+    return None if stored is None else stored.predictions
 
 
-def _tell(candidate: Candidate, finished: Finished, place: str) -> None:
-    _logger.info("%s (%s)", finished.measurement.summary_line, place)
-    for note in finished.notes:
+def _log_measurement(candidate: Candidate, stored: StoredMeasurement, progress: str) -> None:
+    _logger.info("%s (%s)", stored.measurement.summary_line, progress)
+    for note in stored.notes:
         _logger.info("%s: %s", candidate, note)
 
 
-def _warn_if_busy(candidate: Candidate, finished: Finished, results: Results) -> None:
-    load = finished.measurement.other_load
-    if load > BUSY_CORES:
+def _warn_about_other_load(candidate: Candidate, stored: StoredMeasurement, results: Results) -> None:
+    load = stored.measurement.other_load
+    if load > MAX_OTHER_LOAD:
         _logger.warning(
-            "%s: other programs used %.1f cores during the measurement, so the results are too low; "
+            "%s: other programs used %.1f cores during the measurement, which makes the results unreliable; "
             "stop them, delete %s and run the command again",
             candidate,
             load,
@@ -108,15 +109,17 @@ def _warn_if_busy(candidate: Candidate, finished: Finished, results: Results) ->
         )
 
 
-def _nothing_measured(skipped: Sequence[Skipped]) -> BatchclsError:
+def _no_measurement_error(skipped: Sequence[Skipped]) -> BatchclsError:
     reasons = "; ".join(f"{entry.candidate}: {entry.reason}" for entry in skipped)
-    kind = InputError if all(isinstance(entry.error, InputError) for entry in skipped) else BatchclsError
-    return kind(f"no candidate could be measured: {reasons}")
+    error_type = (
+        InputError if all(isinstance(entry.error, InputError) for entry in skipped) else BatchclsError
+    )
+    return error_type(f"no candidate could be measured: {reasons}")
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonInputs:
-    """Everything that the measuring needs; `bundles` by the name that each was given, `engines` as named."""
+    """Inputs of a comparison; `bundles` by name in `--models`, `engines` as passed to `--engines`."""
 
     storage: Storage
     sample: RowSample
@@ -127,10 +130,10 @@ class ComparisonInputs:
 
 
 def open_inputs(config: CompareConfig) -> ComparisonInputs:
-    """Open the manifest, take the sample and resolve the models.
+    """Open the manifest, draw the sample and resolve the models.
 
     Raises:
-        InputError: something is missing, unknown or does not fit; the message has the remedy.
+        InputError: The manifest or a model is missing or invalid; the message states the remedy.
     """
     storage = Storage(config.storage_options)
     check_engines(config.engines)
@@ -159,7 +162,7 @@ def _describe_labels(sample: RowSample, config: CompareConfig) -> str:
 
 
 def _open_manifest(config: CompareConfig, storage: Storage) -> Manifest:
-    """The manifest, with its labels if it has any; a column that somebody named has to be there."""
+    """Open the manifest with its labels, if any. An explicitly named label column must exist."""
     return open_labeled_manifest(
         config.manifest,
         storage,
@@ -174,13 +177,13 @@ def _choices(config: CompareConfig, model: str) -> ModelChoices:
 
 
 def _resolve(config: CompareConfig, storage: Storage) -> Mapping[str, Bundle]:
-    """Every model that was named; of several names for one model the first."""
+    """Resolve all models by name; duplicates are dropped."""
     bundles: dict[str, Bundle] = {}
     for model in config.models:
         bundle, name = resolve_model(model, _choices(config, model), storage), redact_uri(model)
-        same = [known for known, other in bundles.items() if other.fingerprint == bundle.fingerprint]
-        if same:
-            _logger.warning("%s is the same model as %s and is measured only once", name, same[0])
+        duplicates = [known for known, other in bundles.items() if other.fingerprint == bundle.fingerprint]
+        if duplicates:
+            _logger.warning("%s is the same model as %s and is measured only once", name, duplicates[0])
             continue
         weights = bundle.config.weights
         _logger.info("%s: %s, weights %s %s", name, bundle.config.spec, weights.kind, weights.name)

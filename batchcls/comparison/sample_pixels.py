@@ -1,4 +1,4 @@
-"""Loads the pixels of the sample for one preprocessing with the loader of the main job."""
+"""Loads the pixels of the sample for one preprocessing, with the loader of `classify`."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from batchcls.preprocessing import Preprocessing
 from batchcls.schema import DECODE_SECONDS, FETCH_SECONDS, PIXELS
 from batchcls.storage.filesystem import is_remote
 
-# Requests at a time where they travel; local files are read one by one, for a time without company.
+# Concurrent requests to remote storage. Local files are read sequentially, which gives the time of a single image.
 _REMOTE_REQUESTS = 16
 _BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """The images of the sample that could be decoded, in its order.
+class SamplePixels:
+    """Pixels of the images of the sample that could be decoded, in the order of the sample.
 
     Attributes:
         pixels: N x H x W x 3, uint8.
-        sizes: N x 2, height and width of the stored images.
-        labels: what the manifest calls each of them; None where it says nothing.
-        median_ms: fetch, decode and resize of an image on one core.
-        failures: how many of the sample are missing here, by reason.
+        sizes: N x 2, height and width of the original images.
+        labels: N labels of the manifest, or None.
+        median_ms: Median time to fetch, decode and resize an image on one core.
+        failures: Number of images that could not be loaded, by reason.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -41,30 +41,33 @@ class Prepared:
 
 
 def pixels_key(preprocessing: Preprocessing) -> Preprocessing:
-    """Equal for preprocessings that give equal pixels: mean and std come later, and only paint borders."""
+    """Key of the pixels: equal for preprocessings whose pixels are equal.
+
+    Mean and std are applied later by the engine and only determine the border color of the crop mode `border`.
+    """
     if preprocessing.crop_mode == "border":
         return preprocessing
     return preprocessing.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
 
 
-def prepare(
+def load_sample_pixels(
     sample: RowSample,
     preprocessing: Preprocessing,
     fetch: FetchPolicy,
     limits: DecodeLimits,
     decode_margin: float | None = None,
-) -> Prepared:
-    """Fetch, decode and resize the sample. An image that fails is counted, never replaced by another.
+) -> SamplePixels:
+    """Fetch, decode and resize the images of the sample. Failed images are counted, never replaced.
 
     Args:
-        sample: which images.
-        preprocessing: how they become a network's input.
-        fetch: how they are read.
-        limits: which are refused.
-        decode_margin: see `LoadSettings`.
+        sample: Rows to load.
+        preprocessing: Preprocessing of the model.
+        fetch: Policy for fetching images.
+        limits: Limits for decoding.
+        decode_margin: See `LoadSettings`.
 
     Raises:
-        InputError: none of the images can be had; the message has the reasons.
+        InputError: No image can be loaded; the message lists the reasons.
     """
     kept = tuple(field for field in sample.rows.schema if field.name == LABEL)
     settings = LoadSettings(
@@ -84,11 +87,11 @@ def prepare(
     if good.num_rows == 0:
         raise InputError(
             f"none of the {loaded.num_rows} sampled images can be read "
-            f"({', '.join(f'{reason}={count}' for reason, count in failures.most_common())}); see what "
-            "`python -m batchcls.jobs.classify` puts in quarantine for this manifest"
+            f"({', '.join(f'{reason}={count}' for reason, count in failures.most_common())}); run "
+            "`batchcls classify` on this manifest for the details in quarantine/"
         )
     seconds = np.add(*(good.column(name).to_numpy() for name in (FETCH_SECONDS, DECODE_SECONDS)))
-    return Prepared(
+    return SamplePixels(
         pixels=stack_pixels(good, preprocessing),
         sizes=np.column_stack([good.column(name).to_numpy() for name in ("height", "width")]),
         labels=tuple(good.column(LABEL).to_pylist()) if kept else (None,) * good.num_rows,
@@ -98,6 +101,6 @@ def prepare(
 
 
 def stack_pixels(good: pa.Table, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Loaded rows that all have pixels, at least one -> N x H x W x 3."""
+    """Stack the pixels of N loaded rows into N x H x W x 3. All rows must have pixels; N is at least 1."""
     images = (np.frombuffer(value.as_buffer(), np.uint8) for value in good.column(PIXELS))
     return np.stack([image.reshape(preprocessing.shape) for image in images])

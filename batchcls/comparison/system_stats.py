@@ -1,6 +1,6 @@
 """Measures the CPU load of other programs, the memory of this process and the available memory.
 
-All of it is read from Linux's /proc.
+The values are read from /proc on Linux.
 """
 
 import os
@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 
 _PROC = Path("/proc")
-_STAT_BUSY_FIELDS = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; the rest is waiting
+_STAT_BUSY_FIELDS = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; the others are idle time
 _RESET_PEAK = "5"
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """A point in time from which the load of other programs is counted.
+    """Measures the CPU load of other programs from a point in time.
 
-    The cores are those that this process may use, and what a hypervisor gave to other machines
-    counts as load.
+    Only the cores that this process may use are considered. Steal time, which the hypervisor gave to other
+    virtual machines, counts as load.
     """
 
     started: float
@@ -29,19 +29,19 @@ class OtherLoad:
     own: float
 
     @classmethod
-    def begin(cls) -> "OtherLoad":
-        """Count from now on."""
+    def start(cls) -> "OtherLoad":
+        """Start measuring now."""
         return cls(time.perf_counter(), _busy_seconds(), time.process_time())
 
     def cores(self) -> float:
-        """Cores that others kept busy since then, on average; never below 0."""
+        """Mean number of cores that other programs used since the start; at least 0."""
         elapsed = time.perf_counter() - self.started
         others = (_busy_seconds() - self.busy) - (time.process_time() - self.own)
         return max(0.0, others / elapsed)
 
 
 def _busy_seconds() -> float:
-    """Seconds that this process's cores were busy since the machine started, over all programs."""
+    """Busy seconds of the cores of this process since boot, over all programs."""
     allowed = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
     for line in (_PROC / "stat").read_text().splitlines():
@@ -51,10 +51,10 @@ def _busy_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def forget_peak_memory(device: str) -> None:
-    """Count `peak_memory_mib` from now on.
+def reset_peak_memory(device: str) -> None:
+    """Reset the peak that `peak_memory_mib` returns.
 
-    Where the kernel does not let a process reset its mark, it goes on from the process's start.
+    If the kernel does not permit this, the peak covers the entire lifetime of the process.
     """
     if device == "cuda":
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -67,14 +67,14 @@ def forget_peak_memory(device: str) -> None:
 
 
 def peak_memory_mib(device: str) -> float:
-    """Most memory, in MiB, since `forget_peak_memory`: of this process, or reserved on the GPU."""
+    """Peak memory in MiB since `reset_peak_memory`: resident memory of this process, or reserved GPU memory."""
     if device == "cuda":
         return float(torch.cuda.max_memory_reserved()) / 2**20
     return _kibibytes(_PROC / "self" / "status", "VmHWM") / 1024
 
 
 def available_memory_mib(device: str) -> float:
-    """Memory that can still be had, in MiB: of the machine and of this control group, or of the GPU."""
+    """Available memory in MiB: of the machine within the limit of this control group, or of the GPU."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0]) / 2**20
     machine = _kibibytes(_PROC / "meminfo", "MemAvailable") / 1024
@@ -90,4 +90,4 @@ def _kibibytes(path: Path, name: str) -> float:
         key, _, value = line.partition(":")
         if key == name:
             return float(value.split()[0])
-    raise OSError(f"{path} does not say {name}")
+    raise OSError(f"{path} has no field {name}")

@@ -28,7 +28,7 @@ from batchcls.runs import engine_cache
 from batchcls.storage.filesystem import Storage
 
 if TYPE_CHECKING:  # it imports PyTorch
-    from batchcls.comparison.sample_pixels import Prepared
+    from batchcls.comparison.sample_pixels import SamplePixels
 
 _logger = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ class SampleImages:
     fetch: FetchPolicy
     limits: DecodeLimits
 
-    def load(self, decode_margin: float | None = None) -> "Prepared":
+    def load(self, decode_margin: float | None = None) -> "SamplePixels":
         """Fetch and decode the sample without the images that fail. Raises InputError if all of them fail."""
-        from batchcls.comparison.sample_pixels import prepare  # noqa: PLC0415 - imports PyTorch
+        from batchcls.comparison.sample_pixels import load_sample_pixels  # noqa: PLC0415 - imports PyTorch
 
-        return prepare(self.sample, self.preprocessing, self.fetch, self.limits, decode_margin)
+        return load_sample_pixels(self.sample, self.preprocessing, self.fetch, self.limits, decode_margin)
 
     def calibration(self) -> NDArray[np.uint8]:
         """Return the half of the sample that calibrates int8; its accuracy is measured on the other half."""

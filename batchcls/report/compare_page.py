@@ -8,11 +8,11 @@ from markupsafe import Markup
 
 from batchcls.comparison.measurement import Measurement, Throughput
 from batchcls.comparison.recommend import (
-    BUSY_CORES,
-    LEAST_AGREEMENT,
+    MAX_OTHER_LOAD,
+    MIN_AGREEMENT,
     Recommendation,
     Requirements,
-    figure,
+    format_number,
     name_of,
     percent,
 )
@@ -24,18 +24,18 @@ _NONE = "\N{EN DASH}"
 _MeasurementColumn = Column[Measurement]
 
 
-def cost_name(needs: Requirements) -> str:
+def cost_name(requirements: Requirements) -> str:
     """Name and unit of the cost of predicting a million images."""
-    if needs.price_per_hour is None:
+    if requirements.price_per_hour is None:
         return "node-seconds per million images"
-    return f"cost per million images, at {needs.price_per_hour:g} per hour"
+    return f"cost per million images, at {requirements.price_per_hour:g} per hour"
 
 
-def cost_of(entry: Measurement, needs: Requirements) -> float:
+def cost_of(entry: Measurement, requirements: Requirements) -> float:
     """Cost of predicting a million images, in the currency of the price or in node-seconds."""
-    if needs.price_per_hour is None:
+    if requirements.price_per_hour is None:
         return 1e6 / entry.best.images_per_second
-    return entry.cost_per_million(needs.price_per_hour)
+    return entry.cost_per_million(requirements.price_per_hour)
 
 
 def sort_by_accuracy(measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -63,7 +63,7 @@ def find_recommended(
 
 
 def tables_of(
-    measurements: Sequence[Measurement], needs: Requirements, recommendation: Recommendation | None
+    measurements: Sequence[Measurement], requirements: Requirements, recommendation: Recommendation | None
 ) -> tuple[Table, ...]:
     """The tables of results, throughput by batch size, memory by batch size and candidates."""
     recommended = find_recommended(measurements, recommendation)
@@ -71,7 +71,7 @@ def tables_of(
     return tuple(
         make_table(caption, columns, rows, _name, lambda entry: entry is recommended)
         for caption, columns in (
-            ("Results", _result_columns(needs)),
+            ("Results", _result_columns(requirements)),
             ("Throughput by batch size in images/s (spread)", _by_batch_size(rows, _throughput)),
             (
                 "Peak memory by batch size in MiB (timed batches)",
@@ -97,20 +97,20 @@ def _name(entry: Measurement) -> tuple[str, str]:
     return entry.model, f"{entry.engine} on {entry.device}" if entry.hardware.gpu else entry.engine
 
 
-def _result_columns(needs: Requirements) -> list[_MeasurementColumn]:
-    cost = "node-seconds" if needs.price_per_hour is None else "cost"
+def _result_columns(requirements: Requirements) -> list[_MeasurementColumn]:
+    cost = "node-seconds" if requirements.price_per_hour is None else "cost"
     return [
         Column("top-1", _top1),
         Column("top-5", lambda entry: _share(entry.agreement.top5)),
         Column("agreement", lambda entry: percent(entry.agreement.top1_with_fp32), "with fp32"),
-        Column("p50", lambda entry: figure(entry.latency.p50_ms), "ms"),
-        Column("p95", lambda entry: figure(entry.latency.p95_ms), "ms"),
-        Column("p99", lambda entry: figure(entry.latency.p99_ms), "ms"),
-        Column("images/s", lambda entry: figure(entry.best.images_per_second), "best batch"),
+        Column("p50", lambda entry: format_number(entry.latency.p50_ms), "ms"),
+        Column("p95", lambda entry: format_number(entry.latency.p95_ms), "ms"),
+        Column("p99", lambda entry: format_number(entry.latency.p99_ms), "ms"),
+        Column("images/s", lambda entry: format_number(entry.best.images_per_second), "best batch"),
         Column("batch", lambda entry: str(entry.best.batch_size)),
-        Column(cost, lambda entry: figure(cost_of(entry, needs)), "per million images"),
+        Column(cost, lambda entry: format_number(cost_of(entry, requirements)), "per million images"),
         Column("memory", _peak_memory, "peak MiB"),
-        Column("load", lambda entry: figure(entry.load_seconds), "s"),
+        Column("load", lambda entry: format_number(entry.load_seconds), "s"),
         Column("remarks", _warnings, kind="word"),
     ]
 
@@ -124,18 +124,18 @@ def _by_batch_size(
 
 def _at(batch_size: int, format_value: Callable[[Throughput], str]) -> Callable[[Measurement], str]:
     def cell(entry: Measurement) -> str:
-        found = (part for part in entry.throughput if part.batch_size == batch_size)
-        return next(map(format_value, found), _NONE)
+        matches = (part for part in entry.throughput if part.batch_size == batch_size)
+        return next(map(format_value, matches), _NONE)
 
     return cell
 
 
 def _throughput(part: Throughput) -> str:
-    return f"{figure(part.images_per_second)} ({part.spread * 100:.0f}%)"
+    return f"{format_number(part.images_per_second)} ({part.spread * 100:.0f}%)"
 
 
 def _memory(part: Throughput) -> str:
-    return f"{figure(part.peak_memory_mib)} ({part.repeats})"
+    return f"{format_number(part.peak_memory_mib)} ({part.repeats})"
 
 
 _CANDIDATE_COLUMNS: Sequence[_MeasurementColumn] = (
@@ -147,10 +147,10 @@ _CANDIDATE_COLUMNS: Sequence[_MeasurementColumn] = (
     Column("threads", lambda entry: str(entry.threads)),
     Column("input", lambda entry: " \N{MULTIPLICATION SIGN} ".join(map(str, entry.input_size)), "pixels"),
     Column("classes", lambda entry: f"{entry.classes:,}"),
-    Column("Params", lambda entry: figure(entry.parameters / 1e6), "M"),
-    Column("MACs", lambda entry: figure(entry.multiply_adds / 1e9), "G"),
+    Column("Params", lambda entry: format_number(entry.parameters / 1e6), "M"),
+    Column("MACs", lambda entry: format_number(entry.multiply_adds / 1e9), "G"),
     Column("repeats", lambda entry: str(entry.latency.repeats), "latency"),
-    Column("preprocess", lambda entry: figure(entry.prepare_ms), "ms/image"),
+    Column("preprocess", lambda entry: format_number(entry.prepare_ms), "ms/image"),
     Column("images", lambda entry: str(entry.agreement.images), "decoded"),
     Column("labeled", lambda entry: str(entry.agreement.labeled), "known label"),
     Column("published", lambda entry: _share(entry.published_top1), "top-1"),
@@ -170,21 +170,21 @@ def _top1(entry: Measurement) -> str:
 
 
 def _peak_memory(entry: Measurement) -> str:
-    return figure(max(part.peak_memory_mib for part in entry.throughput))
+    return format_number(max(part.peak_memory_mib for part in entry.throughput))
 
 
 def _warnings(entry: Measurement) -> str:
-    found = []
-    if entry.agreement.top1_with_fp32 < LEAST_AGREEMENT:
-        found.append("lossy")
-    if entry.other_load > BUSY_CORES:
-        found.append(f"other load: {entry.other_load:.1f} cores")
+    warnings = []
+    if entry.agreement.top1_with_fp32 < MIN_AGREEMENT:
+        warnings.append("low agreement")
+    if entry.other_load > MAX_OTHER_LOAD:
+        warnings.append(f"other load: {entry.other_load:.1f} cores")
     if entry.weights.startswith("random"):
-        found.append("random weights")
-    return ", ".join(found)
+        warnings.append("random weights")
+    return ", ".join(warnings)
 
 
-_LOADERS = {"batchcls": "nothing but batchcls", "onnx": "ONNX runtimes", "phone": "phones and small devices"}
+_RUNTIMES = {"batchcls": "batchcls only", "onnx": "ONNX runtimes", "phone": "phones and small devices"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class _Section:
 
 def compare_page(
     measurements: Sequence[Measurement],
-    needs: Requirements,
+    requirements: Requirements,
     recommendations: Mapping[str, Recommendation],
     context: PageContext,
 ) -> str:
@@ -236,44 +236,47 @@ def compare_page(
 
     Args:
         measurements: at least one, all on the same sample. Each hardware configuration gets a section.
-        needs: the requirements.
+        requirements: the requirements.
         recommendations: recommendation by `Hardware.key`; hardware without one gets results only.
         context: properties of the comparison.
     """
-    kinds: dict[str, list[Measurement]] = {}
+    by_hardware: dict[str, list[Measurement]] = {}
     for entry in measurements:
-        kinds.setdefault(entry.hardware.key, []).append(entry)
+        by_hardware.setdefault(entry.hardware.key, []).append(entry)
     return render_page(
         "compare.html",
         title=context.title,
         version=context.version,
-        facts=_facts(measurements, needs, context),
-        sections=[_section(key, kinds[key], needs, recommendations.get(key)) for key in kinds],
-        target_ms=needs.target_ms,
-        priced=needs.price_per_hour is not None,
+        facts=_facts(measurements, requirements, context),
+        sections=[
+            _section(key, entries, requirements, recommendations.get(key))
+            for key, entries in by_hardware.items()
+        ],
+        target_ms=requirements.target_ms,
+        priced=requirements.price_per_hour is not None,
     )
 
 
 def _facts(
-    measurements: Sequence[Measurement], needs: Requirements, context: PageContext
+    measurements: Sequence[Measurement], requirements: Requirements, context: PageContext
 ) -> list[tuple[str, str]]:
     models = {entry.model for entry in measurements}
     engines = dict.fromkeys(entry.engine for entry in measurements)
     hardware = list(dict.fromkeys(str(entry.hardware) for entry in measurements))
-    requirements = [f"loaded by {_LOADERS[needs.export_target]}"]
-    if needs.target_ms is not None:
-        requirements.append(f"p95 within {needs.target_ms:g} ms")
-    if needs.price_per_hour is not None:
-        requirements.append(f"{needs.price_per_hour:g} per hour for a node")
-    if needs.labeled_images_per_category is not None:
-        requirements.append(f"{needs.labeled_images_per_category} labeled images per category")
-    if needs.debugging == "plain":
-        requirements.append("easy to debug")
+    texts = [f"runs on {_RUNTIMES[requirements.export_target]}"]
+    if requirements.target_ms is not None:
+        texts.append(f"p95 at most {requirements.target_ms:g} ms")
+    if requirements.price_per_hour is not None:
+        texts.append(f"node price {requirements.price_per_hour:g} per hour")
+    if requirements.labeled_images_per_category is not None:
+        texts.append(f"{requirements.labeled_images_per_category} labeled images per category")
+    if requirements.debugging == "plain":
+        texts.append("easy to debug")
     return [
         ("Compared", f"{_count(len(models), 'backbone')} on {', '.join(engines)}"),
         ("Images", f"{context.images:,} of {context.manifest}"),
-        ("Hardware", hardware[0] if len(hardware) == 1 else f"{len(hardware)} kinds"),
-        ("Requirements", ", ".join(requirements)),
+        ("Hardware", hardware[0] if len(hardware) == 1 else f"{len(hardware)} configurations"),
+        ("Requirements", ", ".join(texts)),
         ("Created", f"{context.created:%-d %B %Y, %H:%M %Z}".strip()),
     ]
 
@@ -283,20 +286,23 @@ def _count(number: int, noun: str) -> str:
 
 
 def _section(
-    key: str, measurements: Sequence[Measurement], needs: Requirements, recommendation: Recommendation | None
+    key: str,
+    measurements: Sequence[Measurement],
+    requirements: Requirements,
+    recommendation: Recommendation | None,
 ) -> _Section:
-    drawn = [entry for entry in sort_by_accuracy(measurements) if entry.accuracy is not None]
+    plotted = [entry for entry in sort_by_accuracy(measurements) if entry.accuracy is not None]
     recommended = find_recommended(measurements, recommendation)
     sentences = () if recommendation is None else recommendation.sentences
     return _Section(
         key=key,
         hardware=measurements[0].hardware,
         sentences=tuple(_with_subject(sentence) for sentence in sentences),
-        plots=_plots(key, drawn, needs, recommended) if drawn else (),
-        sources=frozenset(entry.accuracy[1] for entry in drawn if entry.accuracy),
+        plots=_plots(key, plotted, requirements, recommended) if plotted else (),
+        sources=frozenset(entry.accuracy[1] for entry in plotted if entry.accuracy),
         unplotted=tuple(name_of(entry) for entry in measurements if entry.accuracy is None),
         rejections=rejections(recommendation) if recommendation and recommendation.rejected else None,
-        tables=tables_of(measurements, needs, recommendation),
+        tables=tables_of(measurements, requirements, recommendation),
     )
 
 
@@ -307,15 +313,19 @@ def _with_subject(sentence: str) -> tuple[str, str]:
 
 
 def _plots(
-    key: str, drawn: Sequence[Measurement], needs: Requirements, recommended: Measurement | None
+    key: str, plotted: Sequence[Measurement], requirements: Requirements, recommended: Measurement | None
 ) -> tuple[_ComparisonPlot, ...]:
-    names = _short_names(drawn)
-    hints = [_hint(entry, needs) for entry in drawn]
-    target = None if needs.target_ms is None else Target(needs.target_ms, f"target {needs.target_ms:g} ms")
+    names = _short_names(plotted)
+    hints = [_hint(entry, requirements) for entry in plotted]
+    target = (
+        None
+        if requirements.target_ms is None
+        else Target(requirements.target_ms, f"target {requirements.target_ms:g} ms")
+    )
     plots = []
     for kind, x_name, limit, costs in (
-        ("latency", "p50 at batch 1, ms", target, [entry.latency.p50_ms for entry in drawn]),
-        ("cost", cost_name(needs), None, [cost_of(entry, needs) for entry in drawn]),
+        ("latency", "p50 at batch size 1, ms", target, [entry.latency.p50_ms for entry in plotted]),
+        ("cost", cost_name(requirements), None, [cost_of(entry, requirements) for entry in plotted]),
     ):
         points = [
             Point(
@@ -326,7 +336,7 @@ def _plots(
                 entry.accuracy[1] == "measured",
                 entry is recommended,
             )
-            for entry, name, hint, cost in zip(drawn, names, hints, costs, strict=True)
+            for entry, name, hint, cost in zip(plotted, names, hints, costs, strict=True)
             if entry.accuracy is not None
         ]
         title = f"Top-1 accuracy vs. {x_name}"
@@ -335,16 +345,15 @@ def _plots(
     return tuple(plots)
 
 
-def _hint(entry: Measurement, needs: Requirements) -> str:
+def _hint(entry: Measurement, requirements: Requirements) -> str:
     value, source = entry.accuracy or (0.0, "unknown")
-    return (
-        f"{name_of(entry)}: top-1 {percent(value)} {source}, p50 {figure(entry.latency.p50_ms)} ms, p95 "
-        f"{figure(entry.latency.p95_ms)} ms, {figure(cost_of(entry, needs))} {cost_name(needs)}"
-    )
+    p50, p95 = format_number(entry.latency.p50_ms), format_number(entry.latency.p95_ms)
+    cost = f"{format_number(cost_of(entry, requirements))} {cost_name(requirements)}"
+    return f"{name_of(entry)}: top-1 {percent(value)} {source}, p50 {p50} ms, p95 {p95} ms, {cost}"
 
 
 def _short_names(measurements: Sequence[Measurement]) -> list[str]:
-    """Short plot labels: the end of the model path and the distinguishing words of its engine."""
+    """Short plot labels: the last part of the model path and the words of its engine that differ."""
     engines = [entry.engine.split() for entry in measurements]
     shared = set(engines[0]).intersection(*engines)
     devices = {entry.device for entry in measurements}

@@ -10,7 +10,10 @@ _TIME_UNITS = (("d", 86_400), ("h", 3_600), ("min", 60))
 
 
 def share(part: float, whole: float) -> str:
-    """A part of a whole, such as `82.3%`; shares near 0 and 100 get two decimals and are never rounded to 0 or 100."""
+    """A fraction as a percentage, such as `82.3%`.
+
+    Values near 0% and 100% get two decimals and are never rounded to 0% or 100%.
+    """
     if whole == 0:
         return "-"
     value = 100 * part / whole
@@ -23,7 +26,7 @@ def share(part: float, whole: float) -> str:
 
 
 def percentage_points(now: float, before: float) -> str:
-    """The signed difference of two shares (0..1) in percentage points, such as `+0.35`."""
+    """The signed difference of two fractions (0..1) in percentage points, such as `+0.35`."""
     value = 100 * (now - before)
     return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}") if abs(value) >= 0.005 else "0.00"
 

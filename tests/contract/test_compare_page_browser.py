@@ -17,12 +17,12 @@ LONG_NAME = "s3://models/" + "a_long_way_to_a_bundle/" * 5
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with six backbones on two engines, and one model with a name wider than a phone."""
     measurements = [*six_backbones(), measurement(LONG_NAME, p50=30, right=150)]
-    needs = Requirements(target_ms=80, price_per_hour=0.4)
+    requirements = Requirements(target_ms=80, price_per_hour=0.4)
     created = datetime(2026, 11, 23, 20, 40, tzinfo=UTC)
     context = PageContext("Comparison of backbones", LONG_NAME + "x" * 200, 300, created, "0.1.0")
-    advice = {SERVER.key: recommend(measurements, needs)}
+    advice = {SERVER.key: recommend(measurements, requirements)}
     path = tmp_path_factory.mktemp("page") / "compare.html"
-    path.write_text(compare_page(measurements, needs, advice, context))
+    path.write_text(compare_page(measurements, requirements, advice, context))
     assert path.stat().st_size < 1_000_000
     return path
 
@@ -36,7 +36,7 @@ def test_loads_without_console_errors_and_requests(browser: Browser, page: Path)
 
 
 def test_detects_console_errors_and_requests(browser: Browser, tmp_path: Path):
-    """Checks the check above: a page with missing resources is detected."""
+    """Verifies the previous test: missing resources are detected."""
     broken = tmp_path / "broken.html"
     broken.write_text("<!doctype html><img src='missing.png'><script>nothing()</script>")
     browser.open(broken, width=DESK)
@@ -83,12 +83,12 @@ def test_labels_do_not_overlap_in_the_font_of_the_browser(browser: Browser, page
         "label.getBoundingClientRect()).map(box => [box.left, box.top, box.right, box.bottom])"
     )
     assert len(boxes) == 13
-    for index, one in enumerate(boxes):
+    for index, box in enumerate(boxes):
         for other in boxes[:index]:
-            width = min(one[2], other[2]) - max(one[0], other[0])
-            height = min(one[3], other[3]) - max(one[1], other[1])
+            width = min(box[2], other[2]) - max(box[0], other[0])
+            height = min(box[3], other[3]) - max(box[1], other[1])
             # Bounding boxes of text extend above and below the letters.
-            assert width <= 0 or height <= 4, (one, other)
+            assert width <= 0 or height <= 4, (box, other)
 
 
 def colors(browser: Browser) -> tuple[object, object, object]:

@@ -1,4 +1,4 @@
-"""Measurements that tests invent: what a comparison could have found on a small CPU server."""
+"""Synthetic measurements of backbones on a small CPU server."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +21,8 @@ _PARAMETERS = {
     "mobilenet_v3_large": 5_483_032,
     "vit_b_16": 86_567_656,
 }
-# Name -> p50 in fp32 (ms), images right in fp32 of IMAGES, published top-1.
-_FIGURES = {
+# Name -> p50 in fp32 (ms), number of IMAGES predicted correctly in fp32, published top-1.
+_RESULTS = {
     "vgg16": (612.0, 207, 0.716),
     "resnet50": (96.0, 236, 0.809),
     "efficientnet_b4": (141.0, 243, 0.834),
@@ -33,9 +33,9 @@ _FIGURES = {
 
 
 def measurement(model: str = "resnet50", **changes: Any) -> Measurement:
-    """A candidate; `right` images (of `labeled`) and `p50` stand for the fields they decide.
+    """A measurement; `right` (correct images of `labeled`) and `p50` set the fields that depend on them.
 
-    Without changes: fp32, p50 100 ms, p95 110 ms, 20 images/s at batch 8, 240 of 300 labeled images right.
+    By default: fp32, p50 100 ms, p95 110 ms, 20 images/s at batch size 8, 240 of 300 labeled images correct.
     """
     p50 = changes.pop("p50", 100.0)
     right, labeled = changes.pop("right", 240), changes.pop("labeled", IMAGES)
@@ -70,26 +70,26 @@ def measurement(model: str = "resnet50", **changes: Any) -> Measurement:
 
 
 def throughputs(rates: Sequence[float]) -> tuple[Throughput, ...]:
-    """Rates at batch 1, 8, 16 and so on."""
+    """Throughput entries at batch sizes 1, 8, 16 and so on."""
     return tuple(
         Throughput(
-            batch_size=8 * place or 1,
+            batch_size=8 * index or 1,
             images_per_second=rate,
-            spread=0.02 + 0.01 * place,
+            spread=0.02 + 0.01 * index,
             repeats=12,
-            peak_memory_mib=600 + 90 * place,
+            peak_memory_mib=600 + 90 * index,
         )
-        for place, rate in enumerate(rates)
+        for index, rate in enumerate(rates)
     )
 
 
 def six_backbones(hardware: Hardware = SERVER, *, slower: float = 1.0) -> list[Measurement]:
-    """Six backbones in fp32 and bf16, accuracies measured; one engine lossy, one machine busy."""
-    found = []
-    for model, (p50, right, published) in _FIGURES.items():
+    """Six backbones in fp32 and bf16 with measured accuracies; one has low agreement, one has other load."""
+    measurements = []
+    for model, (p50, right, published) in _RESULTS.items():
         for engine, factor in (("torch fp32", slower), ("torch bf16", 0.42 * slower)):
             lossy = engine == "torch bf16" and model == "mobilenet_v3_large"
-            found.append(
+            measurements.append(
                 measurement(
                     model,
                     engine=engine,
@@ -103,4 +103,4 @@ def six_backbones(hardware: Hardware = SERVER, *, slower: float = 1.0) -> list[M
                     other_load=0.6 if model == "vit_b_16" else 0.04,
                 )
             )
-    return found
+    return measurements

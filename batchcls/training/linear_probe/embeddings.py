@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from batchcls.comparison.sample_pixels import prepare, stack_pixels
+from batchcls.comparison.sample_pixels import load_sample_pixels, stack_pixels
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.images.loader import Loader
@@ -210,7 +210,7 @@ def _start_engine(
     choice, batch_size = settings.choice or REFERENCE, settings.batch_size
     if settings.choice is None and passes >= _MIN_PASSES_TO_MEASURE:
         sample = take_sample(manifest.without_kept(), _CALIBRATION_IMAGES, storage)
-        prepared = prepare(sample, bundle.config.preprocessing, settings.fetch, settings.limits)
+        prepared = load_sample_pixels(sample, bundle.config.preprocessing, settings.fetch, settings.limits)
         images = CalibrationImages(prepared.pixels, manifest.fingerprint)
         selection = select_engine(
             bundle, images, EngineRequest(device=settings.device), config, _MEASURE_SECONDS

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from batchcls.cli import console as module
 from batchcls.cli.app import Command, run
-from batchcls.cli.comparison_tables import watching_candidates
+from batchcls.cli.comparison_tables import comparison_progress
 from batchcls.cli.console import PlainConsole, messages_console, printable, results_console, set_up_logging
 from batchcls.cli.tables import gates_table
 from batchcls.errors import ExitCode, InputError
@@ -104,7 +104,7 @@ def test_cells_with_escapes_stand_in_line_with_others():
 
 def test_a_progress_bar_shows_what_it_is_told_as_text():
     console, file = terminal()
-    with watching_candidates(console, 2) as begin:
+    with comparison_progress(console, 2) as begin:
         begin(HOSTILE)  # type: ignore[arg-type]
         begin("[bold red]b[/] :smile:")  # type: ignore[arg-type]
         begin(HOSTILE)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import torch
 
 from batchcls.comparison.benchmark import measure
 from batchcls.comparison.candidates import BenchmarkEnvironment, Candidate, check_engines, parse_engines
-from batchcls.comparison.sample_pixels import Prepared
+from batchcls.comparison.sample_pixels import SamplePixels
 from batchcls.errors import GoldenMismatch, InputError
 from batchcls.hardware import Hardware
 from batchcls.inference import engine_record
@@ -26,7 +26,7 @@ IMAGES = 9
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """A tiny network with weights from a file, which count as real, and three labels."""
+    """A tiny network with three classes and weights from a file, which count as trained."""
     from timm import create_model
 
     folder = tmp_path_factory.mktemp("bundle")
@@ -48,20 +48,20 @@ def _cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def prepared():
+def sample():
     pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
-    return Prepared(pixels, np.full((IMAGES, 2), 32, np.int32), ("mug",) * IMAGES, 1.5, Counter())
+    return SamplePixels(pixels, np.full((IMAGES, 2), 32, np.int32), ("mug",) * IMAGES, 1.5, Counter())
 
 
-def _candidate(bundle, engine="torch:fp32", **place):
-    values = {"batch_sizes": (1, 4, 16), "worthwhile_only": False, "seconds": 0.05, "threads": 1}
-    place = BenchmarkEnvironment(hardware=Hardware.detect(), device="cpu", **values | place)
-    return Candidate("tiny", bundle.fingerprint, EngineChoice.parse(engine), place)
+def _candidate(bundle, engine="torch:fp32", **settings):
+    values = {"batch_sizes": (1, 4, 16), "stop_early": False, "seconds": 0.05, "threads": 1}
+    environment = BenchmarkEnvironment(hardware=Hardware.detect(), device="cpu", **values | settings)
+    return Candidate("tiny", bundle.fingerprint, EngineChoice.parse(engine), environment)
 
 
-def test_a_candidate_is_measured_from_end_to_end(bundle, prepared):
-    measured = measure(bundle, _candidate(bundle), prepared, None)
-    found = measured.measurement
+def test_measures_a_candidate_end_to_end(bundle, sample):
+    result = measure(bundle, _candidate(bundle), sample, None)
+    found = result.measurement
     assert (found.model, found.architecture, found.weights) == (
         "tiny",
         "timm:test_resnet",
@@ -78,8 +78,8 @@ def test_a_candidate_is_measured_from_end_to_end(bundle, prepared):
     )
     assert found.multiply_adds > 1e5
     assert found.family is None
-    assert len(measured.answers) == IMAGES
-    assert measured.notes == ()
+    assert len(result.predictions) == IMAGES
+    assert result.notes == ()
 
 
 def _shapes_of_parameters(name, classes):
@@ -88,46 +88,53 @@ def _shapes_of_parameters(name, classes):
     return [parameter.shape for parameter in create_model(name, num_classes=classes).parameters()]
 
 
-def test_the_reference_agrees_with_itself_and_accuracy_is_a_count_of_labels(bundle, prepared):
-    reference = measure(bundle, _candidate(bundle), prepared, None)
-    agreed = reference.measurement.agreement
-    assert (agreed.images, agreed.labeled, agreed.top1_with_fp32, agreed.top5) == (IMAGES, IMAGES, 1, 1)
-    assert agreed.top1 == sum(answer == 0 for answer in reference.answers) / IMAGES
+def test_reference_agrees_with_itself(bundle, sample):
+    reference = measure(bundle, _candidate(bundle), sample, None)
+    accuracy = reference.measurement.agreement
+    assert (accuracy.images, accuracy.labeled, accuracy.top1_with_fp32, accuracy.top5) == (
+        IMAGES,
+        IMAGES,
+        1,
+        1,
+    )
+    assert accuracy.top1 == sum(prediction == 0 for prediction in reference.predictions) / IMAGES
 
 
-def test_a_lower_precision_is_compared_with_a_reference_given_or_found_out(bundle, prepared):
-    reference = measure(bundle, _candidate(bundle), prepared, None).answers
+def test_computes_the_reference_if_none_is_given(bundle, sample):
+    reference = measure(bundle, _candidate(bundle), sample, None).predictions
     candidate = _candidate(bundle, "torch:bf16")
-    given = measure(bundle, candidate, prepared, reference)
+    given = measure(bundle, candidate, sample, reference)
     assert given.measurement.engine == "torch bf16"
-    found_out = measure(bundle, candidate, prepared, None)
-    assert found_out.measurement.agreement == given.measurement.agreement
-    others = [(answer + 1) % 3 for answer in given.answers]
-    assert measure(bundle, candidate, prepared, others).measurement.agreement.top1_with_fp32 == 0
+    computed = measure(bundle, candidate, sample, None)
+    assert computed.measurement.agreement == given.measurement.agreement
+    others = [(prediction + 1) % 3 for prediction in given.predictions]
+    assert measure(bundle, candidate, sample, others).measurement.agreement.top1_with_fp32 == 0
 
 
-def test_random_weights_have_no_accuracy_of_their_own_and_the_published_one():
+def test_random_weights_have_only_a_published_accuracy():
     bundle = resolve_model("torchvision:squeezenet1_1", ModelChoices(allow_random=True), Storage())
     pixels = np.zeros((2, 224, 224, 3), np.uint8)
-    prepared = Prepared(pixels, np.full((2, 2), 32, np.int32), (bundle.config.labels[0],) * 2, 1.0, Counter())
+    sample = SamplePixels(
+        pixels, np.full((2, 2), 32, np.int32), (bundle.config.labels[0],) * 2, 1.0, Counter()
+    )
     candidate = _candidate(bundle, batch_sizes=(1,), seconds=0.01)
-    found = measure(bundle, candidate, prepared, None).measurement
+    found = measure(bundle, candidate, sample, None).measurement
     assert found.weights == "random"
     assert (found.agreement.labeled, found.agreement.top1) == (0, None)
     assert found.accuracy == (pytest.approx(0.58178), "published")
 
 
-def test_weights_of_ones_own_have_no_published_accuracy(bundle, prepared):
-    unlabeled = replace(prepared, labels=(None,) * IMAGES)
+def test_custom_weights_have_no_published_accuracy(bundle, sample):
+    unlabeled = replace(sample, labels=(None,) * IMAGES)
     assert measure(bundle, _candidate(bundle), unlabeled, None).measurement.accuracy is None
 
 
-def test_an_engine_that_is_not_there_is_refused(bundle, prepared):
+def test_rejects_an_unavailable_engine(bundle, sample):
     with pytest.raises(InputError, match="fp16 is for GPUs"):
-        measure(bundle, _candidate(bundle, "torch:fp16"), prepared, None)
+        measure(bundle, _candidate(bundle, "torch:fp16"), sample, None)
 
 
-def test_a_network_that_the_engine_cannot_run_is_refused_in_one_line(bundle, prepared, monkeypatch):
+def test_error_of_an_unsupported_network_is_one_line(bundle, sample, monkeypatch):
     from batchcls.models.engines.torch_eager import TorchEager
 
     def predict(self, pixels):
@@ -135,28 +142,28 @@ def test_a_network_that_the_engine_cannot_run_is_refused_in_one_line(bundle, pre
 
     monkeypatch.setattr(TorchEager, "predict", predict)
     with pytest.raises(
-        InputError, match=r"^tiny, torch bf16 on cpu: .*not implemented for 'BFloat16'\); leave"
+        InputError, match=r"^tiny, torch bf16 on cpu: .*not implemented for 'BFloat16'\); remove"
     ):
-        measure(bundle, _candidate(bundle, "torch:bf16"), prepared, None)
+        measure(bundle, _candidate(bundle, "torch:bf16"), sample, None)
 
 
-def test_another_bundle_than_the_one_that_was_meant_is_refused(bundle, prepared):
+def test_rejects_a_different_bundle(bundle, sample):
     candidate = replace(_candidate(bundle), bundle_fingerprint="0" * 64)
     with pytest.raises(InputError, match="this is another model"):
-        measure(bundle, candidate, prepared, None)
+        measure(bundle, candidate, sample, None)
 
 
-def test_a_bundle_that_does_not_give_its_golden_answers_is_not_measured(bundle, prepared):
+def test_rejects_a_bundle_that_fails_its_golden_test(bundle, sample):
     golden = with_golden(bundle)
-    assert measure(golden, _candidate(golden), prepared, None).measurement.model == "tiny"
-    turned = golden.config.preprocessing.model_copy(update={"mean": (0.1, 0.9, 0.5)})
-    wrong = replace(golden, config=golden.config.model_copy(update={"preprocessing": turned}))
-    assert sha256_hex(wrong.weights) == wrong.config.weights.sha256
+    assert measure(golden, _candidate(golden), sample, None).measurement.model == "tiny"
+    preprocessing = golden.config.preprocessing.model_copy(update={"mean": (0.1, 0.9, 0.5)})
+    modified = replace(golden, config=golden.config.model_copy(update={"preprocessing": preprocessing}))
+    assert sha256_hex(modified.weights) == modified.config.weights.sha256
     with pytest.raises(GoldenMismatch):
-        measure(wrong, _candidate(wrong), prepared, None)
+        measure(modified, _candidate(modified), sample, None)
 
 
-def test_engines_are_parsed_the_reference_first():
+def test_parses_engines_with_the_reference_first():
     assert [str(c) for c in parse_engines(["torch:bf16", "torch:fp32"], "cpu")] == [
         "torch fp32",
         "torch bf16",
@@ -168,7 +175,7 @@ def test_engines_are_parsed_the_reference_first():
             check_engines([text])
 
 
-def test_auto_is_what_is_worth_trying_on_the_device_and_never_int8(monkeypatch):
+def test_auto_selects_the_engines_of_the_device_without_int8(monkeypatch):
     monkeypatch.setattr(engine_record, "missing_package", lambda engine: None)
     found = [str(choice) for choice in parse_engines(["auto"], "cpu")]
     assert found == ["torch fp32", "openvino bf16", "openvino fp32", "torch bf16"]
@@ -185,11 +192,11 @@ def test_auto_is_what_is_worth_trying_on_the_device_and_never_int8(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_is_measured_with_its_own_memory(bundle, prepared):
-    reference = measure(bundle, _candidate(bundle), prepared, None)
+def test_measures_the_memory_of_a_gpu(bundle, sample):
+    reference = measure(bundle, _candidate(bundle), sample, None)
     on_gpu = _candidate(bundle)
-    on_gpu = replace(on_gpu, place=replace(on_gpu.place, device="cuda"))
-    found = measure(bundle, on_gpu, prepared, None)
+    on_gpu = replace(on_gpu, environment=replace(on_gpu.environment, device="cuda"))
+    found = measure(bundle, on_gpu, sample, None)
     assert found.measurement.device == "cuda"
-    assert found.answers == reference.answers
+    assert found.predictions == reference.predictions
     assert 0 < found.measurement.throughput[-1].peak_memory_mib < 1000

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from batchcls.cli.comparison_tables import results_table, watching_candidates
+from batchcls.cli.comparison_tables import comparison_progress, results_table
 from batchcls.comparison.candidates import BenchmarkEnvironment, Candidate
 from batchcls.comparison.comparison_outputs import SCHEMA, ComparisonSummary, to_table, write_outputs
 from batchcls.comparison.recommend import Requirements, recommend
@@ -23,7 +23,7 @@ MEASUREMENTS = (
     measurement("resnet50", right=240),
     measurement("resnet50", engine="torch bf16", p50=60.0, right=240),
 )
-PLACE = BenchmarkEnvironment(SERVER, "cpu", 8, (1, 8), True, 10.0)
+ENVIRONMENT = BenchmarkEnvironment(SERVER, "cpu", 8, (1, 8), True, 10.0)
 
 
 def _shown(width, price=None):
@@ -32,7 +32,7 @@ def _shown(width, price=None):
     return [line.split() for line in out.getvalue().splitlines()]
 
 
-def test_the_table_has_a_row_for_every_batch_size():
+def test_table_has_a_row_per_batch_size():
     table = to_table(MEASUREMENTS, price_per_hour=None)
     assert table.schema == SCHEMA
     assert table.num_rows == sum(len(entry.throughput) for entry in MEASUREMENTS)
@@ -44,7 +44,7 @@ def test_the_table_has_a_row_for_every_batch_size():
     assert (rows[0]["p50_ms"], rows[0]["latency_repeats"], rows[0]["repeats"]) == (600, 100, 12)
 
 
-def test_cost_follows_the_throughput_of_the_row():
+def test_cost_depends_on_the_throughput_of_the_row():
     rows = to_table(MEASUREMENTS, price_per_hour=3.6).to_pylist()
     for row in rows:
         assert row["cost_per_million"] == pytest.approx(1000 / row["images_per_second"])
@@ -61,7 +61,7 @@ def test_terminal_sorts_by_accuracy_and_marks_published_values():
     ]
 
 
-def test_narrow_terminal_shows_only_the_deciding_columns():
+def test_narrow_terminal_shows_only_the_essential_columns():
     wide, narrow = _shown(140), _shown(80)
     assert len(narrow[0]) < len(wide[0])
     assert not any("…" in cell for row in narrow for cell in row)
@@ -69,37 +69,37 @@ def test_narrow_terminal_shows_only_the_deciding_columns():
 
 
 def test_progress_bar_appears_only_on_a_terminal():
-    candidate = Candidate("resnet50", "f", EngineChoice("torch", "bf16"), PLACE)
+    candidate = Candidate("resnet50", "f", EngineChoice("torch", "bf16"), ENVIRONMENT)
     shown = []
     for is_terminal in (True, False):
         out = io.StringIO()
         console = Console(file=out, force_terminal=is_terminal, width=120)
-        with watching_candidates(console, 2) as begin:
-            begin(candidate)
+        with comparison_progress(console, 2) as on_start:
+            on_start(candidate)
         shown.append(out.getvalue())
     assert "resnet50, torch bf16 on cpu" in shown[0]
     assert shown[1].strip() == ""
 
 
 @pytest.fixture
-def verdict():
+def summary():
     other = tuple(entry.model_copy(update={"hardware": LAPTOP}) for entry in MEASUREMENTS[:1])
-    kinds = {SERVER.key: MEASUREMENTS[1:], LAPTOP.key: other}
-    needs = Requirements(price_per_hour=3.6)
-    failed = Candidate("vit_b_16", "f", EngineChoice("torch", "fp16"), PLACE)
+    by_hardware = {SERVER.key: MEASUREMENTS[1:], LAPTOP.key: other}
+    requirements = Requirements(price_per_hour=3.6)
+    failed = Candidate("vit_b_16", "f", EngineChoice("torch", "fp16"), ENVIRONMENT)
     return ComparisonSummary(
         created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
         settings={"models": ["resnet50"]},
         sample="5a",
-        needs=needs,
-        kinds=kinds,
-        recommendations={key: recommend(entries, needs) for key, entries in kinds.items()},
+        requirements=requirements,
+        by_hardware=by_hardware,
+        recommendations={key: recommend(entries, requirements) for key, entries in by_hardware.items()},
         skipped=[Skipped(failed, InputError("fp16 is for GPUs"))],
     )
 
 
-def test_all_outputs_are_there_and_each_kind_of_hardware_has_its_own_answer(verdict, tmp_path):
-    written = write_outputs(verdict, "<p>page</p>", str(tmp_path), Storage())
+def test_writes_all_outputs_with_a_recommendation_per_hardware(summary, tmp_path):
+    written = write_outputs(summary, "<p>page</p>", str(tmp_path), Storage())
     assert [path.rpartition("/")[2] for path in written] == [
         "measurements.parquet",
         "compare.html",
@@ -118,7 +118,7 @@ def test_all_outputs_are_there_and_each_kind_of_hardware_has_its_own_answer(verd
     assert record["created"] == "2026-01-02T03:04:05+00:00"
 
 
-def test_an_output_that_cannot_be_written_is_refused(verdict, tmp_path):
+def test_rejects_an_output_that_cannot_be_written(summary, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
-        write_outputs(replace(verdict, skipped=()), "", str(tmp_path / "file"), Storage())
+        write_outputs(replace(summary, skipped=()), "", str(tmp_path / "file"), Storage())

@@ -1,4 +1,4 @@
-"""The recommendation: what rules a candidate out, what decides between the rest, and the figures it quotes."""
+"""Tests for the recommendation: requirements, ranking, and the values in its sentences."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from batchcls.comparison.measurement import Measurement
 from batchcls.comparison.recommend import (
     Recommendation,
     Requirements,
-    figure,
+    format_number,
     recommend,
     standard_error,
     zoo_record,
@@ -25,11 +25,11 @@ def record(**traits: Any) -> ZooRecord:
 
 
 def decide(
-    *measurements: Measurement, traits: dict[str, ZooRecord] | None = None, **needs: Any
+    *measurements: Measurement, traits: dict[str, ZooRecord] | None = None, **requirements: Any
 ) -> Recommendation:
-    """A decision in which the zoo knows the architectures in `traits` only."""
+    """The recommendation if the zoo has records only of the architectures in `traits`."""
     known = {f"torchvision:{model}": entry for model, entry in (traits or {}).items()}
-    return recommend(measurements, Requirements(**needs), known.get)
+    return recommend(measurements, Requirements(**requirements), known.get)
 
 
 def reason(recommendation: Recommendation, model: str, engine: str = "torch fp32") -> str:
@@ -44,77 +44,79 @@ def about(recommendation: Recommendation, subject: str) -> str:
     return found
 
 
-def test_the_first_sentence_quotes_the_measured_row():
+def test_summary_contains_the_measured_values():
     found = decide(measurement("a", p50=20, p95=24, right=247, rates=(50, 61.2)), price_per_hour=2)
     assert (found.model, found.engine, found.rejected) == ("a", "torch fp32", ())
-    first = found.sentences[0]
-    for quoted in (
+    summary = found.sentences[0]
+    for value in (
         "a (torch fp32)", "82.3% measured on 300 images", "p50 20.0 ms", "p95 24.0 ms",
-        "61.2 images/s at batch 8", "cost 9.08 at 2 an hour",
+        "61.2 images/s at batch size 8", "cost 9.08 at 2 per hour",
     ):  # fmt: skip
-        assert quoted in first
+        assert value in summary
 
 
-def test_without_a_price_the_cost_is_time():
+def test_cost_is_node_seconds_without_a_price():
     assert "16,340 node-seconds" in decide(measurement(rates=(50, 61.2))).sentences[0]
 
 
 @pytest.mark.parametrize("target", [110.0, 200.0])
-def test_a_target_holds_p95_and_not_the_median(target: float):
+def test_latency_target_applies_to_p95(target: float):
     slow = measurement("slow", p50=100, p95=110, right=280)
     quick = measurement("quick", p50=40, p95=60, right=200)
     assert decide(slow, quick, target_ms=target).model == "slow"
     found = decide(slow, quick, target_ms=105)
     assert found.model == "quick"
     assert "110 ms, 5.00 ms above the target of 105 ms" in reason(found, "slow")
-    assert "leaves 45.0 ms" in about(found, "Latency")
-    assert "1 of 2 exceed" in about(found, "Latency")
+    assert "45.0 ms below the target" in about(found, "Latency")
+    assert "1 of 2 candidates exceed" in about(found, "Latency")
 
 
-def test_when_nothing_meets_the_target_the_nearest_that_could_be_taken_is_named():
+def test_names_the_closest_candidate_if_none_meets_the_target():
     lossy = measurement("lossy", p50=5, p95=6, agrees=0.9)
     found = decide(measurement("a", p95=150), measurement("b", p95=90), lossy, target_ms=50)
     assert (found.model, found.engine) == (None, None)
     assert "None of the 3" in found.sentences[0]
-    assert "b (torch fp32): p95 at batch 1 of 90.0 ms" in found.sentences[1]
+    assert "b (torch fp32): p95 at batch size 1 is 90.0 ms" in found.sentences[1]
     assert len(found.rejected) == 3
 
 
-def test_an_engine_has_to_answer_like_fp32():
+def test_engine_must_agree_with_fp32():
     exact = measurement("a", right=240)
     limit = measurement("a", engine="torch bf16", p50=40, agrees=0.99)
     lossy = measurement("a", engine="torch fp16", p50=20, agrees=0.9899)
     found = decide(exact, limit, lossy)
     assert found.engine == "torch bf16"
-    assert "99.0% of 300 best labels" in reason(found, "a", "torch fp16")
-    # Best labels of random weights turn at a breath; nobody is refused for that.
+    assert "99.0% of the top-1 labels of 300 images" in reason(found, "a", "torch fp16")
+    # Top-1 labels of random weights change under the smallest perturbation, so agreement is not required.
     random = measurement("b", weights="random", right=None)
-    turned = measurement("b", weights="random", right=None, engine="torch bf16", p50=30, agrees=0.5)
-    assert decide(random, turned).engine == "torch bf16"
+    unstable = measurement("b", weights="random", right=None, engine="torch bf16", p50=30, agrees=0.5)
+    assert decide(random, unstable).engine == "torch bf16"
 
 
-def with_answers(entry, right: str):
-    """A candidate that is right on these images of the sample: a character each, 1 or 0."""
-    agreement = entry.agreement.model_copy(update={"right": right, "top1": right.count("1") / len(right)})
+def with_correct(entry, correct: str):
+    """Set which images the candidate predicts correctly, one character per image: 1 or 0."""
+    agreement = entry.agreement.model_copy(
+        update={"correct": correct, "top1": correct.count("1") / len(correct)}
+    )
     return entry.model_copy(update={"agreement": agreement})
 
 
-def test_candidates_that_differ_on_few_images_are_told_apart_by_these():
-    """Eight points of 300 images, all of them one-sided: no chance, though the shares alone would allow it."""
-    best = with_answers(measurement("best", p50=100), "1" * 246 + "0" * 54)
-    nested = with_answers(measurement("other", p50=20), "1" * 238 + "0" * 62)
+def test_compares_candidates_image_by_image():
+    """A one-sided difference on 8 of 300 images is significant; the same difference of independent samples is not."""
+    best = with_correct(measurement("best", p50=100), "1" * 246 + "0" * 54)
+    nested = with_correct(measurement("other", p50=20), "1" * 238 + "0" * 62)
     assert decide(best, nested).model == "best"
-    swapped = with_answers(measurement("other", p50=20), "0" * 54 + "1" * 240 + "0" * 6)
+    swapped = with_correct(measurement("other", p50=20), "0" * 54 + "1" * 240 + "0" * 6)
     assert decide(best, swapped).model == "other"
 
 
-def test_an_image_whose_label_one_of_them_lacks_is_left_out_of_the_pairs():
-    one = with_answers(measurement("one"), "11-0" * 75)
-    other = with_answers(measurement("other"), "1-10" * 75)
-    assert standard_error(one, other) == pytest.approx(math.sqrt(1.0) / 152)
+def test_ignores_images_without_a_label_known_to_both():
+    first = with_correct(measurement("first"), "11-0" * 75)
+    other = with_correct(measurement("other"), "1-10" * 75)
+    assert standard_error(first, other) == pytest.approx(math.sqrt(1.0) / 152)
 
 
-def test_parameters_never_decide():
+def test_number_of_parameters_is_not_a_criterion():
     light = measurement("light", p50=100, right=240, parameters=1_000_000, multiply_adds=10**9)
     heavy = measurement("heavy", p50=50, right=240, parameters=900_000_000, multiply_adds=10**11)
     found = decide(light, heavy)
@@ -132,23 +134,23 @@ def expected_error(one: int, other: int, images: int) -> float:
     return math.sqrt(sum(share * (1 - share) / (images + 2) for share in shares))
 
 
-def test_accuracies_differ_beyond_the_sampling_error_only():
+def test_accuracies_differ_only_beyond_the_sampling_error():
     best = measurement("best", p50=100, right=240)
     allowed = max(right for right in range(240) if (240 - right) / 300 > expected_error(240, right, 300))
-    told_apart = measurement("other", p50=20, right=allowed)
-    alike = measurement("other", p50=20, right=allowed + 1)
-    assert decide(best, told_apart).model == "best"
-    assert f"beyond the error of {100 * expected_error(240, allowed, 300):.1f} points" in reason(
-        decide(best, told_apart), "other"
+    different = measurement("other", p50=20, right=allowed)
+    similar = measurement("other", p50=20, right=allowed + 1)
+    assert decide(best, different).model == "best"
+    assert f"more than the standard error of {100 * expected_error(240, allowed, 300):.1f} pp" in reason(
+        decide(best, different), "other"
     )
-    found = decide(best, alike)
+    found = decide(best, similar)
     assert found.model == "other"
-    assert "cannot be told from" in reason(found, "best")
+    assert "does not differ significantly from" in reason(found, "best")
     assert "10.0 images/s" not in reason(found, "best")
     assert "20.0 images/s against 100" in reason(found, "best")
 
 
-def test_more_images_tell_more():
+def test_larger_samples_distinguish_smaller_differences():
     def pair(images: int) -> tuple[Measurement, ...]:
         few = {"images": images, "labeled": images}
         return (
@@ -160,61 +162,62 @@ def test_more_images_tell_more():
     assert decide(*pair(3000)).model == "best"
 
 
-def test_all_right_on_a_small_sample_is_not_certain():
+def test_perfect_accuracy_on_a_small_sample_is_uncertain():
     small = {"images": 20, "labeled": 20}
     assert decide(
         measurement("best", right=20, **small), measurement("quick", p50=10, right=19, **small)
     ).model == ("quick")
 
 
-def test_published_accuracies_have_the_error_of_fifty_thousand_images():
+def test_published_accuracies_have_the_error_of_50000_images():
     best = measurement("best", right=None, published_top1=0.800)
     apart = measurement("quick", p50=10, right=None, published_top1=0.797)
-    alike = measurement("quick", p50=10, right=None, published_top1=0.798)
+    similar = measurement("quick", p50=10, right=None, published_top1=0.798)
     assert decide(best, apart).model == "best"
-    found = decide(best, alike)
+    found = decide(best, similar)
     assert found.model == "quick"
-    assert "not of these images" in about(found, "Accuracy")
+    assert "not to your images" in about(found, "Accuracy")
 
 
-def test_measured_and_published_are_never_compared():
+def test_never_compares_measured_and_published_accuracies():
     measured = measurement("measured", p50=100, right=150)
     published = measurement("published", p50=10, right=None, published_top1=0.99)
     unknown = measurement("unknown", p50=1, right=None)
     found = decide(published, unknown, measured)
     assert found.model == "measured"
     assert "99.0% as published" in reason(found, "published")
-    assert "cannot be compared with a measured one" in reason(found, "published")
+    assert "cannot be compared with measured accuracies" in reason(found, "published")
     assert "unknown" in reason(found, "unknown")
 
 
-def test_random_weights_without_a_published_figure_are_judged_on_speed_alone():
+def test_ranks_random_weights_without_published_accuracy_by_throughput():
     found = decide(
         measurement("slow", p50=100, right=None, weights="random"),
         measurement("quick", p50=10, right=None, weights="random"),
     )
     assert found.model == "quick"
-    assert "speed alone" in about(found, "Accuracy")
+    assert "throughput alone" in about(found, "Accuracy")
     assert "20.0 images/s against 200" in reason(found, "slow")
     assert about(found, "Its weights are random")
 
 
 @pytest.mark.parametrize(
-    ("export_target", "taken"), [("batchcls", "servers"), ("onnx", "most runtimes"), ("phone", "everywhere")]
+    ("export_target", "selected"),
+    [("batchcls", "servers"), ("onnx", "most runtimes"), ("phone", "everywhere")],
 )
-def test_what_else_loads_it(export_target: str, taken: str):
-    places = {"servers": 280, "most runtimes": 250, "everywhere": 220}
+def test_export_target_limits_the_candidates(export_target: str, selected: str):
+    correct = {"servers": 280, "most runtimes": 250, "everywhere": 220}
     found = decide(
-        *(measurement(place, right=right) for place, right in places.items()),
-        traits={place: record(runtime_support=place) for place in places},
+        *(measurement(support, right=count) for support, count in correct.items()),
+        traits={support: record(runtime_support=support) for support in correct},
         export_target=export_target,
     )
-    assert found.model == taken
+    assert found.model == selected
     if export_target != "batchcls":
-        assert "Given up: top-1 93.3% measured on 300 images, p50 100 ms." in reason(found, "servers")
+        assert "Trade-off: top-1 93.3% measured on 300 images, p50 100 ms." in reason(found, "servers")
 
 
-def test_labeled_images_rule_out_what_wants_more_of_them():
+def test_rejects_candidates_that_need_more_labeled_images():
     traits = {
         "large": record(labeled_images_per_category=800),
         "small": record(labeled_images_per_category=50),
@@ -224,10 +227,10 @@ def test_labeled_images_rule_out_what_wants_more_of_them():
     assert decide(*both, traits=traits, labeled_images_per_category=800).model == "large"
     found = decide(*both, traits=traits, labeled_images_per_category=799)
     assert found.model == "small"
-    assert "about 800 labeled images a category" in reason(found, "large")
+    assert "about 800 labeled images per category" in reason(found, "large")
 
 
-def test_a_wish_that_nothing_fulfils_rules_nothing_out():
+def test_preference_that_no_candidate_meets_rejects_none():
     traits = {"a": record(labeled_images_per_category=800, construction="intricate")}
     unknown = measurement("unknown", right=200)
     found = decide(
@@ -238,11 +241,11 @@ def test_a_wish_that_nothing_fulfils_rules_nothing_out():
         debugging="plain",
     )
     assert found.model == "a"
-    assert "train its head alone" in about(found, "Labeled images")
+    assert "train only the head" in about(found, "Labeled images")
     assert "intricate" in about(found, "Debugging")
 
 
-def test_debugging_prefers_what_is_plain():
+def test_debugging_prefers_plain_construction():
     traits = {"a": record(construction="intricate"), "b": record(construction="plain")}
     both = (measurement("a", right=280), measurement("b", right=240))
     assert decide(*both, traits=traits).model == "a"
@@ -251,7 +254,7 @@ def test_debugging_prefers_what_is_plain():
     assert "intricate" in reason(found, "a")
 
 
-def test_an_unknown_architecture_is_not_held_against_a_candidate():
+def test_does_not_reject_unknown_architectures():
     found = decide(
         measurement("known", right=200), measurement("unknown", right=280),
         traits={"known": record()}, export_target="phone", labeled_images_per_category=500, debugging="plain",
@@ -260,20 +263,20 @@ def test_an_unknown_architecture_is_not_held_against_a_candidate():
     assert "torchvision:unknown" in about(found, "The zoo has no record")
 
 
-def test_the_faster_one_is_named_with_its_price_in_points():
+def test_names_a_faster_alternative_with_its_accuracy_loss():
     found = decide(measurement("best", right=270, p50=100), measurement("quick", right=210, p50=20))
-    sentence = about(found, "If speed matters more")
-    assert "quick (torch fp32) gives 5.00 times as many images/s for 20.0 points less" in sentence
+    sentence = about(found, "If throughput matters more")
+    assert "quick (torch fp32) has 5.00 times the throughput at 20.0 pp lower accuracy" in sentence
 
 
-def test_what_makes_a_figure_doubtful_is_said():
+def test_remarks_on_unreliable_measurements():
     busy = measurement("a", other_load=0.7)
-    assert "0.7 cores" in about(decide(busy), "Others kept")
+    assert "0.7 cores" in about(decide(busy), "Other programs used")
     labels = decide(busy, measurement("b", labeled=250))
-    assert about(labels, "The candidates know different labels")
+    assert about(labels, "The candidates have different classes")
 
 
-def test_two_devices_of_one_machine_are_told_apart():
+def test_distinguishes_two_devices_of_one_machine():
     server = SERVER.model_copy(update={"gpu": "NVIDIA L4"})
     found = decide(measurement(hardware=server), measurement(hardware=server, device="cuda", p50=5))
     assert "resnet50 (torch fp32 on cuda)" in found.sentences[0]
@@ -286,19 +289,19 @@ def test_two_devices_of_one_machine_are_told_apart():
         [measurement(), measurement(hardware=LAPTOP)],
         [measurement(images=300), measurement(images=200, labeled=200, right=100)],
     ],
-    ids=["none", "two kinds of hardware", "two samples"],
+    ids=["none", "different hardware", "different samples"],
 )
-def test_what_is_not_comparable_is_refused(measurements: list[Measurement]):
+def test_rejects_measurements_that_are_not_comparable(measurements: list[Measurement]):
     with pytest.raises(ValueError, match="measurements of"):
         recommend(measurements, Requirements())
 
 
-def test_a_few_failed_images_do_not_make_another_sample():
+def test_allows_a_few_failed_images():
     assert decide(measurement(images=300), measurement(images=298)).model == "resnet50"
 
 
 @pytest.mark.parametrize(
-    "needs",
+    "requirements",
     [
         {},
         {"target_ms": 50, "price_per_hour": 0.4, "export_target": "onnx", "debugging": "plain"},
@@ -306,11 +309,11 @@ def test_a_few_failed_images_do_not_make_another_sample():
         {"target_ms": 1},
     ],
 )
-def test_every_candidate_is_taken_or_rejected_with_a_figure_whatever_the_order(needs: dict[str, Any]):
+def test_every_candidate_is_recommended_or_rejected_with_a_value_in_any_order(requirements: dict[str, Any]):
     measurements = six_backbones()
-    found = recommend(measurements, Requirements(**needs))
-    turned = recommend(measurements[::-1], Requirements(**needs))
-    assert (turned.model, turned.sentences) == (found.model, found.sentences)
+    found = recommend(measurements, Requirements(**requirements))
+    reversed_order = recommend(measurements[::-1], Requirements(**requirements))
+    assert (reversed_order.model, reversed_order.sentences) == (found.model, found.sentences)
     assert len(found.rejected) == len(measurements) - (found.model is not None)
     for entry in found.rejected:
         assert any(character.isdigit() for character in entry.reason)
@@ -319,7 +322,7 @@ def test_every_candidate_is_taken_or_rejected_with_a_figure_whatever_the_order(n
     assert Recommendation.model_validate_json(found.model_dump_json()) == found
 
 
-def test_the_zoo_is_asked_by_source_and_architecture():
+def test_finds_zoo_records_by_source_and_architecture():
     found = zoo_record("torchvision:resnet50.IMAGENET1K_V1")
     assert found is not None
     assert found.name == "resnet50"
@@ -327,7 +330,7 @@ def test_the_zoo_is_asked_by_source_and_architecture():
     assert zoo_record("elsewhere:resnet50") is None
 
 
-def test_figures_have_three_digits():
-    assert [figure(value) for value in (0.0123, 1, 12.34, 99.97, 100, 1234.5)] == [
+def test_numbers_have_three_significant_digits():
+    assert [format_number(value) for value in (0.0123, 1, 12.34, 99.97, 100, 1234.5)] == [
         "0.0123", "1.00", "12.3", "100", "100", "1,234",
     ]  # fmt: skip

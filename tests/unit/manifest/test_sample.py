@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from batchcls.comparison.sample_pixels import pixels_key, prepare
+from batchcls.comparison.sample_pixels import load_sample_pixels, pixels_key
 from batchcls.errors import InputError
 from batchcls.images.decode import decode
 from batchcls.images.fetch import FetchPolicy
@@ -26,8 +26,8 @@ def _sample(path, count, keep=()):
     return take_sample(open_manifest(str(path), Storage(), keep=keep), count, Storage())
 
 
-def _prepare(sample, preprocessing=PREPROCESSING):
-    return prepare(sample, preprocessing, FetchPolicy(), DecodeLimits())
+def _load_pixels(sample, preprocessing=PREPROCESSING):
+    return load_sample_pixels(sample, preprocessing, FetchPolicy(), DecodeLimits())
 
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (1000, 7), (200, 199), (5, 1), (10**9, 200)])
@@ -106,7 +106,7 @@ def catalog(tmp_path):
 
 @pytest.mark.usefixtures("one_thread")
 def test_pixels_and_labels_are_those_of_the_images_that_can_be_read(catalog, tmp_path):
-    prepared = _prepare(_sample(catalog, 6, keep=["label"]))
+    prepared = _load_pixels(_sample(catalog, 6, keep=["label"]))
     assert prepared.labels == ("mug", "mug", None, "b")
     assert dict(prepared.failures) == {"truncated": 1, "not_found": 1}
     assert prepared.median_ms > 0
@@ -120,7 +120,7 @@ def test_pixels_and_labels_are_those_of_the_images_that_can_be_read(catalog, tmp
 def test_a_sample_without_one_readable_image_is_refused_with_the_reasons(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["a", "b"])
     with pytest.raises(InputError, match=r"none of the 2 sampled images can be read \(not_found=2\)"):
-        _prepare(_sample(path, 2))
+        _load_pixels(_sample(path, 2))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -129,7 +129,7 @@ def test_preprocessings_share_pixels_exactly_where_their_keys_are_equal(catalog,
     first = PREPROCESSING.model_copy(update={"crop_mode": crop_mode})
     second = first.model_copy(update={"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1)})
     sample = _sample(catalog, 6)
-    pixels = [_prepare(sample, preprocessing).pixels for preprocessing in (first, second)]
+    pixels = [_load_pixels(sample, preprocessing).pixels for preprocessing in (first, second)]
     assert np.array_equal(*pixels) == same
     assert (pixels_key(first) == pixels_key(second)) == same
     larger = first.model_copy(update={"resize_height": 60, "resize_width": 60})

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchcls.comparison.measurement import Measurement
-from batchcls.comparison.recommend import Requirements, figure, percent, recommend
+from batchcls.comparison.recommend import Requirements, format_number, percent, recommend
 from batchcls.report.compare_page import PageContext, compare_page
 from batchcls.report.pareto_plot import Label, Rectangle, log_ticks, pareto_front, place_labels, shorten
 from tests.helpers.measurements import LAPTOP, SERVER, measurement, six_backbones
@@ -23,13 +23,13 @@ CONTEXT = PageContext(
 ATTACK = "<script>alert(1)</script>"
 
 
-def page_of(measurements: Sequence[Measurement], context: PageContext = CONTEXT, **needs: Any) -> str:
-    requirements = Requirements(**needs)
-    kinds: dict[str, list[Measurement]] = {}
+def page_of(measurements: Sequence[Measurement], context: PageContext = CONTEXT, **requirements: Any) -> str:
+    needs = Requirements(**requirements)
+    by_hardware: dict[str, list[Measurement]] = {}
     for entry in measurements:
-        kinds.setdefault(entry.hardware.key, []).append(entry)
-    advice = {key: recommend(kind, requirements) for key, kind in kinds.items()}
-    return compare_page(measurements, requirements, advice, context)
+        by_hardware.setdefault(entry.hardware.key, []).append(entry)
+    advice = {key: recommend(entries, needs) for key, entries in by_hardware.items()}
+    return compare_page(measurements, needs, advice, context)
 
 
 class Reader(HTMLParser):
@@ -85,17 +85,17 @@ def test_shows_all_values_of_every_measurement(full: str):
             best.images_per_second,
             entry.load_seconds,
         ):
-            assert figure(value) in text
+            assert format_number(value) in text
         for part in entry.throughput:
-            assert f"{figure(part.images_per_second)} ({part.spread * 100:.0f}%)" in text
-            assert f"{figure(part.peak_memory_mib)} ({part.repeats})" in text
-        assert figure(entry.cost_per_million(0.4)) in text
-        assert figure(entry.parameters / 1e6) in text
+            assert f"{format_number(part.images_per_second)} ({part.spread * 100:.0f}%)" in text
+            assert f"{format_number(part.peak_memory_mib)} ({part.repeats})" in text
+        assert format_number(entry.cost_per_million(0.4)) in text
+        assert format_number(entry.parameters / 1e6) in text
         assert percent(entry.agreement.top1 or 0) in text
         for words in (entry.architecture, entry.weights, entry.bundle_fingerprint[:12], str(entry.hardware)):
             assert words in text
     assert "other load: 0.6 cores" in text
-    assert "lossy" in text
+    assert "low agreement" in text
     assert "23 November 2026, 20:40 UTC" in text
 
 
@@ -103,7 +103,7 @@ def test_shows_the_recommendation_with_all_reasons(full: str):
     text = " ".join(Reader(full).text.split())
     advice = recommend(six_backbones(), Requirements(target_ms=80, price_per_hour=0.4))
     assert advice.model == "resnet50"
-    assert "Take resnet50 (torch bf16) Top-1 78.7%" in text
+    assert "Use resnet50 (torch bf16) Top-1 78.7%" in text
     for sentence in advice.sentences[1:]:
         assert sentence in text
     for rejection in advice.rejected:
@@ -210,12 +210,12 @@ def test_omits_the_plot_without_any_accuracy():
 def test_shows_results_without_a_recommendation():
     page = compare_page([measurement()], Requirements(), {}, CONTEXT)
     assert "Results" in page
-    assert "Take" not in page
+    assert "Use " not in page
 
 
 def test_states_that_no_candidate_meets_the_requirements():
     page = page_of(six_backbones(), target_ms=1)
-    assert "None of the 12 candidates will do." in Reader(page).text
+    assert "None of the 12 candidates meets the requirements." in Reader(page).text
     assert '<tr class="marked">' not in page
 
 
