@@ -1,4 +1,4 @@
-"""Settings of the job that makes bundles, looks into them, tests and exports them."""
+"""Settings of the job that creates, inspects, tests and exports bundles."""
 
 from typing import Any, Literal
 
@@ -9,18 +9,18 @@ from batchcls.config.engine_config import CacheSettings
 
 
 class StoreSettings(JobConfig):
-    """What all commands about bundles on a store need."""
+    """Settings of all commands that access bundles on storage."""
 
     storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
+        default_factory=dict, description="JSON object with options for non-local storage."
     )
 
 
 class BundleCreateConfig(StoreSettings, PreprocessingSettings):
-    """Make a bundle from a name of the zoo, timm or torchvision and weights."""
+    """Create a bundle from weights and the name of an architecture in the zoo, timm or torchvision."""
 
     model: ModelAddress = Field(
-        min_length=1, description="A name of the zoo, timm:NAME or torchvision:NAME, perhaps with a tag."
+        min_length=1, description="A name of the zoo, timm:NAME or torchvision:NAME, with an optional tag."
     )
     output: Address = Field(min_length=1, description="Folder to write, local or s3://.")
     model_args: str | None = Field(
@@ -28,61 +28,65 @@ class BundleCreateConfig(StoreSettings, PreprocessingSettings):
     )
     weights: Address | None = Field(
         default=None,
-        description=".safetensors or .pth file; without it the library's pretrained weights are downloaded.",
+        description=".safetensors or .pth file; default: the library's pretrained weights, which are downloaded.",
     )
     labels: Address | None = Field(
-        default=None, description="Class names in order, one a line; default for 1000: ImageNet's."
+        default=None,
+        description="File of class names in order, one per line; default for 1000 classes: those of ImageNet.",
     )
     category_paths: Address | None = Field(
-        default=None, description="Paths of the labels in a tree of categories, one a/b/c a line."
+        default=None,
+        description="File with the path of each label in the category tree, one a/b/c per line.",
     )
     new_head: bool = Field(
         default=False,
-        description="Replace the classifier by an untrained one for --labels, to be fine-tuned; such a bundle "
+        description="Replace the classifier with an untrained one for --labels, to be fine-tuned; such a bundle "
         "is never published.",
     )
     dropout: float | None = Field(
-        default=None, ge=0, lt=1, description="Dropout in front of the classifier in later training."
+        default=None,
+        ge=0,
+        lt=1,
+        description="Dropout probability in front of the classifier in later training.",
     )
     trainable: list[str] = Field(
         default=["*"],
-        description="Parameters that later training changes: glob patterns over their names, by commas, such "
+        description="Parameters that later training changes: comma-separated glob patterns over their names, such "
         "as layer4.*,fc.*; all others stay frozen.",
     )
     embedding_tap: str = Field(
         default="pooled",
         pattern=TAP_PATTERN,
-        description="Where the embedding is taken: pooled, in front of the classifier, or stage1, stage2, ...: "
-        "that stage's feature map, averaged over space.",
+        description="Where the embedding is taken: pooled, the input of the classifier, or stage1, stage2, ...: "
+        "the spatial mean of that stage's feature map.",
     )
 
 
 class BundleInspectConfig(StoreSettings):
-    """Say what a bundle holds."""
+    """Print the contents of a bundle."""
 
     bundle: Address = Field(min_length=1, description="The bundle's folder, local or s3://.")
 
 
 class BundleTestConfig(StoreSettings, CacheSettings):
-    """Hold a bundle's network against its golden answers, on this machine."""
+    """Test a bundle's network on this machine with its golden outputs."""
 
     bundle: Address = Field(min_length=1, description="The bundle's folder, local or s3://.")
     engine: Literal["torch", "compile", "openvino"] = Field(
-        default="torch", description="What runs the network."
+        default="torch", description="Engine that runs the network."
     )
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = Field(
         default="auto",
-        description="Arithmetic of the network; auto: fp32. int8 only where `classify` has made it of the catalog's "
-        "images before.",
+        description="Precision of the network; auto: fp32. int8 requires a network that `classify` quantized before.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
-        description="Where the network runs; auto: a GPU if there is one that the engine can use.",
+        description="Device of the network; auto: a GPU if there is one and the engine supports it.",
     )
 
 
 class BundleExportConfig(StoreSettings):
-    """Write a bundle's network as a program that other runtimes load: pixels in, logits and embedding out."""
+    """Export a bundle's network as a program for other runtimes: pixels in, logits and embedding out."""
 
     bundle: Address = Field(min_length=1, description="The bundle's folder, local or s3://.")
     output: Address = Field(min_length=1, description="Folder to write, local or s3://.")
@@ -94,6 +98,6 @@ class BundleExportConfig(StoreSettings):
 
 
 class BundleZooConfig(JobConfig):
-    """Print the zoo: every backbone with a short name, and what is known of it."""
+    """Print the zoo: the backbones with a short name, with their size, accuracy and use case."""
 
-    name: str | None = Field(default=None, description="One backbone, with all its published weights.")
+    name: str | None = Field(default=None, description="Print one backbone, with all its pretrained weights.")

@@ -1,4 +1,4 @@
-"""`batchcls bundle`: make a bundle, look into it, test it, export it; the zoo."""
+"""`batchcls bundle`: create, inspect, test and export bundles, and print the zoo."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ from batchcls.storage.filesystem import Storage, redact_uri, write_files
 
 _logger = logging.getLogger("batchcls.jobs.bundle")  # __name__ is __main__ here
 
-_TEST_BATCH = 4  # as many as there are drawn images
+_TEST_BATCH = 4  # the number of golden images
 
 _CREATE_EXAMPLES = """examples:
   batchcls bundle create --model mobilenet_v3_large --output models/v1
@@ -63,7 +63,7 @@ _ZOO_EXAMPLES = """examples:
 
 
 def create(config: BundleCreateConfig, console: Console) -> ExitCode:
-    """Build the model once, strictly, ask it for its golden answers, and write it as a bundle."""
+    """Build the model with strictly loaded weights, compute its golden outputs, and write it as a bundle."""
     del console
     storage = Storage(config.storage_options)
     choices = ModelChoices(
@@ -84,7 +84,7 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
 
 
 def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
-    """Print what a bundle holds, after checking that it is whole."""
+    """Print the contents of a bundle, after checking that it is complete."""
     del console
     bundle = Bundle.load(config.bundle, Storage(config.storage_options))
     out = results_console()
@@ -92,65 +92,67 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
     out.print(f"fingerprint {bundle.fingerprint}")
     trainable = mark_trainable(build_model(bundle), bundle.config.trainable)
     out.print(f"{trainable.parameters:,} of {trainable.total:,} parameters are trainable")
-    hidden: dict[str, Any] = {
+    summarized: dict[str, Any] = {
         "labels": True,
         "category_paths": True,
         "golden": True,
         "calibration": {"thresholds"},
     }
-    shown = bundle.config.model_dump(mode="json", exclude=hidden)
+    record = bundle.config.model_dump(mode="json", exclude=summarized)
     golden = bundle.config.golden
     out.print_json(
-        data=shown
+        data=record
         | {"labels": f"{len(bundle.config.labels)} labels"}
         | {"category_paths": f"{len(bundle.config.category_paths or ())} paths"}
-        | {"golden": f"answers to {len(golden.answers) if golden else 0} drawn images"}
+        | {"golden": f"outputs for {len(golden.answers) if golden else 0} golden images"}
     )
     return ExitCode.DONE
 
 
 def test(config: BundleTestConfig, console: Console) -> ExitCode:
-    """Load the bundle as an actor would, and say how far its answers are from the golden ones."""
+    """Load the bundle as an actor does, and print the deviation of its outputs from the golden outputs."""
     del console
     bundle = Bundle.load(config.bundle, Storage(config.storage_options))
     out = results_console()
     out.print(bundle_line(bundle))
-    choice, place = _settled(config)
+    choice, engine_config = _resolve_engine(config)
     started = time.perf_counter()
-    engine, found = start_tested_engine(bundle, choice, place)
+    engine, deviation = start_tested_engine(bundle, choice, engine_config)
     out.print(
-        f"passed on {describe_engine(engine)} in {time.perf_counter() - started:.1f} s: probabilities off by at most "
-        f"{found.probability:.2g}, embeddings by {found.distance:.2g} of their spread"
+        f"passed on {describe_engine(engine)} in {time.perf_counter() - started:.1f} s: probabilities differ by at "
+        f"most {deviation.probability:.2g}, embeddings by {deviation.distance:.2g} of their spread"
     )
     return ExitCode.DONE
 
 
-def _settled(config: BundleTestConfig) -> tuple[EngineChoice, EngineConfig]:
-    """The engine and the place behind the settings of a test, `auto` decided."""
+def _resolve_engine(config: BundleTestConfig) -> tuple[EngineChoice, EngineConfig]:
+    """Return the engine and its configuration, with `auto` replaced by values for this machine."""
     device: Device = "cpu"
     if config.device != "auto":
         device = config.device
     elif config.engine != "openvino" and torch.cuda.is_available():
         device = "cuda"
     precision: Precision = REFERENCE.precision if config.precision == "auto" else config.precision
-    place = EngineConfig(
+    engine_config = EngineConfig(
         device=device,
         threads=torch.get_num_threads(),
         batch_size=_TEST_BATCH,
         compile_cache=CompileCache.from_cache_dir(config.cache_dir),
     )
-    return EngineChoice(config.engine, precision), place
+    return EngineChoice(config.engine, precision), engine_config
 
 
 def export(config: BundleExportConfig, console: Console) -> ExitCode:
-    """Write the network as a program, after the program has given the golden answers."""
+    """Export the network as a program, after testing the program with the golden outputs."""
     del console
     storage = Storage(config.storage_options)
     bundle = Bundle.load(config.bundle, storage)
     preprocessing = bundle.config.preprocessing
     data = export_program(build_backbone(bundle), preprocessing, config.format)
-    found = check_program(bundle.config, load_program(data, config.format))
-    _logger.info("the exported program gives the golden answers (embeddings off by %.2g)", found.distance)
+    deviation = check_program(bundle.config, load_program(data, config.format))
+    _logger.info(
+        "the exported program reproduces the golden outputs (embeddings differ by %.2g)", deviation.distance
+    )
     description = describe_program(bundle, config.format)
     files = {
         FILE_NAMES[config.format]: data,
@@ -163,12 +165,14 @@ def export(config: BundleExportConfig, console: Console) -> ExitCode:
 
 
 def zoo(config: BundleZooConfig, console: Console) -> ExitCode:
-    """Print the zoo, or all that is known of one backbone."""
+    """Print the zoo, or the record of one backbone."""
     del console
     out = results_console()
     if config.name is None:
         out.print(zoo_table(zoo_records()))
-        out.print("top-1 on ImageNet-1k of the default weights; `bundle zoo NAME` shows the others")
+        out.print(
+            "top-1: accuracy of the default weights on ImageNet-1k; `bundle zoo NAME` lists all weights"
+        )
         return ExitCode.DONE
     record = find_record(config.name)
     if record is None:

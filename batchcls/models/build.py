@@ -1,4 +1,4 @@
-"""A bundle becomes the network that it describes."""
+"""Builds the network of a bundle."""
 
 from torch import nn
 
@@ -12,12 +12,12 @@ from batchcls.models.weights import from_safetensors, load_strictly
 
 
 def build_model(bundle: Bundle) -> nn.Module:
-    """The bundle's network as its library builds it, with its weights; to be trained, cut or counted.
+    """Build the bundle's network with its weights, as its library defines it.
 
-    Parameters that the bundle does not call trainable are frozen.
+    Parameters that the bundle does not list as trainable are frozen.
 
     Raises:
-        InputError: the library does not know the architecture (any more), or the weights do not fit.
+        InputError: the installed library does not have the architecture, or the weights do not fit.
     """
     config = bundle.config
     spec = find_model(str(config.spec), config.arguments)
@@ -28,11 +28,11 @@ def build_model(bundle: Bundle) -> nn.Module:
 
 
 def build_backbone(bundle: Bundle) -> Backbone:
-    """The bundle's network with its weights, cut into logits and embedding, in evaluation mode.
+    """Build the bundle's network with its weights as a backbone, which returns logits and embedding.
 
     Raises:
-        InputError: the library does not know the architecture (any more), or weights, labels or
-            embedding do not fit it.
+        InputError: the installed library does not have the architecture, or weights, labels or embedding do not fit
+            it.
     """
     config = bundle.config
     spec = config.spec
@@ -43,7 +43,7 @@ def build_backbone(bundle: Bundle) -> Backbone:
     backbone = Backbone(model, library.classifiers(model), size, tap)
     if backbone.dimension != config.embedding_dimension:
         raise InputError(
-            f"the embedding of {spec} has {backbone.dimension} values, {CONFIG_FILE} says "
+            f"the embedding of {spec} has {backbone.dimension} values, but {CONFIG_FILE} specifies "
             f"{config.embedding_dimension}; create the bundle again"
         )
     return backbone

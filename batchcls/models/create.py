@@ -1,4 +1,4 @@
-"""An architecture's name becomes a bundle: built by its library, with weights of a file, published or random."""
+"""Creates a bundle from the name of an architecture, with weights from a file, pretrained or random weights."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
+class _LoadedModel:
     spec: ModelSpec
     model: nn.Module
     weights: bytes
@@ -33,30 +33,30 @@ class _Loaded:
 
 
 def create_bundle(model: str, choices: ModelChoices, storage: Storage) -> Bundle:
-    """The bundle of a named architecture.
+    """Create the bundle of a named architecture.
 
-    It gets the weights of a file (`choices.weights`), or random ones if allowed, or else the
-    library's published ones, downloaded.
+    Its weights come from a file (`choices.weights`), or are random if that is allowed, or are the pretrained weights
+    that the library publishes, which are downloaded.
 
     Raises:
-        InputError: anything named is missing, unknown or does not fit; the message has the remedy.
+        InputError: a name or file does not exist, or does not fit the others; the message names the remedy.
     """
     spec = find_model(model, choices.arguments)
     labels = read_labels(choices.labels, storage) if choices.labels is not None else None
     if choices.weights is not None:
-        loaded = _from_file(spec, choices.weights, storage)
+        loaded = _load_from_file(spec, choices.weights, storage)
     elif choices.allow_random:
-        loaded = _random(spec, labels)
+        loaded = _initialize_randomly(spec, labels)
     else:
-        loaded = _published(spec)
+        loaded = _load_pretrained(spec)
     if choices.new_head:
-        loaded = _with_new_head(loaded, labels, choices.dropout)
-    labels = _fitting_labels(loaded, labels)
+        loaded = _replace_head(loaded, labels, choices.dropout)
+    labels = _check_or_find_labels(loaded, labels)
     paths = choices.category_paths and read_category_paths(choices.category_paths, labels, storage)
-    return _bundle(loaded, labels, paths or None, choices)
+    return _build_bundle(loaded, labels, paths or None, choices)
 
 
-def _from_file(spec: ModelSpec, uri: str, storage: Storage) -> _Loaded:
+def _load_from_file(spec: ModelSpec, uri: str, storage: Storage) -> _LoadedModel:
     name = redact_uri(uri)
     library = get_library(spec)
     state, data = read_weights(uri, storage)
@@ -65,54 +65,54 @@ def _from_file(spec: ModelSpec, uri: str, storage: Storage) -> _Loaded:
         data = to_safetensors(adapted)
     model = library.build(spec, None)
     classifiers = library.classifiers(model)
-    classes = _classes_in(adapted, classifiers, name)
+    classes = _require_classes(adapted, classifiers, name)
     if classes != _count_classes(model.state_dict(), classifiers):
         model = library.build(spec, classes)
     load_strictly(model, adapted, name)
-    return _Loaded(spec, model, data, "file", name.rpartition("/")[2], classes)
+    return _LoadedModel(spec, model, data, "file", name.rpartition("/")[2], classes)
 
 
-def _classes_in(state: State, classifiers: tuple[str, ...], name: str) -> int:
+def _require_classes(state: State, classifiers: tuple[str, ...], name: str) -> int:
     classes = _count_classes(state, classifiers)
     if classes is None:
         raise InputError(
-            f"{name} holds no classifier ({' or '.join(classifiers) or 'the architecture names none'}); check "
-            "the architecture's name, or take weights that were trained to classify"
+            f"{name} contains no classifier ({' or '.join(classifiers) or 'the architecture names none'}); check "
+            "the architecture's name, or use weights that were trained to classify"
         )
     return classes
 
 
 def _count_classes(state: State, classifiers: tuple[str, ...]) -> int | None:
-    """Rows of the first classifier's weight; None if the state holds no classifier."""
+    """Return the number of rows of the first classifier's weight; None if the state contains no classifier."""
     weights = (state.get(f"{path}.weight") for path in classifiers)
     return next((int(weight.shape[0]) for weight in weights if weight is not None), None)
 
 
-def _random(spec: ModelSpec, labels: Labels | None) -> _Loaded:
+def _initialize_randomly(spec: ModelSpec, labels: Labels | None) -> _LoadedModel:
     library = get_library(spec)
     model = library.build(spec, len(labels) if labels else None)
-    classes = _classes_in(model.state_dict(), library.classifiers(model), str(spec))
-    return _Loaded(spec, model, to_safetensors(model.state_dict()), "random", "random", classes)
+    classes = _require_classes(model.state_dict(), library.classifiers(model), str(spec))
+    return _LoadedModel(spec, model, to_safetensors(model.state_dict()), "random", "random", classes)
 
 
-def _published(spec: ModelSpec) -> _Loaded:
-    notes = describe_weights(spec)
-    _logger.info("weights of %s: %s", spec, notes.line)
-    if notes.warning is not None:
-        _logger.warning("weights of %s: %s", spec, notes.warning)
+def _load_pretrained(spec: ModelSpec) -> _LoadedModel:
+    description = describe_weights(spec)
+    _logger.info("weights of %s: %s", spec, description.summary)
+    if description.warning is not None:
+        _logger.warning("weights of %s: %s", spec, description.warning)
     library = get_library(spec)
-    found = library.pretrained(spec)
-    spec = ModelSpec(spec.source, found.architecture, spec.arguments)
+    pretrained = library.pretrained(spec)
+    spec = ModelSpec(spec.source, pretrained.architecture, spec.arguments)
     model = library.build(spec, None)
-    load_strictly(model, found.state, str(spec))
-    classes = _classes_in(found.state, library.classifiers(model), str(spec))
-    return _Loaded(spec, model, to_safetensors(found.state), "pretrained", str(spec), classes)
+    load_strictly(model, pretrained.state, str(spec))
+    classes = _require_classes(pretrained.state, library.classifiers(model), str(spec))
+    return _LoadedModel(spec, model, to_safetensors(pretrained.state), "pretrained", str(spec), classes)
 
 
-def _with_new_head(loaded: _Loaded, labels: Labels | None, dropout: float | None) -> _Loaded:
-    """The same body under a new, untrained classifier for these labels."""
+def _replace_head(loaded: _LoadedModel, labels: Labels | None, dropout: float | None) -> _LoadedModel:
+    """Replace the classifier with a new, untrained one for these labels."""
     if labels is None:
-        raise InputError("--new-head needs --labels FILE: the classes that the new head is to tell apart")
+        raise InputError("--new-head needs --labels FILE with the classes of the new head")
     state = from_safetensors(loaded.weights, loaded.name)
     model = with_new_head(get_library(loaded.spec), loaded.spec, state, len(labels), dropout)
     return replace(
@@ -120,58 +120,58 @@ def _with_new_head(loaded: _Loaded, labels: Labels | None, dropout: float | None
     )
 
 
-def _fitting_labels(loaded: _Loaded, labels: Labels | None) -> Labels:
+def _check_or_find_labels(loaded: _LoadedModel, labels: Labels | None) -> Labels:
+    """Return the given labels, or those of the public label set with the same number of classes."""
     if labels is None:
         labels = known_labels(loaded.classes)
     if labels is None:
         raise InputError(
-            f"the weights of {loaded.spec} tell {loaded.classes} classes apart and nobody says what they are "
-            "called; pass --labels FILE with one name a line, in the order of the classes"
+            f"the weights of {loaded.spec} have {loaded.classes} classes whose names are not known; pass --labels FILE "
+            "with one name per line, in the order of the classes"
         )
     if len(labels) != loaded.classes:
         raise InputError(
-            f"--labels has {len(labels)} names, the weights of {loaded.spec} tell {loaded.classes} classes "
-            "apart; pass the list that belongs to these weights, or --new-head to train a classifier for "
-            "these labels on top of them (`bundle create`)"
+            f"--labels has {len(labels)} names, but the weights of {loaded.spec} have {loaded.classes} classes; pass "
+            "the labels of these weights, or --new-head to train a new classifier for these labels (`bundle create`)"
         )
     return labels
 
 
-def _size_remedy(loaded: _Loaded, size: tuple[int, int]) -> str:
-    """What to type instead of a size that the network does not take; only what was tried and works."""
+def _size_remedy(loaded: _LoadedModel, size: tuple[int, int]) -> str:
+    """Return the options that make an unsupported image size work; each option was tried."""
     library, spec = get_library(loaded.spec), loaded.spec
-    own = library.preprocessing(spec, PreprocessingOverrides())
-    remedies = [f"leave --input-size out, for its own size is {own.input_height} x {own.input_width}"]
+    default = library.preprocessing(spec, PreprocessingOverrides())
+    remedies = [f"omit --input-size to use the default of {default.input_height} x {default.input_width}"]
     state = from_safetensors(loaded.weights, loaded.name)
-    ways: tuple[dict[str, ArgumentValue], ...] = (
+    options: tuple[dict[str, ArgumentValue], ...] = (
         {"dynamic_img_size": True},
         {"img_size": size[0]},
         {"image_size": size[0]},
     )
-    for arguments in ways:
-        other = ModelSpec(spec.source, spec.architecture, {**spec.arguments, **arguments})
+    for arguments in options:
+        candidate = ModelSpec(spec.source, spec.architecture, {**spec.arguments, **arguments})
         try:
-            model = library.build(other, loaded.classes)
+            model = library.build(candidate, loaded.classes)
             if loaded.kind != "random":
                 load_strictly(model, state, loaded.name)
             with eval_mode(model):
                 forward_full(model, random_image(size))
         except InputError:
             continue
-        given = ",".join(f"{name}={str(value).lower()}" for name, value in other.arguments.items())
-        remedies.append(f"or add --model-args {given}")
+        pairs = ",".join(f"{name}={str(value).lower()}" for name, value in candidate.arguments.items())
+        remedies.append(f"or add --model-args {pairs}")
         break
     return ", ".join(remedies)
 
 
-def _bundle(
-    loaded: _Loaded, labels: Labels, category_paths: CategoryPaths | None, choices: ModelChoices
+def _build_bundle(
+    loaded: _LoadedModel, labels: Labels, category_paths: CategoryPaths | None, choices: ModelChoices
 ) -> Bundle:
     spec = loaded.spec
     library = get_library(spec)
     preprocessing = library.preprocessing(spec, choices.overrides)
     size = (preprocessing.input_height, preprocessing.input_width)
-    mark_trainable(loaded.model, choices.trainable)  # refuses patterns that match nothing
+    mark_trainable(loaded.model, choices.trainable)  # raises for patterns that match nothing
     try:
         tap = find_tap(spec, loaded.model, library, choices.tap, size)
         backbone = Backbone(loaded.model, library.classifiers(loaded.model), size, tap)

@@ -1,7 +1,7 @@
-"""A bundle's network as a program for other runtimes: uint8 pixels in, logits and embedding out.
+"""Exports a bundle's network as a program for other runtimes: uint8 pixels -> logits and embedding.
 
-The normalization is part of the program, so that nobody outside can apply another mean. What is
-left to the caller is the resize and the crop, which `model.json` beside the program spells out.
+The normalization is part of the program, so that a caller cannot apply another mean. The caller resizes and crops, as
+`model.json` next to the program describes.
 """
 
 import io
@@ -29,7 +29,7 @@ OUTPUT_NAMES = ("logits", "embedding")
 _LARGEST_BATCH = 4096
 
 
-class _SelfContained(nn.Module):
+class _NormalizedModel(nn.Module):
     """uint8 N,H,W,3 -> logits N,K and embedding N,D, both float32."""
 
     scale: torch.Tensor
@@ -44,26 +44,26 @@ class _SelfContained(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         normalized = images.permute(0, 3, 1, 2).float() * self.scale + self.shift
-        answer: tuple[torch.Tensor, torch.Tensor] = self.backbone(normalized)
-        return answer
+        outputs: tuple[torch.Tensor, torch.Tensor] = self.backbone(normalized)
+        return outputs
 
 
 def export_program(backbone: Backbone, preprocessing: Preprocessing, kind: ExportFormat) -> bytes:
-    """The program as the bytes of one file; it takes batches of any size from 1 on.
+    """Export the program as the bytes of one file; it accepts batches of 1 to 4096 images.
 
     Raises:
-        InputError: the format's packages are not installed, or the network cannot be exported.
+        InputError: the packages of the format are not installed, or the network cannot be exported.
     """
     if kind == "onnx":
-        _require_onnx()
-    # Two images: a batch of one would be taken for a constant.
+        _check_onnx_packages()
+    # Two images, because torch.export would specialize on a batch of one.
     example = torch.zeros(2, *preprocessing.shape, dtype=torch.uint8)
     batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
-    module = _SelfContained(backbone, preprocessing).eval()
+    module = _NormalizedModel(backbone, preprocessing).eval()
     try:
         with torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes={INPUT_NAME: {0: batch}})
-        return _onnx(program) if kind == "onnx" else _torch_export(program)
+        return _onnx_bytes(program) if kind == "onnx" else _torch_export_bytes(program)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
@@ -72,7 +72,7 @@ def export_program(backbone: Backbone, preprocessing: Preprocessing, kind: Expor
 
 
 def describe_program(bundle: Bundle, kind: ExportFormat) -> dict[str, Any]:
-    """What a caller has to know, as JSON values: input, outputs, resize and crop, where it comes from."""
+    """Describe a program for its callers as JSON values: input, outputs, resize, crop and provenance."""
     config = bundle.config
     height, width, channels = config.preprocessing.shape
     return {
@@ -89,24 +89,24 @@ def describe_program(bundle: Bundle, kind: ExportFormat) -> dict[str, Any]:
         },
         "resize_and_crop": config.preprocessing.model_dump(mode="json", exclude={"mean", "std"}),
         "normalization": "part of the program; pass pixels of 0 to 255",
-        "labels": "labels.txt, one a line, in the order of the logits",
+        "labels": "labels.txt, one per line, in the order of the logits",
         "architecture": str(config.spec),
         "bundle_fingerprint": bundle.fingerprint,
     }
 
 
 def load_program(data: bytes, kind: ExportFormat) -> Program:
-    """An exported program as a function from uint8 N,H,W,3 pixels to an answer, on the CPU."""
+    """Load an exported program on the CPU, as a function from N,H,W,3 uint8 pixels to its outputs."""
     return _load_onnx(data) if kind == "onnx" else _load_torch_export(data)
 
 
-def _torch_export(program: torch.export.ExportedProgram) -> bytes:
+def _torch_export_bytes(program: torch.export.ExportedProgram) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
-def _onnx(program: torch.export.ExportedProgram) -> bytes:
+def _onnx_bytes(program: torch.export.ExportedProgram) -> bytes:
     converted = torch.onnx.export(
         program,
         dynamo=True,
@@ -115,13 +115,13 @@ def _onnx(program: torch.export.ExportedProgram) -> bytes:
         output_names=list(OUTPUT_NAMES),
     )
     if converted is None:
-        raise RuntimeError("the exporter gave no program")
+        raise RuntimeError("the exporter returned no program")
     data: bytes = converted.model_proto.SerializeToString()
     return data
 
 
 def _load_onnx(data: bytes) -> Program:
-    import onnxruntime  # noqa: PLC0415 - an extra; the job runs without it
+    import onnxruntime  # noqa: PLC0415 - an optional dependency
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return lambda pixels: EngineOutput(*session.run(list(OUTPUT_NAMES), {INPUT_NAME: pixels}))
@@ -130,20 +130,21 @@ def _load_onnx(data: bytes) -> Program:
 def _load_torch_export(data: bytes) -> Program:
     module = torch.export.load(io.BytesIO(data)).module()
 
-    def answer(pixels: npt.NDArray[np.uint8]) -> EngineOutput:
+    def predict(pixels: npt.NDArray[np.uint8]) -> EngineOutput:
         with torch.inference_mode():
             logits, embedding = module(torch.from_numpy(pixels))
         return EngineOutput(logits.numpy(), embedding.numpy())
 
-    return answer
+    return predict
 
 
-def _require_onnx() -> None:
+def _check_onnx_packages() -> None:
+    """Raise InputError if an optional package is missing, before an export that may take minutes."""
     try:
-        import onnxruntime  # noqa: F401, PLC0415 - an extra; asked for before minutes of work
+        import onnxruntime  # noqa: F401, PLC0415 - an optional dependency
         import onnxscript  # noqa: F401, PLC0415
     except ImportError as error:
         raise InputError(
-            f"--format onnx needs a package that is not installed ({error.name}): pip install 'batchcls[export]', "
+            f"--format onnx requires a package that is not installed ({error.name}): pip install 'batchcls[export]', "
             "or use --format torch-export"
         ) from error

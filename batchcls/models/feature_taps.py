@@ -1,9 +1,9 @@
-"""Taps: an embedding taken from the middle of a network, during the pass that gives the logits.
+"""Feature taps: an embedding from the middle of a network, taken during the forward pass that computes the logits.
 
-A *stage* is a place where a network has finished a feature map. Its embedding is the mean of that
-map over space. Nothing is cut out and nothing runs twice: a tap keeps the map as it comes by.
+A *stage* is a module whose output is a feature map. Its embedding is the spatial mean of that map, which a tap computes
+in a forward hook, without a second forward pass.
 
-Letters: N images, H x W pixels, C channels of a feature map, h x w its places.
+Shapes: N images, H x W pixels, C channels of a feature map, h x w its spatial size.
 """
 
 import re
@@ -25,28 +25,30 @@ _STAGE_NAME = re.compile(r"stage[1-9]\d*")
 
 
 class ImageSizeError(InputError):
-    """A network does not take images of a size.
+    """A network does not accept images of a size.
 
     Attributes:
-        reason: what the network said, in one line.
+        reason: the error of the network, in one line.
     """
 
     def __init__(self, name: str, size: tuple[int, int], reason: str, remedy: str) -> None:
-        super().__init__(f"{name} does not take images of {size[0]} x {size[1]} pixels ({reason}); {remedy}")
+        super().__init__(
+            f"{name} does not accept images of {size[0]} x {size[1]} pixels ({reason}); {remedy}"
+        )
         self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureStage:
-    """A feature map of a network, and how to average it.
+    """A feature map of a network, and how it is pooled.
 
     Attributes:
-        name: `stage1`, `stage2`, ... from the image upwards.
-        path: the module in the network whose output is the map.
+        name: `stage1`, `stage2`, ... from the input to the output.
+        path: path of the module whose output is the feature map.
         layout: NCHW (N,C,h,w), NHWC (N,h,w,C) or tokens (N,prefix + h*w,C).
         channels: C, the length of the embedding.
-        reduction: side of the image divided by the side of the map, about.
-        prefix: tokens in front that are no place in the image, such as the class token.
+        reduction: approximate side of the image divided by the side of the feature map.
+        prefix: number of leading tokens that are not positions of the image, such as the class token.
     """
 
     name: str
@@ -57,17 +59,17 @@ class FeatureStage:
     prefix: int = 0
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
-        """The mean over space of a map in the stage's layout: N,C float32, of any floating dtype."""
+        """Return the spatial mean (N,C float32) of a feature map in the stage's layout, of any floating dtype."""
         if self.layout == "tokens":
             return features[:, self.prefix :].float().mean(1)
         return features.float().mean((2, 3) if self.layout == "NCHW" else (1, 2))
 
 
 class FeatureTap:
-    """Keeps a stage's embedding of the pass under way. Not made for several threads at once."""
+    """Stores a stage's embedding of the current forward pass. Not thread-safe."""
 
     def __init__(self, model: nn.Module, stage: FeatureStage) -> None:
-        """Listen at the stage's module.
+        """Register a forward hook on the stage's module.
 
         Raises:
             InputError: the network has no module of that path.
@@ -80,68 +82,68 @@ class FeatureTap:
             raise InputError(
                 f"{type(model).__name__} has no module {stage.path} for {stage.name}; choose another stage"
             ) from error
-        module.register_forward_hook(self._keep)
+        module.register_forward_hook(self._store)
 
     def take(self) -> torch.Tensor:
-        """The embedding (N,C float32) of the pass that has just ended; may be asked once a pass.
+        """Return and clear the embedding (N,C float32) of the last forward pass.
 
         Raises:
-            RuntimeError: the stage's module did not run.
+            RuntimeError: the stage's module has not run since the last call.
         """
         embedding, self._embedding = self._embedding, None
         if embedding is None:
             raise RuntimeError(f"{self.stage.path} did not run, so there is no {self.stage.name}")
         return embedding
 
-    def _keep(self, _module: nn.Module, _given: object, output: object) -> None:
-        # Averaged at once: a later layer that works in place would change the map.
+    def _store(self, _module: nn.Module, _inputs: object, output: object) -> None:
+        # Pooled immediately, because a later in-place layer would modify the feature map.
         features = first_tensor(output)
         self._embedding = None if features is None else self.stage.pool(features)
 
 
 def first_tensor(output: object) -> torch.Tensor | None:
-    """What a module hands on: its output, or the first of several, which is the map in all libraries."""
+    """Return a module's output, or the first of several outputs, which is the feature map in all libraries."""
     if isinstance(output, list | tuple) and output:
         output = output[0]
     return output if isinstance(output, torch.Tensor) else None
 
 
 class StageProvider(Protocol):
-    """What finds the stages of a network: a library of architectures."""
+    """The part of a library of architectures that finds the stages of a network."""
 
     def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[FeatureStage, ...]:
-        """The stages of an intact network for images of H, W; none where it has no such thing."""
+        """Return the stages of an unmodified network for images of H, W; empty if it has no feature maps."""
 
 
 def find_tap(
     spec: object, model: nn.Module, library: StageProvider, name: str, input_size: tuple[int, int]
 ) -> FeatureStage | None:
-    """The stage that `--embedding-tap` names, in a network that is not cut yet; None for `pooled`.
+    """Find the stage that `--embedding-tap` names, in a network that is not split yet; None for `pooled`.
 
     Args:
-        spec: what the model is called in messages.
-        model: the network, with its weights loaded; its mode and statistics stay as they are.
+        spec: name of the model in error messages.
+        model: the network with its weights loaded; its training mode and statistics are not changed.
         library: the library that the network comes from.
         name: `pooled`, `stage1`, `stage2`, ...
         input_size: H, W of the images.
 
     Raises:
-        InputError: there is no such stage, or the network does not take this size.
+        InputError: there is no such stage, or the network does not accept this size.
     """
     if name == POOLED:
         return None
     if not _STAGE_NAME.fullmatch(name):
-        raise InputError(f"--embedding-tap {name}: unknown; it is {POOLED}, or stage1, stage2, ...")
+        raise InputError(f"--embedding-tap {name}: unknown; choose {POOLED}, or stage1, stage2, ...")
     stages = library.stages(model, input_size)
     found = next((stage for stage in stages if stage.name == name), None)
     if found is None:
-        raise InputError(f"--embedding-tap {name}: {spec} has {_what_there_is(stages)}")
+        raise InputError(f"--embedding-tap {name}: {spec} has {_available_taps(stages)}")
     return found
 
 
-def _what_there_is(stages: tuple[FeatureStage, ...]) -> str:
+def _available_taps(stages: tuple[FeatureStage, ...]) -> str:
     if not stages:
-        return f"no stages; {POOLED} is what it has"
+        return f"no stages; choose {POOLED}"
     names = [stage.name for stage in stages]
     first, last = (int(name.removeprefix("stage")) for name in (names[0], names[-1]))
     if len(names) > 2 and last - first + 1 == len(names):
@@ -150,16 +152,16 @@ def _what_there_is(stages: tuple[FeatureStage, ...]) -> str:
 
 
 def random_image(input_size: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    """1,3,H,W float32 of noise as normalized pixels have it, the same for the same seed."""
+    """Return 1,3,H,W float32 standard normal noise, like a normalized image; deterministic for a seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, 3, *input_size, generator=generator)
 
 
 def forward_full(model: nn.Module, images: torch.Tensor) -> Any:
-    """What a network answers.
+    """Run an unmodified network and return its output.
 
     Raises:
-        ImageSizeError: it does not take images of this size.
+        ImageSizeError: the network does not accept images of this size.
     """
     height, width = images.shape[2:]
     try:
@@ -174,20 +176,20 @@ def forward_full(model: nn.Module, images: torch.Tensor) -> Any:
 def capture_outputs(
     model: nn.Module, paths: Iterable[str], input_size: tuple[int, int]
 ) -> list[tuple[str, torch.Tensor]]:
-    """What modules hand on for the random image, copied, in the order in which the modules ended.
+    """Return path and copied output of modules for a random image, in the order in which the modules finished.
 
     Raises:
-        InputError: the network does not take this size.
+        InputError: the network does not accept this size.
     """
-    seen: list[tuple[str, torch.Tensor]] = []
-    with eval_mode(model), _listening(model, paths, seen):
+    captured: list[tuple[str, torch.Tensor]] = []
+    with eval_mode(model), _capturing(model, paths, captured):
         forward_full(model, random_image(input_size))
-    return seen
+    return captured
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; every module is in its former mode afterwards."""
+    """Evaluate without gradients inside the context, and restore the training mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -199,18 +201,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(
-    model: nn.Module, paths: Iterable[str], seen: list[tuple[str, torch.Tensor]]
+def _capturing(
+    model: nn.Module, paths: Iterable[str], captured: list[tuple[str, torch.Tensor]]
 ) -> Iterator[None]:
-    def listen(path: str) -> RemovableHandle:
-        def copy(_module: nn.Module, _given: object, output: object) -> None:
+    def register(path: str) -> RemovableHandle:
+        def capture(_module: nn.Module, _inputs: object, output: object) -> None:
             features = first_tensor(output)
             if features is not None:
-                seen.append((path, features.clone()))
+                captured.append((path, features.clone()))
 
-        return model.get_submodule(path).register_forward_hook(copy)
+        return model.get_submodule(path).register_forward_hook(capture)
 
-    handles = [listen(path) for path in paths]
+    handles = [register(path) for path in paths]
     try:
         yield
     finally:

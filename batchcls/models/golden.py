@@ -1,8 +1,7 @@
-"""Golden answers: what a bundle's network says about a few drawn images, kept in its record.
+"""Golden outputs: the outputs of a bundle's network for a few synthetic images, stored in the bundle's record.
 
-Whoever is going to work with the bundle asks the running network again and compares. Labels that
-were swapped, another mean or size, a channel order that was turned round, another tap, an engine
-that loses too much: all of them answer otherwise.
+Every job that uses the bundle runs its engine on the same images and compares. The comparison detects swapped labels,
+another mean, size, channel order or embedding tap, and an engine that is not accurate enough.
 """
 
 import base64
@@ -21,39 +20,41 @@ Floats = npt.NDArray[np.float32]
 TOP = 5
 
 
-class GoldenPrediction(BaseModel):
-    """What the network says about one drawn image, in float32 on a CPU."""
+class GoldenOutput(BaseModel):
+    """The prediction for one golden image, in float32 on a CPU."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    labels: tuple[str, ...] = Field(description="The best labels, the best first; five where there are.")
-    class_indices: tuple[int, ...] = Field(description="Their class indices.")
-    probabilities: tuple[float, ...] = Field(description="Their probabilities in 0..1.")
+    labels: tuple[str, ...] = Field(description="The top five labels, or all if there are fewer, best first.")
+    class_indices: tuple[int, ...] = Field(description="Class indices of the labels.")
+    probabilities: tuple[float, ...] = Field(description="Probabilities of the labels, in 0..1.")
     embedding: str = Field(description="The embedding: little-endian float32, base64.")
 
 
 class Golden(BaseModel):
-    """The answers to all drawn images."""
+    """The predictions for all golden images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    drawing: int = Field(description="Version of the drawn images.")
+    drawing: int = Field(description="Version of the golden images.")
     labels_sha256: str = Field(
         pattern=r"^[0-9a-f]{64}$",
-        description="Digest of all labels in order, so that none is swapped unseen.",
+        description="Digest of all labels in order, which detects swapped labels.",
     )
-    answers: tuple[GoldenPrediction, ...] = Field(
-        min_length=2, description="One an image, in the drawing's order."
+    answers: tuple[GoldenOutput, ...] = Field(
+        min_length=2, description="One prediction per golden image, in order."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far an engine may be from the golden answers.
+    """Largest permitted differences between an engine and the golden outputs.
 
-    `probability` bounds the change of any of the kept probabilities. `distance` bounds how far an
-    embedding moves, in units of how far the embeddings of different images are from their mean.
-    `cosine` is the least between an embedding and the golden one.
+    Attributes:
+        probability: largest difference of a recorded probability.
+        distance: largest Euclidean distance between an embedding and the golden one, relative to the mean distance
+            of the golden embeddings from their centroid.
+        cosine: smallest cosine similarity between an embedding and the golden one.
     """
 
     probability: float
@@ -61,21 +62,21 @@ class Tolerance:
     cosine: float = -1.0
 
 
-# Measured: docs/measurements, "Golden answers". A lower precision alone moves an embedding as far as some
-# wrong preprocessings do, so whoever starts an engine tests the network in fp32 before.
+# Measured; see docs/measurements/golden-tests.md. A lower precision moves an embedding as far as some wrong
+# preprocessing does, so the network is tested in fp32 before an engine of lower precision is started.
 TOLERANCES = {
     "fp32": Tolerance(probability=0.01, distance=0.02),
     "bf16": Tolerance(probability=0.15, distance=0.35),
     "fp16": Tolerance(probability=0.08, distance=0.15),
-    # Scales are chosen by the catalog's images, and drawings may lie outside of them: here only a network
-    # that is broken is found. What int8 costs is measured on the catalog's own images.
+    # The int8 scales are computed from images of the catalog, and the golden images may be outside of their range.
+    # So the test detects only a broken network; the accuracy of int8 is measured on images of the catalog.
     "int8": Tolerance(probability=1.0, distance=float("inf"), cosine=0.9),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Deviation:
-    """The largest differences found between an engine and the golden answers; see `Tolerance`."""
+    """The largest differences between an engine and the golden outputs; see `Tolerance`."""
 
     probability: float
     distance: float
@@ -83,10 +84,10 @@ class Deviation:
 
 
 def create_golden(probabilities: Floats, embedding: Floats, labels: Sequence[str], drawing: int) -> Golden:
-    """Golden answers from N x K probabilities and N x D embeddings of the drawn images."""
+    """Create golden outputs from N x K probabilities and N x D embeddings of the golden images."""
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
     answers = tuple(
-        GoldenPrediction(
+        GoldenOutput(
             labels=tuple(labels[index] for index in indices),
             class_indices=tuple(map(int, indices)),
             probabilities=tuple(round(float(row[index]), 6) for index in indices),
@@ -100,71 +101,73 @@ def create_golden(probabilities: Floats, embedding: Floats, labels: Sequence[str
 def check_golden(
     golden: Golden, probabilities: Floats, embedding: Floats, labels: Sequence[str], precision: str
 ) -> Deviation:
-    """Compare N x K probabilities and N x D embeddings of the drawn images with the golden answers.
+    """Compare N x K probabilities and N x D embeddings of the golden images with the golden outputs.
 
     Returns:
-        How far off they are, within the precision's tolerance.
+        The differences, which are within the tolerance of the precision.
 
     Raises:
-        GoldenMismatch: something is not as it was when the bundle was made; the message says what.
+        GoldenMismatch: labels, probabilities or embeddings differ from the golden outputs; the message says which.
     """
-    expected = np.stack([_embedding(answer) for answer in golden.answers])
+    expected = np.stack([_decode_embedding(prediction) for prediction in golden.answers])
     if embedding.shape != expected.shape:
         raise GoldenMismatch(
-            f"embeddings have {embedding.shape[1]} values, the golden ones {expected.shape[1]}: another tap"
+            f"embeddings have {embedding.shape[1]} values instead of {expected.shape[1]}: the embedding tap differs"
         )
-    _require_labels(golden, labels)
-    found = Deviation(
-        _largest_change(golden, probabilities), _distance(embedding, expected), _cosine(embedding, expected)
+    _check_labels(golden, labels)
+    deviation = Deviation(
+        _max_probability_difference(golden, probabilities),
+        _max_relative_distance(embedding, expected),
+        _min_cosine(embedding, expected),
     )
-    allowed = TOLERANCES[precision]
-    # Written so that a NaN, which compares as false, is refused.
+    tolerance = TOLERANCES[precision]
+    # Negated, so that NaN, for which every comparison is false, is a mismatch.
     if not (
-        found.probability <= allowed.probability
-        and found.distance <= allowed.distance
-        and found.cosine >= allowed.cosine
+        deviation.probability <= tolerance.probability
+        and deviation.distance <= tolerance.distance
+        and deviation.cosine >= tolerance.cosine
     ):
         raise GoldenMismatch(
-            f"the network does not answer the drawn images as it did when the bundle was made (in {precision}: "
-            f"probabilities off by {found.probability:.3f}, {allowed.probability:g} allowed; embeddings off by "
-            f"{found.distance:.3f} of their spread, {allowed.distance:g} allowed; least cosine "
-            f"{found.cosine:.3f}, {allowed.cosine:g} asked for)"
+            f"the outputs for the golden images differ from those recorded in the bundle (in {precision}: "
+            f"probabilities by {deviation.probability:.3f}, tolerance {tolerance.probability:g}; embeddings by "
+            f"{deviation.distance:.3f} of their spread, tolerance {tolerance.distance:g}; smallest cosine "
+            f"{deviation.cosine:.3f}, tolerance {tolerance.cosine:g})"
         )
-    return found
+    return deviation
 
 
-def _require_labels(golden: Golden, labels: Sequence[str]) -> None:
-    for number, answer in enumerate(golden.answers):
-        now = tuple(labels[index] for index in answer.class_indices if index < len(labels))
-        if now != answer.labels:
+def _check_labels(golden: Golden, labels: Sequence[str]) -> None:
+    for number, prediction in enumerate(golden.answers):
+        current = tuple(labels[index] for index in prediction.class_indices if index < len(labels))
+        if current != prediction.labels:
             raise GoldenMismatch(
-                f"drawn image {number}: classes {answer.class_indices} were called {answer.labels} and are "
-                f"called {now} now: the labels were swapped or renamed"
+                f"golden image {number}: the labels of classes {prediction.class_indices} were {prediction.labels} "
+                f"and are now {current}: the labels were swapped or renamed"
             )
     if labels_digest(labels) != golden.labels_sha256:
-        raise GoldenMismatch("the labels are not those that the bundle was made with, or in another order")
+        raise GoldenMismatch("the labels or their order differ from those that the bundle was created with")
 
 
-def _largest_change(golden: Golden, probabilities: Floats) -> float:
-    changes = [
-        np.abs(row[list(answer.class_indices)] - np.array(answer.probabilities)).max()
-        for answer, row in zip(golden.answers, probabilities, strict=True)
+def _max_probability_difference(golden: Golden, probabilities: Floats) -> float:
+    differences = [
+        np.abs(row[list(prediction.class_indices)] - np.array(prediction.probabilities)).max()
+        for prediction, row in zip(golden.answers, probabilities, strict=True)
     ]
-    return float(np.max(changes))
+    return float(np.max(differences))
 
 
-def _distance(embedding: Floats, expected: Floats) -> float:
-    """Largest move of an embedding in units of the spread of the expected ones."""
+def _max_relative_distance(embedding: Floats, expected: Floats) -> float:
+    """Return the largest distance between an embedding and the expected one, relative to the spread of the latter."""
     spread = np.linalg.norm(expected - expected.mean(axis=0), axis=1).mean()
     return float(np.linalg.norm(embedding - expected, axis=1).max() / max(float(spread), 1e-30))
 
 
-def _cosine(embedding: Floats, expected: Floats) -> float:
-    """The least of an embedding with the expected one; 0 where one of them has no length."""
-    lengths = np.linalg.norm(embedding, axis=1) * np.linalg.norm(expected, axis=1)
+def _min_cosine(embedding: Floats, expected: Floats) -> float:
+    """Return the smallest cosine similarity to the expected embedding; 0 if one of them is zero."""
+    norms = np.linalg.norm(embedding, axis=1) * np.linalg.norm(expected, axis=1)
     products: Floats = (embedding * expected).sum(axis=1)
-    return float((products / np.maximum(lengths, 1e-30)).min())
+    return float((products / np.maximum(norms, 1e-30)).min())
 
 
-def _embedding(answer: GoldenPrediction) -> Floats:
-    return np.frombuffer(base64.b64decode(answer.embedding), "<f4").astype(np.float32)
+def _decode_embedding(prediction: GoldenOutput) -> Floats:
+    return np.frombuffer(base64.b64decode(prediction.embedding), "<f4").astype(np.float32)

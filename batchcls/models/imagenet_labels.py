@@ -1,4 +1,4 @@
-"""Class names of the public label sets: ImageNet and its larger relatives."""
+"""Class names of public label sets: ImageNet-1k and the larger ImageNet variants."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ IMAGENET_CLASSES = 1000
 
 
 def known_labels(classes: int) -> Labels | None:
-    """Labels of the public label set with that many classes, or None if there is no such set.
+    """Return the labels of the public label set with this number of classes, or None if there is none.
 
-    1000 is ImageNet; 11,221, 11,821, 21,841, 21,842 and 21,843 are its larger relatives.
+    1000 is ImageNet-1k; 11,221, 11,821, 21,841, 21,842 and 21,843 are variants of ImageNet-21k.
     """
     if classes == IMAGENET_CLASSES:
         return imagenet_labels()
@@ -26,7 +26,7 @@ def known_labels(classes: int) -> Labels | None:
 
 @cache
 def imagenet_labels() -> Labels:
-    """The 1000 names of ImageNet, each one different; the index is the rank of the wnid."""
+    """Return the 1000 unique class names of ImageNet-1k, in the order of the WordNet ids."""
     info: Any = ImageNetInfo()
     return disambiguate(ResNet18_Weights.DEFAULT.meta["categories"], info.label_names())
 
@@ -38,12 +38,12 @@ def _synset_labels(subset: str) -> Labels:
 
 
 def disambiguate(names: Sequence[str], identifiers: Sequence[str]) -> Labels:
-    """Names made unique: one that stands for several classes gets its identifier in brackets.
+    """Make names unique by appending the identifier to names of several classes.
 
     Two classes called crane become `crane (n02012849)` and `crane (n03126707)`.
     """
-    times = Counter(names)
+    counts = Counter(names)
     return tuple(
-        name if times[name] == 1 else f"{name} ({identifier})"
+        name if counts[name] == 1 else f"{name} ({identifier})"
         for name, identifier in zip(names, identifiers, strict=True)
     )

@@ -1,4 +1,4 @@
-"""Class names, in the order of a classifier's outputs, from a file; `known_labels` has those of ImageNet."""
+"""Reads class names from files, in the order of a classifier's outputs; see also `imagenet_labels.known_labels`."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ CategoryPaths = tuple[tuple[str, ...], ...]
 
 
 def read_labels(uri: str, storage: Storage) -> Labels:
-    """Labels of a file: a JSON list in `*.json`, otherwise UTF-8 text with one label a line.
+    """Read labels from a file: a JSON list in `*.json`, otherwise UTF-8 text with one label per line.
 
     Raises:
-        InputError: the file is not there or not of that form, or a label is empty or repeated;
-            the message names the line (or the place in the list).
+        InputError: the file does not exist or has another format, or a label is empty or repeated; the message names
+            the line (or the position in the list).
     """
     name = redact_uri(uri)
     with explain(uri):
@@ -26,16 +26,16 @@ def read_labels(uri: str, storage: Storage) -> Labels:
     except UnicodeDecodeError as error:
         raise InputError(f"--labels {name} is not UTF-8 ({error}); save it as UTF-8") from error
     if uri.lower().endswith(".json"):
-        return _checked(_json_list(text, name), f"--labels {name}, item")
-    return _checked([line.strip() for line in text.splitlines()], f"--labels {name}, line")
+        return _validated(_parse_json_list(text, name), f"--labels {name}, item")
+    return _validated([line.strip() for line in text.splitlines()], f"--labels {name}, line")
 
 
 def read_category_paths(uri: str, labels: Labels, storage: Storage) -> CategoryPaths:
-    """Paths of the labels in a tree of categories: UTF-8 text, one `a/b/c` a line, in the labels' order.
+    """Read the category path of each label: UTF-8 text with one `a/b/c` per line, in the order of the labels.
 
     Raises:
-        InputError: the file cannot be read, has another number of lines than there are labels, or a
-            path is empty or has an empty part; the message names the line.
+        InputError: the file cannot be read, its number of lines differs from the number of labels, or a path is empty
+            or has an empty part; the message names the line.
     """
     name = redact_uri(uri)
     with explain(uri):
@@ -46,53 +46,55 @@ def read_category_paths(uri: str, labels: Labels, storage: Storage) -> CategoryP
         raise InputError(f"--category-paths {name} is not UTF-8 ({error}); save it as UTF-8") from error
     if len(lines) != len(labels):
         raise InputError(
-            f"--category-paths {name} has {len(lines)} lines for {len(labels)} labels; write one path a label"
+            f"--category-paths {name} has {len(lines)} lines for {len(labels)} labels; write one path per label"
         )
     paths = tuple(tuple(part.strip() for part in line.split("/")) for line in lines)
     for number, path in enumerate(paths, start=1):
         if not all(path):
-            raise InputError(f"--category-paths {name}, line {number}: a part of the path is empty; name it")
+            raise InputError(
+                f"--category-paths {name}, line {number}: a part of the path is empty; every part needs a name"
+            )
     return paths
 
 
 def check_labels(labels: Sequence[str], where: str) -> Labels:
-    """The labels as a tuple.
+    """Return the labels as a tuple.
 
     Raises:
-        InputError: there is none, or one is empty, repeated or no valid text.
+        InputError: there are no labels, or one is empty, repeated or not valid Unicode.
     """
-    return _checked(labels, f"{where}, label")
+    return _validated(labels, f"{where}, label")
 
 
-def _json_list(text: str, name: str) -> list[str]:
+def _parse_json_list(text: str, name: str) -> list[str]:
     try:
         items = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"--labels {name} is not JSON ({error})") from error
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise InputError(f'--labels {name} must hold a JSON list of strings, such as ["mug", "plate"]')
+        raise InputError(f'--labels {name} must contain a JSON list of strings, such as ["mug", "plate"]')
     return items
 
 
-def _checked(labels: Sequence[str], where: str) -> Labels:
+def _validated(labels: Sequence[str], where: str) -> Labels:
     if not labels:
-        raise InputError(f"{where} 1: there is no label; a classifier needs one for each class")
-    first: dict[str, int] = {}
+        raise InputError(f"{where} 1: there are no labels; a classifier needs one label per class")
+    first_occurrence: dict[str, int] = {}
     for number, label in enumerate(labels, start=1):
         if not label.strip():
             raise InputError(f"{where} {number}: the label is empty; each class needs a name")
         if not label.isascii() and label.encode(errors="replace").decode() != label:
             raise InputError(
-                f"{where} {number}: {label!r} is no valid text (half of a surrogate pair); correct it"
+                f"{where} {number}: {label!r} is not valid Unicode (an unpaired surrogate); correct it"
             )
-        if label in first:
+        if label in first_occurrence:
             raise InputError(
-                f"{where} {number}: {label!r} stands in {first[label]} already; make each label different"
+                f"{where} {number}: {label!r} is a duplicate of {first_occurrence[label]}; labels must be unique"
             )
-        first[label] = number
+        first_occurrence[label] = number
     return tuple(labels)
 
 
 def labels_digest(labels: Sequence[str]) -> str:
-    """sha256 over the labels in their order, in lower-case hexadecimal."""
+    """Return the SHA-256 of the labels in order, in lower-case hexadecimal."""
     return hashlib.sha256(json.dumps(list(labels)).encode()).hexdigest()

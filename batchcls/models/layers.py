@@ -1,7 +1,7 @@
-"""In which order a network's layers come, from the image upwards, and which parameters keep their length.
+"""The depth of each layer of a network, and the parameters that are exempt from weight decay.
 
-Learning rates that fall from layer to layer need the first, weight decay the second. Networks of timm know
-both themselves; those of torchvision know neither.
+Layer-wise learning rate decay needs the former. Networks of timm provide both; for networks of torchvision they are
+derived here.
 """
 
 from collections.abc import Iterator
@@ -19,8 +19,8 @@ from batchcls.errors import InputError
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _STAGES = (Encoder, MaxVitBlock)
 
-# What torchvision's own training leaves out of weight decay beside biases and norms
-# (`--transformer-embedding-decay 0`), and the factors of ConvNeXt and Swin, which timm leaves out.
+# Parameters that are exempt in addition to biases and norms: those of torchvision's training scripts
+# (`--transformer-embedding-decay 0`), and the scales of ConvNeXt and Swin, which timm exempts.
 _TORCHVISION_EXEMPT = (
     "class_token",
     "pos_embedding",
@@ -31,77 +31,77 @@ _TORCHVISION_EXEMPT = (
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """For each parameter's name the number of its layer: 0 is next to the image, the largest has the classifier.
+    """Return the layer number of each parameter by name: 0 at the input, the largest number for the classifier.
 
-    Networks of timm are grouped as timm does it, all others in the order of their modules: a block of a stage
-    is one layer, and so is a convolution or linear layer outside of blocks, with the norms that follow it.
+    Networks of timm are grouped by timm, all others in the order of their modules: each block of a stage is a layer,
+    and so is each convolution or linear layer outside of blocks, together with the norms that follow it.
 
     Args:
-        model: an intact network.
+        model: a network that is not split.
 
     Raises:
-        InputError: the network does not tell its layers apart.
+        InputError: the layers of the network cannot be distinguished.
     """
-    known: Any = model
+    untyped: Any = model
     if hasattr(model, "group_matcher"):
-        depths: dict[str, int] = group_parameters(model, known.group_matcher(coarse=False), reverse=True)
+        depths: dict[str, int] = group_parameters(model, untyped.group_matcher(coarse=False), reverse=True)
     elif getattr(model, "pretrained_cfg", None):
-        grouping: Any = _param_groups.auto_group_layers
-        depths = grouping(model)
+        auto_group_layers: Any = _param_groups.auto_group_layers
+        depths = auto_group_layers(model)
     else:
         depths = _in_module_order(model)
     if max(depths.values(), default=0) == 0:
         raise InputError(
-            f"the order of the layers of {type(model).__name__} is not known, so their learning rates cannot fall from "
-            "one to the next; take a recipe with layer_decay = 1"
+            f"the order of the layers of {type(model).__name__} is not known, so layer-wise learning rate decay is not "
+            "possible; use a recipe with layer_decay = 1"
         )
     return depths
 
 
 def exempt_from_weight_decay(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters without weight decay: biases, norms, and those that the network names.
+    """Return the names of the parameters without weight decay: biases, norms, and those of the library.
 
-    A network of timm says which by its method `no_weight_decay` (names or globs), torchvision in its scripts for
-    training.
+    timm names additional parameters (or globs) in the network's method `no_weight_decay`, torchvision in its training
+    scripts.
     """
-    named = dict(model.named_parameters())
-    small = {name for name, value in named.items() if value.ndim <= 1}
-    known: Any = model
+    parameters = dict(model.named_parameters())
+    vectors = {name for name, value in parameters.items() if value.ndim <= 1}
+    untyped: Any = model
     if hasattr(model, "no_weight_decay"):
-        patterns = tuple(known.no_weight_decay())
-        return frozenset(
-            small | {name for name in named if any(fnmatchcase(name, part) for part in patterns)}
-        )
-    return frozenset(small | {name for name in named if name.rpartition(".")[2] in _TORCHVISION_EXEMPT})
+        patterns = tuple(untyped.no_weight_decay())
+        matching = {name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    else:
+        matching = {name for name in parameters if name.rpartition(".")[2] in _TORCHVISION_EXEMPT}
+    return frozenset(vectors | matching)
 
 
 def _in_module_order(model: nn.Module) -> dict[str, int]:
     depths: dict[str, int] = {}
     depth = -1
-    for names, opens in _layers("", model):
-        depth += opens
+    for names, starts_layer in _parameter_groups("", model):
+        depth += starts_layer
         depths |= dict.fromkeys(names, max(depth, 0))
     return depths
 
 
-def _layers(prefix: str, stage: nn.Module) -> Iterator[tuple[list[str], bool]]:
-    """Names of the parameters that belong together, and whether they are another layer or part of the one before.
+def _parameter_groups(prefix: str, stage: nn.Module) -> Iterator[tuple[list[str], bool]]:
+    """Yield groups of parameter names, with whether a group starts a new layer or continues the previous one.
 
-    Norms alone and a stage's own parameters, as embeddings of places, belong to the layer before them.
+    Norms outside of blocks, and a stage's own parameters such as position embeddings, continue the previous layer.
     """
     yield [f"{prefix}{name}" for name, _ in stage.named_parameters(recurse=False)], False
     for name, child in stage.named_children():
         path = f"{prefix}{name}."
         if _is_stage(child):
-            yield from _layers(path, child)
+            yield from _parameter_groups(path, child)
         else:
             parameters = dict(child.named_parameters())
-            opens = any(value.ndim > 1 for value in parameters.values())
-            yield [f"{path}{part}" for part in parameters], opens
+            starts_layer = any(value.ndim > 1 for value in parameters.values())
+            yield [f"{path}{part}" for part in parameters], starts_layer
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether a module is but a row of layers: a plain container, or one of blocks and not of single operations."""
+    """Return whether a module is a sequence of layers: a plain container, or a subclass of one that contains blocks."""
     if type(module) in _CONTAINERS or isinstance(module, _STAGES):
         return True
     parts = [part for part in module.children() if next(part.parameters(), None) is not None]

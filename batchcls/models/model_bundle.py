@@ -1,8 +1,8 @@
-"""A model as a folder: `bundle.json` says what it is, `model.safetensors` holds its weights.
+"""A model as a folder: `bundle.json` describes it, and `model.safetensors` contains its weights.
 
-`bundle.json` names the digest of the weights and is written last, so a folder whose two files do
-not belong together is found out when it is read. The fingerprint covers both files. Reading one needs
-no torch; `batchcls.models.build` makes a network of it.
+`bundle.json` contains the digest of the weights and is written last, so a reader detects two files that do not belong
+together. The fingerprint covers both files. Reading a bundle does not require torch; `batchcls.models.build` builds its
+network.
 """
 
 import hashlib
@@ -27,43 +27,43 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class HeldOut(BaseModel):
-    """What thresholds did on rows that had no part in choosing them; each row was held out once."""
+    """Cross-validated results of the thresholds: each row is evaluated with thresholds of the other rows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rows: int = Field(ge=1, description="Labeled rows.")
     precision: _Share | None = Field(
-        description="Share of the accepted answers that are right; None: nothing was accepted."
+        description="Share of the accepted predictions that are correct; None: none was accepted."
     )
-    coverage: _Share = Field(description="Share of the rows whose answer was accepted.")
+    coverage: _Share = Field(description="Share of the rows whose prediction was accepted.")
 
 
 class Calibration(BaseModel):
-    """A temperature and thresholds, and on which rows they were found."""
+    """A temperature and thresholds, and the rows on which they were fitted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(
-        gt=0, description="Logits are divided by it before softmax; golden answers are of temperature 1."
+        gt=0, description="Logits are divided by it before softmax; golden outputs have temperature 1."
     )
     ece_before: _Share = Field(description="Expected calibration error of the labeled rows at temperature 1.")
     ece_after: _Share = Field(
-        description="The same at temperatures that were fitted on other rows: each half with the other's."
+        description="The same at cross-fitted temperatures: each half of the rows with the temperature of the other."
     )
-    target_precision: _Share = Field(description="Share of accepted answers that should be right.")
+    target_precision: _Share = Field(description="Share of accepted predictions that should be correct.")
     thresholds: tuple[_Share | None, ...] = Field(
-        description="For each label the least probability of an accepted answer; None: it is never sure enough."
+        description="For each label, the smallest probability of an accepted prediction; None: none is accepted."
     )
     depth_thresholds: tuple[_Share | None, ...] | None = Field(
         default=None,
-        description="For each depth of the category paths, the top first, the least probability of a node.",
+        description="For each depth of the category paths, from the root, the smallest probability of a node.",
     )
-    held_out: HeldOut = Field(description="What such thresholds did on rows that were not used to fit them.")
-    rows: int = Field(ge=1, description="Labeled rows that all of this was fitted on.")
-    manifest_fingerprint: str = Field(description="Of the manifest with these rows.")
+    held_out: HeldOut = Field(description="Results of the thresholds on held-out rows.")
+    rows: int = Field(ge=1, description="Number of labeled rows on which the calibration was fitted.")
+    manifest_fingerprint: str = Field(description="Fingerprint of the manifest with these rows.")
     tta: AugmentationName = Field(
         default="none",
-        description="The views that were averaged: probabilities of other views are not what the thresholds are for.",
+        description="Test-time augmentation of the rows; the thresholds are not valid for other augmentation.",
     )
 
 
@@ -75,20 +75,20 @@ OriginKind = Literal["file", "pretrained", "trained", "random"]
 
 
 def sha256_hex(data: bytes) -> str:
-    """Digest of a file's bytes, in lower-case hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in lower-case hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 class WeightsOrigin(BaseModel):
-    """Where a bundle's weights come from."""
+    """Provenance of a bundle's weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: OriginKind = Field(
-        description="file: given by a user; pretrained: published by the library; trained: by this "
-        "program; random: for load tests, never published."
+        description="file: a user's file; pretrained: published by the library; trained: by batchcls; random: for "
+        "load tests, never published."
     )
-    name: str = Field(description="File name, library tag or name of the training run.")
+    name: str = Field(description="File name, library tag, or name of the training run.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description=f"Digest of {WEIGHTS_FILE}.")
 
 
@@ -98,70 +98,68 @@ class BundleConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format_version: Literal[2] = Field(default=2, description="Version of this record.")
-    source: SourceName = Field(description="Library that builds the architecture.")
-    architecture: str = Field(description="Name in that library, with its tag if it has one.")
+    source: SourceName = Field(description="Library of the architecture.")
+    architecture: str = Field(description="Name in the library, with a tag if there is one.")
     arguments: dict[str, ArgumentValue] = Field(
-        default_factory=dict, description="Arguments the architecture is built with."
+        default_factory=dict, description="Arguments of the architecture."
     )
-    labels: tuple[str, ...] = Field(description="Class names; the index is the class index.")
+    labels: tuple[str, ...] = Field(description="Class names, in the order of the class indices.")
     category_paths: tuple[tuple[str, ...], ...] | None = Field(
-        default=None, description="For each label, its path in the shop's tree of categories."
+        default=None, description="For each label, its path in the category tree."
     )
-    preprocessing: Preprocessing = Field(description="How an image becomes the network's input.")
+    preprocessing: Preprocessing = Field(description="Preprocessing of the images.")
     embedding_tap: str = Field(
         default="pooled",
         pattern=TAP_PATTERN,
-        description="Where the embedding is taken: pooled, in front of the classifier, or stageN, the mean "
-        "over space of the N-th stage's feature map.",
+        description="Where the embedding is taken: pooled, the input of the classifier, or stageN, the spatial mean "
+        "of the feature map of the N-th stage.",
     )
-    embedding_dimension: int = Field(gt=0, description="Values in an embedding.")
-    weights: WeightsOrigin = Field(description="Where the weights come from.")
+    embedding_dimension: int = Field(gt=0, description="Number of values of an embedding.")
+    weights: WeightsOrigin = Field(description="Provenance of the weights.")
     untrained_head: bool = Field(
-        default=False, description="The head is new and knows nothing yet: to be trained, never published."
+        default=False, description="The classifier is new and untrained; such a bundle is never published."
     )
     dropout: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="Dropout in front of the classifier while it is trained further.",
+        description="Dropout probability in front of the classifier in later training.",
     )
     trainable: tuple[str, ...] = Field(
         default=("*",),
         min_length=1,
-        description="Which parameters training changes, as glob patterns over their names.",
+        description="Parameters that later training changes, as glob patterns over their names.",
     )
     golden: Golden | None = Field(
-        default=None, description="What the network says about a few drawn images; None while it is made."
+        default=None, description="Golden outputs of the network; None until they are computed."
     )
     calibration: Calibration | None = Field(
-        default=None, description="How sure the network may be; None while nobody has evaluated it."
+        default=None, description="Temperature and thresholds; None until the bundle is evaluated."
     )
     lineage: dict[str, Any] = Field(
-        default_factory=dict, description="What is known of how it was made; JSON values."
+        default_factory=dict, description="Record of how the bundle was created; JSON values."
     )
 
     @field_validator("lineage")
     @classmethod
     def _lineage_is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
-        cleaned: dict[str, Any] = _without_non_finite(value)
+        cleaned: dict[str, Any] = _replace_non_finite(value)
         return cleaned
 
     @model_validator(mode="after")
-    def _labels_fit(self) -> Self:
+    def _check_consistency(self) -> Self:
         check_labels(self.labels, CONFIG_FILE)
         if self.category_paths is not None and len(self.category_paths) != len(self.labels):
             raise ValueError(
                 f"category_paths has {len(self.category_paths)} entries for {len(self.labels)} labels"
             )
         if self.calibration is not None:
-            self._require_fit(self.calibration)
+            self._check_calibration(self.calibration)
         if self.golden is not None and self.golden.labels_sha256 != labels_digest(self.labels):
-            raise ValueError(
-                "the labels are not those, or not in the order, that its golden answers were made with"
-            )
+            raise ValueError("the labels or their order differ from those of the golden outputs")
         return self
 
-    def _require_fit(self, calibration: Calibration) -> None:
+    def _check_calibration(self, calibration: Calibration) -> None:
         if len(calibration.thresholds) != len(self.labels):
             raise ValueError(
                 f"calibration has {len(calibration.thresholds)} thresholds for {len(self.labels)} labels"
@@ -169,75 +167,85 @@ class BundleConfig(BaseModel):
         depth = max(map(len, self.category_paths)) if self.category_paths else 0
         if calibration.depth_thresholds is not None and len(calibration.depth_thresholds) != depth:
             raise ValueError(
-                f"calibration has thresholds for {len(calibration.depth_thresholds)} depths, the category paths "
+                f"calibration has thresholds for {len(calibration.depth_thresholds)} depths, but the category paths "
                 f"have {depth}"
             )
 
     def as_json(self) -> dict[str, Any]:
-        """The record as JSON values. A bundle that was never evaluated keeps the fingerprint it always had."""
+        """Return the record as JSON values.
+
+        The field `calibration` is omitted if it is None, so that older bundles without it keep their fingerprints.
+        """
         return self.model_dump(mode="json", exclude={"calibration"} if self.calibration is None else None)
 
     def category_paths_for(self, labels: Sequence[str]) -> CategoryPaths | None:
-        """The category paths of other labels, by name; None unless each of them has one here."""
+        """Look up the category paths of labels by name; None unless every label has one."""
         if self.category_paths is None:
             return None
-        known = dict(zip(self.labels, self.category_paths, strict=True))
-        return tuple(known[label] for label in labels) if known.keys() >= set(labels) else None
+        paths = dict(zip(self.labels, self.category_paths, strict=True))
+        return tuple(paths[label] for label in labels) if paths.keys() >= set(labels) else None
 
     @property
     def spec(self) -> ModelSpec:
-        """The architecture."""
+        """The specification of the architecture."""
         return ModelSpec(self.source, self.architecture, self.arguments)
 
-    def require_golden(self, drawing: int) -> Golden:
-        """The golden answers. Raises GoldenMismatch if there are none, or of other drawings."""
-        if self.golden is None or self.golden.drawing != drawing:
+    def require_golden(self, version: int) -> Golden:
+        """Return the golden outputs.
+
+        Args:
+            version: version of the golden images.
+
+        Raises:
+            GoldenMismatch: there are no golden outputs, or they are for another version of the images.
+        """
+        if self.golden is None or self.golden.drawing != version:
             raise GoldenMismatch(
-                f"{CONFIG_FILE} has no golden answers that this program can check; create the bundle again"
+                f"{CONFIG_FILE} has no golden outputs for this version of batchcls; create the bundle again"
             )
         return self.golden
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model, complete: its record and the bytes of its safetensors file, which belong together."""
+    """A complete model: its record, and the bytes of its safetensors file."""
 
     config: BundleConfig
     weights: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
-        self._require_weights()
+        self._check_weights()
 
     def verify(self, fingerprint: str) -> None:
-        """Hash everything once more, after a transfer.
+        """Verify the fingerprint and the digest of the weights again, after a transfer.
 
         Raises:
-            InputError: it is not the bundle of that fingerprint.
+            InputError: the bundle does not have this fingerprint.
         """
-        self._require_weights()
-        # Not the cached property, which has traveled along.
-        found = _fingerprint(self.config)
-        if found != fingerprint:
+        self._check_weights()
+        # Computed again, because the cached property was transferred with the object.
+        actual = _fingerprint(self.config)
+        if actual != fingerprint:
             raise InputError(
-                f"the bundle's fingerprint is {found} and should be {fingerprint}; this is another model"
+                f"the bundle's fingerprint is {actual} and should be {fingerprint}; this is another model"
             )
 
-    def _require_weights(self) -> None:
-        found = sha256_hex(self.weights)
-        if found != self.config.weights.sha256:
+    def _check_weights(self) -> None:
+        actual = sha256_hex(self.weights)
+        if actual != self.config.weights.sha256:
             raise InputError(
-                f"{WEIGHTS_FILE} is not the file that {CONFIG_FILE} describes: sha256 is {found} and should "
+                f"{WEIGHTS_FILE} is not the file that {CONFIG_FILE} describes: its sha256 is {actual} and should "
                 f"be {self.config.weights.sha256}; copy the bundle again or create it again"
             )
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the record, which holds the weights' digest; the same on every machine."""
+        """SHA-256 of the record, which contains the digest of the weights; the same on every machine."""
         return _fingerprint(self.config)
 
     @property
     def publishable(self) -> bool:
-        """False for random weights and for a head that was never trained."""
+        """Whether runs with this bundle may be published: False for random weights and untrained classifiers."""
         return self.config.weights.kind != "random" and not self.config.untrained_head
 
     @classmethod
@@ -245,7 +253,8 @@ class Bundle:
         """Read a bundle folder.
 
         Raises:
-            InputError: there is no bundle, or it is damaged, mixed from two, or of another version.
+            InputError: there is no bundle, it is damaged, its files do not belong together, or it has another format
+                version.
         """
         config = cls.read_config(uri, storage)
         weights_uri = join(uri, WEIGHTS_FILE)
@@ -257,7 +266,7 @@ class Bundle:
         """Read the record of a bundle folder without its weights.
 
         Raises:
-            InputError: there is no bundle, or its record is damaged or of another version.
+            InputError: there is no bundle, or its record is damaged or has another format version.
         """
         record_uri = join(uri, CONFIG_FILE)
         with explain(record_uri):
@@ -267,7 +276,7 @@ class Bundle:
                 if error_code(error) == "NoSuchBucket":
                     raise
                 raise InputError(
-                    f"{redact_uri(uri)} is no bundle: it holds no {CONFIG_FILE}; --model takes a folder made "
+                    f"{redact_uri(uri)} is not a bundle: it contains no {CONFIG_FILE}; --model is a folder created "
                     "by `python -m batchcls.jobs.bundle create`, timm:NAME or torchvision:NAME"
                 ) from None
         return _parse_config(record, redact_uri(record_uri))
@@ -275,42 +284,40 @@ class Bundle:
     def with_weights(
         self, weights: bytes, origin: Mapping[str, str] | None = None, **changes: Any
     ) -> "Bundle":
-        """The bundle with other weights, without what was known of the old ones only.
+        """Return the bundle with other weights.
 
-        Golden answers and the calibration are dropped, whatever `changes` says of the rest of the record.
-        Labels that differ in number or order take the category paths with them: those of labels that
-        remain are kept where every new label has one, and dropped otherwise.
+        Golden outputs and the calibration, which belong to the old weights, are removed unless `changes` contains new
+        ones. Category paths are looked up by label; they are removed unless every new label has one.
 
         Args:
             weights: bytes of a safetensors file.
-            origin: kind and name of the weights, if they are others'.
-            changes: to the record.
+            origin: new kind and name of the weights. None: those of the old weights.
+            changes: new values of other fields of the record.
 
         Raises:
-            InputError: the record does not hold together with these changes.
+            InputError: the record is inconsistent with these changes.
         """
         config = self.config
         record = config.weights.model_copy(update={**(origin or {}), "sha256": sha256_hex(weights)})
         labels = changes.get("labels", config.labels)
-        kept = {"golden": None, "calibration": None, "category_paths": config.category_paths_for(labels)}
-        values = config.model_dump() | {"weights": record.model_dump()} | kept | changes
-        return Bundle(_checked(lambda: BundleConfig.model_validate(values), "the changed bundle"), weights)
+        derived = {"golden": None, "calibration": None, "category_paths": config.category_paths_for(labels)}
+        values = config.model_dump() | {"weights": record.model_dump()} | derived | changes
+        return Bundle(_validated(lambda: BundleConfig.model_validate(values), "the changed bundle"), weights)
 
     def round_trip(self) -> "Bundle":
-        """The bundle as a reader of its files will find it.
+        """Return the bundle as `load` would read it after `save`.
 
         Raises:
-            InputError: its files would be refused by `load`.
+            InputError: `load` would reject the files.
         """
         return Bundle(_parse_config(self._record(), CONFIG_FILE), self.weights)
 
     def save(self, uri: str, storage: Storage) -> None:
-        """Write the folder, `bundle.json` last; a bundle that is there already is replaced.
+        """Write the folder, with `bundle.json` last; an existing bundle is replaced.
 
         Raises:
-            InputError: the place cannot be written to, or `load` would refuse what would be written; then
-                nothing is.
-            StorageStoppedError: the weights are written, and `bundle.json` cannot be.
+            InputError: the folder cannot be written to, or `load` would reject the files; nothing is written then.
+            StorageStoppedError: the weights were written, but `bundle.json` could not be.
         """
         self.round_trip()
         write_files(uri, {WEIGHTS_FILE: self.weights, CONFIG_FILE: self._record()}, storage)
@@ -323,37 +330,38 @@ def _fingerprint(config: BundleConfig) -> str:
     return sha256_hex(json.dumps(config.as_json(), sort_keys=True, separators=(",", ":")).encode())
 
 
-def _without_non_finite(value: Any) -> Any:
-    """None in place of NaN and infinity, such as a loss may be, which JSON does not have."""
+def _replace_non_finite(value: Any) -> Any:
+    """Replace NaN and infinity, which a loss may be but JSON does not support, by None."""
     if isinstance(value, Mapping):
-        return {key: _without_non_finite(one) for key, one in value.items()}
+        return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_non_finite(one) for one in value]
+        return [_replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _parse_config(data: bytes, name: str) -> BundleConfig:
     try:
-        record = json.loads(data, parse_constant=_refuse_constant)
+        record = json.loads(data, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is damaged ({error}); copy the bundle again or create it again") from error
     version = record.get("format_version") if isinstance(record, Mapping) else None
     if version != FORMAT_VERSION:
         raise InputError(
-            f"{name} is of format {version!r}, this program reads {FORMAT_VERSION}; create the bundle again"
+            f"{name} has format version {version!r}, but this version of batchcls reads {FORMAT_VERSION}; create the "
+            "bundle again"
         )
-    return _checked(lambda: BundleConfig.model_validate_json(data), name)
+    return _validated(lambda: BundleConfig.model_validate_json(data), name)
 
 
-def _checked(make: Callable[[], BundleConfig], name: str) -> BundleConfig:
+def _validated(parse: Callable[[], BundleConfig], name: str) -> BundleConfig:
     try:
-        return make()
+        return parse()
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc'])) or 'record'}: {item['msg']}" for item in error.errors()
         )
-        raise InputError(f"{name} does not hold together: {problems}; create the bundle again") from error
+        raise InputError(f"{name} is not valid: {problems}; create the bundle again") from error

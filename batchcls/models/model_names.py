@@ -1,12 +1,12 @@
-"""Names of architectures, known without importing the libraries that have them: torch takes seconds to import.
+"""Resolves names of architectures without importing torch, timm or torchvision, which takes seconds.
 
-resnet50                      the zoo's name
-mobilenetv1_100               a library's own name; torchvision is asked first, then timm
-timm:resnet50                 that library's architecture, whatever others have of that name
-resnet50.IMAGENET1K_V1        any of them with a tag of published weights
+resnet50                      a name of the zoo
+mobilenetv1_100               a name of a library; torchvision is searched first, then timm
+timm:resnet50                 the architecture of this library
+resnet50.IMAGENET1K_V1        any of these with the tag of pretrained weights
 
-Both libraries register an architecture by a decorator in front of the function of its name, so their source
-files list the names; a test holds them against what the libraries themselves say.
+Both libraries register an architecture with a decorator on a function of the same name, so the names are read from
+their source files. A test compares them with the names that the libraries report.
 """
 
 import difflib
@@ -32,23 +32,23 @@ _KEY = re.compile(r"^\s*['\"](\w+)(?:\.\w+)?['\"]\s*:", re.MULTILINE)
 
 @cache
 def library_names(source: SourceName) -> frozenset[str]:
-    """Names of all architectures of a library, without tags and without deprecated ones."""
+    """Return the names of all architectures of a library, without tags and without deprecated names."""
     return frozenset(name for text in _sources(source) for name in _REGISTERED.findall(text))
 
 
 def is_known_architecture(source: SourceName, architecture: str) -> bool:
-    """Whether a library has an architecture, deprecated names included; a tag is not looked at."""
+    """Return whether a library has an architecture, including deprecated names; the tag is ignored."""
     base = architecture.partition(".")[0]
     return base in library_names(source) or base in _deprecated(source)
 
 
 def is_model_name(text: str) -> bool:
-    """Whether `--model` names an architecture, known or not, and cannot be meant as a folder's path."""
+    """Return whether `--model` is the name of an architecture, existing or not, rather than the path of a folder."""
     return text.partition(":")[0] in SOURCES or qualified_name(text) is not None
 
 
 def qualified_name(text: str) -> str | None:
-    """`SOURCE:ARCHITECTURE` behind a bare name of the zoo or of a library; None for any other text."""
+    """Return `SOURCE:ARCHITECTURE` for a bare name of the zoo or of a library; None for any other text."""
     if not _BARE_NAME.fullmatch(text):
         return None
     base, dot, tag = text.partition(".")
@@ -58,7 +58,7 @@ def qualified_name(text: str) -> str | None:
 
 
 def suggest_names(name: str) -> str:
-    """The end of an error message: names of the zoo and the libraries that are close to this one."""
+    """Return the end of an error message, which suggests similar names of the zoo and of the libraries."""
     base = name.partition(":")[2] or name
     base = base.partition(".")[0].lower()
     close = difflib.get_close_matches(base, [record.name for record in zoo_records()], n=_SUGGESTIONS)
@@ -69,7 +69,7 @@ def suggest_names(name: str) -> str:
         if match not in close
     ]
     if not close:
-        return "; `python -m batchcls.jobs.bundle zoo` shows names, and any of timm or torchvision will do"
+        return "; use a name of `python -m batchcls.jobs.bundle zoo`, timm:NAME or torchvision:NAME"
     return f"; did you mean {', '.join(close)}?"
 
 
@@ -80,7 +80,7 @@ def _deprecated(source: SourceName) -> frozenset[str]:
 
 
 def _sources(source: SourceName) -> list[str]:
-    """The modules of a library's architectures. Raises ModuleNotFoundError where the library is not installed."""
+    """Return the source of a library's architectures. Raises ModuleNotFoundError if it is not installed."""
     spec = importlib.util.find_spec(source)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"no package {source}", name=source)

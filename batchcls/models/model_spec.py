@@ -1,4 +1,4 @@
-"""The name of an architecture, and the settings of its preprocessing that a user may override."""
+"""The specification of an architecture, and the settings with which a user may change it and its preprocessing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ Arguments = Mapping[str, ArgumentValue]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """An architecture: library, name in that library (perhaps with a tag), extra arguments."""
+    """An architecture: its library, its name there (with an optional tag), and additional arguments."""
 
     source: SourceName
     architecture: str
@@ -27,7 +27,7 @@ class ModelSpec:
 
 
 class PreprocessingOverrides(BaseModel):
-    """What a user says about the preprocessing of weights whose own record is another or missing."""
+    """Settings that override the preprocessing of weights, for weights with other or unknown preprocessing."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,14 +43,14 @@ class PreprocessingOverrides(BaseModel):
 
     @classmethod
     def from_settings(cls, settings: PreprocessingSettings) -> Self:
-        """What a job's settings say; what they leave open is not among `model_fields_set`."""
+        """Return the overrides of a job's settings; `model_fields_set` contains only those that are given."""
         values = {name: getattr(settings, name) for name in cls.model_fields}
         return cls(**{name: value for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
 class ModelChoices:
-    """What a user may say beside `--model`; a bundle, being complete, takes none of it."""
+    """Settings that go with the name of an architecture in `--model`; none of them applies to a bundle."""
 
     weights: str | None = None
     labels: str | None = None

@@ -1,15 +1,14 @@
-"""The zoo: backbones with a short name, and what is known of each and of its published weights.
+"""The zoo: backbones with a short name, with notes about each backbone and its pretrained weights.
 
-The records lie in zoo.toml. Counts are of the network as it is built here: 1000 classes, without the
-heads that only training uses. Accuracies are the libraries' own, on the validation images of
-ImageNet-1k: torchvision's `meta` of the weights, timm's published tables of results.
+The records are in zoo.toml. Counts are for 1000 classes, without auxiliary training heads. Accuracies are those that
+the libraries publish for the validation images of ImageNet-1k: the `meta` of torchvision's weights, and timm's tables
+of results.
 
-`labeled_images_per_category` is a rule of thumb and no measurement. Below it, training the head alone
-or taking a smaller backbone is usually as good as training everything. The steps are ours: 50 images up
-to 6 million parameters, 100 up to 15, 200 up to 35, 400 up to 70, 800 above; twice that where attention
-looks at the whole image from the first layer. The direction is that of Kornblith et al., "Do Better
-ImageNet Models Transfer Better?" (arXiv:1805.08974), and Steiner et al., "How to train your ViT?"
-(arXiv:2106.10270).
+`labeled_images_per_category` is a rule of thumb, not a measurement. With fewer images, training only the head or using
+a smaller backbone is usually as accurate as fine-tuning all parameters. The steps are our choice: 50 images up to
+6 million parameters, 100 up to 15, 200 up to 35, 400 up to 70, and 800 above; twice as many for global attention from
+the first layer on. The trend follows Kornblith et al., "Do Better ImageNet Models Transfer Better?" (arXiv:1805.08974),
+and Steiner et al., "How to train your ViT?" (arXiv:2106.10270).
 """
 
 import math
@@ -26,21 +25,23 @@ from batchcls.errors import InputError
 from batchcls.models.model_spec import ModelSpec, SourceName
 
 Construction = Literal["plain", "branched", "intricate"]
-RunsElsewhere = Literal["everywhere", "most runtimes", "servers"]
+RuntimeSupport = Literal["everywhere", "most runtimes", "servers"]
 
 
 class PublishedWeights(BaseModel):
-    """Weights that a library publishes, and how good they are."""
+    """Weights that a library publishes, with their accuracy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tag: str = Field(min_length=1, description="The library's name for these weights.")
     top1: float = Field(
-        gt=0, lt=100, description="Percent of ImageNet-1k's validation images with the right first answer."
+        gt=0, lt=100, description="Top-1 accuracy on the validation images of ImageNet-1k, in percent."
     )
-    input_size: int = Field(gt=0, description="Side in pixels of the input that the figure was measured at.")
-    recipe: str = Field(min_length=1, description="What they were trained on and how.")
-    license: str | None = Field(default=None, description="Of the weights; None: that of the library.")
+    input_size: int = Field(gt=0, description="Side in pixels of the input at which top1 was measured.")
+    recipe: str = Field(min_length=1, description="Training data and training recipe.")
+    license: str | None = Field(
+        default=None, description="License of the weights; None: that of the library."
+    )
 
 
 class ZooRecord(BaseModel):
@@ -48,48 +49,53 @@ class ZooRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$", description="The short name; it stays.")
-    source: SourceName = Field(description="Library that builds it.")
-    architecture: str = Field(pattern=r"^[a-z0-9_]+$", description="Its name in that library, without a tag.")
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="The short name, which never changes.")
+    source: SourceName = Field(description="Library of the architecture.")
+    architecture: str = Field(pattern=r"^[a-z0-9_]+$", description="Name in the library, without a tag.")
     family: str = Field(description="Name of the family, as in its paper.")
-    year: int = Field(ge=2012, description="Year the paper appeared.")
-    key_idea: str = Field(description="What was new, in a sentence.")
-    use_case: str = Field(description="When to take it.")
-    warning: str | None = Field(default=None, description="What to know before taking it.")
-    parameters: int = Field(gt=0, description="Without heads that only training uses, 1000 classes.")
-    multiply_adds: int = Field(gt=0, description="For one image at `input_size`.")
-    input_size: int = Field(gt=0, description="Side in pixels that the default weights' record asks for.")
-    construction: Construction = Field(
-        description="plain: one kind of block in a row, to be read layer by layer; branched: parallel paths "
-        "or gates that join again; intricate: several such mechanisms at once."
+    year: int = Field(ge=2012, description="Year of the paper.")
+    key_idea: str = Field(description="The key idea of the paper, in one sentence.")
+    use_case: str = Field(description="Recommended use.")
+    warning: str | None = Field(default=None, description="Known limitations.")
+    parameters: int = Field(
+        gt=0, description="Number of parameters for 1000 classes, without auxiliary heads."
     )
-    runtime_support: RunsElsewhere = Field(
-        description="What has its operators, whatever its size. everywhere: phones and small accelerators too, "
-        "and in 8-bit integers; most runtimes: ONNX Runtime, TensorRT, OpenVINO, Core ML; servers: PyTorch and "
-        "what is made for transformers."
+    multiply_adds: int = Field(gt=0, description="MACs for one image at `input_size`.")
+    input_size: int = Field(gt=0, description="Side in pixels of the input of the default weights.")
+    construction: Construction = Field(
+        description="plain: a sequence of blocks of one kind; branched: parallel paths or gates; intricate: several "
+        "such mechanisms."
+    )
+    runtime_support: RuntimeSupport = Field(
+        description="Runtimes that support its operators, regardless of its size. everywhere: also phones and small "
+        "accelerators, in int8; most runtimes: ONNX Runtime, TensorRT, OpenVINO, Core ML; servers: PyTorch and "
+        "runtimes for transformers."
     )
     labeled_images_per_category: int = Field(
-        gt=0, description="From about how many, fine-tuning all of it pays; a rule of thumb."
+        gt=0,
+        description="Approximate number from which fine-tuning all parameters pays off; a rule of thumb.",
     )
-    weights: tuple[PublishedWeights, ...] = Field(min_length=1, description="The default first.")
+    weights: tuple[PublishedWeights, ...] = Field(
+        min_length=1, description="Pretrained weights, the default first."
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsDescription:
-    """What to print about the weights that a name stands for.
+    """Description of pretrained weights for the log.
 
     Attributes:
-        line: the tag, how good its weights are and how they were trained; one line.
-        warning: why one may not want this tag; None if it is the one to take.
+        summary: tag, accuracy and recipe of the weights, in one line.
+        warning: reason against these weights; None if there is none.
     """
 
-    line: str
+    summary: str
     warning: str | None = None
 
 
 @cache
 def zoo_records() -> tuple[ZooRecord, ...]:
-    """All records, in order of year, then family, then size."""
+    """Return all records, sorted by year, family and size."""
     text = resources.files(__package__).joinpath("zoo.toml").read_text(encoding="utf-8")
     return tuple(
         make_record(family, backbone)
@@ -99,7 +105,7 @@ def zoo_records() -> tuple[ZooRecord, ...]:
 
 
 def make_record(family: Mapping[str, Any], backbone: Mapping[str, Any]) -> ZooRecord:
-    """The record of a backbone: what its family has in common, and its own, which goes first.
+    """Create the record of a backbone from the fields of its family and its own fields, which take precedence.
 
     Raises:
         pydantic.ValidationError: a field is missing, unknown or out of range.
@@ -109,60 +115,62 @@ def make_record(family: Mapping[str, Any], backbone: Mapping[str, Any]) -> ZooRe
 
 
 def find_record(name: str) -> ZooRecord | None:
-    """The record with this short name; None if the zoo has no such name."""
+    """Return the record with this short name; None if there is none."""
     return next((record for record in zoo_records() if record.name == name), None)
 
 
 def record_for_spec(spec: ModelSpec) -> ZooRecord | None:
-    """The record of an architecture, whatever its tag; None if it is not of the zoo."""
-    wanted = (spec.source, _split(spec)[0])
-    return next((r for r in zoo_records() if (r.source, r.architecture) == wanted), None)
+    """Return the record of an architecture, regardless of its tag; None if it is not in the zoo."""
+    key = (spec.source, _split_tag(spec)[0])
+    return next((r for r in zoo_records() if (r.source, r.architecture) == key), None)
 
 
 def published_weights(spec: ModelSpec) -> PublishedWeights | None:
-    """The entry of the spec's tag, or of the default tag if it names none.
+    """Return the weights of the spec's tag, or the default weights if the spec has no tag.
 
-    None where no accuracy is known here: timm's architectures outside the zoo, weights without a
-    classifier.
+    None if their accuracy is not known, for example for architectures of timm outside the zoo, and for weights without
+    a classifier.
     """
-    _, tag = _split(spec)
-    entries = _entries(spec)
+    _, tag = _split_tag(spec)
+    entries = _weights_with_accuracy(spec)
     return next((entry for entry in entries if tag in (None, entry.tag)), None)
 
 
 def describe_weights(spec: ModelSpec) -> WeightsDescription:
-    """What to print about the published weights behind a spec. Asks no network.
+    """Describe the pretrained weights of a spec. Makes no network request.
 
     Args:
-        spec: an architecture that its library knows.
+        spec: an architecture that its library has.
 
     Raises:
         InputError: the library has no weights with this tag.
     """
     chosen = published_weights(spec)
     if chosen is not None:
-        return _compared(chosen, _entries(spec))
-    return _of_torchvision(spec) if spec.source == "torchvision" else _of_timm(spec)
+        return _describe_with_accuracy(chosen, _weights_with_accuracy(spec))
+    if spec.source == "torchvision":
+        return _describe_torchvision_weights(spec)
+    return _describe_timm_weights(spec)
 
 
-def _split(spec: ModelSpec) -> tuple[str, str | None]:
-    """Architecture and tag; None for the default tag, which torchvision also calls DEFAULT."""
+def _split_tag(spec: ModelSpec) -> tuple[str, str | None]:
+    """Split an architecture and its tag; None for the default tag, for which torchvision has the alias DEFAULT."""
     base, _, tag = spec.architecture.partition(".")
     named = tag and not (spec.source == "torchvision" and tag == "DEFAULT")
     return base, tag if named else None
 
 
-def _entries(spec: ModelSpec) -> tuple[PublishedWeights, ...]:
-    """All weights of an architecture whose accuracy is known here, the default first."""
+def _weights_with_accuracy(spec: ModelSpec) -> tuple[PublishedWeights, ...]:
+    """Return all weights of an architecture whose accuracy is known, the default first."""
     record = record_for_spec(spec)
     if record is not None:
         return record.weights
     if spec.source == "timm":
         return ()
-    # torch takes seconds to import, and names and records need none of it.
+    # Imported here, because torch takes seconds to import and names and records do not need it.
     from torchvision import models as torchvision_models  # noqa: PLC0415
 
-    weights = torchvision_models.get_model_weights(_split(spec)[0])
+    weights = torchvision_models.get_model_weights(_split_tag(spec)[0])
     members = sorted(weights, key=lambda member: member is not weights.DEFAULT)
     return tuple(entry for entry in map(_torchvision_entry, members) if entry is not None)
 
@@ -180,53 +188,58 @@ def _torchvision_entry(member: Any) -> PublishedWeights | None:
     )
 
 
-def _compared(chosen: PublishedWeights, entries: tuple[PublishedWeights, ...]) -> WeightsDescription:
+def _describe_with_accuracy(
+    chosen: PublishedWeights, entries: tuple[PublishedWeights, ...]
+) -> WeightsDescription:
     default = entries[0]
     higher = [entry for entry in entries if entry.top1 > chosen.top1]
-    standing = ", the best known" if not higher else ", the default" if chosen == default else ""
-    line = (
-        f"{chosen.tag}{standing}: top-1 {chosen.top1:.3f} at {chosen.input_size} pixels; "
-        f"recipe: {chosen.recipe}"
+    rank = ", the most accurate" if not higher else ", the default" if chosen == default else ""
+    summary = (
+        f"{chosen.tag}{rank}: top-1 {chosen.top1:.3f} at {chosen.input_size} pixels; recipe: {chosen.recipe}"
     )
     if higher and chosen == default:
-        line += f"; higher, but mind license and size: {', '.join(map(_figure, higher))}"
+        summary += (
+            f"; more accurate, with another license or size: {', '.join(map(_tag_and_accuracy, higher))}"
+        )
     warnings = []
     if chosen.top1 < default.top1:
         warnings.append(
-            f"top-1 {chosen.top1:.3f}, {default.top1 - chosen.top1:.3f} points below {_figure(default)}; "
-            "leave the tag out to take that"
+            f"top-1 {chosen.top1:.3f}, {default.top1 - chosen.top1:.3f} pp below {_tag_and_accuracy(default)}; "
+            "omit the tag to use the latter"
         )
     if chosen.license is not None:
-        warnings.append(f"these weights have a license of their own: {chosen.license}")
-    return WeightsDescription(line, f"{chosen.tag}: {'; '.join(warnings)}" if warnings else None)
+        warnings.append(f"these weights have a separate license: {chosen.license}")
+    return WeightsDescription(summary, f"{chosen.tag}: {'; '.join(warnings)}" if warnings else None)
 
 
-def _figure(entry: PublishedWeights) -> str:
+def _tag_and_accuracy(entry: PublishedWeights) -> str:
     return f"{entry.tag} ({entry.top1:.3f} at {entry.input_size} pixels)"
 
 
-def _of_torchvision(spec: ModelSpec) -> WeightsDescription:
-    """Of weights that torchvision states no accuracy for."""
+def _describe_torchvision_weights(spec: ModelSpec) -> WeightsDescription:
+    """Describe weights for which torchvision publishes no accuracy."""
     from torchvision import models as torchvision_models  # noqa: PLC0415
 
-    base, tag = _split(spec)
+    base, tag = _split_tag(spec)
     weights = torchvision_models.get_model_weights(base)
     if tag is not None and tag not in weights.__members__:
         raise _no_such_tag(spec, tag, list(weights.__members__))
     member = weights[tag or "DEFAULT"]
-    line = f"{member.name}: torchvision states no top-1; {member.meta.get('recipe', 'recipe not stated')}"
+    summary = (
+        f"{member.name}: torchvision publishes no top-1; {member.meta.get('recipe', 'recipe not stated')}"
+    )
     if member is weights.DEFAULT:
-        return WeightsDescription(line)
+        return WeightsDescription(summary)
     return WeightsDescription(
-        line, f"{member.name} is not torchvision's default, which is {weights.DEFAULT.name}"
+        summary, f"{member.name} is not torchvision's default, which is {weights.DEFAULT.name}"
     )
 
 
-def _of_timm(spec: ModelSpec) -> WeightsDescription:
-    """Of weights outside the zoo's records: timm's package states no accuracy for any."""
+def _describe_timm_weights(spec: ModelSpec) -> WeightsDescription:
+    """Describe weights that are not in the zoo; the timm package contains no accuracies."""
     import timm  # noqa: PLC0415
 
-    base, tag = _split(spec)
+    base, tag = _split_tag(spec)
     default = timm.models.get_pretrained_cfg(base)
     try:
         chosen = timm.models.get_pretrained_cfg(spec.architecture)
@@ -234,16 +247,18 @@ def _of_timm(spec: ModelSpec) -> WeightsDescription:
         tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{base}.*")]
         raise _no_such_tag(spec, tag, tags) from error
     if default is None or chosen is None or not chosen.has_weights:
-        return WeightsDescription(f"{spec} has no published weights")
-    line = (
-        f"{chosen.tag}: for {chosen.input_size[1]} pixels; timm's package states no top-1; from "
+        return WeightsDescription(f"{spec} has no pretrained weights")
+    summary = (
+        f"{chosen.tag}: for {chosen.input_size[1]} pixels; the timm package contains no top-1; from "
         f"{chosen.origin_url or chosen.hf_hub_id or chosen.url}, license {chosen.license or 'not stated'}"
     )
     if chosen.tag == default.tag:
-        return WeightsDescription(line)
-    return WeightsDescription(line, f"{chosen.tag} is not timm's default, which is {default.tag}")
+        return WeightsDescription(summary)
+    return WeightsDescription(summary, f"{chosen.tag} is not timm's default, which is {default.tag}")
 
 
 def _no_such_tag(spec: ModelSpec, tag: str | None, tags: list[str]) -> InputError:
-    there = ", ".join(sorted(tags)) or "none"
-    return InputError(f"{spec.source}:{_split(spec)[0]} has no weights tagged {tag!r}; it has {there}")
+    available = ", ".join(sorted(tags)) or "none"
+    return InputError(
+        f"{spec.source}:{_split_tag(spec)[0]} has no weights tagged {tag!r}; it has {available}"
+    )

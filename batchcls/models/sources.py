@@ -1,4 +1,4 @@
-"""The two libraries of architectures, and the one that a name belongs to."""
+"""The two libraries of architectures, and the lookup of models by name."""
 
 from collections.abc import Mapping
 from typing import cast
@@ -14,16 +14,15 @@ LIBRARIES: Mapping[SourceName, Library] = {"torchvision": TorchvisionLibrary(), 
 
 
 def get_library(spec: ModelSpec) -> Library:
-    """The library an architecture comes from."""
+    """Return the library of an architecture."""
     return LIBRARIES[spec.source]
 
 
 def find_model(text: str, arguments: Arguments) -> ModelSpec:
-    """The spec behind a name, completed with what its weights ask for.
+    """Return the spec of a name, with the arguments that its pretrained weights require.
 
     Raises:
-        InputError: no such architecture or tag (names the closest ones), or an argument that is
-            settled elsewhere.
+        InputError: there is no such architecture or tag; the message suggests similar names.
     """
     source, _, architecture = (qualified_name(text) or text).partition(":")
     spec = ModelSpec(cast("SourceName", source), architecture, dict(arguments))

@@ -1,8 +1,8 @@
-"""Weights in memory and in files: safetensors in and out, loaded strictly or not at all.
+"""Reads and writes weights, and loads them strictly.
 
-A state is a dict of names to tensors. Nothing here runs code that a file brings along: a
-safetensors file holds numbers only, and a pickled checkpoint is read by PyTorch's restricted
-unpickler, which refuses everything but tensors and plain containers.
+A state maps names to tensors. Reading a file never executes code from it: a safetensors file contains only numbers, and
+a pickled checkpoint is read with PyTorch's restricted unpickler, which rejects everything except tensors and plain
+containers.
 """
 
 import io
@@ -24,51 +24,55 @@ State = dict[str, torch.Tensor]
 _SAFETENSORS = ".safetensors"
 _PICKLED = frozenset({".pth", ".pt", ".bin"})
 
-# Training programs put the state beside optimizer and epoch, under one of these names.
+# Training programs store the state under one of these names, next to the optimizer and the epoch.
 _STATE_KEYS = ("state_dict", "model")
 _PARALLEL_PREFIX = "module."
 
-# BatchNorm's counter of batches seen, which evaluation never reads.
+# BatchNorm's batch counter, which evaluation never reads.
 _COUNTER = "num_batches_tracked"
-_SHOWN = 5
+_MAX_LISTED = 5
 
 
 def to_safetensors(state: Mapping[str, torch.Tensor]) -> bytes:
-    """A state as the bytes of a safetensors file; the same state gives the same bytes."""
-    # A copy each: safetensors refuses tensors that share memory or are not contiguous.
+    """Serialize a state as a safetensors file; equal states give equal bytes."""
+    # Copies, because safetensors rejects tensors that share memory or are not contiguous.
     return safetensors.torch.save(
         {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     )
 
 
 def from_safetensors(data: bytes, name: str) -> State:
-    """The state inside a safetensors file's bytes; `name` says in errors which file it was.
+    """Return the state in the bytes of a safetensors file.
+
+    Args:
+        data: content of the file.
+        name: name of the file in error messages.
 
     Raises:
-        InputError: the bytes are no safetensors file, or it is cut short.
+        InputError: the bytes are not a safetensors file, or the file is truncated.
     """
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise InputError(
-            f"{name} is no whole safetensors file ({error}); copy it again or convert it again"
+            f"{name} is not a complete safetensors file ({error}); copy it again or convert it again"
         ) from error
 
 
 def read_weights(uri: str, storage: Storage) -> tuple[State, bytes]:
-    """State of a `.safetensors`, `.pth`, `.pt` or `.bin` file, and its bytes as safetensors.
+    """Read the state of a `.safetensors`, `.pth`, `.pt` or `.bin` file, and its bytes as safetensors.
 
-    A safetensors file's bytes are returned as they are, so that their digest is the file's.
+    The bytes of a safetensors file are returned unchanged, so that their digest is that of the file.
 
     Raises:
-        InputError: the file is not there, of another kind, damaged, or a pickle that holds more
-            than tensors.
+        InputError: the file does not exist, has another type, is damaged, or is a pickle with other objects than
+            tensors.
     """
     name = redact_uri(uri)
     suffix = PurePosixPath(uri).suffix.lower()
     if suffix != _SAFETENSORS and suffix not in _PICKLED:
         kinds = ", ".join([_SAFETENSORS, *sorted(_PICKLED)])
-        raise InputError(f"--weights {name}: cannot tell what kind of file this is; known are {kinds}")
+        raise InputError(f"--weights {name}: unknown file type; supported are {kinds}")
     with explain(uri):
         data = storage.read_bytes(uri)
     if suffix == _SAFETENSORS:
@@ -78,59 +82,61 @@ def read_weights(uri: str, storage: Storage) -> tuple[State, bytes]:
 
 
 def from_checkpoint(data: bytes, name: str) -> State:
-    """The state inside a pickled PyTorch checkpoint, read without running anything in it.
+    """Return the state in a pickled PyTorch checkpoint, without executing code from it.
 
-    Takes a bare state, or one under `state_dict` or `model`; a `module.` before every name, left
-    by data-parallel training, is taken off.
+    The checkpoint is a state, or contains one under `state_dict` or `model`. The prefix `module.` of every name, which
+    data-parallel training adds, is removed.
 
     Raises:
-        InputError: the file wants to run code, is damaged, or holds no state.
+        InputError: the file would execute code, is damaged, or contains no state.
     """
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{name} is a pickle with more than tensors in it, and loading that would run whatever code "
-            "the file brings; have its author save the state_dict alone, best as .safetensors"
+            f"{name} is a pickle that contains other objects than tensors, and loading it could execute arbitrary "
+            "code; ask its author for the state_dict alone, preferably as .safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{name} is no PyTorch checkpoint that can be read ({error})") from error
+        raise InputError(
+            f"{name} is not a readable PyTorch checkpoint ({error}); copy it again or save it again"
+        ) from error
     return _without_parallel_prefix(_find_state(content, name))
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor], name: str) -> None:
-    """Copy a state into a module: every key, no other key, every shape.
+    """Load a state into a module, with exactly the module's keys and shapes.
 
     Raises:
-        InputError: keys are missing, unexpected or of another shape, or a value is not finite;
-            the message counts them and names the first few. The module is then not to be used.
+        InputError: keys are missing, unexpected or have another shape, or a value is not finite; the message counts
+            them and names the first few. The module may then be partially loaded.
     """
-    broken = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
+    non_finite = [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if non_finite:
         raise InputError(
-            f"{name} holds NaN or infinity in {_some(broken)}; take another checkpoint of this training"
+            f"{name} contains NaN or infinity in {_list_some(non_finite)}; use another checkpoint of this training"
         )
     expected = module.state_dict()
     try:
-        module.load_state_dict(_versioned(state, expected), strict=True)
+        module.load_state_dict(_with_metadata(state, expected), strict=True)
     except RuntimeError as error:
         differences = _differences(expected, state)
         raise InputError(
-            f"{name} does not fit {type(module).__name__}: {differences or error}; check the architecture's "
-            "name and --model-args, or take the weights that belong to it"
+            f"{name} does not fit {type(module).__name__}: {differences or error}; check the name of the architecture "
+            "and --model-args, or use the weights of this architecture"
         ) from error
 
 
-def _versioned(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> State:
-    """The state as a module of today would have saved it.
+def _with_metadata(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> State:
+    """Return the state as the current version of the module would have saved it.
 
-    Files of numbers carry no version numbers of modules, which some modules (MNASNet) insist on,
-    and files older than the counter of batches lack it.
+    Files have no version numbers of modules, which some modules (MNASNet) require, and old files do not have
+    BatchNorm's batch counter.
     """
     counters = {k: v for k, v in expected.items() if k.endswith(_COUNTER) and k not in state}
-    versioned: OrderedDict[str, torch.Tensor] = OrderedDict({**state, **counters})
-    versioned._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
-    return versioned
+    complete: OrderedDict[str, torch.Tensor] = OrderedDict({**state, **counters})
+    complete._metadata = getattr(expected, "_metadata", {})  # type: ignore[attr-defined]
+    return complete
 
 
 def _find_state(content: object, name: str) -> State:
@@ -141,7 +147,7 @@ def _find_state(content: object, name: str) -> State:
         if content and all(isinstance(value, torch.Tensor) for value in content.values()):
             return {str(key): value for key, value in content.items()}
     raise InputError(
-        f"{name} holds no state_dict (a dict of names to tensors), bare or under "
+        f"{name} contains no state_dict (a dict of names to tensors), at the top level or under "
         f"{' or '.join(map(repr, _STATE_KEYS))}; save model.state_dict()"
     )
 
@@ -160,10 +166,10 @@ def _differences(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch
         for k in expected
         if k in given and given[k].shape != expected[k].shape
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    return "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in found.items() if keys)
+    differences = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return "; ".join(f"{len(keys)} {kind}: {_list_some(keys)}" for kind, keys in differences.items() if keys)
 
 
-def _some(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more
+def _list_some(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+    return ", ".join(keys[:_MAX_LISTED]) + more

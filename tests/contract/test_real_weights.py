@@ -168,7 +168,7 @@ def test_a_bundle_of_real_weights_travels_through_s3(shared, s3):
     assert loaded.fingerprint == made.fingerprint
     assert loaded.weights == made.weights
     for missing, message in (
-        (f"s3://{s3.bucket}/models/none", "is no bundle"),
+        (f"s3://{s3.bucket}/models/none", "is not a bundle"),
         ("s3://there-is-no-such-bucket/models", "there is no such bucket"),
     ):
         with pytest.raises(InputError, match=message):

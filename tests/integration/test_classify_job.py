@@ -215,7 +215,10 @@ def test_actor_with_golden_mismatch_fails_the_run(job: Job, tiny_bundle: str, ca
     (tmp_path / "edited" / "bundle.json").write_text(json.dumps(record))
     outcome = job("--manifest", catalog, "--model", str(tmp_path / "edited"))
     assert outcome.exit_code == 1
-    assert "does not answer the drawn images as it did" in outcome.log.splitlines()[-1]
+    assert (
+        "the outputs for the golden images differ from those recorded in the bundle"
+        in outcome.log.splitlines()[-1]
+    )
     assert not (outcome.folder / "run.json").exists()
 
 

@@ -1,9 +1,9 @@
-"""A program that inductor compiled for a CPU, called through its C interface.
+"""Runs a network that inductor compiled ahead of time for a CPU, through the program's C interface.
 
-PyTorch's own loader holds Python's lock during a pass, so that no image is decoded meanwhile, and
-importing PyTorch takes seconds. A call through ctypes gives the lock away, and the program needs
-PyTorch's C++ library only. What is called here is declared in `torch/csrc/inductor/aoti_runtime/
-interface.h` and `torch/csrc/inductor/aoti_torch/c/shim.h`, both of which are made to be stable.
+PyTorch's own loader holds the GIL during a forward pass, so no image could be decoded at the same time, and importing
+PyTorch takes seconds. A call through ctypes releases the GIL, and the program requires only PyTorch's C++ library. The
+functions that are called here are declared in `torch/csrc/inductor/aoti_runtime/interface.h` and
+`torch/csrc/inductor/aoti_torch/c/shim.h`, both of which are designed to be stable.
 """
 
 import ctypes
@@ -19,25 +19,25 @@ from numpy.typing import NDArray
 from batchcls.errors import InputError
 from batchcls.models.engines.engine import EngineOutput
 
-_OUTPUTS = 2
-_NO_INDEX = -1
+_NUM_OUTPUTS = 2
+_NO_DEVICE_INDEX = -1
 
 
 class AotProgram:
-    """N,H,W,3 pixels in, logits and embedding out. Threads may call it at once."""
+    """A compiled network: N,H,W,3 pixels -> logits and embedding. Several threads may call it concurrently."""
 
-    def __init__(self, path: Path, runners: int) -> None:
+    def __init__(self, path: Path, num_runners: int) -> None:
         """Load a program.
 
         Args:
-            path: what `torch_convert.convert` has made.
-            runners: calls that are answered at a time; others wait.
+            path: the shared library that `torch_export.compile_program` wrote.
+            num_runners: number of concurrent calls; further calls wait.
 
         Raises:
-            InputError: the program or PyTorch's library cannot be loaded.
+            InputError: the program or PyTorch's C++ library cannot be loaded.
         """
         try:
-            self._torch = _library()
+            self._torch = _load_torch_library()
             self._program = ctypes.CDLL(str(path))
         except OSError as error:
             raise InputError(
@@ -50,42 +50,47 @@ class AotProgram:
         self._container = c_void_p()
         create = self._program.AOTInductorModelContainerCreateWithDevice
         create.argtypes = (c_void_p, c_size_t, c_char_p, c_char_p)
-        _require(create(byref(self._container), runners, b"cpu", None), "be loaded")
+        _check_status(create(byref(self._container), num_runners, b"cpu", None), "could not be loaded")
 
-    def one_thread(self) -> None:
-        """Let passes that this thread begins use one core."""
+    def use_one_thread(self) -> None:
+        """Restrict the forward passes of the calling thread to one core."""
         self._torch.omp_set_num_threads(1)
 
     def __call__(self, pixels: NDArray[Any]) -> EngineOutput:
-        """EngineOutput N,H,W,3 pixels, N at least 1, of the type that the program was made for; they may lie anyhow.
+        """Run a forward pass.
+
+        Args:
+            pixels: N,H,W,3 with N at least 1, in any memory layout, of the dtype that the program was compiled for.
 
         Raises:
-            RuntimeError: the program failed; why stands on stderr.
+            RuntimeError: the program failed; the reason is on stderr.
         """
-        ordered = np.ascontiguousarray(pixels)
-        outputs = (c_void_p * _OUTPUTS)()
+        contiguous = np.ascontiguousarray(pixels)
+        outputs = (c_void_p * _NUM_OUTPUTS)()
         run = self._program.AOTInductorModelContainerRun
         run.argtypes = (c_void_p, c_void_p, c_size_t, c_void_p, c_size_t, c_void_p, c_void_p)
-        # The program frees the handle; the memory behind it stays the array's.
-        inputs = (c_void_p * 1)(self._handle(ordered))
-        _require(run(self._container, inputs, 1, outputs, _OUTPUTS, None, None), "answer this batch")
+        # The program frees the handle; the memory stays owned by the array.
+        inputs = (c_void_p * 1)(self._create_tensor(contiguous))
+        status = run(self._container, inputs, 1, outputs, _NUM_OUTPUTS, None, None)
+        _check_status(status, "could not process a batch")
         handles = [c_void_p(output) for output in outputs]
         try:
-            logits, embedding = (self._copied(handle) for handle in handles)
+            logits, embedding = (self._copy_matrix(handle) for handle in handles)
         finally:
             for handle in handles:
                 self._torch.aoti_torch_delete_tensor_object(handle)
         return EngineOutput(logits, embedding)
 
-    def _handle(self, array: NDArray[Any]) -> int | None:
-        found = c_void_p()
+    def _create_tensor(self, array: NDArray[Any]) -> int | None:
+        """Return the handle of a tensor that shares the memory of an array."""
+        handle = c_void_p()
         sizes = (c_int64 * array.ndim)(*array.shape)
         strides = (c_int64 * array.ndim)(*(stride // array.itemsize for stride in array.strides))
         create = self._torch.aoti_torch_create_tensor_from_blob
         create.argtypes = (
             c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int32, c_int32, c_int32, c_void_p
         )  # fmt: skip
-        failed = create(
+        status = create(
             array.ctypes.data,
             array.ndim,
             sizes,
@@ -93,40 +98,41 @@ class AotProgram:
             0,
             self._dtypes[array.dtype],
             self._torch.aoti_torch_device_type_cpu(),
-            _NO_INDEX,
-            byref(found),
+            _NO_DEVICE_INDEX,
+            byref(handle),
         )
-        _require(failed, "take these pixels")
-        return found.value
+        _check_status(status, "could not read the input pixels")
+        return handle.value
 
-    def _copied(self, handle: c_void_p) -> NDArray[np.float32]:
-        """A matrix of float32 that the program has answered."""
+    def _copy_matrix(self, handle: c_void_p) -> NDArray[np.float32]:
+        """Copy a float32 output matrix of the program."""
         data, sizes, strides = POINTER(c_float)(), POINTER(c_int64)(), POINTER(c_int64)()
-        for name, found in (("data_ptr", data), ("sizes", sizes), ("strides", strides)):
-            _require(getattr(self._torch, f"aoti_torch_get_{name}")(handle, byref(found)), "be read")
+        for name, value in (("data_ptr", data), ("sizes", sizes), ("strides", strides)):
+            status = getattr(self._torch, f"aoti_torch_get_{name}")(handle, byref(value))
+            _check_status(status, "returned an output that cannot be read")
         shape, steps = (sizes[0], sizes[1]), (strides[0], strides[1])
-        reach = 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
-        flat = np.ctypeslib.as_array(data, (reach,))
-        width = flat.itemsize
-        return np.lib.stride_tricks.as_strided(flat, shape, (steps[0] * width, steps[1] * width)).copy()
+        length = 1 + sum((size - 1) * step for size, step in zip(shape, steps, strict=True))
+        flat = np.ctypeslib.as_array(data, (length,))
+        itemsize = flat.itemsize
+        return np.lib.stride_tricks.as_strided(flat, shape, (steps[0] * itemsize, steps[1] * itemsize)).copy()
 
 
-def _library() -> ctypes.CDLL:
-    """PyTorch's C++ library, without the rest of it."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+def _load_torch_library() -> ctypes.CDLL:
+    """Load PyTorch's C++ library without importing PyTorch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         raise OSError("PyTorch is not installed")
-    path = str(Path(found.origin).parent / "lib" / "libtorch.so")
+    path = str(Path(spec.origin).parent / "lib" / "libtorch.so")
     try:
         return ctypes.CDLL(path)
     except OSError:
         if "torch" in sys.modules:
             raise
-        # A build for GPUs may need libraries that only the import knows where to find.
+        # A GPU build may depend on libraries that only PyTorch's import can locate.
         importlib.import_module("torch")
         return ctypes.CDLL(path)
 
 
-def _require(failed: int, what: str) -> None:
-    if failed:
-        raise RuntimeError(f"the compiled network cannot {what}; the reason stands on stderr")
+def _check_status(status: int, problem: str) -> None:
+    if status:
+        raise RuntimeError(f"the compiled network {problem}; the reason is on stderr")

@@ -19,8 +19,8 @@ _OUT_OF_MEMORY_MESSAGES = ("can't allocate memory", "out of memory", "not enough
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception reports that the memory of a GPU or of the machine is exhausted.
 
-    PyTorch raises an exception class of its own for a GPU, recognized by name so that PyTorch need not be imported,
-    and a plain RuntimeError on a CPU.
+    PyTorch raises a dedicated exception class for a GPU, which is recognized by its name so that PyTorch need not be
+    imported, and a plain RuntimeError for a CPU.
     """
     if isinstance(error, MemoryError):
         return True
@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def predict_batches(engine: Engine, batches: Iterable[NDArray[Any]]) -> Iterator[EngineOutput]:
-    """Yield the outputs of batches in their order, with as many in flight as keep the engine busy."""
+    """Yield the outputs of batches in order, with `engine.in_flight` batches in flight."""
     pending: deque[PendingOutput] = deque()
     for batch in batches:
         if len(pending) >= engine.in_flight:
@@ -43,11 +43,11 @@ def predict_batches(engine: Engine, batches: Iterable[NDArray[Any]]) -> Iterator
 
 
 class OomSplittingEngine:
-    """Wraps an engine and splits batches that do not fit into memory in halves.
+    """Wraps an engine and splits batches that do not fit into memory into halves.
 
     Attributes:
-        largest_batch: images of the largest batch that may fit; larger ones are split before they are submitted.
-            None as long as every batch has fitted.
+        largest_batch: number of images of the largest batch that may fit; larger batches are split before they are
+            submitted. None while every batch has fitted.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -58,9 +58,9 @@ class OomSplittingEngine:
         self._engine = engine
         self._lock = threading.Lock()
 
-    def submit(self, pixels: NDArray[Any]) -> "_Parts":
-        """Submit a batch; see `Engine`. A lack of memory is raised by `result` at the earliest."""
-        return _Parts(self, pixels)
+    def submit(self, pixels: NDArray[Any]) -> "_SplitBatch":
+        """Submit a batch; see `Engine`. MemoryError is raised by `result`, not here."""
+        return _SplitBatch(self, pixels)
 
     def predict(self, pixels: NDArray[Any]) -> EngineOutput:
         """Submit N,H,W,3 pixels and wait for the output.
@@ -70,15 +70,15 @@ class OomSplittingEngine:
         """
         return self.submit(pixels).result()
 
-    def parts(self, pixels: NDArray[Any]) -> list[NDArray[Any]]:
-        """Split pixels into one or more batches that may fit, in their order."""
+    def split(self, pixels: NDArray[Any]) -> list[NDArray[Any]]:
+        """Split pixels into one or more batches that may fit, in order."""
         size = self.largest_batch
         if size is None or len(pixels) <= size:
             return [pixels]
         return [pixels[start : start + size] for start in range(0, len(pixels), size)]
 
-    def begin(self, part: NDArray[Any]) -> PendingOutput | None:
-        """Submit one part; return None if memory ran out already."""
+    def start(self, part: NDArray[Any]) -> PendingOutput | None:
+        """Submit one part; return None if memory ran out during submission."""
         try:
             return self._engine.submit(part)
         except (MemoryError, RuntimeError) as error:
@@ -87,7 +87,7 @@ class OomSplittingEngine:
         return None
 
     def finish(self, part: NDArray[Any], pending: PendingOutput | None) -> EngineOutput:
-        """Wait for one part; if it did not fit, process its halves one after the other."""
+        """Wait for one part; if it did not fit, process its halves sequentially."""
         if pending is not None:
             try:
                 return pending.result()
@@ -95,27 +95,27 @@ class OomSplittingEngine:
                 if not is_out_of_memory(error):
                     raise
         # Outside of the handler, because the exception keeps its frames alive, and with them their tensors.
-        self._lower(len(part))
+        self._reduce_largest_batch(len(part))
         _free_cuda_memory(self.device)
-        return EngineOutput.concatenate([self.finish(half, self.begin(half)) for half in self.parts(part)])
+        return EngineOutput.concatenate([self.finish(half, self.start(half)) for half in self.split(part)])
 
-    def _lower(self, failed: int) -> None:
-        if failed <= 1:
+    def _reduce_largest_batch(self, failed_size: int) -> None:
+        if failed_size <= 1:
             raise MemoryError(
-                f"there is no memory on {self.device} for one image of this network in {self.precision}; "
+                f"not enough memory on {self.device} for a single image with this network in {self.precision}; "
                 "use a smaller network or input size, or stop other processes that use the memory"
             )
-        half = (failed + 1) // 2
+        half = (failed_size + 1) // 2
         with self._lock:
             self.largest_batch = half if self.largest_batch is None else min(half, self.largest_batch)
 
 
-class _Parts:
-    """A submitted batch, split into several parts once a batch of its size did not fit."""
+class _SplitBatch:
+    """A submitted batch, which is split into several parts if a batch of its size did not fit before."""
 
     def __init__(self, owner: OomSplittingEngine, pixels: NDArray[Any]) -> None:
         self._owner = owner
-        self._parts = [(part, owner.begin(part)) for part in owner.parts(pixels)]
+        self._parts = [(part, owner.start(part)) for part in owner.split(pixels)]
         self._output: EngineOutput | None = None
         self._lock = threading.Lock()
 
@@ -129,18 +129,18 @@ class _Parts:
 
 
 def _free_cuda_memory(device: str) -> None:
-    """Release the memory that PyTorch caches, which may be fragmented for batches of another size."""
+    """Release the memory that PyTorch caches, which may be too fragmented for batches of another size."""
     torch = sys.modules.get("torch")
     if device == "cuda" and torch is not None:
         torch.cuda.empty_cache()
 
 
-_WORTHWHILE_GAIN = 1.05
-_COUNTED_BATCHES = 6
+_MIN_SPEEDUP = 1.05
+_TIMED_BATCHES = 6
 
 
 def probe_batch_size(engine: Engine, shape: tuple[int, int, int], start: int, max_size: int) -> int:
-    """Find the batch size of an engine: it is doubled until memory runs out or throughput stops improving.
+    """Find the batch size of an engine by doubling it until memory runs out or throughput stops improving.
 
     Args:
         engine: not wrapped in `OomSplittingEngine`, which would hide that a batch does not fit.
@@ -149,34 +149,35 @@ def probe_batch_size(engine: Engine, shape: tuple[int, int, int], start: int, ma
         max_size: the largest size.
 
     Returns:
-        The smallest size whose throughput is within 5 % of that of twice its size, or the largest that fits.
+        The smallest size whose throughput is within 5 % of the throughput at twice the size, or the largest size that
+        fits.
 
     Raises:
         MemoryError: not even one image fits.
     """
     size = min(start, max_size)
-    rate = _rate(engine, shape, size)
+    rate = _measure_throughput(engine, shape, size)
     while rate is None:
         if size == 1:
-            raise MemoryError(f"there is no memory on {engine.device} for one image of this network")
+            raise MemoryError(f"not enough memory on {engine.device} for a single image with this network")
         max_size = size = size // 2
-        rate = _rate(engine, shape, size)
+        rate = _measure_throughput(engine, shape, size)
     while 2 * size <= max_size:
-        doubled = _rate(engine, shape, 2 * size)
-        if doubled is None or doubled < _WORTHWHILE_GAIN * rate:
+        doubled = _measure_throughput(engine, shape, 2 * size)
+        if doubled is None or doubled < _MIN_SPEEDUP * rate:
             break
         size, rate = 2 * size, doubled
     return size
 
 
-def _rate(engine: Engine, shape: tuple[int, int, int], size: int) -> float | None:
-    """Measure images per second with all batches in flight; None if they do not fit into memory."""
+def _measure_throughput(engine: Engine, shape: tuple[int, int, int], size: int) -> float | None:
+    """Return images per second with `engine.in_flight` batches in flight; None if they do not fit into memory."""
     pixels = np.random.default_rng(0).integers(0, 256, (size, *shape), np.uint8)
     try:
         _run(engine, pixels, 2 * engine.in_flight)  # warm-up: memory is allocated and kernels are selected
         started = time.perf_counter()
-        _run(engine, pixels, _COUNTED_BATCHES)
-        return _COUNTED_BATCHES * size / (time.perf_counter() - started)
+        _run(engine, pixels, _TIMED_BATCHES)
+        return _TIMED_BATCHES * size / (time.perf_counter() - started)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

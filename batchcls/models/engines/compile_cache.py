@@ -1,8 +1,8 @@
-"""Converted networks of a node, kept on its disk: made once, found again after a restart.
+"""Cache of compiled networks on the local disk of a node: an entry is created once and reused after a restart.
 
-A conversion is a folder. It is made under a temporary name and renamed when it is whole, with
-`key.json` inside, which names every file with its size and digest. Whoever finds it checks them, so
-that a file which was cut off or changed leads to a new conversion and never to other answers.
+An entry is a folder. It is created under a temporary name and renamed when it is complete. Its file `key.json` lists
+the size and digest of every file, and a reader verifies them, so a truncated or modified file leads to a new
+compilation and never to different predictions.
 """
 
 import hashlib
@@ -21,132 +21,132 @@ from batchcls.errors import InputError
 from batchcls.storage.local_files import file_lock, walk
 
 VARIABLE = "BATCHCLS_CACHE_DIR"
-"""The environment variable that names the folder of everything that a node keeps."""
+"""Environment variable that names the folder of everything that a node caches."""
 
 _RECORD = "key.json"
 
 
 @dataclass(frozen=True, slots=True)
 class CompileCache:
-    """A folder of conversions, shared by all processes of a node."""
+    """A folder of compiled networks that all processes of a node share."""
 
     folder: Path
 
     @classmethod
-    def from_cache_dir(cls, folder: str | None) -> Self:
-        """The conversions below a cache folder, in `engines`.
+    def from_cache_dir(cls, cache_dir: str | None) -> Self:
+        """Return the compile cache in the subfolder `engines` of a cache folder.
 
         Args:
-            folder: the cache folder; None: BATCHCLS_CACHE_DIR, or else the user's own, which is
-                `batchcls` in XDG_CACHE_HOME or in `~/.cache`.
+            cache_dir: the cache folder. None: BATCHCLS_CACHE_DIR if it is set, otherwise `batchcls` in XDG_CACHE_HOME
+                or in `~/.cache`.
 
         Raises:
-            InputError: none is named, and the user has no home.
+            InputError: no folder is named, and the user has no home folder.
         """
         try:
-            cache = Path(folder or os.environ.get(VARIABLE) or _of_user()).expanduser()
+            cache = Path(cache_dir or os.environ.get(VARIABLE) or _default_cache_dir()).expanduser()
         except RuntimeError as error:
             raise InputError(
-                f"there is no home folder to keep converted networks in; set {VARIABLE}"
+                f"there is no home folder in which compiled networks could be cached; set {VARIABLE}"
             ) from error
         return cls(cache.absolute() / "engines")
 
-    def get(self, key: Mapping[str, str], make: Callable[[Path], None]) -> Path:
-        """The folder of one conversion, complete.
+    def get(self, key: Mapping[str, str], create: Callable[[Path], None]) -> Path:
+        """Return the folder of a complete entry, and create the entry if necessary.
 
         Args:
-            key: all that the conversion depends on. The value of `name`, if there is one, begins the
-                folder's name, for people.
-            make: writes the conversion into an empty folder; called only where there is none yet.
-                Other processes that ask for the same one wait meanwhile.
+            key: everything that the entry depends on. The value of `name`, if there is one, is the start of the
+                folder's name, to keep it human-readable.
+            create: writes the entry into an empty folder; called only if the entry does not exist. Other processes
+                that request the same entry wait until it is complete.
 
         Raises:
-            InputError: the folder cannot be created or written.
+            InputError: the cache folder cannot be created or written to.
         """
-        name = _name(key)
+        name = _folder_name(key)
         target = self.folder / name
-        if _is_whole(target, key):
+        if _is_complete(target, key):
             return target
         with self._locked(name):
-            if not _is_whole(target, key):
-                self._make(target, key, make)
+            if not _is_complete(target, key):
+                self._create(target, key, create)
         return target
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One process or thread at a time. The kernel gives the lock back when its holder dies."""
-        with ExitStack() as held:
-            with self._explained():
-                is_locked = held.enter_context(file_lock(self.folder / f".{name}.lock"))
-            if not is_locked:
+        """Hold the lock of an entry. The kernel releases it when the process that holds it ends."""
+        with ExitStack() as stack:
+            with self._os_errors_as_input_errors():
+                acquired = stack.enter_context(file_lock(self.folder / f".{name}.lock"))
+            if not acquired:
                 raise InputError(
-                    f"converted networks cannot be kept in {self.folder}, whose file system knows no locks; set "
-                    f"{VARIABLE} to a folder on a disk of this machine"
+                    f"compiled networks cannot be cached in {self.folder}, because its file system does not support "
+                    f"locks; set {VARIABLE} to a folder on a disk of this machine"
                 )
             yield
 
-    def _make(self, target: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> None:
-        """Only with the lock: nobody else is at work on this conversion, whatever lies there is dead."""
-        with self._explained():
+    def _create(self, target: Path, key: Mapping[str, str], create: Callable[[Path], None]) -> None:
+        """Create an entry. The caller holds the lock, so existing files are leftovers of a process that ended."""
+        with self._os_errors_as_input_errors():
             for leftover in self.folder.glob(f".{target.name}.*.part"):
                 shutil.rmtree(leftover)
             if target.exists():
                 shutil.rmtree(target)
-            part = self.folder / f".{target.name}.{uuid.uuid4().hex}.part"
-            part.mkdir()
+            temporary = self.folder / f".{target.name}.{uuid.uuid4().hex}.part"
+            temporary.mkdir()
         try:
-            make(part)
-            with self._explained():
-                _seal(part, key)
-                part.rename(target)
+            create(temporary)
+            with self._os_errors_as_input_errors():
+                _write_record(temporary, key)
+                temporary.rename(target)
                 _sync(self.folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _os_errors_as_input_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise InputError(
-                f"converted networks cannot be kept in {self.folder} ({error.strerror or error}); set {VARIABLE} "
-                "to a folder that can be written to"
+                f"compiled networks cannot be cached in {self.folder} ({error.strerror or error}); set {VARIABLE} "
+                "to a writable folder"
             ) from error
 
 
-def _of_user() -> Path:
+def _default_cache_dir() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "batchcls"
 
 
-def _name(key: Mapping[str, str]) -> str:
+def _folder_name(key: Mapping[str, str]) -> str:
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", key.get("name", "conversion")).strip("-")[:80]
     text = json.dumps(dict(key), sort_keys=True)
     return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
-def _seal(folder: Path, key: Mapping[str, str]) -> None:
-    """Write the record of all files, and force everything to disk."""
-    files = {str(path.relative_to(folder)): _measure(path) for path in sorted(walk(folder))}
+def _write_record(folder: Path, key: Mapping[str, str]) -> None:
+    """Write the record of all files, and flush everything to disk."""
+    files = {str(path.relative_to(folder)): _size_and_digest(path) for path in sorted(walk(folder))}
     (folder / _RECORD).write_text(json.dumps({"key": dict(key), "files": files}, indent=2) + "\n")
     for path in walk(folder):
         _sync(path)
-    for inner in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-        _sync(inner)
+    for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync(directory)
 
 
-def _is_whole(folder: Path, key: Mapping[str, str]) -> bool:
-    """Whether a finished conversion of this key lies there, each file as it was written."""
+def _is_complete(folder: Path, key: Mapping[str, str]) -> bool:
+    """Return whether a folder contains a complete entry of this key with unmodified files."""
     try:
         record: Any = json.loads((folder / _RECORD).read_text())
         if record["key"] != dict(key):
             return False
-        return all(_measure(folder / name) == measured for name, measured in record["files"].items())
+        return all(_size_and_digest(folder / name) == recorded for name, recorded in record["files"].items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
-def _measure(path: Path) -> list[str | int]:
+def _size_and_digest(path: Path) -> list[str | int]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [os.fstat(file.fileno()).st_size, digest]

@@ -1,6 +1,6 @@
-"""PyTorch, compiled for a GPU: kernels by inductor, launched all at once as a CUDA graph.
+"""The compiled PyTorch engine on a GPU: kernels of inductor that are launched together as a CUDA graph.
 
-A graph is made for one number of images, so batches are filled up to one of a few sizes.
+A graph is captured for one batch size, so batches are padded to one of a few sizes.
 """
 
 import os
@@ -14,7 +14,7 @@ from batchcls.models.engines.engine import BaseEngine, Device, EngineConfig, Eng
 from batchcls.models.engines.torch_eager import NormalizedBackbone
 from batchcls.preprocessing import Preprocessing
 
-_STEP = 4
+_SIZE_RATIO = 4
 
 
 class TorchCudaGraphs(BaseEngine):
@@ -24,46 +24,46 @@ class TorchCudaGraphs(BaseEngine):
     device: Device = "cuda"
 
     def __init__(
-        self, backbone: Backbone, preprocessing: Preprocessing, precision: Precision, place: EngineConfig
+        self, backbone: Backbone, preprocessing: Preprocessing, precision: Precision, config: EngineConfig
     ) -> None:
-        """Move the backbone to the GPU; it is compiled when the first batches come.
+        """Move the backbone to the GPU; it is compiled during the first batches.
 
         Args:
             backbone: owned by the engine afterwards.
             preprocessing: of the backbone's weights; mean, std and input size are used.
             precision: fp32, bf16 or fp16.
-            place: what inductor compiles is kept in its conversions, for the next start.
+            config: batch size, and the compile cache in which inductor stores its kernels for the next start.
         """
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place.compile_cache.folder / "inductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(config.compile_cache.folder / "inductor"))
         self.precision = precision
-        work = CudaPipeline(
+        pipeline = CudaPipeline(
             NormalizedBackbone(backbone, preprocessing, "cuda", precision),
             preprocessing.shape,
-            compiled=_with_graphs,
-            padded=lambda count: graph_size(count, place.batch_size),
+            compile_forward=_compile_with_graphs,
+            padded_size=lambda count: padded_batch_size(count, config.batch_size),
         )
-        self.in_flight = work.in_flight
-        super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), work.submit)
+        self.in_flight = pipeline.in_flight
+        super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), pipeline.submit)
 
 
-def graph_size(count: int, batch_size: int) -> int:
-    """How many images to compute for `count` of them.
+def padded_batch_size(count: int, batch_size: int) -> int:
+    """Return the batch size to which `count` images are padded.
 
-    A full batch, or a quarter of it, or a quarter of that, and so on: a few graphs serve all, a batch
-    of four does not cost as much as a full one, and a batch that was halved because memory ran out is
-    soon a smaller graph. More than a full batch is computed as it is.
+    The sizes are a full batch, a quarter of it, a quarter of that, and so on. A few graphs are then enough, a batch
+    of four images does not cost as much as a full one, and a batch that was halved because memory ran out soon uses
+    a smaller graph. A batch that is larger than a full one is not padded.
     """
     size = batch_size
-    while size > 1 and -(-size // _STEP) >= count:
-        size = -(-size // _STEP)
+    while size > 1 and -(-size // _SIZE_RATIO) >= count:
+        size = -(-size // _SIZE_RATIO)
     return max(size, count)
 
 
-def _with_graphs(program: nn.Module) -> Forward:
+def _compile_with_graphs(program: nn.Module) -> Forward:
     compiled: Forward = torch.compile(program, mode="reduce-overhead", dynamic=False)
 
     def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # What the last pass answered has been put on its way to the host already.
+        # The copy of the previous outputs to the host is already on the stream, so a graph may overwrite them.
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return compiled(images)
 

@@ -1,8 +1,8 @@
-"""Several batches in flight on a GPU: while one is computed, the next is on its way to the device.
+"""Several batches in flight on a GPU: while one is computed, the next is copied to the device.
 
-Copies to the device run on one stream, the network and the copies of its answers back on another, so
-one batch is uploaded while another is computed. All launches come from one thread: CUDA graphs belong
-to the thread that recorded them, and a network may keep something of the pass under way.
+Copies to the device run on one stream, and the network and the copies of its outputs to the host on another, so one
+batch is uploaded while another is computed. All launches come from one thread, because CUDA graphs belong to the
+thread that captured them, and a network may hold state of the current forward pass (a feature tap).
 """
 
 import threading
@@ -23,10 +23,10 @@ _DEVICE = "cuda"
 
 
 class CudaPipeline:
-    """Buffers for a few batches, used in turn.
+    """Buffers for a few batches, which are used in rotation.
 
     Attributes:
-        in_flight: one batch that is uploaded, one that is computed, one whose answer is read.
+        in_flight: one batch that is uploaded, one that is computed, and one whose output is read.
     """
 
     in_flight = 3
@@ -36,22 +36,24 @@ class CudaPipeline:
         program: nn.Module,
         shape: tuple[int, int, int],
         *,
-        compiled: Callable[[nn.Module], Forward] | None = None,
-        padded: Callable[[int], int] = lambda count: count,
+        compile_forward: Callable[[nn.Module], Forward] | None = None,
+        padded_size: Callable[[int], int] = lambda count: count,
     ) -> None:
         """Move the program to the GPU.
 
         Args:
             program: N,H,W,3 pixels -> logits and embedding, both float32.
             shape: H, W, 3 of an image.
-            compiled: what to run in place of the program on the device.
-            padded: how many images to compute for so many; rows of nothing in particular fill up.
+            compile_forward: compiles the program on the device. None: the program runs as it is.
+            padded_size: maps the number of images of a batch to the batch size that is computed. The content of
+                the padding is arbitrary.
         """
         on_device = program.to(_DEVICE)
-        self._forward: Forward = on_device if compiled is None else compiled(on_device)
-        self._padded = padded
-        self._uploads, self._compute = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # The weights were copied on the default stream, which the others do not wait for.
+        self._forward: Forward = on_device if compile_forward is None else compile_forward(on_device)
+        self._padded_size = padded_size
+        self._upload_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._compute_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # The weights were copied on the default stream, which the other streams do not wait for.
         torch.cuda.synchronize()
         self._slots = [_Slot(shape) for _ in range(self.in_flight)]
         self._next = 0
@@ -59,16 +61,16 @@ class CudaPipeline:
         self._launcher = ThreadPoolExecutor(1, "launches")
 
     def submit(self, pixels: NDArray[Any]) -> "_PendingBatch":
-        """Begin to answer a batch; waits for the oldest batch if its buffers are needed.
+        """Submit a batch; waits for the oldest batch if its buffers are needed.
 
-        Nobody needs to ask for that one's result: it is kept for whoever does.
+        The output of that batch is kept until its `result` is called, so results may be requested in any order.
         """
         with self._lock:
             slot = self._slots[self._next]
             self._next = (self._next + 1) % len(self._slots)
         with slot.lock:
             if slot.pending is not None:
-                slot.pending.settle()
+                slot.pending.wait()
                 slot.pending = None
             staged = slot.stage(pixels)
             launched = self._launcher.submit(self._launch, slot, staged)
@@ -76,38 +78,38 @@ class CudaPipeline:
             return slot.pending
 
     def _launch(self, slot: "_Slot", staged: torch.Tensor) -> int:
-        """Put a batch's work on the streams, and wait for none of it; how many images it has."""
+        """Enqueue the work of a batch on the streams without waiting for it, and return its number of images."""
         count = len(staged)
         with torch.no_grad():
-            with torch.cuda.stream(self._uploads):
-                images = slot.on_device(self._padded(count), staged.dtype)
+            with torch.cuda.stream(self._upload_stream):
+                images = slot.device_buffer(self._padded_size(count), staged.dtype)
                 images[:count].copy_(staged, non_blocking=True)
-                slot.uploaded.record(self._uploads)
-            with torch.cuda.stream(self._compute):
-                self._compute.wait_event(slot.uploaded)
+                slot.uploaded.record(self._upload_stream)
+            with torch.cuda.stream(self._compute_stream):
+                self._compute_stream.wait_event(slot.uploaded)
                 logits, embedding = self._forward(images)
-                # On the same stream: the next batch may overwrite what a CUDA graph has answered.
-                slot.receive(logits[:count], embedding[:count])
-                slot.answered.record(self._compute)
+                # On the same stream, because the next batch may overwrite the outputs of a CUDA graph.
+                slot.copy_to_host(logits[:count], embedding[:count])
+                slot.computed.record(self._compute_stream)
         return count
 
 
 class _Slot:
-    """The buffers of one batch. They grow to the largest batch and stay."""
+    """The buffers of one batch. They grow to the size of the largest batch."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.lock = threading.Lock()
         self.pending: _PendingBatch | None = None
         self.uploaded = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # A thread that waits for a blocking event sleeps, and leaves its core to the decoders.
-        self.answered = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        # A thread that waits for a blocking event sleeps, and leaves its core to the decode threads.
+        self.computed = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._shape = shape
         self._staging = torch.empty(0, *shape, dtype=torch.uint8)
         self._images = torch.empty(0, *shape, dtype=torch.uint8, device=_DEVICE)
-        self._answers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._host_outputs: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def stage(self, pixels: NDArray[Any]) -> torch.Tensor:
-        """The pixels in page-locked memory."""
+        """Copy the pixels to page-locked memory."""
         dtype = torch.uint8 if pixels.dtype == np.uint8 else torch.float32
         if len(self._staging) < len(pixels) or self._staging.dtype != dtype:
             self._staging = torch.empty(pixels.shape, dtype=dtype, pin_memory=True)
@@ -115,58 +117,58 @@ class _Slot:
         np.copyto(staged.numpy(), pixels)
         return staged
 
-    def on_device(self, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Room for so many images on the GPU."""
+    def device_buffer(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a buffer for `count` images on the GPU."""
         if len(self._images) < count or self._images.dtype != dtype:
             self._images = torch.zeros(count, *self._shape, dtype=dtype, device=_DEVICE)
         return self._images[:count]
 
-    def receive(self, logits: torch.Tensor, embedding: torch.Tensor) -> None:
-        """Copy answers to page-locked memory; they are there when `answered` is."""
-        if self._answers is None or len(self._answers[0]) < len(logits):
-            self._answers = _page_locked(logits), _page_locked(embedding)
-        for kept, found in zip(self._answers, (logits, embedding), strict=True):
-            kept[: len(found)].copy_(found, non_blocking=True)
+    def copy_to_host(self, logits: torch.Tensor, embedding: torch.Tensor) -> None:
+        """Enqueue the copy of the outputs to page-locked memory; it is complete when `computed` is."""
+        if self._host_outputs is None or len(self._host_outputs[0]) < len(logits):
+            self._host_outputs = _empty_page_locked(logits), _empty_page_locked(embedding)
+        for host, device in zip(self._host_outputs, (logits, embedding), strict=True):
+            host[: len(device)].copy_(device, non_blocking=True)
 
     def read_output(self, count: int) -> EngineOutput:
-        """The first rows of what was received, copied, once it is there."""
-        self.answered.synchronize()
-        if self._answers is None:
-            raise RuntimeError("nothing was launched")
-        logits, embedding = (kept[:count].numpy().copy() for kept in self._answers)
+        """Wait for the outputs, and return a copy of the first `count` rows."""
+        self.computed.synchronize()
+        if self._host_outputs is None:
+            raise RuntimeError("no batch was launched")
+        logits, embedding = (host[:count].numpy().copy() for host in self._host_outputs)
         return EngineOutput(logits, embedding)
 
 
 class _PendingBatch:
-    """A batch in a slot's buffers, or its answer."""
+    """A batch in the buffers of a slot, or its output."""
 
     def __init__(self, slot: _Slot, launched: "Future[int]") -> None:
         self._slot = slot
         self._launched = launched
-        self._settled = False
-        self._answer: EngineOutput | None = None
+        self._finished = False
+        self._output: EngineOutput | None = None
         self._error: BaseException | None = None
 
     def result(self) -> EngineOutput:
-        """Wait for the answer. Raises what the launch or the GPU raised."""
+        """Wait for the output. Raises what the launch or the GPU raised."""
         with self._slot.lock:
-            self.settle()
-        if self._answer is None:
-            raise self._error or RuntimeError("the batch has no answer")
-        return self._answer
+            self.wait()
+        if self._output is None:
+            raise self._error or RuntimeError("the batch has no output")
+        return self._output
 
-    def settle(self) -> None:
-        """Wait, and copy the answer out of the slot's buffers; only with the slot's lock."""
-        if self._settled:
+    def wait(self) -> None:
+        """Wait for the batch and copy its output out of the slot's buffers. The caller holds the slot's lock."""
+        if self._finished:
             return
         self._error = self._launched.exception()
         try:
             if self._error is None:
-                self._answer = self._slot.read_output(self._launched.result())
+                self._output = self._slot.read_output(self._launched.result())
         except (MemoryError, RuntimeError) as error:
             self._error = error
-        self._settled = True
+        self._finished = True
 
 
-def _page_locked(found: torch.Tensor) -> torch.Tensor:
-    return torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+def _empty_page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

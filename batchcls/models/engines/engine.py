@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from batchcls.errors import InputError
 from batchcls.models.engines.compile_cache import CompileCache
 
-# OpenVINO and NNCF send usage statistics over the network from a thread that starts when they are imported. They
-# do not if this package cannot be imported.
+# OpenVINO and NNCF send usage statistics over the network, from a thread that starts when they are imported, unless
+# this package cannot be imported.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 EngineName = Literal["torch", "compile", "openvino"]
@@ -52,19 +52,19 @@ class PendingOutput(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CompletedOutput:
-    """An output that is available already; see `PendingOutput`."""
+    """An output that is already available; see `PendingOutput`."""
 
-    answer: EngineOutput
+    output: EngineOutput
 
     def result(self) -> EngineOutput:
         """Return the output."""
-        return self.answer
+        return self.output
 
 
 class Engine(Protocol):
     """An engine that runs a backbone. Several threads may submit batches concurrently.
 
-    `in_flight` is the number of submitted batches that keep the engine busy; more only wait.
+    `in_flight` is the number of submitted batches that keep the engine busy; further batches wait.
     """
 
     name: EngineName
@@ -73,7 +73,7 @@ class Engine(Protocol):
     in_flight: int
 
     def submit(self, pixels: NDArray[Any]) -> PendingOutput:
-        """Submit N,H,W,3 pixels: uint8, or float32 that is normalized already.
+        """Submit N,H,W,3 pixels: uint8, or float32 that is already normalized.
 
         The pixels are not modified, and must not be modified before the output is available. The call may block
         while `in_flight` batches are running.
@@ -137,22 +137,22 @@ class EngineConfig:
 
 
 class BaseEngine:
-    """Implements `submit` and `answer` of an engine with the function that starts a batch."""
+    """Implements `submit` and `predict` of an engine on top of a function that starts a batch."""
 
     def __init__(
         self,
         shape: tuple[int, int, int],
         widths: tuple[int, int],
-        begin: Callable[[NDArray[Any]], PendingOutput],
+        start_batch: Callable[[NDArray[Any]], PendingOutput],
     ) -> None:
         """Initialize from the properties of the engine.
 
         Args:
             shape: H, W, 3 of one image.
             widths: number of classes, and dimension of the embedding.
-            begin: starts a batch of N,H,W,3 uint8 or float32 pixels, N at least 1.
+            start_batch: starts a batch of N,H,W,3 uint8 or float32 pixels, N at least 1.
         """
-        self._shape, self._widths, self._begin = shape, widths, begin
+        self._shape, self._widths, self._start_batch = shape, widths, start_batch
 
     def submit(self, pixels: NDArray[Any]) -> PendingOutput:
         """Submit a batch; see `Engine`.
@@ -166,10 +166,10 @@ class BaseEngine:
             )
         if len(pixels) == 0:
             return CompletedOutput(EngineOutput.empty(self._widths))
-        return self._begin(pixels)
+        return self._start_batch(pixels)
 
     def predict(self, pixels: NDArray[Any]) -> EngineOutput:
-        """Return logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is normalized already.
+        """Return logits and embeddings of N,H,W,3 pixels: uint8, or float32 that is already normalized.
 
         Raises:
             ValueError: the pixels have another shape or dtype than the preprocessing returns.

@@ -9,7 +9,7 @@ from batchcls.errors import InputError
 from batchcls.models.engines.engine import Engine, EngineChoice, EngineConfig, EngineName
 from batchcls.models.model_bundle import Bundle
 
-if TYPE_CHECKING:  # an engine whose network is compiled already needs no PyTorch
+if TYPE_CHECKING:  # an engine whose network is in the compile cache does not require PyTorch
     from batchcls.models.backbone import Backbone
 
 
@@ -17,7 +17,7 @@ class EngineModule(Protocol):
     """The interface of an engine's module."""
 
     def start(
-        self, bundle: Bundle, choice: EngineChoice, place: EngineConfig, backbone: "Callable[[], Backbone]"
+        self, bundle: Bundle, choice: EngineChoice, config: EngineConfig, backbone: "Callable[[], Backbone]"
     ) -> Engine:
         """See `start_engine`."""
 
@@ -68,7 +68,7 @@ def missing_package(engine: EngineName) -> str | None:
 def start_engine(
     bundle: Bundle,
     choice: EngineChoice,
-    place: EngineConfig,
+    config: EngineConfig,
     backbone: "Callable[[], Backbone] | None" = None,
 ) -> Engine:
     """Load a bundle's network on a device.
@@ -76,9 +76,8 @@ def start_engine(
     Args:
         bundle: the model.
         choice: the engine and its precision.
-        place: device, threads and batch size.
-        backbone: builds the network; called only if the engine has not compiled it before. None:
-            `build.build_backbone`.
+        config: device, threads, batch size and compile cache.
+        backbone: builds the network; not called if the compile cache contains it. None: `build.build_backbone`.
 
     Raises:
         InputError: the engine is not installed, does not support the choice on this machine, or the bundle is
@@ -88,7 +87,7 @@ def start_engine(
     if problem is not None:
         raise InputError(f"--engine {choice.engine}: {problem}")
     module = _ENGINES[choice.engine].import_module()
-    return module.start(bundle, choice, place, backbone or (lambda: _build(bundle)))
+    return module.start(bundle, choice, config, backbone or (lambda: _build(bundle)))
 
 
 def _build(bundle: Bundle) -> "Backbone":

@@ -1,9 +1,9 @@
-"""A bundle becomes a program of OpenVINO, by way of two conversions that a node keeps.
+"""Converts a bundle to a program of OpenVINO, through two kinds of entries in the compile cache.
 
-The *network* is OpenVINO's own file of it, in float32 or quantized to int8: N,3,H,W normalized images
-in, logits and embedding out. The *program* is the network with the normalization in front, for one dtype
-of pixels and one arithmetic, compiled for this kind of processor; reading it takes a fraction
-of a second. Needs torch only where a network is converted.
+The *network* is OpenVINO's file format of the model, in float32 or quantized to int8: N,3,H,W normalized images ->
+logits and embedding. The *program* is the network behind a normalization step, for one dtype of the pixels and one
+precision, compiled for this kind of processor; loading it takes a fraction of a second. PyTorch is required only to
+convert a network.
 """
 
 import hashlib
@@ -30,130 +30,80 @@ from batchcls.models.engines.engine import EngineChoice, EngineConfig
 from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing
 
-MOST_IMAGES = 300
-"""Of more images only so many are used: each costs a pass of the network in float32 and more."""
-
-
-def quantize(
-    network: openvino.Model, pixels: NDArray[np.uint8], preprocessing: Preprocessing
-) -> openvino.Model:
-    """Quantize weights and activations.
-
-    Args:
-        network: N,3,H,W normalized images -> logits and embedding, in float32.
-        pixels: N,H,W,3 images as the network will see them.
-        preprocessing: of the network's weights.
-
-    Raises:
-        InputError: there is no image.
-    """
-    if len(pixels) == 0:
-        raise InputError(
-            "--precision int8: none of the images to choose its scales by could be read; use --precision bf16"
-        )
-    mean, std = np.array(preprocessing.mean, np.float32), np.array(preprocessing.std, np.float32)
-    # Spread over all of them, since a manifest is often sorted by category.
-    taken = pixels[np.linspace(0, len(pixels) - 1, min(len(pixels), MOST_IMAGES)).astype(int)]
-
-    def normalized(image: NDArray[np.uint8]) -> NDArray[np.float32]:
-        scaled = (image[None].astype(np.float32) / 255 - mean) / std
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
-
-    with _quiet_nncf() as nncf:
-        model: openvino.Model = nncf.quantize(
-            network, nncf.Dataset(list(taken), normalized), subset_size=len(taken)
-        )
-    return model
-
-
-@contextmanager
-def _quiet_nncf() -> Iterator[ModuleType]:
-    """The package, without its bars and notes, and without its reports to its maker over the network.
-
-    It decides about those when it is imported, and makes none where their package is missing.
-    """
-    reporter = "openvino_telemetry"
-    before = sys.modules.get(reporter)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        sys.modules[reporter] = None  # type: ignore[assignment]  # Python's own way to say that it is missing
-        try:
-            nncf = importlib.import_module("nncf")
-        finally:
-            del sys.modules[reporter]
-            if before is not None:
-                sys.modules[reporter] = before
-        nncf.set_log_level(logging.ERROR)
-        yield nncf
-
-
-if TYPE_CHECKING:  # a network that is compiled already needs no PyTorch
+if TYPE_CHECKING:  # a network in the compile cache does not require PyTorch
     from batchcls.models.backbone import Backbone
 
 PixelType = Literal["uint8", "float32"]
 
 _FORMAT = "1"
-"""Goes up when the same bundle is converted in another way."""
+"""Part of the cache key; increment it when the same bundle is converted differently."""
 
-_NETWORK, _PROGRAM = "network.xml", "program.blob"
-_ELEMENTS: Mapping[PixelType, openvino.Type] = {"uint8": openvino.Type.u8, "float32": openvino.Type.f32}
+_NETWORK_FILE, _PROGRAM_FILE = "network.xml", "program.blob"
+_ELEMENT_TYPES: Mapping[PixelType, openvino.Type] = {
+    "uint8": openvino.Type.u8,
+    "float32": openvino.Type.f32,
+}
 
-_HINTS: Mapping[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+_PRECISION_HINTS: Mapping[str, str] = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+
+_MAX_CALIBRATION_IMAGES = 300
+"""Each calibration image costs at least one forward pass in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """What is needed to give a bundle to OpenVINO on this machine; see `start.start_engine`."""
+    """Converts a bundle for OpenVINO on this machine; the attributes are those of `factory.start_engine`."""
 
     core: openvino.Core
     bundle: Bundle
     choice: EngineChoice
-    place: EngineConfig
+    config: EngineConfig
     backbone: "Callable[[], Backbone]"
 
-    def programs(self, pixels: PixelType) -> list[openvino.CompiledModel]:
-        """The network, ready to run on N,H,W,3 pixels: uint8, or float32 that is normalized already.
+    def load_programs(self, pixels: PixelType) -> list[openvino.CompiledModel]:
+        """Load the network as programs for N,H,W,3 pixels: uint8, or float32 that is already normalized.
 
-        It is one program with a stream a thread, which share the weights; in int8 as many programs
-        as threads. With two and more streams in one program OpenVINO 2026.4 answers wrongly for
-        squeezenet1_1 in int8, always, on any image (docs/measurements).
+        The result is one program with one stream per thread, which share the weights. In int8 it is one program per
+        thread, because with two or more streams in one program OpenVINO 2026.4 returns wrong outputs for
+        squeezenet1_1 in int8, reproducibly and for every image (docs/measurements).
 
         Raises:
-            InputError: the network cannot be converted, there is nothing to quantize it by, or the
-                conversions' folder cannot be written to.
+            InputError: the network cannot be converted, there are no calibration images, or the compile cache cannot
+                be written to.
         """
-        family = self._network_key()
+        network_key = self._network_key()
         key = {
-            **family,
-            "name": f"{family['name']}-{self.choice.precision}-{pixels}",
+            **network_key,
+            "name": f"{network_key['name']}-{self.choice.precision}-{pixels}",
             "pixels": pixels,
-            "arithmetic": _HINTS[self.choice.precision],
+            "arithmetic": _PRECISION_HINTS[self.choice.precision],
         }
-        folder = self.place.compile_cache.get(key, lambda folder: self._compile(pixels, folder))
-        blob = (folder / _PROGRAM).read_bytes()
-        threads = self.place.threads
+        folder = self.config.compile_cache.get(key, lambda folder: self._compile(pixels, folder))
+        blob = (folder / _PROGRAM_FILE).read_bytes()
+        threads = self.config.threads
         count, streams = (threads, 1) if self.choice.precision == "int8" else (1, threads)
         return [self.core.import_model(blob, "CPU", self._properties(streams)) for _ in range(count)]
 
     def _properties(self, streams: int) -> dict[str, Any]:
-        # A stream a thread gives the most images a second (docs/measurements): threads that share a
-        # layer wait for each other. Pinned threads of several actors would share the same cores.
+        # One stream per thread gives the highest throughput (docs/measurements), because threads that share a layer
+        # wait for each other. Pinned threads of several actors would share the same cores.
         return {
-            "INFERENCE_PRECISION_HINT": _HINTS[self.choice.precision],
+            "INFERENCE_PRECISION_HINT": _PRECISION_HINTS[self.choice.precision],
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": streams,
             "ENABLE_CPU_PINNING": False,
         }
 
     def _compile(self, pixels: PixelType, folder: Path) -> None:
-        model = _with_normalization(self.core.read_model(self._network() / _NETWORK), self.bundle, pixels)
+        network = self.core.read_model(self._network_folder() / _NETWORK_FILE)
+        model = _add_normalization(network, self.bundle, pixels)
         compiled = self.core.compile_model(model, "CPU", self._properties(streams=1))
-        (folder / _PROGRAM).write_bytes(compiled.export_model().getvalue())
+        (folder / _PROGRAM_FILE).write_bytes(compiled.export_model().getvalue())
 
-    def _network(self) -> Path:
-        """The folder of the network; fp32 and bf16 share one."""
-        key = self._network_key()
-        make = self._quantize if self.choice.precision == "int8" else self._convert
-        return self.place.compile_cache.get(key, make)
+    def _network_folder(self) -> Path:
+        """Return the cache entry of the network, which all precisions except int8 share."""
+        create = self._quantize if self.choice.precision == "int8" else self._convert
+        return self.config.compile_cache.get(self._network_key(), create)
 
     def _network_key(self) -> dict[str, str]:
         hardware = Hardware.detect()
@@ -166,38 +116,89 @@ class Converter:
             "network": "float32",
         }
         if self.choice.precision == "int8":
-            key |= {"network": "int8", "nncf": _nncf_version(), "calibration": self._calibration_identity()}
+            key |= {"network": "int8", "nncf": _nncf_version(), "calibration": self._calibration_digest()}
         return key
 
-    def _calibration_identity(self) -> str:
-        """Which images the scales are taken from, where whoever gives them says so."""
-        return hashlib.sha256(str(getattr(self.place.calibration, "identity", "")).encode()).hexdigest()
+    def _calibration_digest(self) -> str:
+        """Return a digest of the calibration function's `identity`, which names its images, if it has one."""
+        return hashlib.sha256(str(getattr(self.config.calibration, "identity", "")).encode()).hexdigest()
 
     def _convert(self, folder: Path) -> None:
         from batchcls.models.engines.openvino_trace import trace  # noqa: PLC0415 - torch takes seconds
 
         model = trace(self.backbone(), self.bundle.config.preprocessing)
-        openvino.save_model(model, folder / _NETWORK, compress_to_fp16=False)
+        openvino.save_model(model, folder / _NETWORK_FILE, compress_to_fp16=False)
 
     def _quantize(self, folder: Path) -> None:
-        from batchcls.models.engines.openvino_convert import quantize  # noqa: PLC0415 - nncf takes seconds
-
-        if self.place.calibration is None:
+        if self.config.calibration is None:
             raise InputError(
-                "--precision int8: there are no images to choose its scales by; name a manifest, or use "
-                "--precision bf16"
+                "--precision int8: there are no calibration images; name a manifest, or use --precision bf16"
             )
-        plain = Converter(self.core, self.bundle, EngineChoice("openvino", "fp32"), self.place, self.backbone)
-        network = self.core.read_model(plain._network() / _NETWORK)
-        model = quantize(network, self.place.calibration(), self.bundle.config.preprocessing)
-        openvino.save_model(model, folder / _NETWORK, compress_to_fp16=False)
+        fp32 = EngineChoice("openvino", "fp32")
+        converter = Converter(self.core, self.bundle, fp32, self.config, self.backbone)
+        network = self.core.read_model(converter._network_folder() / _NETWORK_FILE)
+        model = quantize(network, self.config.calibration(), self.bundle.config.preprocessing)
+        openvino.save_model(model, folder / _NETWORK_FILE, compress_to_fp16=False)
 
 
-def _with_normalization(model: openvino.Model, bundle: Bundle, pixels: PixelType) -> openvino.Model:
-    """N,3,H,W normalized in front of N,H,W,3 pixels; what is normalized already is only turned."""
+def quantize(
+    network: openvino.Model, pixels: NDArray[np.uint8], preprocessing: Preprocessing
+) -> openvino.Model:
+    """Quantize weights and activations to int8.
+
+    Args:
+        network: N,3,H,W normalized images -> logits and embedding, in float32.
+        pixels: N,H,W,3 calibration images after resizing and cropping.
+        preprocessing: of the network's weights.
+
+    Raises:
+        InputError: there are no images.
+    """
+    if len(pixels) == 0:
+        raise InputError(
+            "--precision int8: none of the calibration images could be read; use --precision bf16"
+        )
+    mean, std = np.array(preprocessing.mean, np.float32), np.array(preprocessing.std, np.float32)
+    # Evenly spaced, because manifests are often sorted by category.
+    count = min(len(pixels), _MAX_CALIBRATION_IMAGES)
+    sample = pixels[np.linspace(0, len(pixels) - 1, count).astype(int)]
+
+    def normalize(image: NDArray[np.uint8]) -> NDArray[np.float32]:
+        scaled = (image[None].astype(np.float32) / 255 - mean) / std
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2), np.float32)
+
+    with _import_nncf_quietly() as nncf:
+        model: openvino.Model = nncf.quantize(
+            network, nncf.Dataset(list(sample), normalize), subset_size=len(sample)
+        )
+    return model
+
+
+@contextmanager
+def _import_nncf_quietly() -> Iterator[ModuleType]:
+    """Import NNCF without progress bars, log lines and usage reports.
+
+    NNCF decides when it is imported whether it sends usage reports; it does not if their package is missing.
+    """
+    telemetry = "openvino_telemetry"
+    original = sys.modules.get(telemetry)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        sys.modules[telemetry] = None  # type: ignore[assignment]  # makes the import raise ImportError
+        try:
+            nncf = importlib.import_module("nncf")
+        finally:
+            del sys.modules[telemetry]
+            if original is not None:
+                sys.modules[telemetry] = original
+        nncf.set_log_level(logging.ERROR)
+        yield nncf
+
+
+def _add_normalization(model: openvino.Model, bundle: Bundle, pixels: PixelType) -> openvino.Model:
+    """Change the input from N,3,H,W normalized images to N,H,W,3 pixels; float32 pixels are only transposed."""
     steps = PrePostProcessor(model)
     images = steps.input(0)
-    images.tensor().set_element_type(_ELEMENTS[pixels]).set_layout(openvino.Layout("NHWC"))
+    images.tensor().set_element_type(_ELEMENT_TYPES[pixels]).set_layout(openvino.Layout("NHWC"))
     images.model().set_layout(openvino.Layout("NCHW"))
     if pixels == "uint8":
         preprocessing = bundle.config.preprocessing
@@ -212,5 +213,5 @@ def _nncf_version() -> str:
         return version("nncf")
     except PackageNotFoundError:
         raise InputError(
-            "--precision int8: the package nncf is missing; pip install 'batchcls[openvino]'"
+            "--precision int8 requires the package nncf: pip install 'batchcls[openvino]'"
         ) from None

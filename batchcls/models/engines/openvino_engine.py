@@ -1,4 +1,4 @@
-"""OpenVINO on a CPU: several batches in flight, one a thread."""
+"""The OpenVINO engine on a CPU: several batches in flight, one per thread."""
 
 import threading
 from collections import deque
@@ -22,92 +22,95 @@ from batchcls.models.engines.engine import (
 from batchcls.models.engines.openvino_convert import Converter, PixelType
 from batchcls.models.model_bundle import Bundle
 
-if TYPE_CHECKING:  # a network that is compiled already needs no PyTorch
+if TYPE_CHECKING:  # a network in the compile cache does not require PyTorch
     from batchcls.models.backbone import Backbone
 
-_NEEDS = {"bf16": "BF16", "fp16": "FP16", "int8": "INT8"}
+_REQUIRED_CAPABILITY = {"bf16": "BF16", "fp16": "FP16", "int8": "INT8"}
 
 
 def start(
-    bundle: Bundle, choice: EngineChoice, place: EngineConfig, backbone: "Callable[[], Backbone]"
+    bundle: Bundle, choice: EngineChoice, config: EngineConfig, backbone: "Callable[[], Backbone]"
 ) -> "OpenVino":
-    """See `start.start_engine`."""
-    if place.device != "cpu":
+    """See `factory.start_engine`."""
+    if config.device != "cpu":
         raise InputError(
-            f"--engine openvino runs on CPUs, not on {place.device}; use --device cpu or --engine torch"
+            f"--engine openvino runs on CPUs, not on {config.device}; use --device cpu or --engine torch"
         )
     core = openvino.Core()
-    _require(core, choice.precision)
-    return OpenVino(Converter(core, bundle, choice, place, backbone))
+    _check_precision(core, choice.precision)
+    return OpenVino(Converter(core, bundle, choice, config, backbone))
 
 
-def _require(core: openvino.Core, precision: Precision) -> None:
-    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if precision in _NEEDS and _NEEDS[precision] not in able:
+def _check_precision(core: openvino.Core, precision: Precision) -> None:
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision in _REQUIRED_CAPABILITY and _REQUIRED_CAPABILITY[precision] not in capabilities:
         raise InputError(
-            f"--engine openvino --precision {precision}: this processor has no arithmetic for it; use --precision fp32"
+            f"--engine openvino --precision {precision}: this processor does not support it; use --precision fp32"
         )
 
 
 class OpenVino(BaseEngine):
-    """A converted network. Threads may submit at once; pixels are read where they lie."""
+    """A converted network. Threads may submit batches concurrently; pixels are read without a copy."""
 
     name: EngineName = "openvino"
     device: Device = "cpu"
 
     def __init__(self, converter: Converter) -> None:
-        """Load the program for uint8 pixels, which is converted first where that was never done.
+        """Load the program for uint8 pixels, and compile it if it is not in the compile cache.
 
         Raises:
-            InputError: see `Converter.programs`.
+            InputError: see `Converter.load_programs`.
         """
-        config = converter.bundle.config
+        record = converter.bundle.config
         self.precision = converter.choice.precision
         self._converter = converter
         self._lock = threading.Lock()
-        self._pools: dict[PixelType, _Pool] = {}
+        self._pools: dict[PixelType, _RequestPool] = {}
         self.in_flight = self._pool("uint8").size
         super().__init__(
-            config.preprocessing.shape, (len(config.labels), config.embedding_dimension), self._begin
+            record.preprocessing.shape, (len(record.labels), record.embedding_dimension), self._start_request
         )
 
-    def _begin(self, pixels: NDArray[Any]) -> "_PendingRequest":
+    def _start_request(self, pixels: NDArray[Any]) -> "_PendingRequest":
         pool = self._pool("uint8" if pixels.dtype == np.uint8 else "float32")
         return pool.submit(np.ascontiguousarray(pixels))
 
-    def _pool(self, pixels: PixelType) -> "_Pool":
-        """The program for these pixels; float32 ones are rare, so theirs is loaded when they come."""
+    def _pool(self, pixels: PixelType) -> "_RequestPool":
+        """Return the requests for a dtype. The program for float32, which is rare, is loaded on its first use."""
         with self._lock:
             if pixels not in self._pools:
-                self._pools[pixels] = _Pool(self._converter.programs(pixels), self._converter.place.threads)
+                programs = self._converter.load_programs(pixels)
+                self._pools[pixels] = _RequestPool(programs, self._converter.config.threads)
             return self._pools[pixels]
 
 
-class _Pool:
-    """Requests, each good for one batch at a time.
+class _RequestPool:
+    """Inference requests, each of which processes one batch at a time.
 
-    A batch keeps its request until somebody asks for its result, or until the request is needed for
-    another batch: then the oldest is waited for and its answer copied out. So a caller may submit as
-    much as it likes before it asks, and one that never asks costs nothing.
+    A batch keeps its request until its result is read, or until the request is needed for another batch: the pool
+    then waits for the oldest batch and copies its output. A caller may therefore submit any number of batches before
+    it reads a result, and a batch whose result is never read does not block a request.
     """
 
     def __init__(self, programs: Sequence[openvino.CompiledModel], threads: int) -> None:
-        # A program with many streams takes one batch more than it works at, which waits beside them.
-        # Among programs with a stream each there is none to wait for whoever is free first.
-        each = 1 if len(programs) > 1 else threads + 1
-        self._free = deque(program.create_infer_request() for program in programs for _ in range(each))
+        # A program with one stream per thread has one additional request, which waits for the first free stream.
+        # With one program per thread a waiting request would be bound to one program, even if another is free.
+        requests_per_program = 1 if len(programs) > 1 else threads + 1
+        self._free = deque(
+            program.create_infer_request() for program in programs for _ in range(requests_per_program)
+        )
         self.size = len(self._free)
         self._busy: deque[_PendingRequest] = deque()
         self._changed = threading.Condition()
 
     def submit(self, pixels: NDArray[Any]) -> "_PendingRequest":
-        """Begin to answer C-contiguous N,H,W,3 pixels, N at least 1."""
-        request = self._take()
+        """Submit C-contiguous N,H,W,3 pixels, N at least 1."""
+        request = self._acquire()
         try:
             request.set_input_tensor(openvino.Tensor(_as_writeable(pixels), shared_memory=True))
             request.start_async()
         except RuntimeError:
-            self._give_back(request)
+            self._release(request)
             raise
         pending = _PendingRequest(self, request, pixels)
         with self._changed:
@@ -115,51 +118,53 @@ class _Pool:
             self._changed.notify()
         return pending
 
-    def settled(self, pending: "_PendingRequest") -> None:
-        """A batch has its answer: its request is free, unless another batch was promised it."""
+    def finish(self, pending: "_PendingRequest") -> None:
+        """Release the request of a finished batch, unless another batch has acquired it."""
         with self._changed:
             if pending not in self._busy:
                 return
             self._busy.remove(pending)
-        self._give_back(pending.request)
+        self._release(pending.request)
 
-    def _take(self) -> openvino.InferRequest:
+    def _acquire(self) -> openvino.InferRequest:
         with self._changed:
             while not self._free and not self._busy:
                 self._changed.wait()
             if self._free:
                 return self._free.popleft()
             oldest = self._busy.popleft()
-        oldest.settle()
+        oldest.wait()
         return oldest.request
 
-    def _give_back(self, request: openvino.InferRequest) -> None:
+    def _release(self, request: openvino.InferRequest) -> None:
         with self._changed:
             self._free.append(request)
             self._changed.notify()
 
 
 class _PendingRequest:
-    """A batch that a request works on, or its answer."""
+    """A batch that is processed by a request, or its output."""
 
-    def __init__(self, pool: _Pool, request: openvino.InferRequest, pixels: NDArray[Any]) -> None:
+    def __init__(self, pool: _RequestPool, request: openvino.InferRequest, pixels: NDArray[Any]) -> None:
         self.request = request
         self._pool = pool
-        self._pixels: NDArray[Any] | None = pixels  # the request reads them where they lie
+        self._pixels: NDArray[Any] | None = (
+            pixels  # kept alive, because the request reads them without a copy
+        )
         self._lock = threading.Lock()
-        self._answer: EngineOutput | None = None
+        self._output: EngineOutput | None = None
         self._error: RuntimeError | None = None
 
     def result(self) -> EngineOutput:
-        """Wait for the answer. Raises RuntimeError if OpenVINO failed."""
-        self.settle()
-        self._pool.settled(self)
-        if self._answer is None:
-            raise RuntimeError(f"OpenVINO could not answer this batch: {self._error}") from self._error
-        return self._answer
+        """Wait for the output. Raises RuntimeError if OpenVINO failed."""
+        self.wait()
+        self._pool.finish(self)
+        if self._output is None:
+            raise RuntimeError(f"OpenVINO could not process a batch: {self._error}") from self._error
+        return self._output
 
-    def settle(self) -> None:
-        """Wait for the request and copy its answer, which the next batch overwrites."""
+    def wait(self) -> None:
+        """Wait for the request and copy its output, which the next batch would overwrite."""
         with self._lock:
             if self._pixels is None:
                 return
@@ -168,14 +173,14 @@ class _PendingRequest:
                 logits, embedding = (
                     self.request.get_tensor(name).data.copy() for name in ("logits", "embedding")
                 )
-                self._answer = EngineOutput(logits, embedding)
+                self._output = EngineOutput(logits, embedding)
             except RuntimeError as error:
                 self._error = error
             self._pixels = None
 
 
-class _View:
-    """The memory of an array, described to NumPy as writeable; keeps the array alive."""
+class _WriteableView:
+    """The memory of an array, declared to NumPy as writeable; keeps the array alive."""
 
     def __init__(self, pixels: NDArray[Any]) -> None:
         self.pixels = pixels
@@ -183,5 +188,8 @@ class _View:
 
 
 def _as_writeable(pixels: NDArray[Any]) -> NDArray[Any]:
-    """The same memory. OpenVINO takes only writeable arrays without a copy, though it only reads its input."""
-    return pixels if pixels.flags.writeable else np.asarray(_View(pixels))
+    """Return the same memory as a writeable array.
+
+    OpenVINO copies read-only arrays, although it never writes to its input.
+    """
+    return pixels if pixels.flags.writeable else np.asarray(_WriteableView(pixels))

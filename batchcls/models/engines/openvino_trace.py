@@ -1,4 +1,4 @@
-"""A backbone in PyTorch becomes a network of OpenVINO."""
+"""Converts a PyTorch backbone to a network of OpenVINO."""
 
 import logging
 import warnings
@@ -19,53 +19,53 @@ _LARGEST_BATCH = 4096
 
 
 def trace(backbone: Backbone, preprocessing: Preprocessing) -> openvino.Model:
-    """The network in float32: N,3,H,W normalized images -> `logits` N,K and `embedding` N,D.
+    """Convert a backbone to float32: N,3,H,W normalized images -> `logits` N,K and `embedding` N,D.
 
-    The front end is called as it is: OpenVINO's `convert_model` does the same, and reports each call
-    to its maker over the network.
+    The front end is called directly. OpenVINO's `convert_model` does the same, but sends a usage report for each call.
 
     Raises:
-        InputError: the network has a part that PyTorch cannot export or OpenVINO does not know.
+        InputError: the network has a part that PyTorch cannot export or OpenVINO does not support.
     """
     height, width, channels = preprocessing.shape
-    # Two images: a batch of one would be taken for a constant.
+    # Two images, because torch.export would specialize on a batch of one.
     example = torch.zeros(2, channels, height, width)
     batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
     frontend = FrontEndManager().load_by_framework("pytorch")
     try:
-        with _quiet(), torch.no_grad():
+        with _logging_suppressed(), torch.no_grad():
             program = torch.export.export(backbone, (example,), dynamic_shapes={"images": {0: batch}})
-            # The name keeps it alive: the front end calls it and does not hold it.
+            # The variable keeps the decoder alive: the front end calls it but does not hold a reference.
             decoder = TorchFXPythonDecoder.from_exported_program(program)
             model = frontend.convert(frontend.load(decoder))
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise InputError(
-            f"this network cannot be converted for OpenVINO ({_reason(error)}); use --engine torch"
+            f"this network cannot be converted for OpenVINO ({_short_reason(error)}); use --engine torch"
         ) from error
     for port, name in zip(model.outputs, ("logits", "embedding"), strict=True):
         port.get_tensor().set_names({name})
     model.reshape([-1, channels, height, width])
-    # As `convert_model` does: folds batch normalization into convolutions. Compiling would do it, too, but
-    # quantizing comes before, and without it mobilenetv2_100 in int8 lost 5 points (docs/measurements).
+    # Folds batch normalization into convolutions, as `convert_model` does. Compilation would also do it, but
+    # quantization comes first, and without the folding mobilenetv2_100 lost 5 pp of accuracy in int8
+    # (docs/measurements).
     apply_moc_transformations(model, cf=False, smart_reshape=False)
     return model
 
 
-def _reason(error: Exception) -> str:
-    """One line. OpenVINO begins with the place in its own source, which tells a user nothing."""
+def _short_reason(error: Exception) -> str:
+    """Return one line, without the location in OpenVINO's own source with which its messages start."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith("Check '")]
-    return " ".join((telling or lines or [type(error).__name__])[:2])
+    informative = [line for line in lines if not line.startswith("Check '")]
+    return " ".join((informative or lines or [type(error).__name__])[:2])
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the decoder says of operations that this network does not have.
+def _logging_suppressed() -> Iterator[None]:
+    """Suppress warnings, and the decoder's messages about operations that this network does not have.
 
-    It speaks through the root logger, which would set up a handler for everybody if it had none.
+    The decoder logs through the root logger, which would install a handler for the process if it had none.
     """
     root, handler = logging.getLogger(), logging.NullHandler()
-    root.addFilter(_refuse)
+    root.addFilter(_drop_record)
     root.addHandler(handler)
     try:
         with warnings.catch_warnings():
@@ -73,8 +73,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         root.removeHandler(handler)
-        root.removeFilter(_refuse)
+        root.removeFilter(_drop_record)
 
 
-def _refuse(_: logging.LogRecord) -> bool:
+def _drop_record(_: logging.LogRecord) -> bool:
     return False

@@ -1,7 +1,7 @@
-"""Concurrent forward passes on a CPU, each in one thread.
+"""Concurrent forward passes on a CPU, each in a single thread.
 
-A pass that is spread over all cores waits at the end of every layer for its slowest thread, and
-where decoding keeps the cores busy that is long. Passes of one thread each wait for nobody.
+A forward pass on all cores waits for its slowest thread at the end of every layer, which takes long when decoding
+keeps the cores busy. Single-threaded passes do not wait for each other.
 """
 
 import ctypes
@@ -14,59 +14,62 @@ from numpy.typing import NDArray
 
 from batchcls.models.engines.engine import EngineOutput
 
-# Numbers of glibc's mallopt, and what is asked of it, in bytes.
+# Parameter numbers of glibc's mallopt, and the requested values in bytes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 2**31 - 1
-_LARGEST_KEPT = 2**30
-_LARGEST_KEPT_BY_OLD_GLIBC = 2**25
+_TRIM_BYTES = 2**31 - 1
+_MMAP_BYTES = 2**30
+_MMAP_BYTES_OLD_GLIBC = 2**25
 
 
 class ThreadPoolRunner:
-    """Threads that answer batches, one batch in each at a time.
+    """A pool of threads, each of which processes one batch at a time.
 
     Attributes:
-        in_flight: the threads' batches, and one that waits beside them.
+        in_flight: number of threads, plus one batch that waits.
     """
 
     def __init__(
-        self, run: Callable[[NDArray[Any]], EngineOutput], threads: int, begin: Callable[[], object]
+        self,
+        run: Callable[[NDArray[Any]], EngineOutput],
+        threads: int,
+        initializer: Callable[[], object],
     ) -> None:
-        """Make the threads, which start when they are needed and end with the process.
+        """Create the pool. The threads start when they are needed and end with the process.
 
         Args:
-            run: answers one batch; called in several threads at once.
-            threads: batches that are answered at a time.
-            begin: called once in each thread before its first batch, to hold it to one core.
+            run: processes one batch; called in several threads concurrently.
+            threads: number of concurrent batches.
+            initializer: called once in each thread before its first batch, to restrict it to one core.
         """
         keep_freed_memory()
         self.in_flight = threads + 1
         self._run = run
-        self._threads = ThreadPoolExecutor(threads, "forward-pass", initializer=begin)
-        self._room = threading.Semaphore(self.in_flight)
+        self._executor = ThreadPoolExecutor(threads, "forward-pass", initializer=initializer)
+        self._capacity = threading.Semaphore(self.in_flight)
 
     def submit(self, pixels: NDArray[Any]) -> "Future[EngineOutput]":
-        """Begin to answer a batch; waits while `in_flight` are being answered.
+        """Submit a batch; waits while `in_flight` batches are being processed.
 
-        Nobody needs to ask for a result to make room for the next batch.
+        A batch releases its capacity when it is processed, whether or not its result is read.
         """
-        self._room.acquire()
+        self._capacity.acquire()
         try:
-            answer = self._threads.submit(self._run, pixels)
+            pending = self._executor.submit(self._run, pixels)
         except RuntimeError:
-            self._room.release()
+            self._capacity.release()
             raise
-        answer.add_done_callback(lambda _: self._room.release())
-        return answer
+        pending.add_done_callback(lambda _: self._capacity.release())
+        return pending
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep what is freed, for the next batch.
+    """Configure the allocator to keep freed memory for the next batch.
 
-    A network's maps are large, and glibc gives such memory back at once; fetching it again, page by
-    page, took up to a third of the time of a pass. Another C library is left as it is.
+    The feature maps of a network are large, and glibc returns such memory to the kernel at once; obtaining it again
+    page by page took up to a third of the time of a forward pass. Other C libraries are not configured.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)
-        if not mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT):
-            mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BY_OLD_GLIBC)
+        mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)
+        if not mallopt(_MMAP_THRESHOLD, _MMAP_BYTES):
+            mallopt(_MMAP_THRESHOLD, _MMAP_BYTES_OLD_GLIBC)

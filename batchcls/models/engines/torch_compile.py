@@ -1,4 +1,4 @@
-"""Engines of compiled PyTorch: an ahead-of-time program of this node on a CPU, CUDA graphs on a GPU."""
+"""The compiled PyTorch engines: a program that is compiled ahead of time on a CPU, CUDA graphs on a GPU."""
 
 import threading
 from collections.abc import Callable
@@ -32,67 +32,67 @@ PixelType = Literal["uint8", "float32"]
 _PRECISIONS = ("fp32", "bf16")
 
 _FORMAT = "1"
-"""Goes up when what is compiled here changes."""
+"""Part of the cache key; increment it when the compiled program changes."""
 
 
 def start(
-    bundle: Bundle, choice: EngineChoice, place: EngineConfig, backbone: "Callable[[], Backbone]"
+    bundle: Bundle, choice: EngineChoice, config: EngineConfig, backbone: "Callable[[], Backbone]"
 ) -> Engine:
-    """See `start.start_engine`."""
-    if place.device == "cuda":
+    """See `factory.start_engine`."""
+    if config.device == "cuda":
         from batchcls.models.engines.cuda_graphs import TorchCudaGraphs  # noqa: PLC0415 - torch takes seconds
         from batchcls.models.engines.torch_eager import check_device_and_precision  # noqa: PLC0415
 
-        check_device_and_precision(choice, place.device)
-        return TorchCudaGraphs(backbone(), bundle.config.preprocessing, choice.precision, place)
+        check_device_and_precision(choice, config.device)
+        return TorchCudaGraphs(backbone(), bundle.config.preprocessing, choice.precision, config)
     if choice.precision not in _PRECISIONS:
         raise InputError(
-            f"--engine compile --precision {choice.precision}: on a CPU choose from {', '.join(_PRECISIONS)}, "
-            "or --engine openvino"
+            f"--engine compile does not support --precision {choice.precision} on a CPU; choose from "
+            f"{', '.join(_PRECISIONS)}, or --engine openvino"
         )
-    return TorchCompiled(bundle, choice, place, backbone)
+    return TorchCompiled(bundle, choice, config, backbone)
 
 
 class TorchCompiled(BaseEngine):
-    """A network that is compiled once a node, on a CPU."""
+    """A network that is compiled once per node, on a CPU."""
 
     name: EngineName = "compile"
     device: Device = "cpu"
 
     def __init__(
-        self, bundle: Bundle, choice: EngineChoice, place: EngineConfig, backbone: "Callable[[], Backbone]"
+        self, bundle: Bundle, choice: EngineChoice, config: EngineConfig, backbone: "Callable[[], Backbone]"
     ) -> None:
-        """Load the program for uint8 pixels, which is compiled first where that was never done.
+        """Load the program for uint8 pixels, and compile it if it is not in the compile cache.
 
         Args:
             bundle: the model.
             choice: fp32 or bf16.
-            place: its threads are forward passes at a time, each in one thread.
-            backbone: builds the network; called only if there is something to compile.
+            config: `threads` is the number of concurrent forward passes, each in a single thread.
+            backbone: builds the network; called only if a program must be compiled.
 
         Raises:
             InputError: there is no C++ compiler, or the network cannot be compiled.
         """
         self.precision = choice.precision
-        self._bundle, self._place, self._backbone = bundle, place, backbone
+        self._bundle, self._config, self._backbone = bundle, config, backbone
         self._programs: dict[PixelType, AotProgram] = {}
         self._lock = threading.Lock()
-        work = ThreadPoolRunner(self._run, place.threads, self._program("uint8").one_thread)
-        self.in_flight = work.in_flight
-        config = bundle.config
+        runner = ThreadPoolRunner(self._run, config.threads, self._program("uint8").use_one_thread)
+        self.in_flight = runner.in_flight
+        record = bundle.config
         super().__init__(
-            config.preprocessing.shape, (len(config.labels), config.embedding_dimension), work.submit
+            record.preprocessing.shape, (len(record.labels), record.embedding_dimension), runner.submit
         )
 
     def _run(self, pixels: NDArray[Any]) -> EngineOutput:
         return self._program("uint8" if pixels.dtype.name == "uint8" else "float32")(pixels)
 
     def _program(self, pixels: PixelType) -> AotProgram:
-        """The program for these pixels; float32 ones are rare, so theirs is made when they come."""
+        """Return the program for a dtype. The one for float32, which is rare, is compiled on its first use."""
         with self._lock:
             if pixels not in self._programs:
-                folder = self._place.compile_cache.get(self._key(pixels), partial(self._convert, pixels))
-                self._programs[pixels] = AotProgram(folder / "program.so", self._place.threads)
+                folder = self._config.compile_cache.get(self._key(pixels), partial(self._compile, pixels))
+                self._programs[pixels] = AotProgram(folder / "program.so", self._config.threads)
             return self._programs[pixels]
 
     def _key(self, pixels: PixelType) -> dict[str, str]:
@@ -107,12 +107,12 @@ class TorchCompiled(BaseEngine):
             "pixels": pixels,
         }
 
-    def _convert(self, pixels: PixelType, folder: Path) -> None:
+    def _compile(self, pixels: PixelType, folder: Path) -> None:
         import torch  # noqa: PLC0415 - takes seconds, and is needed only here
 
         from batchcls.models.engines.torch_eager import NormalizedBackbone  # noqa: PLC0415
-        from batchcls.models.engines.torch_export import convert  # noqa: PLC0415
+        from batchcls.models.engines.torch_export import compile_program  # noqa: PLC0415
 
         preprocessing = self._bundle.config.preprocessing
         program = NormalizedBackbone(self._backbone(), preprocessing, self.device, self.precision)
-        convert(program, preprocessing.shape, getattr(torch, pixels), folder)
+        compile_program(program, preprocessing.shape, getattr(torch, pixels), folder)

@@ -1,4 +1,4 @@
-"""PyTorch as it is: a backbone on the CPU or a GPU, in float32 or under autocast."""
+"""The eager PyTorch engine: a backbone on a CPU or a GPU, in float32 or under autocast."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -28,35 +28,35 @@ _DTYPES: Mapping[Precision, torch.dtype] = {
 
 
 def check_device_and_precision(choice: EngineChoice, device: Device) -> None:
-    """Refuse what PyTorch cannot do here.
+    """Check that PyTorch supports the precision on the device.
 
     Raises:
-        InputError: a GPU that is not there, fp16 on a CPU, or int8.
+        InputError: the device is a GPU and there is none, or the precision is int8, or fp16 on a CPU.
     """
     if choice.precision not in _DTYPES:
         raise InputError(
-            f"--engine {choice.engine} --precision {choice.precision}: PyTorch's engines have no such; choose from "
+            f"--engine {choice.engine} does not support --precision {choice.precision}; choose from "
             f"{', '.join(_DTYPES)}, or --engine openvino"
         )
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no GPU here; use --device cpu or auto")
+        raise InputError("--device cuda: PyTorch finds no GPU on this machine; use --device cpu or auto")
     if device == "cpu" and choice.precision == "fp16":
-        raise InputError("--precision fp16 is for GPUs; use bf16 or fp32 on a CPU")
+        raise InputError("--precision fp16 requires a GPU; use bf16 or fp32 on a CPU")
 
 
 class NormalizedBackbone(nn.Module):
-    """N,H,W,3 pixels -> logits and embedding; uint8 ones are normalized first, float32 ones are already.
+    """N,H,W,3 pixels -> logits and embedding. uint8 pixels are normalized; float32 pixels already are.
 
-    Runs under autocast in any precision but fp32.
+    Runs under autocast in every precision except fp32.
     """
 
     def __init__(
         self, backbone: Backbone, preprocessing: Preprocessing, device: Device, precision: Precision
     ) -> None:
-        """Move the backbone to the device; this object owns it afterwards."""
+        """Move the backbone to the device; it is owned by this module afterwards."""
         super().__init__()
         if precision == "fp32":
-            # Full float32: by default a GPU rounds the inputs of convolutions to ten bits (TF32).
+            # Full float32: by default a GPU rounds the inputs of convolutions to a mantissa of ten bits (TF32).
             torch.backends.cudnn.allow_tf32 = False
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self.backbone = backbone
@@ -69,12 +69,12 @@ class NormalizedBackbone(nn.Module):
         self.backbone.to(memory_format=torch.channels_last)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the class. Seen as N,3,H,W, this memory is channels last already."""
-        seen = images.permute(0, 3, 1, 2)
+        """Return logits (N,K) and embedding (N,D)."""
+        inputs = images.permute(0, 3, 1, 2)  # a view, whose memory format is channels last
         if images.dtype == torch.uint8:
-            seen = seen.to(torch.float32) * self.scale + self.shift
+            inputs = inputs.to(torch.float32) * self.scale + self.shift
         with self._autocast():
-            logits, embedding = self.backbone(seen)
+            logits, embedding = self.backbone(inputs)
         return logits, embedding
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -87,18 +87,18 @@ _GPU_BATCHES = 3
 
 
 def start(
-    bundle: Bundle, choice: EngineChoice, place: EngineConfig, backbone: Callable[[], Backbone]
+    bundle: Bundle, choice: EngineChoice, config: EngineConfig, backbone: Callable[[], Backbone]
 ) -> "TorchEager":
-    """See `start.start_engine`."""
-    check_device_and_precision(choice, place.device)
+    """See `factory.start_engine`."""
+    check_device_and_precision(choice, config.device)
     preprocessing = bundle.config.preprocessing
-    return TorchEager(backbone(), preprocessing, place.device, choice.precision, place.threads)
+    return TorchEager(backbone(), preprocessing, config.device, choice.precision, config.threads)
 
 
 class TorchEager(BaseEngine):
-    """A backbone in plain PyTorch: inference mode, channels last, normalization on the device.
+    """A backbone in eager PyTorch: inference mode, channels last, normalization on the device.
 
-    On a CPU one batch is answered at a time, by all threads, and the next one waits beside it.
+    On a CPU one batch runs at a time, on all threads, while the next one waits.
     """
 
     name: EngineName = "torch"
@@ -118,11 +118,11 @@ class TorchEager(BaseEngine):
             preprocessing: of the backbone's weights; mean, std and input size are used.
             device: cpu or cuda.
             precision: fp32, bf16 or fp16; see `check_device_and_precision`.
-            threads: CPU threads of this process for one operation, at least 1.
+            threads: CPU threads of one PyTorch operation, at least 1.
         """
         self.device: Device = device
         self.precision: Precision = precision
         self.in_flight = _GPU_BATCHES if device == "cuda" else 2
         network = NormalizedBackbone(backbone, preprocessing, device, precision)
-        work = TorchThreadPool(network, device, _GPU_BATCHES if device == "cuda" else 1, threads)
-        super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), work.submit)
+        pool = TorchThreadPool(network, device, _GPU_BATCHES if device == "cuda" else 1, threads)
+        super().__init__(preprocessing.shape, (backbone.classes, backbone.dimension), pool.submit)

@@ -1,4 +1,4 @@
-"""A backbone becomes a program for this kind of CPU: exported, its weights folded in, compiled by inductor."""
+"""Compiles a backbone ahead of time for this kind of CPU: exported, with constant weights, compiled by inductor."""
 
 import logging
 import os
@@ -20,26 +20,26 @@ from batchcls.models.engines.torch_eager import NormalizedBackbone
 PROGRAM_FILE = "program.so"
 
 _LARGEST_BATCH = 4096
-_EXAMPLE_BATCH = 4  # a batch of one would be taken for a constant
-_SETTINGS = {
+_EXAMPLE_BATCH = 4  # torch.export would specialize on a batch of one
+_INDUCTOR_CONFIG = {
     "freezing": True,
-    # A pass runs on one thread; see thread_pool.py.
+    # A forward pass runs on one thread; see thread_pool.py.
     "cpp.threads": 1,
-    # Headers that are compiled beforehand pay only when many networks are compiled in a row.
+    # Precompiled headers pay off only if many networks are compiled in a row.
     "aot_inductor.precompile_headers": False,
 }
 
 
-def convert(
+def compile_program(
     program: NormalizedBackbone, shape: tuple[int, int, int], dtype: torch.dtype, folder: Path
 ) -> None:
-    """Write PROGRAM_FILE, which takes batches of any size from 1 on. Takes a minute or so.
+    """Compile a network to PROGRAM_FILE, which accepts batches of 1 to 4096 images. Takes about a minute.
 
     Args:
-        program: on the CPU.
+        program: the network, on the CPU.
         shape: H, W, 3 of an image.
-        dtype: of the pixels, uint8 or float32.
-        folder: where to write.
+        dtype: dtype of the pixels, uint8 or float32.
+        folder: folder of PROGRAM_FILE.
 
     Raises:
         InputError: there is no C++ compiler, or the network cannot be compiled.
@@ -53,9 +53,9 @@ def convert(
             package = aoti_compile_and_package(
                 exported,
                 package_path=str(Path(scratch) / "package.pt2"),
-                inductor_configs=dict(_SETTINGS),
+                inductor_configs=dict(_INDUCTOR_CONFIG),
             )
-            _take_program(Path(package), folder / PROGRAM_FILE)
+            _extract_library(Path(package), folder / PROGRAM_FILE)
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise InputError(
@@ -67,30 +67,30 @@ def _require_compiler() -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise InputError(
-            f"--engine compile needs a C++ compiler, and there is no {compiler} here; install one, set CXX, "
+            f"--engine compile requires a C++ compiler, and {compiler} is not installed; install one, set CXX, "
             "or use --engine torch or openvino"
         )
 
 
-def _take_program(package: Path, target: Path) -> None:
-    """The one shared library of a package, which has the weights in it.
+def _extract_library(package: Path, target: Path) -> None:
+    """Extract the shared library of a package, which contains the weights.
 
     Raises:
-        ValueError: there is more to it, such as operators that only Python knows.
+        ValueError: the package contains other files, for example for operators that run in Python only.
     """
     with zipfile.ZipFile(package) as archive:
         names = [name for name in archive.namelist() if "/data/aotinductor/" in name]
         libraries = [name for name in names if name.endswith(".so")]
         others = [name for name in names if not name.endswith((".so", ".cpp", "_metadata.json"))]
         if len(libraries) != 1 or others:
-            raise ValueError(f"the package holds {len(libraries)} libraries and {len(others)} other files")
-        with archive.open(libraries[0]) as source, target.open("wb") as written:
-            shutil.copyfileobj(source, written)
+            raise ValueError(f"the package contains {len(libraries)} libraries and {len(others)} other files")
+        with archive.open(libraries[0]) as source, target.open("wb") as destination:
+            shutil.copyfileobj(source, destination)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without remarks about GPUs that are not there and graphs that nobody asked to see."""
+    """Suppress warnings and log lines, such as those about missing GPUs."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)

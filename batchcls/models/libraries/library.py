@@ -1,4 +1,4 @@
-"""What a library of architectures must answer, and the words that are shared between libraries."""
+"""The interface of a library of architectures, and the functions that both libraries share."""
 
 import urllib.error
 import urllib.request
@@ -23,102 +23,109 @@ _INITIALIZATION_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Pretrained:
-    """Downloaded weights: the architecture with the full tag they carry, and their state."""
+    """Downloaded weights: the architecture with its full tag, and the state."""
 
     architecture: str
     state: State
 
 
 class Library(Protocol):
-    """A source of architectures. Architecture names are checked before any other call."""
+    """A source of architectures. `check` is called with an architecture before any other method."""
 
     def check(self, architecture: str) -> bool:
-        """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""
+        """Return whether the architecture exists. Raises InputError for an unknown tag of a known architecture."""
 
     def complete(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with the arguments that the weights' own configuration asks for."""
+        """Return the spec with the arguments that the pretrained weights require."""
 
     def build(self, spec: ModelSpec, classes: int | None, dropout: float | None = None) -> nn.Module:
-        """The architecture with random weights.
+        """Build the architecture with random weights.
 
         Args:
             spec: the architecture.
-            classes: outputs of the classifier; None: as many as its published weights have.
-            dropout: share (0..1) of the classifier's inputs that is dropped in training; None: what
-                the architecture has by itself. Names and values of a state do not depend on it.
+            classes: number of outputs of the classifier. None: that of the pretrained weights.
+            dropout: dropout probability (0..1) in front of the classifier. None: the default of the architecture.
+                Names and values of the state do not depend on it.
 
         Raises:
-            InputError: the arguments do not fit the architecture, or dropout is no share.
+            InputError: the arguments do not fit the architecture, or the dropout probability is out of range.
         """
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
-        """Paths of the modules, almost always one, that turn features into logits."""
+        """Return the paths of the modules, almost always one, that map features to logits."""
 
     def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[FeatureStage, ...]:
-        """The stages of an intact network for images of H, W, from the image upwards.
+        """Return the stages of an unmodified network for images of H, W, from the input to the output.
 
-        The network's mode and statistics stay as they are. Empty where it has no feature maps.
+        The network's training mode and statistics are not changed. Empty if the network has no feature maps.
 
         Raises:
-            InputError: the network does not take this size.
+            InputError: the network does not accept this size.
         """
 
     def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
-        """The record that belongs to the architecture's published weights, with overrides applied."""
+        """Return the preprocessing of the pretrained weights, with overrides applied."""
 
     def adapt(self, spec: ModelSpec, state: State) -> State:
-        """A published state under the names that `build` uses, without heads used in training only."""
+        """Return a published state with the names that `build` uses, without auxiliary training heads."""
 
     def pretrained(self, spec: ModelSpec) -> Pretrained:
-        """Download the published weights. Raises InputError where that is not possible."""
+        """Download the pretrained weights. Raises InputError if that is not possible."""
 
 
 def make_preprocessing(
-    where: str, values: Mapping[str, object], chosen: PreprocessingOverrides
+    name: str, values: Mapping[str, object], overrides: PreprocessingOverrides
 ) -> Preprocessing:
-    """A record from a library's values and a user's colors and filter; sizes are settled before.
+    """Create preprocessing from values of a library, and override its mean, std and interpolation.
+
+    The caller has applied the overrides of the sizes to `values`.
+
+    Args:
+        name: name of the model in error messages.
+        values: fields of `Preprocessing`.
+        overrides: settings of the user.
 
     Raises:
-        InputError: the values do not make sense together, or are of a kind that is not known here.
+        InputError: the values are inconsistent or not supported.
     """
-    overridden = chosen.model_dump(include={"mean", "std", "interpolation"}, exclude_none=True)
+    overridden = overrides.model_dump(include={"mean", "std", "interpolation"}, exclude_none=True)
     try:
         return Preprocessing.model_validate({**values, **overridden})
     except ValidationError as error:
         problem = "; ".join(": ".join((*map(str, item["loc"][:1]), item["msg"])) for item in error.errors())
         raise InputError(
-            f"preprocessing of {where}: {problem}; change it with --input-size, --crop-pct, --mean, --std or "
+            f"preprocessing of {name}: {problem}; change it with --input-size, --crop-pct, --mean, --std or "
             "--interpolation"
         ) from error
 
 
 def refuse_reserved(spec: ModelSpec, reserved: Mapping[str, str]) -> None:
-    """Refuse arguments that are settled elsewhere. `reserved`: name -> what to do instead."""
+    """Raise InputError for arguments that cannot be set with --model-args. `reserved`: name -> remedy."""
     for name in spec.arguments:
         if name in reserved:
             raise InputError(f"--model-args {name} of {spec}: {reserved[name]}")
 
 
 def bad_arguments(spec: ModelSpec, error: Exception) -> InputError:
-    """The error for an architecture that could not be built."""
-    given = ", ".join(f"{k}={v}" for k, v in spec.arguments.items()) or "none"
-    return InputError(f"{spec} cannot be built ({error}); check --model-args, given are: {given}")
+    """Return the error for an architecture that could not be built."""
+    arguments = ", ".join(f"{k}={v}" for k, v in spec.arguments.items()) or "none"
+    return InputError(f"{spec} cannot be built ({error}); check --model-args (given: {arguments})")
 
 
-def no_download(spec: ModelSpec, error: Exception) -> InputError:
-    """The error for weights that cannot be downloaded."""
+def download_error(spec: ModelSpec, error: Exception) -> InputError:
+    """Return the error for weights that cannot be downloaded."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return InputError(
-        f"the pretrained weights of {spec} cannot be downloaded ({reason}); "
-        "pass --weights FILE.safetensors, or as --model a bundle made where there is a network"
+        f"the pretrained weights of {spec} cannot be downloaded ({reason}); pass --weights FILE.safetensors, or as "
+        "--model a bundle that was created on a machine with network access"
     )
 
 
 def require_reachable(url: str) -> None:
-    """Raise OSError if nobody answers at `url` within seconds.
+    """Raise OSError if there is no response from `url` within ten seconds.
 
-    The libraries' own downloads retry for most of a minute before they say so. Any HTTP status
-    counts as an answer: what the server thinks of the request is the download's business.
+    The downloads of the libraries retry for most of a minute before they fail. Any HTTP status counts as a response;
+    the download handles it.
     """
     request = urllib.request.Request(url, method="HEAD")
     try:
@@ -129,7 +136,7 @@ def require_reachable(url: str) -> None:
 
 @contextmanager
 def repeatable_initialization() -> Iterator[None]:
-    """The same random weights each time, and the caller's random numbers left as they were."""
+    """Initialize weights deterministically inside the context, without changing the caller's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_INITIALIZATION_SEED)
         yield

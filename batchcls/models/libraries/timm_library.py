@@ -1,4 +1,4 @@
-"""The library timm: its architectures, its configurations, its weights."""
+"""The library timm: architectures, configurations and weights."""
 
 import math
 from typing import Any
@@ -15,8 +15,8 @@ from batchcls.models.heads import check_dropout
 from batchcls.models.libraries.library import (
     Pretrained,
     bad_arguments,
+    download_error,
     make_preprocessing,
-    no_download,
     refuse_reserved,
     repeatable_initialization,
     require_reachable,
@@ -26,10 +26,10 @@ from batchcls.models.weights import State
 from batchcls.preprocessing import Preprocessing
 
 _RESERVED = {
-    "num_classes": "the number of classes follows from the weights, or from --labels; leave it out",
-    "in_chans": "images here have three channels; leave it out",
-    "features_only": "a classifier is needed; leave it out",
-    "pretrained": "weights are downloaded when --weights is not given; leave it out",
+    "num_classes": "the number of classes follows from the weights or from --labels; omit it",
+    "in_chans": "images always have three channels; omit it",
+    "features_only": "a classifier is required; omit it",
+    "pretrained": "weights are downloaded unless --weights is given; omit it",
     "pretrained_cfg": "name the tag in --model instead, as in timm:NAME.TAG",
     "pretrained_cfg_overlay": "use --mean, --std, --input-size, --crop-pct, --interpolation",
     "checkpoint_path": "use --weights FILE",
@@ -45,7 +45,7 @@ class TimmLibrary:
     """`timm:NAME` and `timm:NAME.TAG`."""
 
     def check(self, architecture: str) -> bool:
-        """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""
+        """Return whether the architecture exists; see `Library.check`."""
         base, _, tag = architecture.partition(".")
         if not timm.is_model(base):
             return False
@@ -57,13 +57,13 @@ class TimmLibrary:
         return True
 
     def complete(self, spec: ModelSpec) -> ModelSpec:
-        """The spec itself: timm keeps what its weights ask for under the name and tag."""
+        """Return the spec unchanged, because timm stores the arguments of its weights under name and tag."""
         return spec
 
     def build(self, spec: ModelSpec, classes: int | None, dropout: float | None = None) -> nn.Module:
-        """The architecture with random weights; see `Library.build`.
+        """Build the architecture with random weights; see `Library.build`.
 
-        Dropout is timm's `drop_rate`, which is the one in front of the classifier.
+        Dropout is timm's `drop_rate`, which applies to the input of the classifier.
         """
         if dropout is not None:
             arguments = {**spec.arguments, "drop_rate": check_dropout(dropout)}
@@ -71,71 +71,71 @@ class TimmLibrary:
         return _create(spec, pretrained=False, num_classes=classes)
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
-        """Paths of the modules, almost always one, that turn features into logits."""
+        """Return the paths of the modules, almost always one, that map features to logits."""
         configuration: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        named = configuration.get("classifier") or ()
-        return (named,) if isinstance(named, str) else tuple(named)
+        paths = configuration.get("classifier") or ()
+        return (paths,) if isinstance(paths, str) else tuple(paths)
 
     def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[FeatureStage, ...]:
-        """The maps that `features_only=True` gives, each where the network hands it on.
+        """Return the feature maps of `features_only=True`, each at the module that outputs it.
 
-        timm's record of a network names a module for each map. A module counts as a stage if what
-        it gives for a random image, averaged, is timm's own answer; some records name what does
-        not run, or a part of a map.
+        timm's `feature_info` names a module for each feature map. A module is a stage if its pooled output for a
+        random image equals timm's own pooled feature map, because some entries name a module that does not run or
+        outputs only a part of the map.
         """
-        recorded = _recorded_stages(model)
-        known = dict(model.named_modules())
-        paths = {str(entry["module"]) for entry in recorded} & known.keys() - {""}
+        feature_info = _feature_info(model)
+        modules = dict(model.named_modules())
+        paths = {str(entry["module"]) for entry in feature_info} & modules.keys() - {""}
         outputs = dict(capture_outputs(model, paths, input_size))
         maps = _intermediate_maps(model, input_size) if outputs else []
-        if len(maps) != len(recorded):
+        if len(maps) != len(feature_info):
             return ()
         stages = (
-            _proven_stage(f"stage{number}", entry, outputs.get(entry["module"]), features)
-            for number, (entry, features) in enumerate(zip(recorded, maps, strict=True), start=1)
+            _verified_stage(f"stage{number}", entry, outputs.get(entry["module"]), features)
+            for number, (entry, features) in enumerate(zip(feature_info, maps, strict=True), start=1)
         )
         return tuple(stage for stage in stages if stage is not None)
 
     def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
-        """What timm's own evaluation does with the architecture's published weights."""
+        """Return the preprocessing of timm's own evaluation of the pretrained weights."""
         resolve: Any = resolve_data_config
-        found = resolve(_data_arguments(spec, overrides), _configuration(spec).to_dict())
-        _, height, width = found["input_size"]
+        resolved = resolve(_data_arguments(spec, overrides), _configuration(spec).to_dict())
+        _, height, width = resolved["input_size"]
         values = {
             "input_height": height,
             "input_width": width,
-            "resize_height": math.floor(height / found["crop_pct"]),
-            "resize_width": math.floor(width / found["crop_pct"]),
-            **{name: found[name] for name in ("crop_mode", "interpolation", "mean", "std")},
+            "resize_height": math.floor(height / resolved["crop_pct"]),
+            "resize_width": math.floor(width / resolved["crop_pct"]),
+            **{name: resolved[name] for name in ("crop_mode", "interpolation", "mean", "std")},
         }
         return make_preprocessing(str(spec), values, overrides)
 
     def adapt(self, spec: ModelSpec, state: State) -> State:
-        """A published state without the head that is used in training only."""
+        """Return a published state without the auxiliary training head."""
         head = _TRAINING_HEADS.get(spec.architecture.partition(".")[0])
         return state if head is None else {k: v for k, v in state.items() if not k.startswith(head)}
 
     def pretrained(self, spec: ModelSpec) -> Pretrained:
-        """Download the published weights through timm, or take them from its cache.
+        """Load the pretrained weights with timm, from its cache or from the network.
 
         Raises:
-            InputError: there are none, they hold no classifier, or the network does not answer.
+            InputError: there are no weights, they contain no classifier, or the download failed.
         """
         configuration = _configuration(spec)
         if not configuration.has_weights:
-            raise InputError(f"{spec} has no published weights; pass --weights FILE.safetensors")
+            raise InputError(f"{spec} has no pretrained weights; pass --weights FILE.safetensors")
         if configuration.num_classes == 0:
-            raise InputError(f"the published weights of {spec} hold no classifier; choose another tag")
+            raise InputError(f"the pretrained weights of {spec} contain no classifier; choose another tag")
         try:
             model = _create(spec, pretrained=True, **_hub_source(configuration.hf_hub_id))
         except OSError as error:
-            raise no_download(spec, error) from error
+            raise download_error(spec, error) from error
         name = f"{configuration.architecture}.{configuration.tag}".rstrip(".")
         return Pretrained(name, dict(model.state_dict()))
 
 
-def _recorded_stages(model: nn.Module) -> list[dict[str, Any]]:
-    """timm's `feature_info`: module, num_chs and reduction of each map; nothing where it has none."""
+def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
+    """Return timm's `feature_info`: module, num_chs and reduction of each feature map; empty if there is none."""
     info: Any = getattr(model, "feature_info", None)
     if info is None or not hasattr(model, "forward_intermediates"):
         return []
@@ -143,21 +143,21 @@ def _recorded_stages(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _intermediate_maps(model: nn.Module, input_size: tuple[int, int]) -> list[torch.Tensor]:
-    """timm's own feature maps (1,C,h,w) of the image that `capture_outputs` shows."""
+    """Return timm's own feature maps (1,C,h,w) of the random image that `capture_outputs` uses."""
     forward: Any = model.forward_intermediates
     try:
         with eval_mode(model):
             return list(forward(random_image(input_size), intermediates_only=True))
     except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
         raise InputError(
-            f"the stages of {type(model).__name__} cannot be found ({error}); use --embedding-tap pooled"
+            f"the stages of {type(model).__name__} cannot be determined ({error}); use --embedding-tap pooled"
         ) from error
 
 
-def _proven_stage(
+def _verified_stage(
     name: str, entry: dict[str, Any], output: torch.Tensor | None, features: torch.Tensor
 ) -> FeatureStage | None:
-    """The stage whose mean over `output` is that over timm's own map, in whatever layout; else None."""
+    """Return the stage with the layout in which pooling `output` equals pooling timm's own map; None if none does."""
     if output is None or features.ndim != 4:
         return None
     _, channels, height, width = features.shape
@@ -166,15 +166,15 @@ def _proven_stage(
     expected = features.float().mean((2, 3))
     for layout in layouts:
         stage = FeatureStage(name, entry["module"], layout, channels, entry["reduction"], prefix)
-        if output.ndim in (3, 4) and prefix >= 0 and _same(stage.pool(output), expected):
+        if output.ndim in (3, 4) and prefix >= 0 and _is_close(stage.pool(output), expected):
             return stage
     return None
 
 
-def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    if found.shape != expected.shape:
+def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    if actual.shape != expected.shape:
         return False
-    return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+    return bool((actual - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
 def _configuration(spec: ModelSpec) -> Any:
@@ -193,13 +193,13 @@ def _create(spec: ModelSpec, **options: object) -> nn.Module:
 
 
 def _data_arguments(spec: ModelSpec, overrides: PreprocessingOverrides) -> dict[str, object]:
-    """What timm's resolution takes from the user: an `img_size` of the network is one of the input."""
+    """Return the user's settings for `resolve_data_config`; an `img_size` of the network is also the input size."""
     side = overrides.input_size or spec.arguments.get("img_size")
     return {"crop_pct": overrides.crop_pct, "input_size": None if side is None else (3, side, side)}
 
 
 def _hub_source(repository: str | None) -> dict[str, object]:
-    """Options that make timm load a cached file without asking the hub; raises OSError offline."""
+    """Return the options with which timm loads a cached file without a request. Raises OSError if offline."""
     if not repository:
         return {}
     cached = huggingface_hub.try_to_load_from_cache(repository, _HUB_FILE)

@@ -1,4 +1,4 @@
-"""The library torchvision: its architectures, its presets, its weights."""
+"""The library torchvision: architectures, presets and weights."""
 
 import math
 import re
@@ -18,8 +18,8 @@ from batchcls.models.heads import set_dropout
 from batchcls.models.libraries.library import (
     Pretrained,
     bad_arguments,
+    download_error,
     make_preprocessing,
-    no_download,
     refuse_reserved,
     repeatable_initialization,
     require_reachable,
@@ -29,19 +29,19 @@ from batchcls.models.weights import State
 from batchcls.preprocessing import Preprocessing
 
 _RESERVED = {
-    "num_classes": "the number of classes follows from the weights, or from --labels; leave it out",
+    "num_classes": "the number of classes follows from the weights or from --labels; omit it",
     "weights": "name the tag in --model instead, as in torchvision:resnet50.IMAGENET1K_V2",
-    "progress": "leave it out",
-    "aux_logits": "heads that are used in training only are left off; leave it out",
-    "init_weights": "weights are loaded; leave it out",
+    "progress": "omit it",
+    "aux_logits": "auxiliary training heads are never built; omit it",
+    "init_weights": "weights are loaded from a file; omit it",
 }
 
-# Two architectures have heads that only training uses. Their own initialization takes minutes, for
-# nothing here, and their published weights expect an older normalization (`transform_input`).
+# Two architectures have auxiliary heads for training. Their own initialization takes minutes and is not needed, and
+# their pretrained weights expect an older normalization (`transform_input`).
 _TRAINING_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 _WITHOUT_TRAINING_HEADS = {"aux_logits": False, "init_weights": False}
 
-# DenseNet files are older than the rule that forbids dots in module names: `norm.1` is `norm1` now.
+# DenseNet files are older than the rule that forbids dots in module names; `norm.1` is now `norm1`.
 _DENSENET_KEY = re.compile(
     r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$"
 )
@@ -51,7 +51,7 @@ class TorchvisionLibrary:
     """`torchvision:NAME` and `torchvision:NAME.TAG`, where TAG is a member of its weights enum."""
 
     def check(self, architecture: str) -> bool:
-        """Whether the architecture exists. Raises InputError for an unknown tag of a known one."""
+        """Return whether the architecture exists; see `Library.check`."""
         base, _, tag = architecture.partition(".")
         if base not in torchvision_models.list_models(module=torchvision_models):
             return False
@@ -61,7 +61,7 @@ class TorchvisionLibrary:
         return True
 
     def complete(self, spec: ModelSpec) -> ModelSpec:
-        """The spec with the arguments that its published weights ask for, unless they are given."""
+        """Return the spec with the arguments that its pretrained weights require, unless they are given."""
         base = _base(spec)
         defaults: dict[str, ArgumentValue] = {}
         if base in _TRAINING_HEADS:
@@ -71,7 +71,7 @@ class TorchvisionLibrary:
         return ModelSpec(spec.source, spec.architecture, {**defaults, **spec.arguments})
 
     def build(self, spec: ModelSpec, classes: int | None, dropout: float | None = None) -> nn.Module:
-        """The architecture with random weights; see `Library.build`."""
+        """Build the architecture with random weights; see `Library.build`."""
         options = _WITHOUT_TRAINING_HEADS if _base(spec) in _TRAINING_HEADS else {}
         classes = classes or len(_weights(spec).meta["categories"])
         refuse_reserved(spec, _RESERVED)
@@ -87,31 +87,31 @@ class TorchvisionLibrary:
         return model
 
     def classifiers(self, model: nn.Module) -> tuple[str, ...]:
-        """The last linear or convolutional layer, which is the classifier in all of them."""
+        """Return the path of the last linear or convolutional layer, which is always the classifier."""
         layers = [name for name, part in model.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
         return tuple(layers[-1:])
 
     def stages(self, model: nn.Module, input_size: tuple[int, int]) -> tuple[FeatureStage, ...]:
-        """The last feature map of each size, or each layer of a vision transformer.
+        """Return the last feature map of each size, or each layer of a vision transformer.
 
-        A map is what a module at most two levels deep gives (`layer1`, `features.3`), in front of
-        the final pooling and the classifier. So the stages of a ResNet are its maps at 1/2 (after
-        the first ReLU), 1/4, 1/8, 1/16 and 1/32 of the image's side.
+        A feature map is the output of a module at most two levels deep (`layer1`, `features.3`) in front of the final
+        pooling and the classifier. For example, the stages of a ResNet are its maps at 1/2 (after the first ReLU), 1/4,
+        1/8, 1/16 and 1/32 of the image's side.
         """
         if isinstance(model, VisionTransformer):
             return _transformer_layers(model)
         layout: Layout = "NHWC" if isinstance(model, SwinTransformer) else "NCHW"
-        across, down = (3, 1) if layout == "NHWC" else (1, 2)
+        channel_axis, height_axis = (3, 1) if layout == "NHWC" else (1, 2)
         last: dict[int, tuple[str, torch.Tensor]] = {}
         for path, features in _feature_maps(model, self.classifiers(model), input_size):
-            last[round(math.log2(input_size[0] / features.shape[down]))] = path, features
+            last[round(math.log2(input_size[0] / features.shape[height_axis]))] = path, features
         return tuple(
-            FeatureStage(f"stage{number}", path, layout, features.shape[across], 2**halvings)
+            FeatureStage(f"stage{number}", path, layout, features.shape[channel_axis], 2**halvings)
             for number, (halvings, (path, features)) in enumerate(sorted(last.items()), start=1)
         )
 
     def preprocessing(self, spec: ModelSpec, overrides: PreprocessingOverrides) -> Preprocessing:
-        """The preset of the published weights; another input size keeps the preset's share of crop."""
+        """Return the preset of the pretrained weights. Another input size keeps the preset's crop ratio."""
         preset = _weights(spec).transforms()
         (crop,), (resize,) = preset.crop_size, preset.resize_size
         side = int(overrides.input_size or spec.arguments.get("image_size") or crop)
@@ -128,7 +128,7 @@ class TorchvisionLibrary:
         return make_preprocessing(str(spec), values, overrides)
 
     def adapt(self, spec: ModelSpec, state: State) -> State:
-        """A published state under today's names, without the heads that are used in training only."""
+        """Return a published state with current names, without auxiliary training heads."""
         base = _base(spec)
         if base.startswith("densenet"):
             state = {_DENSENET_KEY.sub(r"\1\2", name): tensor for name, tensor in state.items()}
@@ -138,10 +138,10 @@ class TorchvisionLibrary:
         )
 
     def pretrained(self, spec: ModelSpec) -> Pretrained:
-        """Download the published weights through torchvision, or take them from its cache.
+        """Load the pretrained weights with torchvision, from its cache or from the network.
 
         Raises:
-            InputError: the network does not answer.
+            InputError: the download failed.
         """
         weights = _weights(spec)
         try:
@@ -149,34 +149,35 @@ class TorchvisionLibrary:
                 require_reachable(weights.url)
             state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
-            raise no_download(spec, error) from error
+            raise download_error(spec, error) from error
         return Pretrained(f"{_base(spec)}.{weights.name}", self.adapt(spec, dict(state)))
 
 
 def _transformer_layers(model: VisionTransformer) -> tuple[FeatureStage, ...]:
-    """The encoder's layers; the first of their tokens is the class token."""
-    names = [f"encoder.layers.{name}" for name, _ in model.get_submodule("encoder.layers").named_children()]
+    """Return the encoder layers as stages; the first token is the class token."""
+    paths = [f"encoder.layers.{name}" for name, _ in model.get_submodule("encoder.layers").named_children()]
     return tuple(
         FeatureStage(f"stage{number}", path, "tokens", model.hidden_dim, model.patch_size, prefix=1)
-        for number, path in enumerate(names, start=1)
+        for number, path in enumerate(paths, start=1)
     )
 
 
 def _feature_maps(
     model: nn.Module, classifiers: tuple[str, ...], input_size: tuple[int, int]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Maps in front of the final pooling, in the order in which their modules ended."""
-    seen = capture_outputs(model, _chain(model, classifiers), input_size)
-    body = takewhile(lambda item: not isinstance(model.get_submodule(item[0]), nn.AdaptiveAvgPool2d), seen)
+    """Return the feature maps in front of the final pooling, in the order in which their modules finished."""
+    outputs = capture_outputs(model, _sequential_modules(model, classifiers), input_size)
+    body = takewhile(
+        lambda output: not isinstance(model.get_submodule(output[0]), nn.AdaptiveAvgPool2d), outputs
+    )
     return [(path, features) for path, features in body if features.ndim == 4]
 
 
-def _chain(model: nn.Module, classifiers: tuple[str, ...]) -> Iterator[str]:
-    """Paths of the modules that an image goes through one after the other, at most two levels deep.
+def _sequential_modules(model: nn.Module, classifiers: tuple[str, ...]) -> Iterator[str]:
+    """Yield the paths of the modules that run sequentially, at most two levels deep.
 
-    Inside of anything but a sequence there may be branches, whose outputs are parts of a map. A
-    Swin ends its features with a normalization and a change of layout; both are left out, as they
-    are in timm.
+    Only sequences are entered, because other modules may have branches whose outputs are parts of a feature map. The
+    final normalization and change of layout of a Swin are omitted, as in timm.
     """
     heads = {path.partition(".")[0] for path in classifiers}
     for name, module in model.named_children():
@@ -184,7 +185,7 @@ def _chain(model: nn.Module, classifiers: tuple[str, ...]) -> Iterator[str]:
             continue
         yield name
         if isinstance(module, nn.Sequential | nn.ModuleList):
-            yield from (f"{name}.{inner}" for inner, _ in module.named_children())
+            yield from (f"{name}.{child}" for child, _ in module.named_children())
 
 
 def _base(spec: ModelSpec) -> str:

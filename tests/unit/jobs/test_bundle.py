@@ -59,7 +59,7 @@ def test_create_test_inspect(create, capsys):
     shown = capsys.readouterr().out
     assert "3 labels" in shown
     assert "parameters are trainable" in shown
-    assert "answers to 4 drawn images" in shown
+    assert "outputs for 4 golden images" in shown
 
 
 def test_any_engine_and_precision_can_be_tested(create, capsys):
@@ -87,7 +87,10 @@ def test_an_edited_record_fails_its_test_and_says_so(create, capsys):
     record["preprocessing"]["mean"] = [0.1, 0.2, 0.3]
     (made / "bundle.json").write_text(json.dumps(record))
     assert bundle_command("test", str(made)) == 1
-    assert "does not answer the drawn images as it did" in capsys.readouterr().err
+    assert (
+        "the outputs for the golden images differ from those recorded in the bundle"
+        in capsys.readouterr().err
+    )
 
 
 def test_category_paths_trainable_parts_tap_and_dropout_are_kept(create, tmp_path):
@@ -158,7 +161,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, capsys):
     torch.save({"state_dict": Evil()}, tmp_path / "w.pth")
     given = ["create", "--model", "test_resnet", "--weights", str(tmp_path / "w.pth"), "--output", "made"]
     assert bundle_command(*given) == 2
-    assert "would run whatever code" in capsys.readouterr().err
+    assert "could execute arbitrary code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 

@@ -25,7 +25,7 @@ def manifest(tmp_path: Path) -> str:
         (["--model", "resnet51"], ["resnet51", "did you mean resnet50"]),
         (["--model", "timm:mobilenetv2_99"], ["did you mean", "timm:mobilenetv2_100"]),
         (["--model", "resnet51.tag"], ["did you mean resnet50"]),
-        (["--model", "./no/bundle"], ["is no bundle"]),
+        (["--model", "./no/bundle"], ["is not a bundle"]),
         (["--model", "s3:/typo"], ["s3://typo", "too few slashes"]),
         (
             ["--model", "resnet50", "--weights", "nowhere.st"],

@@ -166,7 +166,7 @@ def test_under_autocast_the_head_stays_in_float32():
 
 def test_a_size_that_the_network_does_not_take_is_refused_with_the_size():
     model, classifiers = _model("timm:vit_tiny_patch16_224")
-    with pytest.raises(InputError, match=r"does not take images of 64 x 64 pixels.*--input-size"):
+    with pytest.raises(InputError, match=r"does not accept images of 64 x 64 pixels.*--input-size"):
         Backbone(model, classifiers, (64, 64))
 
 
@@ -195,9 +195,9 @@ class _Grouped(nn.Module):
 @pytest.mark.parametrize(
     ("model", "classifiers", "message"),
     [
-        (_Squared, ("fc",), "does not give the logits of the intact network"),
-        (_Grouped, ("fc",), "is a Conv2d, and no linear layer"),
-        (_Squared, (), "names no classifier"),
+        (_Squared, ("fc",), "does not return the logits of the full network"),
+        (_Grouped, ("fc",), "is a Conv2d, not a linear layer"),
+        (_Squared, (), "does not name its classifier"),
     ],
 )
 def test_a_network_that_cannot_be_cut_is_refused(model, classifiers, message):
@@ -206,7 +206,7 @@ def test_a_network_that_cannot_be_cut_is_refused(model, classifiers, message):
 
 
 def test_a_network_that_answers_with_maps_is_no_classifier():
-    with pytest.raises(InputError, match="is no classifier"):
+    with pytest.raises(InputError, match="is not a classifier"):
         Backbone(nn.Sequential(nn.Conv2d(3, 4, 1)), ("0",), (8, 8))
 
 

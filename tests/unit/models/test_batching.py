@@ -110,7 +110,9 @@ def test_what_fits_is_passed_on_in_one_piece(small):
 
 def test_one_image_that_does_not_fit_is_an_error_that_says_so(small):
     small.room = 0
-    with pytest.raises(MemoryError, match="no memory on cpu for one image of this network in fp32"):
+    with pytest.raises(
+        MemoryError, match="not enough memory on cpu for a single image with this network in fp32"
+    ):
         OomSplittingEngine(small).predict(pixels(4))
 
 
@@ -146,5 +148,5 @@ def test_the_probe_stays_below_what_is_asked_of_it(small):
 
 def test_the_probe_says_when_nothing_fits(small):
     small.room = 0
-    with pytest.raises(MemoryError, match="no memory on cpu for one image"):
+    with pytest.raises(MemoryError, match="not enough memory on cpu for a single image"):
         probe_batch_size(small, (32, 32, 3), start=4, max_size=8)

@@ -134,7 +134,9 @@ def test_a_damaged_conversion_is_made_again(conversions, damage):
 
 def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot be kept in .*file/engines .*; set BATCHCLS_CACHE_DIR to a"):
+    with pytest.raises(
+        InputError, match=r"cannot be cached in .*file/engines .*; set BATCHCLS_CACHE_DIR to a"
+    ):
         CompileCache.from_cache_dir(str(tmp_path / "file")).get(KEY, write)
 
 

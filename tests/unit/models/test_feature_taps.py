@@ -250,7 +250,7 @@ def test_pooled_is_no_stage():
     [
         ("torchvision:resnet18", 64, "stage9", r"torchvision:resnet18 has stage1 to stage5 and pooled"),
         ("timm:test_convnext", 64, "stage5", r"timm:test_convnext has stage1 to stage4 and pooled"),
-        ("timm:coat_tiny", 224, "stage1", r"timm:coat_tiny has no stages; pooled is what it has"),
+        ("timm:coat_tiny", 224, "stage1", r"timm:coat_tiny has no stages; choose pooled"),
         ("timm:test_resnet", 64, "stage0", r"--embedding-tap stage0: unknown.*pooled, or stage1"),
         ("timm:test_resnet", 64, "layer4", r"--embedding-tap layer4: unknown.*pooled, or stage1"),
     ],
@@ -264,7 +264,7 @@ def test_a_stage_that_is_not_there_is_refused_with_what_there_is(name, side, tap
     ("name", "side"), [("torchvision:squeezenet1_1", 8), ("timm:swin_tiny_patch4_window7_224", 100)]
 )
 def test_a_size_that_the_network_does_not_take_is_refused(name, side):
-    with pytest.raises(InputError, match=rf"does not take images of {side} x {side} pixels"):
+    with pytest.raises(InputError, match=rf"does not accept images of {side} x {side} pixels"):
         _tap(name, _model(name), "stage1", side)
 
 
@@ -288,7 +288,7 @@ def test_a_stage_of_another_network_is_refused():
 
 def test_a_stage_with_another_number_of_channels_is_refused():
     stage = FeatureStage("stage1", "layer1", "NCHW", 16, 4)
-    with pytest.raises(InputError, match=r"stage1 of ResNet has 32 channels, and not 16"):
+    with pytest.raises(InputError, match=r"stage1 of ResNet has 32 channels instead of 16"):
         _backbone("timm:test_resnet", _model("timm:test_resnet"), 64, stage)
 
 

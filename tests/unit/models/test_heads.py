@@ -88,13 +88,13 @@ def test_dropout_that_stands_there_already_is_set_and_not_doubled():
 @pytest.mark.parametrize("dropout", [-0.1, 1.5])
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_resnet"])
 def test_a_dropout_that_is_no_share_is_refused(name, dropout):
-    with pytest.raises(InputError, match=rf"--dropout {dropout}: a share from 0 to 1"):
+    with pytest.raises(InputError, match=rf"--dropout {dropout}: must be a probability from 0 to 1"):
         _build(name, dropout)
 
 
 def test_a_classifier_that_is_no_linear_layer_takes_no_dropout():
     model = nn.Sequential(nn.Flatten(), nn.Bilinear(2, 2, 3))
-    with pytest.raises(InputError, match=r"classifier 1 of Sequential is a Bilinear, and no linear layer"):
+    with pytest.raises(InputError, match=r"classifier 1 of Sequential is a Bilinear, not a linear layer"):
         set_dropout(model, ("1",), 0.5)
 
 

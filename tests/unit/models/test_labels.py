@@ -30,14 +30,14 @@ def test_a_json_file_holds_a_list(tmp_path):
 @pytest.mark.parametrize(
     ("data", "name", "message"),
     [
-        (b"mug\nplate\nmug\n", "l.txt", r"l\.txt, line 3: 'mug' stands in 1 already"),
+        (b"mug\nplate\nmug\n", "l.txt", r"l\.txt, line 3: 'mug' is a duplicate of 1"),
         (b"mug\n\nplate\n", "l.txt", r"l\.txt, line 2: the label is empty"),
-        (b"", "l.txt", "there is no label"),
+        (b"", "l.txt", "there are no labels"),
         (b"caf\xe9\n", "l.txt", "not UTF-8"),
         (b'["mug", " "]', "l.json", r"l\.json, item 2: the label is empty"),
-        (b'["mug", "mug"]', "l.json", r"l\.json, item 2: 'mug' stands in 1 already"),
-        (b'{"0": "mug"}', "l.json", "must hold a JSON list of strings"),
-        (b'["mug", 3]', "l.json", "must hold a JSON list of strings"),
+        (b'["mug", "mug"]', "l.json", r"l\.json, item 2: 'mug' is a duplicate of 1"),
+        (b'{"0": "mug"}', "l.json", "must contain a JSON list of strings"),
+        (b'["mug", 3]', "l.json", "must contain a JSON list of strings"),
         (b'["mug"', "l.json", "is not JSON"),
     ],
 )
@@ -53,7 +53,7 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 def test_labels_from_elsewhere_are_held_to_the_same_rules():
     assert check_labels(["a", "b"], "bundle.json") == ("a", "b")
-    with pytest.raises(InputError, match=r"bundle\.json, label 2: 'a' stands in 1 already"):
+    with pytest.raises(InputError, match=r"bundle\.json, label 2: 'a' is a duplicate of 1"):
         check_labels(["a", "a"], "bundle.json")
 
 
@@ -88,5 +88,5 @@ def test_other_counts_of_classes_have_no_known_labels(classes):
 def test_half_of_a_surrogate_pair_is_no_label(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text('["mug", "\\ud83d\\ude00", "\\ud800"]')
-    with pytest.raises(InputError, match=r"item 3: .*no valid text"):
+    with pytest.raises(InputError, match=r"item 3: .*not valid Unicode"):
         read_labels(str(path), Storage())

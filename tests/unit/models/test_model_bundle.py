@@ -142,8 +142,8 @@ def test_the_fingerprint_changes_with_anything_in_the_bundle(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mean": [float("nan"), 0.5, 0.5]}, "NaN is no JSON value"),
-        ({"std": [0.5, float("inf"), 0.5]}, "Infinity is no JSON value"),
+        ({"mean": [float("nan"), 0.5, 0.5]}, "NaN is not a JSON value"),
+        ({"std": [0.5, float("inf"), 0.5]}, "Infinity is not a JSON value"),
         ({"mean": [0.5, -0.5, 0.5]}, r"mean: .*mean must be in 0\.\.1"),
         ({"mean": [123.675, 116.28, 103.53]}, r"mean: .*mean must be in 0\.\.1"),
         ({"std": [0.5, 0.0, 0.5]}, "std: .*std must be above 0"),
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_is_kept_as_null_and_the_bundle_comes_back(bun
 
 
 def test_a_folder_without_a_record_is_no_bundle_and_the_message_says_how_to_make_one(tmp_path):
-    with pytest.raises(InputError, match=r"is no bundle.*bundle create.*timm:NAME"):
+    with pytest.raises(InputError, match=r"is not a bundle.*bundle create.*timm:NAME"):
         Bundle.load(str(tmp_path), Storage())
 
 
@@ -221,10 +221,10 @@ def test_a_folder_mixed_from_two_bundles_is_found(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 1}, r"is of format 1, this program reads 2"),
+        ({"format_version": 1}, r"has format version 1, but this version of batchcls reads 2"),
         ({"color": "red"}, r"color: Extra inputs are not permitted"),
         ({"source": "keras"}, r"source: Input should be 'timm' or 'torchvision'"),
-        ({"labels": ["mug", "mug", "vase"]}, r"'mug' stands in 1 already"),
+        ({"labels": ["mug", "mug", "vase"]}, r"'mug' is a duplicate of 1"),
         ({"category_paths": [["home", "mugs"]]}, r"1 entries for 3 labels"),
         ({"embedding_dimension": 0}, r"embedding_dimension: .*greater than 0"),
     ],
@@ -240,7 +240,7 @@ def test_a_record_that_does_not_hold_together_is_refused(bundle, tmp_path, chang
 def test_a_record_that_is_not_json_is_refused(bundle, tmp_path, data):
     bundle.save(str(tmp_path / "b"), Storage())
     (tmp_path / "b" / CONFIG_FILE).write_bytes(data)
-    with pytest.raises(InputError, match=r"bundle\.json is (damaged|of format None)"):
+    with pytest.raises(InputError, match=r"bundle\.json (is damaged|has format version None)"):
         Bundle.load(str(tmp_path / "b"), Storage())
 
 
@@ -248,7 +248,7 @@ def test_a_record_that_is_not_json_is_refused(bundle, tmp_path, data):
     ("changes", "message"),
     [
         ({"labels": ("mug", "plate")}, r"classifier\.weight is \(3, \d+\) and should be \(2, \d+\)"),
-        ({"embedding_dimension": 5}, r"bundle\.json says 5"),
+        ({"embedding_dimension": 5}, r"bundle\.json specifies 5"),
         ({"architecture": "mobilenetv3_huge"}, r"there is no model timm:mobilenetv3_huge"),
         ({"architecture": "mobilenetv2_100"}, r"model\.safetensors does not fit EfficientNet"),
         ({"arguments": {"checkpoint_path": "x"}}, r"--model-args checkpoint_path"),

@@ -183,7 +183,7 @@ def test_what_fails_while_it_runs_is_raised_to_whoever_asks_and_the_next_works()
     """A real program that takes batches of an even size only, which it finds out on the way."""
     from openvino import opset13 as operations
 
-    from batchcls.models.engines.openvino_engine import _Pool
+    from batchcls.models.engines.openvino_engine import _RequestPool
 
     images = operations.parameter([-1, 2], np.uint8)
     halves = operations.reshape(images, np.array([2, -1]), special_zero=False)
@@ -192,10 +192,10 @@ def test_what_fails_while_it_runs_is_raised_to_whoever_asks_and_the_next_works()
     for result, name in zip(results, ("logits", "embedding"), strict=True):
         result.output(0).get_tensor().set_names({name})
     program = openvino.Core().compile_model(openvino.Model(results, [images]), "CPU")
-    pool = _Pool([program], 1)
+    pool = _RequestPool([program], 1)
     pending = [pool.submit(np.ones((count, 2), np.uint8)) for count in (2, 3, 4, 2)]
     assert [pending[number].result().logits.size for number in (0, 2, 3)] == [4, 8, 4]
-    with pytest.raises(RuntimeError, match="OpenVINO could not answer this batch"):
+    with pytest.raises(RuntimeError, match="OpenVINO could not process a batch"):
         pending[1].result()
 
 
@@ -269,11 +269,11 @@ def test_a_damaged_conversion_is_made_again(bundle, place, engine, reference):
     ("choice", "changes", "message"),
     [
         (FP32, {"device": "cuda"}, "runs on CPUs, not on cuda; use --device cpu or --engine torch"),
-        (INT8, {"calibration": None}, "no images to choose its scales by; name a manifest, or use"),
+        (INT8, {"calibration": None}, "there are no calibration images; name a manifest, or use"),
         (
             INT8,
             {"calibration": lambda: pixels(0)},
-            "none of the images to choose its scales by could be read",
+            "none of the calibration images could be read",
         ),
     ],
     ids=["gpu", "no calibration", "empty calibration"],
@@ -287,7 +287,7 @@ def test_what_it_cannot_do_is_refused_with_a_remedy(bundle, place, tmp_path, cho
 def test_a_precision_that_the_processor_lacks_is_refused(bundle, place, precision, name):
     if name in ABLE:
         pytest.skip(f"this processor has {precision}")
-    with pytest.raises(InputError, match=f"--precision {precision}: this processor has no arithmetic for it"):
+    with pytest.raises(InputError, match=f"--precision {precision}: this processor does not support it"):
         start_engine(bundle, EngineChoice("openvino", precision), place)
 
 
@@ -296,5 +296,5 @@ def test_without_nncf_int8_says_what_to_install(bundle, place, monkeypatch):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(openvino_convert, "version", missing)
-    with pytest.raises(InputError, match=r"nncf is missing; pip install 'batchcls\[openvino\]'"):
+    with pytest.raises(InputError, match=r"requires the package nncf: pip install 'batchcls\[openvino\]'"):
         start_engine(bundle, INT8, place)

@@ -233,8 +233,8 @@ def test_an_unknown_field_or_a_missing_one_is_refused():
 
 def test_the_best_tag_is_named_with_its_recipe_and_without_a_warning():
     notes = describe_weights(find_model("resnet50", {}))
-    assert notes.line.startswith(
-        "IMAGENET1K_V2, the best known: top-1 80.858 at 224 pixels; recipe: torchvision's new"
+    assert notes.summary.startswith(
+        "IMAGENET1K_V2, the most accurate: top-1 80.858 at 224 pixels; recipe: torchvision's new"
     )
     assert notes.warning is None
     assert describe_weights(find_model("resnet50.IMAGENET1K_V2", {})) == notes
@@ -243,16 +243,19 @@ def test_the_best_tag_is_named_with_its_recipe_and_without_a_warning():
 
 def test_an_older_tag_is_a_warning_with_the_difference():
     notes = describe_weights(find_model("resnet50.IMAGENET1K_V1", {}))
-    assert notes.line.startswith("IMAGENET1K_V1: top-1 76.130 at 224 pixels; recipe: ")
+    assert notes.summary.startswith("IMAGENET1K_V1: top-1 76.130 at 224 pixels; recipe: ")
     assert notes.warning.startswith(
-        "IMAGENET1K_V1: top-1 76.130, 4.728 points below IMAGENET1K_V2 (80.858 at 224 pixels)"
+        "IMAGENET1K_V1: top-1 76.130, 4.728 pp below IMAGENET1K_V2 (80.858 at 224 pixels)"
     )
 
 
 def test_weights_that_may_not_be_sold_are_a_warning_and_never_a_silent_default():
     default = describe_weights(find_model("vit_b_16", {}))
-    assert default.line.startswith("IMAGENET1K_V1, the default: ")
-    assert "higher, but mind license and size: IMAGENET1K_SWAG_E2E_V1 (85.304 at 384 pixels)" in default.line
+    assert default.summary.startswith("IMAGENET1K_V1, the default: ")
+    assert (
+        "more accurate, with another license or size: IMAGENET1K_SWAG_E2E_V1 (85.304 at 384 pixels)"
+        in default.summary
+    )
     assert default.warning is None
     chosen = describe_weights(find_model("vit_b_16.IMAGENET1K_SWAG_E2E_V1", {}))
     assert "CC-BY-NC 4.0" in chosen.warning
@@ -262,28 +265,28 @@ def test_weights_that_may_not_be_sold_are_a_warning_and_never_a_silent_default()
 
 def test_torchvisions_architectures_outside_the_zoo_are_compared_by_its_meta():
     notes = describe_weights(find_model("torchvision:wide_resnet50_2.IMAGENET1K_V1", {}))
-    assert notes.line.startswith("IMAGENET1K_V1: top-1 78.468 at 224 pixels; recipe: https://")
-    assert "3.134 points below IMAGENET1K_V2" in notes.warning
-    assert "the best known" in describe_weights(find_model("torchvision:wide_resnet50_2", {})).line
+    assert notes.summary.startswith("IMAGENET1K_V1: top-1 78.468 at 224 pixels; recipe: https://")
+    assert "3.134 pp below IMAGENET1K_V2" in notes.warning
+    assert "the most accurate" in describe_weights(find_model("torchvision:wide_resnet50_2", {})).summary
 
 
 def test_weights_without_a_classifier_have_no_figure():
     notes = describe_weights(find_model("vgg16.IMAGENET1K_FEATURES", {}))
-    assert notes.line.startswith("IMAGENET1K_FEATURES: torchvision states no top-1")
+    assert notes.summary.startswith("IMAGENET1K_FEATURES: torchvision publishes no top-1")
     assert "IMAGENET1K_V1" in notes.warning
 
 
 def test_timms_architectures_outside_the_zoo_say_what_timm_says():
     notes = describe_weights(find_model("timm:resnet50.gluon_in1k", {}))
-    assert notes.line.startswith(
-        "gluon_in1k: for 224 pixels; timm's package states no top-1; from https://cv.gluon"
+    assert notes.summary.startswith(
+        "gluon_in1k: for 224 pixels; the timm package contains no top-1; from https://cv.gluon"
     )
-    assert notes.line.endswith("license apache-2.0")
+    assert notes.summary.endswith("license apache-2.0")
     assert notes.warning == "gluon_in1k is not timm's default, which is a1_in1k"
     assert describe_weights(find_model("timm:resnet50", {})).warning is None
     assert (
-        describe_weights(find_model("timm:botnet50ts_256", {})).line
-        == "timm:botnet50ts_256 has no published weights"
+        describe_weights(find_model("timm:botnet50ts_256", {})).summary
+        == "timm:botnet50ts_256 has no pretrained weights"
     )
 
 

@@ -85,18 +85,18 @@ def test_a_thousand_classes_without_labels_are_those_of_imagenet():
 
 
 def test_other_classes_without_labels_are_refused_with_the_remedy(weights):
-    with pytest.raises(InputError, match=r"tell 3 classes apart.*pass --labels FILE"):
+    with pytest.raises(InputError, match=r"have 3 classes.*pass --labels FILE"):
         _resolve("timm:mobilenetv3_small_050", weights=weights)
 
 
 def test_labels_that_do_not_fit_the_weights_are_refused(weights, tmp_path):
     (tmp_path / "two.txt").write_text("mug\nplate\n")
-    with pytest.raises(InputError, match=r"--labels has 2 names, .* tell 3 classes apart"):
+    with pytest.raises(InputError, match=r"--labels has 2 names, .* have 3 classes"):
         _resolve("timm:mobilenetv3_small_050", weights=weights, labels=str(tmp_path / "two.txt"))
 
 
 def test_weights_of_another_architecture_are_refused(weights, labels):
-    with pytest.raises(InputError, match=r"w\.safetensors holds no classifier \(fc\)"):
+    with pytest.raises(InputError, match=r"w\.safetensors contains no classifier \(fc\)"):
         _resolve("timm:resnet18", weights=weights, labels=labels)
     with pytest.raises(InputError, match=r"w\.safetensors does not fit"):
         _resolve("timm:mobilenetv2_100", weights=weights, labels=labels)
@@ -119,7 +119,7 @@ def test_a_saved_bundle_is_resolved_by_its_folder(weights, labels, tmp_path):
     ],
 )
 def test_a_bundle_takes_nothing_beside_itself(choices, flag):
-    with pytest.raises(InputError, match=rf"{flag}.*: --model is a bundle, which brings its own"):
+    with pytest.raises(InputError, match=rf"{flag}.*: not possible with a bundle as --model"):
         resolve_model("some/folder", choices, Storage())
 
 
@@ -196,4 +196,4 @@ def test_published_weights_are_announced_with_their_recipe_and_an_older_tag_with
         resolve_model("resnet50.IMAGENET1K_V1", ModelChoices(), Storage())
     info, warning = caplog.records
     assert "recipe" in info.message
-    assert "4.728 points below IMAGENET1K_V2" in warning.message
+    assert "4.728 pp below IMAGENET1K_V2" in warning.message

@@ -272,8 +272,8 @@ def test_without_a_network_the_message_says_soon_what_to_pass_instead(nobody_ans
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("timm:vit_small_patch14_dinov2", "hold no classifier; choose another tag"),
-        ("timm:coatnet_0_224", "has no published weights; pass --weights"),
+        ("timm:vit_small_patch14_dinov2", "contain no classifier; choose another tag"),
+        ("timm:coatnet_0_224", "has no pretrained weights; pass --weights"),
     ],
 )
 def test_published_weights_that_cannot_classify_are_refused_before_any_download(name, message):

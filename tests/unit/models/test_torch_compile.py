@@ -14,7 +14,7 @@ from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
 from batchcls.models.build import build_backbone
 from batchcls.models.engines.compile_cache import CompileCache
-from batchcls.models.engines.cuda_graphs import graph_size
+from batchcls.models.engines.cuda_graphs import padded_batch_size
 from batchcls.models.engines.engine import REFERENCE, EngineChoice, EngineConfig
 from batchcls.models.engines.factory import start_engine
 from batchcls.models.engines.torch_compile import TorchCompiled
@@ -170,14 +170,14 @@ def test_pixels_that_are_normalized_already_get_the_same_answer(bundle, engine):
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_precisions_that_a_cpu_does_not_have_are_refused(bundle, place, precision):
-    with pytest.raises(InputError, match="on a CPU choose from fp32, bf16"):
+    with pytest.raises(InputError, match="on a CPU; choose from fp32, bf16"):
         start_engine(bundle, EngineChoice("compile", precision), place)
 
 
 def test_without_a_compiler_the_message_names_it(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     elsewhere = EngineConfig("cpu", 1, 8, CompileCache(tmp_path))
-    with pytest.raises(InputError, match="there is no no-such-compiler here; install one, set CXX"):
+    with pytest.raises(InputError, match="no-such-compiler is not installed; install one, set CXX"):
         start_engine(bundle, FP32, elsewhere, lambda: build_backbone(bundle))
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
@@ -197,4 +197,4 @@ def test_a_file_that_is_no_program_is_refused(tmp_path):
      (9, 8, 9), (6, 100, 7)],
 )  # fmt: skip
 def test_graphs_have_one_of_a_few_sizes(count, batch_size, computed):
-    assert graph_size(count, batch_size) == computed
+    assert padded_batch_size(count, batch_size) == computed

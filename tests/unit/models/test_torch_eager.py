@@ -137,14 +137,14 @@ def test_what_a_cpu_can_do_passes():
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
 def test_without_a_gpu_cuda_is_refused():
-    with pytest.raises(InputError, match="finds no GPU here; use --device cpu or auto"):
+    with pytest.raises(InputError, match="finds no GPU on this machine; use --device cpu or auto"):
         check_device_and_precision(EngineChoice("torch", "fp32"), "cuda")
 
 
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
-        ("fp16", "is for GPUs; use bf16 or fp32"),
+        ("fp16", "requires a GPU; use bf16 or fp32"),
         ("int8", "choose from fp32, bf16, fp16, or --engine openvino"),
     ],
 )

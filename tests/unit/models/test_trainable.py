@@ -51,11 +51,11 @@ def test_only_what_is_trainable_gets_gradients():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("layr4.*", r"--trainable layr4\.\*: no parameter is called so; did you mean .*layer4\.\*"),
+        ("layr4.*", r"--trainable layr4\.\*: no parameter matches; did you mean .*layer4\.\*"),
         ("fc.wieght", r"did you mean .*fc\.weight"),
         ("layer4", r"did you mean .*layer4\.\*"),
-        ("zzz", r"no parameter is called so; there are conv1\.\*, .*layer4\.\*, fc\.\*$"),
-        ("FC.*", r"no parameter is called so"),
+        ("zzz", r"no parameter matches; choose from conv1\.\*, .*layer4\.\*, fc\.\*$"),
+        ("FC.*", r"no parameter matches"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_close_names(pattern, message):

@@ -8,7 +8,9 @@ from batchcls.pipeline.ray_errors import is_process_crash, root_cause, to_batchc
 
 def failed_start() -> Exception:
     """Return what Ray raises when an actor's constructor raised an exception."""
-    text = "Traceback (most recent call last):\nInputError: --device cuda: PyTorch finds no GPU here"
+    text = (
+        "Traceback (most recent call last):\nInputError: --device cuda: PyTorch finds no GPU on this machine"
+    )
     task = ray.exceptions.RayTaskError("PredictActor.__init__", text, InputError("no GPU"))
     return ray.exceptions.ActorDiedError(task)
 
@@ -16,7 +18,7 @@ def failed_start() -> Exception:
 def test_failed_actor_start_is_not_a_crash_and_keeps_its_message():
     error = failed_start()
     assert not is_process_crash(error)
-    assert root_cause(error) == "InputError: --device cuda: PyTorch finds no GPU here"
+    assert root_cause(error) == "InputError: --device cuda: PyTorch finds no GPU on this machine"
     assert "PyTorch finds no GPU" in str(to_batchcls_error(error))
 
 

@@ -73,9 +73,9 @@ def test_a_size_below_what_a_network_takes_is_no_crop_either():
     [("timm:vit_tiny_patch16_224", "dynamic_img_size=true"), ("timm:mixer_s32_224", "img_size=128")],
 )
 def test_an_input_size_that_a_network_does_not_take_is_refused_with_what_works(name: str, more: str):
-    with pytest.raises(InputError, match=f"{name} does not take images of 128 x 128 pixels") as refused:
+    with pytest.raises(InputError, match=f"{name} does not accept images of 128 x 128 pixels") as refused:
         start(name, input_size=128)
-    assert "leave --input-size out, for its own size is 224 x 224" in str(refused.value)
+    assert "omit --input-size to use the default of 224 x 224" in str(refused.value)
     assert start(name).config.preprocessing.input_height == 224
     remedy = re.search(r"add --model-args (\S+)$", str(refused.value))
     assert remedy is not None
