@@ -201,8 +201,8 @@ def _start_or_resume(
             selecting.close()
             folder = run_folder(config.output, plan.run_id)
             _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
-            for choice in engines.new:
-                engine_cache.save(config.output, choice, storage)
+            for record in engines.new_records:
+                engine_cache.save(config.output, record, storage)
             run = _LeasedRun(config, inputs, resource_plan, engines, plan, folder, lease)
             return _commit(run, _compute(run, console), started)
 
@@ -359,7 +359,7 @@ def _commit(run: _LeasedRun, computed: _ComputedRun, started: float) -> Committe
     measurements: dict[str, Any] = {"rows_pipeline": 0, "engines": {}, "bottleneck": None}
     if computed.executed is not None:
         seconds = stage_seconds(computed.executed.receipts)
-        bottleneck = find_bottleneck(computed.executed.stage_usage(seconds, bool(run.engines.measured)))
+        bottleneck = find_bottleneck(computed.executed.stage_usage(seconds, bool(run.engines.records)))
         measurements = computed.executed.as_json() | {
             "seconds_to_first_part": round(computed.executed.first_part_at - started, 3),
             "bottleneck": bottleneck.as_json(),
@@ -367,7 +367,7 @@ def _commit(run: _LeasedRun, computed: _ComputedRun, started: float) -> Committe
     measurements |= {
         "seconds_total": round(time.time() - started, 3),
         "decode_margin": run.engines.decode_margin,
-        "engine_choices": [choice.model_dump(mode="json") for choice in run.engines.measured],
+        "engine_choices": [choice.model_dump(mode="json") for choice in run.engines.records],
     }
     check_budget(totals, run.budget)
     decision = evaluate_gates(

@@ -41,14 +41,14 @@ class EngineSelection:
         engines: for the workers.
         decode_margin: of `LoadSettings`; one for all kinds of nodes, so that an image gets the same prediction
             wherever it is decoded.
-        measured: the selection of each kind of node whose engine was measured.
-        new: those of `measured` that the output folder does not hold yet.
+        records: the selection of each kind of node whose engine was measured.
+        new_records: those of `records` that the output folder does not contain yet.
     """
 
     engines: Engines
     decode_margin: float | None
-    measured: tuple[EngineSelectionRecord, ...]
-    new: tuple[EngineSelectionRecord, ...] = ()
+    records: tuple[EngineSelectionRecord, ...]
+    new_records: tuple[EngineSelectionRecord, ...] = ()
 
     @property
     def precisions(self) -> set[str]:
@@ -58,8 +58,8 @@ class EngineSelection:
 
     def as_json(self) -> dict[str, Any]:
         """Return the part for plan.json, from which a resumed run restores the selection."""
-        measured = [record.model_dump(mode="json") for record in self.measured]
-        return {"measured": measured, "decode_margin": self.decode_margin}
+        records = [record.model_dump(mode="json") for record in self.records]
+        return {"records": records, "decode_margin": self.decode_margin}
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ def select_engines(
         return EngineSelection(engines, _decode_margin(config, ()), ())
     images = _sample_images(config, manifest, bundle, storage)
     selected: dict[str, EngineSelectionRecord] = {}
-    new: list[EngineSelectionRecord] = []
-    records = None if restored is None else _restored_records(restored)
+    new_records: list[EngineSelectionRecord] = []
+    restored_records = None if restored is None else _restored_records(restored)
     for hardware, node in _kinds_of_nodes(resources.device):
-        record = None if records is None else records.get(hardware.key)
+        record = None if restored_records is None else restored_records.get(hardware.key)
         # A run that started without measurements is resumed without them.
-        is_undecided = records is None or (records and record is None)
+        is_undecided = restored_records is None or (restored_records and record is None)
         if is_undecided and not config.retune:
             record = engine_cache.load(config.output, bundle.fingerprint, hardware, request, storage)
         if (
@@ -132,7 +132,7 @@ def select_engines(
             and (manifest.rows >= config.autotune_min_rows or request.precision == "int8")
         ):
             record = _measure(config, node, bundle, images, request, resources)
-            new.append(record)
+            new_records.append(record)
         if record is None:
             _logger.info("engine: %s, not measured for %d rows", default.choice, manifest.rows)
         else:
@@ -143,15 +143,15 @@ def select_engines(
     engines = Engines(
         by_hardware, default, config.cache_dir, images.calibration if is_int8 else None, probe_batches
     )
-    measured = tuple(selected.values())
-    margin = _decode_margin(config, measured) if restored is None else restored["decode_margin"]
-    return EngineSelection(engines, margin, measured, tuple(new))
+    records = tuple(selected.values())
+    margin = _decode_margin(config, records) if restored is None else restored["decode_margin"]
+    return EngineSelection(engines, margin, records, tuple(new_records))
 
 
 def _restored_records(restored: Mapping[str, Any]) -> dict[str, EngineSelectionRecord]:
     """Return the measurements with which a resumed run started, by `Hardware.key`."""
     try:
-        records = [EngineSelectionRecord.model_validate(record) for record in restored["measured"]]
+        records = [EngineSelectionRecord.model_validate(record) for record in restored["records"]]
     except (KeyError, ValidationError) as error:
         raise InputError(
             f"plan.json was written by another version ({type(error).__name__}); start a new run with another --run-id"
@@ -159,11 +159,11 @@ def _restored_records(restored: Mapping[str, Any]) -> dict[str, EngineSelectionR
     return {record.hardware_key: record for record in records}
 
 
-def _decode_margin(config: PipelineSettings, measured: Sequence[EngineSelectionRecord]) -> float | None:
-    """Return the largest margin of all kinds of nodes, which is accurate enough on each; None without one."""
+def _decode_margin(config: PipelineSettings, records: Sequence[EngineSelectionRecord]) -> float | None:
+    """Return the largest margin of all kinds of nodes, which is accurate on each; None if one decodes at full scale."""
     if isinstance(config.scaled_decode, float):
         return config.scaled_decode
-    margins = [None if record.scaled_decode is None else record.scaled_decode.margin for record in measured]
+    margins = [None if record.scaled_decode is None else record.scaled_decode.margin for record in records]
     required = [margin for margin in margins if margin is not None]
     return max(required) if required and len(required) == len(margins) else None
 
