@@ -1,1 +1,1 @@
-"""Bytes to pixels: fetch, decode, transform. Knows no model and no Ray."""
+"""From image URIs to input pixels: fetch, decode and transform. Independent of models and Ray."""

@@ -1,4 +1,4 @@
-"""The boxes that an AVIF or HEIC is made of (ISO/IEC 14496-12), side by side and one inside the other."""
+"""Boxes of AVIF and HEIC files (ISO/IEC 14496-12), which are consecutive or nested."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from batchcls.images.formats import DecodeError, unpack
 from batchcls.schema import Reason
 
 MAX_ENTRIES = 20_000
-"""Boxes in a row and entries of a table. A phone's photograph has 200; this bounds the time of reading."""
+"""Maximum number of consecutive boxes and of table entries, which limits the time of reading. Phones write 200."""
 
 
 class BmffBox(NamedTuple):
-    """The type of a box and where its body lies."""
+    """Type of a box, and start and end of its body."""
 
     kind: bytes
     start: int
@@ -19,35 +19,35 @@ class BmffBox(NamedTuple):
 
 
 class Cursor:
-    """Big-endian integers of a box, one after the other; its end is a corrupt file."""
+    """Reads big-endian integers from a box; reading beyond its end is a DecodeError (corrupt)."""
 
     def __init__(self, data: bytes, box: BmffBox) -> None:
         self._data, self._at, self._end = data, box.start, box.end
 
     def skip(self, count: int) -> bytes:
-        """The next bytes."""
+        """Return the next `count` bytes."""
         self._at += count
         if self._at > self._end:
-            raise DecodeError(Reason.CORRUPT, "a box ends before what it should hold")
+            raise DecodeError(Reason.CORRUPT, "a box ends before its contents")
         return self._data[self._at - count : self._at]
 
     def integer(self, count: int) -> int:
-        """An unsigned integer of so many bytes."""
+        """Return an unsigned integer of `count` bytes."""
         return int.from_bytes(self.skip(count), "big")
 
-    def count(self, count: int, most: int = MAX_ENTRIES) -> int:
-        """An integer that says how many entries follow."""
-        found = self.integer(count)
-        if found > most:
-            raise DecodeError(Reason.CORRUPT, f"the file names more than {most} items")
+    def count(self, size: int, maximum: int = MAX_ENTRIES) -> int:
+        """Return the number of entries that follow, an integer of `size` bytes."""
+        found = self.integer(size)
+        if found > maximum:
+            raise DecodeError(Reason.CORRUPT, f"the file lists more than {maximum} items")
         return found
 
 
 def box_at(data: bytes, start: int, end: int) -> tuple[BmffBox, int]:
-    """The box at `start` in a parent that ends at `end`, and where the next one begins.
+    """Return the box at `start` in a parent that ends at `end`, and the start of the next box.
 
     Raises:
-        DecodeError: as `boxes_within`.
+        DecodeError: see `boxes_within`.
     """
     size, kind = unpack(">I4s", data, start)
     body = start + 8
@@ -56,23 +56,21 @@ def box_at(data: bytes, start: int, end: int) -> tuple[BmffBox, int]:
         body += 8
     stop = start + size if size else end
     if stop > len(data):
-        raise DecodeError(Reason.TRUNCATED, "the file ends inside a box")
+        raise DecodeError(Reason.TRUNCATED, "the file ends within a box")
     if not body <= stop <= end:
-        raise DecodeError(
-            Reason.CORRUPT, "a box is larger than the one around it, or smaller than its header"
-        )
+        raise DecodeError(Reason.CORRUPT, "a box is larger than its parent or smaller than its header")
     return BmffBox(kind, body, stop), stop
 
 
 def boxes_within(data: bytes, start: int, end: int) -> Iterator[BmffBox]:
-    """The boxes in data[start:end], in order.
+    """Yield the boxes in data[start:end], in order.
 
     Raises:
-        DecodeError: truncated, where one lies beyond the end of the data; corrupt.
+        DecodeError: truncated if a box ends beyond the data; corrupt.
     """
     for _ in range(MAX_ENTRIES):
         if start + 8 > end:
             return
         box, start = box_at(data, start, end)
         yield box
-    raise DecodeError(Reason.CORRUPT, f"the file has more than {MAX_ENTRIES} boxes in a row")
+    raise DecodeError(Reason.CORRUPT, f"the file has more than {MAX_ENTRIES} consecutive boxes")

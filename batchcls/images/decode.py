@@ -1,18 +1,16 @@
-"""Bytes of an image file to RGB pixels, or a reason why not.
+"""Decode image files to RGB pixels, or fail with a reason.
 
-Two ways lead to the pixels. JPEG goes through libjpeg-turbo (`batchcls.images.decode`), plain
-JPEG at a reduced scale where the image is far larger than it is needed; everything else goes
-through Pillow (`batchcls.images.rgb`). Both release the GIL, except Pillow for AVIF, and neither has
-state here: `decode` may be called from many threads at once.
+JPEG is decoded by libjpeg-turbo, at a reduced scale if the image is much larger than needed; all other formats are
+decoded by Pillow (`batchcls.images.rgb`). Both release the GIL, except Pillow for AVIF. `decode` is thread-safe.
 
-What a decoder would pass over in silence and is refused here: JPEG data that ends early behind an
-end marker (libjpeg paints the rest gray), progressive JPEG with scans missing, PNG data that
-belies its checksum, AVIF and HEIC data filled up with zeros, files shorter than their own header says.
+Some damage that decoders ignore is rejected here: JPEG data that ends early in front of an end marker (libjpeg fills
+the rest with gray), progressive JPEG with missing scans, PNG data with wrong checksums, AVIF and HEIC data padded with
+zeros, and files shorter than their header states.
 
-What cannot be told at low cost, and passes: a flipped bit in data of any format but PNG that still
-decodes (the others carry no checksum; about nine in ten single flips in a JPEG resynchronize without
-a trace even in libjpeg's own warnings); data missing from the last block of a sequential JPEG, from
-the last refinement scan of a progressive one, or, behind a forged end marker, from a CMYK one.
+Some damage cannot be detected at low cost and is accepted: flipped bits in formats other than PNG, if the data can
+still be decoded (these formats have no checksums; about nine in ten single bit flips in a JPEG cause no warning even
+in libjpeg); missing data of the last block of a sequential JPEG, of the last refinement scan of a progressive JPEG,
+or of a CMYK JPEG in front of an added end marker.
 """
 
 import io
@@ -38,50 +36,52 @@ from batchcls.images.rgb import open_unloaded, orientation_of, orientation_of_me
 from batchcls.schema import Reason
 
 _FACTORS = (8, 4, 2)
-_through_pillow = threading.Lock()
+_pillow_lock = threading.Lock()
 
 
-def reduction_factor(size: tuple[int, int], least: tuple[float, float], whole: bool = False) -> int:
-    """1, 2, 4 or 8: by how much an image may be smaller than `size` and still be as large as `least`.
+def reduction_factor(size: tuple[int, int], min_size: tuple[float, float], exact: bool = False) -> int:
+    """Largest factor of 1, 2, 4 and 8 by which `size` can be reduced without becoming smaller than `min_size`.
 
-    Both are height and width. `whole` asks for a factor that divides them without a rest.
+    Both sizes are (height, width). `exact`: the factor must divide height and width without remainder.
     """
     for factor in _FACTORS:
-        large_enough = all(side >= factor * enough for side, enough in zip(size, least, strict=True))
-        if large_enough and not (whole and any(side % factor for side in size)):
+        is_large_enough = all(
+            side >= factor * min_side for side, min_side in zip(size, min_size, strict=True)
+        )
+        if is_large_enough and not (exact and any(side % factor for side in size)):
             return factor
     return 1
 
 
 def decode_jpeg(data: bytes, header: Header, frame: JpegFrame, factor: int = 1) -> np.ndarray:
-    """uint8 H x W x 3, C-contiguous, RGB as stored; with a factor of 2, 4 or 8 smaller by it.
+    """Decode to uint8 H x W x 3 RGB, C-contiguous, not rotated, reduced by a factor of 1, 2, 4 or 8.
 
-    What libjpeg warns about and passes over is passed over here. Data that is missing is painted gray, without a word.
+    Damage for which libjpeg only warns is ignored, and missing data becomes gray.
 
     Raises:
-        Exception: what the decoder raises on damage that it cannot pass over.
+        Exception: any exception of the decoder for other damage.
     """
     if not frame.is_plain:
         return _jpeg_with_pillow(data, header, frame, factor)
-    # Of all the scales simplejpeg takes the smallest that still has this size: the one that was meant.
-    least = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
+    # simplejpeg selects the smallest scale that is at least this large, which is exactly the given factor.
+    min_size = {"min_height": -(-header.height // factor), "min_width": -(-header.width // factor)}
     try:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, strict=False, **least)
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, strict=False, **min_size)
     except ValueError:
-        # TurboJPEG takes what libjpeg only warns about while it reads the header for an error (stray
-        # bytes between segments, parts of an ICC profile that do not fit), and has no name for some
-        # samplings, such as 4:1:0. The libjpeg below it decodes them, and so does Pillow with it. That takes four
-        # times the memory that was counted by the header, so no two threads do it at once.
-        with _through_pillow:
+        # TurboJPEG treats some warnings that libjpeg issues for the header as errors (stray bytes between segments,
+        # inconsistent parts of an ICC profile) and does not support some samplings, such as 4:1:0. The underlying
+        # libjpeg decodes them, and so does Pillow, but with four times the memory that was estimated from the
+        # header. Therefore only one thread does so at a time.
+        with _pillow_lock:
             return _jpeg_with_pillow(data, header, frame, factor)
     return pixels
 
 
 def _jpeg_with_pillow(data: bytes, header: Header, frame: JpegFrame, factor: int) -> np.ndarray:
-    # Pillow has a parser of its own, which stops at damaged metadata that libjpeg does not even read.
+    # Pillow has its own parser, which fails on damaged metadata that libjpeg does not read.
     image = JpegImageFile(io.BytesIO(without_metadata(data, frame)))
     if image.size != (header.width, header.height):
-        raise DecodeError(Reason.CORRUPT, "the jpeg header contradicts itself about the size")
+        raise DecodeError(Reason.CORRUPT, "the jpeg header contains contradicting sizes")
     if factor > 1:
         image.draft("RGB", (header.width // factor, header.height // factor))
     return np.array(image.convert("RGB"))
@@ -89,18 +89,18 @@ def _jpeg_with_pillow(data: bytes, header: Header, frame: JpegFrame, factor: int
 
 __all__ = ["DecodeError", "DecodeLimits", "Decoded", "MinDecodedSize", "decode", "read_checked_header"]
 
-# Three whole images at a time, which no header tells of: no two threads do that at once.
-_checking_a_whole_image = threading.Lock()
+# The check needs three full-scale images, which memory estimates do not include, so one thread does it at a time.
+_full_scale_check_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """An image as it is to be seen.
+    """A decoded image.
 
-    `pixels` is uint8 H x W x 3, RGB, turned upright, C-contiguous. `width` and `height` are those of
-    the stored image, before it was turned. `extent` is the height and width of the image in units
-    of `pixels`: their shape, except where the image was reduced and the last row or column lies
-    partly outside of it (375 rows reduced by 2 are 187.5 high and fill 188).
+    `pixels` is uint8 H x W x 3, RGB, upright and C-contiguous. `width` and `height` are those of the stored image,
+    before rotation. `extent` is the height and width of the image in units of `pixels`. It equals their shape,
+    except if the image was reduced and its last row or column is partly outside the image: 375 rows reduced by 2
+    have an extent of 187.5 and fill 188 rows.
     """
 
     pixels: np.ndarray
@@ -110,10 +110,10 @@ class Decoded:
 
 
 def read_checked_header(data: bytes, limits: DecodeLimits) -> Header:
-    """The header of an image that is within the limits, with no pixel decoded.
+    """Read the header of an image and check it against the limits, without decoding.
 
     Raises:
-        DecodeError: as `decode`.
+        DecodeError: see `decode`.
     """
     header = read_header(data)
     _require_size(header, limits)
@@ -121,34 +121,34 @@ def read_checked_header(data: bytes, limits: DecodeLimits) -> Header:
 
 
 def decode(
-    data: bytes, limits: DecodeLimits, least: MinDecodedSize | None = None, header: Header | None = None
+    data: bytes, limits: DecodeLimits, min_size: MinDecodedSize | None = None, header: Header | None = None
 ) -> Decoded:
     """Decode the first image of a file.
 
-    Transparency is composed on white, 16 bits keep their upper 8, animations give their first frame.
+    Transparent images are composed on white, 16-bit samples keep their upper 8 bits, and the first frame of an
+    animation is decoded.
 
     Args:
-        data: the whole file.
-        limits: how large and how small the stored image may be.
-        least: with it a JPEG may be decoded at a reduced scale that leaves at least what it says.
-            Without it every image comes at its full size.
-        header: what `read_checked_header` has said of the file, where it was asked before.
+        data: content of the file.
+        limits: minimum and maximum size of the stored image.
+        min_size: minimum size at which a JPEG may be decoded; None: full scale.
+        header: result of `read_checked_header`, if already available.
 
     Raises:
-        DecodeError: empty, not_an_image, unsupported_format, truncated, corrupt, too_many_pixels
-            or too_small; its detail holds nothing of the file.
-        MemoryError: the process is out of memory, which says nothing about the file.
+        DecodeError: empty, not_an_image, unsupported_format, truncated, corrupt, too_many_pixels or too_small; the
+            detail contains nothing from the file.
+        MemoryError: the process is out of memory, for which the file is not responsible.
     """
     header = header or read_checked_header(data, limits)
     try:
         if header.jpeg is not None:
-            hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, least)
+            hwc, orientation, factor = _decode_jpeg(data, header, header.jpeg, min_size)
         else:
             hwc, orientation = _decode_with_pillow(data, header, limits)
             factor = 1
     except (DecodeError, MemoryError):
         raise
-    except Exception as error:  # the decoders' edge: damage makes them raise whatever it does
+    except Exception as error:  # Decoders raise arbitrary exceptions for damaged files.
         raise _translated(error, header) from error
     pixels = _upright(hwc, orientation)
     if header.jpeg is None:
@@ -162,10 +162,10 @@ def _require_size(header: Header, limits: DecodeLimits) -> None:
     size = f"{header.width} x {header.height} pixels"
     if header.allocated_pixels > limits.max_pixels:
         raise DecodeError(
-            Reason.TOO_MANY_PIXELS, f"{size} need {header.allocated_pixels}, more than {limits.max_pixels}"
+            Reason.TOO_MANY_PIXELS, f"{size} require {header.allocated_pixels}, more than {limits.max_pixels}"
         )
     if min(header.width, header.height) < limits.min_side_pixels:
-        raise DecodeError(Reason.TOO_SMALL, f"{size}, a side below {limits.min_side_pixels}")
+        raise DecodeError(Reason.TOO_SMALL, f"{size}, a side is shorter than {limits.min_side_pixels}")
 
 
 def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tuple[np.ndarray, int]:
@@ -181,48 +181,48 @@ def _decode_with_pillow(data: bytes, header: Header, limits: DecodeLimits) -> tu
 
 
 def _decode_jpeg(
-    data: bytes, header: Header, frame: JpegFrame, least: MinDecodedSize | None
+    data: bytes, header: Header, frame: JpegFrame, min_size: MinDecodedSize | None
 ) -> tuple[np.ndarray, int, int]:
-    """H x W x 3 as stored, the orientation, and the factor by which it is reduced."""
+    """Return the stored pixels as H x W x 3, their orientation and the factor by which they are reduced."""
     orientation = orientation_of_metadata(data[body] for body in frame.app1_segments)
     if not frame.is_plain:
         return decode_jpeg(data, header, frame), orientation, 1
-    suspicious = False
+    is_suspicious = False
     if has_several_scans(data, frame):
-        suspicious = not scans_are_complete(data, frame)
+        is_suspicious = not scans_are_complete(data, frame)
     else:
         require_end_marker(data, frame)
     factor = 1
-    if least is not None:
+    if min_size is not None:
         upright = _upright_size(header, orientation)
-        # A turned image would have the row that lies partly outside of it in front: none may.
-        factor = reduction_factor(upright, least(*upright), whole=orientation in _TURNS)
+        # Rotation would move a last row that is partly outside the image to the front, so the factor must divide.
+        factor = reduction_factor(upright, min_size(*upright), exact=orientation in _ROTATIONS)
     pixels = decode_jpeg(data, header, frame, factor)
-    # 128 is what a block that never came decodes to, at every scale.
-    if suspicious or bool((pixels[-1, -1] == 128).all()):
-        with _checking_a_whole_image:
-            whole = pixels if factor == 1 else decode_jpeg(data, header, frame)
-            _require_complete(data, header, frame, whole)
+    # Missing blocks are decoded to 128, at every scale.
+    if is_suspicious or bool((pixels[-1, -1] == 128).all()):
+        with _full_scale_check_lock:
+            full_scale = pixels if factor == 1 else decode_jpeg(data, header, frame)
+            _require_complete(data, header, frame, full_scale)
     return pixels, orientation, factor
 
 
 def _require_complete(data: bytes, header: Header, frame: JpegFrame, pixels: np.ndarray) -> None:
-    """Refuse a JPEG whose coded data was used up before its image, here at full scale, was whole.
+    """Reject a JPEG whose coded data ends before its image is complete; `pixels` is the full-scale image.
 
-    Bytes put in behind the data change nothing in a whole image, for the decoder stops before
-    them; in one that was cut they become blocks.
+    Bytes appended to the coded data do not change a complete image, because the decoder stops before them. In an
+    incomplete image they are decoded as blocks.
     """
     end, has_end_marker = end_of_coded_data(data, frame)
-    lengthened = data[:end] + bytes(range(1, 200)) * 3 + data[end:]
-    if np.array_equal(decode_jpeg(lengthened, header, frame), pixels):
+    extended = data[:end] + bytes(range(1, 200)) * 3 + data[end:]
+    if np.array_equal(decode_jpeg(extended, header, frame), pixels):
         return
     if has_end_marker:
-        raise DecodeError(Reason.TRUNCATED, "the JPEG's data ends before its image is whole")
-    raise DecodeError(Reason.CORRUPT, "the JPEG's data is broken off by a stray marker")
+        raise DecodeError(Reason.TRUNCATED, "the JPEG data ends before the image is complete")
+    raise DecodeError(Reason.CORRUPT, "the JPEG data is interrupted by a stray marker")
 
 
-# Whether rows and columns are exchanged, then which of the two axes are reversed.
-_TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
+# EXIF orientation -> whether rows and columns are swapped, and which axes are flipped afterwards.
+_ROTATIONS: dict[int, tuple[bool, tuple[int, ...]]] = {
     2: (False, (1,)),
     3: (False, (0, 1)),
     4: (False, (0,)),
@@ -234,7 +234,7 @@ _TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
 
 
 def _stored_size(hwc: np.ndarray, header: Header) -> tuple[int, int]:
-    """Width and height as stored: of a HEIC those that its decoder left of it when it cropped it."""
+    """Width and height as stored. The decoder may have cropped a HEIC, so its size is taken from the pixels."""
     if header.format != Format.HEIC:
         return header.width, header.height
     height, width = hwc.shape[:2]
@@ -242,39 +242,39 @@ def _stored_size(hwc: np.ndarray, header: Header) -> tuple[int, int]:
 
 
 def _upright_size(header: Header, orientation: int) -> tuple[int, int]:
-    exchanged = orientation in _TURNS and _TURNS[orientation][0]
-    return (header.width, header.height) if exchanged else (header.height, header.width)
+    swaps_axes = orientation in _ROTATIONS and _ROTATIONS[orientation][0]
+    return (header.width, header.height) if swaps_axes else (header.height, header.width)
 
 
 def _upright(hwc: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn H x W x 3 pixels by an EXIF orientation; 1 and unknown ones stay as they are."""
-    if orientation not in _TURNS:
+    """Rotate and flip H x W x 3 pixels by an EXIF orientation; 1 and unknown values do nothing."""
+    if orientation not in _ROTATIONS:
         return hwc
-    exchanged, reversed_axes = _TURNS[orientation]
-    turned = hwc.swapaxes(0, 1) if exchanged else hwc
-    return np.ascontiguousarray(np.flip(turned, reversed_axes))
+    swaps_axes, flipped_axes = _ROTATIONS[orientation]
+    rotated = hwc.swapaxes(0, 1) if swaps_axes else hwc
+    return np.ascontiguousarray(np.flip(rotated, flipped_axes))
 
 
-# numpy and the C libraries report an allocation that failed as errors of their own.
+# Substrings of the messages with which numpy and the C libraries report failed allocations.
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "insufficient memory",
     "out of memory",
     "memory allocation failure",
 )
-_NOT_BUILT_IN = ("unsupported", "not implemented", "unknown pixel mode", "cannot handle")
-_CUT_SHORT = ("truncated", "incomplete", "not enough image data", "unexpected end")
+_UNSUPPORTED = ("unsupported", "not implemented", "unknown pixel mode", "cannot handle")
+_TRUNCATED = ("truncated", "incomplete", "not enough image data", "unexpected end")
 
 
 def _translated(error: Exception, header: Header) -> DecodeError:
-    """The failure that a decoder's exception means; its text may quote the file and is not passed on."""
+    """Translate an exception of a decoder; its message may quote the file and is therefore dropped."""
     text = str(error).lower()
     if any(words in text for words in _OUT_OF_MEMORY):
         raise MemoryError(f"out of memory on {header.width} x {header.height} pixels") from error
-    if any(words in text for words in _CUT_SHORT):
-        return DecodeError(Reason.TRUNCATED, f"the {header.format} data ends before its image is whole")
-    if any(words in text for words in _NOT_BUILT_IN):
+    if any(words in text for words in _TRUNCATED):
+        return DecodeError(Reason.TRUNCATED, f"the {header.format} data ends before the image is complete")
+    if any(words in text for words in _UNSUPPORTED):
         return DecodeError(
-            Reason.UNSUPPORTED_FORMAT, f"{header.format} of a kind that its decoder does not know"
+            Reason.UNSUPPORTED_FORMAT, f"this variant of {header.format} is not supported by its decoder"
         )
-    return DecodeError(Reason.CORRUPT, f"the {header.format} decoder stopped ({type(error).__name__})")
+    return DecodeError(Reason.CORRUPT, f"the {header.format} decoder failed ({type(error).__name__})")

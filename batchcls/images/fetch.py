@@ -1,7 +1,7 @@
-"""URI -> bytes or Failure: address rules, time limit, size limit, counted attempts.
+"""Fetch images by URI, with rules for addresses, limits of time and size, and a limited number of attempts.
 
-This is one of the two places where any exception becomes a row's failure. A worker calls `fetch`
-from as many threads as it wants requests at once.
+Fetching and decoding are the two places where any exception becomes a failed row. A worker calls `fetch` from one
+thread per concurrent request.
 """
 
 import logging
@@ -28,10 +28,10 @@ _HTTP_SCHEMES = frozenset({"http", "https"})
 
 @dataclass(frozen=True, slots=True)
 class FetchPolicy:
-    """What may be read, and how hard to try.
+    """Permitted addresses, and limits of each fetch.
 
-    `timeout_seconds` holds for one attempt, from the connection to the last byte, over http(s) and
-    s3. `storage_options` may hold credentials and are left out of the representation.
+    `timeout_seconds` applies to one attempt over http(s) or s3, from connecting to the last byte.
+    `storage_options` may contain credentials and are omitted from `repr`.
     """
 
     addresses: AddressPolicy = field(default_factory=AddressPolicy)
@@ -48,10 +48,10 @@ class FetchPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """One image's bytes, or why there are none; exactly one of `data` and `failure` is None.
+    """The bytes of one image or the reason of the failure; exactly one of `data` and `failure` is None.
 
-    `n_bytes` is the size of the stored image where it is known, also when it was too large to read.
-    `version` names the state of the stored image, see `Fetcher.version`; None where the store says nothing.
+    `n_bytes` is the size of the stored image if known, even if it was too large to read. `version` identifies the
+    version of the stored image, see `Fetcher.version`; None if the store provides none.
     """
 
     data: bytes | None
@@ -62,9 +62,9 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches images by URI; thread-safe, blocking, and never raises for a row's own fault.
+    """Fetches images by URI; thread-safe and blocking. Failures of a row are returned, never raised.
 
-    `pause` waits between attempts; a test hands in its own to see the pauses without living them.
+    `pause` waits between attempts; tests replace it.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Fetcher:
         return f"Fetcher({self._policy}, {redact_options(self._policy.storage_options)})"
 
     def fetch(self, uri: str) -> Fetched:
-        """The bytes at an absolute URI or local path, after at most `max_attempts` attempts."""
+        """Return the bytes at an absolute URI or local path, after at most `max_attempts` attempts."""
         attempts = 0
         while True:
             attempts += 1
             try:
                 data, version = self._read(uri)
                 return Fetched(data, None, attempts, len(data), version)
-            except Exception as error:  # noqa: BLE001 - the row boundary: a row's fault ends no job
+            except Exception as error:  # noqa: BLE001 - a failed row must not end the job
                 failed = attempt_error(error)
             if not failed.transient or attempts >= self._policy.max_attempts:
                 logger.debug("%s: %s after %d attempts", redact_uri(uri), failed.failure, attempts)
@@ -98,29 +98,28 @@ class Fetcher:
             self._pause(self._backoff.pause_seconds(attempts, failed.retry_after_seconds))
 
     def version(self, uri: str) -> str | None:
-        """What names the state of an image without reading it, in one attempt.
+        """Identify the version of an image without reading it, in a single attempt.
 
-        `stat:SIZE:TIME` of a local file, nanoseconds; `etag:ETAG` of an S3 object; None for anything
-        else, and where there is no answer.
+        `stat:SIZE:MTIME_NS` for local files, `etag:ETAG` for S3 objects, and None for all others and on errors.
         """
         name = scheme(uri)
         try:
             if name == LOCAL:
                 return self._stat_local(local_path(uri))
             return self._objects.version(uri) if name in S3_SCHEMES else None
-        except Exception as error:  # noqa: BLE001 - the row boundary: fetching says what is wrong
+        except Exception as error:  # noqa: BLE001 - fetching the image will report the error
             logger.debug("%s: no version (%s)", redact_uri(uri), type(error).__name__)
             return None
 
     def _read(self, uri: str) -> tuple[bytes, str | None]:
-        """An image, and what names its state."""
+        """Return the bytes and the version of an image."""
         name = scheme(uri)
         if name == LOCAL:
             return self._read_local(uri)
         if name in _HTTP_SCHEMES:
             return self._http.get(uri), None
         if name in INDIRECT_SCHEMES:
-            raise permanent_error(Reason.UNSUPPORTED_SCHEME, f"{name}:// opens other addresses inside")
+            raise permanent_error(Reason.UNSUPPORTED_SCHEME, f"{name}:// accesses other addresses")
         self._policy.addresses.check_scheme(name)
         return self._objects.get(uri)
 
@@ -129,25 +128,25 @@ class Fetcher:
             path = local_path(uri)
         except InputError:
             raise permanent_error(Reason.FORBIDDEN_URI, "a file:// URI with a host") from None
-        # Non-blocking, since opening a FIFO would wait for a writer that never comes.
+        # Non-blocking, because opening a FIFO would otherwise wait for a writer.
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
         descriptor = self._policy.addresses.open_path(path, flags)
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise permanent_error(Reason.FORBIDDEN_URI, "this is no regular file")
+                raise permanent_error(Reason.FORBIDDEN_URI, "not a regular file")
             if status.st_size > self._policy.max_bytes:
                 raise too_large(status.st_size, self._policy.max_bytes)
-            # No more is asked for than there is: a buffer of the limit costs more than a small file's bytes.
+            # Read only as much as the file contains: a buffer of the maximum size costs more than a small file.
             data = file.read(status.st_size + 1)
-            if len(data) > status.st_size:  # it grew, or is one of the kernel's
+            if len(data) > status.st_size:  # The file has grown, or is a virtual file of the kernel.
                 data += file.read(self._policy.max_bytes + 1 - len(data))
         return self._checked(data, status.st_size), _stat_version(status)
 
     def _stat_local(self, path: str) -> str:
         if not self._policy.addresses.allowed_roots:
             return _stat_version(Path(path).stat())
-        # What is described must be what lies below the root, as with what is read.
+        # As for reading, the file must be below an allowed root.
         descriptor = self._policy.addresses.open_path(path, os.O_PATH)
         try:
             return _stat_version(os.fstat(descriptor))
@@ -155,7 +154,7 @@ class Fetcher:
             os.close(descriptor)
 
     def _checked(self, data: bytes, expected: int) -> bytes:
-        """A file may grow or shrink while it is read, and those of the kernel claim to be empty."""
+        """Check the size again: files can change while they are read, and virtual files report a size of 0."""
         if len(data) > self._policy.max_bytes:
             raise too_large(None, self._policy.max_bytes)
         if len(data) < expected:

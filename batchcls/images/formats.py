@@ -1,4 +1,4 @@
-"""What is known of an image file before a pixel of it is decoded, and how reading it can fail."""
+"""Image formats, headers, and the exception for images that cannot be decoded."""
 
 import struct
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from batchcls.schema import Failure, Reason
 
 
 class Format(StrEnum):
-    """The image formats that are decoded."""
+    """Image formats that can be decoded."""
 
     JPEG = "jpeg"
     PNG = "png"
@@ -22,11 +22,11 @@ class Format(StrEnum):
 
 
 PILLOW_BLOCK_BYTES = 128
-"""What Pillow keeps of a chunk of a PNG or a block of a GIF, at most, beside its bytes."""
+"""Maximum memory that Pillow uses for a PNG chunk or a GIF block, in addition to its bytes."""
 
 
 class DecodeError(Exception):
-    """The bytes of one row do not give an image; the load stage makes `failure` the row's."""
+    """An image cannot be decoded; `failure` becomes the failure of its row."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -35,13 +35,12 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class JpegFrame:
-    """What a JPEG says of its coding.
+    """Coding of a JPEG.
 
-    `start_of_frame` is the number n of its SOFn marker (0 and 1 sequential, 2 progressive, 9 and
-    10 the same with arithmetic coding). `component_ids` are those of the frame, in order.
-    `adobe_transform` is None without an Adobe segment. `app1_segments` holds where the bodies of the
-    APP1 segments lie, in which EXIF and XMP, and with them an orientation, may be. `scan_offset` is
-    where the first SOS marker stands.
+    `start_of_frame` is the number n of the SOFn marker (0 and 1: sequential, 2: progressive, 9 and 10: the same with
+    arithmetic coding). `component_ids` are in the order of the frame. `adobe_transform` is None without an Adobe
+    segment. `app1_segments` are the positions of the bodies of the APP1 segments, which may contain EXIF and XMP with
+    an orientation. `scan_offset` is the position of the first SOS marker.
     """
 
     start_of_frame: int
@@ -53,24 +52,23 @@ class JpegFrame:
 
     @property
     def is_progressive(self) -> bool:
-        """Whether the coefficients come in several passes of rising quality."""
+        """Whether the coefficients are stored in several scans of increasing quality."""
         return self.start_of_frame in (2, 10)
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is what all libjpegs agree on: Huffman coded, 8 bits, gray or three components."""
+        """Whether every libjpeg supports it: Huffman coding, 8 bits, one or three components."""
         return self.start_of_frame <= 2 and self.precision == 8 and len(self.component_ids) in (1, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Format and size of an image, from its first bytes.
+    """Format and size of an image.
 
-    `width` and `height` are stored pixels, before any orientation. `allocated_pixels` is the most
-    that a decoder allocates at once: width x height, or one tile of a TIFF or one of the images that
-    an AVIF or HEIC is put together from where that is larger. `jpeg` is None for every other format.
-    `is_rotated_by_decoder` says that the decoder itself exchanges width and height (HEIC).
-    `overhead_bytes` is memory that decoding takes beside that of the pixels.
+    `width` and `height` are stored pixels, before rotation. `allocated_pixels` is the maximum that a decoder allocates
+    at once: width x height, or a tile of a TIFF or a part of an AVIF or HEIC if that is larger. `jpeg` is None for
+    other formats. `is_rotated_by_decoder`: the decoder itself swaps width and height (HEIC). `overhead_bytes` is
+    memory for decoding in addition to the pixels.
     """
 
     format: Format
@@ -83,13 +81,13 @@ class Header:
 
 
 def unpack(layout: str, data: bytes | memoryview, offset: int) -> tuple[Any, ...]:
-    """`struct.unpack_from`, but bytes that are not there are a truncated image.
+    """Like `struct.unpack_from`, but missing bytes mean a truncated image.
 
     Raises:
         DecodeError: truncated.
     """
     if offset + struct.calcsize(layout) > len(data):
-        raise DecodeError(Reason.TRUNCATED, "the file ends inside its header")
+        raise DecodeError(Reason.TRUNCATED, "the file ends within its header")
     return struct.unpack_from(layout, data, offset)
 
 
@@ -102,11 +100,11 @@ def checked_header(
     tile: int = 0,
     is_rotated_by_decoder: bool = False,
 ) -> Header:
-    """A header whose sides are at least one pixel; `tile` is the pixels of the largest tile, if any.
+    """Create a header after checking the size; `tile` is the number of pixels of the largest tile, if any.
 
     Raises:
-        DecodeError: corrupt, where a side is zero or negative.
+        DecodeError: corrupt, if a side is zero or negative.
     """
     if width <= 0 or height <= 0:
-        raise DecodeError(Reason.CORRUPT, f"the {kind} header says {width} x {height} pixels")
+        raise DecodeError(Reason.CORRUPT, f"the {kind} header states {width} x {height} pixels")
     return Header(kind, width, height, max(width * height, tile), jpeg, is_rotated_by_decoder)

@@ -1,10 +1,10 @@
-"""Format and size of an image from its bytes, before anything is allocated for its pixels.
+"""Read format and size of an image from its bytes, before memory for pixels is allocated.
 
-Only the content decides: a PNG whose name ends in .jpg is a PNG and is decoded, a web page of
-that name is `not_an_image`. That is all that "mislabeled" means here; names are never looked at.
+The format is detected from the content, never from the name: a PNG named .jpg is decoded as a PNG, and a web page
+named .jpg is `not_an_image`.
 
-A file that ends early is told apart wherever its format says how long it is, so that a cut file
-is `truncated` even where its decoder would have been content with what was there.
+If the format states the length of the file or its parts, a shorter file is `truncated`, even if the decoder would
+accept it.
 """
 
 import re
@@ -25,8 +25,7 @@ def read_header(data: bytes) -> Header:
     """Read format, width and height without decoding.
 
     Raises:
-        DecodeError: empty, not_an_image, unsupported_format (known, but not decoded), truncated
-            or corrupt.
+        DecodeError: empty, not_an_image, unsupported_format (recognized, but not supported), truncated or corrupt.
     """
     if not data:
         raise DecodeError(Reason.EMPTY, "zero bytes")
@@ -35,10 +34,10 @@ def read_header(data: bytes) -> Header:
             return reader(data)
     for signature, name in _UNSUPPORTED:
         if signature.match(data):
-            raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"{name} is not decoded")
+            raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"{name} is not supported")
     if any(start.startswith(data) for start in _SHORTEST_STARTS):
-        raise DecodeError(Reason.TRUNCATED, "the file ends inside its signature")
-    raise DecodeError(Reason.NOT_AN_IMAGE, "the bytes begin like no image format that is known")
+        raise DecodeError(Reason.TRUNCATED, "the file ends within its signature")
+    raise DecodeError(Reason.NOT_AN_IMAGE, "the content is not of a known image format")
 
 
 def _read_webp(data: bytes) -> Header:
@@ -54,18 +53,18 @@ def _read_webp(data: bytes) -> Header:
     if kind == b"VP8L":
         mark, bits = unpack("<BI", data, 20)
         if mark != 0x2F:
-            raise DecodeError(Reason.CORRUPT, "the WebP's lossless header is damaged")
+            raise DecodeError(Reason.CORRUPT, "the lossless header of the WebP is damaged")
         return checked_header(Format.WEBP, 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
     start_code, width, height = unpack("<3sHH", data, 23)
     if kind != b"VP8 " or start_code != b"\x9d\x01\x2a":
-        raise DecodeError(Reason.CORRUPT, "the WebP has no image header where it belongs")
+        raise DecodeError(Reason.CORRUPT, "the WebP does not begin with an image header")
     return checked_header(Format.WEBP, width & 0x3FFF, height & 0x3FFF)
 
 
 def _read_gif(data: bytes) -> Header:
-    """Size of the canvas, grown by a first frame that reaches beyond it, as Pillow grows it.
+    """Size of the canvas, enlarged if the first frame extends beyond it, as in Pillow.
 
-    Stray bytes before the first frame are passed over, and behind it they end the file, as in Pillow.
+    Stray bytes before the first frame are skipped, and after it they end the file, as in Pillow.
     """
     width, height, flags = unpack("<HHB", data, 6)
     offset, frames, overhead = 13 + _gif_palette_bytes(flags), 0, 0
@@ -77,7 +76,7 @@ def _read_gif(data: bytes) -> Header:
             left, top, frame_width, frame_height, flags = unpack("<HHHHB", data, offset + 1)
             if frames == 0:
                 width, height = max(width, left + frame_width), max(height, top + frame_height)
-                # A block has two bytes at least, and Pillow keeps those of comments before the first frame.
+                # A block has at least two bytes, and Pillow keeps the comments before the first frame.
                 overhead = PILLOW_BLOCK_BYTES * offset // 2
             frames += 1
             offset = _after_gif_blocks(data, offset + 11 + _gif_palette_bytes(flags))
@@ -86,7 +85,7 @@ def _read_gif(data: bytes) -> Header:
         else:
             offset += 1
     if not frames:
-        raise DecodeError(Reason.CORRUPT, "the GIF has no frame")
+        raise DecodeError(Reason.CORRUPT, "the GIF has no frames")
     return replace(checked_header(Format.GIF, width, height), overhead_bytes=overhead)
 
 
@@ -95,12 +94,12 @@ def _gif_palette_bytes(flags: int) -> int:
 
 
 def _after_gif_blocks(data: bytes, offset: int) -> int:
-    """The offset behind a chain of length-prefixed blocks, which an empty one ends."""
+    """Position after a sequence of length-prefixed blocks, which ends with an empty block."""
     try:
         while length := data[offset]:
             offset += 1 + length
     except IndexError:
-        raise DecodeError(Reason.TRUNCATED, "the GIF ends inside a block") from None
+        raise DecodeError(Reason.TRUNCATED, "the GIF ends within a block") from None
     return offset + 1
 
 
@@ -127,7 +126,7 @@ _READERS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], Header]], ...] = (
     (_signature(rb"\x89PNG\r\n\x1a\n"), read_png),
     (_signature(rb"RIFF....WEBP|RIFF.{0,7}\Z"), _read_webp),
     (_signature(rb"GIF8[79]a"), _read_gif),
-    # "BM" alone begins many a text; the size of the second header is one of seven.
+    # Texts can begin with "BM", too, so the size of the second header, one of seven, is checked.
     (_signature(rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|BM.{0,15}\Z"), _read_bmp),
     (_signature(rb"II(?:\x2a\0|\x2b\0)|MM(?:\0\x2a|\0\x2b)"), read_tiff),
     (_signature(rb"\0\0..ftyp|\0\0(?:.{0,2}|..f|..ft|..fty)\Z"), read_bmff),

@@ -1,12 +1,12 @@
-"""Images over http(s), from addresses that a stranger wrote.
+"""Fetch images over http(s) from untrusted addresses.
 
-Each connection is judged by the IP address it goes to (`AddressPolicy.open_socket`), redirects are
-followed by hand so that each one is judged too, no cookie, proxy or stored password is used, and a
-body is read in pieces so that it cannot be larger than the limit. Bodies are asked for uncompressed:
-a compressed one could be a thousand times larger than its Content-Length.
+Each connection is checked by its IP address (`AddressPolicy.open_socket`). Redirects are followed here, so that each
+of them is checked, too. Cookies, proxies and stored passwords are not used. Bodies are read in chunks up to the size
+limit and requested without compression, because a compressed body can be a thousand times larger than its
+Content-Length.
 
-One repeat is not ours and not counted: aiohttp asks once more when a connection breaks before any
-answer, since a kept connection may have gone stale in the meantime.
+aiohttp itself retries a request once if the connection is lost before any response, because a kept-alive connection
+may have been closed. This attempt is not counted.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from batchcls.schema import Reason
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_PIECE_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 16
 _HEADERS = {"User-Agent": f"batchcls/{__version__}", "Accept-Encoding": "identity"}
 
 
 class HttpClient:
-    """Blocking GETs from any number of threads, over one session of the process's event loop."""
+    """Blocking GET requests from any number of threads, over one session on the event loop of the process."""
 
     def __init__(self, policy: AddressPolicy, timeout_seconds: float, max_bytes: int) -> None:
         self._policy = policy
@@ -39,10 +39,10 @@ class HttpClient:
         self._process = 0
 
     def get(self, uri: str) -> bytes:
-        """The body of the image at `uri`, complete.
+        """Return the complete body of the image at `uri`.
 
         Raises:
-            AttemptError: refused address, status other than 200, too many bytes or redirects.
+            AttemptError: forbidden address, status other than 200, too many bytes or redirects.
             aiohttp.ClientError, TimeoutError: the connection failed; see `retry.attempt_error`.
         """
         return run_blocking(self._get(uri), self._timeout_seconds)
@@ -58,9 +58,9 @@ class HttpClient:
         raise permanent_error(Reason.FETCH_FAILED, f"more than {_MAX_REDIRECTS} redirects")
 
     def _open_session(self) -> aiohttp.ClientSession:
-        # Runs on the event loop only, so no two threads make one; a forked child makes its own.
+        # Only called on the event loop, so there is no race; a forked child creates its own session.
         if self._session is None or self._process != os.getpid():
-            # The callers' threads are the limit: waiting for a free connection would eat their time.
+            # The number of calling threads is the limit; waiting for a free connection would count as their time.
             connector = aiohttp.TCPConnector(limit=0, socket_factory=self._policy.open_socket)
             self._session = aiohttp.ClientSession(
                 connector=connector,
@@ -79,18 +79,18 @@ class HttpClient:
             raise status_error(response.status, retry_after=response.headers.get("Retry-After"))
         encoding = response.headers.get("Content-Encoding", "identity").lower()
         if encoding != "identity":
-            raise permanent_error(Reason.FETCH_FAILED, "the body is compressed, which was not asked for")
+            raise permanent_error(Reason.FETCH_FAILED, "the body is compressed, which was not requested")
         if response.content_length is not None and response.content_length > self._max_bytes:
             raise too_large(response.content_length, self._max_bytes)
         body = bytearray()
-        async for piece in response.content.iter_chunked(_PIECE_BYTES):
-            body += piece
+        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+            body += chunk
             if len(body) > self._max_bytes:
                 raise too_large(None, self._max_bytes)
         return bytes(body)
 
 
 def _close(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> None:
-    """Close without waiting: the collector may call this from the loop's own thread."""
+    """Close without waiting, because the garbage collector may call this on the thread of the event loop."""
     if loop.is_running() and not session.closed:
         asyncio.run_coroutine_threadsafe(session.close(), loop)

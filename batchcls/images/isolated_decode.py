@@ -1,8 +1,8 @@
-"""Which images end the process that decodes them: tried one after the other in a process of their own.
+"""Find images that crash the process that decodes them, by decoding rows sequentially in a separate process.
 
-`find_crashing_rows` starts `python -m batchcls.images.isolated_decode`, which says of every row when it begins and
-when it is through. The row that was begun when the process died is tried once more, alone; if it ends a
-second process too, it is the image and not an accident. No bisection is needed to know which it was.
+`find_crashing_rows` starts `python -m batchcls.images.isolated_decode`, which reports the start and the end of each
+row. If the process dies, the row that was being decoded is retried alone. If it crashes a second process, the image
+is the cause. No bisection is needed.
 """
 
 import os
@@ -24,17 +24,17 @@ from batchcls.images.load_config import LoadSettings
 from batchcls.images.time_limit import DECODER_HUNG_EXIT_CODE
 from batchcls.schema import Failure, Reason
 
-_BEGUN, _THROUGH, _OUT_OF_MEMORY = "begun", "through", "memory"
-# Address space beside that of an image: stacks, arenas, libraries that come with the first image.
-_SPARE_MEMORY_BYTES = 1 << 30
-# So many times its processor time may an image hold the process: others may share the core.
-_WAITS = 8
-_PAUSE_SECONDS = 10.0
+_STARTED, _FINISHED, _OUT_OF_MEMORY = "started", "finished", "memory"
+# Address space in addition to that of an image: stacks, arenas, libraries that are loaded with the first image.
+_EXTRA_MEMORY_BYTES = 1 << 30
+# Wall time per CPU time that an image may take, because other processes may use the same core.
+_WALL_TIME_FACTOR = 8
+_RETRY_PAUSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """A row of the manifest, as `manifest.FragmentReader` gives it."""
+    """A row of the manifest, as read by `manifest.FragmentReader`."""
 
     row: int
     uri: str | None
@@ -42,123 +42,124 @@ class ImageRow:
 
 
 @dataclass(frozen=True, slots=True)
-class _End:
-    """How a process ended: at which suspect, and of what. None: all rows are through."""
+class _Exit:
+    """Why and at which row a process ended; `index` is None if it finished all rows."""
 
-    place: int | None
-    why: str
+    index: int | None
+    detail: str
     reason: Reason = Reason.DECODER_CRASH
 
 
 def find_crashing_rows(settings: LoadSettings, rows: Sequence[ImageRow]) -> dict[int, Failure]:
-    """Fetch and decode rows apart from this process.
+    """Fetch and decode rows in separate processes.
 
-    Each may take as much memory as the largest image that is allowed needs, and as much time.
+    Each row may use the memory and time that the largest permitted image needs.
 
     Returns:
-        By row number, the failures of those that end their process, or hold it for ever.
+        Failures, by row number, of the rows that crash or hang their process.
 
     Raises:
-        BatchclsError: no such process can be started here.
+        BatchclsError: the process cannot be started.
     """
     found: dict[int, Failure] = {}
-    left = list(rows)
-    while left:
-        end = _try(settings, left)
-        if end.place is None:
+    remaining = list(rows)
+    while remaining:
+        first = _run(settings, remaining)
+        if first.index is None:
             break
-        alone = left[end.place : end.place + 1]
-        again = _try(settings, alone)
-        if again.place is not None:
-            found[alone[0].row] = Failure(again.reason, again.why)
-        left = left[end.place + 1 :]
+        suspect = remaining[first.index]
+        second = _run(settings, [suspect])
+        if second.index is not None:
+            found[suspect.row] = Failure(second.reason, second.detail)
+        remaining = remaining[first.index + 1 :]
     return found
 
 
-def _try(settings: LoadSettings, rows: Sequence[ImageRow]) -> _End:
-    memory = _SPARE_MEMORY_BYTES + max_decode_bytes(settings.limits, settings.fetch.max_bytes)
-    with tempfile.TemporaryFile() as orders:
-        pickle.dump((settings, list(rows), memory), orders)
-        orders.seek(0)
+def _run(settings: LoadSettings, rows: Sequence[ImageRow]) -> _Exit:
+    memory = _EXTRA_MEMORY_BYTES + max_decode_bytes(settings.limits, settings.fetch.max_bytes)
+    with tempfile.TemporaryFile() as task:
+        pickle.dump((settings, list(rows), memory), task)
+        task.seek(0)
         with subprocess.Popen(
             [sys.executable, "-m", "batchcls.images.isolated_decode"],
-            stdin=orders,
+            stdin=task,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         ) as child:
             assert child.stdout is not None
-            seconds = (settings.fetch.timeout_seconds + _PAUSE_SECONDS) * settings.fetch.max_attempts
-            return _watch(child, child.stdout, len(rows), seconds + _WAITS * settings.limits.seconds)
+            seconds = (settings.fetch.timeout_seconds + _RETRY_PAUSE_SECONDS) * settings.fetch.max_attempts
+            seconds += _WALL_TIME_FACTOR * settings.limits.seconds
+            return _watch(child, child.stdout, len(rows), seconds)
 
 
-def _watch(child: "subprocess.Popen[bytes]", said: IO[bytes], count: int, seconds: float) -> _End:
-    """Read what a process says until it ends, or ends it when it says nothing for so long."""
-    through, begun, is_over_time = 0, False, threading.Event()
+def _watch(child: "subprocess.Popen[bytes]", output: IO[bytes], count: int, seconds: float) -> _Exit:
+    """Read the reports of a process until it ends; kill it if it reports nothing for `seconds`."""
+    finished, has_started, is_over_time = 0, False, threading.Event()
 
-    def end_it() -> None:
+    def kill() -> None:
         is_over_time.set()
         child.kill()
 
     last = ""
     while True:
-        timer = threading.Timer(seconds, end_it)
+        timer = threading.Timer(seconds, kill)
         timer.start()
         try:
-            line = said.readline().decode().strip()
+            line = output.readline().decode().strip()
         finally:
             timer.cancel()
         if not line:
             break
         last = line
-        begun = begun or line == _BEGUN
-        through += line == _THROUGH
+        has_started = has_started or line == _STARTED
+        finished += line == _FINISHED
     code = child.wait()
-    if code == 0 and through == count:
-        return _End(None, "")
-    if not begun:
-        raise BatchclsError(f"no process for trying images can be started (it ended with {code})")
+    if code == 0 and finished == count:
+        return _Exit(None, "")
+    if not has_started:
+        raise BatchclsError(f"the process for decoding suspected images cannot be started (exit code {code})")
     if is_over_time.is_set():
-        return _End(through, f"not decoded after {seconds:.0f} s", Reason.DECODE_TIMEOUT)
+        return _Exit(finished, f"not decoded after {seconds:.0f} s", Reason.DECODE_TIMEOUT)
     if code == DECODER_HUNG_EXIT_CODE:
-        return _End(through, "its decoder does not come back", Reason.DECODE_TIMEOUT)
+        return _Exit(finished, "the decoder does not return", Reason.DECODE_TIMEOUT)
     if last == _OUT_OF_MEMORY:
-        return _End(through, "needs more memory to decode than the largest image that is allowed")
+        return _Exit(finished, "decoding needs more memory than the largest permitted image")
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return _End(through, f"ended the process that decoded it ({name})")
+    return _Exit(finished, f"crashed the process that decoded it ({name})")
 
 
 def _main() -> None:
-    """Try the rows that stdin holds, and say so on stdout."""
-    # It needs torch, which the process that watches does without.
+    """Load the rows from stdin and report the start and end of each on stdout."""
+    # The loader imports torch, which the parent process does not need.
     from batchcls.images.loader import Loader  # noqa: PLC0415
 
     settings, rows, memory = pickle.load(sys.stdin.buffer)
     loader = Loader(settings)
     _limit_memory(memory)
     for row in rows:
-        _say(_BEGUN)
+        _report(_STARTED)
         try:
             loader.check_row(row.uri, row.image)
         except MemoryError:
-            _say(_OUT_OF_MEMORY)
+            _report(_OUT_OF_MEMORY)
             os._exit(1)
-        _say(_THROUGH)
+        _report(_FINISHED)
     sys.stdout.flush()
-    os._exit(0)  # without the clean-up of threads, which a damaged heap may not survive
+    os._exit(0)  # Skip the cleanup of threads, which may crash if the heap is damaged.
 
 
-def _say(word: str) -> None:
+def _report(word: str) -> None:
     os.write(1, f"{word}\n".encode())
 
 
-def _limit_memory(more_bytes: int) -> None:
-    """So many bytes more than this process has taken up to now."""
+def _limit_memory(additional_bytes: int) -> None:
+    """Limit the address space to its current size plus `additional_bytes`."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = pages * resource.getpagesize() + more_bytes
+    limit = pages * resource.getpagesize() + additional_bytes
     resource.setrlimit(
-        resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
     )
 
 

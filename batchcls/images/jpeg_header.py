@@ -1,8 +1,8 @@
-"""The markers of a JPEG: its frame, and whether its scans bring the whole image.
+"""Markers of a JPEG: its frame, and whether its scans contain the complete image.
 
-libjpeg fills what is missing without an error: data that ends early (with an end marker behind
-it) leaves the rest of the image gray, a missing scan of a progressive image leaves it coarse.
-What can be told of that from the markers, at the price of a search for 0xFF, is told here.
+libjpeg accepts incomplete files: if data ends early in front of an end marker, the rest of the image is gray; if a scan
+of a progressive image is missing, the image is coarse. This module detects what can be detected from the markers, at
+the cost of a search for 0xFF.
 """
 
 import re
@@ -16,25 +16,25 @@ from batchcls.schema import Reason
 _START_OF_IMAGE = b"\xff\xd8"
 _START_OF_SCAN = 0xDA
 _END_OF_IMAGE = 0xD9
-_APPLICATION_0 = 0xE0
-_APPLICATION_1 = 0xE1
-_APPLICATION_14 = 0xEE
+_APP0 = 0xE0
+_APP1 = 0xE1
+_APP14 = 0xEE
 # APP0 to APP15 and COM.
 _METADATA = frozenset({*range(0xE0, 0xF0), 0xFE})
-# SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which lie between them.
+# SOF0 to SOF15 without DHT (C4), JPG (C8) and DAC (CC), which are in the same range.
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_DECODED_FRAMES = frozenset({0, 1, 2, 9, 10})
-# TEM, RST0 to RST7 and SOI stand alone; every other marker is followed by a length.
+_SUPPORTED_FRAMES = frozenset({0, 1, 2, 9, 10})
+# TEM, RST0 to RST7 and SOI have no length field; all other markers have one.
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 # In coded data 0xFF00 is a byte, 0xFFD0 to 0xFFD7 restart the decoder and 0xFFFF is padding.
 _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-# An encoder writes about ten scans. Thousands of empty ones in a small file keep a decoder busy for hours.
+# Encoders write about ten scans. Thousands of empty scans in a small file would occupy a decoder for hours.
 _MAX_SCANS = 100
 _COEFFICIENTS = 64
 
 
 class Segment(NamedTuple):
-    """One marker: its code, where its 0xFF stands, and where the bytes after its length lie."""
+    """A marker: its code, the position of its 0xFF, and start and end of its body."""
 
     marker: int
     offset: int
@@ -43,7 +43,7 @@ class Segment(NamedTuple):
 
 
 def _segments(data: bytes, offset: int) -> Iterator[Segment]:
-    """Markers from `offset` on, coded data and stray bytes between them skipped, up to the end marker."""
+    """Yield the markers from `offset` up to the end marker, skipping coded data and stray bytes."""
     while (found := _NEXT_MARKER.search(data, offset)) is not None:
         marker = data[found.end() - 1]
         if marker in _WITHOUT_LENGTH:
@@ -61,11 +61,11 @@ def _segments(data: bytes, offset: int) -> Iterator[Segment]:
 
 
 def read_jpeg(data: bytes) -> Header:
-    """Size and coding of a JPEG.
+    """Read size and coding of a JPEG.
 
     Raises:
-        DecodeError: truncated, corrupt, or unsupported_format for lossless, hierarchical and
-            12-bit JPEG, a number of components other than 1, 3 and 4, and a height given later.
+        DecodeError: truncated, corrupt, or unsupported_format for lossless, hierarchical and 12-bit JPEG, for numbers
+            of components other than 1, 3 and 4, and for a height that is stored after the image.
     """
     frame: Segment | None = None
     adobe_transform = None
@@ -82,45 +82,45 @@ def read_jpeg(data: bytes) -> Header:
             return checked_header(Format.JPEG, width, height, jpeg=found)
         if segment.marker in _START_OF_FRAME:
             frame = frame or segment
-        elif segment.marker == _APPLICATION_1:
+        elif segment.marker == _APP1:
             app1_segments.append(slice(segment.start, segment.end))
-        elif segment.marker == _APPLICATION_14:
+        elif segment.marker == _APP14:
             adobe_transform = _adobe_transform(data[segment.start : segment.end], adobe_transform)
-    raise AssertionError("_segments ends with the end marker or with an error")
+    raise AssertionError("_segments yields an end marker or raises")
 
 
-def _adobe_transform(body: bytes, before: int | None) -> int | None:
-    """What an Adobe segment says of its colors; one that is too short for it says nothing, as to libjpeg."""
-    return body[11] if body.startswith(b"Adobe") and len(body) >= 12 else before
+def _adobe_transform(body: bytes, previous: int | None) -> int | None:
+    """Color transform of an Adobe segment; segments that are too short are ignored, as in libjpeg."""
+    return body[11] if body.startswith(b"Adobe") and len(body) >= 12 else previous
 
 
 def _coding(data: bytes, segment: Segment, scan_offset: int) -> JpegFrame:
     precision, height, _, count = unpack(">BHHB", data, segment.start)
     kind = segment.marker - 0xC0
-    if kind not in _DECODED_FRAMES:
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of kind SOF{kind} (lossless or hierarchical)")
+    if kind not in _SUPPORTED_FRAMES:
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of type SOF{kind} (lossless or hierarchical)")
     if precision != 8:
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of {precision} bits a sample")
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG with {precision} bits per sample")
     if count not in (1, 3, 4):
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG of {count} components")
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"JPEG with {count} components")
     if height == 0:
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, "JPEG that gives its height after the image (DNL)")
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, "JPEG with its height after the image (DNL)")
     if segment.end < segment.start + 6 + 3 * count:
-        raise DecodeError(Reason.CORRUPT, "the JPEG's frame header is too short")
+        raise DecodeError(Reason.CORRUPT, "the frame header of the JPEG is too short")
     ids = tuple(data[segment.start + 6 : segment.start + 6 + 3 * count : 3])
     return JpegFrame(kind, precision, ids, None, (), scan_offset)
 
 
 def without_metadata(data: bytes, frame: JpegFrame) -> bytes:
-    """The same image without the segments and stray bytes that a decoder has to read past.
+    """Remove segments and stray bytes that do not influence the pixels.
 
-    APP0 and APP14 stay, which say what the components mean, and so does everything that no decoder
-    passes over. The bytes from the first scan on are the same.
+    APP0 and APP14, which define the meaning of the components, are kept, and so is everything that decoders do not
+    ignore. The data from the first scan on is unchanged.
     """
     kept, end = [data[:2]], 2
     for segment in _segments(data, 2):
         gap = data[end : segment.offset]
-        # A second start marker is an error to libjpeg, and stays one.
+        # A second start marker is an error in libjpeg and must stay one.
         kept.append(gap if _START_OF_IMAGE in gap else b"")
         if segment.offset >= frame.scan_offset:
             break
@@ -132,21 +132,21 @@ def without_metadata(data: bytes, frame: JpegFrame) -> bytes:
 
 def _is_metadata(data: bytes, segment: Segment) -> bool:
     body = data[segment.start : segment.end]
-    if segment.marker == _APPLICATION_0:
+    if segment.marker == _APP0:
         return not (body.startswith(b"JFIF\0") and len(body) >= 14)
-    if segment.marker == _APPLICATION_14:
+    if segment.marker == _APP14:
         return _adobe_transform(body, None) is None
     return segment.marker in _METADATA
 
 
 def has_several_scans(data: bytes, frame: JpegFrame) -> bool:
-    """Whether the image comes in more than one scan, so that one of them can be missing."""
+    """Whether the image has more than one scan, so that scans can be missing."""
     (components_in_scan,) = unpack(">B", data, frame.scan_offset + 4)
     return frame.is_progressive or components_in_scan < len(frame.component_ids)
 
 
 def scans_are_complete(data: bytes, frame: JpegFrame) -> bool:
-    """Whether the scans together bring every coefficient of every component to its last bit.
+    """Whether the scans contain all bits of all coefficients of all components.
 
     Raises:
         DecodeError: truncated without an end marker; corrupt with more than 100 scans.
@@ -172,9 +172,9 @@ def _scans(data: bytes, frame: JpegFrame) -> Iterator[Segment]:
 
 
 def require_end_marker(data: bytes, frame: JpegFrame) -> None:
-    """Refuse an image in one scan that is followed by no end marker, which libjpeg puts in itself.
+    """Reject an image with a single scan without an end marker, which libjpeg would add.
 
-    In the scan's coded data these two bytes cannot stand side by side.
+    The two bytes of the marker cannot occur in coded data.
 
     Raises:
         DecodeError: truncated.
@@ -184,10 +184,10 @@ def require_end_marker(data: bytes, frame: JpegFrame) -> None:
 
 
 def end_of_coded_data(data: bytes, frame: JpegFrame) -> tuple[int, bool]:
-    """Where the coded data of the last scan ends, and whether an end marker ends it.
+    """Position of the end of the last scan's coded data, and whether an end marker follows.
 
     Raises:
-        DecodeError: as `scans_are_complete`.
+        DecodeError: see `scans_are_complete`.
     """
     *_, last = _scans(data, frame)
     found = _NEXT_MARKER.search(data, last.end)

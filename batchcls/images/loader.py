@@ -1,8 +1,8 @@
-"""Rows of a manifest -> Arrow blocks with pixels: fetch, decode and transform, row in, row out.
+"""Load rows of a manifest into Arrow blocks with pixels: fetch, decode and transform.
 
-Many rows are in flight at once, so that the latency of storage hides behind decoding, while only as
-many decode as there are cores for it. Blocks come out in row order with a fixed number of rows,
-whatever fails and whatever is slow: a replayed task must yield the same blocks (docs/explanation/architecture.md).
+Many rows are fetched concurrently to hide the latency of storage, but only as many are decoded concurrently as there
+are cores for it. Blocks are returned in row order with a fixed number of rows, regardless of failures and timing,
+because a replayed task must yield the same blocks (docs/explanation/architecture.md).
 """
 
 import hashlib
@@ -44,12 +44,12 @@ from batchcls.schema import (
 )
 from batchcls.storage.uris import redact_uri
 
-_SHOWN_CHARACTERS = 200
+_MAX_URI_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What became of one row; `pixels` is H x W x 3 or 5 x H x W x 3 in C order, or None with a failure."""
+    """A loaded row; `pixels` is H x W x 3 or 5 x H x W x 3 in C order, or None if the row failed."""
 
     pixels: np.ndarray[Any, Any] | None = None
     failure: Failure | None = None
@@ -64,66 +64,66 @@ class _Row:
 
 
 class Loader:
-    """Loads rows with a pool of threads; one per worker process.
+    """Loads rows with a thread pool; there is one per worker process.
 
-    `load` may be called from several threads at once: they share the pool and the places for
-    decoding, and each gets the blocks of its own tables.
+    `load` is thread-safe: concurrent calls share the pool and the limit of decoding threads, and each yields the
+    blocks of its own tables.
     """
 
     def __init__(self, settings: LoadSettings) -> None:
-        # The cores belong to the decode threads; torch's own pool would take them a second time.
+        # The cores are used by the decoding threads; torch and Arrow must not use additional ones.
         torch.set_num_threads(1)
         pa.set_cpu_count(1)
-        # Pillow has a warning for each damaged tag, and Python remembers each by its text.
+        # Pillow warns about each damaged tag, and Python stores the text of each warning.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._settings = settings
         self._fetcher = Fetcher(settings.fetch)
         self._transform = Transform(settings.preprocessing, settings.views)
         self._pool = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="load")
-        self._decoding = threading.Semaphore(settings.decode_threads)
+        self._decode_slots = threading.Semaphore(settings.decode_threads)
         self._memory = MemoryBudget(settings.limits.memory_bytes)
         margin = settings.decode_margin
-        self._least = None if margin is None else self._transform.min_decoded_size(margin)
-        self._counting = threading.Lock()
+        self._min_size = None if margin is None else self._transform.min_decoded_size(margin)
+        self._cpu_lock = threading.Lock()
         self._cpu_seconds = 0.0
 
     @property
     def cpu_seconds(self) -> float:
-        """Seconds of a core that the pool's threads have taken so far, fetching included."""
-        with self._counting:
+        """CPU time in seconds that the threads of the pool have used so far, including fetching."""
+        with self._cpu_lock:
             return self._cpu_seconds
 
     def load(self, tables: Iterator[pa.Table], rejected: Mapping[int, Failure]) -> Iterator[pa.Table]:
-        """Yield one block per table of rows, in order, of `schema.loaded_schema`.
+        """Yield one block with `schema.loaded_schema` per table, in order.
 
         Args:
-            tables: rows as `manifest.FragmentReader` gives them.
-            rejected: rows that have failed before they are fetched, by row number.
+            tables: rows as read by `manifest.FragmentReader`.
+            rejected: failures of rows that are not to be fetched, by row number.
         """
-        waiting: deque[tuple[pa.Table, list[Future[_Row]]]] = deque()
+        pending: deque[tuple[pa.Table, list[Future[_Row]]]] = deque()
         in_flight = 0
         for table in tables:
-            waiting.append(
-                (table, [self._pool.submit(self._counted_row, *row) for row in _rows(table, rejected)])
+            pending.append(
+                (table, [self._pool.submit(self._load_row_timed, *row) for row in _rows(table, rejected)])
             )
             in_flight += table.num_rows
-            # One table is always ahead of the one being waited for, and enough rows for every thread.
-            while len(waiting) > 1 and in_flight - waiting[0][0].num_rows >= self._settings.fetch_threads:
-                in_flight -= waiting[0][0].num_rows
-                yield self._block(*waiting.popleft())
-        while waiting:
-            yield self._block(*waiting.popleft())
+            # Keep at least one table in flight beyond the next one, and enough rows for all threads.
+            while len(pending) > 1 and in_flight - pending[0][0].num_rows >= self._settings.fetch_threads:
+                in_flight -= pending[0][0].num_rows
+                yield self._block(*pending.popleft())
+        while pending:
+            yield self._block(*pending.popleft())
 
     def check_row(self, uri: str | None, image: bytes | None) -> None:
-        """Fetch, decode and transform one row in this thread, and forget it. Raises MemoryError."""
+        """Fetch, decode and transform one row in this thread and discard the result. Raises MemoryError."""
         self._load_row(uri, image, None)
 
-    def _counted_row(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
+    def _load_row_timed(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
         started = time.thread_time()
         try:
             return self._load_row(uri, image, rejected)
         finally:
-            with self._counting:
+            with self._cpu_lock:
                 self._cpu_seconds += time.thread_time() - started
 
     def _load_row(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
@@ -146,11 +146,11 @@ class Loader:
                 attempts=fetched.attempts,
                 fetch_seconds=fetch_seconds,
             )
-        with self._decoding:
+        with self._decode_slots:
             return self._decode_row(fetched.data, fetched, fetch_seconds)
 
     def _decode_row(self, data: bytes, fetched: Fetched, fetch_seconds: float) -> _Row:
-        # Seconds of this thread on a core: its waiting for one is no work.
+        # CPU time of this thread, which excludes waiting for a core.
         started = time.thread_time()
         content_hash = hashlib.sha256(data).hexdigest()
         pixels, failure, width, height = None, None, None, None
@@ -160,7 +160,7 @@ class Loader:
             failure = error.failure
         except CpuTimeExceededError:
             seconds = self._settings.limits.seconds
-            failure = Failure(Reason.DECODE_TIMEOUT, f"not decoded in {seconds:g} s of processor time")
+            failure = Failure(Reason.DECODE_TIMEOUT, f"not decoded in {seconds:g} s of CPU time")
         decode_seconds = time.thread_time() - started
         return _Row(
             pixels=pixels,
@@ -176,15 +176,15 @@ class Loader:
         )
 
     def _pixels(self, data: bytes) -> tuple[np.ndarray[Any, Any], int, int]:
-        """The network's input, and the stored width and height."""
+        """Return the input of the network, and width and height of the stored image."""
         limits = self._settings.limits
         header = run_with_cpu_limit(limits.seconds, lambda: read_checked_header(data, limits))
-        with self._memory.reserve(estimate_decode_bytes(data, header, self._least)):
+        with self._memory.reserve(estimate_decode_bytes(data, header, self._min_size)):
             return run_with_cpu_limit(
-                limits.seconds, lambda: self._transformed(decode(data, limits, self._least, header))
+                limits.seconds, lambda: self._apply_transform(decode(data, limits, self._min_size, header))
             )
 
-    def _transformed(self, decoded: Decoded) -> tuple[np.ndarray[Any, Any], int, int]:
+    def _apply_transform(self, decoded: Decoded) -> tuple[np.ndarray[Any, Any], int, int]:
         pixels = self._transform(decoded.pixels, decoded.extent)
         if self._settings.normalize == "worker":
             pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
@@ -208,10 +208,12 @@ class Loader:
                 DECODE_SECONDS,
             )
         }
-        found = pa.array([row.source_version for row in rows], pa.string())
-        # What the manifest says of an image's state goes before what the store says.
-        is_given = SOURCE_VERSION in table.column_names
-        columns[SOURCE_VERSION] = pc.coalesce(table.column(SOURCE_VERSION), found) if is_given else found
+        fetched = pa.array([row.source_version for row in rows], pa.string())
+        # Versions in the manifest take precedence over those of the store.
+        has_versions = SOURCE_VERSION in table.column_names
+        columns[SOURCE_VERSION] = (
+            pc.coalesce(table.column(SOURCE_VERSION), fetched) if has_versions else fetched
+        )
         columns["reason"] = [failure and failure.reason.value for failure in failures]
         columns["detail"] = [failure and failure.detail for failure in failures]
         columns[PIXELS] = pack_pixels([row.pixels for row in rows])
@@ -221,9 +223,9 @@ class Loader:
 
 
 def pack_pixels(images: list[np.ndarray[Any, Any] | None]) -> pa.Array:
-    """Images of one shape -> a large_binary array whose value buffer is their stack, without gaps.
+    """Pack images of one shape into a large_binary array whose value buffer is their contiguous stack.
 
-    A None becomes a null of zero bytes.
+    None becomes a null without bytes.
     """
     sizes = np.array([0 if image is None else image.nbytes for image in images], np.int64)
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
@@ -231,8 +233,8 @@ def pack_pixels(images: list[np.ndarray[Any, Any] | None]) -> pa.Array:
     for image, start, stop in zip(images, offsets[:-1], offsets[1:], strict=True):
         if image is not None:
             values[start:stop] = np.ascontiguousarray(image).view(np.uint8).reshape(-1)
-    present = np.packbits(sizes > 0, bitorder="little")
-    buffers = [pa.py_buffer(present), pa.py_buffer(offsets), pa.py_buffer(values)]
+    validity = np.packbits(sizes > 0, bitorder="little")
+    buffers = [pa.py_buffer(validity), pa.py_buffer(offsets), pa.py_buffer(values)]
     return pa.Array.from_buffers(pa.large_binary(), len(images), buffers)
 
 
@@ -244,11 +246,11 @@ def _rows(
     table: pa.Table, rejected: Mapping[int, Failure]
 ) -> Iterator[tuple[str | None, bytes | None, Failure | None]]:
     columns = [table.column(name).to_pylist() for name in (ROW, URI, IMAGE)]
-    is_given = URI_FAULT in table.column_names
-    faults = table.column(URI_FAULT).to_pylist() if is_given else [None] * table.num_rows
+    has_faults = URI_FAULT in table.column_names
+    faults = table.column(URI_FAULT).to_pylist() if has_faults else [None] * table.num_rows
     for row, uri, image, fault in zip(*columns, faults, strict=True):
         failure = rejected.get(row)
         if failure is None and image is None and uri is None and fault is not None:
-            shown = redact_uri(fault)[:_SHOWN_CHARACTERS]
-            failure = Failure(Reason.FORBIDDEN_URI, f"the uri is no valid UTF-8: {shown}")
+            text = redact_uri(fault)[:_MAX_URI_CHARACTERS]
+            failure = Failure(Reason.FORBIDDEN_URI, f"the uri is not valid UTF-8: {text}")
         yield uri, image, failure

@@ -1,8 +1,8 @@
-"""Images in object stores and in every other filesystem that fsspec knows.
+"""Fetch images from object stores and from all other filesystems that fsspec supports.
 
-For `s3://` one object costs one GET. It goes to botocore's client directly, since s3fs would ask
-for the size first, and would repeat failures by itself, uncounted; the filesystem object still
-provides the client, so that options and credentials are read in one place.
+An `s3://` object is fetched with a single GET by the botocore client, because s3fs would first request the size and
+retry failures without counting them. The client is taken from the fsspec filesystem, so that options and credentials
+are read in one place.
 """
 
 import asyncio
@@ -19,26 +19,26 @@ Result = TypeVar("Result")
 
 
 def run_blocking(work: Coroutine[Any, Any, Result], timeout_seconds: float) -> Result:
-    """Run `work` on the loop and wait for it; thread-safe.
+    """Run `work` on the event loop of fsspec and wait for it; thread-safe.
 
     Raises:
-        TimeoutError: it took longer than `timeout_seconds`; it is cancelled.
+        TimeoutError: `work` took longer than `timeout_seconds` and was canceled.
     """
     future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, timeout_seconds), get_loop())
     try:
         return future.result()
     except BaseException:
-        # Ctrl-C in the waiting thread must not leave the transfer behind.
+        # On Ctrl-C in the waiting thread, the transfer must end, too.
         future.cancel()
         raise
 
 
-_CONNECTIONS = 128
-_PIECE_BYTES = 1 << 18
+_MAX_CONNECTIONS = 128
+_CHUNK_BYTES = 1 << 18
 
 
 class ObjectReader:
-    """Blocking reads from any number of threads, over one filesystem object a scheme and process."""
+    """Blocking reads from any number of threads, over one filesystem per scheme and process."""
 
     def __init__(self, options: Mapping[str, object], timeout_seconds: float, max_bytes: int) -> None:
         self._timeout_seconds = timeout_seconds
@@ -47,23 +47,23 @@ class ObjectReader:
         self._s3_storage = Storage(_one_attempt_options(options, timeout_seconds))
 
     def version(self, uri: str) -> str | None:
-        """`etag:` and the ETag of an object of S3, None where the server gives none; raises as `get` does."""
+        """Return `etag:ETAG` of an S3 object; None if the server sends no ETag. Raises as `get` does."""
         filesystem, _ = self._s3_storage.filesystem(uri)
         return run_blocking(self._head_s3(filesystem, uri), self._timeout_seconds)
 
     def get(self, uri: str) -> tuple[bytes, str | None]:
-        """The object at `uri`, complete, and its version where the store is S3.
+        """Return the complete object at `uri`, and its version if the store is S3.
 
         Raises:
-            AttemptError: too many bytes, or fewer than the store named.
-            UnsupportedSchemeError: nothing installed speaks the scheme.
-            Exception: what the store's client raises; see `retry.attempt_error`.
+            AttemptError: the object is larger than the limit or incomplete.
+            UnsupportedSchemeError: no installed filesystem supports the scheme.
+            Exception: any exception of the store's client; see `retry.attempt_error`.
         """
         if scheme(uri) in S3_SCHEMES:
             filesystem, _ = self._s3_storage.filesystem(uri)
             return run_blocking(self._get_s3(filesystem, uri), self._timeout_seconds)
         filesystem, path = self._storage.filesystem(uri)
-        # Time limits of these filesystems are their own: fsspec has no common one.
+        # fsspec has no common option for timeouts, so each of these filesystems uses its own.
         with filesystem.open(path, "rb") as file:
             data: bytes = file.read(self._max_bytes + 1)
         if len(data) > self._max_bytes:
@@ -88,18 +88,17 @@ class ObjectReader:
 
     async def _body(self, body: Any) -> bytes:
         data = bytearray()
-        async for piece in body.iter_chunks(_PIECE_BYTES):
-            data += piece
+        async for chunk in body.iter_chunks(_CHUNK_BYTES):
+            data += chunk
             if len(data) > self._max_bytes:
                 raise too_large(None, self._max_bytes)
         return bytes(data)
 
 
 async def _request(filesystem: Any, uri: str, operation: str) -> tuple[Any, dict[str, object]]:
-    """The client for a bucket, and what names an object in it.
+    """Return the client for a bucket and the parameters that identify an object in it.
 
-    The key is the text behind the bucket as it stands: a slash at its end, which a stripped path has
-    lost, is part of it.
+    The key is the unmodified text after the bucket, including trailing slashes, which fsspec would strip.
     """
     bucket, key, version = filesystem.split_path(uri.partition("://")[2])
     await filesystem.set_session()
@@ -114,7 +113,7 @@ def _version_of(response: Mapping[str, Any]) -> str | None:
 
 
 def _extra_parameters(filesystem: Any, client: Any, operation: str) -> dict[str, object]:
-    """What the storage options add to each request, such as `requester_pays` or a customer's key."""
+    """Parameters that the storage options add to each request, such as `requester_pays` or a customer key."""
     given = {**filesystem.s3_additional_kwargs, **filesystem.req_kw}
     if not given:
         return {}
@@ -123,12 +122,12 @@ def _extra_parameters(filesystem: Any, client: Any, operation: str) -> dict[str,
 
 
 def _one_attempt_options(options: Mapping[str, object], timeout_seconds: float) -> dict[str, object]:
-    """The job's options with botocore's own repeats off: attempts are counted by the fetcher."""
+    """Disable the retries of botocore, because the fetcher counts attempts."""
     given = options.get("config_kwargs", {})
     config = {
         "connect_timeout": timeout_seconds,
         "read_timeout": timeout_seconds,
-        "max_pool_connections": _CONNECTIONS,
+        "max_pool_connections": _MAX_CONNECTIONS,
         **(given if isinstance(given, Mapping) else {}),
         "retries": {"mode": "standard", "total_max_attempts": 1},
     }

@@ -1,4 +1,4 @@
-"""The chunks of a PNG: its size, whether all are there and sound, and the image without its metadata."""
+"""Chunks of a PNG: its size, whether they are complete and undamaged, and the image without metadata."""
 
 import zlib
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from batchcls.images.formats import PILLOW_BLOCK_BYTES, DecodeError, Format, Hea
 from batchcls.schema import Reason
 
 _SIGNATURE_BYTES = 8
-# What changes pixels or turns them, of all that a decoder may leave out.
+# Ancillary chunks that influence the pixels or the orientation.
 _NEEDED = frozenset({b"tRNS", b"eXIf"})
 
 
 class _Chunk(NamedTuple):
-    """The type of a chunk, and where its length and what follows its checksum stand."""
+    """Type of a chunk, start of its length field, and end after its checksum."""
 
     kind: bytes
     start: int
@@ -22,40 +22,40 @@ class _Chunk(NamedTuple):
 
     @property
     def is_critical(self) -> bool:
-        """Whether no decoder may leave it out."""
+        """Whether decoders must support the chunk."""
         return not self.kind[0] & 0x20
 
 
 def read_png(data: bytes) -> Header:
-    """Size of a PNG whose critical chunks are all there and match their checksums.
+    """Read the size of a PNG, and check that all chunks are present and critical chunks match their checksums.
 
     Raises:
-        DecodeError: unsupported_format for Apple's dialect, truncated or corrupt.
+        DecodeError: unsupported_format for Apple's variant, truncated or corrupt.
     """
     kind, width, height = unpack(">4sII", data, 12)
     if kind == b"CgBI":
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, "PNG in Apple's own dialect (CgBI) is not decoded")
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, "Apple's variant of PNG (CgBI) is not supported")
     if kind != b"IHDR":
         raise DecodeError(Reason.CORRUPT, "the PNG does not begin with its header chunk")
     header = checked_header(Format.PNG, width, height)
-    # Pillow holds the pixels themselves to no checksum.
+    # Pillow does not check the checksums of pixels.
     count = 0
     for chunk in _chunks(data):
         count += 1
-        if chunk.is_critical and not _is_sound(data, chunk):
+        if chunk.is_critical and not _has_valid_checksum(data, chunk):
             raise DecodeError(Reason.CORRUPT, "a chunk of the PNG does not match its checksum")
     return replace(header, overhead_bytes=PILLOW_BLOCK_BYTES * count)
 
 
 def png_without_metadata(data: bytes) -> bytes:
-    """The same image without texts, profiles, animation and other chunks that a decoder may leave out.
+    """Remove texts, profiles, animations and other chunks that decoders may ignore.
 
-    Pillow stops at a text of more than a megabyte, at a damaged checksum of a date and at an animation
-    out of order; browsers show the image.
+    Unlike browsers, Pillow fails on texts of more than a megabyte, on wrong checksums of dates and on animation
+    chunks in the wrong order.
     """
     kept = [data[:_SIGNATURE_BYTES]]
     for chunk in _chunks(data):
-        if chunk.is_critical or (chunk.kind in _NEEDED and _is_sound(data, chunk)):
+        if chunk.is_critical or (chunk.kind in _NEEDED and _has_valid_checksum(data, chunk)):
             kept.append(data[chunk.start : chunk.end])
     return b"".join(kept)
 
@@ -71,6 +71,6 @@ def _chunks(data: bytes) -> Iterator[_Chunk]:
         offset = end
 
 
-def _is_sound(data: bytes, chunk: _Chunk) -> bool:
+def _has_valid_checksum(data: bytes, chunk: _Chunk) -> bool:
     body = memoryview(data)[chunk.start + 4 : chunk.end - 4]
     return bool(zlib.crc32(body) == unpack(">I", data, chunk.end - 4)[0])

@@ -1,7 +1,7 @@
-"""Which failures of a fetch are worth another attempt, and how long to wait before it.
+"""Decide which failed fetches are retried, and how long to wait before the next attempt.
 
-Only what is known to pass by itself is repeated: lost connections, time-outs, 429 and the 5xx of an
-overloaded server, bodies cut short. A refusal or a missing file is an answer, and is asked for once.
+Only errors that are known to be transient are retried: lost connections, timeouts, 429 and the 5xx statuses of
+overloaded servers, and incomplete bodies. Missing permissions and missing files are permanent and not retried.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from batchcls.storage.filesystem import UnsupportedSchemeError
 from batchcls.storage.store_errors import client_error
 
 Rule = tuple[Reason, bool]
-"""What a row is told, and whether another attempt may help."""
+"""Reason of the failed row, and whether another attempt may succeed."""
 
 STATUS_RULES: dict[int | str, Rule] = {
     401: (Reason.ACCESS_DENIED, False),
@@ -36,7 +36,7 @@ STATUS_RULES: dict[int | str, Rule] = {
     502: (Reason.FETCH_FAILED, True),
     503: (Reason.THROTTLED, True),
     504: (Reason.TIMEOUT, True),
-    # Codes of S3 that say more than the HTTP status they come with.
+    # S3 error codes that are more specific than the HTTP status.
     "ExpiredToken": (Reason.ACCESS_DENIED, False),
     "InvalidToken": (Reason.ACCESS_DENIED, False),
     "RequestTimeout": (Reason.TIMEOUT, True),
@@ -45,12 +45,12 @@ STATUS_RULES: dict[int | str, Rule] = {
     "ThrottlingException": (Reason.THROTTLED, True),
     "RequestLimitExceeded": (Reason.THROTTLED, True),
 }
-"""HTTP statuses and S3 codes. What is not here is `fetch_failed` and not repeated."""
+"""Rules by HTTP status and S3 error code. All others are `fetch_failed` and not retried."""
 
 _UNKNOWN: Rule = (Reason.FETCH_FAILED, False)
-_LOST: Rule = (Reason.FETCH_FAILED, True)
+_CONNECTION_LOST: Rule = (Reason.FETCH_FAILED, True)
 
-# The first row that fits wins, so a subclass stands before its base.
+# The first matching entry applies, so subclasses come before their base classes.
 EXCEPTION_RULES: tuple[tuple[tuple[type[BaseException], ...], Rule], ...] = (
     ((ForbiddenAddressError,), (Reason.FORBIDDEN_URI, False)),
     ((aiohttp.InvalidURL,), (Reason.FORBIDDEN_URI, False)),
@@ -59,34 +59,34 @@ EXCEPTION_RULES: tuple[tuple[tuple[type[BaseException], ...], Rule], ...] = (
     ((boto.NoCredentialsError, boto.PartialCredentialsError), (Reason.ACCESS_DENIED, False)),
     ((boto.ParamValidationError,), (Reason.NOT_FOUND, False)),
     ((aiohttp.ClientSSLError, boto.SSLError), _UNKNOWN),
-    ((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError), _LOST),
+    ((aiohttp.ClientConnectionError, aiohttp.ClientPayloadError), _CONNECTION_LOST),
     (
         (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, boto.ResponseStreamingError),
-        _LOST,
+        _CONNECTION_LOST,
     ),
-    ((ResponseParserError, boto.FlexibleChecksumError), _LOST),
-    ((ConnectionError, EOFError), _LOST),
+    ((ResponseParserError, boto.FlexibleChecksumError), _CONNECTION_LOST),
+    ((ConnectionError, EOFError), _CONNECTION_LOST),
     ((FileNotFoundError, NotADirectoryError), (Reason.NOT_FOUND, False)),
     ((PermissionError,), (Reason.ACCESS_DENIED, False)),
     ((IsADirectoryError,), (Reason.FORBIDDEN_URI, False)),
 )
-"""Exceptions of clients and of the system. What is not here is `fetch_failed` and not repeated."""
+"""Rules by exception type. All others are `fetch_failed` and not retried."""
 
 ERRNO_RULES: dict[int, Rule] = {
-    errno.EAGAIN: _LOST,
-    errno.EINTR: _LOST,
-    errno.EIO: _LOST,
-    errno.ESTALE: _LOST,
-    errno.ELOOP: (Reason.FORBIDDEN_URI, False),  # a symbolic link where none may be
-    errno.ENXIO: (Reason.FORBIDDEN_URI, False),  # a socket, or a device that is not there
+    errno.EAGAIN: _CONNECTION_LOST,
+    errno.EINTR: _CONNECTION_LOST,
+    errno.EIO: _CONNECTION_LOST,
+    errno.ESTALE: _CONNECTION_LOST,
+    errno.ELOOP: (Reason.FORBIDDEN_URI, False),  # a symbolic link that must not be followed
+    errno.ENXIO: (Reason.FORBIDDEN_URI, False),  # a socket, or a missing device
 }
-"""Errors of the system that have no exception type of their own; network disks give most of them."""
+"""Rules by errno for system errors without an exception type, mostly of network disks."""
 
 
 class AttemptError(Exception):
-    """An attempt ended without data, for a reason that is known.
+    """An attempt failed for a known reason.
 
-    `n_bytes` is the size that the store named, where it named one.
+    `n_bytes` is the size that the store reported, if any.
     """
 
     def __init__(
@@ -104,29 +104,30 @@ class AttemptError(Exception):
 
 
 def permanent_error(reason: Reason, detail: str) -> AttemptError:
-    """A failure that no further attempt mends."""
+    """An error that another attempt would not fix."""
     return AttemptError(Failure(reason, detail), transient=False)
 
 
 def too_large(n_bytes: int | None, max_bytes: int) -> AttemptError:
-    """More bytes than the limit; `n_bytes` is None when the reading stopped before the end."""
+    """The image is larger than the limit; `n_bytes` is None if reading stopped at the limit."""
     size = "more" if n_bytes is None else f"{n_bytes} bytes"
     failure = Failure(Reason.TOO_LARGE, f"{size}, the limit is {max_bytes}")
     return AttemptError(failure, transient=False, n_bytes=n_bytes)
 
 
 def incomplete_body(n_bytes: int, expected: int) -> AttemptError:
-    """Fewer bytes than the store named: the connection was lost, or the file is being written."""
-    return AttemptError(Failure(Reason.FETCH_FAILED, f"{n_bytes} of {expected} bytes came"), transient=True)
+    """Fewer bytes than the store reported: the connection was lost, or the file is being written."""
+    detail = f"received {n_bytes} of {expected} bytes"
+    return AttemptError(Failure(Reason.FETCH_FAILED, detail), transient=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """Pauses between attempts: full jitter under a doubling ceiling, or what the server asked for.
+    """Delays between attempts: full jitter below an exponentially increasing ceiling, or the server's `Retry-After`.
 
-    Full jitter (anything from zero to the ceiling) spreads thousands of workers that a store turned
-    away in the same second. `Retry-After` is honored up to its own cap, so that no server can
-    hold a row for an hour; a little jitter on top keeps the workers apart.
+    Full jitter (any value between zero and the ceiling) spreads thousands of workers that a store rejected in the
+    same second. `Retry-After` is honored up to its own maximum, so that a server cannot delay a row for an hour; a
+    little jitter is added to spread the workers.
     """
 
     base_seconds: float = 0.2
@@ -134,7 +135,7 @@ class Backoff:
     retry_after_cap_seconds: float = 30.0
 
     def pause_seconds(self, attempt: int, retry_after_seconds: float | None = None) -> float:
-        """Seconds to wait after attempt number `attempt`, which counts from 1."""
+        """Seconds to wait after attempt number `attempt`, counted from 1."""
         ceiling = min(self.ceiling_seconds, self.base_seconds * 2 ** (attempt - 1))
         jitter = random.uniform(0.0, ceiling)
         if retry_after_seconds is None:
@@ -143,14 +144,14 @@ class Backoff:
 
 
 def status_error(status: int, code: str | None = None, retry_after: str | None = None) -> AttemptError:
-    """The failure that an HTTP status, and a store's own code if it sent one, stand for."""
+    """The error for an HTTP status and an optional error code of the store."""
     reason, transient = STATUS_RULES.get(code or status) or STATUS_RULES.get(status, _UNKNOWN)
     detail = f"HTTP {status}" + (f" {code}" if code and code != str(status) else "")
     return AttemptError(Failure(reason, detail), transient, retry_after_seconds(retry_after))
 
 
 def retry_after_seconds(header: str | None) -> float | None:
-    """The value of a `Retry-After` header: a number of seconds or a date; None if it is neither."""
+    """Parse a `Retry-After` header, either seconds or a date; None if it is neither."""
     if header is None:
         return None
     if header.strip().isdecimal():
@@ -162,14 +163,14 @@ def retry_after_seconds(header: str | None) -> float | None:
 
 
 def attempt_error(error: Exception) -> AttemptError:
-    """What any exception of one attempt means for the row; the third party's text is never repeated."""
+    """Classify any exception of an attempt. The message of the exception is never used in the detail."""
     if isinstance(error, AttemptError):
         return error
-    answer = client_error(error)
-    if answer is not None:
-        metadata = answer.response.get("ResponseMetadata", {})
+    response_error = client_error(error)
+    if response_error is not None:
+        metadata = response_error.response.get("ResponseMetadata", {})
         headers = metadata.get("HTTPHeaders", {})
-        code = answer.response.get("Error", {}).get("Code")
+        code = response_error.response.get("Error", {}).get("Code")
         return status_error(metadata.get("HTTPStatusCode", 0), code, headers.get("retry-after"))
     cause = _socket_error(error)
     if isinstance(cause, ForbiddenAddressError):
@@ -179,10 +180,9 @@ def attempt_error(error: Exception) -> AttemptError:
 
 
 def _socket_error(error: BaseException) -> BaseException:
-    """What the socket or the resolver said, when a client wrapped it in a type of its own."""
-    inner = getattr(error, "os_error", None) or error.__cause__
-    wanted = (ForbiddenAddressError, socket.gaierror)
-    return inner if isinstance(inner, wanted) else error
+    """The error of the socket or the resolver, if a client wrapped it in its own exception."""
+    cause = getattr(error, "os_error", None) or error.__cause__
+    return cause if isinstance(cause, (ForbiddenAddressError, socket.gaierror)) else error
 
 
 def _rule(error: BaseException) -> Rule:
@@ -196,7 +196,7 @@ def _rule(error: BaseException) -> Rule:
 
 
 def _name(error: BaseException) -> str:
-    """The exception's type, and the system's name for the error if it has one, as in `OSError EIO`."""
+    """Name of the exception type, with the symbol of its errno if it has one, such as `OSError EIO`."""
     number = error.errno if isinstance(error, OSError) else None
     symbol = errno.errorcode.get(number) if number is not None and number > 0 else None
     return type(error).__name__ + (f" {symbol}" if symbol else "")

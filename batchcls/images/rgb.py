@@ -1,4 +1,4 @@
-"""A Pillow image of any mode to RGB, with the orientation that belongs to it."""
+"""Convert Pillow images of any mode to RGB, and read their orientation."""
 
 import io
 import struct
@@ -26,44 +26,43 @@ _PLUGINS: dict[Format, type[ImageFile.ImageFile]] = {
 }
 _BITS_PER_SAMPLE = 258
 _EXIF_START, _XMP_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-# 32-bit samples have no agreed range to bring down to 0..255.
-_WITHOUT_RANGE = frozenset({"I", "F"})
-# What Pillow raises on an EXIF block that is damaged or a text that only claims to be one.
+# 32-bit samples have no defined range that could be scaled to 0..255.
+_MODES_WITHOUT_RANGE = frozenset({"I", "F"})
+# Exceptions of Pillow for damaged EXIF data, or for text that only resembles it.
 _EXIF_ERRORS = (SyntaxError, ValueError, KeyError, TypeError, IndexError, OSError, struct.error)
 
 
 def open_unloaded(data: bytes, header: Header, max_pixels: int) -> ImageFile.ImageFile:
-    """Open with the plugin of the format that the content has, pixels not yet decoded.
+    """Open an image with the Pillow plugin of its format, without decoding pixels.
 
-    Going to the plugin leaves out `Image.open`, which guesses the format again, imports every
-    plugin there is and has a pixel limit of its own. Three plugins ask for that limit too: it is
-    raised to `max_pixels` where it is lower, and never lowered, so threads do not disturb each other.
+    `Image.open` would detect the format again, import all plugins and apply its own limit of pixels. Three plugins
+    apply that limit, too: it is raised to `max_pixels` if it is lower, and never lowered, so that threads do not
+    affect each other.
 
     Raises:
-        DecodeError: corrupt, where Pillow reads another size than `header` does: the limit was
-            held against the header, so the two must agree before anything is allocated.
+        DecodeError: corrupt, if Pillow reads another size than `header`, for which the limit was checked.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     image = _plugin(header.format)(io.BytesIO(data))
-    # A TIFF's plugin exchanges the sides at once where the orientation asks for it; a HEIC's does so always.
-    same = sorted(image.size) == sorted((header.width, header.height))
-    if not same and not (header.format == Format.HEIC and _fits(image.size, header)):
-        raise DecodeError(Reason.CORRUPT, f"the {header.format} header contradicts itself about the size")
+    # The plugin of TIFF swaps width and height if the orientation requires it, and the plugin of HEIC always does.
+    is_same = sorted(image.size) == sorted((header.width, header.height))
+    if not is_same and not (header.format == Format.HEIC and _matches_crop(image.size, header)):
+        raise DecodeError(Reason.CORRUPT, f"the {header.format} header contains contradicting sizes")
     return image
 
 
-def _fits(size: tuple[int, int], header: Header) -> bool:
-    """Whether an upright image has the sides of the header, up to a rounding of its crop."""
+def _matches_crop(size: tuple[int, int], header: Header) -> bool:
+    """Whether the size of an upright image equals that of the header, up to rounding of the crop."""
     width, height = reversed(size) if header.is_rotated_by_decoder else size
     return abs(width - header.width) <= 1 and abs(height - header.height) <= 1
 
 
 def _plugin(kind: Format) -> type[ImageFile.ImageFile]:
-    """The class that opens a format. Decoders with threads of their own get one: the workers have the cores.
+    """Return the Pillow class for a format. Decoders with threads get one, as all cores are used by workers.
 
     Raises:
-        DecodeError: unsupported_format for HEIC without the extra that decodes it.
+        DecodeError: unsupported_format, if the extra for HEIC is not installed.
     """
     if kind == Format.AVIF:
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
@@ -72,7 +71,7 @@ def _plugin(kind: Format) -> type[ImageFile.ImageFile]:
             import pillow_heif  # noqa: PLC0415
         except ImportError as error:
             raise DecodeError(
-                Reason.UNSUPPORTED_FORMAT, "HEIC needs an extra: pip install 'batchcls[heic]'"
+                Reason.UNSUPPORTED_FORMAT, "HEIC requires an extra: pip install 'batchcls[heic]'"
             ) from error
         pillow_heif.options.DECODE_THREADS = 1
         pillow_heif.options.DEPTH_IMAGES = False
@@ -82,9 +81,9 @@ def _plugin(kind: Format) -> type[ImageFile.ImageFile]:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8 of a loaded image; 1 where there is none or it cannot be read.
+    """EXIF orientation (1 to 8) of a loaded image; 1 if it is missing or cannot be read.
 
-    Damaged metadata costs an image nothing but its orientation, as in every viewer.
+    Damaged metadata only loses the orientation, as in image viewers.
     """
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -94,10 +93,10 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def orientation_of_metadata(blocks: Iterable[bytes]) -> int:
-    """EXIF orientation 1 to 8 from the bodies of a JPEG's APP1 segments, in order; 1 where there is none.
+    """EXIF orientation (1 to 8) from the bodies of the APP1 segments of a JPEG, in order; 1 if there is none.
 
-    Pillow puts EXIF that is split over segments together and reads XMP where EXIF names none; it does
-    so here, for the same answer as in every other format, without reading the rest of the file.
+    Pillow joins EXIF data that is split into several segments, and reads XMP if EXIF contains no orientation. It does
+    so here for the same result as in other formats, without reading the rest of the file.
     """
     exif, xmp = b"", b""
     for block in blocks:
@@ -113,13 +112,13 @@ def orientation_of_metadata(blocks: Iterable[bytes]) -> int:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Pixels of a loaded image as writable uint8 H x W x 3, transparency on white.
+    """Convert a loaded image to writable uint8 H x W x 3, with transparency on white.
 
     Raises:
-        DecodeError: unsupported_format for samples without a range (32-bit, signed, float).
+        DecodeError: unsupported_format, for samples without a defined range (32-bit, signed, float).
     """
-    if image.mode in _WITHOUT_RANGE:
-        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"samples of mode {image.mode} have no range to scale")
+    if image.mode in _MODES_WITHOUT_RANGE:
+        raise DecodeError(Reason.UNSUPPORTED_FORMAT, f"samples of mode {image.mode} have no defined range")
     if image.mode.startswith("I;16"):
         return _from_16_bit_gray(image)
     if image.has_transparency_data:
@@ -130,9 +129,9 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _from_16_bit_gray(image: Image.Image) -> np.ndarray:
-    """The upper 8 bits, as Pillow does for 16-bit color; its own conversion of gray clips instead."""
+    """Keep the upper 8 bits, as Pillow does for 16-bit color; for gray, Pillow would clip instead."""
     samples = np.asarray(image)
-    # Pillow leaves the 12 bits of a TIFF where they are, and so the image all but black.
+    # Pillow does not scale 12-bit samples of TIFF, so the image would be almost black.
     is_12_bit = isinstance(image, TiffImageFile) and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,)
     gray = (samples >> (4 if is_12_bit else 8)).astype(np.uint8)
     transparent = image.info.get("transparency")

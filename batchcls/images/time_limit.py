@@ -1,13 +1,11 @@
-"""An end to what takes too long in a thread: a limit on the processor time of one piece of work.
+"""Limit the CPU time of a piece of work in a thread.
 
-A thread of its own looks at the processor clocks of the threads at work. One that has used up its time
-gets an exception, which ends everything that is written in Python (loops over blocks, chunks, tags and
-tiles) and every decoder that is fed in pieces. A call into C ends first: how much work it can be is
-known from the header, so that it comes back. One that does not, ends the process, and its row is found
-by `batchcls.images.isolated_decode`.
+A watchdog thread reads the CPU clocks of the working threads. A thread that exceeds its limit receives an exception,
+which ends all Python code (loops over blocks, chunks, tags and tiles) and all decoders that are fed in chunks. Calls
+into C finish first; their amount of work is bounded by the header, so they normally return. If one does not, the
+process exits, and `batchcls.images.isolated_decode` finds the row.
 
-Waiting for a core or for another thread costs no processor time, so a busy machine gives the same
-answers as an idle one.
+Waiting for a core or for another thread uses no CPU time, so results do not depend on the load of the machine.
 """
 
 import ctypes
@@ -22,96 +20,97 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 DECODER_HUNG_EXIT_CODE = 75
-"""Exit code of a process in which a call into C did not come back."""
+"""Exit code of a process in which a call into C did not return."""
 
 _logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
-# So many times its limit may a thread take, and so often be told, until its process is given up.
-_PATIENCE = 4
-_MOST_TOLD = 8
+# The process exits after a thread has used this multiple of its limit and has received this many exceptions.
+_EXIT_FACTOR = 4
+_EXIT_INTERRUPTS = 8
 
 
 class CpuTimeExceededError(BaseException):
-    """The work has used up its processor time.
+    """The work exceeded its limit of CPU time.
 
-    Not an `Exception`, for it can be raised at any line and no handler of damage may take it for some.
+    Not an `Exception`: it can be raised at any line, and handlers of damaged files must not catch it.
     """
 
 
 @dataclass(slots=True)
-class _Watched:
+class _Task:
     thread: int
     clock: int
-    begun: float
+    started: float
     seconds: float
-    told: int = 0
+    interrupts: int = 0
 
 
 _lock = threading.Lock()
-_watched: dict[int, _Watched] = {}
+_tasks: dict[int, _Task] = {}
 _watchdog: threading.Thread | None = None
 
 
 def run_with_cpu_limit(seconds: float, work: Callable[[], Result]) -> Result:
-    """Do `work` in this thread, which may take `seconds` of processor time; not to be nested.
+    """Run `work` in this thread with a limit of `seconds` of CPU time. Calls cannot be nested.
 
-    Whatever holds locks or counts what is in use belongs outside: the exception may come at any line.
+    Code that holds locks or counts resources must be outside of `work`, because the exception can be raised at any
+    line.
 
     Raises:
-        CpuTimeExceededError: it took longer, also where it came to its end.
+        CpuTimeExceededError: the work exceeded the limit, even if it completed.
     """
-    watched = _begin(seconds)
+    task = _start(seconds)
     try:
         try:
             result = work()
         finally:
-            _end(watched)
+            _finish(task)
     except CpuTimeExceededError:
-        _end(watched)  # where the exception came while the work was ending
+        _finish(task)  # in case the exception was raised within the first call
         raise
-    if watched.told or time.thread_time() - watched.begun > seconds:
+    if task.interrupts or time.thread_time() - task.started > seconds:
         raise CpuTimeExceededError
     return result
 
 
-def _begin(seconds: float) -> _Watched:
-    global _watchdog  # noqa: PLW0603 - one thread a process, begun with the first work
+def _start(seconds: float) -> _Task:
+    global _watchdog  # noqa: PLW0603 - one thread per process, started with the first task
     thread = threading.get_ident()
-    watched = _Watched(thread, time.pthread_getcpuclockid(thread), time.thread_time(), seconds)
+    task = _Task(thread, time.pthread_getcpuclockid(thread), time.thread_time(), seconds)
     with _lock:
-        _watched[thread] = watched
-        if _watchdog is None or not _watchdog.is_alive():  # a forked child has none
+        _tasks[thread] = task
+        if _watchdog is None or not _watchdog.is_alive():  # A forked child has no watchdog.
             _watchdog = threading.Thread(target=_watch, name="time-limit", daemon=True)
             _watchdog.start()
-    return watched
+    return task
 
 
-def _end(watched: _Watched) -> None:
+def _finish(task: _Task) -> None:
     with _lock:
-        _watched.pop(watched.thread, None)
-        if watched.told:
-            _raise_in(watched.thread, None)  # takes back what has not arrived
+        _tasks.pop(task.thread, None)
+        if task.interrupts:
+            _raise_in_thread(task.thread, None)  # Cancels an exception that was not raised yet.
 
 
 def _watch() -> None:
     tick = threading.Event()
     while not tick.wait(_POLL_SECONDS):
         with _lock:
-            for watched in _watched.values():
-                taken = time.clock_gettime(watched.clock) - watched.begun
-                if taken > _PATIENCE * watched.seconds and watched.told >= _MOST_TOLD:
-                    _give_up(taken)
-                elif taken > watched.seconds:
-                    # Again at each look: where it came inside a finalizer it was lost.
-                    watched.told += 1
-                    _raise_in(watched.thread, CpuTimeExceededError)
+            for task in _tasks.values():
+                used = time.clock_gettime(task.clock) - task.started
+                if used > _EXIT_FACTOR * task.seconds and task.interrupts >= _EXIT_INTERRUPTS:
+                    _exit_process(used)
+                elif used > task.seconds:
+                    # Repeated at each poll, because an exception within a finalizer is lost.
+                    task.interrupts += 1
+                    _raise_in_thread(task.thread, CpuTimeExceededError)
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
+def _raise_in_thread(thread: int, kind: type[BaseException] | None) -> None:
     error = None if kind is None else ctypes.py_object(kind)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
 
 
-def _give_up(seconds: float) -> None:
-    _logger.error("an image has held its decoder for %.0f s of processor time; this process ends", seconds)
+def _exit_process(seconds: float) -> None:
+    _logger.error("an image has occupied its decoder for %.0f s of CPU time; this process exits", seconds)
     os._exit(DECODER_HUNG_EXIT_CODE)

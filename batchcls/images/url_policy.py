@@ -1,9 +1,9 @@
-"""Which addresses a manifest may make this program read.
+"""Restrict the addresses that a manifest can make this program read.
 
-A manifest is written by others: its URIs must reach neither a file outside the folders that the job
-allows nor a service that only this machine's network can see (a cloud's metadata at
-169.254.169.254, an admin page on loopback). Hosts are judged by the address a socket is about to
-connect to, so names, redirects and odd spellings of numbers cannot go around it.
+Manifests are untrusted: their URIs must access neither files outside the allowed folders nor services that only the
+network of this machine can reach (cloud metadata at 169.254.169.254, admin pages on loopback). Hosts are checked by
+the address that a socket is about to connect to, so names, redirects and unusual notations of numbers cannot bypass
+the check.
 """
 
 import errno
@@ -16,14 +16,14 @@ from pathlib import Path
 from batchcls.storage.uris import has_scheme, is_remote, join
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_REFUSED = tuple(
+_FORBIDDEN_NETWORKS = tuple(
     ipaddress.ip_network(network)
     for network in (
-        "2002::/16",  # 6to4 and, below, Teredo: IPv4 addresses in disguise
+        "2002::/16",  # 6to4 and, in the next line, Teredo: embedded IPv4 addresses
         "2001::/32",
-        "fec0::/10",  # site-local, which ipaddress takes for global
-        "192.0.0.0/24",  # protocol assignments, one cloud's metadata among them
-        "168.63.129.16/32",  # another cloud's agent, on a public address
+        "fec0::/10",  # site-local, which ipaddress considers global
+        "192.0.0.0/24",  # protocol assignments, including the metadata service of a cloud
+        "168.63.129.16/32",  # agent of another cloud, on a public address
     )
 )
 
@@ -34,7 +34,7 @@ INDIRECT_SCHEMES = frozenset(
         *("async_wrapper", "asyncwrapper", "asynclocal"),
     }
 )
-"""Filesystems of fsspec that open another address inside, which no check here would see."""
+"""fsspec filesystems that open another address themselves, which cannot be checked here."""
 
 HOST_SCHEMES = frozenset(
     {
@@ -52,23 +52,23 @@ HOST_SCHEMES = frozenset(
         "root",
     }
 )
-"""Filesystems whose URI names the host to connect to, through libraries that this guard cannot enter."""
+"""fsspec filesystems whose URI contains the host, and whose connections cannot be checked here."""
 
 
-_TRIES_TO_OPEN = 3
+_MAX_OPEN_ATTEMPTS = 3
 
 
 class ForbiddenAddressError(PermissionError):
-    """The address is not allowed; the text says why, without repeating the address."""
+    """The address is not allowed; the message contains the reason, but not the address."""
 
 
 @dataclass(frozen=True, slots=True)
 class AddressPolicy:
-    """What may be read.
+    """Addresses that may be read.
 
-    `allowed_roots`: folders that local paths must lie in, after `..` and symbolic links are resolved;
-    empty allows every local path. `allow_private_addresses`: http(s) may reach loopback, private
-    and link-local addresses too.
+    `allowed_roots`: folders that must contain local paths after `..` and symbolic links are resolved; if empty, all
+    local paths are allowed. `allow_private_addresses`: http(s) may also access loopback, private and link-local
+    addresses.
     """
 
     allowed_roots: tuple[str, ...] = ()
@@ -77,37 +77,37 @@ class AddressPolicy:
     def open_path(self, path: str, flags: int) -> int:
         """Open a local path and return its descriptor, which the caller closes.
 
-        Where paths are confined no step of the way can be changed between the check and the opening:
-        the links are resolved first, and what they lead to is opened folder by folder below the root,
-        following none. A link that appears meanwhile makes it begin again.
+        If paths are restricted, no folder of the path can be replaced between check and opening: links are resolved
+        first, and the result is opened folder by folder below the root without following links. If a link appears in
+        the meantime, both steps are repeated.
 
         Args:
-            path: as the manifest has it, absolute or relative to the working directory.
-            flags: those of `os.open`.
+            path: path in the manifest, absolute or relative to the working directory.
+            flags: flags of `os.open`.
 
         Raises:
-            ForbiddenAddressError: it lies outside of every allowed root, or holds a null byte.
-            OSError: what opening raises; ELOOP where links keep appearing on the way.
+            ForbiddenAddressError: the path is outside all allowed roots, or contains a null byte.
+            OSError: the path cannot be opened; ELOOP if links keep appearing.
         """
         if "\0" in path:
-            raise ForbiddenAddressError("the path holds a null byte")
+            raise ForbiddenAddressError("the path contains a null byte")
         if not self.allowed_roots:
             return os.open(path, flags | os.O_CLOEXEC)
-        error: OSError = ForbiddenAddressError("the path is outside of the allowed roots")
-        for _ in range(_TRIES_TO_OPEN):
-            place = self._place(path)
-            if place is None:
-                continue  # a root that is a link may have been changed between the two
+        error: OSError = ForbiddenAddressError("the path is outside the allowed roots")
+        for _ in range(_MAX_OPEN_ATTEMPTS):
+            resolved = self._resolve(path)
+            if resolved is None:
+                continue  # A root that is a link may have changed during the resolution.
             try:
-                return _open_without_links(*place, flags)
-            except OSError as refused:
-                if refused.errno not in (errno.ELOOP, errno.ENOTDIR):
+                return _open_without_links(*resolved, flags)
+            except OSError as open_error:
+                if open_error.errno not in (errno.ELOOP, errno.ENOTDIR):
                     raise
-                error = refused
+                error = open_error
         raise error
 
-    def _place(self, path: str) -> tuple[str, list[str]] | None:
-        """The allowed root, and the names below it, that a path leads to once its links are resolved."""
+    def _resolve(self, path: str) -> tuple[str, list[str]] | None:
+        """Resolve links; return the allowed root that contains the path and the names below it."""
         roots = [os.path.realpath(root) for root in self.allowed_roots]
         resolved = Path(os.path.realpath(path))
         for root in roots:
@@ -116,17 +116,17 @@ class AddressPolicy:
         return None
 
     def check_ip(self, text: str) -> None:
-        """Raise ForbiddenAddressError unless the IP address (v4, v6, with or without zone) is allowed."""
+        """Raise ForbiddenAddressError unless the IP address (v4 or v6, with or without zone) is allowed."""
         if not self.allow_private_addresses and not is_public(text):
             raise ForbiddenAddressError("the host is a private, loopback, link-local or reserved address")
 
     def check_scheme(self, name: str) -> None:
-        """Raise ForbiddenAddressError for a scheme whose host nothing here can check."""
+        """Raise ForbiddenAddressError for a scheme whose hosts cannot be checked."""
         if name in HOST_SCHEMES and not self.allow_private_addresses:
             raise ForbiddenAddressError(f"hosts of {name}:// cannot be checked; allow private addresses")
 
     def open_socket(self, address: tuple[object, ...]) -> socket.socket:
-        """A socket for one answer of getaddrinfo, refused before it can connect.
+        """Create a socket for a result of getaddrinfo, after checking the address.
 
         Raises:
             ForbiddenAddressError: the address is not allowed.
@@ -138,24 +138,24 @@ class AddressPolicy:
 
 def _open_without_links(root: str, names: list[str], flags: int) -> int:
     flags |= os.O_CLOEXEC | os.O_NOFOLLOW
-    if not names:  # a root that is itself a file
+    if not names:  # The root itself is a file.
         return os.open(root, flags)
-    step = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-    folder = os.open(root, step)
+    folder_flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    folder = os.open(root, folder_flags)
     try:
         for name in names[:-1]:
-            below = os.open(name, step | os.O_NOFOLLOW, dir_fd=folder)
+            subfolder = os.open(name, folder_flags | os.O_NOFOLLOW, dir_fd=folder)
             os.close(folder)
-            folder = below
+            folder = subfolder
         return os.open(names[-1], flags, dir_fd=folder)
     finally:
         os.close(folder)
 
 
 def is_public(text: str) -> bool:
-    """Whether an IP address is one of the open internet; IPv4 inside IPv6 is judged as IPv4.
+    """Whether an IP address is public; IPv4 addresses embedded in IPv6 are checked as IPv4.
 
-    Spellings that only the system's resolver understands (`127.1`, `2130706433`) are not public.
+    Notations that only the resolver of the system supports (`127.1`, `2130706433`) are not public.
     """
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
@@ -166,26 +166,26 @@ def is_public(text: str) -> bool:
             return is_public(str(address.ipv4_mapped))
         if address in _NAT64:
             return is_public(str(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)))
-    if any(address in network for network in _REFUSED):
+    if any(address in network for network in _FORBIDDEN_NETWORKS):
         return False
     return address.is_global and not (address.is_reserved or address.is_multicast)
 
 
 def resolve_uri(uri: str, base: str) -> str:
-    """A manifest's `uri`: absolute ones as they are, relative ones under the folder `base`.
+    """Resolve a `uri` of the manifest against the folder `base`; absolute URIs and paths are unchanged.
 
-    In a store `..` stops at the bucket or host, as it does in a browser, and keys are opaque beside dot
-    segments; on local disk `..` does not stop: confine local paths with `AddressPolicy.allowed_roots`.
+    In stores, `..` stops at the bucket or host, as in browsers, and keys are opaque except for dot segments. On local
+    disk, `..` is not limited; restrict local paths with `AddressPolicy.allowed_roots`.
     """
     if has_scheme(uri) or uri.startswith("/"):
         return uri
     if not is_remote(base):
         return join(base, uri)
-    head, mark, rest = base.removesuffix("/").partition("://")
-    place, *folders = rest.split("/")
+    head, separator, rest = base.removesuffix("/").partition("://")
+    bucket, *folders = rest.split("/")
     for segment in uri.split("/"):
         if segment == "..":
             del folders[-1:]
         elif segment != ".":
             folders.append(segment)
-    return f"{head}{mark}{'/'.join([place, *folders])}"
+    return f"{head}{separator}{'/'.join([bucket, *folders])}"

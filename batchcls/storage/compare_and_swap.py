@@ -1,10 +1,10 @@
 """Replace a small file only if it has not changed since it was read, the basis of atomic publishing.
 
-Local disk has no compare-and-swap, so writers take turns by a lock (`flock`, which a dead process
-gives back) and replace the file by renaming. S3 has one: PUT with `If-Match`, or `If-None-Match: *`
-where there is no file yet. File systems without locks, other stores, and servers that say they do not
-know conditions, get the next best: look once more, write, and look whether it is there; between the
-first two looks a second writer can slip in, which the last look finds unless it came first.
+On local disk, which has no compare-and-swap, writers hold a file lock (`flock`, which the kernel releases when
+the process dies) and replace the file by renaming. On S3, the write is a PUT with `If-Match`, or with
+`If-None-Match: *` if there is no file yet. File systems without locks, other stores, and S3 servers that do not
+implement conditional writes are handled on a best-effort basis: the file is read, written and read again. A second
+writer between the first read and the write is detected by the last read only if it wrote last.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from batchcls.storage.local_files import file_lock
 from batchcls.storage.uris import S3_SCHEMES
 
 LOCK_TIMEOUT_SECONDS = 60.0
-"""A writer that has its turn for longer is stopped in the middle of it."""
+"""How long a writer waits for the lock of another writer, for example one that is suspended."""
 
 _CHANGED = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404"})
 _NO_CONDITIONS = frozenset({"NotImplemented", "501"})
@@ -23,23 +23,24 @@ _NO_CONDITIONS = frozenset({"NotImplemented", "501"})
 
 @dataclass(frozen=True, slots=True)
 class Versioned:
-    """What a file held when it was read, and the store's name for that version, if it has one."""
+    """The content of a file when it was read, and the ETag of that version if the store has ETags."""
 
     data: bytes
     etag: str | None
 
 
 class VersionConflictError(Exception):
-    """The file is not what was read before; it is untouched."""
+    """The file is no longer the version that was read before; it was not modified."""
 
 
 def read_versioned(uri: str, storage: Storage) -> Versioned | None:
-    """Read a file that is to be replaced; None where there is none.
+    """Read a file that is to be replaced; None if it does not exist.
 
-    The version is asked for first: if the file changes in between, the swap is refused, never wrong.
+    The ETag is read before the content: if the file changes in between, `compare_and_swap` fails instead of
+    overwriting the change.
 
     Raises:
-        OSError: the store refuses; what its client raises.
+        OSError: the file cannot be read, or any exception of the store's client.
     """
     try:
         etag = _etag(uri, storage) if scheme(uri) in S3_SCHEMES else None
@@ -49,19 +50,19 @@ def read_versioned(uri: str, storage: Storage) -> Versioned | None:
 
 
 def compare_and_swap(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
-    """Replace the file if it still is what was expected; readers see the old or the new one, never a part.
+    """Replace the file if it still has the expected content. Readers see the old or the new file, never a part.
 
     Args:
-        uri: of the file.
-        data: the new content. It should name its writer: whose answer got lost on the way finds its
-            own content when it looks, and has won.
-        expected: what `look` gave; None: there must be no file.
-        storage: how to reach it.
+        uri: URI of the file.
+        data: new content. It should identify its writer: if the response to a write is lost, the writer
+            recognizes its own content and treats the write as successful.
+        expected: result of `read_versioned`; None if the file must not exist.
+        storage: storage that holds the file.
 
     Raises:
-        VersionConflictError: somebody else was first.
-        TimeoutError: a writer that lives has its turn and does not end it.
-        OSError: the store refuses; what its client raises.
+        VersionConflictError: another process changed the file first.
+        TimeoutError: another writer holds the lock for longer than LOCK_TIMEOUT_SECONDS.
+        OSError: the file cannot be written, or any exception of the store's client.
     """
     if not is_remote(uri):
         _swap_local(uri, data, expected, storage)
@@ -69,8 +70,8 @@ def compare_and_swap(uri: str, data: bytes, expected: Versioned | None, storage:
     try:
         _swap_remote(uri, data, expected, storage)
     except VersionConflictError:
-        now = read_versioned(uri, storage)
-        if now is None or now.data != data:
+        current = read_versioned(uri, storage)
+        if current is None or current.data != data:
             raise
 
 
@@ -78,15 +79,15 @@ def _swap_local(uri: str, data: bytes, expected: Versioned | None, storage: Stor
     target = Path(local_path(uri))
     with file_lock(target.with_name(f".{target.name}.lock"), LOCK_TIMEOUT_SECONDS) as is_locked:
         if is_locked:
-            _refuse_change(uri, expected, storage)
+            _require_unchanged(uri, expected, storage)
             storage.write_atomic(uri, data)
         else:
-            _swap_unconditionally(uri, data, expected, storage)
+            _swap_best_effort(uri, data, expected, storage)
 
 
 def _swap_remote(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
     if scheme(uri) not in S3_SCHEMES:
-        _swap_unconditionally(uri, data, expected, storage)
+        _swap_best_effort(uri, data, expected, storage)
         return
     try:
         if expected is None:
@@ -94,19 +95,19 @@ def _swap_remote(uri: str, data: bytes, expected: Versioned | None, storage: Sto
         else:
             _put_if_match(uri, data, expected, storage)
     except FileExistsError:
-        raise _changed(uri) from None
+        raise _conflict(uri) from None
     except OSError as error:
         if error_code(error) not in _NO_CONDITIONS:
             raise
-        _swap_unconditionally(uri, data, expected, storage)
+        _swap_best_effort(uri, data, expected, storage)
 
 
 def _put_if_match(uri: str, data: bytes, expected: Versioned, storage: Storage) -> None:
-    """PUT with the version quoted as HTTP says, and bare for servers that take it only so (Ceph)."""
+    """PUT with the ETag quoted, as HTTP requires, and then unquoted for servers that accept only that (Ceph)."""
     filesystem, path = storage.filesystem(uri)
     for etag in (f'"{expected.etag}"', expected.etag):
         try:
-            # One PUT always: completing a multipart upload ignores the condition on some servers.
+            # Always a single PUT: some servers ignore the condition when a multipart upload completes.
             filesystem.pipe_file(path, data, chunksize=len(data) + 1, IfMatch=etag)
             return
         except OSError as error:
@@ -114,25 +115,25 @@ def _put_if_match(uri: str, data: bytes, expected: Versioned, storage: Storage) 
                 raise
         if _etag_or_none(uri, storage) != expected.etag:
             break
-    raise _changed(uri)
+    raise _conflict(uri)
 
 
-def _swap_unconditionally(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
-    _refuse_change(uri, expected, storage)
+def _swap_best_effort(uri: str, data: bytes, expected: Versioned | None, storage: Storage) -> None:
+    _require_unchanged(uri, expected, storage)
     storage.write_atomic(uri, data)
-    now = read_versioned(uri, storage)
-    if now is None or now.data != data:
-        raise _changed(uri)
+    current = read_versioned(uri, storage)
+    if current is None or current.data != data:
+        raise _conflict(uri)
 
 
-def _refuse_change(uri: str, expected: Versioned | None, storage: Storage) -> None:
-    now = read_versioned(uri, storage)
-    if (now.data if now else None) != (expected.data if expected else None):
-        raise _changed(uri)
+def _require_unchanged(uri: str, expected: Versioned | None, storage: Storage) -> None:
+    current = read_versioned(uri, storage)
+    if (current.data if current else None) != (expected.data if expected else None):
+        raise _conflict(uri)
 
 
-def _changed(uri: str) -> VersionConflictError:
-    return VersionConflictError(f"{redact_uri(uri)} was changed meanwhile")
+def _conflict(uri: str) -> VersionConflictError:
+    return VersionConflictError(f"{redact_uri(uri)} was changed by another process in the meantime")
 
 
 def _etag(uri: str, storage: Storage) -> str:

@@ -1,7 +1,7 @@
-"""Uniform access to local disks, `s3://` and every other scheme that fsspec supports.
+"""Uniform access to local disks, `s3://` and all other schemes that fsspec supports.
 
-Whole files in, whole files out: a reader never sees half of what `write_atomic` writes. Listings
-are always fresh. What goes wrong is translated by `explain`, which the callers put around a step.
+Files are read and written as a whole: readers never see a partial file of `write_atomic`. Listings are always
+fresh. Callers translate errors with `explain`.
 """
 
 import json
@@ -66,7 +66,7 @@ _S3_PART_BYTES = 16 << 20
 _CONFLICT_CODES = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"})
 _CONFLICT_ATTEMPTS = 5
 
-_FOLDER_MARK = "_$folder$"  # the name of Hadoop's empty objects that stand for folders
+_FOLDER_MARK = "_$folder$"  # suffix of the empty objects with which Hadoop represents folders
 _KINDS = {"file": Kind.FILE, "directory": Kind.FOLDER}
 
 _filesystems: dict[tuple[int, int, str, str], Any] = {}
@@ -74,7 +74,7 @@ _filesystems: dict[tuple[int, int, str, str], Any] = {}
 
 @dataclass(frozen=True, slots=True, order=True)
 class FileInfo:
-    """One file of a listing: where it is, its size in bytes, and the store's ETag if it has one."""
+    """A file of a listing: its URI, its size in bytes, and its ETag if the store has ETags."""
 
     uri: str
     size: int
@@ -83,7 +83,7 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing in a folder: its path below it, what it is, and, of a file, where it is and how large."""
+    """An entry of a folder: its path relative to the folder, its kind, and for files URI and size."""
 
     name: str
     kind: Kind
@@ -92,23 +92,23 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class PathListing:
-    """What there is at an address: a file, which is its own only entry, or a folder. `uri` as entries begin."""
+    """The listing of a path: of a file, which is its only entry, or of a folder. Entries begin with `uri`."""
 
     uri: str
     entries: tuple[Entry, ...]
 
     @property
     def file(self) -> FileInfo | None:
-        """The file; None: it is a folder."""
+        """The file itself; None if the path is a folder."""
         return self.entries[0].info if self.entries and self.entries[0].name == "" else None
 
 
 class Storage:
-    """Reads and writes files by URI or local path; cheap to make, picklable, safe in many threads.
+    """Reads and writes files by URI or local path; cheap to create, picklable and thread-safe.
 
-    `storage_options` go to every filesystem that is not local, in fsspec's spelling
-    (`endpoint_url`, `anon`, `key`, ...), and `region_name` for S3. What they do not say comes from
-    the usual AWS chain. They may hold credentials: the representation shows only harmless ones.
+    `storage_options` are passed to every remote filesystem, with the names of fsspec (`endpoint_url`, `anon`,
+    `key`, ...) and `region_name` for S3. Missing credentials come from the default AWS credential chain. Options
+    may contain credentials, so `repr` shows only options known to be harmless.
     """
 
     def __init__(self, storage_options: Mapping[str, object] | None = None) -> None:
@@ -118,14 +118,14 @@ class Storage:
         return f"Storage({redact_options(self._options)})"
 
     def filesystem(self, uri: str) -> tuple[Any, str]:
-        """The fsspec filesystem for `uri` and the path inside it.
+        """Return the fsspec filesystem for `uri` and the path in it.
 
-        An asynchronous filesystem (s3, gcs, abfs) is one object a scheme, options and process, and
-        serves any number of threads; others are not made for threads and get one object each.
+        There is one asynchronous filesystem (s3, gcs, abfs) per scheme, options and process, shared by all
+        threads. Other filesystems are not thread-safe, so each thread has its own.
 
         Raises:
-            UnsupportedSchemeError: nothing installed speaks the scheme.
-            InputError: the filesystem refuses the storage options.
+            UnsupportedSchemeError: no installed filesystem supports the scheme.
+            InputError: the filesystem rejects the storage options.
         """
         name = scheme(uri)
         if name == LOCAL:
@@ -136,31 +136,31 @@ class Storage:
         owner = 0 if kind.async_impl else threading.get_ident()
         key = (os.getpid(), owner, name, json.dumps(options, sort_keys=True, default=repr))
         if key not in _filesystems:
-            # No lock, which a fork could leave held: a second object made by a race is dropped.
+            # No lock, which a fork could leave locked. If two threads race, the second object is discarded.
             _filesystems.setdefault(key, make_filesystem(name, kind, options))
         return _filesystems[key], str(kind._strip_protocol(uri))
 
     def arrow_filesystem(self, uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-        """A pyarrow filesystem and the path in it, for reading Parquet by range."""
+        """Return a pyarrow filesystem for `uri` and the path in it, for reading Parquet by byte range."""
         if not is_remote(uri):
             return pyarrow.fs.LocalFileSystem(), local_path(uri)
         filesystem, path = self.filesystem(uri)
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)), path
 
     def read_bytes(self, uri: str) -> bytes:
-        """The whole file. Raises FileNotFoundError, PermissionError and what the store's client raises."""
+        """Read a file. Raises FileNotFoundError, PermissionError or any exception of the store's client."""
         if not is_remote(uri):
             return Path(local_path(uri)).read_bytes()
         filesystem, path = self.filesystem(uri)
-        # One GET: s3fs would ask for the size first, and a refused HEAD carries no error code.
+        # A single GET: s3fs would first request the size, and a rejected HEAD has no error code.
         single = {"max_concurrency": 1} if scheme(uri) in S3_SCHEMES else {}
         return bytes(filesystem.cat_file(path, **single))
 
     def write_atomic(self, uri: str, data: bytes) -> None:
-        """Write or replace a file; readers see the old one or the new one, never a part.
+        """Write or replace a file. Readers see the old or the new file, never a part.
 
-        Local parents are made, and the data is on disk when this returns. A write that fails
-        leaves nothing behind. Raises OSError, and what the store's client raises.
+        Creates missing local parent folders. The data is on disk when this returns, and a failed write leaves no
+        files. Raises OSError or any exception of the store's client.
         """
         if not is_remote(uri):
             write_local(local_path(uri), data)
@@ -170,14 +170,14 @@ class Storage:
         filesystem.pipe_file(path, data, **parts)
 
     def create_exclusive(self, uri: str, data: bytes) -> None:
-        """Write a file that must not exist yet: of any number of writers at once, one wins.
+        """Create a file that must not exist yet. If several writers do so concurrently, exactly one succeeds.
 
-        `data` has to name its writer, by a random token or the like: a store may have written it, lose the
-        answer on the way, and refuse the repeated request. What stands there then is compared, and a writer
-        that finds its own content has won. S3 needs a server that knows `If-None-Match`.
+        `data` must identify its writer, for example by a random token: a store may write the file, lose the
+        response and reject the retried request. The writer then finds its own content and has succeeded. S3
+        servers must support `If-None-Match`.
 
         Raises:
-            FileExistsError: the file is there already, with another content; it is untouched.
+            FileExistsError: the file already exists with other content; it was not modified.
         """
         if not is_remote(uri):
             create_local(local_path(uri), data)
@@ -187,26 +187,26 @@ class Storage:
                 self._put_new(uri, data)
                 return
             except FileExistsError:
-                # A conflict with a request that has come to nothing leaves no file: once more then.
+                # A conflict with a request that failed itself leaves no file; try again then.
                 with suppress(FileNotFoundError):
                     if self.read_bytes(uri) == data:
                         return
                     raise
-        raise FileExistsError(f"{redact_uri(uri)} is being written by others")
+        raise FileExistsError(f"{redact_uri(uri)} is being written by other processes")
 
     def _put_new(self, uri: str, data: bytes) -> None:
         filesystem, path = self.filesystem(uri)
-        # Completing a multipart upload ignores the condition on some servers: one PUT always.
+        # Always a single PUT: some servers ignore the condition when a multipart upload completes.
         single = {"chunksize": len(data) + 1} if scheme(uri) in S3_SCHEMES else {}
         try:
             filesystem.pipe_file(path, data, mode="create", **single)
         except OSError as error:
             if error_code(error) in _CONFLICT_CODES:
-                raise FileExistsError(f"{redact_uri(uri)} exists already") from None
+                raise FileExistsError(f"{redact_uri(uri)} already exists") from None
             raise
 
     def exists(self, uri: str) -> bool:
-        """Whether there is a file or folder. A refusal is raised, never answered with False."""
+        """Whether a file or folder exists. Missing permissions raise an error instead of returning False."""
         if is_remote(uri):
             filesystem, path = self.filesystem(uri)
             filesystem.invalidate_cache()
@@ -218,7 +218,7 @@ class Storage:
         return True
 
     def size(self, uri: str) -> int:
-        """Bytes in the file. Raises FileNotFoundError if there is none."""
+        """Size of a file in bytes. Raises FileNotFoundError if it does not exist."""
         if not is_remote(uri):
             return Path(local_path(uri)).stat().st_size
         filesystem, path = self.filesystem(uri)
@@ -226,10 +226,10 @@ class Storage:
         return int(filesystem.size(path))
 
     def list_files(self, uri_prefix: str, suffix: str | tuple[str, ...] = "") -> list[FileInfo]:
-        """Files in a folder and below whose names end with `suffix`, sorted by URI, always fresh.
+        """List the files of a folder, recursively, whose names end with `suffix`, sorted by URI.
 
-        A folder that is not there is empty, as in an object store; a file lists itself. Symbolic
-        links to folders are not followed. Raises FileNotFoundError for a bucket that is not there.
+        A missing folder is empty, as in an object store; a file lists itself. Symbolic links to folders are not
+        followed. Raises FileNotFoundError if the bucket does not exist.
         """
         if not is_remote(uri_prefix):
             return _local_infos(walk(Path(local_path(uri_prefix))), suffix)
@@ -238,7 +238,7 @@ class Storage:
         return _remote_infos(uri_prefix, path, filesystem.find(path, detail=True), suffix)
 
     def list_direct_files(self, uri: str) -> list[FileInfo]:
-        """Files directly in a folder, sorted by URI, always fresh; none if it is not there."""
+        """List the files directly in a folder, sorted by URI; empty if the folder does not exist."""
         if not is_remote(uri):
             try:
                 return _local_infos(Path(local_path(uri)).iterdir(), "")
@@ -255,7 +255,7 @@ class Storage:
         return _remote_infos(uri, path, {entry["name"]: entry for entry in entries})
 
     def write_file(self, uri: str, path: Path) -> None:
-        """Write or replace a file with the content of a local one, whole, however large it is."""
+        """Write or replace a file atomically with the content of a local file of any size."""
         if not is_remote(uri):
             copy_local(path, local_path(uri))
             return
@@ -263,7 +263,7 @@ class Storage:
         filesystem.put_file(str(path), target)
 
     def remove(self, uris: Sequence[str]) -> None:
-        """Remove files that are there; those of one call are of one filesystem, and go in any order."""
+        """Remove files, ignoring missing local ones. All must be in one filesystem; the order is unspecified."""
         if not uris:
             return
         if not is_remote(uris[0]):
@@ -278,20 +278,20 @@ class Storage:
             filesystem.rm(paths)
 
     def remove_empty_folders(self, uri: str) -> None:
-        """Remove a folder and those below that hold nothing; an object store has no folders."""
+        """Remove a folder and its subfolders as far as they are empty; object stores have no folders."""
         if not is_remote(uri):
             remove_empty(Path(local_path(uri)))
 
     def remove_folder(self, uri: str, keep: frozenset[str] = frozenset()) -> int:
-        """Remove all that is in a folder and below, and the folder; returns how many bytes its files had.
+        """Remove a folder with its contents; return the total size of the removed files in bytes.
 
-        Symbolic links are removed themselves, what they lead to is untouched; where the folder itself is one,
-        nothing is removed. A folder that is not there is no error. Raises OSError, and what the store's client
-        raises; what is left then can be removed by another call.
+        Symbolic links are removed, their targets are not; nothing is removed if the folder itself is a link.
+        A missing folder is ignored. After an error, another call can remove the remaining files. Raises OSError
+        or any exception of the store's client.
 
         Args:
-            uri: of the folder.
-            keep: names in it that stay, with all that is below them.
+            uri: URI of the folder.
+            keep: names directly in the folder that are kept with their contents.
         """
         if not is_remote(uri):
             return remove_tree(Path(local_path(uri)), keep)
@@ -308,11 +308,11 @@ class Storage:
         return sum(int(entry["size"] or 0) for entry in found.values())
 
     def is_link(self, uri: str) -> bool:
-        """Whether a local path is itself a symbolic link; object stores have none."""
+        """Whether a local path itself is a symbolic link; object stores have none."""
         return not is_remote(uri) and Path(local_path(uri)).is_symlink()
 
     def list_folders(self, uri: str) -> list[str]:
-        """Names of the folders directly in a folder, sorted, always fresh; none if it is not there."""
+        """List the names of the folders directly in a folder, sorted; empty if the folder does not exist."""
         if not is_remote(uri):
             try:
                 return sorted(entry.name for entry in Path(local_path(uri)).iterdir() if entry.is_dir())
@@ -330,16 +330,16 @@ class Storage:
     def list_path(
         self, uri: str, *, depth: int | None = None, enter: Callable[[str], bool] = lambda _: True
     ) -> "PathListing | None":
-        """What there is at an address: a file, or a folder with all that is in it; None: nothing. Always fresh.
+        """List a file, or a folder recursively; None if the path does not exist.
 
         Args:
-            uri: in its normal form (`uris.normalize_uri`).
-            depth: how many levels of a folder to list in a store, at least 1; None: all.
-            enter: is given the path of each local folder below, and says whether to look into it.
+            uri: normalized URI (`uris.normalize_uri`).
+            depth: maximum number of levels that are listed in a store, at least 1; None if unlimited.
+            enter: called with the relative path of each local folder; returns whether it is listed.
 
         Raises:
-            InputError: what stands there is neither file nor folder, or a link that leads nowhere.
-            OSError: a local folder that is to be entered cannot be read; the store refuses.
+            InputError: the path is neither a file nor a folder, or is a broken symbolic link.
+            OSError: a local folder cannot be read, or the store rejects the request.
         """
         if is_remote(uri):
             return self._list_remote_path(uri, depth)
@@ -350,21 +350,24 @@ class Storage:
         if kind is Kind.FILE:
             return PathListing(path, (Entry("", kind, FileInfo(path, Path(path).stat().st_size, None)),))
         if kind is not Kind.FOLDER:
-            article = "a " if kind is Kind.DANGLING_LINK else ""
-            raise InputError(f"{path} is {article}{kind}; name a file or a folder")
-        start = path.removesuffix("/")
-        found = (
-            Entry(name, kind, FileInfo(f"{start}/{name}", size, None))
+            raise InputError(f"{path} is a {kind}; specify a file or a folder")
+        base = path.removesuffix("/")
+        entries = (
+            Entry(name, kind, FileInfo(f"{base}/{name}", size, None))
             for name, kind, size in scan(path, enter)
         )
-        return PathListing(path, tuple(found))
+        return PathListing(path, tuple(entries))
 
     def _list_remote_path(self, uri: str, depth: int | None) -> "PathListing | None":
         filesystem, path = self.filesystem(uri)
         filesystem.invalidate_cache()
         listed = filesystem.find(path, detail=True, withdirs=True, **({"maxdepth": depth} if depth else {}))
         entries = [
-            Entry(_below(name, path), _KINDS.get(entry["type"], Kind.SPECIAL), _info(uri, path, name, entry))
+            Entry(
+                _relative_name(name, path),
+                _KINDS.get(entry["type"], Kind.SPECIAL),
+                _info(uri, path, name, entry),
+            )
             for name, entry in listed.items()
             if not name.endswith(("/", _FOLDER_MARK)) and (name != path or entry["type"] == "file")
         ]
@@ -372,14 +375,14 @@ class Storage:
 
 
 def _local_infos(paths: Iterable[Path], suffix: str | tuple[str, ...]) -> list[FileInfo]:
-    wanted = (path for path in paths if path.name.endswith(suffix) and path.is_file())
-    return sorted(FileInfo(str(path), path.stat().st_size, None) for path in wanted)
+    files = (path for path in paths if path.name.endswith(suffix) and path.is_file())
+    return sorted(FileInfo(str(path), path.stat().st_size, None) for path in files)
 
 
 def _remote_infos(
     uri: str, path: str, entries: Mapping[str, Mapping[str, Any]], suffix: str | tuple[str, ...] = ""
 ) -> list[FileInfo]:
-    # A zero-byte object whose key ends in a slash is a console's idea of a folder, not a file.
+    # Zero-byte objects whose keys end in a slash are folders created in a web console, not files.
     return sorted(
         _info(uri, path, name, entry)
         for name, entry in entries.items()
@@ -388,23 +391,23 @@ def _remote_infos(
 
 
 def _info(uri: str, path: str, name: str, entry: Mapping[str, Any]) -> FileInfo:
-    """A file that a store lists below `path`, spelled as `uri`, which names that path, is."""
-    below = _below(name, path)
-    place = f"{uri.removesuffix('/')}/{below}" if below else uri
-    return FileInfo(place, int(entry.get("size") or 0), _etag(entry))
+    """Describe a file that a store lists at or below `path`, which is the path of `uri`."""
+    relative = _relative_name(name, path)
+    file_uri = f"{uri.removesuffix('/')}/{relative}" if relative else uri
+    return FileInfo(file_uri, int(entry.get("size") or 0), _etag(entry))
 
 
-def _below(name: str, path: str) -> str:
-    """The path of a listed name below the listed path; empty where it is that itself."""
+def _relative_name(name: str, path: str) -> str:
+    """The path of a listed name relative to the listed path; empty for the listed path itself."""
     return "" if name == path else name.removeprefix(path.removesuffix("/") + "/")
 
 
 def write_files(folder: str, files: Mapping[str, bytes], storage: Storage) -> list[str]:
-    """Write files into a folder, each whole, in this order; returns where.
+    """Write files into a folder, each atomically, in the given order; return their URIs.
 
     Raises:
-        InputError: the first cannot be written, so that nothing is.
-        StorageStoppedError: a later one cannot be written.
+        InputError: the first file cannot be written, so nothing was written.
+        StorageStoppedError: a later file cannot be written.
     """
     written: list[str] = []
     for name, data in files.items():
@@ -416,7 +419,7 @@ def write_files(folder: str, files: Mapping[str, bytes], storage: Storage) -> li
 
 
 def parse_json(data: bytes) -> Any:
-    """The JSON of a file. Raises ValueError for whatever is not, with nesting that no program writes."""
+    """Parse JSON. Raises ValueError for invalid JSON and for excessive nesting."""
     try:
         return json.loads(data)
     except RecursionError:

@@ -10,8 +10,8 @@ from batchcls.errors import InputError
 from batchcls.storage.store_errors import UnsupportedSchemeError
 from batchcls.storage.uris import S3_SCHEMES, redact_uri
 
-# botocore repeats 429, 5xx and lost connections; s3fs repeats on top what broke off in the middle of an answer.
-# Enough of both that a store which fails half of all requests lets a run end.
+# botocore retries 429, 5xx and lost connections; s3fs also retries responses that are interrupted. With both, a run
+# completes even if half of all requests fail.
 _S3_CONFIG = {
     "connect_timeout": 10,
     "read_timeout": 60,
@@ -22,13 +22,13 @@ _S3FS_ATTEMPTS = 5
 
 
 def filesystem_class(name: str, uri: str) -> Any:
-    """The class of fsspec that speaks a scheme. Raises UnsupportedSchemeError where none is installed."""
+    """Return the fsspec class for a scheme. Raises UnsupportedSchemeError if none is installed."""
     try:
         return get_filesystem_class(name)
     except ValueError:
         raise UnsupportedSchemeError(
-            f"{redact_uri(uri)}: no filesystem speaks '{name}://'; use a local path, s3:// or "
-            "another scheme that fsspec knows"
+            f"{redact_uri(uri)}: no filesystem supports '{name}://'; use a local path, s3:// or "
+            "another scheme that fsspec supports"
         ) from None
     except ImportError as error:
         raise UnsupportedSchemeError(
@@ -37,14 +37,14 @@ def filesystem_class(name: str, uri: str) -> Any:
 
 
 def make_filesystem(name: str, kind: Any, options: dict[str, object]) -> Any:
-    """A new filesystem object of a scheme. Raises InputError where it refuses the options."""
+    """Create a filesystem for a scheme. Raises InputError if it rejects the options."""
     if name in S3_SCHEMES:
         options = _s3_options(kind, options)
     try:
         filesystem = kind(**options, skip_instance_cache=True)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"storage options for '{name}://' do not fit ({type(error).__name__}): given are "
+            f"invalid storage options for '{name}://' ({type(error).__name__}); the given options are "
             f"{', '.join(sorted(options)) or 'none'}"
         ) from None
     if name in S3_SCHEMES:
@@ -53,7 +53,7 @@ def make_filesystem(name: str, kind: Any, options: dict[str, object]) -> Any:
 
 
 def _s3_options(kind: Any, given: Mapping[str, object]) -> dict[str, object]:
-    """Our defaults under the given options; unknown ones are refused here, not at the first request."""
+    """Add default options to the given ones and reject unknown options here, not at the first request."""
     options: dict[str, Any] = {"use_listings_cache": False, **given}
     region = options.pop("region_name", None)
     if region is not None:
@@ -63,5 +63,5 @@ def _s3_options(kind: Any, given: Mapping[str, object]) -> dict[str, object]:
     unknown = sorted(set(options) - known)
     if unknown:
         names = ", ".join(sorted(known - {"self", "kwargs"}))
-        raise InputError(f"unknown storage options for s3: {', '.join(unknown)}; known are {names}")
+        raise InputError(f"unknown storage options for s3: {', '.join(unknown)}; supported are {names}")
     return options

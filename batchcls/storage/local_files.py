@@ -1,7 +1,7 @@
 """Write local files atomically, on filesystems with and without hard links, locks and folder sync.
 
-Network and removable file systems (SMB, exFAT, FAT, many FUSE mounts) lack some of what a local disk has. What a
-file must not lose, its whole content and that one of many writers creates it, is kept by the next best means.
+Network and removable file systems (SMB, exFAT, FAT, many FUSE mounts) lack some operations of a local disk. Fallbacks
+preserve the two essential guarantees: files are complete, and exactly one of several writers creates a file.
 """
 
 import ctypes
@@ -18,48 +18,48 @@ from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
-_NOTHING_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_NOT_FOUND = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 _UNSUPPORTED = frozenset(
     {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EPERM, errno.EACCES}
 )
-"""What a file system answers when it does not know an operation; some call that a missing right."""
+"""Errors with which file systems report an unsupported operation; some report a missing permission."""
 
 _NO_LINKS = _UNSUPPORTED | {errno.EMLINK, errno.EXDEV}
 _NO_LOCKS = _UNSUPPORTED | {errno.ENOLCK}
 
 _BUSY = frozenset({errno.EACCES, errno.EBUSY, errno.ETXTBSY})
-"""What SMB answers for a moment when a file is replaced that somebody else has open."""
+"""Temporary errors of SMB when a file is replaced that another process has open."""
 _BUSY_ATTEMPTS, _BUSY_SECONDS = 6, 0.05
 _REMOVED_ATTEMPTS = 5
-_TURN_SECONDS = 0.02
+_LOCK_POLL_SECONDS = 0.02
 
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 
 
 def write_local(path: str, data: bytes) -> None:
-    """Write or replace a file, whole; it is on disk when this returns. Raises OSError."""
+    """Write or replace a file atomically; it is on disk when this returns. Raises OSError."""
     _write(Path(path), lambda file: file.write(data), _replace)
 
 
 def create_local(path: str, data: bytes) -> None:
-    """Write a file that must not exist yet, whole; it is on disk when this returns.
+    """Create a file that must not exist yet, atomically; it is on disk when this returns.
 
-    Of any number of writers one wins: by a hard link to the finished file, or else by a rename that does not
-    replace, or else by a look and a rename under a lock. Where the file system has none of the three, the name
-    itself is created and then filled: one writer wins there too, but one that dies in between leaves a part of
-    the file, which its readers have to tell from a whole one.
+    Exactly one of several concurrent writers succeeds: by a hard link to the finished file, else by a rename that
+    does not replace, else by a check and a rename under a lock. If the file system supports none of the three, the
+    file is created under its final name and then filled. Then, too, exactly one writer succeeds, but if it dies
+    while writing it leaves a partial file, which readers must be able to detect.
 
     Raises:
-        FileExistsError: it is there already; it is untouched.
-        OSError: it cannot be written; nothing of it is left.
+        FileExistsError: the file already exists; it was not modified.
+        OSError: the file cannot be written; no partial file is left.
     """
-    _write(Path(path), lambda file: file.write(data), _place_new)
+    _write(Path(path), lambda file: file.write(data), _move_new)
 
 
 def copy_local(source: Path, path: str) -> None:
-    """Put a copy of a file in the place of another one, which stays whole until the copy is on disk."""
+    """Write or replace a file atomically with a copy of another one; it is on disk when this returns."""
 
     def fill(file: BinaryIO) -> None:
         with source.open("rb") as opened:
@@ -69,38 +69,38 @@ def copy_local(source: Path, path: str) -> None:
 
 
 @contextmanager
-def file_lock(path: Path, patience: float | None = None) -> Iterator[bool]:
-    """Hold the lock file `path` alone, waiting for other threads and processes; it is made and it stays.
+def file_lock(path: Path, timeout_seconds: float | None = None) -> Iterator[bool]:
+    """Hold an exclusive lock on the lock file `path`, which is created and never removed.
 
-    The kernel gives the lock back when its holder dies. Yields False where the file system has no locks:
-    nobody is kept out then.
+    Waits for other threads and processes. The kernel releases the lock when its holder dies. Yields False if the
+    file system does not support locks; other processes are not excluded then.
 
     Args:
-        path: of the lock file.
-        patience: seconds to wait for a holder that lives, or that is stopped; None: any time.
+        path: path of the lock file.
+        timeout_seconds: how long to wait for a holder that is alive, possibly suspended; None: no limit.
 
     Raises:
-        TimeoutError: it was held for longer than that.
+        TimeoutError: the lock was not released in time.
     """
     _make_folder(path.parent)
-    # The file stays: who removes a lock file locks one that the next does not see.
+    # If lock files were removed, a later process could lock a new file while this one holds the removed one.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        yield _lock(descriptor, path, patience)
+        yield _lock(descriptor, path, timeout_seconds)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path, patience: float | None) -> bool:
-    ends_at = None if patience is None else time.monotonic() + patience
+def _lock(descriptor: int, path: Path, timeout_seconds: float | None) -> bool:
+    ends_at = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if ends_at is None else fcntl.LOCK_NB))
         except BlockingIOError:
             if ends_at is not None and time.monotonic() > ends_at:
-                text = "another process holds this lock and does not give it back"
+                text = "another process holds this lock and does not release it"
                 raise TimeoutError(errno.ETIMEDOUT, text, str(path)) from None
-            time.sleep(_TURN_SECONDS)
+            time.sleep(_LOCK_POLL_SECONDS)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -109,12 +109,12 @@ def _lock(descriptor: int, path: Path, patience: float | None) -> bool:
             return True
 
 
-def _write(target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]) -> None:
-    """Another job may meanwhile remove the folder, while it is empty, or take the new file for a dead job's."""
+def _write(target: Path, fill: Callable[[BinaryIO], object], move: Callable[[Path, Path], None]) -> None:
+    """Write a file; retry if another job removes the empty folder or the temporary file in the meantime."""
     for attempt in range(_REMOVED_ATTEMPTS):
         _make_folder(target.parent)
         try:
-            _write_once(target, fill, place)
+            _write_once(target, fill, move)
         except FileNotFoundError:
             if attempt == _REMOVED_ATTEMPTS - 1:
                 raise
@@ -122,30 +122,28 @@ def _write(target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Pa
             return
 
 
-def _write_once(
-    target: Path, fill: Callable[[BinaryIO], object], place: Callable[[Path, Path], None]
-) -> None:
+def _write_once(target: Path, fill: Callable[[BinaryIO], object], move: Callable[[Path, Path], None]) -> None:
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
             fill(file)
             file.flush()
             _sync(file.fileno())
-        place(temporary, target)
+        move(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder and those above it; each survives a power cut, as the files in it do."""
+    """Create a folder and its parents so that they survive a power failure."""
     if folder.is_dir():
         return
     if folder.parent != folder:
         _make_folder(folder.parent)
     try:
         folder.mkdir(exist_ok=True)
-    except FileExistsError:  # is said of a file that is created, never of a folder above it
+    except FileExistsError:  # The path itself is a file; mkdir reports NotADirectoryError only for a parent.
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
     _sync_folder(folder.parent)
 
@@ -162,16 +160,16 @@ def _replace(temporary: Path, target: Path) -> None:
             return
 
 
-def _place_new(temporary: Path, target: Path) -> None:
-    """Give the finished file its name, unless that is taken."""
+def _move_new(temporary: Path, target: Path) -> None:
+    """Move the finished file to its final name unless that exists."""
     try:
         target.hardlink_to(temporary)
     except FileExistsError:
-        # An answer of a file server that was lost and asked for again finds the link that it has made.
+        # If a file server lost its response and retried the request, it finds the link of the first attempt.
         if not _is_same(temporary, target):
             raise
     except OSError as error:
-        # The temporary file was made in the same folder, so that no right is missing.
+        # The temporary file was created in the same folder, so this is not a missing permission.
         if error.errno not in _NO_LINKS:
             raise
         _rename_new(temporary, target)
@@ -185,7 +183,7 @@ def _is_same(temporary: Path, target: Path) -> bool:
 
 
 def _rename_new(temporary: Path, target: Path) -> None:
-    """The same where there are no hard links."""
+    """Do the same without hard links."""
     try:
         _rename_noreplace(temporary, target)
     except FileExistsError:
@@ -205,7 +203,7 @@ def _rename_new(temporary: Path, target: Path) -> None:
 
 
 def _rename_noreplace(temporary: Path, target: Path) -> None:
-    """`renameat2` of Linux with RENAME_NOREPLACE. Raises OSError, ENOSYS where the system has no such call."""
+    """Call `renameat2` with RENAME_NOREPLACE. Raises OSError, with ENOSYS if the system has no such call."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -226,7 +224,7 @@ def _fill_new(temporary: Path, target: Path) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """Force a file or the entries of a folder to disk, as far as the file system can."""
+    """Flush a file or the entries of a folder to disk, if the file system supports it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -235,10 +233,10 @@ def _sync(descriptor: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force a folder's entries to disk, so that a new name survives a power cut."""
+    """Flush the entries of a folder to disk, so that a new file survives a power failure."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # a folder that may be written to and not read
+    except PermissionError:  # The folder is writable but not readable.
         return
     try:
         _sync(descriptor)
@@ -247,52 +245,52 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Kind(StrEnum):
-    """What an entry of a folder is. Links to files are files; links to folders are not entered."""
+    """Kind of a folder entry. A link to a file is a file; links to folders are not followed."""
 
     FILE = "file"
     FOLDER = "folder"
     FOLDER_LINK = "link to a folder"
-    DANGLING_LINK = "link that leads nowhere"
-    SPECIAL = "neither file nor folder"
+    BROKEN_LINK = "broken symbolic link"
+    SPECIAL = "special file"
 
 
 def kind_of(path: str) -> Kind | None:
-    """What stands at a path, links followed; None where there is nothing. Raises OSError where it may not be seen."""
+    """Kind of a path, following links; None if it does not exist. Raises OSError if it cannot be determined."""
     try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - the text of a path, which Path would change
+        mode = os.stat(path).st_mode  # noqa: PTH116 - Path would change the text of the path
     except OSError as error:
-        if error.errno not in _NOTHING_THERE:
+        if error.errno not in _NOT_FOUND:
             raise
-        return Kind.DANGLING_LINK if os.path.islink(path) else None  # noqa: PTH114
+        return Kind.BROKEN_LINK if os.path.islink(path) else None  # noqa: PTH114
     if stat.S_ISREG(mode):
         return Kind.FILE
     return Kind.FOLDER if stat.S_ISDIR(mode) else Kind.SPECIAL
 
 
 def scan(top: str, enter: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Kind, int]]:
-    """Everything in a folder and below, in no order: path below it, kind, and size in bytes where it is a file.
+    """Yield all entries of a folder, recursively and unordered: relative path, kind, and size in bytes of a file.
 
     Args:
-        top: the folder, which may be a link; where it is not there, nothing comes.
-        enter: is given the path of each folder below, and says whether to look into it.
+        top: the folder, possibly a symbolic link; if it does not exist, nothing is yielded.
+        enter: called with the relative path of each folder; returns whether to list it.
 
     Raises:
-        OSError: a folder that is to be entered cannot be read; its files must not silently be left out.
+        OSError: a folder cannot be read; skipping its files silently would lose rows.
     """
-    waiting = [""]
-    while waiting:
-        above = waiting.pop()
+    pending = [""]
+    while pending:
+        parent = pending.pop()
         try:
-            entries = list(os.scandir(f"{top}/{above}".rstrip("/") or "/"))
-        except FileNotFoundError:  # removed meanwhile
+            entries = list(os.scandir(f"{top}/{parent}".rstrip("/") or "/"))
+        except FileNotFoundError:  # removed in the meantime
             continue
         for entry in entries:
             kind, size = _entry_kind(entry)
-            name = above + entry.name
+            name = parent + entry.name
             if kind is not None:
                 yield name, kind, size
             if kind is Kind.FOLDER and enter(name):
-                waiting.append(f"{name}/")
+                pending.append(f"{name}/")
 
 
 def _entry_kind(entry: "os.DirEntry[str]") -> tuple[Kind | None, int]:
@@ -301,23 +299,23 @@ def _entry_kind(entry: "os.DirEntry[str]") -> tuple[Kind | None, int]:
     try:
         status = entry.stat()
     except OSError as error:
-        if error.errno not in _NOTHING_THERE:
+        if error.errno not in _NOT_FOUND:
             raise
-        return (Kind.DANGLING_LINK if entry.is_symlink() else None), 0
+        return (Kind.BROKEN_LINK if entry.is_symlink() else None), 0
     if stat.S_ISREG(status.st_mode):
         return Kind.FILE, status.st_size
     return (Kind.FOLDER_LINK if stat.S_ISDIR(status.st_mode) else Kind.SPECIAL), 0
 
 
 def walk(top: Path) -> Iterable[Path]:
-    """Files in a folder and below, or the file itself; nothing if it is not there. Raises as `scan` does."""
+    """Yield the files of a folder, recursively, or a file itself; none if the path does not exist. See `scan`."""
     if top.is_file():
         return [top]
     return (top / name for name, kind, _ in scan(str(top)) if kind is Kind.FILE)
 
 
 def remove_empty(top: Path) -> None:
-    """Remove a folder and those below it, as far as they hold nothing."""
+    """Remove a folder and its subfolders as far as they are empty."""
     for folder, _, _ in os.walk(top, topdown=False):
         try:
             Path(folder).rmdir()
@@ -327,20 +325,20 @@ def remove_empty(top: Path) -> None:
 
 
 def remove_tree(top: Path, keep: frozenset[str] = frozenset()) -> int:
-    """Remove a folder with all that is below; returns the bytes of its files. See `Storage.remove_folder`.
+    """Remove a folder with its contents; return the size of its files in bytes. See `Storage.remove_folder`.
 
-    Every folder is opened without following links and emptied through its descriptor, so that a folder which is
-    exchanged for a link meanwhile leads nowhere.
+    Each folder is opened without following links and emptied through its descriptor. Replacing a folder with a
+    link concurrently therefore never removes files elsewhere.
 
     Args:
-        top: the folder; nothing happens if it is not there, or is a link.
-        keep: names directly in it that stay.
+        top: the folder; ignored if it does not exist or is a link.
+        keep: names directly in the folder that are kept.
 
     Raises:
-        OSError: something may not be removed.
+        OSError: an entry cannot be removed.
     """
     try:
-        descriptor = os.open(top, _FOLDER)
+        descriptor = os.open(top, _OPEN_FOLDER)
     except FileNotFoundError:
         return 0
     except OSError as error:
@@ -348,18 +346,18 @@ def remove_tree(top: Path, keep: frozenset[str] = frozenset()) -> int:
             return 0
         raise
     try:
-        freed = _empty(descriptor, keep)
+        freed = _clear(descriptor, keep)
     finally:
         os.close(descriptor)
     _remove_if_empty(top, None)
     return freed
 
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-def _empty(descriptor: int, keep: frozenset[str]) -> int:
-    """Remove what an open folder holds; a folder below is entered by its descriptor."""
+def _clear(descriptor: int, keep: frozenset[str]) -> int:
+    """Remove the contents of an open folder; subfolders are opened relative to its descriptor."""
     freed = 0
     with os.scandir(descriptor) as found:
         entries = [entry for entry in found if entry.name not in keep]
@@ -368,9 +366,9 @@ def _empty(descriptor: int, keep: frozenset[str]) -> int:
             freed += _unlink(entry.name, descriptor)
             continue
         with suppress(FileNotFoundError):
-            inner = os.open(entry.name, _FOLDER, dir_fd=descriptor)
+            inner = os.open(entry.name, _OPEN_FOLDER, dir_fd=descriptor)
             try:
-                freed += _empty(inner, frozenset())
+                freed += _clear(inner, frozenset())
             finally:
                 os.close(inner)
             _remove_if_empty(entry.name, descriptor)
@@ -387,7 +385,7 @@ def _unlink(name: str, descriptor: int) -> int:
 
 
 def _remove_if_empty(path: Path | str, descriptor: int | None) -> None:
-    """Of what somebody else has put there meanwhile, nothing is removed."""
+    """Remove an empty folder; keep it if another process has written to it in the meantime."""
     try:
         os.rmdir(path, dir_fd=descriptor)
     except OSError as error:

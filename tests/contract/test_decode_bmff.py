@@ -56,28 +56,28 @@ def with_brands(data: bytes, major: bytes, *compatible: bytes) -> bytes:
         ("heic", (b"hevc", b"mif1"), Format.HEIC),
     ],
 )
-def test_the_format_is_that_of_the_primary_item_whatever_brand_comes_first(name, brands, kind):
+def test_format_is_that_of_the_primary_item_for_any_major_brand(name, brands, kind):
     data = with_brands(samples()[name], *brands)
     assert read_header(data).format == kind
     assert np.array_equal(pixels_of(data), pixels_of(samples()[name]))
 
 
 @pytest.mark.parametrize("brand", [b"isom", b"mp42", b"qt  ", b"M4A "])
-def test_a_video_is_no_image(brand):
+def test_video_is_not_an_image(brand):
     assert reason_of(with_brands(samples()["heic"], brand, b"iso2")) == Reason.NOT_AN_IMAGE
 
 
 @pytest.mark.parametrize(
     ("coding", "said"), [(b"avc1", "H.264"), (b"vvc1", "H.266"), (b"abcd", "something else")]
 )
-def test_other_codings_are_unsupported_and_named(coding, said):
+def test_other_codecs_are_unsupported_and_named(coding, said):
     data = samples()["heic"].replace(b"hvc1", coding)
     with pytest.raises(DecodeError, match=said) as raised:
         decode(data, LIMITS)
     assert raised.value.failure.reason == Reason.UNSUPPORTED_FORMAT
 
 
-def test_a_sequence_without_a_still_image_is_unsupported():
+def test_sequence_without_still_image_is_unsupported():
     data = samples()["heic"]
     parts = boxes(data)
     assert reason_of(parts[b"ftyp"] + box(b"moov", b"") + parts[b"mdat"]) == Reason.UNSUPPORTED_FORMAT
@@ -85,7 +85,7 @@ def test_a_sequence_without_a_still_image_is_unsupported():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_is_turned_once(kind, orientation):
+def test_rotation_is_applied_once(kind, orientation):
     """By the boxes, which both writers make of the EXIF orientation."""
     upright = pixels_of(encode(draw(2), "PNG", orientation=orientation))
     ours = pixels_of(encode(draw(2), kind, orientation=orientation, quality=95))
@@ -95,7 +95,7 @@ def test_an_image_is_turned_once(kind, orientation):
     assert all(np.abs(ours - other).mean() > 12 for other in others)
 
 
-def test_exif_of_a_heic_does_not_turn_it_a_second_time():
+def test_exif_orientation_of_heic_is_not_applied_again():
     """libheif turns by the boxes alone, as the standard says; the EXIF orientation is that of the camera."""
     data = encode(draw(2), "HEIF", exif=exif(1))
     lying = data.replace(exif(1)[6:], exif(6)[6:])
@@ -104,14 +104,14 @@ def test_exif_of_a_heic_does_not_turn_it_a_second_time():
 
 
 @pytest.mark.parametrize("name", [name for name in samples() if name.startswith(("avif", "heic"))])
-def test_bytes_behind_the_image_do_not_matter(name):
+def test_trailing_bytes_are_ignored(name):
     data = samples()[name]
     for junk in (b"\n", bytes(4096), b"<html>and more of it</html>", box(b"free", b"12345")):
         assert np.array_equal(pixels_of(data + junk), pixels_of(data))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_exif_of_an_avif_costs_nothing():
+def test_damaged_exif_of_avif_is_ignored():
     block = Image.Exif()
     block[ExifTags.Base.Make] = "camera"
     data = encode(draw(2), "AVIF", exif=block.tobytes())
@@ -122,7 +122,7 @@ def test_damaged_exif_of_an_avif_costs_nothing():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_real_sizes_have_the_pixels_of_pillow(kind, mode):
+def test_realistic_sizes_equal_pillow(kind, mode):
     image = draw(4, 333, 251).convert(mode)
     if mode == "RGBA":
         image.putalpha(Image.linear_gradient("L").resize(image.size))
@@ -138,13 +138,13 @@ def large_frame_in_small_boxes(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_coded_frame_counts_where_the_boxes_say_less(kind):
+def test_coded_frame_larger_than_its_boxes_counts_toward_the_limit(kind):
     data = large_frame_in_small_boxes(kind)
     assert read_header(data).allocated_pixels >= 2048 * 1536
     assert reason_of(data, DecodeLimits(max_pixels=1_000_000)) == Reason.TOO_MANY_PIXELS
 
 
-def test_the_coded_frame_of_a_transparency_counts_too():
+def test_coded_frame_of_an_alpha_image_counts_toward_the_limit():
     large = encode(Image.new("RGBA", (2048, 1536), (9, 9, 9, 9)), "AVIF", quality=10, speed=10)
     assert (
         reason_of(with_extents(large, 61, 47), DecodeLimits(max_pixels=1_000_000)) == Reason.TOO_MANY_PIXELS
@@ -152,7 +152,7 @@ def test_the_coded_frame_of_a_transparency_counts_too():
 
 
 @pytest.mark.parametrize("size", [(61, 47), (8, 8), (333, 251), (4096, 16)])
-def test_the_size_in_the_coded_data_is_read(size):
+def test_frame_size_is_read_from_the_coded_data(size):
     image = Image.new("RGB", size, "teal")
     avif, heic = (encode(image, kind) for kind in KINDS)
     content = avif.index(b"mdat") + 4
@@ -163,7 +163,7 @@ def test_the_size_in_the_coded_data_is_read(size):
 
 
 @pytest.mark.parametrize("name", ["avif", "heic", "heic grid", "avif animated"])
-def test_data_that_lies_beyond_the_end_is_truncated(name):
+def test_item_data_beyond_the_end_of_the_file_is_truncated(name):
     """The mdat box runs to the end, so only the places of the items tell."""
     data = bytearray(samples()[name])
     place = data.index(b"mdat")
@@ -173,7 +173,7 @@ def test_data_that_lies_beyond_the_end_is_truncated(name):
 
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize(("kind", "options"), [("AVIF", {}), ("HEIF", {}), ("HEIF", {"tile_size": 128})])
-def test_data_filled_up_with_zeros_is_truncated(kind, options, fraction):
+def test_zero_padded_data_is_truncated(kind, options, fraction):
     data = encode(draw(2, 320, 240), kind, **options)
     start = data.index(b"mdat") + 4
     kept = start + int((len(data) - start) * fraction)
@@ -212,14 +212,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_boxes_are_refused_in_no_time(name):
+def test_hostile_boxes_are_rejected_quickly(name):
     started = time.thread_time()
     assert reason_of(HOSTILE[name]) in (Reason.CORRUPT, Reason.TRUNCATED, Reason.UNSUPPORTED_FORMAT)
     assert time.thread_time() - started < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_decoder_brings_no_threads_of_its_own(kind):
+def test_decoders_start_no_threads(kind):
     data = encode(draw(1, 1500, 1100), kind)
     program = """
 import os, sys, threading, time
@@ -256,7 +256,7 @@ print(most[0] - before - 1)
     assert int(done.stdout) <= (0 if kind == "AVIF" else 1)
 
 
-def test_without_its_extra_a_heic_is_unsupported_and_the_extra_is_named(monkeypatch):
+def test_heic_without_the_extra_is_unsupported_and_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(DecodeError, match=r"batchcls\[heic\]") as raised:
         decode(samples()["heic"], LIMITS)

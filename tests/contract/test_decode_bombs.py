@@ -56,7 +56,7 @@ def load(loader: Loader, images: list[bytes]) -> list[dict[str, object]]:
     return [row for block in loader.load(iter([table]), {}) for row in block.to_pylist()]
 
 
-def test_files_that_claim_more_than_they_hold_cost_what_they_hold(tmp_path: Path):
+def test_decompression_bombs_stay_within_time_and_memory(tmp_path: Path):
     loader = Loader(settings(tmp_path))
     images = {name: make() for name, (make, _) in _QUICK.items()}
     load(loader, [bombs.saved(bombs.drawn(300, 200), "JPEG")])
@@ -71,13 +71,13 @@ def test_files_that_claim_more_than_they_hold_cost_what_they_hold(tmp_path: Path
 
 
 @pytest.mark.long
-def test_files_that_take_too_long_are_given_up_and_the_rest_is_loaded(tmp_path: Path):
+def test_slow_files_time_out_and_other_rows_are_loaded(tmp_path: Path):
     loader = Loader(settings(tmp_path, limits=DecodeLimits(seconds=0.3)))
     good = bombs.saved(bombs.drawn(300, 200), "JPEG")
     images = [image for make in _SLOW.values() for image in (make(), good)]
     rows = load(loader, images)
     assert [row["reason"] for row in rows] == ["decode_timeout", None] * len(_SLOW)
-    assert all(row["detail"] == "not decoded in 0.3 s of processor time" for row in rows[::2])
+    assert all(row["detail"] == "not decoded in 0.3 s of CPU time" for row in rows[::2])
     assert all(row["pixels"] is not None for row in rows[1::2])
 
 
@@ -86,7 +86,7 @@ def test_files_that_take_too_long_are_given_up_and_the_rest_is_loaded(tmp_path: 
     os.environ.get("MALLOC_ARENA_MAX") != "1",
     reason="as workers have it: else each thread keeps freed memory",
 )
-def test_large_images_wait_for_each_other(tmp_path: Path):
+def test_large_images_share_the_memory_budget(tmp_path: Path):
     """Eight threads with images of 96 MB each, and a budget for two of them."""
     image = bombs.saved(bombs.drawn(2000, 2000, "RGBA"), "PNG", compress_level=1)
     given = settings(tmp_path, fetch_threads=8, decode_threads=8)

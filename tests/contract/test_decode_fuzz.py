@@ -52,7 +52,7 @@ def mutate(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", samples())
-def test_mutated_files_give_an_image_or_a_reason(name):
+def test_mutated_files_yield_an_image_or_a_reason(name):
     files = samples()
     others = list(files.values())
     random = np.random.default_rng(list(name.encode()))

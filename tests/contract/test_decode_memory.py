@@ -99,7 +99,7 @@ def cases() -> dict[str, bytes]:
 
 
 @pytest.mark.long
-def test_no_image_takes_more_than_its_header_is_taken_for():
+def test_memory_of_decoding_is_within_the_estimate():
     limits, images = DecodeLimits(), cases()
 
     def work(data: bytes) -> None:
@@ -118,7 +118,7 @@ def test_no_image_takes_more_than_its_header_is_taken_for():
 
 
 @pytest.mark.parametrize(("side", "factor"), [(70, 8), (300, 4), (600, 2), (1200, 1)])
-def test_a_jpeg_at_a_reduced_scale_takes_as_much_less(side: int, factor: int):
+def test_estimate_of_a_scaled_jpeg_is_proportional(side: int, factor: int):
     data = saved(drawn(WIDTH, HEIGHT), "JPEG")
     header = read_checked_header(data, DecodeLimits())
     pixels = (

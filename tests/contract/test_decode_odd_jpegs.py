@@ -123,14 +123,14 @@ BEYOND_PILLOW: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("oddity", AS_PILLOW)
-def test_an_odd_jpeg_has_the_pixels_of_pillow(oddity: str, kind: str):
+def test_unusual_jpegs_equal_pillow(oddity: str, kind: str):
     data = AS_PILLOW[oddity](base(kind))
     assert np.array_equal(pixels_of(data), pillow_pixels(data))
 
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("oddity", BEYOND_PILLOW)
-def test_metadata_at_which_pillow_stops_costs_nothing(oddity: str, kind: str):
+def test_metadata_that_pillow_rejects_is_ignored(oddity: str, kind: str):
     data = BEYOND_PILLOW[oddity](base(kind))
     with pytest.raises(UnidentifiedImageError):
         pillow_pixels(data)
@@ -138,7 +138,7 @@ def test_metadata_at_which_pillow_stops_costs_nothing(oddity: str, kind: str):
 
 
 @pytest.mark.parametrize("what", ["lost", "wrong", "twice", "with junk"])
-def test_restart_markers_out_of_step_have_the_pixels_of_pillow(what: str):
+def test_misplaced_restart_markers_equal_pillow(what: str):
     data = base("with restarts")
     scan = at(data, 0xDA)
     place = data.index(b"\xff\xd3", scan)
@@ -151,7 +151,7 @@ def test_restart_markers_out_of_step_have_the_pixels_of_pillow(what: str):
 @pytest.mark.parametrize("factor", [2, 4, 8])
 @pytest.mark.parametrize("oddity", ["bytes before the frame header", "part 5 of 2 of a profile"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
-def test_an_odd_jpeg_is_reduced_as_a_usual_one_is(options: dict, oddity: str, factor: int):
+def test_unusual_jpegs_are_decoded_at_a_reduced_scale(options: dict, oddity: str, factor: int):
     plain = encode(draw(3, 643, 485), "JPEG", **options)
     usual, odd = (
         decode(data, LIMITS, lambda height, width: (height // factor, width // factor))
@@ -164,7 +164,7 @@ def test_an_odd_jpeg_is_reduced_as_a_usual_one_is(options: dict, oddity: str, fa
 @pytest.mark.parametrize("fraction", [0.5, 0.75, 0.9, 0.97])
 @pytest.mark.parametrize("oddity", ["bytes before the frame header", "part 5 of 2 of a profile"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_an_odd_jpeg_that_is_cut_is_truncated(mode: str, oddity: str, fraction: float):
+def test_cut_unusual_jpegs_are_truncated(mode: str, oddity: str, fraction: float):
     data = AS_PILLOW[oddity](encode(draw(9, 300, 200).convert(mode), "JPEG"))
     assert reason_of(data[: int(len(data) * fraction)]) == Reason.TRUNCATED
     assert reason_of(cut_behind_end_marker(data, fraction)) == Reason.TRUNCATED
@@ -183,18 +183,18 @@ def test_an_odd_jpeg_that_is_cut_is_truncated(mode: str, oddity: str, fraction: 
         (first(b"\0\x11"), Reason.NOT_AN_IMAGE),
     ],
 )
-def test_what_browsers_refuse_stays_refused(change: Callable[[bytes], bytes], reason: Reason):
+def test_files_that_browsers_reject_are_rejected(change: Callable[[bytes], bytes], reason: Reason):
     assert reason_of(change(base("plain"))) == reason
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_damage_in_other_metadata_does_not_cost_the_orientation(orientation: int):
+def test_damage_in_other_metadata_keeps_the_orientation(orientation: int):
     data = encode(draw(2), "JPEG", orientation=orientation)
     odd = first(segment(0xE2, PROFILE), segment(0xE0, b"JFIF\0"))(data)
     assert np.array_equal(pixels_of(odd), pillow_pixels(data))
 
 
-def test_cases_of_the_issue_have_the_pixels_of_pillow(shared, tmp_path):
+def test_reported_cases_equal_pillow(shared, tmp_path):
     import subprocess
     import sys
 

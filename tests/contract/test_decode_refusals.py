@@ -33,7 +33,7 @@ from tests.helpers.pillow_reference import (
 
 
 @pytest.mark.parametrize("name", samples())
-def test_a_file_cut_anywhere_is_truncated(name):
+def test_file_cut_at_any_position_is_truncated(name):
     data = samples()[name]
     lengths = np.unique(np.linspace(1, len(data) - 1, 60).astype(int))
     reasons = {reason_of(data[:length]) for length in [*lengths, len(data) - 2, len(data) - 3]}
@@ -41,7 +41,7 @@ def test_a_file_cut_anywhere_is_truncated(name):
 
 
 @pytest.mark.parametrize("name", PLAIN_JPEG)
-def test_jpeg_filled_up_with_zeros_is_truncated(name):
+def test_zero_padded_jpeg_is_truncated(name):
     data = samples()[name]
     assert reason_of(data[: len(data) // 2] + bytes(len(data) // 2)) == Reason.TRUNCATED
 
@@ -49,7 +49,7 @@ def test_jpeg_filled_up_with_zeros_is_truncated(name):
 @pytest.mark.parametrize("fraction", [0.5, 0.75, 0.9, 0.97])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}, {"orientation": 6}])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_sequential_jpeg_cut_behind_a_forged_end_marker_is_truncated(mode, options, fraction):
+def test_cut_sequential_jpeg_with_an_added_end_marker_is_truncated(mode, options, fraction):
     data = cut_behind_end_marker(encode(draw(9, 300, 200).convert(mode), "JPEG", **options), fraction)
     assert pillow_pixels(data).size, "Pillow decodes it without a word"
     assert reason_of(data) == Reason.TRUNCATED
@@ -61,13 +61,13 @@ def test_progressive_jpeg_without_its_last_scans_is_truncated(fraction):
     assert reason_of(cut_behind_end_marker(data, fraction)) == Reason.TRUNCATED
 
 
-def test_jpeg_broken_off_by_a_stray_marker_is_corrupt():
+def test_jpeg_interrupted_by_a_stray_marker_is_corrupt():
     data = bytearray(encode(draw(9, 300, 200), "JPEG"))
     data[len(data) // 2 : len(data) // 2 + 4] = b"\xff\xfe\x00\x02"
     assert reason_of(bytes(data)) == Reason.CORRUPT
 
 
-def test_jpeg_of_thousands_of_scans_is_refused_before_it_keeps_the_decoder_busy():
+def test_jpeg_with_thousands_of_scans_is_rejected_before_decoding():
     data = encode(draw(), "JPEG", progressive=True)
     first, second = [
         position for position in range(len(data)) if data[position : position + 2] == b"\xff\xda"
@@ -76,11 +76,11 @@ def test_jpeg_of_thousands_of_scans_is_refused_before_it_keeps_the_decoder_busy(
 
 
 @pytest.mark.parametrize("name", bombs())
-def test_a_header_that_promises_too_much_is_refused(name):
+def test_header_with_too_many_pixels_is_rejected(name):
     assert reason_of(bombs()[name]) == Reason.TOO_MANY_PIXELS
 
 
-def test_bombs_are_refused_before_their_pixels_are_allocated():
+def test_bombs_are_rejected_before_their_pixels_are_allocated():
     program = """
 import resource
 from batchcls.images.decode import DecodeError, DecodeLimits, decode
@@ -105,7 +105,7 @@ print(reasons, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 
     assert done.stdout.strip() == "{'too_many_pixels'} True", done.stderr
 
 
-def test_two_sizes_in_one_header_do_not_get_around_the_limit():
+def test_contradicting_sizes_do_not_bypass_the_limit():
     data = bytearray(tiff(np.asarray(draw())))
     (directory,) = struct.unpack_from("<I", data, 4)
     (fields,) = struct.unpack_from("<H", data, directory)
@@ -136,18 +136,18 @@ def test_limits_are_inclusive():
         (encode(draw(0, 4, 40), "PNG"), Reason.TOO_SMALL),
     ],
 )
-def test_each_reason_has_its_case(data, reason):
+def test_every_reason_is_covered(data, reason):
     assert reason_of(data) == reason
 
 
 @pytest.mark.parametrize(("field", "value"), [(28, 2), (28, 5), (30, 6), (30, 4)])
-def test_a_bmp_of_a_kind_that_pillow_does_not_know_is_unsupported(field, value):
+def test_bmp_variant_unknown_to_pillow_is_unsupported(field, value):
     data = bytearray(encode(draw(), "BMP"))
     data[field] = value
     assert reason_of(bytes(data)) == Reason.UNSUPPORTED_FORMAT
 
 
-def test_damaged_pixels_under_a_right_checksum_are_corrupt():
+def test_damaged_pixels_with_a_valid_checksum_are_corrupt():
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 61, 47, 8, 2, 0, 0, 0))
     deflated = bytearray(zlib.compress(bytes(47 * 184)))
     deflated[2:] = b"\xff" * (len(deflated) - 2)
@@ -155,7 +155,7 @@ def test_damaged_pixels_under_a_right_checksum_are_corrupt():
     assert reason_of(damaged) == Reason.CORRUPT
 
 
-def test_details_quote_nothing_of_the_file():
+def test_details_contain_nothing_from_the_file():
     secret = b"SECRET-TOKEN"
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 61, 47, 8, 2, 0, 0, 0))
     for data in (
@@ -175,7 +175,7 @@ def test_details_quote_nothing_of_the_file():
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes"),
     ],
 )
-def test_running_out_of_memory_is_not_the_fault_of_the_file(error, monkeypatch):
+def test_out_of_memory_raises_memory_error(error, monkeypatch):
     def fail(*_args, **_options):
         raise error
 

@@ -114,7 +114,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("choice", "bound"), CHOICES)
-def test_accuracy_beside_fp32(bundle, place, photographs, exact, choice, bound):
+def test_accuracy_relative_to_fp32(bundle, place, photographs, exact, choice, bound):
     if choice.endswith("bf16") and "BF16" not in ABLE:
         pytest.skip("this processor has no bfloat16")
     pixels, truth = photographs

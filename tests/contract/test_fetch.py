@@ -29,12 +29,12 @@ def test_a_file_is_read_by_path_and_by_file_uri(tmp_path: Path) -> None:
         assert fetcher.fetch(uri) == Fetched(b"pixels", None, 1, 6)
 
 
-def test_an_empty_file_is_data_for_the_decoder_to_judge(tmp_path: Path) -> None:
+def test_empty_file_is_returned_as_data(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     assert Fetcher(FetchPolicy()).fetch(f"{tmp_path}/a.jpg") == Fetched(b"", None, 1, 0)
 
 
-def test_the_limit_is_the_last_size_that_passes_and_a_larger_file_is_not_read(tmp_path: Path) -> None:
+def test_size_limit_is_inclusive_and_larger_files_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "fits").write_bytes(b"x" * 100)
     with (tmp_path / "huge").open("wb") as sparse:
         sparse.truncate(10**12)
@@ -45,19 +45,19 @@ def test_the_limit_is_the_last_size_that_passes_and_a_larger_file_is_not_read(tm
     assert huge.n_bytes == 10**12
 
 
-def test_a_file_that_lies_about_its_size_is_still_limited() -> None:
+def test_limit_applies_to_files_that_report_a_wrong_size() -> None:
     endless = Fetcher(FetchPolicy(max_bytes=10)).fetch("/proc/self/environ")
     assert failure(endless)[0] is Reason.TOO_LARGE
 
 
-def test_a_missing_file_is_asked_for_once(tmp_path: Path) -> None:
+def test_missing_file_is_not_retried(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     fetcher = Fetcher(FetchPolicy())
     for path in ("none.jpg", "file/below.jpg"):
         assert failure(fetcher.fetch(f"{tmp_path}/{path}"))[::2] == (Reason.NOT_FOUND, 1)
 
 
-def test_what_is_no_regular_file_is_refused_and_nothing_waits_for_it(tmp_path: Path) -> None:
+def test_special_files_are_rejected_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
@@ -66,7 +66,7 @@ def test_what_is_no_regular_file_is_refused_and_nothing_waits_for_it(tmp_path: P
             assert failure(fetcher.fetch(str(path)))[::2] == (Reason.FORBIDDEN_URI, 1)
 
 
-def test_a_path_outside_of_the_allowed_roots_is_refused_however_it_is_written(tmp_path: Path) -> None:
+def test_paths_outside_the_allowed_roots_are_rejected_in_any_spelling(tmp_path: Path) -> None:
     allowed = tmp_path / "allowed"
     allowed.mkdir()
     (allowed / "a.jpg").write_bytes(b"a")
@@ -88,7 +88,7 @@ def test_a_path_outside_of_the_allowed_roots_is_refused_however_it_is_written(tm
         assert failure(fetcher.fetch(uri))[::2] == (Reason.FORBIDDEN_URI, 1), uri
 
 
-def test_a_filesystem_that_would_open_another_address_inside_is_not_supported(tmp_path: Path) -> None:
+def test_chained_filesystems_are_not_supported(tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     fetcher = Fetcher(FetchPolicy())
     for uri in (
@@ -102,19 +102,19 @@ def test_a_filesystem_that_would_open_another_address_inside_is_not_supported(tm
         assert failure(fetcher.fetch(uri))[::2] == (Reason.UNSUPPORTED_SCHEME, 1), uri
 
 
-def test_a_host_that_cannot_be_checked_is_refused() -> None:
+def test_hosts_that_cannot_be_checked_are_rejected() -> None:
     for uri in ("ftp://10.0.0.1/a.jpg", "sftp://10.0.0.1/a.jpg", "webhdfs://10.0.0.1/a.jpg"):
         assert failure(Fetcher(FetchPolicy()).fetch(uri))[::2] == (Reason.FORBIDDEN_URI, 1)
 
 
-def test_an_unknown_scheme_is_not_supported_and_shows_nothing_of_the_uri() -> None:
+def test_unknown_scheme_is_unsupported_and_does_not_leak_the_uri() -> None:
     reason, detail, attempts = failure(Fetcher(FetchPolicy()).fetch("nosuch://ada:password@host/a?token=t"))
     assert (reason, attempts) == (Reason.UNSUPPORTED_SCHEME, 1)
     assert "password" not in detail
     assert "token" not in detail
 
 
-def test_any_other_scheme_of_fsspec_is_read_and_limited() -> None:
+def test_other_fsspec_schemes_are_read_up_to_the_limit() -> None:
     fsspec.filesystem("memory").pipe("/test-fetch/a.jpg", b"x" * 100)
     assert Fetcher(FetchPolicy()).fetch("memory://test-fetch/a.jpg") == Fetched(b"x" * 100, None, 1, 100)
     small = Fetcher(FetchPolicy(max_bytes=99))
@@ -144,7 +144,7 @@ def unready() -> type[Unready]:
     return Unready
 
 
-def test_attempts_are_bounded_counted_and_apart(unready: type[Unready]) -> None:
+def test_attempts_are_limited_counted_and_delayed(unready: type[Unready]) -> None:
     unready.failures = (ConnectionResetError("secret"),) * 9
     pauses: list[float] = []
     backoff = Backoff(base_seconds=1.0, ceiling_seconds=2.0)
@@ -154,13 +154,13 @@ def test_attempts_are_bounded_counted_and_apart(unready: type[Unready]) -> None:
     assert [pause <= ceiling for pause, ceiling in zip(pauses, (1.0, 2.0, 2.0), strict=True)] == [True] * 3
 
 
-def test_an_attempt_that_succeeds_ends_the_attempts(unready: type[Unready]) -> None:
+def test_successful_attempt_ends_the_retries(unready: type[Unready]) -> None:
     unready.failures = (TimeoutError(), ConnectionResetError())
     fetched = Fetcher(FetchPolicy(), pause=lambda seconds: None).fetch("unready://a")
     assert fetched == Fetched(Path(__file__).read_bytes(), None, 3, Path(__file__).stat().st_size)
 
 
-def test_a_programming_error_becomes_a_failed_row_with_its_type_and_is_not_repeated(
+def test_programming_error_is_a_failed_row_and_is_not_retried(
     unready: type[Unready],
 ) -> None:
     unready.failures = (ZeroDivisionError("secret"),)
@@ -172,13 +172,13 @@ def test_a_programming_error_becomes_a_failed_row_with_its_type_and_is_not_repea
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_an_order_to_stop_is_never_a_failed_row(unready: type[Unready], stop: type[BaseException]) -> None:
+def test_interrupts_are_not_failed_rows(unready: type[Unready], stop: type[BaseException]) -> None:
     unready.failures = (stop(),)
     with pytest.raises(stop):
         Fetcher(FetchPolicy()).fetch("unready://a")
 
 
-def test_one_fetcher_serves_many_threads(tmp_path: Path) -> None:
+def test_fetcher_is_thread_safe(tmp_path: Path) -> None:
     for number in range(64):
         (tmp_path / str(number)).write_bytes(str(number).encode() * 1000)
     fetcher, start = Fetcher(FetchPolicy()), threading.Barrier(64)
@@ -192,19 +192,19 @@ def test_one_fetcher_serves_many_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["timeout_seconds", "max_bytes", "max_attempts"])
-def test_a_limit_of_nothing_is_refused(name: str) -> None:
+def test_limits_must_be_positive(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} must be more than 0, not 0"):
         FetchPolicy(**{name: 0})
 
 
-def test_credentials_are_in_no_representation() -> None:
+def test_repr_contains_no_credentials() -> None:
     policy = FetchPolicy(storage_options={"secret": "SECRET", "endpoint_url": "http://store"})
     assert "SECRET" not in repr(policy)
     assert "SECRET" not in repr(Fetcher(policy))
     assert "http://store" in repr(Fetcher(policy))
 
 
-def test_the_state_of_a_file_is_told_with_and_without_reading_it(tmp_path: Path) -> None:
+def test_file_version_is_the_same_with_and_without_reading(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(b"pixels")
     os.utime(path, ns=(5, 1_700_000_000_123_456_789))

@@ -167,7 +167,7 @@ def told(fetched: Fetched) -> tuple[Reason | None, int]:
     return (fetched.failure.reason if fetched.failure else None), fetched.attempts
 
 
-def test_an_image_comes_whole_and_the_client_says_who_it_is(server: Server, fetch: Fetch) -> None:
+def test_complete_image_is_fetched_with_a_user_agent(server: Server, fetch: Fetch) -> None:
     assert fetch(server.url("/image")) == Fetched(BODY, None, 1, len(BODY))
     assert server.headers["user-agent"] == f"batchcls/{__version__}"
     assert fetch(server.url("/empty")) == Fetched(b"", None, 1, 0)
@@ -183,7 +183,7 @@ def test_an_image_comes_whole_and_the_client_says_who_it_is(server: Server, fetc
         (418, Reason.FETCH_FAILED),
     ],
 )
-def test_an_answer_is_asked_for_once(server: Server, fetch: Fetch, status: int, reason: Reason) -> None:
+def test_permanent_status_is_not_retried(server: Server, fetch: Fetch, status: int, reason: Reason) -> None:
     fetched = fetch(server.url(f"/status/{status}?token=secret"))
     assert told(fetched) == (reason, 1)
     assert fetched.failure is not None
@@ -191,7 +191,7 @@ def test_an_answer_is_asked_for_once(server: Server, fetch: Fetch, status: int, 
     assert server.requests[f"/status/{status}"] == 1
 
 
-def test_a_server_that_recovers_gives_the_image(server: Server, fetch: Fetch) -> None:
+def test_image_is_fetched_after_the_server_recovers(server: Server, fetch: Fetch) -> None:
     fetched = fetch(server.url("/flaky/500-502-200"))
     assert (fetched.data, fetched.attempts) == (BODY, 3)
 
@@ -199,7 +199,7 @@ def test_a_server_that_recovers_gives_the_image(server: Server, fetch: Fetch) ->
 @pytest.mark.parametrize(
     ("status", "reason"), [(503, Reason.THROTTLED), (429, Reason.THROTTLED), (504, Reason.TIMEOUT)]
 )
-def test_a_server_that_asks_for_time_gets_it_and_then_is_given_up(
+def test_retry_after_is_honored_up_to_the_maximum_attempts(
     server: Server, fetch: Fetch, pauses: list[float], status: int, reason: Reason
 ) -> None:
     assert told(fetch(server.url(f"/flaky/{status}"), max_attempts=3)) == (reason, 3)
@@ -209,13 +209,13 @@ def test_a_server_that_asks_for_time_gets_it_and_then_is_given_up(
 
 
 @pytest.mark.parametrize("where", ["head", "body"])
-def test_a_server_that_stalls_is_given_up_in_time(server: Server, fetch: Fetch, where: str) -> None:
+def test_stalled_server_times_out(server: Server, fetch: Fetch, where: str) -> None:
     fetched = fetch(server.url(f"/stall/{where}"), timeout_seconds=0.2, max_attempts=2)
     assert told(fetched) == (Reason.TIMEOUT, 2)
 
 
 @pytest.mark.parametrize("path", ["/reset", "/short"])
-def test_a_lost_connection_is_repeated_and_its_part_is_never_data(
+def test_lost_connection_is_retried_and_partial_data_is_discarded(
     server: Server, fetch: Fetch, path: str
 ) -> None:
     assert told(fetch(server.url(path), max_attempts=3)) == (Reason.FETCH_FAILED, 3)
@@ -223,31 +223,31 @@ def test_a_lost_connection_is_repeated_and_its_part_is_never_data(
     assert server.requests[path] in (3, 6)
 
 
-def test_nobody_listening_is_repeated(fetch: Fetch) -> None:
+def test_refused_connection_is_retried(fetch: Fetch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.jpg"
         assert told(fetch(url, max_attempts=2)) == (Reason.FETCH_FAILED, 2)
 
 
-def test_too_many_bytes_are_refused_by_their_announcement(server: Server, fetch: Fetch) -> None:
+def test_too_large_content_length_is_rejected(server: Server, fetch: Fetch) -> None:
     fetched = fetch(server.url("/liar"))
     assert told(fetched) == (Reason.TOO_LARGE, 1)
     assert fetched.n_bytes == 10**12
 
 
-def test_too_many_bytes_are_refused_while_they_come(server: Server, fetch: Fetch) -> None:
+def test_too_large_body_is_rejected_while_reading(server: Server, fetch: Fetch) -> None:
     assert told(fetch(server.url("/endless"), max_bytes=300_000)) == (Reason.TOO_LARGE, 1)
     assert fetch(server.url("/image"), max_bytes=len(BODY)).data == BODY
     assert told(fetch(server.url("/image"), max_bytes=len(BODY) - 1)) == (Reason.TOO_LARGE, 1)
 
 
-def test_a_compressed_body_is_not_asked_for_and_not_taken(server: Server, fetch: Fetch) -> None:
+def test_compressed_bodies_are_neither_requested_nor_accepted(server: Server, fetch: Fetch) -> None:
     assert told(fetch(server.url("/gzip"))) == (Reason.FETCH_FAILED, 1)
     assert server.headers["accept-encoding"] == "identity"
 
 
-def test_a_redirect_is_followed_and_no_cookie_is_kept(server: Server) -> None:
+def test_redirects_are_followed_without_cookies(server: Server) -> None:
     fetcher = Fetcher(FetchPolicy(addresses=AddressPolicy(allow_private_addresses=True)))
     fetcher.fetch(server.url("/status/404"))
     assert fetcher.fetch(server.url("/redirect/image")).data == BODY
@@ -256,11 +256,11 @@ def test_a_redirect_is_followed_and_no_cookie_is_kept(server: Server) -> None:
 
 
 @pytest.mark.parametrize("target", ["file", "s3", "broken"])
-def test_a_redirect_that_leaves_http_is_forbidden(server: Server, fetch: Fetch, target: str) -> None:
+def test_redirects_to_other_schemes_are_forbidden(server: Server, fetch: Fetch, target: str) -> None:
     assert told(fetch(server.url(f"/redirect/{target}"))) == (Reason.FORBIDDEN_URI, 1)
 
 
-def test_redirects_without_an_end_or_a_target_are_given_up(server: Server, fetch: Fetch) -> None:
+def test_endless_redirects_and_missing_locations_fail(server: Server, fetch: Fetch) -> None:
     assert told(fetch(server.url("/redirect/loop"))) == (Reason.FETCH_FAILED, 1)
     assert server.requests["/redirect/loop"] == 6
     assert told(fetch(server.url("/redirect/nowhere"))) == (Reason.FETCH_FAILED, 1)
@@ -269,9 +269,7 @@ def test_redirects_without_an_end_or_a_target_are_given_up(server: Server, fetch
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "2130706433", "127.1", "0x7f.1", "0177.0.0.1", "[::ffff:127.0.0.1]"]
 )
-def test_a_host_of_this_machine_is_forbidden_however_it_is_spelled(
-    server: Server, fetch: Fetch, host: str
-) -> None:
+def test_local_hosts_are_forbidden_in_any_spelling(server: Server, fetch: Fetch, host: str) -> None:
     fetched = fetch(server.url("/image?token=secret", host), addresses=AddressPolicy())
     assert told(fetched) == (Reason.FORBIDDEN_URI, 1)
     assert "secret" not in repr(fetched)
@@ -288,7 +286,7 @@ def test_a_host_of_this_machine_is_forbidden_however_it_is_spelled(
         "http://[::1/a",
     ],
 )
-def test_a_private_or_broken_address_is_forbidden_without_a_connection(fetch: Fetch, url: str) -> None:
+def test_private_and_invalid_addresses_are_forbidden_without_a_connection(fetch: Fetch, url: str) -> None:
     assert told(fetch(url, addresses=AddressPolicy(), timeout_seconds=5.0)) == (Reason.FORBIDDEN_URI, 1)
 
 
@@ -301,21 +299,21 @@ class PublicHostIsLoopback(AddressPolicy):
 
 
 @pytest.mark.parametrize("target", ["metadata", "loopback", "decimal"])
-def test_each_redirect_is_judged_by_where_it_leads(server: Server, fetch: Fetch, target: str) -> None:
+def test_each_redirect_target_is_checked(server: Server, fetch: Fetch, target: str) -> None:
     fetched = fetch(server.url(f"/redirect/{target}"), addresses=PublicHostIsLoopback(), timeout_seconds=5.0)
     assert told(fetched) == (Reason.FORBIDDEN_URI, 1)
     assert server.requests == {f"/redirect/{target}": 1}
     assert fetch(server.url("/redirect/image"), addresses=PublicHostIsLoopback()).data == BODY
 
 
-def test_credentials_in_a_url_reach_the_server_and_nothing_else(server: Server, fetch: Fetch) -> None:
+def test_credentials_in_a_url_reach_only_the_server(server: Server, fetch: Fetch) -> None:
     fetched = fetch(f"http://ada:password@127.0.0.1:{server.port}/status/403?signature=secret")
     assert server.headers["authorization"].startswith("Basic ")
     assert "password" not in repr(fetched)
     assert "secret" not in repr(fetched)
 
 
-def test_one_fetcher_serves_many_threads_at_once(server: Server) -> None:
+def test_fetcher_serves_concurrent_threads(server: Server) -> None:
     fetcher = Fetcher(FetchPolicy(addresses=AddressPolicy(allow_private_addresses=True)))
     with ThreadPoolExecutor(64) as pool:
         fetched = list(pool.map(fetcher.fetch, [server.url(f"/image/{number}") for number in range(256)]))

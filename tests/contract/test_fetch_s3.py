@@ -50,7 +50,7 @@ def told(fetched: Fetched) -> tuple[Reason, str, int]:
     return fetched.failure.reason, fetched.failure.detail, fetched.attempts
 
 
-def test_an_object_comes_whole(s3: S3Server, fetcher: Fetcher) -> None:
+def test_complete_object_is_fetched(s3: S3Server, fetcher: Fetcher) -> None:
     assert fetcher.fetch(put(s3, "a b/ä+%20#?.jpg", b"pixels")) == Fetched(b"pixels", None, 1, 6)
     assert fetcher.fetch(put(s3, "empty.jpg", b"")) == Fetched(b"", None, 1, 0)
 
@@ -62,7 +62,7 @@ def test_an_object_comes_whole(s3: S3Server, fetcher: Fetcher) -> None:
         *("100%.jpg", "a;b=c&d#e?f", "/leading.jpg", "folder/", "folder///", "a?version=1", "[1]*{2}.jpg"),
     ],
 )
-def test_a_key_is_asked_for_as_it_is_written(s3: S3Server, fetcher: Fetcher, key: str) -> None:
+def test_key_is_requested_verbatim(s3: S3Server, fetcher: Fetcher, key: str) -> None:
     client_of(s3).put_object(Bucket=s3.bucket, Key=key, Body=key.encode())
     uri = f"s3://{s3.bucket}/{key}"
     fetched = fetcher.fetch(uri)
@@ -70,7 +70,7 @@ def test_a_key_is_asked_for_as_it_is_written(s3: S3Server, fetcher: Fetcher, key
     assert fetched.version == fetcher.version(uri) is not None
 
 
-def test_one_state_of_an_object_is_asked_for_by_its_version_id(s3: S3Server, fetcher: Fetcher) -> None:
+def test_version_id_selects_an_object_version(s3: S3Server, fetcher: Fetcher) -> None:
     client = client_of(s3)
     client.put_bucket_versioning(Bucket=s3.bucket, VersioningConfiguration={"Status": "Enabled"})
     ids = [
@@ -84,9 +84,7 @@ def test_one_state_of_an_object_is_asked_for_by_its_version_id(s3: S3Server, fet
     assert told(fetcher.fetch(f"{uri}?versionId=0"))[0] in (Reason.NOT_FOUND, Reason.FETCH_FAILED)
 
 
-def test_the_state_of_an_object_is_its_etag_with_and_without_reading_it(
-    s3: S3Server, fetcher: Fetcher
-) -> None:
+def test_object_version_is_its_etag_with_and_without_reading(s3: S3Server, fetcher: Fetcher) -> None:
     uri = put(s3, "a.jpg", b"pixels")
     before = fetcher.version(uri)
     assert before is not None
@@ -97,12 +95,12 @@ def test_the_state_of_an_object_is_its_etag_with_and_without_reading_it(
     assert fetcher.version(uri + ".gone") is None
 
 
-def test_the_scheme_may_be_in_capitals(s3: S3Server, fetcher: Fetcher) -> None:
+def test_scheme_is_case_insensitive(s3: S3Server, fetcher: Fetcher) -> None:
     uri = put(s3, "a.jpg", b"pixels")
     assert fetcher.fetch("S3" + uri[2:]).data == b"pixels"
 
 
-def test_the_endpoint_may_come_from_the_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_is_read_from_the_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = put(s3, "a.jpg", b"pixels")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint_url)
     # An option without effect gives a filesystem of its own, made with this environment.
@@ -110,7 +108,7 @@ def test_the_endpoint_may_come_from_the_environment(s3: S3Server, monkeypatch: p
     assert fetcher.fetch(uri).data == b"pixels"
 
 
-def test_a_missing_object_and_a_missing_bucket_are_asked_for_once(s3: S3Server, fetcher: Fetcher) -> None:
+def test_missing_objects_and_buckets_are_not_retried(s3: S3Server, fetcher: Fetcher) -> None:
     missing = fetcher.fetch(f"s3://{s3.bucket}/none.jpg")
     assert told(missing) == (Reason.NOT_FOUND, "HTTP 404 NoSuchKey", 1)
     missing = fetcher.fetch("s3://no-such-bucket-here/none.jpg")
@@ -125,7 +123,7 @@ def test_a_missing_object_and_a_missing_bucket_are_asked_for_once(s3: S3Server, 
         ({"anon": True}, "AccessDenied"),
     ],
 )
-def test_wrong_credentials_are_denied_once_and_never_shown(
+def test_wrong_credentials_are_not_retried_and_not_shown(
     s3: S3Server, options: dict[str, object], code: str
 ) -> None:
     uri = put(s3, "a.jpg", b"pixels")
@@ -140,12 +138,12 @@ def test_wrong_credentials_are_denied_once_and_never_shown(
     assert s3.environment["AWS_ACCESS_KEY_ID"] not in shown
 
 
-def test_a_name_that_no_bucket_can_have_is_not_found(fetcher: Fetcher) -> None:
+def test_invalid_bucket_name_is_not_found(fetcher: Fetcher) -> None:
     for uri in ("s3://A Bucket/a.jpg", "s3://bucket", "s3:///a.jpg", "s3://bucket/"):
         assert told(fetcher.fetch(uri))[::2] == (Reason.NOT_FOUND, 1), uri
 
 
-def test_a_large_object_is_refused_before_its_body_is_read(s3: S3Server) -> None:
+def test_too_large_object_is_rejected_before_its_body_is_read(s3: S3Server) -> None:
     uri = put(s3, "large.jpg", b"x" * 20_000_000)
     options = {"endpoint_url": s3.endpoint_url}
     fetched = Fetcher(FetchPolicy(max_bytes=19_999_999, storage_options=options)).fetch(uri)
@@ -156,7 +154,7 @@ def test_a_large_object_is_refused_before_its_body_is_read(s3: S3Server) -> None
     )
 
 
-def test_one_object_costs_one_request(s3: S3Server) -> None:
+def test_object_is_fetched_with_a_single_request(s3: S3Server) -> None:
     """A proxy of the test's own counts what goes to the server."""
     uri = put(s3, "a.jpg", b"x" * 100_000)
     with CountingProxy(s3.endpoint_url) as proxy:
@@ -165,7 +163,7 @@ def test_one_object_costs_one_request(s3: S3Server) -> None:
         assert proxy.requests() == ["GET"]
 
 
-def test_a_server_that_is_not_there_is_tried_as_often_as_asked_and_not_more(s3: S3Server) -> None:
+def test_unreachable_server_is_tried_max_attempts_times(s3: S3Server) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         options = {"endpoint_url": f"http://127.0.0.1:{unused.getsockname()[1]}"}
@@ -209,9 +207,7 @@ def misbehaving(status: int, headers: dict[str, str], body: bytes) -> Iterator[t
     ("status", "code", "reason"),
     [(503, "SlowDown", Reason.THROTTLED), (500, "InternalError", Reason.FETCH_FAILED)],
 )
-def test_every_request_to_an_overloaded_store_is_a_counted_attempt(
-    status: int, code: str, reason: Reason
-) -> None:
+def test_every_request_to_an_overloaded_store_is_counted(status: int, code: str, reason: Reason) -> None:
     body = f"<Error><Code>{code}</Code></Error>".encode()
     headers = {"Content-Length": str(len(body)), "Retry-After": "7"}
     pauses: list[float] = []
@@ -224,7 +220,7 @@ def test_every_request_to_an_overloaded_store_is_a_counted_attempt(
 
 
 @pytest.mark.usefixtures("s3")
-def test_an_object_cut_short_is_repeated_and_never_data() -> None:
+def test_incomplete_object_is_retried_and_discarded() -> None:
     with misbehaving(200, {"Content-Length": "1000"}, b"x" * 100) as (endpoint, seen):
         policy = FetchPolicy(max_attempts=2, storage_options={"endpoint_url": endpoint})
         fetched = Fetcher(policy, pause=lambda seconds: None).fetch("s3://bucket/a.jpg")
@@ -232,7 +228,7 @@ def test_an_object_cut_short_is_repeated_and_never_data() -> None:
     assert len(seen) == 2
 
 
-def test_a_server_that_never_answers_is_given_up_in_time(s3: S3Server) -> None:
+def test_unresponsive_server_times_out(s3: S3Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         options = {"endpoint_url": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         policy = FetchPolicy(timeout_seconds=0.3, max_attempts=2, storage_options=options)
@@ -242,7 +238,7 @@ def test_a_server_that_never_answers_is_given_up_in_time(s3: S3Server) -> None:
     assert time.monotonic() - started < 5.0
 
 
-def test_many_threads_at_once_share_one_filesystem_object(s3: S3Server, fetcher: Fetcher) -> None:
+def test_concurrent_threads_share_one_filesystem(s3: S3Server, fetcher: Fetcher) -> None:
     bodies = {
         put(s3, f"many/{number}.jpg", bytes([number]) * 50_000): bytes([number]) for number in range(64)
     }

@@ -68,7 +68,7 @@ def folder() -> Path:
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
-def test_every_image_of_a_format_that_is_read_has_the_pixels_of_pillow(folder: Path):
+def test_all_images_of_supported_formats_equal_pillow(folder: Path):
     outcomes: Counter[str] = Counter()
     wrong = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -94,7 +94,7 @@ def test_every_image_of_a_format_that_is_read_has_the_pixels_of_pillow(folder: P
     assert sum(count for outcome, count in outcomes.items() if outcome.startswith("same")) >= 600
 
 
-def test_the_documentation_names_what_is_refused():
+def test_documentation_lists_rejected_files():
     text = (REPOSITORY / "docs" / "reference" / "image-formats.md").read_text(encoding="utf-8")
     assert [name for name in [*REFUSED, *BEYOND_PILLOW] if f"`{name}`" not in text] == []
     assert [kind for kind in Format if f"`{kind}`" not in text] == []

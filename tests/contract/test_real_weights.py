@@ -129,7 +129,7 @@ def test_real_weights_load_strictly_and_keep_their_digest(shared, model):
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_the_cut_network_answers_as_the_intact_one_on_photographs(shared, photographs, model):
+def test_split_backbone_predicts_like_the_original_on_photographs(shared, photographs, model):
     pixels, truth = photographs
     bundle = _bundle(shared, model)
     preprocessing = bundle.config.preprocessing
@@ -146,7 +146,7 @@ def test_the_cut_network_answers_as_the_intact_one_on_photographs(shared, photog
     np.testing.assert_array_equal(answers.argmax(1), expected.argmax(1).numpy())
 
 
-def test_a_wrong_mean_and_std_and_a_missing_argument_cost_answers(shared, photographs):
+def test_wrong_normalization_and_a_missing_argument_change_predictions(shared, photographs):
     pixels, truth = photographs
     right = build_backbone(_bundle(shared, MODELS[0]))
     without_padding = build_backbone(_bundle(shared, MODELS[0], arguments={}))
@@ -159,7 +159,7 @@ def test_a_wrong_mean_and_std_and_a_missing_argument_cost_answers(shared, photog
     assert count(right, of_imagenet) < count(without_padding, images) < count(right, images)
 
 
-def test_a_bundle_of_real_weights_travels_through_s3(shared, s3):
+def test_bundle_of_real_weights_round_trips_through_s3(shared, s3):
     made = _bundle(shared, MODELS[1])
     uri = f"s3://{s3.bucket}/models/squeezenet"
     storage = Storage({"endpoint_url": s3.endpoint_url})

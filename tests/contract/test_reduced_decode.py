@@ -26,7 +26,7 @@ def reduced(data: bytes, height: int = 20, width: int = 20) -> Decoded:
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
-def test_the_factor_is_the_largest_that_leaves_enough(factor):
+def test_factor_is_the_largest_that_keeps_the_minimum_size(factor):
     enough, least = 30 * factor, (30.0, 30.0)
     assert reduction_factor((enough, enough), least) == factor
     assert reduction_factor((enough - 1, enough), least) == factor // 2
@@ -34,7 +34,7 @@ def test_the_factor_is_the_largest_that_leaves_enough(factor):
     assert reduction_factor((enough, 100 * enough), least) == factor
 
 
-def test_an_image_is_never_reduced_below_what_is_needed():
+def test_image_is_never_scaled_below_the_minimum_size():
     for size in range(8, 400, 7):
         decoded = reduced(encode(draw(1, size, size + 50), "JPEG"))
         assert min(decoded.pixels.shape[:2]) >= min(20, size)
@@ -53,7 +53,7 @@ def test_the_extent_is_the_stored_size_over_the_factor(width_height, options):
     assert decoded.pixels.flags.c_contiguous
 
 
-def test_without_a_least_size_and_in_other_formats_every_image_is_whole():
+def test_other_formats_and_unlimited_sizes_are_decoded_at_full_scale():
     image = draw(2, 640, 480)
     for kind in ("PNG", "WEBP"):
         assert reduced(encode(image, kind)).pixels.shape == (480, 640, 3)
@@ -63,7 +63,7 @@ def test_without_a_least_size_and_in_other_formats_every_image_is_whole():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("width_height", [(640, 480), (643, 485)])
-def test_a_turned_image_shows_what_the_whole_one_shows(width_height, orientation):
+def test_rotated_scaled_image_matches_the_full_scale_image(width_height, orientation):
     width, height = width_height
     data = encode(draw(2, width, height), "JPEG", orientation=orientation, quality=95)
     transform = Transform(square(48))
@@ -75,7 +75,7 @@ def test_a_turned_image_shows_what_the_whole_one_shows(width_height, orientation
     assert np.abs(ours - transform(decode(data, LIMITS).pixels)).mean() <= MEAN_LEVELS
 
 
-def test_the_least_size_is_asked_for_the_upright_image():
+def test_minimum_size_is_computed_for_the_upright_image():
     asked = []
 
     def least(height: int, width: int) -> tuple[float, float]:
@@ -89,7 +89,7 @@ def test_the_least_size_is_asked_for_the_upright_image():
 @pytest.mark.parametrize("fraction", [0.5, 0.75, 0.9, 0.97])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_cut_jpeg_is_refused_at_a_reduced_scale_too(mode, options, fraction):
+def test_cut_jpeg_is_rejected_at_a_reduced_scale(mode, options, fraction):
     data = encode(draw(9, 300, 200).convert(mode), "JPEG", **options)
     for damaged in (cut_behind_end_marker(data, fraction), data[: int(len(data) * fraction)]):
         with pytest.raises(DecodeError) as raised:
@@ -97,13 +97,13 @@ def test_a_cut_jpeg_is_refused_at_a_reduced_scale_too(mode, options, fraction):
         assert raised.value.failure.reason == Reason.TRUNCATED == reason_of(damaged)
 
 
-def test_an_image_that_is_gray_at_its_end_is_not_mistaken_for_a_cut_one():
+def test_scaled_jpeg_with_a_gray_end_is_not_truncated():
     image = draw(9, 300, 200)
     image.paste((128, 128, 128), (0, 100, 300, 200))
     assert reduced(encode(image, "JPEG", quality=90)).pixels[-1, -1].tolist() == [128, 128, 128]
 
 
-def test_bombs_are_refused_before_the_scale_is_chosen():
+def test_bombs_are_rejected_before_the_scale_is_chosen():
     with pytest.raises(DecodeError) as raised:
         reduced(bombs()["jpeg"])
     assert raised.value.failure.reason == Reason.TOO_MANY_PIXELS
@@ -111,7 +111,7 @@ def test_bombs_are_refused_before_the_scale_is_chosen():
 
 @pytest.mark.parametrize("luma", [0x14, 0x24, 0x42, 0x12])
 @pytest.mark.parametrize("chroma", [0x11, 0x12, 0x21])
-def test_unusual_samplings_are_decoded_as_pillow_does_or_refused(luma, chroma):
+def test_unusual_samplings_equal_pillow_or_are_rejected(luma, chroma):
     """Patched in: the data then means another image, which both libraries must see alike."""
     data = bytearray(samples()["jpeg"])
     frame = data.index(b"\xff\xc0")
@@ -134,7 +134,7 @@ def pixels_or_reason(data: bytes) -> np.ndarray | Reason:
         return error.failure.reason
 
 
-def test_real_photographs_look_the_same_at_a_reduced_scale(shared: Path):
+def test_real_photographs_are_similar_at_a_reduced_scale(shared: Path):
     transform = Transform(square(40))
     photographs = sorted((shared / "data" / "imagenet").glob("*.JPEG"))[::6]
     distances, factors = [], set()
@@ -148,7 +148,7 @@ def test_real_photographs_look_the_same_at_a_reduced_scale(shared: Path):
     assert np.mean(distances) <= MEAN_LEVELS
 
 
-def test_the_full_scale_is_asked_for_only_where_the_end_is_suspicious(monkeypatch: pytest.MonkeyPatch):
+def test_full_scale_is_decoded_only_if_the_end_is_suspicious(monkeypatch: pytest.MonkeyPatch):
     factors = []
     original = decode_module.decode_jpeg
 

@@ -87,7 +87,7 @@ def _measure(
     return measure_scaled_decode(bundle, chosen, place, photographs.images)
 
 
-def test_images_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_path):
+def test_images_with_large_differences_are_decoded_at_full_scale(bundle, photographs, tmp_path):
     """With the tolerance of fp32 itself nothing passes, and margins that reduce too few are not measured."""
     found = _measure(
         bundle, photographs, tmp_path, AccuracyTolerance(min_top1_agreement=1.0, min_embedding_cosine=1.0)
@@ -98,7 +98,7 @@ def test_images_that_lose_too_much_are_decoded_whole(bundle, photographs, tmp_pa
     assert "0 of 60 images are large enough for a margin of 3" in str(found)
 
 
-def test_the_smallest_margin_that_holds_is_taken(bundle, photographs, tmp_path):
+def test_smallest_sufficient_margin_is_selected(bundle, photographs, tmp_path):
     found = _measure(
         bundle, photographs, tmp_path, AccuracyTolerance(min_top1_agreement=0.8, min_embedding_cosine=0.9)
     )
@@ -109,14 +109,14 @@ def test_the_smallest_margin_that_holds_is_taken(bundle, photographs, tmp_path):
     assert "on 60 images" in str(found)
 
 
-def test_what_it_finds_is_the_error_of_scale_and_engine_together(bundle, photographs, tmp_path):
+def test_reported_error_combines_scale_and_engine(bundle, photographs, tmp_path):
     loose = AccuracyTolerance(min_top1_agreement=0.0, min_embedding_cosine=-1.0)
     (entry,) = _measure(bundle, photographs, tmp_path, loose).results
     # Half the scale at twice what the resize needs changes pixels, and so the embedding, a little.
     assert 0.99 < entry.mean_cosine < 1 - 1e-6
 
 
-def test_images_that_cannot_be_read_again_are_not_guessed_at(bundle, photographs, tmp_path):
+def test_unreadable_images_are_not_compared(bundle, photographs, tmp_path):
     fewer = replace(photographs.images, decode_scaled=lambda margin: photographs.decode_scaled(margin)[:-1])
     photographs_that_fail = Photographs.__new__(Photographs)
     photographs_that_fail.images, photographs_that_fail.margins = fewer, photographs.margins
@@ -125,7 +125,7 @@ def test_images_that_cannot_be_read_again_are_not_guessed_at(bundle, photographs
     assert "second time" in str(found)
 
 
-def test_which_images_a_margin_reduces(bundle):
+def test_images_that_a_margin_reduces(bundle):
     preprocessing = bundle.config.preprocessing
     side = preprocessing.resize_height
     sizes = np.array(

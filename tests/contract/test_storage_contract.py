@@ -43,7 +43,7 @@ def storage(root: str, request: pytest.FixtureRequest) -> Storage:
     return Storage({"endpoint_url": request.getfixturevalue("s3").endpoint_url})
 
 
-def test_what_is_written_is_read_and_replaced(storage: Storage, root: str) -> None:
+def test_files_are_written_read_and_replaced(storage: Storage, root: str) -> None:
     uri = join(root, "runs", "a b+%20.json")
     assert not storage.exists(uri)
     for data in (b"old", b"newer", b""):
@@ -53,13 +53,13 @@ def test_what_is_written_is_read_and_replaced(storage: Storage, root: str) -> No
     assert storage.exists(uri)
 
 
-def test_a_missing_file_is_not_found(storage: Storage, root: str) -> None:
+def test_missing_file_is_not_found(storage: Storage, root: str) -> None:
     for ask in (storage.read_bytes, storage.size):
         with pytest.raises(FileNotFoundError):
             ask(join(root, "none"))
 
 
-def test_of_many_exclusive_writers_exactly_one_wins(storage: Storage, root: str) -> None:
+def test_exactly_one_exclusive_writer_succeeds(storage: Storage, root: str) -> None:
     uri, start = join(root, "lock"), threading.Barrier(8)
 
     def write(writer: int) -> int | None:
@@ -76,7 +76,7 @@ def test_of_many_exclusive_writers_exactly_one_wins(storage: Storage, root: str)
     assert storage.read_bytes(uri) == f"writer {winners[0]}".encode()
 
 
-def test_whoever_asks_again_after_a_lost_answer_finds_the_file_its_own(s3: S3Server) -> None:
+def test_retry_after_a_lost_response_recognizes_its_own_file(s3: S3Server) -> None:
     uri = f"s3://{s3.bucket}/lost/plan.json"
     with FaultyProxy(s3.endpoint_url) as proxy:
         storage = Storage({"endpoint_url": proxy.url})
@@ -95,7 +95,7 @@ def test_whoever_asks_again_after_a_lost_answer_finds_the_file_its_own(s3: S3Ser
         assert storage.read_bytes(pointer) == b"second"
 
 
-def test_a_listing_is_recursive_sorted_complete_and_fresh(storage: Storage, root: str) -> None:
+def test_listing_is_recursive_sorted_complete_and_fresh(storage: Storage, root: str) -> None:
     assert storage.list_files(root) == []
     uris = [join(root, name) for name in ("a.parquet", "b/1.parquet", "b/2.parquet")]
     for uri in (*reversed(uris), join(root, "b/1.json"), root + "2/outside.parquet"):
@@ -125,7 +125,7 @@ def test_arrow_reads_parquet_by_range(storage: Storage, root: str) -> None:
     assert group.column("y").to_pylist() == list(range(300, 400))
 
 
-def test_a_large_file_goes_up_in_parts_and_appears_whole(s3: S3Server) -> None:
+def test_large_file_is_uploaded_in_parts(s3: S3Server) -> None:
     storage, uri = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}/large"
     data = bytes(range(256)) * 140_000
     storage.write_atomic(uri, data)
@@ -136,7 +136,7 @@ def test_a_large_file_goes_up_in_parts_and_appears_whole(s3: S3Server) -> None:
     assert storage.read_bytes(uri) == data
 
 
-def test_an_etag_changes_with_the_content(s3: S3Server) -> None:
+def test_etag_depends_on_the_content(s3: S3Server) -> None:
     storage, uri = Storage({"endpoint_url": s3.endpoint_url}), f"s3://{s3.bucket}/tagged"
     tags = []
     for data in (b"one", b"two", b"one"):
@@ -169,10 +169,10 @@ def explained(storage: Storage, uri: str, ask: Ask) -> str:
     [
         ({"key": "WRONGKEY", "secret": SECRET}, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
         ({"key": "RIGHT", "secret": SECRET}, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
-        ({"anon": True}, "AccessDenied", "rights"),
+        ({"anon": True}, "AccessDenied", "permissions"),
     ],
 )
-def test_wrong_credentials_are_explained_with_code_and_remedy_and_never_shown(
+def test_wrong_credentials_are_explained_without_showing_them(
     s3: S3Server, credentials: dict[str, object], code: str, remedy: str
 ) -> None:
     right = s3.environment["AWS_ACCESS_KEY_ID"]
@@ -187,9 +187,11 @@ def test_wrong_credentials_are_explained_with_code_and_remedy_and_never_shown(
         assert not any(secret in message + repr(storage) for secret in secrets)
 
 
-def test_a_question_that_carries_no_code_back_is_explained_by_its_status(s3: S3Server) -> None:
+def test_response_without_error_code_is_explained_by_its_status(s3: S3Server) -> None:
     storage = Storage({"endpoint_url": s3.endpoint_url, "anon": True})
-    assert "rights" in explained(storage, f"s3://{s3.bucket}/a", lambda storage, uri: storage.exists(uri))
+    assert "permissions" in explained(
+        storage, f"s3://{s3.bucket}/a", lambda storage, uri: storage.exists(uri)
+    )
 
 
 def test_a_missing_bucket_is_explained(s3: S3Server) -> None:
@@ -199,13 +201,13 @@ def test_a_missing_bucket_is_explained(s3: S3Server) -> None:
         assert message.endswith("no such bucket; create it or correct its name (NoSuchBucket)"), name
 
 
-def test_a_missing_object_and_an_impossible_bucket_are_explained(s3: S3Server) -> None:
+def test_missing_object_and_invalid_bucket_name_are_explained(s3: S3Server) -> None:
     storage = Storage({"endpoint_url": s3.endpoint_url})
     assert "check the path (NoSuchKey)" in explained(storage, f"s3://{s3.bucket}/none", ASKS["read"])
     assert "correct the URI" in explained(storage, "s3://A Bucket/none", ASKS["read"])
 
 
-def test_an_endpoint_where_nobody_listens_is_explained(s3: S3Server) -> None:
+def test_unreachable_endpoint_is_explained(s3: S3Server) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -216,7 +218,7 @@ def test_an_endpoint_where_nobody_listens_is_explained(s3: S3Server) -> None:
     assert message.endswith("(EndpointConnectionError)")
 
 
-def test_no_credentials_at_all_are_explained(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_explained(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -227,13 +229,13 @@ def test_no_credentials_at_all_are_explained(s3: S3Server, monkeypatch: pytest.M
     assert "no credentials found; set AWS_ACCESS_KEY_ID" in message
 
 
-def test_a_local_folder_without_rights_is_explained(tmp_path: Path) -> None:
+def test_file_used_as_a_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = explained(Storage(), f"{tmp_path}/file/below", ASKS["write"])
-    assert "a part of this path is a file" in message or "it is there already" in message
+    assert "a part of this path is a file" in message or "it already exists" in message
 
 
-def test_folders_files_from_disk_and_removal(storage: Storage, root: str, tmp_path: Path) -> None:
+def test_folders_are_listed_written_and_removed(storage: Storage, root: str, tmp_path: Path) -> None:
     top, source = join(root, "runs"), tmp_path / "source"
     source.write_bytes(b"x" * (6 << 20))
     assert storage.list_folders(top) == []
@@ -272,7 +274,7 @@ class BreakingOff(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_answers_that_break_off_again_and_again_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_responses_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
     with ThreadingHTTPServer(("127.0.0.1", 0), BreakingOff) as server:
@@ -280,7 +282,7 @@ def test_answers_that_break_off_again_and_again_are_explained(monkeypatch: pytes
         storage = Storage({"endpoint_url": f"http://127.0.0.1:{server.server_port}"})
         for around, kind in ((explain, InputError), (resumable_errors, StorageStoppedError)):
             with (
-                pytest.raises(kind, match=r"s3://shop/a.json: the connection .* broke off"),
+                pytest.raises(kind, match=r"s3://shop/a.json: the connection .* was lost repeatedly"),
                 around("s3://shop/a.json"),
             ):
                 storage.read_bytes("s3://shop/a.json")

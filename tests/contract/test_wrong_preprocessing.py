@@ -84,7 +84,7 @@ def model(shared: Path, name: str, choices: ModelChoices) -> Bundle:
     return resolve_model(name, choices, Storage())
 
 
-def test_what_a_wrong_mobilenet_costs(shared: Path, top1: Callable[[Bundle], float]):
+def test_wrong_preprocessing_of_mobilenet_reduces_accuracy(shared: Path, top1: Callable[[Bundle], float]):
     weights = str(shared / "weights" / "mobilenetv2_100.safetensors")
     same = {"pad_type": "same"}
     right = top1(
@@ -102,7 +102,9 @@ def test_what_a_wrong_mobilenet_costs(shared: Path, top1: Callable[[Bundle], flo
     assert imagenet < unpadded - 4
 
 
-def test_what_a_wrong_squeezenet_costs(shared: Path, tmp_path: Path, top1: Callable[[Bundle], float]):
+def test_wrong_preprocessing_of_squeezenet_reduces_accuracy(
+    shared: Path, tmp_path: Path, top1: Callable[[Bundle], float]
+):
     from safetensors.torch import load_file, save_file
 
     file = shared / "weights" / "squeezenet1_1.safetensors"

@@ -209,7 +209,9 @@ def test_run_stopped_by_full_disk_is_resumed_with_free_space(
         arguments = ["--manifest", catalog, "--model", tiny_bundle, "--fragment-rows", "100"]
         stopped = job(*arguments, output=output)
         assert stopped.exit_code == 4, stopped.log
-        assert "no room left on the device or quota; free some" in stopped.log.splitlines()[-1]
+        assert (
+            "no space left on the device or quota exceeded; free some space" in stopped.log.splitlines()[-1]
+        )
         assert not (output / "current.json").exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(output)], check=True)
         outcome = job(*arguments, output=output)

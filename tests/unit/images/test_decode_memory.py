@@ -9,7 +9,7 @@ import pytest
 from batchcls.images.decode_memory import MemoryBudget
 
 
-def test_shares_beyond_the_budget_wait_for_others():
+def test_reservations_beyond_the_budget_wait():
     budget = MemoryBudget(10)
     entered, leave = threading.Event(), threading.Event()
 
@@ -28,7 +28,7 @@ def test_shares_beyond_the_budget_wait_for_others():
     assert budget.peak_bytes == 6
 
 
-def test_shares_that_fit_are_held_at_once():
+def test_reservations_that_fit_are_held_concurrently():
     budget = MemoryBudget(10)
     both = threading.Barrier(2, timeout=30)
 
@@ -42,7 +42,7 @@ def test_shares_that_fit_are_held_at_once():
     assert budget.peak_bytes == 10
 
 
-def test_more_than_the_budget_is_had_alone_and_nobody_is_stuck():
+def test_oversized_reservations_run_alone_without_deadlock():
     budget = MemoryBudget(100)
     lock, shares = threading.Lock(), dict[int, int]()
 
@@ -63,7 +63,7 @@ def test_more_than_the_budget_is_had_alone_and_nobody_is_stuck():
     assert budget.peak_bytes == 1000
 
 
-def test_a_large_share_is_not_passed_by_small_ones_that_came_later():
+def test_reservations_are_granted_in_order():
     budget = MemoryBudget(10)
     order: list[str] = []
 
@@ -84,7 +84,7 @@ def test_a_large_share_is_not_passed_by_small_ones_that_came_later():
     assert order[0] == "large"
 
 
-def test_a_share_is_given_back_after_an_error():
+def test_reservation_is_released_after_an_error():
     budget = MemoryBudget(10)
     with pytest.raises(ZeroDivisionError), budget.reserve(10):
         raise ZeroDivisionError

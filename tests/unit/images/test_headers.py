@@ -26,7 +26,7 @@ def test_format_and_stored_size_of_every_sample_are_read(name):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_size_is_that_before_the_orientation(kind):
+def test_size_is_reported_before_orientation(kind):
     header = read_header(encode(draw(), kind, orientation=6))
     assert (header.width, header.height) == (61, 47)
 
@@ -41,7 +41,7 @@ def test_jpeg_coding_is_read():
     assert baseline.app1_segments == ()
 
 
-def test_progressive_four_component_and_exif_jpeg_are_told_apart():
+def test_progressive_four_component_and_exif_jpegs_are_recognized():
     progressive = read_header(encode(draw(), "JPEG", progressive=True, orientation=3)).jpeg
     assert progressive is not None
     assert progressive.is_progressive
@@ -67,7 +67,7 @@ def patched_frame(start: int, new: bytes) -> bytes:
         (patched_frame(5, b"\0\0"), "height"),
     ],
 )
-def test_jpeg_that_no_decoder_here_reads_is_unsupported_and_says_why(data, what):
+def test_unsupported_jpeg_variants_are_named(data, what):
     with pytest.raises(DecodeError) as raised:
         read_header(data)
     assert raised.value.failure.reason == Reason.UNSUPPORTED_FORMAT
@@ -106,7 +106,7 @@ def test_known_formats_that_are_not_decoded_are_named(start, name):
         b'{"error": "AccessDenied"}',
     ],
 )
-def test_other_content_is_not_an_image_whatever_its_name(data):
+def test_other_content_is_not_an_image(data):
     assert reason_of(data) == Reason.NOT_AN_IMAGE
 
 
@@ -115,7 +115,7 @@ def test_zero_bytes_are_empty():
 
 
 @pytest.mark.parametrize("name", samples())
-def test_a_file_that_ends_inside_its_header_is_truncated(name):
+def test_file_that_ends_within_its_header_is_truncated(name):
     data = samples()[name]
     assert {reason_of(data[:length]) for length in range(1, 40)} == {Reason.TRUNCATED}
 
@@ -124,7 +124,7 @@ def test_webp_shorter_than_its_riff_size_is_truncated():
     assert reason_of(encode(draw(), "WEBP")[:-1]) == Reason.TRUNCATED
 
 
-def test_tiff_whose_directory_lies_beyond_the_end_is_truncated():
+def test_tiff_with_its_directory_beyond_the_end_is_truncated():
     assert reason_of(b"II\x2a\0" + struct.pack("<I", 5000) + bytes(100)) == Reason.TRUNCATED
 
 
@@ -134,7 +134,7 @@ def test_animation_cut_after_its_first_frame_is_truncated():
         assert reason_of(data[: len(data) * 9 // 10]) == Reason.TRUNCATED
 
 
-def test_png_whose_pixels_do_not_match_their_checksum_is_corrupt():
+def test_png_with_a_wrong_checksum_is_corrupt():
     data = bytearray(encode(draw(), "PNG"))
     data[len(data) // 2] ^= 1
     assert reason_of(bytes(data)) == Reason.CORRUPT
@@ -145,14 +145,14 @@ def test_png_with_a_side_of_zero_is_corrupt():
     assert reason_of(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)) == Reason.CORRUPT
 
 
-def test_gif_frame_beyond_its_canvas_counts_as_the_size():
+def test_gif_frame_larger_than_its_canvas_determines_the_size():
     data = bytearray(encode(draw(), "GIF"))
     data[6:10] = struct.pack("<HH", 5, 5)
     header = read_header(bytes(data))
     assert (header.width, header.height) == (61, 47)
 
 
-def test_webp_canvas_is_the_size_where_there_is_one():
+def test_webp_canvas_determines_the_size():
     data = encode(transparent(), "WEBP")
     assert data[12:16] == b"VP8X"
     assert read_header(data).width == 61

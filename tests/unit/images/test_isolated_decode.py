@@ -48,11 +48,11 @@ def settings() -> LoadSettings:
     ("mark", "word", "reason"),
     [
         (DEADLY, "SIGSEGV", Reason.DECODER_CRASH),
-        (ENDLESS, "does not come back", Reason.DECODE_TIMEOUT),
+        (ENDLESS, "does not return", Reason.DECODE_TIMEOUT),
         pytest.param(GREEDY, "memory", Reason.DECODER_CRASH, marks=pytest.mark.long),
     ],
 )
-def test_the_rows_that_end_a_process_are_found_and_no_others(
+def test_only_rows_that_crash_a_process_are_found(
     settings: LoadSettings, monkeypatch: pytest.MonkeyPatch, mark: bytes, word: str, reason: Reason
 ):
     monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "poison"), str(REPOSITORY), *sys.path])
@@ -67,19 +67,19 @@ def test_the_rows_that_end_a_process_are_found_and_no_others(
     assert word in found[13].detail
 
 
-def test_files_are_fetched_there_too_and_what_only_fails_is_no_killer(settings: LoadSettings, tmp_path: Path):
+def test_files_are_fetched_and_failed_rows_are_not_crashing_rows(settings: LoadSettings, tmp_path: Path):
     (tmp_path / "a.jpg").write_bytes(encode(draw(0, 90, 70), "JPEG"))
     rows = [ImageRow(0, str(tmp_path / "a.jpg"), None), ImageRow(1, str(tmp_path / "gone.jpg"), None)]
     assert find_crashing_rows(settings, rows) == {}
 
 
-def test_an_image_that_is_over_its_time_ends_no_process(settings: LoadSettings):
+def test_image_over_its_time_limit_is_not_a_crashing_row(settings: LoadSettings):
     slow = ImageRow(0, None, bmp_runs(999, 8))
     assert find_crashing_rows(replace(settings, limits=replace(settings.limits, seconds=0.01)), [slow]) == {}
 
 
 @pytest.mark.long
-def test_the_largest_image_that_is_allowed_has_the_memory_that_it_needs(settings: LoadSettings):
+def test_largest_permitted_image_has_enough_memory(settings: LoadSettings):
     """It was quarantined as decoder_crash: 16 bits with alpha take 24 bytes a pixel, and 12 were allowed."""
     limits = DecodeLimits()
     height = limits.max_pixels // 9000

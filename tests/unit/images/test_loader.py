@@ -75,7 +75,7 @@ def pixels(block: pa.Table) -> list[np.ndarray | None]:
     return [None if data is None else np.frombuffer(data, np.uint8).reshape(8, 8, 3) for data in found]
 
 
-def test_blocks_hold_the_rows_of_their_table_in_order_with_their_own_pixels(tmp_path: Path):
+def test_blocks_contain_their_rows_in_order_with_matching_pixels(tmp_path: Path):
     for value in range(10):
         (tmp_path / f"{value}.png").write_bytes(gray(value * 20))
     blocks = list(Loader(settings(tmp_path)).load(tables([f"{v}.png" for v in range(10)]), {}))
@@ -89,7 +89,7 @@ def test_blocks_hold_the_rows_of_their_table_in_order_with_their_own_pixels(tmp_
         assert (image == value * 20).all()
 
 
-def test_a_failed_row_keeps_its_place_and_says_what_is_known(tmp_path: Path):
+def test_failed_row_keeps_its_position_and_known_values(tmp_path: Path):
     data = gray(50)
     (tmp_path / "good.png").write_bytes(data)
     (tmp_path / "cut.png").write_bytes(data[:40])
@@ -109,7 +109,7 @@ def test_a_failed_row_keeps_its_place_and_says_what_is_known(tmp_path: Path):
     assert block.column("width").to_pylist()[0] == 20
 
 
-def test_inline_bytes_come_before_the_uri(tmp_path: Path):
+def test_inline_bytes_take_precedence_over_the_uri(tmp_path: Path):
     (block,) = Loader(settings(tmp_path)).load(tables(["missing.png", None], images=[gray(9), gray(7)]), {})
     assert [int(image[0, 0, 0]) for image in pixels(block) if image is not None] == [9, 7]
 
@@ -122,7 +122,7 @@ def test_normalized_pixels_are_float32(tmp_path: Path):
     assert np.allclose(values, (1 - 0.5) / 0.25)
 
 
-def test_many_requests_are_in_flight_at_once(tmp_path: Path):
+def test_requests_are_concurrent(tmp_path: Path):
     """The server answers nobody before eight requests have come: one at a time would never end."""
     together = threading.Barrier(8)
     body = gray(30)
@@ -164,7 +164,7 @@ def test_blocks_do_not_depend_on_the_number_of_threads(tmp_path: Path, threads: 
         assert block.drop_columns(timings).equals(expected.drop_columns(timings))
 
 
-def test_two_threads_load_at_once_and_each_gets_its_own_rows(tmp_path: Path):
+def test_concurrent_loads_return_their_own_rows(tmp_path: Path):
     for value in range(12):
         (tmp_path / f"{value}.png").write_bytes(gray(value * 20))
     loader = Loader(settings(tmp_path))
@@ -182,7 +182,7 @@ def test_two_threads_load_at_once_and_each_gets_its_own_rows(tmp_path: Path):
     assert second == [value * 20 for value in reversed(range(12))] * 20
 
 
-def test_what_is_counted_is_work_and_not_waiting(tmp_path: Path):
+def test_cpu_seconds_exclude_waiting(tmp_path: Path):
     """One place for decoding and eight threads: seven wait, and the seconds of all rows are no more than the work."""
     data = encode(draw(1, 1200, 900), "JPEG", quality=95)
     (tmp_path / "a.jpg").write_bytes(data)

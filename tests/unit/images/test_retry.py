@@ -20,20 +20,20 @@ SECRET = "https://ada:password@host/a.jpg?X-Amz-Signature=secret"
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_a_status_that_passes_by_itself_is_repeated(status: int) -> None:
+def test_transient_status_is_retried(status: int) -> None:
     assert status_error(status).transient
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 405, 410, 416, 418, 451, 501, 505, 999])
-def test_a_status_that_is_an_answer_is_not_repeated(status: int) -> None:
+def test_permanent_status_is_not_transient(status: int) -> None:
     assert not status_error(status).transient
 
 
-def test_every_answer_in_the_table_is_a_reason_of_the_fetch_stage() -> None:
+def test_status_rules_use_reasons_of_the_fetch_stage() -> None:
     assert all(REASONS[reason].stage is Stage.FETCH for reason, _ in STATUS_RULES.values())
 
 
-def test_a_stores_code_says_more_than_its_status() -> None:
+def test_error_code_takes_precedence_over_the_status() -> None:
     expired = status_error(400, "ExpiredToken")
     assert (expired.failure.reason, expired.failure.detail) == (Reason.ACCESS_DENIED, "HTTP 400 ExpiredToken")
     unknown = status_error(503, "SomethingNew")
@@ -77,7 +77,7 @@ def client_error(status: int, code: str) -> botocore.exceptions.ClientError:
         (RuntimeError(SECRET), Reason.FETCH_FAILED, False),
     ],
 )
-def test_an_exception_is_told_by_its_kind_and_never_by_its_text(
+def test_exceptions_are_classified_by_type_and_never_by_text(
     error: Exception, reason: Reason, transient: bool
 ) -> None:
     told = attempt_error(error)
@@ -86,11 +86,11 @@ def test_an_exception_is_told_by_its_kind_and_never_by_its_text(
     assert "secret" not in repr(told.failure)
 
 
-def test_an_exception_nobody_foresaw_is_named_by_its_type() -> None:
+def test_unexpected_exception_is_reported_by_its_type() -> None:
     assert attempt_error(ZeroDivisionError("text")).failure.detail == "ZeroDivisionError"
 
 
-def test_what_a_store_answered_is_found_behind_the_exception_that_hides_it() -> None:
+def test_client_error_is_found_as_the_cause_of_an_exception() -> None:
     hiding = PermissionError("Forbidden")
     hiding.__cause__ = client_error(503, "SlowDown")
     told = attempt_error(hiding)
@@ -98,12 +98,12 @@ def test_what_a_store_answered_is_found_behind_the_exception_that_hides_it() -> 
 
 
 @given(st.integers(1, 60))
-def test_a_pause_without_advice_has_full_jitter_under_a_doubling_ceiling(attempt: int) -> None:
+def test_pause_without_retry_after_has_full_jitter_below_a_doubling_ceiling(attempt: int) -> None:
     backoff = Backoff(base_seconds=0.5, ceiling_seconds=4.0)
     assert 0.0 <= backoff.pause_seconds(attempt) <= min(4.0, 0.5 * 2 ** (attempt - 1))
 
 
-def test_pauses_of_many_workers_are_spread() -> None:
+def test_pauses_of_workers_vary() -> None:
     pauses = [Backoff().pause_seconds(4) for _ in range(200)]
     assert min(pauses) < 0.4
     assert max(pauses) > 1.2
@@ -116,7 +116,7 @@ def test_retry_after_is_honored_up_to_its_cap(asked: float, attempt: int) -> Non
     assert wanted <= backoff.pause_seconds(attempt, asked) <= wanted + 1.0
 
 
-def test_retry_after_is_read_as_seconds_or_as_a_date() -> None:
+def test_retry_after_is_parsed_as_seconds_or_date() -> None:
     assert retry_after_seconds("12") == 12.0
     in_a_minute = retry_after_seconds(email.utils.formatdate(time.time() + 60, usegmt=True))
     assert in_a_minute is not None

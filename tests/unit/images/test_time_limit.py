@@ -23,13 +23,13 @@ def spin(seconds: float) -> str:
     return "through"
 
 
-def test_work_within_its_time_gives_its_result_or_its_exception():
+def test_work_within_the_limit_returns_or_raises():
     assert run_with_cpu_limit(5.0, lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         run_with_cpu_limit(5.0, lambda: 1 // 0)
 
 
-def test_a_loop_is_ended_soon_after_its_time_is_used_up():
+def test_loop_is_interrupted_soon_after_the_limit():
     before = time.thread_time()
     with pytest.raises(CpuTimeExceededError):
         run_with_cpu_limit(0.1, lambda: spin(60.0))
@@ -37,7 +37,7 @@ def test_a_loop_is_ended_soon_after_its_time_is_used_up():
     assert spin(0.3) == "through"
 
 
-def test_a_handler_of_damage_does_not_keep_the_exception():
+def test_except_exception_does_not_catch_the_interruption():
     def stubborn() -> None:
         while True:
             try:
@@ -49,12 +49,12 @@ def test_a_handler_of_damage_does_not_keep_the_exception():
         run_with_cpu_limit(0.1, stubborn)
 
 
-def test_a_call_into_c_that_comes_back_late_is_over_its_time_too():
+def test_c_call_that_returns_late_exceeds_the_limit():
     with pytest.raises(CpuTimeExceededError):
         run_with_cpu_limit(0.02, lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000))
 
 
-def test_waiting_takes_no_time():
+def test_waiting_does_not_count():
     woken = threading.Event()
     timer = threading.Timer(0.8, woken.set)
     timer.start()
@@ -62,7 +62,7 @@ def test_waiting_takes_no_time():
     timer.join()
 
 
-def test_nothing_is_hit_outside_of_the_work(monkeypatch: pytest.MonkeyPatch):
+def test_no_exception_is_raised_outside_the_work(monkeypatch: pytest.MonkeyPatch):
     """Work that ends about when its time does, many times in several threads: no exception comes later."""
     monkeypatch.setattr(time_limit, "_POLL_SECONDS", 0.0005)
 
@@ -80,14 +80,14 @@ def test_nothing_is_hit_outside_of_the_work(monkeypatch: pytest.MonkeyPatch):
         for over, through in pool.map(rounds, range(4)):
             assert over + through == 150
             assert min(over, through) > 0
-    assert not time_limit._watched
+    assert not time_limit._tasks
 
 
-def test_a_call_that_does_not_come_back_ends_its_process():
+def test_c_call_that_does_not_return_ends_the_process():
     code = (
         "import hashlib; from batchcls.images.time_limit import run_with_cpu_limit; "
         "run_with_cpu_limit(0.1, lambda: hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=False)
     assert done.returncode == DECODER_HUNG_EXIT_CODE
-    assert b"this process ends" in done.stderr
+    assert b"this process exits" in done.stderr

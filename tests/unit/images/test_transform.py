@@ -93,7 +93,7 @@ def test_normalize_equals_torchvision_bit_for_bit():
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
-def test_result_is_contiguous_uint8_and_leaves_its_input_alone(crop_mode, interpolation):
+def test_result_is_contiguous_uint8_and_input_is_unchanged(crop_mode, interpolation):
     pixels = pixels_of(draw(6, 96, 96))
     before = pixels.copy()
     result = Transform(preprocessing(96, 96, crop_mode=crop_mode, interpolation=interpolation))(pixels)
@@ -105,7 +105,7 @@ def test_result_is_contiguous_uint8_and_leaves_its_input_alone(crop_mode, interp
 
 @pytest.mark.parametrize("width_height", SIZES)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-def test_the_resize_equals_that_of_torchvision_on_uint8_tensors_bit_for_bit(width_height, interpolation):
+def test_resize_equals_torchvision_on_uint8_tensors_bit_for_bit(width_height, interpolation):
     pixels = pixels_of(draw(8, *width_height))
     mode = on_tensors.InterpolationMode(interpolation)
     chw = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -125,7 +125,7 @@ def test_the_resize_equals_that_of_torchvision_on_uint8_tensors_bit_for_bit(widt
 @example(254, 300, (254, 255), "bilinear", "center")
 @example(300, 254, (254, 255), "bicubic", "center")
 @example(118, 120, (96, 140), "lanczos", "center")
-def test_what_is_made_of_an_image_is_what_is_cropped_from_all_of_it(
+def test_partial_resize_equals_a_crop_of_the_full_resize(
     height, width, crop_and_resize, interpolation, crop_mode
 ):
     crop, resize = crop_and_resize
@@ -144,7 +144,7 @@ def test_what_is_made_of_an_image_is_what_is_cropped_from_all_of_it(
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(64, 64), (48, 64)])
 @pytest.mark.parametrize("width_height", [(1001, 642), (640, 999), (800, 800), (1601, 643)])
-def test_a_reduced_image_is_cropped_where_the_whole_one_is(crop_mode, size, width_height):
+def test_scaled_image_is_cropped_like_the_full_scale_image(crop_mode, size, width_height):
     """Smooth colors, so that what differs is the place and not the sharpness: the last pixel is half empty."""
     width, height = width_height
     rows, columns = np.mgrid[0:height, 0:width]
@@ -157,7 +157,7 @@ def test_a_reduced_image_is_cropped_where_the_whole_one_is(crop_mode, size, widt
     assert transform(reduced).shape == whole.shape
 
 
-def test_the_size_before_the_crop_is_known_before_the_pixels_are():
+def test_resized_size_is_computed_from_the_image_size():
     shorter = Transform(preprocessing(96, 109))
     assert shorter.resized_size(375, 500) == (109, 145)
     assert Transform(preprocessing((64, 96), (73, 109))).resized_size(375, 500) == (82, 109)
@@ -168,13 +168,13 @@ def test_the_size_before_the_crop_is_known_before_the_pixels_are():
 @pytest.mark.parametrize(
     ("height", "width", "options"), [(375, 500, {"interpolation": "nearest"}), (8, 4000, {}), (4000, 8, {})]
 )
-def test_images_that_no_smaller_one_can_stand_for_are_needed_whole(height, width, options):
+def test_images_that_need_full_scale(height, width, options):
     assert Transform(preprocessing(96, 109, **options)).resized_size(height, width) == (height, width)
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("shape", [(8, 200_000, 3), (200_000, 8, 3)])
-def test_extremely_long_images_give_their_middle_without_growing(crop_mode, shape):
+def test_extremely_long_images_use_their_middle_without_growing(crop_mode, shape):
     pixels = np.zeros(shape, dtype=np.uint8)
     pixels.swapaxes(0, shape.index(200_000))[100_000 - 16 : 100_000 + 16] = 255
     result = Transform(preprocessing(96, 109, crop_mode=crop_mode))(pixels)

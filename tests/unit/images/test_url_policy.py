@@ -41,7 +41,7 @@ from batchcls.storage.uris import is_remote, join, local_path, redact_options, r
         *("2130706433", "127.1", "0x7f000001", "0177.0.0.1", "localhost", ""),
     ],
 )
-def test_an_address_that_is_not_on_the_open_internet_is_refused(address: str) -> None:
+def test_non_public_addresses_are_rejected(address: str) -> None:
     assert not is_public(address)
     with pytest.raises(ForbiddenAddressError):
         AddressPolicy().check_ip(address)
@@ -51,7 +51,7 @@ def test_an_address_that_is_not_on_the_open_internet_is_refused(address: str) ->
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "172.15.255.255", "2001:4860:4860::8888", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 )
-def test_an_address_of_the_open_internet_is_allowed(address: str) -> None:
+def test_public_addresses_are_allowed(address: str) -> None:
     assert is_public(address)
     AddressPolicy().check_ip(address)
 
@@ -61,7 +61,7 @@ def read(policy: AddressPolicy, path: Path | str) -> bytes:
         return file.read()
 
 
-def test_a_path_is_confined_after_dots_and_links_are_resolved(tmp_path: Path) -> None:
+def test_paths_are_checked_after_resolving_dots_and_links(tmp_path: Path) -> None:
     allowed, outside = tmp_path / "allowed", tmp_path / "outside"
     (allowed / "deep" / "er").mkdir(parents=True)
     outside.mkdir()
@@ -88,7 +88,7 @@ def test_a_path_is_confined_after_dots_and_links_are_resolved(tmp_path: Path) ->
             read(policy, allowed / path)
 
 
-def test_links_that_stay_below_an_allowed_root_are_followed(tmp_path: Path) -> None:
+def test_links_within_allowed_roots_are_followed(tmp_path: Path) -> None:
     first, second, other = tmp_path / "first", tmp_path / "second", tmp_path / "other"
     for folder in (first / "day", second, other):
         folder.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_links_that_stay_below_an_allowed_root_are_followed(tmp_path: Path) -> N
     assert read(policy, other / "way-in" / "a.jpg") == b"a"
 
 
-def test_a_link_and_a_file_and_the_whole_disk_may_be_allowed_roots(
+def test_links_files_and_the_root_folder_can_be_allowed_roots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "real").mkdir()
@@ -125,7 +125,7 @@ def test_a_link_and_a_file_and_the_whole_disk_may_be_allowed_roots(
     assert read(AddressPolicy(allowed_roots=("current",)), "real/a.jpg") == b"a"
 
 
-def test_a_null_byte_is_refused_with_and_without_roots(tmp_path: Path) -> None:
+def test_null_byte_is_rejected_with_and_without_roots(tmp_path: Path) -> None:
     for policy in (AddressPolicy(), AddressPolicy(allowed_roots=(str(tmp_path),))):
         with pytest.raises(ForbiddenAddressError):
             policy.open_path(f"{tmp_path}/a.jpg\0.png", os.O_RDONLY)
@@ -143,7 +143,7 @@ while True:
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "deep/a.jpg"])
-def test_a_folder_that_turns_into_a_link_and_back_lets_nothing_out(tmp_path: Path, name: str) -> None:
+def test_folder_swapped_with_a_link_does_not_escape_the_root(tmp_path: Path, name: str) -> None:
     """A second process exchanges a folder below the root for a link to the outside, without an end."""
     allowed, outside = tmp_path / "allowed", tmp_path / "outside"
     for folder, content in ((allowed / "day", b"inside"), (outside, b"secret of another size")):
@@ -166,7 +166,7 @@ def test_a_folder_that_turns_into_a_link_and_back_lets_nothing_out(tmp_path: Pat
     assert contents[b"inside"] > 0
 
 
-def test_a_scheme_whose_host_cannot_be_checked_needs_the_same_permission_as_private_hosts() -> None:
+def test_schemes_with_unchecked_hosts_require_private_addresses() -> None:
     with pytest.raises(ForbiddenAddressError):
         AddressPolicy().check_scheme("sftp")
     AddressPolicy().check_scheme("gs")
@@ -194,11 +194,11 @@ def test_a_scheme_whose_host_cannot_be_checked_needs_the_same_permission_as_priv
         ("../x..jpg", "s3://bucket/a/c", "s3://bucket/a/x..jpg"),
     ],
 )
-def test_a_relative_uri_is_resolved_against_the_manifests_folder(uri: str, base: str, resolved: str) -> None:
+def test_relative_uri_is_resolved_against_the_manifest_folder(uri: str, base: str, resolved: str) -> None:
     assert resolve_uri(uri, base) == resolved
 
 
-def test_schemes_are_told_in_lower_case_and_paths_are_files() -> None:
+def test_scheme_is_lower_case_and_file_for_paths() -> None:
     spellings = {"/a/b": "file", "a:b": "file", "FILE:///a": "file", "local:///a": "file", "S3://b/k": "s3"}
     assert {uri: scheme(uri) for uri in spellings} == spellings
     assert scheme("filecache::s3://bucket/key") == "filecache"
@@ -207,7 +207,7 @@ def test_schemes_are_told_in_lower_case_and_paths_are_files() -> None:
     assert not is_remote("relative/path")
 
 
-def test_a_file_uri_is_decoded_and_a_path_is_not() -> None:
+def test_file_uri_is_decoded_but_a_path_is_not() -> None:
     assert local_path("file:///a/%2e%2e/b%20c") == "/a/../b c"
     assert local_path("file://localhost/a") == "/a"
     assert local_path("/a/%2e%2e") == "/a/%2e%2e"
@@ -215,18 +215,18 @@ def test_a_file_uri_is_decoded_and_a_path_is_not() -> None:
         local_path("file://fileserver/a")
 
 
-def test_joining_keeps_single_slashes() -> None:
+def test_join_uses_single_slashes() -> None:
     assert join("s3://bucket/day/", "runs", "r1/") == "s3://bucket/day/runs/r1"
     assert join("/data/", "runs", "r1") == "/data/runs/r1"
 
 
-def test_a_shown_uri_holds_no_user_password_query_or_fragment() -> None:
+def test_redacted_uri_has_no_user_password_query_or_fragment() -> None:
     assert redact_uri("https://ada:pa@ss@host:8080/a?X-Amz-Signature=s#f") == "https://host:8080/a"
     assert redact_uri("s3://key:secret@bucket/key") == "s3://bucket/key"
     assert redact_uri("/data/a?b#c@d") == "/data/a?b#c@d"
 
 
-def test_shown_options_hold_only_values_that_are_known_to_be_harmless() -> None:
+def test_redacted_options_show_only_harmless_values() -> None:
     options = {
         "endpoint_url": "http://ada:password@store:9000",
         "key": "KEY",

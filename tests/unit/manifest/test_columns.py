@@ -28,7 +28,7 @@ from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusa
 # What a job does not use
 
 
-def test_columns_that_are_not_used_may_hold_anything(tmp_path: Path):
+def test_unused_columns_can_have_any_type(tmp_path: Path):
     far = pa.array([253402300800000000, 2**63 - 1, 0, -(2**63)], pa.int64())
     path = write(
         tmp_path / "m.parquet",
@@ -48,7 +48,7 @@ def test_columns_that_are_not_used_may_hold_anything(tmp_path: Path):
     assert read(manifest).column("item_id").to_pylist() == IDS
 
 
-def test_the_id_column_is_found_by_its_name_where_others_begin_like_it(tmp_path: Path):
+def test_id_column_is_found_among_columns_with_the_same_prefix(tmp_path: Path):
     old = {"item_id.old": pa.array(["x"] * 4), "item_id": pa.array(IDS), "uri": pa.array(IDS)}
     pq.write_table(pa.table(old), tmp_path / "m.parquet")
     bad = find_invalid_ids(open_manifest(str(tmp_path / "m.parquet"), STORAGE), STORAGE)
@@ -71,14 +71,14 @@ def test_the_id_column_is_found_by_its_name_where_others_begin_like_it(tmp_path:
         "NULL",
     ],
 )
-def test_what_duckdb_writes_beside_does_not_matter(tmp_path: Path, value: str):
+def test_unused_duckdb_types_are_ignored(tmp_path: Path, value: str):
     duckdb.sql(f"COPY (SELECT 'a' AS item_id, 'x' AS uri, {value} AS odd) TO '{tmp_path}/m.parquet'")
     manifest = open_manifest(str(tmp_path / "m.parquet"), STORAGE)
     assert len(manifest.fingerprint) == 64
     assert read(manifest).column("item_id").to_pylist() == ["a"]
 
 
-def test_five_thousand_columns_are_read_by_range_and_named_in_part(tmp_path: Path):
+def test_manifest_with_five_thousand_columns(tmp_path: Path):
     many = {f"attribute_{n}": pa.array([n] * 4) for n in range(5_000)}
     path = write(tmp_path / "m.parquet", **many)
     assert read(open_manifest(str(path), STORAGE)).column("item_id").to_pylist() == IDS
@@ -88,7 +88,7 @@ def test_five_thousand_columns_are_read_by_range_and_named_in_part(tmp_path: Pat
     assert len(said) < 1_000
 
 
-def test_a_manifest_of_a_store_is_read_by_range(tmp_path: Path):
+def test_remote_manifest_with_many_columns(tmp_path: Path):
     many = {f"attribute_{n}": pa.array([n] * 4) for n in range(2_000)}
     data = write(tmp_path / "m.parquet", **many).read_bytes()
     STORAGE.write_atomic("memory://manifests/m.parquet", data)
@@ -118,7 +118,7 @@ def encrypted(path: Path, column: str, *, plain_footer: bool) -> Path:
     return path
 
 
-def test_encrypted_columns_matter_only_where_they_are_used(tmp_path: Path):
+def test_encrypted_columns_are_an_error_only_if_used(tmp_path: Path):
     """In a process of its own: Arrow ends one that looks at an encrypted column's statistics."""
     path = encrypted(tmp_path / "m.parquet", "secret", plain_footer=True)
     command = [sys.executable, "-m", "batchcls.jobs.manifest", "check", str(path)]
@@ -130,7 +130,7 @@ def test_encrypted_columns_matter_only_where_they_are_used(tmp_path: Path):
         assert f"column {column} is encrypted" in refusal(encrypted(path, column, plain_footer=True))
 
 
-def test_an_encrypted_footer_and_damaged_ends_are_told_in_one_line(tmp_path: Path):
+def test_encrypted_and_damaged_footers_are_reported_in_one_line(tmp_path: Path):
     path = encrypted(tmp_path / "m.parquet", "secret", plain_footer=False)
     assert "is encrypted, its footer too" in refusal(path)
     whole = write(tmp_path / "n.parquet", x=pa.array(IDS)).read_bytes()
@@ -149,7 +149,7 @@ def test_an_encrypted_footer_and_damaged_ends_are_told_in_one_line(tmp_path: Pat
 
 
 @pytest.mark.parametrize("junk", [b"!!!!", b"////", b"AAAA"])
-def test_a_damaged_arrow_schema_is_told_in_one_line(tmp_path: Path, junk: bytes):
+def test_damaged_arrow_schema_is_reported_in_one_line(tmp_path: Path, junk: bytes):
     path = write(tmp_path / "m.parquet", view=pa.array(IDS, pa.string_view()))
     data = path.read_bytes()
     start = data.find(b"ARROW:schema") + len(b"ARROW:schema") + 4
@@ -157,7 +157,7 @@ def test_a_damaged_arrow_schema_is_told_in_one_line(tmp_path: Path, junk: bytes)
     assert "m.parquet is not a readable Parquet file" in refusal(path)
 
 
-def test_the_metadata_of_pandas_is_not_read(tmp_path: Path):
+def test_pandas_metadata_is_ignored(tmp_path: Path):
     schema = pa.schema(
         [("item_id", pa.string()), ("uri", pa.string())], {b"pandas": b"{no json", b"huggingface": b"\xff"}
     )
@@ -169,7 +169,7 @@ def test_the_metadata_of_pandas_is_not_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["item_id", "uri", "shop"])
-def test_a_repeated_column_is_refused_whether_it_is_used_or_not(tmp_path: Path, name: str):
+def test_duplicate_column_names_are_rejected(tmp_path: Path, name: str):
     names = ["item_id", "uri", "shop", name]
     pq.write_table(pa.Table.from_arrays([pa.array(IDS)] * 4, names), tmp_path / "m.parquet")
     for keep in ((), ("shop",)):
@@ -191,7 +191,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("inline", [False, True])
-def test_text_of_every_type_is_one_column_of_strings(tmp_path: Path, inline: bool):
+def test_all_text_types_are_read_as_strings(tmp_path: Path, inline: bool):
     for place, (name, values) in enumerate(TEXTS.items()):
         images = {"image": pa.array([b"x"] * 4, pa.binary_view())} if inline else {}
         path = tmp_path / "m" / f"{place}.parquet"
@@ -214,7 +214,7 @@ def test_text_of_every_type_is_one_column_of_strings(tmp_path: Path, inline: boo
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_of_every_type_of_text_are_counted(tmp_path: Path, name: str):
+def test_ids_of_all_text_types_are_checked(tmp_path: Path, name: str):
     path = write(tmp_path / "m" / "a.parquet", item_id=TEXTS[name])
     if name == "null":
         assert "all 4 rows of the manifest are bad" in refusal(path)
@@ -252,9 +252,7 @@ def test_ids_of_every_type_of_text_are_counted(tmp_path: Path, name: str):
     ],
     ids=lambda value: str(value if isinstance(value, pa.DataType) else value.type),
 )
-def test_kept_columns_have_one_plain_type_with_the_same_values(
-    tmp_path: Path, written: pa.Array, kept: pa.DataType
-):
+def test_kept_columns_are_read_as_plain_types(tmp_path: Path, written: pa.Array, kept: pa.DataType):
     path = write(tmp_path / "m.parquet", odd=written)
     manifest = open_manifest(str(path), STORAGE, keep=["odd"])
     assert manifest.columns.kept == (pa.field("odd", kept),)
@@ -275,7 +273,7 @@ def test_kept_columns_have_one_plain_type_with_the_same_values(
         (pa.StructArray.from_arrays([pa.array([b"0" * 16], pa.uuid())], ["a"]), "do not agree on it"),
     ],
 )
-def test_kept_types_that_readers_disagree_on_are_refused(tmp_path: Path, values: pa.Array, words: str):
+def test_unsupported_types_of_kept_columns_are_rejected(tmp_path: Path, values: pa.Array, words: str):
     said = refusal(write(tmp_path / "m.parquet", odd=values), "odd")
     assert "m.parquet: column odd has type" in said
     assert words in said
@@ -302,7 +300,7 @@ def test_kept_types_that_readers_disagree_on_are_refused(tmp_path: Path, values:
     ],
     ids=str,
 )
-def test_types_of_two_files_become_one_or_are_refused(
+def test_types_of_two_files_are_merged_or_rejected(
     tmp_path: Path, ours: pa.DataType, theirs: pa.DataType, one: pa.DataType | None
 ):
     for order in ((ours, theirs), (theirs, ours)):
@@ -316,7 +314,7 @@ def test_types_of_two_files_become_one_or_are_refused(
             assert read(manifest).column("odd").type == one
 
 
-def test_a_kept_column_that_is_in_some_files_only_is_refused(tmp_path: Path):
+def test_kept_column_missing_in_some_files_is_rejected(tmp_path: Path):
     write(tmp_path / "a.parquet", label=pa.array(IDS))
     write(tmp_path / "b.parquet", other=pa.array(IDS))
     with pytest.raises(InputError, match=r"column label is in one of .*a\.parquet and .*b\.parquet only"):
@@ -325,7 +323,7 @@ def test_a_kept_column_that_is_in_some_files_only_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("keep", ["label", "Label", "ROW", "uri_fault", "shop,SHOP"])
-def test_kept_names_that_the_output_has_are_refused_by_check_as_by_classify(
+def test_reserved_names_are_rejected_by_check_and_classify(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], keep: str
 ):
     path = write(tmp_path / "m.parquet", **dict.fromkeys(keep.split(","), pa.array(IDS)))
@@ -336,7 +334,7 @@ def test_kept_names_that_the_output_has_are_refused_by_check_as_by_classify(
     assert caught.value.errors()[0]["msg"].removeprefix("Value error, ") in said  # type: ignore[attr-defined]
 
 
-def test_old_timestamps_of_spark_keep_the_years_that_mean_without_end(tmp_path: Path):
+def test_int96_timestamps_keep_the_year_9999(tmp_path: Path):
     end = datetime.datetime(9999, 12, 31, 23, 59, 59)
     table = pa.table({"item_id": ["a"], "uri": ["x"], "until": pa.array([end], pa.timestamp("us"))})
     pq.write_table(table, tmp_path / "m.parquet", use_deprecated_int96_timestamps=True, store_schema=False)
@@ -344,7 +342,7 @@ def test_old_timestamps_of_spark_keep_the_years_that_mean_without_end(tmp_path: 
     assert read(manifest).column("until").to_pylist() == [end]
 
 
-def test_polars_and_pandas_agree_on_their_columns(tmp_path: Path):
+def test_files_of_polars_and_pandas_are_compatible(tmp_path: Path):
     columns = {
         "item_id": ["a", "b"],
         "uri": ["x", "y"],

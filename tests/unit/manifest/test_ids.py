@@ -12,7 +12,7 @@ from batchcls.storage.filesystem import Storage
 from tests.helpers.manifests import write_manifest
 
 
-def test_the_first_row_of_a_repeated_id_is_kept(tmp_path: Path):
+def test_first_row_of_a_duplicate_id_is_kept(tmp_path: Path):
     write_manifest(tmp_path / "a.parquet", ["x", "y", None, "x"])
     write_manifest(tmp_path / "b.parquet", ["y", "z", "x", None])
     bad = find_invalid_ids(open_manifest(str(tmp_path), Storage()), Storage())
@@ -20,7 +20,7 @@ def test_the_first_row_of_a_repeated_id_is_kept(tmp_path: Path):
     assert bad.duplicate.tolist() == [3, 4, 6]
 
 
-def test_failures_of_a_fragment_carry_their_reason(tmp_path: Path):
+def test_failures_of_a_fragment_have_reasons(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", ["x", None, "x", "y"])
     bad = find_invalid_ids(open_manifest(str(path), Storage()), Storage())
     assert {row: f.reason for row, f in bad.between(0, 4).items()} == {
@@ -31,13 +31,13 @@ def test_failures_of_a_fragment_carry_their_reason(tmp_path: Path):
     assert bad.between(3, 4) == {}
 
 
-def test_a_limit_hides_what_lies_beyond_it(tmp_path: Path):
+def test_rows_beyond_the_limit_are_ignored(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", ["x", "y", "x", None])
     bad = find_invalid_ids(open_manifest(str(path), Storage(), limit=2), Storage())
     assert (len(bad.null), len(bad.duplicate)) == (0, 0)
 
 
-def test_a_manifest_without_one_good_id_stops_and_names_the_first_ten(tmp_path: Path):
+def test_manifest_without_a_valid_id_is_rejected(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", [None] * 12)
     with pytest.raises(InputError, match="all 12 rows") as caught:
         find_invalid_ids(open_manifest(str(path), Storage()), Storage())
@@ -45,7 +45,7 @@ def test_a_manifest_without_one_good_id_stops_and_names_the_first_ten(tmp_path: 
     assert "row 10" not in str(caught.value)
 
 
-def test_a_file_that_is_gone_by_now_is_named_as_everywhere_else(tmp_path: Path):
+def test_file_removed_in_the_meantime_is_named(tmp_path: Path):
     write_manifest(tmp_path / "a.parquet", ["x", "y"])
     write_manifest(tmp_path / "b.parquet", ["z"])
     manifest = open_manifest(str(tmp_path), Storage())
@@ -58,7 +58,9 @@ def test_a_file_that_is_gone_by_now_is_named_as_everywhere_else(tmp_path: Path):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.text(max_size=2)), min_size=1, max_size=60))
-def test_agrees_with_a_plain_loop(tmp_path_factory: pytest.TempPathFactory, ids: list[str | None]):
+def test_invalid_ids_equal_a_reference_implementation(
+    tmp_path_factory: pytest.TempPathFactory, ids: list[str | None]
+):
     path = write_manifest(tmp_path_factory.mktemp("m") / "a.parquet", [*ids, "a good one"])
     seen: set[str] = set()
     repeated = []

@@ -35,7 +35,7 @@ FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     ],
     ids=lambda values: str(values.type),
 )
-def test_images_of_every_type_stand_beside_others(tmp_path: Path, values: pa.Array):
+def test_inline_images_of_all_types_can_be_combined(tmp_path: Path, values: pa.Array):
     write(tmp_path / "a.parquet", image=values)
     write(tmp_path / "b.parquet", image=pa.array([b"two", b"three"]))
     write(tmp_path / "c.parquet", image=pa.nulls(2))
@@ -46,7 +46,7 @@ def test_images_of_every_type_stand_beside_others(tmp_path: Path, values: pa.Arr
         assert table.column("uri").to_pylist() == ["a.jpg", "b.jpg"] * 3
 
 
-def test_images_of_hugging_face_are_found_by_their_path_where_they_have_no_bytes(tmp_path: Path):
+def test_hugging_face_images_without_bytes_use_their_path(tmp_path: Path):
     files = [
         {"bytes": b"one", "path": "1.jpg"},
         {"bytes": None, "path": "2.jpg"},
@@ -80,7 +80,7 @@ def test_images_of_hugging_face_are_found_by_their_path_where_they_have_no_bytes
     ],
     ids=lambda values: str(values.type),
 )
-def test_what_holds_no_image_is_refused(tmp_path: Path, values: pa.Array):
+def test_unsupported_image_types_are_rejected(tmp_path: Path, values: pa.Array):
     said = refusal(write(tmp_path / "m.parquet", image=values))
     assert (
         f"column image has type {values.type}, binary, or struct<bytes: binary, path: string>, is needed"

@@ -14,7 +14,7 @@ def ranges(rows: set[int]) -> RowRanges:
 
 
 @given(SETS)
-def test_rows_come_back(rows: set[int]):
+def test_rows_round_trip(rows: set[int]):
     assert ranges(rows).rows().tolist() == sorted(rows)
     assert len(ranges(rows)) == len(rows)
 
@@ -26,7 +26,7 @@ def test_between_is_the_intersection_with_a_range(rows: set[int], start: int, st
 
 
 @given(SETS, st.integers(0, 50))
-def test_a_split_gives_the_first_rows_and_the_others(rows: set[int], count: int):
+def test_split_returns_the_first_rows_and_the_rest(rows: set[int], count: int):
     head, tail = ranges(rows).split(count)
     assert head.rows().tolist() == sorted(rows)[:count]
     assert tail.rows().tolist() == sorted(rows)[count:]

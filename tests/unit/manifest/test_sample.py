@@ -31,7 +31,7 @@ def _load_pixels(sample, preprocessing=PREPROCESSING):
 
 
 @pytest.mark.parametrize(("rows", "count"), [(10, 3), (1000, 7), (200, 199), (5, 1), (10**9, 200)])
-def test_a_sample_is_spread_evenly_and_favors_neither_end(rows, count):
+def test_sample_is_evenly_spaced(rows, count):
     numbers = evenly_spaced_rows(rows, count)
     assert len(set(numbers)) == count
     assert numbers == sorted(numbers)
@@ -40,11 +40,11 @@ def test_a_sample_is_spread_evenly_and_favors_neither_end(rows, count):
     assert 0 <= numbers[0] <= numbers[-1] < rows
 
 
-def test_a_small_manifest_is_taken_whole():
+def test_small_manifest_is_sampled_completely():
     assert evenly_spaced_rows(3, 3) == evenly_spaced_rows(3, 200) == [0, 1, 2]
 
 
-def test_rows_come_from_all_files_and_row_groups_with_their_labels(tmp_path):
+def test_sample_covers_all_files_and_row_groups_with_labels(tmp_path):
     ids = [f"item-{number}" for number in range(100)]
     for part in (0, 1):
         chosen = slice(50 * part, 50 * part + 50)
@@ -59,7 +59,7 @@ def test_rows_come_from_all_files_and_row_groups_with_their_labels(tmp_path):
     assert sample.rows.column("label").to_pylist() == ["mug" if row % 2 == 0 else None for row in rows]
 
 
-def test_inline_images_are_sampled_from_streams(tmp_path):
+def test_inline_images_are_sampled(tmp_path):
     rows = 3000
     table = pa.table({"item_id": [str(n) for n in range(rows)], "image": [b"%d" % n for n in range(rows)]})
     pq.write_table(table, tmp_path / "m.parquet", row_group_size=1300)
@@ -67,7 +67,7 @@ def test_inline_images_are_sampled_from_streams(tmp_path):
     assert sample.rows.column("image").to_pylist() == [b"%d" % row for row in evenly_spaced_rows(rows, 11)]
 
 
-def test_the_fingerprint_follows_images_and_labels_and_not_the_time(tmp_path):
+def test_fingerprint_depends_on_images_and_labels(tmp_path):
     path = tmp_path / "a" / "m.parquet"
 
     def fingerprint(count=4, keep=("kind",), **changes):
@@ -88,7 +88,7 @@ def test_the_fingerprint_follows_images_and_labels_and_not_the_time(tmp_path):
     assert len({first, *others}) == 7
 
 
-def test_labels_that_are_no_text_are_refused(tmp_path):
+def test_labels_that_are_not_text_are_rejected(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["a"], kind=pa.array([[1, 2]]))
     with pytest.raises(InputError, match=r"--label-column kind: its values .* name a column of text"):
         _sample(path, 1, keep=["kind"])
@@ -105,7 +105,7 @@ def catalog(tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_pixels_and_labels_are_those_of_the_images_that_can_be_read(catalog, tmp_path):
+def test_pixels_and_labels_of_readable_images(catalog, tmp_path):
     prepared = _load_pixels(_sample(catalog, 6, keep=["label"]))
     assert prepared.labels == ("mug", "mug", None, "b")
     assert dict(prepared.failures) == {"truncated": 1, "not_found": 1}
@@ -117,7 +117,7 @@ def test_pixels_and_labels_are_those_of_the_images_that_can_be_read(catalog, tmp
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_sample_without_one_readable_image_is_refused_with_the_reasons(tmp_path):
+def test_sample_without_readable_images_is_rejected_with_reasons(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["a", "b"])
     with pytest.raises(InputError, match=r"none of the 2 sampled images can be read \(not_found=2\)"):
         _load_pixels(_sample(path, 2))
@@ -125,7 +125,7 @@ def test_a_sample_without_one_readable_image_is_refused_with_the_reasons(tmp_pat
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("crop_mode", "same"), [("center", True), ("squash", True), ("border", False)])
-def test_preprocessings_share_pixels_exactly_where_their_keys_are_equal(catalog, crop_mode, same):
+def test_preprocessings_with_equal_keys_have_equal_pixels(catalog, crop_mode, same):
     first = PREPROCESSING.model_copy(update={"crop_mode": crop_mode})
     second = first.model_copy(update={"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.2, 0.1)})
     sample = _sample(catalog, 6)

@@ -16,7 +16,7 @@ from tests.helpers.manifests import write_manifest
 STORAGE = Storage()
 
 
-def test_rows_are_numbered_by_path_of_file_then_place_in_file(tmp_path: Path):
+def test_rows_are_numbered_by_file_path_and_position(tmp_path: Path):
     write_manifest(tmp_path / "b.parquet", ["b0", "b1"])
     write_manifest(tmp_path / "a.parquet", ["a0", "a1", "a2"])
     manifest = open_manifest(str(tmp_path), STORAGE)
@@ -28,7 +28,7 @@ def test_rows_are_numbered_by_path_of_file_then_place_in_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("rows_per_fragment", [1, 2, 3, 7, 100])
-def test_fragments_cover_every_row_once_and_stay_inside_row_groups(tmp_path: Path, rows_per_fragment: int):
+def test_fragments_cover_every_row_once_within_row_groups(tmp_path: Path, rows_per_fragment: int):
     write_manifest(tmp_path / "a.parquet", [f"a{i}" for i in range(11)], row_group_size=4)
     write_manifest(tmp_path / "b.parquet", [f"b{i}" for i in range(5)], row_group_size=4)
     manifest = open_manifest(str(tmp_path), STORAGE)
@@ -43,14 +43,14 @@ def test_fragments_cover_every_row_once_and_stay_inside_row_groups(tmp_path: Pat
     assert ids == [f"a{i}" for i in range(11)] + [f"b{i}" for i in range(5)]
 
 
-def test_a_limit_cuts_the_last_fragment(tmp_path: Path):
+def test_limit_shortens_the_last_fragment(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", [str(i) for i in range(10)], row_group_size=4)
     manifest = open_manifest(str(path), STORAGE, limit=6)
     assert manifest.rows == 6
     assert [(f.first_row, f.rows) for f in manifest.fragments(repeat(3))] == [(0, 3), (3, 1), (4, 2)]
 
 
-def test_inline_images_are_streamed_in_tables_of_the_asked_size(tmp_path: Path):
+def test_inline_images_are_streamed_in_tables_of_the_requested_size(tmp_path: Path):
     images = pa.array([bytes([i]) * (i + 1) for i in range(10)], pa.binary())
     path = write_manifest(tmp_path / "a.parquet", [str(i) for i in range(10)], image=images)
     manifest = open_manifest(str(path), STORAGE)
@@ -61,7 +61,7 @@ def test_inline_images_are_streamed_in_tables_of_the_asked_size(tmp_path: Path):
     assert [i for t in tables for i in t.column("image").to_pylist()] == images.to_pylist()[2:9]
 
 
-def test_kept_columns_travel_and_others_do_not(tmp_path: Path):
+def test_only_kept_columns_are_read(tmp_path: Path):
     path = write_manifest(
         tmp_path / "a.parquet", ["x", "y"], price=pa.array([1.5, None]), note=pa.array(["p", "q"])
     )
@@ -80,7 +80,7 @@ def test_categorical_ids_of_pandas_are_read_as_text(tmp_path: Path):
     assert table.column("item_id").to_pylist() == ["a", "b", "a2"]
 
 
-def test_globs_and_files_of_any_name_are_found(tmp_path: Path):
+def test_globs_and_files_with_any_name_are_opened(tmp_path: Path):
     write_manifest(tmp_path / "day=1" / "a.parquet", ["a"])
     write_manifest(tmp_path / "day=2" / "b.parquet", ["b"])
     odd = write_manifest(tmp_path / "catalog.manifest", ["c", "d"])
@@ -89,14 +89,14 @@ def test_globs_and_files_of_any_name_are_found(tmp_path: Path):
     assert open_manifest(str(tmp_path), STORAGE).rows == 2
 
 
-def test_relative_uris_start_at_the_folder_of_the_manifest(tmp_path: Path):
+def test_base_is_the_folder_of_the_manifest(tmp_path: Path):
     path = write_manifest(tmp_path / "sub" / "a.parquet", ["a"])
     assert open_manifest(str(path), STORAGE).base == str(tmp_path / "sub")
     assert open_manifest(str(tmp_path / "sub"), STORAGE).base == str(tmp_path / "sub")
     assert open_manifest(f"{tmp_path}/sub/*.parquet", STORAGE).base == str(tmp_path / "sub")
 
 
-def test_the_fingerprint_follows_the_content(tmp_path: Path):
+def test_fingerprint_depends_on_the_content(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", ["a", "b"])
     first = open_manifest(str(path), STORAGE).fingerprint
     assert open_manifest(str(path), STORAGE).fingerprint == first
@@ -120,7 +120,7 @@ def _table(**columns: pa.Array) -> pa.Table:
         (_table(item_id=pa.array([], pa.string()), uri=pa.array([], pa.string())), ["empty"]),
     ],
 )
-def test_a_wrong_manifest_is_refused_with_file_and_column(tmp_path: Path, table: pa.Table, words: list[str]):
+def test_invalid_manifest_error_names_file_and_column(tmp_path: Path, table: pa.Table, words: list[str]):
     path = tmp_path / "wrong.parquet"
     pq.write_table(table, path)
     with pytest.raises(InputError) as caught:
@@ -135,7 +135,7 @@ def test_a_missing_kept_column_is_named(tmp_path: Path):
         open_manifest(str(path), STORAGE, keep=["price"])
 
 
-def test_files_that_disagree_on_a_kept_type_are_both_named(tmp_path: Path):
+def test_files_with_conflicting_types_are_both_named(tmp_path: Path):
     write_manifest(tmp_path / "a.parquet", ["a"], price=pa.array([1]))
     write_manifest(tmp_path / "b.parquet", ["b"], price=pa.array(["1"]))
     with pytest.raises(InputError, match=r"price is int64 in .*a\.parquet and string in .*b\.parquet"):
@@ -148,7 +148,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path):
         open_manifest(str(tmp_path / "broken.parquet"), STORAGE)
 
 
-def test_a_place_without_parquet_says_how_to_make_a_manifest(tmp_path: Path):
+def test_path_without_parquet_files_suggests_from_folder(tmp_path: Path):
     (tmp_path / "photo.jpg").write_bytes(b"x")
     for uri in (str(tmp_path), f"{tmp_path}/*.parquet", str(tmp_path / "nothing.parquet")):
         with pytest.raises(InputError, match=r"(from-folder|no such)"):
@@ -156,7 +156,7 @@ def test_a_place_without_parquet_says_how_to_make_a_manifest(tmp_path: Path):
 
 
 @pytest.mark.parametrize("inline", [False, True])
-def test_picked_rows_are_cut_and_read_by_their_numbers(tmp_path: Path, inline: bool):
+def test_selected_rows_are_split_and_read(tmp_path: Path, inline: bool):
     images = {"image": pa.array([bytes([n]) for n in range(40)], pa.binary())} if inline else {}
     path = write_manifest(tmp_path / "m.parquet", [f"i{n}" for n in range(40)], row_group_size=15, **images)
     manifest = open_manifest(str(path), STORAGE)
@@ -179,7 +179,7 @@ def test_picked_rows_are_cut_and_read_by_their_numbers(tmp_path: Path, inline: b
         assert read.column("image").to_pylist() == [bytes([row]) for row in wanted]
 
 
-def test_a_column_version_says_the_state_of_an_image_as_text_or_number(tmp_path: Path):
+def test_version_column_can_be_text_or_integer(tmp_path: Path):
     path = write_manifest(tmp_path / "a.parquet", ["x", "y"], version=pa.array([7, None], pa.int64()))
     manifest = open_manifest(str(path), STORAGE, keep=["version"])
     (table,) = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(10))), 10)
@@ -190,9 +190,7 @@ def test_a_column_version_says_the_state_of_an_image_as_text_or_number(tmp_path:
         open_manifest(str(tmp_path / "b.parquet"), STORAGE)
 
 
-def test_every_spelling_of_a_manifest_is_one_place_with_one_fingerprint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_all_spellings_of_a_manifest_have_one_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_manifest(tmp_path / "sub" / "m [1].parquet", ["a"])
     expected = open_manifest(str(path), STORAGE)
     monkeypatch.chdir(tmp_path)

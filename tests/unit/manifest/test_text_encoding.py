@@ -25,7 +25,7 @@ from tests.unit.images.test_loader import settings
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
 @pytest.mark.parametrize("broken", [b"caf\xe9", b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xc0\xaf"])
-def test_ids_versions_and_kept_text_that_is_no_utf8_is_refused_with_its_row(
+def test_invalid_utf8_in_ids_versions_and_kept_text_is_rejected_with_its_row(
     tmp_path: Path, kind: pa.DataType, broken: bytes
 ):
     texts = bad_text(b"a", b"b", broken, None)
@@ -42,7 +42,7 @@ def test_ids_versions_and_kept_text_that_is_no_utf8_is_refused_with_its_row(
             read(open_manifest(str(tmp_path / "m"), STORAGE, keep=["shop"]))
 
 
-def test_text_inside_of_kept_values_is_looked_at(tmp_path: Path):
+def test_text_in_nested_kept_values_is_checked(tmp_path: Path):
     inside = bad_text(*[b"x"] * 7, b"\xff", *[b"y"] * 4)
     lists = pa.ListArray.from_arrays(pa.array([0, 3, 6, 9, 12], pa.int32()), inside)
     path = write(tmp_path / "m.parquet", tags=lists)
@@ -50,14 +50,14 @@ def test_text_inside_of_kept_values_is_looked_at(tmp_path: Path):
     assert len(find_invalid_ids(open_manifest(str(path), STORAGE, limit=2, keep=["tags"]), STORAGE).null) == 0
 
 
-def test_labels_that_are_no_utf8_are_refused(tmp_path: Path):
+def test_labels_with_invalid_utf8_are_rejected(tmp_path: Path):
     path = write(tmp_path / "m.parquet", label=bad_text(b"mug", b"caf\xe9", None, b"mug"))
     manifest = open_labeled_manifest(str(path), STORAGE, "label")
     with pytest.raises(InputError, match=r"m\.parquet: column label, row 1"):
         find_invalid_ids(manifest, STORAGE)
 
 
-def test_null_bytes_controls_and_megabytes_in_ids_are_told_apart(tmp_path: Path):
+def test_ids_with_null_bytes_control_characters_and_megabytes_are_distinct(tmp_path: Path):
     ids = ["a\0b", "a\0c", "a", "\x1b[31m", "x" * 2**20, "x" * 2**20 + "y", "\u202e", "a\0b", "x" * 2**20]
     path = tmp_path / "m.parquet"
     pq.write_table(pa.table({"item_id": ids, "uri": ids, "label": ids}), path)
@@ -66,7 +66,7 @@ def test_null_bytes_controls_and_megabytes_in_ids_are_told_apart(tmp_path: Path)
     assert read(manifest).column("label").to_pylist() == ids
 
 
-def test_labels_may_be_whole_numbers_and_are_read_as_text(tmp_path: Path):
+def test_integer_labels_are_read_as_text(tmp_path: Path):
     path = write(tmp_path / "m.parquet", label=pa.array([3, 12, None, 3]))
     assert read(open_labeled_manifest(str(path), STORAGE, "label")).column("label").to_pylist() == [
         "3",
@@ -77,7 +77,7 @@ def test_labels_may_be_whole_numbers_and_are_read_as_text(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
-def test_a_uri_that_is_no_utf8_is_the_failure_of_its_row(tmp_path: Path, kind: pa.DataType):
+def test_uri_with_invalid_utf8_is_a_failed_row(tmp_path: Path, kind: pa.DataType):
     photo = encode(draw(1, 30, 30), "JPEG")
     for name in ("a.jpg", "caf\\xe9.jpg", "caf\ufffd.jpg"):  # neither its escaped nor its mended name is read
         (tmp_path / name).write_bytes(photo)
@@ -90,7 +90,7 @@ def test_a_uri_that_is_no_utf8_is_the_failure_of_its_row(tmp_path: Path, kind: p
     assert block.column("reason").to_pylist() == [None, "forbidden_uri", "forbidden_uri", "no_image"]
     assert block.column("uri").to_pylist() == ["a.jpg", None, None, None]
     details = block.column("detail").to_pylist()
-    assert details[1] == "the uri is no valid UTF-8: caf\\xe9.jpg"
+    assert details[1] == "the uri is not valid UTF-8: caf\\xe9.jpg"
     assert "pass" not in details[2]
     assert "secret" not in details[2]
 
@@ -119,7 +119,7 @@ def test_a_uri_that_is_no_utf8_is_the_failure_of_its_row(tmp_path: Path, kind: p
     ],
     ids=lambda uri: repr(uri[:20]),
 )
-def test_an_odd_uri_is_the_failure_of_its_row(tmp_path: Path, uri: str):
+def test_unusual_uri_is_a_failed_row(tmp_path: Path, uri: str):
     path = write(tmp_path / "m.parquet", uri=pa.array([uri]))
     manifest = open_manifest(str(path), STORAGE)
     tables = FragmentReader(manifest.columns, STORAGE).read(next(manifest.fragments(repeat(9))), 9)
@@ -129,7 +129,7 @@ def test_an_odd_uri_is_the_failure_of_its_row(tmp_path: Path, uri: str):
     block.to_pandas()
 
 
-def test_images_of_a_folder_whose_names_are_no_utf8_are_refused_with_the_remedy(
+def test_image_names_with_invalid_utf8_are_rejected_with_a_remedy(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     (tmp_path / "photos").mkdir()
@@ -144,7 +144,7 @@ def test_images_of_a_folder_whose_names_are_no_utf8_are_refused_with_the_remedy(
     assert not (tmp_path / "m.parquet").exists()
 
 
-def test_a_manifest_file_whose_name_is_no_utf8_is_refused(tmp_path: Path):
+def test_manifest_name_with_invalid_utf8_is_rejected(tmp_path: Path):
     path = tmp_path / b"caf\xe9.parquet".decode("utf-8", "surrogateescape")
     buffer = io.BytesIO()
     pq.write_table(pa.table({"item_id": IDS, "uri": IDS}), buffer)

@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path):
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
     try:
-        with pytest.raises(StorageStoppedError, match="no room left on the device or quota"):
+        with pytest.raises(StorageStoppedError, match="no space left on the device or quota"):
             writer(tmp_path).write([classified([i % 9 for i in range(200)])])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

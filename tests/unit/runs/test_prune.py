@@ -167,7 +167,7 @@ def test_a_removal_that_is_cut_short_leaves_no_run_and_is_ended_by_the_next(plai
     write_run(output, Night("b"), items(4))
     (folder / "predictions").chmod(0o500)
     code, said = prune(output)
-    assert (code, "this user may not do this" in said) == (2, True)
+    assert (code, "permission denied; check the permissions" in said) == (2, True)
     assert names(output) == ["a"]  # b goes all the same
     (folder / "predictions").chmod(0o700)
     assert any((folder / "predictions").iterdir())
@@ -193,7 +193,7 @@ def test_a_run_that_this_user_may_not_read_is_named_and_keeps_no_other(
         code, said = prune(output)
         assert (names(output), "a" in said) == (["odd"], True)
         if unreadable == "predictions":  # what has to be removed cannot be; the next prune goes on
-            assert (code, "this user may not do this" in said) == (2, True)
+            assert (code, "permission denied; check the permissions" in said) == (2, True)
         else:
             assert (code, "left alone" in said) == (0, True), said
         assert [run.run_id for run in list_runs(output, Storage())] == ["odd"]

@@ -91,5 +91,5 @@ def test_a_full_disk_stops_and_leaves_no_receipt(tmp_path: Path):
     """/dev/full answers every write as a full disk does."""
     receipt = writer(tmp_path).write([classified([1])])
     (tmp_path / "receipts").symlink_to("/dev/full/nowhere")
-    with pytest.raises(StorageStoppedError, match="goes on from here"):
+    with pytest.raises(StorageStoppedError, match="run the same command again to resume"):
         keep_receipt(receipt, str(tmp_path), STORAGE)

@@ -20,7 +20,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_a_whole_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_write_replaces_a_file_and_leaves_no_other_files(tmp_path: Path) -> None:
     storage, uri = Storage(), str(tmp_path / "new" / "folder" / "a.json")
     storage.write_atomic(uri, b"old")
     storage.write_atomic(uri, b"new")
@@ -30,7 +30,7 @@ def test_a_whole_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Pat
     assert names(tmp_path / "new" / "folder") == ["a.json"]
 
 
-def test_readers_see_the_old_file_or_the_new_one_and_never_a_part(tmp_path: Path) -> None:
+def test_readers_never_see_a_partial_file(tmp_path: Path) -> None:
     storage, uri = Storage(), str(tmp_path / "current.json")
     versions = [bytes([value]) * 200_000 for value in range(2)]
     storage.write_atomic(uri, versions[0])
@@ -50,13 +50,13 @@ def test_readers_see_the_old_file_or_the_new_one_and_never_a_part(tmp_path: Path
         assert set().union(*(reader.result() for reader in readers)) <= set(versions)
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_torn_one(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     storage, uri = Storage(), str(tmp_path / "part.parquet")
     storage.write_atomic(uri, b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(BatchclsError, match="no room left") as raised, explain(uri):
+        with pytest.raises(BatchclsError, match="no space left") as raised, explain(uri):
             storage.write_atomic(uri, b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -66,18 +66,18 @@ def test_a_full_disk_leaves_the_old_file_and_no_torn_one(tmp_path: Path) -> None
     assert storage.read_bytes(uri) == b"old"
 
 
-def test_a_write_to_a_device_without_room_is_an_error_with_its_number() -> None:
+def test_full_device_is_reported() -> None:
     with (
         pytest.raises(OSError, match="No space") as raised,
         Path("/dev/full").open("wb", buffering=0) as full,
     ):
         full.write(b"x")
     assert raised.value.errno == errno.ENOSPC
-    with pytest.raises(BatchclsError, match="no room left"), explain("/mnt/a"):
+    with pytest.raises(BatchclsError, match="no space left"), explain("/mnt/a"):
         raise raised.value
 
 
-def test_of_many_exclusive_writers_exactly_one_wins(tmp_path: Path) -> None:
+def test_exactly_one_exclusive_writer_succeeds(tmp_path: Path) -> None:
     storage, uri, start = Storage(), str(tmp_path / "lock"), threading.Barrier(8)
 
     def write(writer: int) -> int | None:
@@ -120,7 +120,7 @@ def test_arrow_reads_local_parquet(tmp_path: Path) -> None:
     assert pq.read_table(path, filesystem=filesystem).column("x").to_pylist() == [1, 2]
 
 
-def test_any_scheme_of_fsspec_writes_reads_lists_and_creates() -> None:
+def test_other_fsspec_schemes_are_supported() -> None:
     storage, uri = Storage(), "memory://test-storage/runs/a.json"
     storage.write_atomic(uri, b"new")
     assert (storage.read_bytes(uri), storage.exists(uri), storage.size(uri)) == (b"new", True, 3)
@@ -136,7 +136,7 @@ def test_any_scheme_of_fsspec_writes_reads_lists_and_creates() -> None:
     assert pq.read_table(path, filesystem=filesystem).num_rows == 1
 
 
-def test_one_asynchronous_filesystem_serves_every_thread_and_another_process_makes_its_own() -> None:
+def test_asynchronous_filesystem_is_shared_by_threads_but_not_by_processes() -> None:
     storage = Storage({"anon": True})
     with ThreadPoolExecutor(8) as pool:
         objects = {id(fs) for fs, _ in pool.map(storage.filesystem, ["s3://b/k", "S3://c/k"] * 20)}
@@ -155,36 +155,36 @@ def test_one_asynchronous_filesystem_serves_every_thread_and_another_process_mak
     assert os.read(reader, 3) == b"new"
 
 
-def test_an_unknown_scheme_names_the_uri_without_its_secrets() -> None:
-    with pytest.raises(UnsupportedSchemeError, match=r"nosuch://host/a: no filesystem speaks 'nosuch://'"):
+def test_unknown_scheme_error_contains_no_secrets() -> None:
+    with pytest.raises(UnsupportedSchemeError, match=r"nosuch://host/a: no filesystem supports 'nosuch://'"):
         Storage().read_bytes("nosuch://ada:password@host/a?token=1")
 
 
-def test_a_scheme_whose_package_is_missing_says_which() -> None:
+def test_scheme_with_a_missing_package_is_named() -> None:
     with pytest.raises(UnsupportedSchemeError, match="package for 'oss://' is missing"):
         Storage().filesystem("oss://bucket/key")
 
 
-def test_a_mistyped_s3_option_is_refused_with_the_known_ones() -> None:
+def test_unknown_s3_option_is_rejected_with_the_supported_ones() -> None:
     with pytest.raises(
-        InputError, match=r"unknown storage options for s3: endpoint; known are .*endpoint_url"
+        InputError, match=r"unknown storage options for s3: endpoint; supported are .*endpoint_url"
     ):
         Storage({"endpoint": "http://127.0.0.1:9", "secret": "SECRET"}).filesystem("s3://b/k")
 
 
-def test_credentials_are_not_in_the_representation() -> None:
+def test_repr_hides_credentials() -> None:
     storage = Storage({"key": "KEYKEY", "secret": "SECRET", "endpoint_url": "http://store:9000"})
     assert repr(storage) == "Storage({'key': '***', 'secret': '***', 'endpoint_url': 'http://store:9000'})"
 
 
-def test_a_missing_file_and_a_wrong_kind_are_explained_in_one_line(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_explained_in_one_line(tmp_path: Path) -> None:
     storage = Storage()
     for uri, remedy in [
         (
             f"{tmp_path}/none.parquet",
             r"there is no such file or object; check the path \(FileNotFoundError\)",
         ),
-        (str(tmp_path), r"this is a folder, a file is expected \(IsADirectoryError\)"),
+        (str(tmp_path), r"this is a folder, but a file is expected \(IsADirectoryError\)"),
     ]:
         with pytest.raises(InputError, match=remedy) as raised, explain(uri):
             storage.read_bytes(uri)
@@ -192,14 +192,14 @@ def test_a_missing_file_and_a_wrong_kind_are_explained_in_one_line(tmp_path: Pat
         assert "\n" not in str(raised.value)
 
 
-def test_our_own_errors_pass_through_an_explanation_unchanged() -> None:
+def test_explain_does_not_change_input_errors() -> None:
     own = InputError("the manifest has no column item_id")
     with pytest.raises(InputError) as raised, explain("s3://b/k"):
         raise own
     assert raised.value is own
 
 
-def test_of_several_files_only_the_first_may_say_that_nothing_was_written(tmp_path: Path):
+def test_write_files_raises_input_error_only_for_the_first_file(tmp_path: Path):
     files = {"weights": b"1", "record": b"2"}
     assert write_files(str(tmp_path / "good"), files, Storage()) == [
         str(tmp_path / "good" / name) for name in files
@@ -212,14 +212,14 @@ def test_of_several_files_only_the_first_may_say_that_nothing_was_written(tmp_pa
         write_files(str(tmp_path / "later"), files, Storage())
 
 
-def test_json_that_no_program_writes_is_a_value_error():
+def test_invalid_or_deeply_nested_json_is_a_value_error():
     assert parse_json(b'{"a": [1]}') == {"a": [1]}
     for data in (b"", b"{", b"\xff", b"[" * 500_000, b'{"a":' * 500_000):
         with pytest.raises(ValueError, match=r".*"):
             parse_json(data)
 
 
-def test_a_folder_lists_what_is_directly_in_it(tmp_path: Path):
+def test_list_direct_files(tmp_path: Path):
     for name in ("b.json", "a.json", "below/c.json"):
         Storage().write_atomic(str(tmp_path / name), b"12")
     (tmp_path / "dangling").symlink_to("nowhere")

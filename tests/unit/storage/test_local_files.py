@@ -98,9 +98,7 @@ def end(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("lacking", LACKING.values(), ids=LACKING.keys())
-def test_of_many_writers_one_creates_a_file_whatever_the_file_system_lacks(
-    tmp_path: Path, lacking: dict[str, int]
-):
+def test_exactly_one_writer_creates_a_file_on_any_file_system(tmp_path: Path, lacking: dict[str, int]):
     writers = [start(_CREATE, lacking, str(tmp_path), name) for name in ("a", "b")]
     won = [number for writer in writers for number in json.loads(end(writer))]
     assert sorted(won) == list(range(40))
@@ -113,11 +111,11 @@ def test_of_many_writers_one_creates_a_file_whatever_the_file_system_lacks(
 
 
 @pytest.mark.parametrize("lacking", LACKING.values(), ids=LACKING.keys())
-def test_a_file_is_swapped_whatever_the_file_system_lacks(tmp_path: Path, lacking: dict[str, int]):
+def test_compare_and_swap_works_on_any_file_system(tmp_path: Path, lacking: dict[str, int]):
     assert end(start(_PUBLISH, lacking, str(tmp_path))) == "second"
 
 
-def test_a_name_that_is_taken_by_anything_is_taken(tmp_path: Path):
+def test_create_fails_if_any_entry_has_the_name(tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "file").write_bytes(b"old")
@@ -128,14 +126,14 @@ def test_a_name_that_is_taken_by_anything_is_taken(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file", "folder"]
 
 
-def test_a_file_in_the_place_of_a_folder_is_not_a_file_that_exists(tmp_path: Path):
+def test_file_used_as_a_parent_folder_is_not_a_directory(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     for write in (write_local, create_local):
         with pytest.raises(NotADirectoryError):
             write(str(tmp_path / "file" / "below" / "new"), b"new")
 
 
-def test_a_lock_is_given_back_by_whoever_dies(tmp_path: Path):
+def test_lock_is_released_when_its_holder_dies(tmp_path: Path):
     code = "from batchcls.storage.local_files import file_lock\nfrom pathlib import Path\nimport sys\n" + (
         "with file_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
@@ -154,7 +152,7 @@ def test_a_lock_is_given_back_by_whoever_dies(tmp_path: Path):
         assert is_locked
 
 
-def test_folders_that_are_made_are_synced_from_the_top_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_created_folders_are_synced_from_the_top_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     synced = []
 
     def fsync(descriptor: int) -> None:
@@ -166,9 +164,7 @@ def test_folders_that_are_made_are_synced_from_the_top_down(tmp_path: Path, monk
     assert len(synced) == 4  # and the file itself
 
 
-def test_a_writer_whose_file_or_folder_is_removed_under_it_writes_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_write_is_retried_if_its_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     link, removed = os.link, []
 
     def remove_first(source: Path, target: Path, **more: bool) -> None:

@@ -91,13 +91,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("http://host//a/../b#x", "http://host//a/../b#x"),
     ],
 )
-def test_every_spelling_has_one_form_which_stays(here: Path, spelling: str, form: str):
+def test_normalization_is_unique_and_idempotent(here: Path, spelling: str, form: str):
     spelling, form = spelling.replace("HERE", str(here)), form.replace("HERE", str(here))
     assert normalize_uri(spelling) == form
     assert normalize_uri(form) == form
 
 
-def test_the_form_names_the_file_that_the_spelling_names(here: Path):
+def test_normalized_path_refers_to_the_same_file(here: Path):
     (here / "real" / "m").write_text("right")
     (here / "m").write_text("wrong")
     assert Path("link/../m").read_text() == Path(normalize_uri("link/../m")).read_text() == "right"
@@ -120,25 +120,25 @@ def test_the_form_names_the_file_that_the_spelling_names(here: Path):
         ("~nobody-of-this-name/x", "no home"),
     ],
 )
-def test_what_can_be_no_place_is_refused_with_a_remedy(here: Path, spelling: str, words: str):
+def test_invalid_uris_are_rejected_with_a_remedy(here: Path, spelling: str, words: str):
     with pytest.raises(InputError, match=words) as caught:
         normalize_uri(spelling)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_called_like_a_user_is_that_file(here: Path):
+def test_existing_file_named_like_a_user_is_not_expanded(here: Path):
     (here / "~root").touch()
     assert normalize_uri("~root") == f"{here}/~root"
 
 
-def test_file_names_that_are_no_utf8_survive_their_quoting(here: Path):
+def test_file_names_with_invalid_utf8_are_decoded(here: Path):
     name = os.fsdecode(b"caf\xe9.parquet")
     (here / name).touch()
     assert Path(normalize_uri(f"file://{here}/caf%E9.parquet")).exists()
     assert local_path("file:///caf%E9") == os.fsdecode(b"/caf\xe9")
 
 
-def test_a_form_is_still_shown_without_its_secrets(here: Path):
+def test_normalized_uris_are_redacted(here: Path):
     assert redact_uri(normalize_uri("S3A://key:secret@bucket/x/")) == "s3://bucket/x"
     assert redact_uri(normalize_uri("HTTPS://me:pw@host/a?token=1")) == "https://host/a"
     for spelling in ("s3:/key:secret@bucket/x", "s3://key:secret@/x\0"):
@@ -147,7 +147,7 @@ def test_a_form_is_still_shown_without_its_secrets(here: Path):
         assert "secret" not in str(caught.value)
 
 
-def test_links_lead_to_one_real_place(here: Path):
+def test_canonical_location_resolves_links(here: Path):
     assert (
         canonical_location(normalize_uri("link/x"))
         == canonical_location(normalize_uri("real/deep/x"))
@@ -168,7 +168,7 @@ def test_links_lead_to_one_real_place(here: Path):
         ("s3://b/a//m", "s3://b/a//", "m"),
     ],
 )
-def test_a_file_lies_in_a_folder(uri: str, folder: str, name: str):
+def test_parent_folder_and_relative_path(uri: str, folder: str, name: str):
     assert parent_folder(uri) == folder
     assert relative_path(uri, folder) == name
     assert relative_path("/a/b//c", "/a") == "b//c"
@@ -217,7 +217,7 @@ _SETTINGS: list[tuple[type[BaseModel], dict[str, object], tuple[str, ...]]] = [
     ("settings", "required", "name"),
     [(settings, required, name) for settings, required, names in _SETTINGS for name in names],
 )
-def test_every_setting_that_names_a_place_takes_its_form(
+def test_settings_with_paths_are_normalized(
     here: Path, settings: type[BaseModel], required: dict[str, object], name: str
 ):
     def given(value: str) -> object:
@@ -245,17 +245,17 @@ _LISTS = ("allowed_root", "models")
 @pytest.mark.parametrize(
     "name", ["resnet50", "timm:resnet50.a1_in1k", "torchvision:resnet18", "timm:hf-hub:a/b"]
 )
-def test_names_of_models_stay(here: Path, name: str):
+def test_model_names_are_not_normalized(here: Path, name: str):
     assert ClassifyConfig(manifest="m", output="o", model=name).model == name
     assert CompareConfig(manifest="m", output="o", models=[name]).models == [name]
 
 
-def test_one_bundle_named_twice_is_named_twice(here: Path):
+def test_duplicate_models_are_detected_after_normalization(here: Path):
     with pytest.raises(ValidationError, match="twice"):
         CompareConfig(manifest="m", output="o", models=["./x", f"{here}/x/"])
 
 
-def test_the_cache_is_a_folder_of_each_node(here: Path):
+def test_cache_dir_is_a_local_folder_of_each_node(here: Path):
     for given, kept in (("~/cache", "~/cache"), ("file:///a%20b", "/a b"), ("x/../y", "x/../y")):
         assert BundleTestConfig(bundle="b", cache_dir=given).cache_dir == kept
     for wrong in ("s3://b/cache", "s3:/b", r"C:\cache"):
@@ -263,7 +263,7 @@ def test_the_cache_is_a_folder_of_each_node(here: Path):
             BundleTestConfig(bundle="b", cache_dir=wrong)
 
 
-def test_a_run_goes_on_however_the_same_places_are_spelled(here: Path):
+def test_fingerprints_do_not_depend_on_the_spelling_of_paths(here: Path):
     plain = ClassifyConfig(manifest="m", output="o", model="timm:x", allowed_root=["real/deep", "a"])
     other = ClassifyConfig(
         manifest=f"file://{here}/m",
