@@ -1,1 +1,1 @@
-"""The input table: reading, checking, sampling and labels of a Parquet manifest."""
+"""The Parquet manifest of a job: opening, validation, fragments, sampling and labels."""

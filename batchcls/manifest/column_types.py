@@ -1,7 +1,7 @@
-"""Supported storage types of manifest columns, and the plain types that they are read as.
+"""Supported types of manifest columns, and the plain types that they are converted to.
 
-One kind of value has many types: text is string, large_string, string_view or a dictionary, as Spark, Polars,
-pandas, DuckDB and Hugging Face's `datasets` write it. Each is read as one (docs/decisions/024).
+The same values can have many types: text is string, large_string, string_view or a dictionary, depending on whether
+Spark, Polars, pandas, DuckDB or Hugging Face's `datasets` wrote it. All are read as one type (docs/decisions/024).
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from batchcls.errors import InputError
 from batchcls.manifest.row_ranges import Rows
 from batchcls.storage.uris import redact_uri
 
-_LARGEST_DECIMAL = 38
+_MAX_DECIMAL_DIGITS = 38
 _BYTES = "bytes"
 _PATH = "path"
 
-IMAGE_TYPES = f"binary, or struct<{_BYTES}: binary, {_PATH}: string>,"
-"""What a column of inline images may be, for messages."""
+IMAGE_TYPES = f"binary or struct<{_BYTES}: binary, {_PATH}: string>"
+"""Supported types of inline images, for messages."""
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType | None:
-    """The type that values of `kind` are read as; None where there is none.
+    """The type to which values of `kind` are converted; None if the type is not supported.
 
-    Dictionaries and extension types count as what they hold. Text becomes string, bytes binary, half precision
-    float32, decimals decimal128; lists of every kind become list, with plain values.
+    Dictionaries and extension types are converted to the type of their values. Text becomes string, bytes become
+    binary, half precision becomes float32, decimals become decimal128, and all list types become list of plain values.
     """
     if isinstance(kind, pa.BaseExtensionType):
         return plain_type(kind.storage_type)
@@ -33,7 +33,7 @@ def plain_type(kind: pa.DataType) -> pa.DataType | None:
         return None if pa.types.is_nested(kind.value_type) else plain_type(kind.value_type)
     if pa.types.is_nested(kind):
         return _plain_nested(kind)
-    return next((plain(kind) for fits, plain in _PLAIN if fits(kind)), kind)
+    return next((convert(kind) for applies, convert in _CONVERSIONS if applies(kind)), kind)
 
 
 def _is_string(kind: pa.DataType) -> bool:
@@ -50,88 +50,90 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _plain_decimal(kind: pa.DataType) -> pa.DataType | None:
-    return pa.decimal128(kind.precision, kind.scale) if kind.precision <= _LARGEST_DECIMAL else None
+    return pa.decimal128(kind.precision, kind.scale) if kind.precision <= _MAX_DECIMAL_DIGITS else None
 
 
-_PLAIN: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType], pa.DataType | None]], ...] = (
+_CONVERSIONS: tuple[
+    tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType], pa.DataType | None]], ...
+] = (
     (_is_string, lambda _: pa.string()),
-    (pa.types.is_decimal, _plain_decimal),  # before bytes, which decimals are to Arrow
+    (pa.types.is_decimal, _plain_decimal),  # before bytes, because Arrow considers decimals fixed-size binary
     (_is_bytes, lambda _: pa.binary()),
     (pa.types.is_float16, lambda _: pa.float32()),
     (pa.types.is_duration, lambda _: None),
     (pa.types.is_interval, lambda _: None),
 )
-"""Types that are read as another one, or not at all; all others are read as they are."""
+"""Types that are converted to another type or not supported; all others are unchanged."""
 
 
 def _plain_nested(kind: pa.DataType) -> pa.DataType | None:
-    if any(isinstance(kind.field(place).type, pa.BaseExtensionType) for place in range(kind.num_fields)):
-        return None  # Arrow casts extension types outside of others only
-    inner = [plain_type(kind.field(place).type) for place in range(kind.num_fields)]
-    if any(found is None for found in inner):
+    if any(isinstance(kind.field(index).type, pa.BaseExtensionType) for index in range(kind.num_fields)):
+        return None  # Arrow cannot cast nested extension types.
+    inner = [plain_type(kind.field(index).type) for index in range(kind.num_fields)]
+    if any(inner_type is None for inner_type in inner):
         return None
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return pa.list_(inner[0])
     if pa.types.is_map(kind):
         key, value = plain_type(kind.key_type), plain_type(kind.item_type)
         return None if key is None or value is None else pa.map_(key, value)
-    names = [kind.field(place).name for place in range(kind.num_fields)]
+    names = [kind.field(index).name for index in range(kind.num_fields)]
     if not pa.types.is_struct(kind) or len(set(names)) < len(names):
         return None
     return pa.struct(list(zip(names, inner, strict=True)))
 
 
 def unsupported_type_reason(kind: pa.DataType) -> str:
-    """Why a column without a plain type cannot pass through."""
+    """Why a column without a plain type cannot be kept."""
     if pa.types.is_decimal(kind):
-        return f"readers of Parquet hold decimals of {_LARGEST_DECIMAL} digits at most"
+        return f"Parquet readers support decimals of at most {_MAX_DECIMAL_DIGITS} digits"
     if pa.types.is_duration(kind):
-        return "Parquet has no durations, so that every reader but Arrow sees a number"
-    return "readers of Parquet do not agree on it"
+        return "Parquet has no durations, so all readers except Arrow read a number"
+    return "Parquet readers interpret it differently"
 
 
-def common_type(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
-    """The plain type that holds every value of two plain types; None if there is none."""
-    if ours == theirs or pa.types.is_null(ours):
-        return theirs
-    if pa.types.is_null(theirs):
-        return ours
-    if pa.types.is_integer(ours) and pa.types.is_integer(theirs):
-        return _one_integer(ours, theirs)
-    if pa.types.is_floating(ours) and pa.types.is_floating(theirs):
-        return max(ours, theirs, key=lambda kind: kind.bit_width)
-    if pa.types.is_decimal(ours) and pa.types.is_decimal(theirs) and ours.scale == theirs.scale:
-        return max(ours, theirs, key=lambda kind: kind.precision)
-    return _one_nested(ours, theirs)
+def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
+    """The plain type that can represent all values of two plain types; None if there is none."""
+    if first == second or pa.types.is_null(first):
+        return second
+    if pa.types.is_null(second):
+        return first
+    if pa.types.is_integer(first) and pa.types.is_integer(second):
+        return _common_integer(first, second)
+    if pa.types.is_floating(first) and pa.types.is_floating(second):
+        return max(first, second, key=lambda kind: kind.bit_width)
+    if pa.types.is_decimal(first) and pa.types.is_decimal(second) and first.scale == second.scale:
+        return max(first, second, key=lambda kind: kind.precision)
+    return _common_nested(first, second)
 
 
-def _one_integer(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
-    if pa.types.is_signed_integer(ours) == pa.types.is_signed_integer(theirs):
-        return max(ours, theirs, key=lambda kind: kind.bit_width)
-    signed, unsigned = (ours, theirs) if pa.types.is_signed_integer(ours) else (theirs, ours)
+def _common_integer(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
+    if pa.types.is_signed_integer(first) == pa.types.is_signed_integer(second):
+        return max(first, second, key=lambda kind: kind.bit_width)
+    signed, unsigned = (first, second) if pa.types.is_signed_integer(first) else (second, first)
     return signed if signed.bit_width > unsigned.bit_width else None
 
 
-def _one_nested(ours: pa.DataType, theirs: pa.DataType) -> pa.DataType | None:
-    if pa.types.is_list(ours) and pa.types.is_list(theirs):
-        inner = common_type(ours.value_type, theirs.value_type)
+def _common_nested(first: pa.DataType, second: pa.DataType) -> pa.DataType | None:
+    if pa.types.is_list(first) and pa.types.is_list(second):
+        inner = common_type(first.value_type, second.value_type)
         return None if inner is None else pa.list_(inner)
-    if pa.types.is_map(ours) and pa.types.is_map(theirs):
+    if pa.types.is_map(first) and pa.types.is_map(second):
         key, value = (
-            common_type(ours.key_type, theirs.key_type),
-            common_type(ours.item_type, theirs.item_type),
+            common_type(first.key_type, second.key_type),
+            common_type(first.item_type, second.item_type),
         )
         return None if key is None or value is None else pa.map_(key, value)
-    if not (pa.types.is_struct(ours) and pa.types.is_struct(theirs)):
+    if not (pa.types.is_struct(first) and pa.types.is_struct(second)):
         return None
-    if [field.name for field in ours] != [field.name for field in theirs]:
+    if [field.name for field in first] != [field.name for field in second]:
         return None
-    inner = [(one.name, common_type(one.type, other.type)) for one, other in zip(ours, theirs, strict=True)]
+    inner = [(one.name, common_type(one.type, other.type)) for one, other in zip(first, second, strict=True)]
     return None if any(kind is None for _, kind in inner) else pa.struct(inner)
 
 
 def null_as_string(kind: pa.DataType) -> pa.DataType:
-    """A column of nulls in all files is text without a value: pandas writes such columns as null."""
+    """Replace null types by string, because pandas writes text columns without values as null."""
     if pa.types.is_null(kind):
         return pa.string()
     if pa.types.is_list(kind):
@@ -144,22 +146,22 @@ def null_as_string(kind: pa.DataType) -> pa.DataType:
 
 
 def holds_text(kind: pa.DataType) -> bool:
-    """Whether values of a plain type are text or have text in them."""
+    """Whether values of a plain type are text or contain text."""
     if pa.types.is_nested(kind):
-        return any(holds_text(kind.field(place).type) for place in range(kind.num_fields))
+        return any(holds_text(kind.field(index).type) for index in range(kind.num_fields))
     return bool(pa.types.is_string(kind))
 
 
 def to_plain_type(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column as a plain type, or as large_binary; text is not looked at, so it may still be no UTF-8.
+    """Convert a column to a plain type or to large_binary. Text is not validated and may be invalid UTF-8.
 
     Raises:
-        pa.ArrowException: it is of another kind, or more than a chunk of that type can hold.
+        pa.ArrowException: the values cannot be converted, or exceed the maximum size of a chunk of that type.
     """
     if isinstance(values.type, pa.BaseExtensionType):
         values = values.cast(values.type.storage_type)
     if pa.types.is_dictionary(values.type):
-        # Arrow has no kernel that decodes a dictionary of views.
+        # Arrow cannot decode dictionaries whose values are views.
         chunks = [
             pa.DictionaryArray.from_arrays(chunk.indices, _cast(chunk.dictionary, kind))
             for chunk in values.chunks
@@ -173,40 +175,40 @@ def _cast(values: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> pa.Array | p
 
 
 def image_bytes(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of inline images as large_binary, which any number of bytes fits into."""
+    """Convert a column of inline images to large_binary, which has no limit of 2 GiB per chunk."""
     if pa.types.is_struct(values.type):
         values = pc.struct_field(values, _BYTES)
     return to_plain_type(values, pa.large_binary())
 
 
 def image_paths(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Where images lie whose bytes are null, as Hugging Face's `datasets` writes it; None where nothing says so."""
+    """Paths of images whose bytes are null, as written by Hugging Face's `datasets`; None if the column has none."""
     if not pa.types.is_struct(values.type) or values.type.get_field_index(_PATH) < 0:
         return None
     paths = to_plain_type(pc.struct_field(values, _PATH), pa.string())
-    inside = pc.is_valid(pc.struct_field(values, _BYTES))
-    return pc.if_else(inside, pa.scalar(None, pa.string()), paths)
+    has_bytes = pc.is_valid(pc.struct_field(values, _BYTES))
+    return pc.if_else(has_bytes, pa.scalar(None, pa.string()), paths)
 
 
-def _first_bad_text(values: pa.Array) -> int | None:
-    """The place of the first value that has text in it which is no UTF-8; None if all is well."""
-    if _is_well(values):
+def _first_invalid_text(values: pa.Array) -> int | None:
+    """Index of the first value that contains invalid UTF-8; None if all text is valid."""
+    if _is_valid(values):
         return None
-    # A copy: a slice of lists would be judged by all values of the lists that it is cut from.
+    # Copy, because validation of a slice of lists includes the values outside of the slice.
     values = values.take(pa.array(range(len(values))))
-    if _is_well(values):
+    if _is_valid(values):
         return None
-    low, high = 0, len(values)  # the first bad value is in low..high-1
+    low, high = 0, len(values)  # The first invalid value is in low..high-1.
     while high - low > 1:
         middle = (low + high) // 2
-        if _is_well(values.take(pa.array(range(low, middle)))):
+        if _is_valid(values.take(pa.array(range(low, middle)))):
             low = middle
         else:
             high = middle
     return low
 
 
-def _is_well(values: pa.Array) -> bool:
+def _is_valid(values: pa.Array) -> bool:
     try:
         values.validate(full=True)
     except pa.ArrowInvalid:
@@ -215,64 +217,64 @@ def _is_well(values: pa.Array) -> bool:
 
 
 def split_invalid_text(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray, pa.Array]:
-    """Text with nulls in place of what is no UTF-8, and what was there, its bytes escaped; null elsewhere."""
-    if all(_is_well(chunk) for chunk in values.chunks):
+    """Split text into valid values and escaped invalid ones; each is null where the other is not."""
+    if all(_is_valid(chunk) for chunk in values.chunks):
         return values, pa.nulls(len(values), pa.string())
-    good: list[str | None] = []
-    bad: list[str | None] = []
+    valid: list[str | None] = []
+    invalid: list[str | None] = []
     for data in values.cast(pa.binary()).to_pylist():
         try:
-            good.append(None if data is None else data.decode())
-            bad.append(None)
+            valid.append(None if data is None else data.decode())
+            invalid.append(None)
         except UnicodeDecodeError:
-            good.append(None)
-            bad.append(data.decode(errors="backslashreplace"))
-    return pa.chunked_array([pa.array(good, pa.string())]), pa.array(bad, pa.string())
+            valid.append(None)
+            invalid.append(data.decode(errors="backslashreplace"))
+    return pa.chunked_array([pa.array(valid, pa.string())]), pa.array(invalid, pa.string())
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of that type can be ids or addresses; one of nulls can."""
+    """Whether a column of this type can contain ids or URIs; a column of nulls can."""
     plain = plain_type(kind)
     return plain is not None and bool(pa.types.is_string(plain) or pa.types.is_null(plain))
 
 
 def is_image(kind: pa.DataType) -> bool:
-    """Whether a column of that type can hold inline images: bytes, or a struct that has them in `bytes`."""
+    """Whether a column of this type can contain inline images: bytes, or a struct with the field `bytes`."""
     if not pa.types.is_struct(kind):
         plain = plain_type(kind)
         return plain is not None and bool(pa.types.is_binary(plain) or pa.types.is_null(plain))
     names = [field.name for field in kind]
     if names.count(_BYTES) != 1 or names.count(_PATH) > 1:
         return False
-    inside = kind.field(_BYTES).type
+    bytes_type = kind.field(_BYTES).type
     is_path_text = _PATH not in names or is_text(kind.field(_PATH).type)
-    return is_path_text and not pa.types.is_struct(inside) and is_image(inside)
+    return is_path_text and not pa.types.is_struct(bytes_type) and is_image(bytes_type)
 
 
 def is_version(kind: pa.DataType) -> bool:
-    """Whether a column of that type can say the state of an image: text, or whole numbers."""
+    """Whether a column of this type can contain the versions of images: text or integers."""
     plain = plain_type(kind)
     return is_text(kind) or (plain is not None and bool(pa.types.is_integer(plain)))
 
 
 def require_utf8(values: pa.ChunkedArray, rows: Rows, column: str, uri: str) -> None:
-    """Refuse text that is no UTF-8.
+    """Check that text is valid UTF-8.
 
     Args:
-        values: of a plain type.
-        rows: their rows' numbers in the manifest.
-        column: its name.
-        uri: of the file.
+        values: values of a plain type.
+        rows: row numbers of the values in the manifest.
+        column: name of the column.
+        uri: URI of the file.
 
     Raises:
-        InputError: names the file, the column and the row.
+        InputError: text is invalid; the message contains the file, the column and the row.
     """
     start = 0
     for chunk in values.chunks:
-        place = _first_bad_text(chunk)
-        if place is not None:
+        index = _first_invalid_text(chunk)
+        if index is not None:
             raise InputError(
-                f"{redact_uri(uri)}: column {column}, row {rows[start + place]}: the text is no valid UTF-8; write it "
+                f"{redact_uri(uri)}: column {column}, row {rows[start + index]}: the text is not valid UTF-8; write it "
                 "as UTF-8, or correct the row"
             )
         start += len(chunk)

@@ -1,4 +1,4 @@
-"""Determine the columns of a manifest, check that its files agree, and reject unsupported types."""
+"""Determine the columns of a manifest, check that its files are consistent, and reject unsupported types."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,15 +21,15 @@ from batchcls.manifest.column_types import (
 from batchcls.schema import IMAGE, ITEM_ID, SOURCE_VERSION, URI, VERSION
 from batchcls.storage.uris import redact_uri
 
-_NAMED_COLUMNS = 20
+_MAX_LISTED_COLUMNS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which of the manifest's columns plays which part; None where the manifest has none.
+    """Names of the manifest's columns by their role; None if the manifest has no such column.
 
-    `version` names the state of an image's content: where it has not changed, the image has not either.
-    `kept` are the columns that pass through, with the plain types that they are read as.
+    `version` identifies the content of an image: as long as it is unchanged, the image is unchanged.
+    `kept` are the columns that are copied to the output, with their plain types.
     """
 
     item_id: str
@@ -40,15 +40,15 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The columns that a load task reads, no others."""
+        """Names of all columns that a load task reads."""
         parts = (self.item_id, self.uri, self.image, self.version, *(field.name for field in self.kept))
         return list(dict.fromkeys(name for name in parts if name is not None))
 
     @property
     def texts(self) -> dict[str, str]:
-        """Columns in which text must be valid UTF-8: names in the reader's tables -> names in the manifest.
+        """Columns whose text must be valid UTF-8: names in the tables of the reader -> names in the manifest.
 
-        The uri is not among them: it is a matter of its row.
+        The uri is not included, because an invalid uri only fails its row.
         """
         found = {ITEM_ID: self.item_id} | ({SOURCE_VERSION: self.version} if self.version else {})
         return found | {field.name: field.name for field in self.kept if holds_text(field.type)}
@@ -57,30 +57,30 @@ class Columns:
 def resolve_columns(
     schema: pa.Schema, uri: str, id_column: str, keep: Sequence[str], *, optional: bool
 ) -> Columns:
-    """Find the columns of one file that a job uses. Types of kept columns may still hold null, see `agree`.
+    """Find the columns of a file that a job uses. Types of kept columns can still be null, see `merge_columns`.
 
     Args:
-        schema: of all the file's columns.
-        uri: of the file, for messages.
-        id_column: the column with the unique ids.
-        keep: columns that pass through.
-        optional: a kept column may be missing.
+        schema: schema of the file.
+        uri: URI of the file, for messages.
+        id_column: column with the unique ids.
+        keep: columns that are copied to the output.
+        optional: whether columns in `keep` may be missing.
 
     Raises:
-        InputError: a column is missing, repeated, or of a type that cannot be read.
+        InputError: a column is missing, occurs more than once, or has an unsupported type.
     """
-    repeated = [name for name, count in Counter(schema.names).items() if count > 1]
-    if repeated:
+    duplicates = [name for name, count in Counter(schema.names).items() if count > 1]
+    if duplicates:
         raise InputError(
-            f"{redact_uri(uri)}: column {repeated[0]} is there {schema.names.count(repeated[0])} times, and nobody "
-            "can say which is meant; give each column a name of its own"
+            f"{redact_uri(uri)}: column {duplicates[0]} occurs {schema.names.count(duplicates[0])} times; give each "
+            "column a unique name"
         )
 
-    def need(name: str, is_right: Callable[[pa.DataType], bool], wanted: str, remedy: str) -> None:
+    def check(name: str, is_valid: Callable[[pa.DataType], bool], expected: str, remedy: str) -> None:
         kind = schema.field(name).type
-        if not is_right(kind):
+        if not is_valid(kind):
             raise InputError(
-                f"{redact_uri(uri)}: column {name} has type {kind}, {wanted} is needed; {remedy}"
+                f"{redact_uri(uri)}: column {name} has type {kind}, but {expected} is required; {remedy}"
             )
 
     def missing(name: str, remedy: str) -> InputError:
@@ -90,15 +90,15 @@ def resolve_columns(
 
     if id_column not in schema.names:
         raise missing(id_column, "name the column of unique ids with --id-column")
-    need(id_column, is_text, "string", "cast it when writing the manifest")
+    check(id_column, is_text, "string", "cast it when writing the manifest")
     if URI not in schema.names and IMAGE not in schema.names:
-        raise missing(f"{URI} or {IMAGE}", "each row needs the address of its image or the image itself")
+        raise missing(f"{URI} or {IMAGE}", "each row needs the URI of its image or the image itself")
     if URI in schema.names:
-        need(URI, is_text, "string", "cast it when writing the manifest")
+        check(URI, is_text, "string", "cast it when writing the manifest")
     if IMAGE in schema.names:
-        need(IMAGE, is_image, IMAGE_TYPES, "it holds the bytes of the image file")
+        check(IMAGE, is_image, IMAGE_TYPES, "it contains the bytes of the image file")
     if VERSION in schema.names:
-        need(VERSION, is_version, "string or a whole number", "it names the state of the image's content")
+        check(VERSION, is_version, "string or integer", "it identifies the version of the image")
     kept = []
     for name in keep:
         if name in schema.names:
@@ -115,7 +115,7 @@ def resolve_columns(
 
 
 def _kept(field: pa.Field, uri: str) -> pa.Field:
-    """A kept column as it is read. Raises InputError where it has no plain type."""
+    """Return a kept column with its plain type. Raises InputError if it has none."""
     plain = plain_type(field.type)
     if plain is not None and not (field.name == IMAGE and pa.types.is_struct(plain)):
         return pa.field(field.name, plain)
@@ -126,46 +126,46 @@ def _kept(field: pa.Field, uri: str) -> pa.Field:
 
 
 def merge_columns(found: Sequence[tuple[str, Columns]]) -> Columns:
-    """The columns that all files of a manifest have, each of one type.
+    """Merge the columns of all files of a manifest, with one type for each kept column.
 
     Args:
-        found: uri and columns of each file, at least one.
+        found: URI and columns of each file, at least one.
 
     Raises:
-        InputError: a column is in some of the files only, or its types have none in common.
+        InputError: a column is missing in some of the files, or its types cannot be merged.
     """
     first_uri, common = found[0]
     for uri, columns in found[1:]:
-        for name, ours, theirs in _roles(columns, common):
-            if (ours is None) != (theirs is None):
+        for name, new, merged in _pairs(columns, common):
+            if (new is None) != (merged is None):
                 raise InputError(
-                    f"the files of the manifest disagree: column {name} is in one of {redact_uri(first_uri)} "
-                    f"and {redact_uri(uri)} only"
+                    f"the files of the manifest are inconsistent: column {name} exists in only one of "
+                    f"{redact_uri(first_uri)} and {redact_uri(uri)}"
                 )
         kept = []
-        for ours, theirs in zip(columns.kept, common.kept, strict=True):
-            kind = common_type(ours.type, theirs.type)
+        for new, merged in zip(columns.kept, common.kept, strict=True):
+            kind = common_type(new.type, merged.type)
             if kind is None:
                 raise InputError(
-                    f"the files of the manifest disagree: column {ours.name} is {theirs.type} in "
-                    f"{redact_uri(first_uri)} and {ours.type} in {redact_uri(uri)}; write it as one type"
+                    f"the files of the manifest are inconsistent: column {new.name} is {merged.type} in "
+                    f"{redact_uri(first_uri)} and {new.type} in {redact_uri(uri)}; write it with one type"
                 )
-            kept.append(pa.field(ours.name, kind))
+            kept.append(pa.field(new.name, kind))
         common = replace(common, kept=tuple(kept))
     return replace(
         common, kept=tuple(pa.field(field.name, null_as_string(field.type)) for field in common.kept)
     )
 
 
-def _roles(ours: Columns, theirs: Columns) -> Iterable[tuple[str, object, object]]:
+def _pairs(first: Columns, second: Columns) -> Iterable[tuple[str, object, object]]:
     for name in (URI, IMAGE, VERSION):
-        yield name, getattr(ours, name), getattr(theirs, name)
-    by_name = [{field.name: field for field in columns.kept} for columns in (ours, theirs)]
+        yield name, getattr(first, name), getattr(second, name)
+    by_name = [{field.name: field for field in columns.kept} for columns in (first, second)]
     for name in dict.fromkeys([*by_name[1], *by_name[0]]):
         yield name, by_name[0].get(name), by_name[1].get(name)
 
 
 def summarize_names(names: Sequence[str]) -> str:
-    """The first twenty names of columns, and how many more there are."""
-    more = f" and {len(names) - _NAMED_COLUMNS} more" if len(names) > _NAMED_COLUMNS else ""
-    return ", ".join(names[:_NAMED_COLUMNS]) + more
+    """The first twenty names, and the number of the others."""
+    more = f" and {len(names) - _MAX_LISTED_COLUMNS} more" if len(names) > _MAX_LISTED_COLUMNS else ""
+    return ", ".join(names[:_MAX_LISTED_COLUMNS]) + more

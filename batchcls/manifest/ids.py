@@ -1,7 +1,7 @@
 """Find null and duplicate item ids of a manifest.
 
-Ids are streamed through DuckDB, which counts them exactly and spills to disk when they do not fit in
-its memory limit, so the driver needs no more than that however many rows the manifest has.
+Ids are streamed through DuckDB, which counts them exactly and spills to disk beyond its memory limit. The memory of the
+driver is therefore independent of the number of rows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,20 +21,20 @@ from batchcls.schema import Failure, Reason
 from batchcls.storage.filesystem import Storage, explain, redact_uri
 
 _BATCH_ROWS = 131_072
-_BATCH_ROWS_OF_TEXTS = 16_384
+_BATCH_ROWS_OF_SEVERAL_COLUMNS = 16_384
 _MEMORY_LIMIT = "1GB"
-_NAMED_ROWS = 10
+_MAX_LISTED_ROWS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class InvalidIds:
-    """Row numbers, ascending, whose id is null, and whose id an earlier row has."""
+    """Numbers of the rows whose id is null, and of those whose id occurs in an earlier row, in ascending order."""
 
     null: npt.NDArray[np.int64]
     duplicate: npt.NDArray[np.int64]
 
     def between(self, start: int, stop: int) -> dict[int, Failure]:
-        """The failures among the rows `start..stop-1`, by row number."""
+        """Failures of the rows `start..stop-1`, by row number."""
         failures: dict[int, Failure] = {}
         for rows, reason, detail in (
             (self.null, Reason.NULL_ID, "the id is null"),
@@ -46,41 +46,45 @@ class InvalidIds:
 
 
 def find_invalid_ids(manifest: Manifest, storage: Storage) -> InvalidIds:
-    """Walk over the id column of the whole snapshot, and over the other columns whose text must be UTF-8.
+    """Read the ids of all rows, and check that the text of all other columns is valid UTF-8.
 
     Raises:
-        InputError: not one row has an id of its own, the first ten are named; a column cannot be read,
-            or has text that is no UTF-8.
+        InputError: no row has a valid id (the message lists the first ten rows), a column cannot be read, or text is
+            not valid UTF-8.
     """
     null: list[npt.NDArray[np.int64]] = []
-    refused: list[BatchclsError] = []
+    errors: list[BatchclsError] = []
 
     def ids() -> Iterator[pa.RecordBatch]:
         try:
-            for rows, values in _ids_of_readable_rows(manifest, storage):
+            for rows, values in _ids_of_checked_rows(manifest, storage):
                 is_null = values.is_null().to_numpy(zero_copy_only=False)
                 if is_null.any():
                     null.append(rows[is_null])
                 yield pa.record_batch({"id": values})
         except BatchclsError as error:
-            refused.append(error)
+            errors.append(error)
             raise
 
     try:
-        repeated_ids = _repeated(pa.RecordBatchReader.from_batches(pa.schema({"id": pa.string()}), ids()))
+        duplicate_ids = _duplicate_ids(
+            pa.RecordBatchReader.from_batches(pa.schema({"id": pa.string()}), ids())
+        )
     except duckdb.InvalidInputException:
-        # DuckDB reads through Arrow, and makes an error of its own of what the stream raises.
-        if refused:
-            raise refused[0] from None
+        # DuckDB replaces exceptions of the stream by its own.
+        if errors:
+            raise errors[0] from None
         raise
-    repeated = _later_rows(manifest, storage, repeated_ids) if len(repeated_ids) else np.empty(0, np.int64)
-    bad = InvalidIds(np.concatenate([np.empty(0, np.int64), *null]), repeated)
-    if len(bad.null) + len(bad.duplicate) >= manifest.rows:
-        raise InputError(_nothing_left(manifest, bad))
-    return bad
+    duplicate = (
+        _duplicate_rows(manifest, storage, duplicate_ids) if len(duplicate_ids) else np.empty(0, np.int64)
+    )
+    invalid = InvalidIds(np.concatenate([np.empty(0, np.int64), *null]), duplicate)
+    if len(invalid.null) + len(invalid.duplicate) >= manifest.rows:
+        raise InputError(_no_valid_id(manifest, invalid))
+    return invalid
 
 
-def _repeated(reader: pa.RecordBatchReader) -> pa.Array:
+def _duplicate_ids(reader: pa.RecordBatchReader) -> pa.Array:
     with duckdb.connect(config={"memory_limit": _MEMORY_LIMIT}) as connection:
         connection.execute("SET enable_progress_bar = false")
         connection.register("ids", reader)
@@ -89,23 +93,24 @@ def _repeated(reader: pa.RecordBatchReader) -> pa.Array:
     return pa.array(found, pa.string())
 
 
-def _later_rows(manifest: Manifest, storage: Storage, repeated: pa.Array) -> npt.NDArray[np.int64]:
-    """Second walk, only when there are repeated ids: all their rows but the first of each."""
-    rows_found: list[int] = []
+def _duplicate_rows(manifest: Manifest, storage: Storage, ids: pa.Array) -> npt.NDArray[np.int64]:
+    """Read the ids again, and return all rows of duplicate ids except the first of each."""
+    duplicate: list[int] = []
     seen: set[str] = set()
     for rows, values in column_batches(manifest, manifest.columns.item_id, storage):
-        hits = pc.is_in(values, value_set=repeated).to_numpy(zero_copy_only=False)
-        for row, value in zip(rows[hits].tolist(), values.filter(pa.array(hits)).to_pylist(), strict=True):
+        is_duplicate = pc.is_in(values, value_set=ids).to_numpy(zero_copy_only=False)
+        found = values.filter(pa.array(is_duplicate)).to_pylist()
+        for row, value in zip(rows[is_duplicate].tolist(), found, strict=True):
             if value in seen:
-                rows_found.append(row)
+                duplicate.append(row)
             seen.add(value)
-    return np.array(rows_found, np.int64)
+    return np.array(duplicate, np.int64)
 
 
-def _ids_of_readable_rows(
+def _ids_of_checked_rows(
     manifest: Manifest, storage: Storage
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
-    """Row numbers and ids, while the other columns with text are looked at."""
+    """Yield row numbers and ids, and check the text of the other columns."""
     kinds = {name: pa.string() for name in manifest.columns.texts.values()}
     kinds |= {field.name: field.type for field in manifest.columns.kept if holds_text(field.type)}
     for rows, batch in _batches(manifest, kinds, storage):
@@ -115,12 +120,12 @@ def _ids_of_readable_rows(
 def column_batches(
     manifest: Manifest, column: str, storage: Storage
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.Array]]:
-    """Row numbers and a column's values as strings, in order, a batch at a time; no other column is read.
+    """Yield row numbers and the values of a column as strings, in order and in batches.
 
-    A uri that is no UTF-8 is null.
+    A uri that is not valid UTF-8 is null.
 
     Raises:
-        InputError: the column cannot be read, its values are no text, or text that is no UTF-8.
+        InputError: the column cannot be read, is not text, or contains text that is not valid UTF-8.
     """
     for rows, batch in _batches(manifest, {column: pa.string()}, storage):
         yield rows, batch[column]
@@ -129,8 +134,8 @@ def column_batches(
 def _batches(
     manifest: Manifest, kinds: Mapping[str, pa.DataType], storage: Storage
 ) -> Iterator[tuple[npt.NDArray[np.int64], Mapping[str, pa.Array]]]:
-    """Row numbers and columns as their plain types."""
-    size = _BATCH_ROWS if len(kinds) == 1 else _BATCH_ROWS_OF_TEXTS
+    """Yield row numbers and columns with their plain types."""
+    size = _BATCH_ROWS if len(kinds) == 1 else _BATCH_ROWS_OF_SEVERAL_COLUMNS
     for file in manifest.files:
         row = file.first_row
         if row >= manifest.rows:
@@ -139,15 +144,15 @@ def _batches(
             for batch in _read(parquet.iter_batches(size, columns=list(kinds)), file.uri, kinds):
                 rows = np.arange(row, min(row + batch.num_rows, manifest.rows), dtype=np.int64)
                 row += batch.num_rows
-                found = {}
+                columns = {}
                 for name, kind in kinds.items():
                     values = _plain(batch, name, kind, file.uri).slice(0, len(rows))
                     if name == manifest.columns.uri and name != manifest.columns.item_id:
                         values, _ = split_invalid_text(values)
                     else:
                         require_utf8(values, rows, name, file.uri)
-                    found[name] = values.combine_chunks()
-                yield rows, found
+                    columns[name] = values.combine_chunks()
+                yield rows, columns
                 if row >= manifest.rows:
                     return
 
@@ -168,11 +173,11 @@ def _plain(batch: pa.RecordBatch, column: str, kind: pa.DataType, uri: str) -> p
         return to_plain_type(values, kind)
     except pa.ArrowException:
         raise InputError(
-            f"{redact_uri(uri)}: column {column}: its values ({values.type}) are no names; name a column of text"
+            f"{redact_uri(uri)}: column {column}: its values ({values.type}) are not text; name a column of text"
         ) from None
 
 
-def _nothing_left(manifest: Manifest, bad: InvalidIds) -> str:
-    named = list(bad.between(0, manifest.rows).items())
-    first = ", ".join(f"row {row}: {failure.reason}" for row, failure in sorted(named)[:_NAMED_ROWS])
-    return f"all {manifest.rows} rows of the manifest are bad, nothing to classify; the first: {first}"
+def _no_valid_id(manifest: Manifest, invalid: InvalidIds) -> str:
+    failures = list(invalid.between(0, manifest.rows).items())
+    first = ", ".join(f"row {row}: {failure.reason}" for row, failure in sorted(failures)[:_MAX_LISTED_ROWS])
+    return f"all {manifest.rows} rows of the manifest have null or duplicate ids; the first: {first}"

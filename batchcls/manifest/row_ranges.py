@@ -1,4 +1,4 @@
-"""Sets of row numbers stored as ranges, which are compact for consecutive rows."""
+"""Sets of row numbers stored as ranges, which are compact if rows are consecutive."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class RowRanges:
-    """Ranges `starts[i] <= row < stops[i]`, ascending and apart from each other."""
+    """Ranges `starts[i] <= row < stops[i]`, ascending and not adjacent."""
 
     starts: Rows
     stops: Rows
@@ -23,17 +23,17 @@ class RowRanges:
 
     @classmethod
     def of(cls, rows: Rows) -> "RowRanges":
-        """The ranges of single row numbers, in any order.
+        """The ranges of individual row numbers in any order.
 
         Raises:
-            ValueError: a row number stands there twice.
+            ValueError: a row number occurs twice.
         """
         ordered = np.sort(rows)
         if len(ordered) == 0:
             return cls(ordered, ordered)
         steps = np.diff(ordered)
         if (steps == 0).any():
-            raise ValueError(f"row {int(ordered[1:][steps == 0][0])} twice in one part")
+            raise ValueError(f"row {int(ordered[1:][steps == 0][0])} occurs twice in one part")
         breaks = np.flatnonzero(steps > 1)
         first = np.concatenate([[0], breaks + 1])
         last = np.concatenate([breaks, [len(ordered) - 1]])
@@ -41,7 +41,7 @@ class RowRanges:
 
     @classmethod
     def joined(cls, parts: Iterable["RowRanges"]) -> "RowRanges":
-        """All rows of several sets. Raises ValueError if a row is in two of them."""
+        """The union of several sets. Raises ValueError if a row is in two of them."""
         return cls.of(np.concatenate([np.empty(0, np.int64), *(part.rows() for part in parts)]))
 
     def without(self, others: "RowRanges") -> "RowRanges":
@@ -52,13 +52,13 @@ class RowRanges:
         return int((self.stops - self.starts).sum())
 
     def rows(self) -> Rows:
-        """The single row numbers, ascending."""
+        """The individual row numbers, ascending."""
         lengths = self.stops - self.starts
         before = np.cumsum(lengths) - lengths
         return np.repeat(self.starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
 
     def between(self, start: int, stop: int) -> "RowRanges":
-        """The rows of the set that lie in `start..stop-1`."""
+        """The rows of the set in `start..stop-1`."""
         first = int(np.searchsorted(self.stops, start, side="right"))
         last = int(np.searchsorted(self.starts, stop, side="left"))
         if first >= last:
@@ -66,11 +66,10 @@ class RowRanges:
         return RowRanges(np.maximum(self.starts[first:last], start), np.minimum(self.stops[first:last], stop))
 
     def split(self, count: int) -> tuple["RowRanges", "RowRanges"]:
-        """The first `count` rows, and the others."""
-        reached = np.cumsum(self.stops - self.starts)
-        if count >= (int(reached[-1]) if len(reached) else 0):
+        """The first `count` rows and the remaining ones."""
+        cumulative = np.cumsum(self.stops - self.starts)
+        if count >= (int(cumulative[-1]) if len(cumulative) else 0):
             return self, RowRanges(self.starts[:0], self.stops[:0])
-        place = int(np.searchsorted(reached, count, side="right"))
-        cut = int(self.stops[place] - (reached[place] - count))
-        head, tail = self.between(0, cut), self.between(cut, int(self.stops[-1]))
-        return head, tail
+        index = int(np.searchsorted(cumulative, count, side="right"))
+        boundary = int(self.stops[index] - (cumulative[index] - count))
+        return self.between(0, boundary), self.between(boundary, int(self.stops[-1]))

@@ -1,4 +1,4 @@
-"""Take a sample of a manifest that is spread evenly over its rows."""
+"""Read an evenly spaced sample of the rows of a manifest."""
 
 import hashlib
 import os
@@ -17,19 +17,19 @@ from batchcls.storage.filesystem import Storage
 from batchcls.storage.uris import canonical_location
 
 LABEL = "label"
-"""The column of a sample with class names."""
+"""Column of a sample that contains class names."""
 
 _ROWS_PER_TABLE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RowSample:
-    """Rows of the manifest, not yet fetched.
+    """Sampled rows of the manifest, whose images are not fetched yet.
 
     Attributes:
-        rows: row, item_id, uri, image and uri_fault as `manifest.FragmentReader` gives them, and `label` as text
-            where the manifest has labels, null for blank labels; in the manifest's order.
-        base: the folder that relative uris are resolved against.
+        rows: row, item_id, uri, image and uri_fault as read by `manifest.FragmentReader`, in the order of the
+            manifest, and the text column `label` if the manifest has labels, null for blank labels.
+        base: folder against which relative URIs are resolved.
     """
 
     rows: pa.Table
@@ -37,17 +37,14 @@ class RowSample:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what names the images, where they lie, and their labels; hexadecimal.
-
-        An image that stands in the manifest itself counts with its bytes.
-        """
+        """SHA-256, in hexadecimal, of ids, URIs, inline images, labels and the base."""
         digest = hashlib.sha256(os.fsencode(canonical_location(self.base)))
-        named = (
+        columns = (
             self.rows.column(name).to_pylist()
             for name in self.rows.column_names
             if name not in (ROW, URI_FAULT)
         )
-        for values in zip(*named, strict=True):
+        for values in zip(*columns, strict=True):
             for value in values:
                 data = value if isinstance(value, bytes) else repr(value).encode()
                 digest.update(len(data).to_bytes(8, "big") + data)
@@ -55,35 +52,35 @@ class RowSample:
 
 
 def evenly_spaced_rows(rows: int, count: int) -> list[int]:
-    """`count` numbers of 0..rows-1 at equal distances, ascending; all of them where there are fewer."""
+    """Return `count` evenly spaced numbers of 0..rows-1 in ascending order, or all if there are fewer."""
     if count >= rows:
         return list(range(rows))
-    # The middles of `count` equal stretches: neither the head nor the tail is favored.
-    return [(2 * place + 1) * rows // (2 * count) for place in range(count)]
+    # The middles of `count` equal intervals, so that neither end is favored.
+    return [(2 * index + 1) * rows // (2 * count) for index in range(count)]
 
 
 def take_sample(manifest: Manifest, count: int, storage: Storage) -> RowSample:
-    """Read `count` rows of the manifest, spread evenly over it.
+    """Read `count` evenly spaced rows of the manifest.
 
-    Only row groups that hold one of them are read; of inline images these are read in streams.
+    Only row groups that contain sampled rows are read; those with inline images are streamed.
 
     Args:
-        manifest: opened with no kept column, or with one: the labels.
-        count: at most so many rows.
-        storage: how to reach the manifest.
+        manifest: manifest without kept columns, or with the label column as the only one.
+        count: maximum number of rows.
+        storage: storage that holds the manifest.
 
     Raises:
-        InputError: a file of the manifest cannot be read, labels are no text, or text is no UTF-8.
+        InputError: a file cannot be read, labels are not text, or text is not valid UTF-8.
     """
     if manifest.columns.kept:
         manifest = with_text_labels(manifest)
     reader = FragmentReader(manifest.columns, storage)
-    wanted = np.array(evenly_spaced_rows(manifest.rows, count))
+    sampled = np.array(evenly_spaced_rows(manifest.rows, count))
     tables: list[pa.Table] = []
     for row_group in manifest.fragments(repeat(manifest.rows)):
-        first, last = np.searchsorted(wanted, (row_group.first_row, row_group.first_row + row_group.rows))
+        first, last = np.searchsorted(sampled, (row_group.first_row, row_group.first_row + row_group.rows))
         if first < last:
-            tables += _rows_of(row_group, wanted[first:last].tolist(), reader)
+            tables += _read_rows(row_group, sampled[first:last].tolist(), reader)
     rows = pa.concat_tables(tables).combine_chunks()
     columns = {name: rows.column(name) for name in (ROW, ITEM_ID, URI, IMAGE, URI_FAULT)}
     for field in manifest.columns.kept:
@@ -91,13 +88,13 @@ def take_sample(manifest: Manifest, count: int, storage: Storage) -> RowSample:
     return RowSample(pa.table(columns), manifest.base)
 
 
-def _rows_of(row_group: Fragment, wanted: Sequence[int], reader: FragmentReader) -> Iterator[pa.Table]:
-    skipped, span = wanted[0] - row_group.first_row, wanted[-1] - wanted[0] + 1
-    stretch = Fragment(
+def _read_rows(row_group: Fragment, numbers: Sequence[int], reader: FragmentReader) -> Iterator[pa.Table]:
+    skipped, span = numbers[0] - row_group.first_row, numbers[-1] - numbers[0] + 1
+    fragment = Fragment(
         row_group.uri, row_group.row_group, row_group.offset + skipped, span, row_group.first_row + skipped
     )
-    for table in reader.read(stretch, _ROWS_PER_TABLE):
+    for table in reader.read(fragment, _ROWS_PER_TABLE):
         first = table.column(ROW)[0].as_py()
-        inside = [row - first for row in wanted if first <= row < first + table.num_rows]
-        if inside:
-            yield table.take(inside)
+        indices = [row - first for row in numbers if first <= row < first + table.num_rows]
+        if indices:
+            yield table.take(indices)

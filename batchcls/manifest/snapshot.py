@@ -1,8 +1,7 @@
-"""Open a Parquet manifest as a checked snapshot with numbered rows, and split it into fragments.
+"""Open a Parquet manifest as a validated snapshot with numbered rows, and split it into fragments.
 
-The row number is the ledger of a run, so it must not depend on anything but the manifest: files in
-the order of their paths, rows in the order of their file. Only footers are read here; what walks
-over the ids is in `batchcls.manifest.ids`.
+Runs account for rows by their number, so numbers depend on the manifest only: files are sorted by path, and rows are in
+the order of their file. Only footers are read here; ids are read by `batchcls.manifest.ids`.
 """
 
 import hashlib
@@ -39,7 +38,7 @@ _FOOTER_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class ManifestFile:
-    """One Parquet file of the manifest: `first_row` is its first row's number in the snapshot."""
+    """A Parquet file of the manifest; `first_row` is the number of its first row in the snapshot."""
 
     uri: str
     row_groups: tuple[int, ...]
@@ -48,21 +47,21 @@ class ManifestFile:
 
     @property
     def rows(self) -> int:
-        """Rows in the file."""
+        """Number of rows in the file."""
         return sum(self.row_groups)
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Rows of one row group, ascending: what one load task works on.
+    """Rows of one row group, in ascending order, which one load task processes.
 
     Attributes:
         uri: file of the manifest.
-        row_group: number of the row group in the file.
-        offset: place of the first row in the row group.
-        rows: how many rows.
+        row_group: index of the row group in the file.
+        offset: index of the first row in the row group.
+        rows: number of rows.
         first_row: number of the first row in the snapshot.
-        selected: the rows' numbers in the snapshot; None: all of them stand together.
+        selected: numbers of the rows in the snapshot; None if they are consecutive.
     """
 
     uri: str
@@ -74,11 +73,11 @@ class Fragment:
 
     @property
     def stop(self) -> int:
-        """The number after that of the last row."""
+        """Number of the last row plus 1."""
         return self.first_row + self.rows if self.selected is None else int(self.selected.stops[-1])
 
     def row_numbers(self) -> Rows:
-        """Numbers of the rows in the snapshot, ascending."""
+        """Numbers of the rows in the snapshot, in ascending order."""
         if self.selected is None:
             return np.arange(self.first_row, self.first_row + self.rows, dtype=np.int64)
         return self.selected.rows()
@@ -86,11 +85,10 @@ class Fragment:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A validated snapshot of the manifest's files.
+    """A validated snapshot of the manifest.
 
-    `rows` is what the job has to account for: the rows of all files, or fewer under a limit.
-    `base` is the folder that relative uris are resolved against. `column_names` are those of the first
-    file, some at its beginning, for messages.
+    `rows` is the number of rows that the job accounts for: those of all files, or the limit. `base` is the folder
+    against which relative URIs are resolved. `column_names` lists the first columns of the first file, for messages.
     """
 
     base: str
@@ -101,7 +99,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes, versions and footers of the files and the number of rows, hex."""
+        """SHA-256, in hexadecimal, of the number of rows and of names, versions and footers of the files."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(os.fsencode(f"/{relative_path(file.uri, self.base)}\0{file.digest}\0{file.rows}\n"))
@@ -109,25 +107,25 @@ class Manifest:
         return digest.hexdigest()
 
     def without_kept(self) -> "Manifest":
-        """The same rows without the columns that pass through."""
+        """The same manifest without the kept columns."""
         return replace(self, columns=replace(self.columns, kept=()))
 
-    def fragments(self, sizes: Iterable[int], todo: RowRanges | None = None) -> Iterator[Fragment]:
-        """Cut the snapshot, or the rows of it that are to be done, into fragments in row order.
+    def fragments(self, sizes: Iterable[int], remaining: RowRanges | None = None) -> Iterator[Fragment]:
+        """Split the snapshot, or its remaining rows, into fragments in row order.
 
         Args:
-            sizes: most rows of the next fragment, each at least 1; a row group's end makes one
-                shorter. There are to be enough of them: `itertools.repeat(n)` gives all the same.
-            todo: the rows to be done; None: all.
+            sizes: maximum number of rows of each fragment, at least 1; fragments at the end of a row group can be
+                smaller. There must be enough values: `itertools.repeat(n)` repeats one size.
+            remaining: rows to be processed; None: all.
         """
-        wanted = iter(sizes)
-        todo = RowRanges.all(self.rows) if todo is None else todo
+        size = iter(sizes)
+        remaining = RowRanges.all(self.rows) if remaining is None else remaining
         for file in self.files:
             first_row = file.first_row
             for row_group, rows in enumerate(file.row_groups):
-                left = todo.between(first_row, min(first_row + rows, self.rows))
-                while len(left):
-                    taken, left = left.split(next(wanted))
+                rest = remaining.between(first_row, min(first_row + rows, self.rows))
+                while len(rest):
+                    taken, rest = rest.split(next(size))
                     start = int(taken.starts[0])
                     selected = taken if len(taken.starts) > 1 else None
                     yield Fragment(file.uri, row_group, start - first_row, len(taken), start, selected)
@@ -143,78 +141,78 @@ def open_manifest(
     limit: int | None = None,
     optional: bool = False,
 ) -> Manifest:
-    """Read and check the footers of every file of the manifest.
+    """Read and validate the footers of all files of the manifest.
 
     Args:
         uri: a Parquet file, a folder or a glob, local or remote.
-        storage: how to reach it.
-        id_column: the column with the unique ids.
-        keep: columns to pass through.
-        limit: look at the first rows only.
-        optional: columns to pass through may be missing, then from all files.
+        storage: storage that holds the manifest.
+        id_column: name of the column with the unique ids.
+        keep: names of the columns that are copied to the output.
+        limit: maximum number of rows, counted from the first row.
+        optional: whether columns in `keep` may be missing, in all files.
 
     Raises:
-        InputError: nothing there, unreadable, empty, a column missing, repeated, encrypted or of the
-            wrong type; the message names the file and the column.
+        InputError: the manifest does not exist, is unreadable or empty, or a column is missing, duplicate, encrypted
+            or of an unsupported type; the message contains the file and the column.
     """
     data = _find_files(normalize_uri(uri), storage)
 
-    def look(info: FileInfo) -> tuple[ManifestFile, Columns, str]:
+    def read(info: FileInfo) -> tuple[ManifestFile, Columns, str]:
         footer = _read_footer(info, storage)
-        _refuse_partition_keys(data, footer.schema.names, (id_column, *keep))
+        _reject_partition_keys(data, footer.schema.names, (id_column, *keep))
         columns = resolve_columns(footer.schema, info.uri, id_column, keep, optional=optional)
         if footer.may_be_encrypted and any(footer.row_groups):
             require_unencrypted(info.uri, storage, _first_with_rows(footer), columns.names)
-        # Of a footer only this is kept: those of thousands of files would not fit into memory.
+        # The rest of the footer is dropped: footers of thousands of files would not fit into memory.
         file = ManifestFile(info.uri, footer.row_groups, 0, _digest(info, footer, storage))
         return file, columns, summarize_names(footer.schema.names)
 
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        looks = list(pool.map(look, data.files))
-    columns = merge_columns([(file.uri, columns) for file, columns, _ in looks])
+        results = list(pool.map(read, data.files))
+    columns = merge_columns([(file.uri, columns) for file, columns, _ in results])
     files: list[ManifestFile] = []
     first_row = 0
-    for file, _, _ in looks:
+    for file, _, _ in results:
         files.append(replace(file, first_row=first_row))
         first_row += file.rows
     if first_row == 0:
         raise InputError(f"the manifest {redact_uri(uri)} is empty: {len(files)} Parquet file(s), no rows")
     rows = min(first_row, limit or first_row)
-    return Manifest(data.base, tuple(files), columns, rows, looks[0][2])
+    return Manifest(data.base, tuple(files), columns, rows, results[0][2])
 
 
 def _first_with_rows(footer: Footer) -> int:
-    return next(place for place, rows in enumerate(footer.row_groups) if rows)
+    return next(index for index, rows in enumerate(footer.row_groups) if rows)
 
 
 def _find_files(uri: str, storage: Storage) -> DataFiles:
-    """The manifest's files, each with something in it; what was left out is logged.
+    """Find the files of the manifest, and log skipped entries.
 
     Raises:
-        InputError: there are none, one is empty, or they are part of a table with a log.
+        InputError: there are no files, a file has zero bytes, or they are part of a table with a log.
     """
     found = find_data_files(uri, storage, _is_parquet)
-    place = redact_uri(uri)
+    location = redact_uri(uri)
     skipped = found.skipped.unexpected if found else ""
     if found is None or not found.files:
         others = (
-            f"; it holds {', '.join(found.others)}, ...: name them by a glob"
+            f"; it contains {', '.join(found.others)}, ...: use a glob to select them"
             if found and found.others
             else ""
         )
         raise InputError(
-            f"no Parquet files at {place}{f' but {skipped}' if skipped else ''}{others}; make a manifest from "
+            f"no Parquet files at {location}{f' but {skipped}' if skipped else ''}{others}; create a manifest from "
             "images with `python -m batchcls.jobs.manifest from-folder`"
         )
     if skipped:
-        _logger.warning("the manifest %s leaves out %s", place, skipped)
+        _logger.warning("manifest %s: skipping %s", location, skipped)
     if found.skipped.hidden:
-        _logger.info("the manifest %s leaves out %s", place, found.skipped.hidden)
+        _logger.info("manifest %s: skipping %s", location, found.skipped.hidden)
     empty = [redact_uri(info.uri) for info in found.files if info.size == 0]
     if empty:
         raise InputError(
-            f"{empty[0]} is empty (0 bytes, as {len(empty)} of {len(found.files)} files): what writes it has failed or "
-            "has not finished; write it again or remove it"
+            f"{empty[0]} is empty (0 bytes, as {len(empty)} of {len(found.files)} files): its writer has failed or has "
+            "not finished; write the file again or remove it"
         )
     return found
 
@@ -223,8 +221,8 @@ def _is_parquet(name: str) -> bool:
     return name.lower().endswith(".parquet")
 
 
-def _refuse_partition_keys(data: DataFiles, columns: Sequence[str], names: Iterable[str]) -> None:
-    """Say of a column that only folders `key=value` name that it is none, instead of that it is missing."""
+def _reject_partition_keys(data: DataFiles, columns: Sequence[str], names: Iterable[str]) -> None:
+    """Report a column that exists only as a partition key (folders `key=value`) as such, not as missing."""
     keys = data.partition_keys()
     for name in names:
         if name in keys and name not in columns:
@@ -239,26 +237,26 @@ def _read_footer(info: FileInfo, storage: Storage) -> Footer:
     try:
         info.uri.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{info.uri}: the name of this file is no valid UTF-8; rename it") from None
+        raise InputError(f"{info.uri}: the name of this file is not valid UTF-8; rename it") from None
     return read_footer(info.uri, storage)
 
 
 def _digest(info: FileInfo, footer: Footer, storage: Storage) -> str:
-    """What tells one state of a file from another without reading all of it.
+    """Identify the version of a file without reading it completely.
 
-    The store's ETag where there is one, the time of the last change where there is none, and the
-    footer, which holds the place and the statistics of every column chunk.
+    Includes the ETag of the store, or the modification time if there is none, and the footer, which contains the
+    position and the statistics of every column chunk.
     """
-    changed = info.etag or _changed(info.uri, storage)
-    return hashlib.sha256(f"{footer.digest} {info.size} {changed}".encode()).hexdigest()
+    version = info.etag or _modified(info.uri, storage)
+    return hashlib.sha256(f"{footer.digest} {info.size} {version}".encode()).hexdigest()
 
 
-def _changed(uri: str, storage: Storage) -> object:
+def _modified(uri: str, storage: Storage) -> object:
     with explain(uri):
         if not is_remote(uri):
             return Path(local_path(uri)).stat().st_mtime_ns
         filesystem, path = storage.filesystem(uri)
         try:
             return filesystem.modified(path)
-        except NotImplementedError:  # the footer has to do
+        except NotImplementedError:  # The footer must be sufficient.
             return None

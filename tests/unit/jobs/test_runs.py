@@ -284,7 +284,7 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
             _rewrite(lambda table: _set(table, "row", [7, 1, 2, 3, 4])),
             "1 rows missing (first: 0), 1 rows twice",
         ),
-        (_rewrite(lambda table: _set(table, "row", [0, 0, 2, 3, 4])), "row 0 twice in one part"),
+        (_rewrite(lambda table: _set(table, "row", [0, 0, 2, 3, 4])), "row 0 occurs twice in one part"),
         (
             _rewrite(lambda table: _set(table, "item_id", ["item-7", "b", "c", "d", "e"])),
             "1 item ids stand there",

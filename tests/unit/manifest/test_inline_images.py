@@ -83,6 +83,6 @@ def test_hugging_face_images_without_bytes_use_their_path(tmp_path: Path):
 def test_unsupported_image_types_are_rejected(tmp_path: Path, values: pa.Array):
     said = refusal(write(tmp_path / "m.parquet", image=values))
     assert (
-        f"column image has type {values.type}, binary, or struct<bytes: binary, path: string>, is needed"
+        f"column image has type {values.type}, but binary or struct<bytes: binary, path: string> is required"
         in said
     )

@@ -281,7 +281,7 @@ def test_skipped_entries_are_logged_and_empty_files_are_rejected(
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "._a.parquet").write_bytes(b"AppleDouble")
     assert open_manifest(str(tmp_path), STORAGE).rows == 1
-    assert [(r.levelname, r.getMessage().rpartition("leaves out ")[2]) for r in log.records] == [
+    assert [(r.levelname, r.getMessage().rpartition("skipping ")[2]) for r in log.records] == [
         ("WARNING", "1 link to a folder, which is not followed (link)"),
         ("INFO", "1 hidden name (._a.parquet)"),
     ]
