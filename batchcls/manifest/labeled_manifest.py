@@ -130,7 +130,7 @@ def with_text_labels(manifest: Manifest) -> Manifest:
     kind = field.type
     if not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise InputError(
-            f"--label-column {field.name}: its values ({kind}) are no names; name a column of text"
+            f"--label-column {field.name}: its values ({kind}) are not text; name a column of text"
         )
     return replace(manifest, columns=replace(manifest.columns, kept=(pa.field(field.name, pa.string()),)))
 
