@@ -1,4 +1,4 @@
-"""One browser for all tests that look at pages."""
+"""A browser that is shared by all tests of HTML pages."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def _window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(_window: Browser) -> Browser:
-    """The window, in the light and with nothing said or asked for yet."""
+    """The browser window in light mode, with empty logs of console and requests."""
     _window.emulate()
     _window.console()
     _window.requests()

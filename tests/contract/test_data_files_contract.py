@@ -1,4 +1,4 @@
-"""Which files of a place are data, and its spellings: the same on local disk, in memory and on a real S3 server."""
+"""Data files and normalization of paths behave equally on local disk, in memory and on a real S3 server."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.conftest import S3Server
 
 @pytest.fixture(params=["local", "memory", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder to work in that no other test uses, in its normal form."""
+    """A normalized folder that no other test uses."""
     if request.param == "local":
         return str(tmp_path)
     if request.param == "memory":
@@ -104,14 +104,14 @@ def test_all_spellings_of_a_path_are_equivalent(
     storage: Storage, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(storage, root, "a b/é+%20/m.parquet")
-    place = f"{root}/a b/é+%20"
-    first = open_manifest(f"{place}/m.parquet", storage)
-    spellings = [place, f"{place}/", f"{place}/*.parquet", f"{place}//"]
+    location = f"{root}/a b/é+%20"
+    first = open_manifest(f"{location}/m.parquet", storage)
+    spellings = [location, f"{location}/", f"{location}/*.parquet", f"{location}//"]
     head, mark, rest = root.partition("://")
     if not mark:
         monkeypatch.chdir(root)
         (Path(root) / "link").symlink_to(Path(root) / "a b")
-        quoted = place.replace(" ", "%20").replace("é", "%C3%A9").replace("+%20", "+%2520")
+        quoted = location.replace(" ", "%20").replace("é", "%C3%A9").replace("+%20", "+%2520")
         spellings += [
             *(
                 "a b/é+%20/m.parquet",
@@ -123,7 +123,7 @@ def test_all_spellings_of_a_path_are_equivalent(
                 f"file://{quoted}/m.parquet",
                 f"file:{quoted}/m.parquet",
                 f"FILE://localhost{quoted}/",
-                f"/{place}",
+                f"/{location}",
             ),
             *("link/é+%20/../é+%20/m.parquet", f"local://{quoted}"),
         ]
@@ -132,8 +132,8 @@ def test_all_spellings_of_a_path_are_equivalent(
         spellings += [f"s3a://{rest}/a b/é+%20/m.parquet", f"S3A://{rest}/a b/é+%20/"] if head == "s3" else []
     for spelling in spellings:
         manifest = open_manifest(spelling, storage)
-        assert (manifest.base, manifest.fingerprint) == (place, first.fingerprint), spelling
-        assert [file.uri for file in manifest.files] == [f"{place}/m.parquet"]
+        assert (manifest.base, manifest.fingerprint) == (location, first.fingerprint), spelling
+        assert [file.uri for file in manifest.files] == [f"{location}/m.parquet"]
 
 
 def test_bucket_name_is_not_a_glob() -> None:

@@ -1,4 +1,4 @@
-"""AVIF and HEIC: the right image of the file, turned once, and nothing allocated that the limits forbid."""
+"""AVIF and HEIC: the primary image is decoded and rotated once, and memory stays within the limits."""
 
 import struct
 import subprocess
@@ -27,7 +27,7 @@ def box(kind: bytes, body: bytes) -> bytes:
 
 
 def boxes(data: bytes) -> dict[bytes, bytes]:
-    """The top-level boxes, by type."""
+    """The top-level boxes by type."""
     found, start = {}, 0
     while start < len(data):
         size, kind = struct.unpack_from(">I4s", data, start)
@@ -36,7 +36,7 @@ def boxes(data: bytes) -> dict[bytes, bytes]:
 
 
 def with_brands(data: bytes, major: bytes, *compatible: bytes) -> bytes:
-    """The same file with another ftyp box, as long as the old one so that no offset moves."""
+    """Replace the ftyp box with one of equal length, so that no offset changes."""
     old = boxes(data)[b"ftyp"]
     names = [major, bytes(4), *compatible]
     names += [b"free"] * ((len(old) - 8) // 4 - len(names))
@@ -68,11 +68,11 @@ def test_video_is_not_an_image(brand):
 
 
 @pytest.mark.parametrize(
-    ("coding", "said"), [(b"avc1", "H.264"), (b"vvc1", "H.266"), (b"abcd", "something else")]
+    ("coding", "message"), [(b"avc1", "H.264"), (b"vvc1", "H.266"), (b"abcd", "unknown codec")]
 )
-def test_other_codecs_are_unsupported_and_named(coding, said):
+def test_other_codecs_are_unsupported_and_named(coding, message):
     data = samples()["heic"].replace(b"hvc1", coding)
-    with pytest.raises(DecodeError, match=said) as raised:
+    with pytest.raises(DecodeError, match=message) as raised:
         decode(data, LIMITS)
     assert raised.value.failure.reason == Reason.UNSUPPORTED_FORMAT
 
@@ -86,7 +86,7 @@ def test_sequence_without_still_image_is_unsupported():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", KINDS)
 def test_rotation_is_applied_once(kind, orientation):
-    """By the boxes, which both writers make of the EXIF orientation."""
+    """Both encoders convert the EXIF orientation to boxes, which define the rotation."""
     upright = pixels_of(encode(draw(2), "PNG", orientation=orientation))
     ours = pixels_of(encode(draw(2), kind, orientation=orientation, quality=95))
     assert ours.shape == upright.shape
@@ -96,7 +96,7 @@ def test_rotation_is_applied_once(kind, orientation):
 
 
 def test_exif_orientation_of_heic_is_not_applied_again():
-    """libheif turns by the boxes alone, as the standard says; the EXIF orientation is that of the camera."""
+    """According to the standard, only the boxes define the rotation; the EXIF orientation is that of the camera."""
     data = encode(draw(2), "HEIF", exif=exif(1))
     lying = data.replace(exif(1)[6:], exif(6)[6:])
     assert lying != data
@@ -115,9 +115,9 @@ def test_damaged_exif_of_avif_is_ignored():
     block = Image.Exif()
     block[ExifTags.Base.Make] = "camera"
     data = encode(draw(2), "AVIF", exif=block.tobytes())
-    odd = data.replace(b"MM\0\x2a\0\0\0\x08", b"MM\0\x2a\xff\0\0\x08")
-    assert odd != data
-    assert np.array_equal(pixels_of(odd), pixels_of(data))
+    unusual = data.replace(b"MM\0\x2a\0\0\0\x08", b"MM\0\x2a\xff\0\0\x08")
+    assert unusual != data
+    assert np.array_equal(pixels_of(unusual), pixels_of(data))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +131,7 @@ def test_realistic_sizes_equal_pillow(kind, mode):
 
 
 def large_frame_in_small_boxes(kind: str) -> bytes:
-    """Boxes that say 61 x 47 around a frame of 2,048 x 1,536."""
+    """A frame of 2,048 x 1,536 in boxes that state 61 x 47."""
     options = {"speed": 10} if kind == "AVIF" else {}
     data = encode(Image.new("RGB", (2048, 1536), "navy"), kind, quality=10, **options)
     return with_extents(data, 61, 47)
@@ -164,7 +164,7 @@ def test_frame_size_is_read_from_the_coded_data(size):
 
 @pytest.mark.parametrize("name", ["avif", "heic", "heic grid", "avif animated"])
 def test_item_data_beyond_the_end_of_the_file_is_truncated(name):
-    """The mdat box runs to the end, so only the places of the items tell."""
+    """The mdat box extends to the end of the file, so only the item locations reveal the truncation."""
     data = bytearray(samples()[name])
     place = data.index(b"mdat")
     data[place - 4 : place] = bytes(4)
@@ -181,7 +181,7 @@ def test_zero_padded_data_is_truncated(kind, options, fraction):
 
 
 def item_boxes(**parts: bytes) -> bytes:
-    """A file of one meta box that holds what is given, by the type of the box."""
+    """A file with one meta box that contains the given boxes."""
     meta = box(b"hdlr", bytes(8) + b"pict" + bytes(13))
     meta += b"".join(box(kind.encode(), body) for kind, body in parts.items())
     return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4) + meta)
@@ -252,7 +252,7 @@ print(most[0] - before - 1)
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    # libde265 decodes an image in one thread of its own while the caller waits for it.
+    # libde265 decodes in one thread of its own while the caller waits.
     assert int(done.stdout) <= (0 if kind == "AVIF" else 1)
 
 

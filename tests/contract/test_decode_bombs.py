@@ -1,4 +1,4 @@
-"""Files that cost far more than their size tells, through the loader: all accounted for, in their time and memory."""
+"""Files that expand to far more than their size are loaded or rejected within limits of time and memory."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _QUICK: dict[str, tuple[Callable[[], bytes], Reason | None]] = {
     "TIFF, 4,000 strips over each other": (bombs.tiff_overlapping_strips, Reason.CORRUPT),
     "TIFF, two million strips": (bombs.tiff_many_strips, Reason.CORRUPT),
     "TIFF, directories in a circle": (bombs.tiff_loop, None),
-    "PNG, 256 MiB of text": (bombs.png_text_bomb, None),  # shown without its text
+    "PNG, 256 MiB of text": (bombs.png_text_bomb, None),  # decoded without its text
     "PNG, 256 MiB of profile": (bombs.png_profile_bomb, None),
     "PNG, 256 MiB of pixels": (bombs.png_pixel_bomb, None),
     "PNG, EXIF over itself": (
@@ -66,7 +66,7 @@ def test_decompression_bombs_stay_within_time_and_memory(tmp_path: Path):
         name: reason and reason.value for name, (_, reason) in _QUICK.items()
     }
     assert peak < 300 << 20
-    # Seconds of a core, which the other work on this machine does not change much.
+    # CPU time, which hardly depends on the load of the machine.
     assert max(float(str(row["decode_seconds"])) for row in rows) < 5
 
 
@@ -87,7 +87,7 @@ def test_slow_files_time_out_and_other_rows_are_loaded(tmp_path: Path):
     reason="as workers have it: else each thread keeps freed memory",
 )
 def test_large_images_share_the_memory_budget(tmp_path: Path):
-    """Eight threads with images of 96 MB each, and a budget for two of them."""
+    """Eight threads decode images of 96 MB each, with a budget for two of them."""
     image = bombs.saved(bombs.drawn(2000, 2000, "RGBA"), "PNG", compress_level=1)
     given = settings(tmp_path, fetch_threads=8, decode_threads=8)
     peaks = {}

@@ -1,4 +1,4 @@
-"""The decode contract, held against Pillow: what decodes equals it."""
+"""Decoded images equal those of Pillow."""
 
 import struct
 import threading
@@ -171,17 +171,17 @@ def test_real_photographs_are_within_the_bound_of_pillow(shared):
 def test_stray_bytes_in_a_gif_are_ignored():
     data = encode(draw(), "GIF")
     palette_ends = 13 + (3 << (data[10] & 7) + 1)
-    for odd in (
+    for unusual in (
         data[:palette_ends] + b"\0\0\x11" + data[palette_ends:],
         data[:-1] + b"\x11 and more" + data[-1:],
         data[:-1] + data,
     ):
-        assert np.array_equal(pixels_of(odd), pillow_pixels(odd))
+        assert np.array_equal(pixels_of(unusual), pillow_pixels(unusual))
     assert reason_of(data[:-1]) == Reason.TRUNCATED
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "unusual",
     [
         chunk(b"zTXt", b"note\0\0" + zlib.compress(bytes(5_000_000))),
         chunk(b"tIME", bytes(7))[:-4] + b"\0\0\0\0",
@@ -190,9 +190,9 @@ def test_stray_bytes_in_a_gif_are_ignored():
         chunk(b"pHYs", b"\0"),
     ],
 )
-def test_damaged_metadata_of_a_png_is_ignored(odd):
+def test_damaged_metadata_of_a_png_is_ignored(unusual):
     plain = encode(draw(), "PNG", orientation=6)
-    data = plain[:33] + odd + plain[33:]
+    data = plain[:33] + unusual + plain[33:]
     assert np.array_equal(pixels_of(data), pixels_of(plain))
 
 

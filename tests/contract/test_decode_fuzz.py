@@ -1,4 +1,4 @@
-"""Whatever happens to a file, the answer is an image or a reason, never another exception."""
+"""Damaged files yield an image or a reason, never another exception."""
 
 import json
 import pickle
@@ -16,26 +16,26 @@ from tests.helpers.fuzzing import LIMITS, outcome
 
 MUTATIONS_PER_FILE = 40
 MANY = ("avif", "heic", "webp", "tiff", "bmp")
-# Of one decode, on a core shared with others.
+# Limit for one decode, on a core shared with other processes.
 MOST_SECONDS = 5.0
-# Of 4 threads at a time: at most 30 bytes for each pixel that the limit allows.
+# Limit for 4 concurrent threads: at most 30 bytes per pixel that the limit allows.
 MOST_MIB = 4 * 30 * LIMITS.max_pixels / 2**20
-# What fields of 4 bytes hold when someone means harm: nothing, too much, negative, a little too much.
+# Malicious values of 4-byte fields: zero, too large, negative, slightly too large.
 NUMBERS = (0, 1, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
 def mutate(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
-    """One of: flipped bits, changed header, a cut, another file's header, a hole, a part twice, a wild number."""
+    """Flip bits, change the header, truncate, mix with another file, zero or repeat a range, or insert a number."""
     mutated = bytearray(data)
     position = int(random.integers(len(data)))
     length = int(random.integers(1, 200))
     match random.integers(7):
         case 0:
-            for place in random.integers(0, len(data), int(random.integers(1, 20))):
-                mutated[place] ^= 1 << int(random.integers(8))
+            for position in random.integers(0, len(data), int(random.integers(1, 20))):
+                mutated[position] ^= 1 << int(random.integers(8))
         case 1:
-            for place in random.integers(0, min(128, len(data)), int(random.integers(1, 4))):
-                mutated[place] = int(random.integers(256))
+            for position in random.integers(0, min(128, len(data)), int(random.integers(1, 4))):
+                mutated[position] = int(random.integers(256))
         case 2:
             del mutated[position:]
         case 3:
@@ -43,9 +43,9 @@ def mutate(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
         case 4:
             mutated[position : position + length] = bytes(len(mutated[position : position + length]))
         case 5:
-            place = int(random.integers(min(1000, len(data))))
+            position = int(random.integers(min(1000, len(data))))
             order = "big" if random.integers(2) else "little"
-            mutated[place : place + 4] = NUMBERS[int(random.integers(len(NUMBERS)))].to_bytes(4, order)
+            mutated[position : position + 4] = NUMBERS[int(random.integers(len(NUMBERS)))].to_bytes(4, order)
         case _:
             mutated[position:position] = mutated[max(0, position - length) : position]
     return bytes(mutated)
@@ -61,7 +61,7 @@ def test_mutated_files_yield_an_image_or_a_reason(name):
 
 
 def fuzzed(kind: str, count: int) -> Iterator[bytes]:
-    """Mutations, one to three at a time, of small and of larger files of one format, the same every time."""
+    """One to three mutations each of small and large files of one format, reproducible by the seed."""
     writer = {"heic": "HEIF"}.get(kind, kind.upper())
     images = [draw(2, 640, 480), draw(3, 333, 251).convert("L")]
     if kind != "bmp":
@@ -82,7 +82,7 @@ def fuzzed(kind: str, count: int) -> Iterator[bytes]:
 )
 @pytest.mark.parametrize("kind", MANY)
 def test_fuzzed_files_are_accounted_for_in_time_and_memory(kind: str, count: int, tmp_path: Path):
-    """In a process of its own, which has encoded nothing, so that its peak is that of decoding."""
+    """Runs in a separate process that has not encoded images, so that the peak is that of decoding."""
     path = tmp_path / "files"
     path.write_bytes(pickle.dumps([samples()[kind], *fuzzed(kind, count)]))
     program = f"from tests.helpers.fuzzing import decode_all; decode_all({str(path)!r})"

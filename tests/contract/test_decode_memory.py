@@ -1,4 +1,4 @@
-"""The peaks of the process while images of every mode are decoded, held against what their headers are taken for."""
+"""Peak memory of decoding images of all modes is within the estimate from their headers."""
 
 import ctypes
 import struct
@@ -23,7 +23,7 @@ TRANSFORM = Transform(
         input_height=64, input_width=64, resize_height=70, resize_width=70, mean=(0.5,) * 3, std=(0.5,) * 3
     )
 )
-# What comes and goes in the process beside the images.
+# Tolerance for memory of the process that is not related to images.
 NOISE_BYTES = 4 << 20
 
 
@@ -33,7 +33,7 @@ def _status(name: str) -> int:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that the process takes during `work` beside what it had."""
+    """Peak memory of the process during `work`, relative to the memory before."""
     ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -106,7 +106,7 @@ def test_memory_of_decoding_is_within_the_estimate():
         decoded = decode(data, limits)
         TRANSFORM(decoded.pixels, decoded.extent)
 
-    work(saved(drawn(300, 200), "JPEG"))  # what the libraries keep for themselves
+    work(saved(drawn(300, 200), "JPEG"))  # Warm up the caches of the libraries.
     wrong = {}
     for name, data in images.items():
         reckoned = estimate_decode_bytes(data, read_checked_header(data, limits))

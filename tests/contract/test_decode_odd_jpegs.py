@@ -1,8 +1,8 @@
-"""JPEGs that are odd and not broken: what libjpeg warns about and browsers show is an image.
+"""Unusual JPEGs that are not damaged, for which libjpeg only warns and which browsers show, are decoded.
 
-Each oddity is put into a plain, a progressive, a rotated and a four-component JPEG. Where Pillow decodes
-the file, the pixels are Pillow's; where its own parser stops at metadata that libjpeg never reads, they
-are those of the JPEG without the oddity, as in a browser.
+Each variation is applied to a plain, a progressive, a rotated and a four-component JPEG. If Pillow decodes the file,
+the pixels must equal Pillow's. If Pillow's parser fails on metadata that libjpeg does not read, they must equal those
+of the JPEG without the variation, as in browsers.
 """
 
 import struct
@@ -39,7 +39,7 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def at(data: bytes, *markers: int) -> int:
-    """Where the first segment with one of these markers begins."""
+    """Position of the first segment with one of these markers."""
     offset = 2
     while data[offset + 1] not in markers:
         offset += 2 + struct.unpack(">H", data[offset + 2 : offset + 4])[0]
@@ -47,7 +47,7 @@ def at(data: bytes, *markers: int) -> int:
 
 
 def first(*parts: bytes) -> Callable[[bytes], bytes]:
-    """Put behind the start marker."""
+    """Insert bytes after the start marker."""
     return lambda data: data[:2] + b"".join(parts) + data[2:]
 
 
@@ -60,7 +60,7 @@ def before_scan(part: bytes) -> Callable[[bytes], bytes]:
 
 
 def entry(kind: int, count: int, value: bytes) -> bytes:
-    """An EXIF block with an orientation of any type."""
+    """An EXIF block with an orientation of any field type."""
     return TIFF + struct.pack("<HHHI", 1, 0x112, kind, count) + value.ljust(4, b"\0") + bytes(4)
 
 
@@ -141,11 +141,11 @@ def test_metadata_that_pillow_rejects_is_ignored(oddity: str, kind: str):
 def test_misplaced_restart_markers_equal_pillow(what: str):
     data = base("with restarts")
     scan = at(data, 0xDA)
-    place = data.index(b"\xff\xd3", scan)
-    marker = data[place : place + 2]
+    position = data.index(b"\xff\xd3", scan)
+    marker = data[position : position + 2]
     changed = {"lost": b"", "wrong": b"\xff\xd6", "twice": marker * 2, "with junk": b"\0\1\2" + marker}[what]
-    odd = data[:place] + changed + data[place + 2 :]
-    assert np.array_equal(pixels_of(odd), pillow_pixels(odd))
+    unusual = data[:position] + changed + data[position + 2 :]
+    assert np.array_equal(pixels_of(unusual), pillow_pixels(unusual))
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
@@ -153,12 +153,12 @@ def test_misplaced_restart_markers_equal_pillow(what: str):
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_unusual_jpegs_are_decoded_at_a_reduced_scale(options: dict, oddity: str, factor: int):
     plain = encode(draw(3, 643, 485), "JPEG", **options)
-    usual, odd = (
+    usual, unusual = (
         decode(data, LIMITS, lambda height, width: (height // factor, width // factor))
         for data in (plain, AS_PILLOW[oddity](plain))
     )
-    assert usual.extent == odd.extent == (485 / factor, 643 / factor)
-    assert np.array_equal(usual.pixels, odd.pixels)
+    assert usual.extent == unusual.extent == (485 / factor, 643 / factor)
+    assert np.array_equal(usual.pixels, unusual.pixels)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.75, 0.9, 0.97])
@@ -190,8 +190,8 @@ def test_files_that_browsers_reject_are_rejected(change: Callable[[bytes], bytes
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_damage_in_other_metadata_keeps_the_orientation(orientation: int):
     data = encode(draw(2), "JPEG", orientation=orientation)
-    odd = first(segment(0xE2, PROFILE), segment(0xE0, b"JFIF\0"))(data)
-    assert np.array_equal(pixels_of(odd), pillow_pixels(data))
+    unusual = first(segment(0xE2, PROFILE), segment(0xE0, b"JFIF\0"))(data)
+    assert np.array_equal(pixels_of(unusual), pillow_pixels(data))
 
 
 def test_reported_cases_equal_pillow(shared, tmp_path):

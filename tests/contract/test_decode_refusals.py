@@ -1,4 +1,4 @@
-"""What does not decode has the right reason, is refused before it costs anything, and quotes nothing."""
+"""Files that cannot be decoded are rejected early, with the correct reason, and without quoting their content."""
 
 import struct
 import subprocess

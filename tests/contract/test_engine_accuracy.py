@@ -1,4 +1,4 @@
-"""Real weights on 300 photographs: what every engine and precision gets right beside fp32 (`-s` prints it)."""
+"""Accuracy of all engines and precisions relative to fp32, with real weights on 300 photographs (`-s` prints it)."""
 
 import csv
 import time
@@ -28,7 +28,7 @@ ABLE = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 @pytest.fixture(scope="module")
 def photographs(shared: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All photographs as uint8 N,224,224,3 by plain Pillow, and the class index of each."""
+    """All photographs as uint8 N,224,224,3, resized by Pillow, and their class indices."""
     folder = shared / "data" / "imagenet"
     with (folder / "classes.csv").open(newline="") as file:
         index = {row["wnid"]: int(row["index"]) for row in csv.DictReader(file)}
@@ -39,7 +39,7 @@ def photographs(shared: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def central_pixels(file: Path) -> np.ndarray:
-    """Short side to 256, bilinear; the central 224 x 224."""
+    """Resize the short side to 256 with bilinear interpolation, and crop the central 224 x 224."""
     with Image.open(file) as opened:
         image = opened.convert("RGB")
     scale = 256 / min(image.size)
@@ -61,14 +61,14 @@ def bundle(shared: Path, model: Published) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, photographs) -> EngineConfig:
-    # Two threads: some faults of int8 show only where several passes run beside each other.
+def engine_config(tmp_path_factory: pytest.TempPathFactory, photographs) -> EngineConfig:
+    # Two threads, because some errors of int8 only occur with concurrent passes.
     conversions = CompileCache(tmp_path_factory.mktemp("conversions"))
     return EngineConfig("cpu", 2, BATCH, conversions, lambda: photographs[0][::3])
 
 
-def answer(bundle: Bundle, choice: str, place: EngineConfig, pixels: np.ndarray) -> EngineOutput:
-    engine = start_engine(bundle, EngineChoice.parse(choice), place)
+def run_engine(bundle: Bundle, choice: str, engine_config: EngineConfig, pixels: np.ndarray) -> EngineOutput:
+    engine = start_engine(bundle, EngineChoice.parse(choice), engine_config)
     started = time.perf_counter()
     pending = [engine.submit(pixels[first : first + BATCH]) for first in range(0, len(pixels), BATCH)]
     answers = [batch.result() for batch in pending]
@@ -83,15 +83,15 @@ def answer(bundle: Bundle, choice: str, place: EngineConfig, pixels: np.ndarray)
 
 
 @pytest.fixture(scope="module")
-def exact(bundle: Bundle, place: EngineConfig, photographs) -> EngineOutput:
-    return answer(bundle, "torch:fp32", place, photographs[0])
+def exact(bundle: Bundle, engine_config: EngineConfig, photographs) -> EngineOutput:
+    return run_engine(bundle, "torch:fp32", engine_config, photographs[0])
 
 
 @dataclass(frozen=True)
 class Bound:
-    """How much may be lost: of 300 right answers, of 300 equal ones, and of the embeddings' mean cosine.
+    """Maximum loss: of 300 correct predictions, of 300 equal predictions, and of the mean embedding cosine.
 
-    A little wider than what was seen (docs/measurements).
+    Slightly larger than the measured losses (docs/measurements).
     """
 
     right: int
@@ -100,25 +100,25 @@ class Bound:
 
 
 FP32, BF16 = Bound(1, 1, 1e-5), Bound(6, 9, 0.01)
-# Where sums of int8 saturate, as on x86 before VNNI, embeddings lose more, and weights of seven bits still more.
+# If int8 sums saturate, as on x86 without VNNI, embeddings lose more, and with 7-bit weights still more.
 INT8 = Bound(9, 30, 0.01 if any("vnni" in feature for feature in Hardware.detect().features) else 0.025)
 CHOICES = [
     ("openvino:fp32", FP32),
     ("openvino:bf16", BF16),
     ("openvino:int8", INT8),
     ("torch:bf16", BF16),
-    # A minute or more each, for inductor compiles C++.
+    # Inductor compiles C++, which takes more than a minute each.
     pytest.param("compile:fp32", FP32, marks=pytest.mark.long),
     pytest.param("compile:bf16", BF16, marks=pytest.mark.long),
 ]
 
 
 @pytest.mark.parametrize(("choice", "bound"), CHOICES)
-def test_accuracy_relative_to_fp32(bundle, place, photographs, exact, choice, bound):
+def test_accuracy_relative_to_fp32(bundle, engine_config, photographs, exact, choice, bound):
     if choice.endswith("bf16") and "BF16" not in ABLE:
         pytest.skip("this processor has no bfloat16")
     pixels, truth = photographs
-    found = answer(bundle, choice, place, pixels)
+    found = run_engine(bundle, choice, engine_config, pixels)
     right, before = (int((given.logits.argmax(1) == truth).sum()) for given in (found, exact))
     equal = int((found.logits.argmax(1) == exact.logits.argmax(1)).sum())
     lengths = np.linalg.norm(found.embedding, axis=1) * np.linalg.norm(exact.embedding, axis=1)

@@ -1,4 +1,4 @@
-"""What a fetch answers for local files and other schemes, whatever lies there."""
+"""Fetching local files and other fsspec schemes."""
 
 import os
 import socket
@@ -123,7 +123,7 @@ def test_other_fsspec_schemes_are_read_up_to_the_limit() -> None:
 
 
 class Unready(fsspec.AbstractFileSystem):  # type: ignore[misc]
-    """A filesystem of the tests that fails as it is told, and counts."""
+    """A filesystem for tests that fails as configured and counts its calls."""
 
     protocol = "unready"
     failures: tuple[BaseException, ...] = ()

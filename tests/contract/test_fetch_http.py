@@ -1,4 +1,4 @@
-"""Fetching from a real HTTP server that behaves as badly as servers do."""
+"""Fetching from a real HTTP server that misbehaves in many ways."""
 
 import contextlib
 import socket
@@ -23,7 +23,7 @@ BODY = b"pixels" * 1000
 
 @dataclass
 class Server:
-    """The running server: where it is, what it was asked, and the event that frees stalled answers."""
+    """The running server: its URL, its requests, and the event that releases stalled responses."""
 
     port: int
     requests: Counter[str] = field(default_factory=Counter)
@@ -35,7 +35,7 @@ class Server:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One method for each kind of behavior; the path's first segment names it."""
+    """One method for each kind of behavior, selected by the first segment of the path."""
 
     protocol_version = "HTTP/1.1"
     state: Server
@@ -45,11 +45,11 @@ class Handler(BaseHTTPRequestHandler):
         self.state.requests[path] += 1
         self.state.headers = {name.lower(): value for name, value in self.headers.items()}
         name, _, argument = path.removeprefix("/").partition("/")
-        # A client that gives up closes the connection under the answer.
+        # A client that times out closes the connection during the response.
         with contextlib.suppress(ConnectionError):
             getattr(self, name)(argument)
 
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def respond(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
         for name, value in {"Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
@@ -57,19 +57,19 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def status(self, argument: str) -> None:
-        self.answer(int(argument), b"an answer for people", Set_Cookie="id=1; Path=/")
+        self.respond(int(argument), b"a human-readable error", Set_Cookie="id=1; Path=/")
 
     def image(self, argument: str) -> None:
-        self.answer(200, BODY)
+        self.respond(200, BODY)
 
     def empty(self, argument: str) -> None:
-        self.answer(200)
+        self.respond(200)
 
     def flaky(self, argument: str) -> None:
         statuses = [int(status) for status in argument.split("-")]
         count = self.state.requests[self.path]
         status = statuses[min(count, len(statuses)) - 1]
-        self.answer(status, BODY if status == 200 else b"", Retry_After="7")
+        self.respond(status, BODY if status == 200 else b"", Retry_After="7")
 
     def redirect(self, argument: str) -> None:
         target = {
@@ -84,14 +84,14 @@ class Handler(BaseHTTPRequestHandler):
             "loopback": self.state.url("/image", "127.0.0.2"),
             "decimal": self.state.url("/image", "2130706433"),
         }[argument]
-        self.answer(302, Location=target)
+        self.respond(302, Location=target)
 
     def short(self, argument: str) -> None:
-        self.answer(200, BODY[:100], Content_Length=str(len(BODY)))
+        self.respond(200, BODY[:100], Content_Length=str(len(BODY)))
         self.close_connection = True
 
     def liar(self, argument: str) -> None:
-        self.answer(200, b"x", Content_Length=str(10**12))
+        self.respond(200, b"x", Content_Length=str(10**12))
         self.close_connection = True
 
     def reset(self, argument: str) -> None:
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def stall(self, argument: str) -> None:
         if argument == "body":
-            self.answer(200, BODY[:100], Content_Length=str(len(BODY)))
+            self.respond(200, BODY[:100], Content_Length=str(len(BODY)))
             self.wfile.flush()
         self.state.release.wait()
         self.close_connection = True
@@ -114,14 +114,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
 
     def gzip(self, argument: str) -> None:
-        self.answer(200, BODY, Content_Encoding="gzip")
+        self.respond(200, BODY, Content_Encoding="gzip")
 
     def log_message(self, *arguments: object) -> None:
         pass
 
 
 class QuietServer(ThreadingHTTPServer):
-    """One thread a connection; a connection that breaks is part of the test."""
+    """One thread per connection; broken connections are part of the tests."""
 
     request_queue_size = 256
 
@@ -162,7 +162,7 @@ def fetch(pauses: list[float]) -> Fetch:
     return fetch
 
 
-def told(fetched: Fetched) -> tuple[Reason | None, int]:
+def outcome(fetched: Fetched) -> tuple[Reason | None, int]:
     assert (fetched.data is None) != (fetched.failure is None)
     return (fetched.failure.reason if fetched.failure else None), fetched.attempts
 
@@ -185,7 +185,7 @@ def test_complete_image_is_fetched_with_a_user_agent(server: Server, fetch: Fetc
 )
 def test_permanent_status_is_not_retried(server: Server, fetch: Fetch, status: int, reason: Reason) -> None:
     fetched = fetch(server.url(f"/status/{status}?token=secret"))
-    assert told(fetched) == (reason, 1)
+    assert outcome(fetched) == (reason, 1)
     assert fetched.failure is not None
     assert fetched.failure.detail == f"HTTP {status}"
     assert server.requests[f"/status/{status}"] == 1
@@ -202,7 +202,7 @@ def test_image_is_fetched_after_the_server_recovers(server: Server, fetch: Fetch
 def test_retry_after_is_honored_up_to_the_maximum_attempts(
     server: Server, fetch: Fetch, pauses: list[float], status: int, reason: Reason
 ) -> None:
-    assert told(fetch(server.url(f"/flaky/{status}"), max_attempts=3)) == (reason, 3)
+    assert outcome(fetch(server.url(f"/flaky/{status}"), max_attempts=3)) == (reason, 3)
     assert server.requests[f"/flaky/{status}"] == 3
     assert all(7.0 <= pause <= 8.0 for pause in pauses)
     assert len(pauses) == 2
@@ -211,15 +211,15 @@ def test_retry_after_is_honored_up_to_the_maximum_attempts(
 @pytest.mark.parametrize("where", ["head", "body"])
 def test_stalled_server_times_out(server: Server, fetch: Fetch, where: str) -> None:
     fetched = fetch(server.url(f"/stall/{where}"), timeout_seconds=0.2, max_attempts=2)
-    assert told(fetched) == (Reason.TIMEOUT, 2)
+    assert outcome(fetched) == (Reason.TIMEOUT, 2)
 
 
 @pytest.mark.parametrize("path", ["/reset", "/short"])
 def test_lost_connection_is_retried_and_partial_data_is_discarded(
     server: Server, fetch: Fetch, path: str
 ) -> None:
-    assert told(fetch(server.url(path), max_attempts=3)) == (Reason.FETCH_FAILED, 3)
-    # aiohttp asks once more by itself when a connection breaks before the answer.
+    assert outcome(fetch(server.url(path), max_attempts=3)) == (Reason.FETCH_FAILED, 3)
+    # aiohttp itself retries once if the connection is lost before the response.
     assert server.requests[path] in (3, 6)
 
 
@@ -227,23 +227,23 @@ def test_refused_connection_is_retried(fetch: Fetch) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.jpg"
-        assert told(fetch(url, max_attempts=2)) == (Reason.FETCH_FAILED, 2)
+        assert outcome(fetch(url, max_attempts=2)) == (Reason.FETCH_FAILED, 2)
 
 
 def test_too_large_content_length_is_rejected(server: Server, fetch: Fetch) -> None:
     fetched = fetch(server.url("/liar"))
-    assert told(fetched) == (Reason.TOO_LARGE, 1)
+    assert outcome(fetched) == (Reason.TOO_LARGE, 1)
     assert fetched.n_bytes == 10**12
 
 
 def test_too_large_body_is_rejected_while_reading(server: Server, fetch: Fetch) -> None:
-    assert told(fetch(server.url("/endless"), max_bytes=300_000)) == (Reason.TOO_LARGE, 1)
+    assert outcome(fetch(server.url("/endless"), max_bytes=300_000)) == (Reason.TOO_LARGE, 1)
     assert fetch(server.url("/image"), max_bytes=len(BODY)).data == BODY
-    assert told(fetch(server.url("/image"), max_bytes=len(BODY) - 1)) == (Reason.TOO_LARGE, 1)
+    assert outcome(fetch(server.url("/image"), max_bytes=len(BODY) - 1)) == (Reason.TOO_LARGE, 1)
 
 
 def test_compressed_bodies_are_neither_requested_nor_accepted(server: Server, fetch: Fetch) -> None:
-    assert told(fetch(server.url("/gzip"))) == (Reason.FETCH_FAILED, 1)
+    assert outcome(fetch(server.url("/gzip"))) == (Reason.FETCH_FAILED, 1)
     assert server.headers["accept-encoding"] == "identity"
 
 
@@ -257,13 +257,13 @@ def test_redirects_are_followed_without_cookies(server: Server) -> None:
 
 @pytest.mark.parametrize("target", ["file", "s3", "broken"])
 def test_redirects_to_other_schemes_are_forbidden(server: Server, fetch: Fetch, target: str) -> None:
-    assert told(fetch(server.url(f"/redirect/{target}"))) == (Reason.FORBIDDEN_URI, 1)
+    assert outcome(fetch(server.url(f"/redirect/{target}"))) == (Reason.FORBIDDEN_URI, 1)
 
 
 def test_endless_redirects_and_missing_locations_fail(server: Server, fetch: Fetch) -> None:
-    assert told(fetch(server.url("/redirect/loop"))) == (Reason.FETCH_FAILED, 1)
+    assert outcome(fetch(server.url("/redirect/loop"))) == (Reason.FETCH_FAILED, 1)
     assert server.requests["/redirect/loop"] == 6
-    assert told(fetch(server.url("/redirect/nowhere"))) == (Reason.FETCH_FAILED, 1)
+    assert outcome(fetch(server.url("/redirect/nowhere"))) == (Reason.FETCH_FAILED, 1)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_endless_redirects_and_missing_locations_fail(server: Server, fetch: Fet
 )
 def test_local_hosts_are_forbidden_in_any_spelling(server: Server, fetch: Fetch, host: str) -> None:
     fetched = fetch(server.url("/image?token=secret", host), addresses=AddressPolicy())
-    assert told(fetched) == (Reason.FORBIDDEN_URI, 1)
+    assert outcome(fetched) == (Reason.FORBIDDEN_URI, 1)
     assert "secret" not in repr(fetched)
     assert not server.requests
 
@@ -287,11 +287,11 @@ def test_local_hosts_are_forbidden_in_any_spelling(server: Server, fetch: Fetch,
     ],
 )
 def test_private_and_invalid_addresses_are_forbidden_without_a_connection(fetch: Fetch, url: str) -> None:
-    assert told(fetch(url, addresses=AddressPolicy(), timeout_seconds=5.0)) == (Reason.FORBIDDEN_URI, 1)
+    assert outcome(fetch(url, addresses=AddressPolicy(), timeout_seconds=5.0)) == (Reason.FORBIDDEN_URI, 1)
 
 
 class PublicHostIsLoopback(AddressPolicy):
-    """Takes 127.0.0.1, where the test's server is, for a public host; judges every other address."""
+    """Treats 127.0.0.1, the address of the test server, as public; checks all other addresses."""
 
     def check_ip(self, text: str) -> None:
         if text != "127.0.0.1":
@@ -301,7 +301,7 @@ class PublicHostIsLoopback(AddressPolicy):
 @pytest.mark.parametrize("target", ["metadata", "loopback", "decimal"])
 def test_each_redirect_target_is_checked(server: Server, fetch: Fetch, target: str) -> None:
     fetched = fetch(server.url(f"/redirect/{target}"), addresses=PublicHostIsLoopback(), timeout_seconds=5.0)
-    assert told(fetched) == (Reason.FORBIDDEN_URI, 1)
+    assert outcome(fetched) == (Reason.FORBIDDEN_URI, 1)
     assert server.requests == {f"/redirect/{target}": 1}
     assert fetch(server.url("/redirect/image"), addresses=PublicHostIsLoopback()).data == BODY
 

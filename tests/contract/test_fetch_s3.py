@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tests.conftest import S3Server
 
 SECRET = "WrongSecretThatMustNeverBeShown"
-"""A wrong secret key, told apart from every other text of a message."""
+"""A wrong secret key, unlike any other text in messages."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def client_of(s3: S3Server) -> Any:
     )
 
 
-def told(fetched: Fetched) -> tuple[Reason, str, int]:
+def outcome(fetched: Fetched) -> tuple[Reason, str, int]:
     assert fetched.data is None
     assert fetched.failure is not None
     return fetched.failure.reason, fetched.failure.detail, fetched.attempts
@@ -81,7 +81,7 @@ def test_version_id_selects_an_object_version(s3: S3Server, fetcher: Fetcher) ->
     assert [fetcher.fetch(f"{uri}?versionId={one}").data for one in ids] == [b"old", b"new"]
     assert fetcher.fetch(uri).data == b"new"
     assert fetcher.version(f"{uri}?versionId={ids[0]}") != fetcher.version(uri)
-    assert told(fetcher.fetch(f"{uri}?versionId=0"))[0] in (Reason.NOT_FOUND, Reason.FETCH_FAILED)
+    assert outcome(fetcher.fetch(f"{uri}?versionId=0"))[0] in (Reason.NOT_FOUND, Reason.FETCH_FAILED)
 
 
 def test_object_version_is_its_etag_with_and_without_reading(s3: S3Server, fetcher: Fetcher) -> None:
@@ -103,16 +103,16 @@ def test_scheme_is_case_insensitive(s3: S3Server, fetcher: Fetcher) -> None:
 def test_endpoint_is_read_from_the_environment(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = put(s3, "a.jpg", b"pixels")
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint_url)
-    # An option without effect gives a filesystem of its own, made with this environment.
+    # An unrelated option creates a separate filesystem, which uses this environment.
     fetcher = Fetcher(FetchPolicy(storage_options={"default_block_size": 1 << 20}))
     assert fetcher.fetch(uri).data == b"pixels"
 
 
 def test_missing_objects_and_buckets_are_not_retried(s3: S3Server, fetcher: Fetcher) -> None:
     missing = fetcher.fetch(f"s3://{s3.bucket}/none.jpg")
-    assert told(missing) == (Reason.NOT_FOUND, "HTTP 404 NoSuchKey", 1)
+    assert outcome(missing) == (Reason.NOT_FOUND, "HTTP 404 NoSuchKey", 1)
     missing = fetcher.fetch("s3://no-such-bucket-here/none.jpg")
-    assert told(missing) == (Reason.NOT_FOUND, "HTTP 404 NoSuchBucket", 1)
+    assert outcome(missing) == (Reason.NOT_FOUND, "HTTP 404 NoSuchBucket", 1)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_wrong_credentials_are_not_retried_and_not_shown(
         options = {**options, "key": s3.environment["AWS_ACCESS_KEY_ID"]}
     fetcher = Fetcher(FetchPolicy(storage_options={"endpoint_url": s3.endpoint_url, **options}))
     fetched = fetcher.fetch(uri)
-    assert told(fetched) == (Reason.ACCESS_DENIED, f"HTTP 403 {code}", 1)
+    assert outcome(fetched) == (Reason.ACCESS_DENIED, f"HTTP 403 {code}", 1)
     shown = f"{fetched!r} {fetcher!r} {fetched!s} {fetcher!s}"
     assert SECRET not in shown
     assert s3.environment["AWS_SECRET_ACCESS_KEY"] not in shown
@@ -140,14 +140,14 @@ def test_wrong_credentials_are_not_retried_and_not_shown(
 
 def test_invalid_bucket_name_is_not_found(fetcher: Fetcher) -> None:
     for uri in ("s3://A Bucket/a.jpg", "s3://bucket", "s3:///a.jpg", "s3://bucket/"):
-        assert told(fetcher.fetch(uri))[::2] == (Reason.NOT_FOUND, 1), uri
+        assert outcome(fetcher.fetch(uri))[::2] == (Reason.NOT_FOUND, 1), uri
 
 
 def test_too_large_object_is_rejected_before_its_body_is_read(s3: S3Server) -> None:
     uri = put(s3, "large.jpg", b"x" * 20_000_000)
     options = {"endpoint_url": s3.endpoint_url}
     fetched = Fetcher(FetchPolicy(max_bytes=19_999_999, storage_options=options)).fetch(uri)
-    assert told(fetched) == (Reason.TOO_LARGE, "20000000 bytes, the limit is 19999999", 1)
+    assert outcome(fetched) == (Reason.TOO_LARGE, "20000000 bytes, the limit is 19999999", 1)
     assert fetched.n_bytes == 20_000_000
     assert (
         Fetcher(FetchPolicy(max_bytes=20_000_000, storage_options=options)).fetch(uri).n_bytes == 20_000_000
@@ -155,7 +155,7 @@ def test_too_large_object_is_rejected_before_its_body_is_read(s3: S3Server) -> N
 
 
 def test_object_is_fetched_with_a_single_request(s3: S3Server) -> None:
-    """A proxy of the test's own counts what goes to the server."""
+    """A proxy counts the requests to the server."""
     uri = put(s3, "a.jpg", b"x" * 100_000)
     with CountingProxy(s3.endpoint_url) as proxy:
         fetcher = Fetcher(FetchPolicy(storage_options={"endpoint_url": proxy.endpoint_url}))
@@ -170,18 +170,18 @@ def test_unreachable_server_is_tried_max_attempts_times(s3: S3Server) -> None:
         pauses: list[float] = []
         fetcher = Fetcher(FetchPolicy(max_attempts=3, storage_options=options), pause=pauses.append)
         fetched = fetcher.fetch("s3://bucket/a.jpg")
-    assert told(fetched) == (Reason.FETCH_FAILED, "EndpointConnectionError", 3)
+    assert outcome(fetched) == (Reason.FETCH_FAILED, "EndpointConnectionError", 3)
     assert len(pauses) == 2
 
 
 @contextmanager
 def misbehaving(status: int, headers: dict[str, str], body: bytes) -> Iterator[tuple[str, list[str]]]:
-    """A server that gives every request the same answer; its endpoint, and the requests it has seen."""
-    seen: list[str] = []
+    """A server that sends the same response to all requests; yields its endpoint and the list of requests."""
+    requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            seen.append(self.path)
+            requests.append(self.path)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -195,7 +195,7 @@ def misbehaving(status: int, headers: dict[str, str], body: bytes) -> Iterator[t
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
     finally:
         server.shutdown()
         thread.join()
@@ -211,21 +211,21 @@ def test_every_request_to_an_overloaded_store_is_counted(status: int, code: str,
     body = f"<Error><Code>{code}</Code></Error>".encode()
     headers = {"Content-Length": str(len(body)), "Retry-After": "7"}
     pauses: list[float] = []
-    with misbehaving(status, headers, body) as (endpoint, seen):
+    with misbehaving(status, headers, body) as (endpoint, requests):
         policy = FetchPolicy(max_attempts=3, storage_options={"endpoint_url": endpoint})
         fetched = Fetcher(policy, pause=pauses.append).fetch("s3://bucket/a.jpg")
-    assert told(fetched) == (reason, f"HTTP {status} {code}", 3)
-    assert len(seen) == 3
+    assert outcome(fetched) == (reason, f"HTTP {status} {code}", 3)
+    assert len(requests) == 3
     assert [7.0 <= pause <= 8.0 for pause in pauses] == [True, True]
 
 
 @pytest.mark.usefixtures("s3")
 def test_incomplete_object_is_retried_and_discarded() -> None:
-    with misbehaving(200, {"Content-Length": "1000"}, b"x" * 100) as (endpoint, seen):
+    with misbehaving(200, {"Content-Length": "1000"}, b"x" * 100) as (endpoint, requests):
         policy = FetchPolicy(max_attempts=2, storage_options={"endpoint_url": endpoint})
         fetched = Fetcher(policy, pause=lambda seconds: None).fetch("s3://bucket/a.jpg")
-    assert told(fetched)[::2] == (Reason.FETCH_FAILED, 2)
-    assert len(seen) == 2
+    assert outcome(fetched)[::2] == (Reason.FETCH_FAILED, 2)
+    assert len(requests) == 2
 
 
 def test_unresponsive_server_times_out(s3: S3Server) -> None:
@@ -234,7 +234,7 @@ def test_unresponsive_server_times_out(s3: S3Server) -> None:
         policy = FetchPolicy(timeout_seconds=0.3, max_attempts=2, storage_options=options)
         started = time.monotonic()
         fetched = Fetcher(policy, pause=lambda seconds: None).fetch("s3://bucket/a.jpg")
-    assert told(fetched)[::2] == (Reason.TIMEOUT, 2)
+    assert outcome(fetched)[::2] == (Reason.TIMEOUT, 2)
     assert time.monotonic() - started < 5.0
 
 
@@ -256,7 +256,7 @@ def test_concurrent_threads_share_one_filesystem(s3: S3Server, fetcher: Fetcher)
 
 
 class CountingProxy:
-    """Passes bytes on to the S3 server and remembers the method of each request."""
+    """Forwards bytes to the S3 server and records the method of each request."""
 
     def __init__(self, endpoint_url: str) -> None:
         host, port = endpoint_url.removeprefix("http://").split(":")
@@ -274,7 +274,7 @@ class CountingProxy:
         self._listener.close()
 
     def requests(self) -> list[str]:
-        """The method of each request so far, in order."""
+        """Methods of the requests so far, in order."""
         lines = b"".join(self._sent).split(b"\r\n")
         return [line.split(b" ")[0].decode() for line in lines if line.endswith(b"HTTP/1.1")]
 
@@ -284,7 +284,7 @@ class CountingProxy:
         threading.Thread(target=self._copy, args=(upstream, client, []), daemon=True).start()
         self._copy(client, upstream, self._sent)
 
-    def _copy(self, source: socket.socket, target: socket.socket, seen: list[bytes]) -> None:
+    def _copy(self, source: socket.socket, target: socket.socket, requests: list[bytes]) -> None:
         while data := source.recv(1 << 16):
-            seen.append(data)
+            requests.append(data)
             target.sendall(data)

@@ -1,7 +1,7 @@
-"""Pillow's own test images: the pixels of Pillow's reference in every format that is read here.
+"""Pillow's own test images have the pixels of Pillow in all supported formats.
 
-They are not kept here. Point BATCHCLS_PILLOW_IMAGES at the folder Tests/images of a checkout of Pillow;
-docs/reference/image-formats.md holds what became of each kind.
+The images are not part of this repository. Set BATCHCLS_PILLOW_IMAGES to the folder Tests/images of a Pillow checkout;
+docs/reference/image-formats.md lists the results by format.
 """
 
 import os
@@ -21,7 +21,7 @@ from tests.helpers.pillow_reference import pillow_pixels
 
 LIMITS = DecodeLimits(min_side_pixels=1)
 READ = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"}
-# What Pillow shows of the formats that are read, and is refused here; docs/reference/image-formats.md says why.
+# Images that Pillow decodes but batchcls rejects, for the reasons in docs/reference/image-formats.md.
 REFUSED = {
     "10ct_32bit_128.tiff": Reason.UNSUPPORTED_FORMAT,
     "16_bit_binary_pgm.tiff": Reason.UNSUPPORTED_FORMAT,
@@ -29,19 +29,19 @@ REFUSED = {
     "crash-74d2a78403a5a59db1fb0a2b8735ac068a75f6e3.tif": Reason.CORRUPT,
     "tiff_wrong_bits_per_sample.tiff": Reason.TRUNCATED,
 }
-# What Pillow refuses for its metadata, and browsers show.
+# Images that Pillow rejects because of their metadata but browsers show.
 BEYOND_PILLOW = {"chunk_no_fctl.png", "png_decompression_dos.png", "unknown_compression_method.png"}
 TWELVE_BITS = {"12bit.cropped.tif"}
 
 
 def reference(path: Path) -> tuple[str | None, np.ndarray | None]:
-    """Pillow's name of the format and its pixels; None where it gives none."""
+    """Pillow's name of the format, and the pixels; None if Pillow rejects the image."""
     name = None
     try:
         image = Image.open(path)
         name = image.format
         if image.mode.startswith("I;16"):
-            # Pillow clips 16-bit gray to 255; its 16-bit color keeps the upper 8 bits, and so do we.
+            # Pillow clips 16-bit gray to 255, but keeps the upper 8 bits of 16-bit color, as batchcls always does.
             gray = np.asarray(image) >> (4 if path.name in TWELVE_BITS else 8)
             gray[np.asarray(image) == image.info.get("transparency", -1)] = 255
             return name, np.repeat(gray[:, :, np.newaxis], 3, axis=2)

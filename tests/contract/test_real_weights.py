@@ -1,4 +1,4 @@
-"""Real weights, real photographs: the models answer as their publishers say, and as they did uncut."""
+"""Models with real weights predict real photographs as published, and as without batchcls."""
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Published:
-    """What the weights' own notes say: how to create the network and how often it is right."""
+    """Metadata of the weights: how to create the network, and its expected accuracy."""
 
     name: str
     file: str
@@ -59,7 +59,7 @@ MODELS = [
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """On a busy machine PyTorch's threads wait for each other far longer than they work."""
+    """On a busy machine, PyTorch's threads spend far more time waiting for each other than computing."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def photographs(shared: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Every fifth photograph as uint8 N,224,224,3 by plain Pillow, and the class index of each."""
+    """Every fifth photograph as uint8 N,224,224,3, resized by Pillow, and its class index."""
     folder = shared / "data" / "imagenet"
     with (folder / "classes.csv").open(newline="") as file:
         index = {row["wnid"]: int(row["index"]) for row in csv.DictReader(file)}
@@ -78,7 +78,7 @@ def photographs(shared: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reference_pixels(file: Path) -> np.ndarray:
-    """Short side to 256, bilinear; the central 224 x 224."""
+    """Resize the short side to 256 with bilinear interpolation, and crop the central 224 x 224."""
     with Image.open(file) as opened:
         image = opened.convert("RGB")
     scale = 256 / min(image.size)
@@ -95,7 +95,7 @@ def _bundle(shared: Path, model: Published, **changes: object) -> Bundle:
 
 
 def _intact(shared: Path, model: Published) -> torch.nn.Module:
-    """The network as a user of the library makes it, without anything of ours."""
+    """The network as created by its library, without batchcls."""
     if model.name.startswith("timm:"):
         import timm
 
@@ -113,9 +113,9 @@ def _normalized(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float])
     return (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
 
 
-def _logits(answer: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+def _logits(predict: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
-        return torch.cat([answer(batch) for batch in images.split(15)])
+        return torch.cat([predict(batch) for batch in images.split(15)])
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)

@@ -1,4 +1,4 @@
-"""JPEG at a reduced scale: only where it is large enough, in the same place, and refused as the whole one is."""
+"""JPEGs are decoded at a reduced scale only if that is large enough, with equal geometry and equal checks."""
 
 import io
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.helpers.pillow_reference import LIMITS, reason_of
 
 MARGIN = 4.0
 
-# Levels of 255 between the network's input from the reduced image and from the whole one, on average.
+# Mean difference, in levels of 255, between network inputs from the scaled and from the full-scale image.
 MEAN_LEVELS = 1.0
 
 
@@ -68,7 +68,7 @@ def test_rotated_scaled_image_matches_the_full_scale_image(width_height, orienta
     data = encode(draw(2, width, height), "JPEG", orientation=orientation, quality=95)
     transform = Transform(square(48))
     decoded = decode(data, LIMITS, transform.min_decoded_size(MARGIN))
-    # One that is not divisible has its incomplete row in front once it is turned, and stays whole.
+    # If the size is not divisible, rotation would move the incomplete row to the front, so full scale is used.
     is_reduced = width_height == (640, 480) or orientation == 1
     assert (decoded.extent[0] in (width, height)) != is_reduced
     ours = transform(decoded.pixels, decoded.extent).astype(int)
@@ -112,7 +112,7 @@ def test_bombs_are_rejected_before_the_scale_is_chosen():
 @pytest.mark.parametrize("luma", [0x14, 0x24, 0x42, 0x12])
 @pytest.mark.parametrize("chroma", [0x11, 0x12, 0x21])
 def test_unusual_samplings_equal_pillow_or_are_rejected(luma, chroma):
-    """Patched in: the data then means another image, which both libraries must see alike."""
+    """Patched sampling factors: the data then represents another image, which both libraries must decode equally."""
     data = bytearray(samples()["jpeg"])
     frame = data.index(b"\xff\xc0")
     data[frame + 11], data[frame + 14], data[frame + 17] = luma, chroma, chroma
@@ -121,7 +121,7 @@ def test_unusual_samplings_equal_pillow_or_are_rejected(luma, chroma):
     except OSError:
         assert reason_of(bytes(data)) == Reason.CORRUPT
     else:
-        # The data may be too short for the other image, which Pillow lets pass.
+        # The data may be too short for the other image, which Pillow accepts.
         assert np.array_equal(pixels_or_reason(bytes(data)), theirs) or (
             pixels_or_reason(bytes(data)) == Reason.TRUNCATED
         )

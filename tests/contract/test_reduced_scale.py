@@ -1,4 +1,4 @@
-"""How far images may be reduced is found out on the catalog's own, with real weights."""
+"""The scale of reduced decoding is determined with images of the catalog and real weights."""
 
 import io
 from dataclasses import replace
@@ -42,7 +42,7 @@ def bundle(shared: Path) -> Bundle:
 
 
 class Photographs:
-    """Photographs that are just large enough for half the scale with a margin, and how often they were decoded."""
+    """Photographs that are just large enough for half the scale with a margin, with a record of their decodes."""
 
     def __init__(self, shared: Path, bundle: Bundle, margin: float) -> None:
         preprocessing = bundle.config.preprocessing
@@ -83,12 +83,12 @@ def _measure(
         images=PHOTOGRAPHS, seconds=1, reference="torch fp32", engine="torch", precision="bf16", batch_size=8,
         images_per_second=1, candidates=(), notes=(),
     )  # fmt: skip
-    place = EngineConfig("cpu", 2, 8, CompileCache(tmp_path))
-    return measure_scaled_decode(bundle, chosen, place, photographs.images)
+    engine_config = EngineConfig("cpu", 2, 8, CompileCache(tmp_path))
+    return measure_scaled_decode(bundle, chosen, engine_config, photographs.images)
 
 
 def test_images_with_large_differences_are_decoded_at_full_scale(bundle, photographs, tmp_path):
-    """With the tolerance of fp32 itself nothing passes, and margins that reduce too few are not measured."""
+    """With the tolerance of fp32 itself no margin passes, and margins that reduce few images are not measured."""
     found = _measure(
         bundle, photographs, tmp_path, AccuracyTolerance(min_top1_agreement=1.0, min_embedding_cosine=1.0)
     )
@@ -112,7 +112,7 @@ def test_smallest_sufficient_margin_is_selected(bundle, photographs, tmp_path):
 def test_reported_error_combines_scale_and_engine(bundle, photographs, tmp_path):
     loose = AccuracyTolerance(min_top1_agreement=0.0, min_embedding_cosine=-1.0)
     (entry,) = _measure(bundle, photographs, tmp_path, loose).results
-    # Half the scale at twice what the resize needs changes pixels, and so the embedding, a little.
+    # Half the scale at twice the needed size changes the pixels and therefore the embedding slightly.
     assert 0.99 < entry.mean_cosine < 1 - 1e-6
 
 

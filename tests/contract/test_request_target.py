@@ -1,4 +1,4 @@
-"""What an http(s) image asks its server for: the address as it stands in the manifest, byte for byte."""
+"""The server receives the URL of an http(s) image exactly as in the manifest, byte for byte."""
 
 import contextlib
 import socket
@@ -18,10 +18,10 @@ from tests.conftest import S3Server
 
 @dataclass
 class Recorder:
-    """A server that keeps the raw head of each request and answers with an image or a redirect.
+    """A server that records the raw head of each request and responds with an image or a redirect.
 
-    `locations` holds the values of the Location headers to send, in order; afterwards each request
-    gets a body of one byte.
+    `locations` are the values of the Location headers to send, in order. All later requests receive a body of one
+    byte.
     """
 
     listener: socket.socket
@@ -34,7 +34,7 @@ class Recorder:
 
     @property
     def targets(self) -> list[str]:
-        """The request targets, as they came over the wire."""
+        """The request targets as received."""
         return [head.split(b"\r\n", 1)[0].split(b" ")[1].decode("ascii") for head in self.heads]
 
     def serve(self) -> None:
@@ -55,8 +55,8 @@ class Recorder:
             head += piece
         self.heads.append(head)
         if self.locations:
-            answer = b"HTTP/1.1 302 Found\r\nLocation: " + self.locations.pop(0) + b"\r\nContent-Length: 0"
-            connection.sendall(answer + b"\r\nConnection: close\r\n\r\n")
+            response = b"HTTP/1.1 302 Found\r\nLocation: " + self.locations.pop(0) + b"\r\nContent-Length: 0"
+            connection.sendall(response + b"\r\nConnection: close\r\n\r\n")
         else:
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx")
 

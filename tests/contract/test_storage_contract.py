@@ -1,4 +1,4 @@
-"""The same promises of the storage seam, on local disk and on a real S3 server."""
+"""Storage has the same guarantees on local disk and on a real S3 server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECRET = "WrongSecretThatMustNeverBeShown"
 
 @pytest.fixture(params=["local", "s3"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder to work in that no other test uses."""
+    """A folder that no other test uses."""
     if request.param == "local":
         return str(tmp_path)
     s3: S3Server = request.getfixturevalue("s3")
@@ -54,9 +54,9 @@ def test_files_are_written_read_and_replaced(storage: Storage, root: str) -> Non
 
 
 def test_missing_file_is_not_found(storage: Storage, root: str) -> None:
-    for ask in (storage.read_bytes, storage.size):
+    for request in (storage.read_bytes, storage.size):
         with pytest.raises(FileNotFoundError):
-            ask(join(root, "none"))
+            request(join(root, "none"))
 
 
 def test_exactly_one_exclusive_writer_succeeds(storage: Storage, root: str) -> None:
@@ -145,8 +145,8 @@ def test_etag_depends_on_the_content(s3: S3Server) -> None:
     assert tags[0] == tags[2] != tags[1]
 
 
-Ask = Callable[[Storage, str], object]
-ASKS: dict[str, Ask] = {
+Request = Callable[[Storage, str], object]
+REQUESTS: dict[str, Request] = {
     "read": lambda storage, uri: storage.read_bytes(uri),
     "list": lambda storage, uri: storage.list_files(uri),
     "write": lambda storage, uri: storage.write_atomic(uri, b"x"),
@@ -154,9 +154,9 @@ ASKS: dict[str, Ask] = {
 }
 
 
-def explained(storage: Storage, uri: str, ask: Ask) -> str:
+def explained(storage: Storage, uri: str, request: Request) -> str:
     with pytest.raises(InputError) as raised, explain(uri):
-        ask(storage, uri)
+        request(storage, uri)
     message = str(raised.value)
     assert "\n" not in message
     assert message.startswith(f"{uri}: ")
@@ -180,8 +180,8 @@ def test_wrong_credentials_are_explained_without_showing_them(
         credentials = {**credentials, "key": right}
     storage = Storage({"endpoint_url": s3.endpoint_url, **credentials})
     secrets = (SECRET, "WRONGKEY", right, s3.environment["AWS_SECRET_ACCESS_KEY"])
-    for name, ask in ASKS.items():
-        message = explained(storage, f"s3://{s3.bucket}/a", ask)
+    for name, request in REQUESTS.items():
+        message = explained(storage, f"s3://{s3.bucket}/a", request)
         assert message.endswith(f"({code})"), name
         assert remedy in message
         assert not any(secret in message + repr(storage) for secret in secrets)
@@ -196,15 +196,15 @@ def test_response_without_error_code_is_explained_by_its_status(s3: S3Server) ->
 
 def test_a_missing_bucket_is_explained(s3: S3Server) -> None:
     storage = Storage({"endpoint_url": s3.endpoint_url})
-    for name, ask in ASKS.items():
-        message = explained(storage, "s3://no-such-bucket-here/folder", ask)
+    for name, request in REQUESTS.items():
+        message = explained(storage, "s3://no-such-bucket-here/folder", request)
         assert message.endswith("no such bucket; create it or correct its name (NoSuchBucket)"), name
 
 
 def test_missing_object_and_invalid_bucket_name_are_explained(s3: S3Server) -> None:
     storage = Storage({"endpoint_url": s3.endpoint_url})
-    assert "check the path (NoSuchKey)" in explained(storage, f"s3://{s3.bucket}/none", ASKS["read"])
-    assert "correct the URI" in explained(storage, "s3://A Bucket/none", ASKS["read"])
+    assert "check the path (NoSuchKey)" in explained(storage, f"s3://{s3.bucket}/none", REQUESTS["read"])
+    assert "correct the URI" in explained(storage, "s3://A Bucket/none", REQUESTS["read"])
 
 
 def test_unreachable_endpoint_is_explained(s3: S3Server) -> None:
@@ -213,7 +213,7 @@ def test_unreachable_endpoint_is_explained(s3: S3Server) -> None:
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
         one_attempt = {"retries": {"total_max_attempts": 1}}
         storage = Storage({"endpoint_url": endpoint, "config_kwargs": one_attempt})
-        message = explained(storage, "s3://bucket/a", ASKS["read"])
+        message = explained(storage, "s3://bucket/a", REQUESTS["read"])
     assert "check the endpoint (AWS_ENDPOINT_URL)" in message
     assert message.endswith("(EndpointConnectionError)")
 
@@ -225,13 +225,13 @@ def test_missing_credentials_are_explained(s3: S3Server, monkeypatch: pytest.Mon
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
     storage = Storage({"endpoint_url": s3.endpoint_url, "default_block_size": 1 << 20})
-    message = explained(storage, f"s3://{s3.bucket}/a", ASKS["read"])
+    message = explained(storage, f"s3://{s3.bucket}/a", REQUESTS["read"])
     assert "no credentials found; set AWS_ACCESS_KEY_ID" in message
 
 
 def test_file_used_as_a_folder_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    message = explained(Storage(), f"{tmp_path}/file/below", ASKS["write"])
+    message = explained(Storage(), f"{tmp_path}/file/below", REQUESTS["write"])
     assert "a part of this path is a file" in message or "it already exists" in message
 
 
@@ -261,17 +261,17 @@ def test_folders_are_listed_written_and_removed(storage: Storage, root: str, tmp
 
 
 class BreakingOff(BaseHTTPRequestHandler):
-    """A store whose answers end in the middle."""
+    """A store whose responses are interrupted."""
 
     def do_GET(self) -> None:
-        """Half of what is announced."""
+        """Send half of the announced body."""
         self.send_response(200)
         self.send_header("Content-Length", "510")
         self.end_headers()
         self.wfile.write(b"x" * 255)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def test_interrupted_responses_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

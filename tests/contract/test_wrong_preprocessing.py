@@ -1,7 +1,7 @@
-"""Each way of getting preprocessing wrong costs points of accuracy, and here they are counted.
+"""Measures the loss of accuracy by each kind of wrong preprocessing.
 
-Through the job's own stages without Ray: load, then the engine. The figures to expect stand in the
-README beside the weights; of 300 images, a point of top-1 is three.
+Runs the stages of a job without Ray: the loader, then the engine. The expected values are in the README next to the
+weights. With 300 images, a percentage point of top-1 is three images.
 """
 
 import csv
@@ -25,7 +25,7 @@ from batchcls.models.resolve import resolve_model
 from batchcls.preprocessing import Views
 from batchcls.storage.filesystem import Storage
 
-pytestmark = pytest.mark.long  # the network runs 2,100 times; a shorter form is in test_real_weights.py
+pytestmark = pytest.mark.long  # 2,100 passes of the network; test_real_weights.py has a shorter form
 
 HALF = PreprocessingOverrides(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear")
 
@@ -49,7 +49,7 @@ def rows(shared: Path) -> tuple[pa.Table, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def top1(rows: tuple[pa.Table, np.ndarray]) -> Callable[[Bundle], float]:
-    """Share of right answers, in points."""
+    """Percentage of correct predictions."""
 
     def measure(bundle: Bundle) -> float:
         table, truth = rows
@@ -97,7 +97,7 @@ def test_wrong_preprocessing_of_mobilenet_reduces_accuracy(shared: Path, top1: C
             shared, "timm:mobilenetv2_100", ModelChoices(weights=weights, arguments=same, overrides=bilinear)
         )
     )
-    assert right == pytest.approx(89.4, abs=4)  # 1000 images there, 300 of them here
+    assert right == pytest.approx(89.4, abs=4)  # published for 1000 images, 300 of which are used here
     assert unpadded < right - 4
     assert imagenet < unpadded - 4
 

@@ -1,4 +1,4 @@
-"""Put on PYTHONPATH by tests: files that hold a mark end the process that decodes them, as a decoder's fault would."""
+"""On the PYTHONPATH of tests: files that contain one of the marks crash or hang the process that decodes them."""
 
 import ctypes
 import hashlib

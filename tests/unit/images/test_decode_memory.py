@@ -1,4 +1,4 @@
-"""The budget that the images of a process share: never passed, never stuck, and in turn."""
+"""The memory budget of a process is never exceeded, has no deadlocks, and is granted in order."""
 
 import random
 import threading
@@ -74,9 +74,9 @@ def test_reservations_are_granted_in_order():
     with ThreadPoolExecutor(4) as pool:
         with budget.reserve(5):
             calls = []
-            for place, (name, size) in enumerate((("large", 10), ("small", 1), ("other", 1))):
+            for index, (name, size) in enumerate((("large", 10), ("small", 1), ("other", 1))):
                 calls.append(pool.submit(hold, name, size))
-                while len(budget._waiting) <= place:
+                while len(budget._waiting) <= index:
                     pass
             assert order == []
         for call in calls:

@@ -1,4 +1,4 @@
-"""Format and size come from the content, without decoding."""
+"""Format and size are read from the content, without decoding."""
 
 import struct
 
@@ -21,7 +21,7 @@ def test_format_and_stored_size_of_every_sample_are_read(name):
     header = read_header(samples()[name])
     assert header.format == Format(name.split()[0])
     assert (header.width, header.height) == (61, 47)
-    # HEVC is coded in whole blocks.
+    # HEVC codes whole blocks.
     assert header.allocated_pixels == (64 * 64 if header.format == Format.HEIC else 61 * 47)
 
 

@@ -1,4 +1,4 @@
-"""Images that kill their decoder, for real: a segfault and a bomb, in processes of their own."""
+"""Images that crash or hang their decoder are found in separate processes."""
 
 import struct
 import sys
@@ -56,11 +56,11 @@ def test_only_rows_that_crash_a_process_are_found(
     settings: LoadSettings, monkeypatch: pytest.MonkeyPatch, mark: bytes, word: str, reason: Reason
 ):
     monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "poison"), str(REPOSITORY), *sys.path])
-    if mark == GREEDY:  # memory is to run out before the time does
+    if mark == GREEDY:  # Memory must be exhausted before the time limit.
         settings = replace(settings, limits=replace(settings.limits, seconds=60))
     image = encode(draw(0, 90, 70), "JPEG")
     images = [image, image[:50], b"", image + mark, image]
-    rows = [ImageRow(10 + place, None, image) for place, image in enumerate(images)]
+    rows = [ImageRow(10 + index, None, image) for index, image in enumerate(images)]
     found = find_crashing_rows(settings, rows)
     assert list(found) == [13]
     assert found[13].reason == reason
@@ -80,7 +80,7 @@ def test_image_over_its_time_limit_is_not_a_crashing_row(settings: LoadSettings)
 
 @pytest.mark.long
 def test_largest_permitted_image_has_enough_memory(settings: LoadSettings):
-    """It was quarantined as decoder_crash: 16 bits with alpha take 24 bytes a pixel, and 12 were allowed."""
+    """Regression test: 16 bits with alpha need 24 bytes per pixel, but 12 were allowed, so it was a decoder_crash."""
     limits = DecodeLimits()
     height = limits.max_pixels // 9000
     header = struct.pack(">IIBBBBB", 9000, height, 16, 6, 0, 0, 0)

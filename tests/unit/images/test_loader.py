@@ -1,4 +1,4 @@
-"""Rows in, rows out: order, blocks and failures of the load stage, on files of a real disk."""
+"""The loader returns all rows in order, in blocks, with failures; tested on files on disk."""
 
 import hashlib
 import http.server
@@ -123,7 +123,7 @@ def test_normalized_pixels_are_float32(tmp_path: Path):
 
 
 def test_requests_are_concurrent(tmp_path: Path):
-    """The server answers nobody before eight requests have come: one at a time would never end."""
+    """The server does not respond before eight requests have arrived, so sequential requests would never end."""
     together = threading.Barrier(8)
     body = gray(30)
 
@@ -183,7 +183,7 @@ def test_concurrent_loads_return_their_own_rows(tmp_path: Path):
 
 
 def test_cpu_seconds_exclude_waiting(tmp_path: Path):
-    """One place for decoding and eight threads: seven wait, and the seconds of all rows are no more than the work."""
+    """With one decoding slot and eight threads, seven threads wait, which must not count."""
     data = encode(draw(1, 1200, 900), "JPEG", quality=95)
     (tmp_path / "a.jpg").write_bytes(data)
     loader = Loader(settings(tmp_path, fetch_threads=8, decode_threads=1))

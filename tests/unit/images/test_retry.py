@@ -1,4 +1,4 @@
-"""What is repeated, and after which pause."""
+"""Which errors are retried, and the pauses between attempts."""
 
 import email.utils
 import errno
@@ -80,10 +80,10 @@ def client_error(status: int, code: str) -> botocore.exceptions.ClientError:
 def test_exceptions_are_classified_by_type_and_never_by_text(
     error: Exception, reason: Reason, transient: bool
 ) -> None:
-    told = attempt_error(error)
-    assert (told.failure.reason, told.transient) == (reason, transient)
-    assert "password" not in repr(told.failure)
-    assert "secret" not in repr(told.failure)
+    classified = attempt_error(error)
+    assert (classified.failure.reason, classified.transient) == (reason, transient)
+    assert "password" not in repr(classified.failure)
+    assert "secret" not in repr(classified.failure)
 
 
 def test_unexpected_exception_is_reported_by_its_type() -> None:
@@ -93,8 +93,8 @@ def test_unexpected_exception_is_reported_by_its_type() -> None:
 def test_client_error_is_found_as_the_cause_of_an_exception() -> None:
     hiding = PermissionError("Forbidden")
     hiding.__cause__ = client_error(503, "SlowDown")
-    told = attempt_error(hiding)
-    assert (told.failure.reason, told.retry_after_seconds) == (Reason.THROTTLED, 7.0)
+    classified = attempt_error(hiding)
+    assert (classified.failure.reason, classified.retry_after_seconds) == (Reason.THROTTLED, 7.0)
 
 
 @given(st.integers(1, 60))
@@ -110,10 +110,10 @@ def test_pauses_of_workers_vary() -> None:
 
 
 @given(st.floats(allow_nan=False), st.integers(1, 10))
-def test_retry_after_is_honored_up_to_its_cap(asked: float, attempt: int) -> None:
+def test_retry_after_is_honored_up_to_its_cap(requested: float, attempt: int) -> None:
     backoff = Backoff(retry_after_cap_seconds=30.0)
-    wanted = min(max(asked, 0.0), 30.0)
-    assert wanted <= backoff.pause_seconds(attempt, asked) <= wanted + 1.0
+    expected = min(max(requested, 0.0), 30.0)
+    assert expected <= backoff.pause_seconds(attempt, requested) <= expected + 1.0
 
 
 def test_retry_after_is_parsed_as_seconds_or_date() -> None:

@@ -1,4 +1,4 @@
-"""A limit on the processor time of a thread: what it ends, what it leaves alone, and that it hits nobody else."""
+"""The CPU time limit of a thread interrupts the work, but nothing else."""
 
 import hashlib
 import subprocess
@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 
 def spin(seconds: float) -> str:
-    """Take so much processor time, in Python."""
+    """Use this much CPU time in Python code."""
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass
@@ -63,7 +63,7 @@ def test_waiting_does_not_count():
 
 
 def test_no_exception_is_raised_outside_the_work(monkeypatch: pytest.MonkeyPatch):
-    """Work that ends about when its time does, many times in several threads: no exception comes later."""
+    """Work in several threads that ends near its time limit: no exception is raised afterwards."""
     monkeypatch.setattr(time_limit, "_POLL_SECONDS", 0.0005)
 
     def rounds(thread: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Geometry and pixels of the transform against timm and torchvision themselves."""
+"""Geometry and pixels of the transform equal those of timm and torchvision."""
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ from tests.helpers.drawing import draw
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(500, 375), (375, 500), (61, 47), (224, 224), (333, 501), (97, 801), (1001, 64), (256, 257)]
-# Largest difference to Pillow, in levels of 255: torch's kernels round their weights otherwise.
+# Maximum difference to Pillow, in levels of 255, because torch's kernels round filter weights differently.
 BOUND = {"nearest": 0, "bilinear": 1, "bicubic": 2, "lanczos": 2}
 
 
 def preprocessing(size, resize, **options):
-    """A record for square or (height, width) sizes."""
+    """Preprocessing with square or (height, width) sizes."""
     height, width = (size, size) if isinstance(size, int) else size
     resize_height, resize_width = (resize, resize) if isinstance(resize, int) else resize
     return Preprocessing(
@@ -33,7 +33,7 @@ def preprocessing(size, resize, **options):
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """uint8 H x W x 3, as decode gives it."""
+    """uint8 H x W x 3, as returned by decode."""
     return np.array(image)
 
 
@@ -121,7 +121,7 @@ def test_resize_equals_torchvision_on_uint8_tensors_bit_for_bit(width_height, in
     interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos"]),
     crop_mode=st.sampled_from(["center", "squash"]),
 )
-# Sides that come out as long as the part that is cropped to: the kernel would not resize them at all.
+# Sides for which the needed part is as long as the source, which the kernel would not resize.
 @example(254, 300, (254, 255), "bilinear", "center")
 @example(300, 254, (254, 255), "bicubic", "center")
 @example(118, 120, (96, 140), "lanczos", "center")
@@ -145,7 +145,7 @@ def test_partial_resize_equals_a_crop_of_the_full_resize(
 @pytest.mark.parametrize("size", [(64, 64), (48, 64)])
 @pytest.mark.parametrize("width_height", [(1001, 642), (640, 999), (800, 800), (1601, 643)])
 def test_scaled_image_is_cropped_like_the_full_scale_image(crop_mode, size, width_height):
-    """Smooth colors, so that what differs is the place and not the sharpness: the last pixel is half empty."""
+    """Colors are smooth, so that differences show the position and not the sharpness. The last pixel is half empty."""
     width, height = width_height
     rows, columns = np.mgrid[0:height, 0:width]
     image = np.stack([255 * rows / height, 255 * columns / width, 0 * rows], axis=2).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What a manifest may make the program read."""
+"""Which files and hosts a manifest can make the program read."""
 
 import os
 import subprocess
@@ -134,17 +134,17 @@ def test_null_byte_is_rejected_with_and_without_roots(tmp_path: Path) -> None:
 _SWAP = """
 import os, sys
 folder = sys.argv[1]
-real, link, place = (os.path.join(folder, name) for name in ("real", "link", "day"))
-print("begun", flush=True)
+real, link, day = (os.path.join(folder, name) for name in ("real", "link", "day"))
+print("started", flush=True)
 while True:
-    os.rename(place, real); os.rename(link, place)
-    os.rename(place, link); os.rename(real, place)
+    os.rename(day, real); os.rename(link, day)
+    os.rename(day, link); os.rename(real, day)
 """
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "deep/a.jpg"])
 def test_folder_swapped_with_a_link_does_not_escape_the_root(tmp_path: Path, name: str) -> None:
-    """A second process exchanges a folder below the root for a link to the outside, without an end."""
+    """A second process repeatedly swaps a folder below the root with a link to the outside."""
     allowed, outside = tmp_path / "allowed", tmp_path / "outside"
     for folder, content in ((allowed / "day", b"inside"), (outside, b"secret of another size")):
         (folder / name).parent.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_folder_swapped_with_a_link_does_not_escape_the_root(tmp_path: Path, nam
     with subprocess.Popen([sys.executable, "-c", _SWAP, str(allowed)], stdout=subprocess.PIPE) as swapper:
         try:
             assert swapper.stdout is not None
-            assert swapper.stdout.readline() == b"begun\n"
+            assert swapper.stdout.readline() == b"started\n"
             contents = Counter(fetcher.fetch(uri).data for _ in range(1500))
             versions = Counter(fetcher.version(uri) for _ in range(1500))
         finally:

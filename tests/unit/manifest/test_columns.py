@@ -1,4 +1,4 @@
-"""Column names and types of manifests that other programs write: read as one type, or refused."""
+"""Columns of manifests written by other programs: merged into one type or rejected."""
 
 import base64
 import datetime
@@ -25,7 +25,7 @@ from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.filesystem import Storage
 from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusal, write
 
-# What a job does not use
+# Unused columns
 
 
 def test_unused_columns_can_have_any_type(tmp_path: Path):
@@ -82,10 +82,10 @@ def test_manifest_with_five_thousand_columns(tmp_path: Path):
     many = {f"attribute_{n}": pa.array([n] * 4) for n in range(5_000)}
     path = write(tmp_path / "m.parquet", **many)
     assert read(open_manifest(str(path), STORAGE)).column("item_id").to_pylist() == IDS
-    said = refusal(path, "price")
-    assert "column price is missing" in said
-    assert "and 4982 more" in said
-    assert len(said) < 1_000
+    message = refusal(path, "price")
+    assert "column price is missing" in message
+    assert "and 4982 more" in message
+    assert len(message) < 1_000
 
 
 def test_remote_manifest_with_many_columns(tmp_path: Path):
@@ -97,7 +97,7 @@ def test_remote_manifest_with_many_columns(tmp_path: Path):
 
 
 class _Keys(pe.KmsClient):
-    """Keys that are no secret."""
+    """A key management service for tests, without encryption."""
 
     def wrap_key(self, key: bytes, master: str) -> bytes:
         return base64.b64encode(key)
@@ -119,7 +119,7 @@ def encrypted(path: Path, column: str, *, plain_footer: bool) -> Path:
 
 
 def test_encrypted_columns_are_an_error_only_if_used(tmp_path: Path):
-    """In a process of its own: Arrow ends one that looks at an encrypted column's statistics."""
+    """Runs in a separate process, because Arrow aborts the process that reads statistics of an encrypted column."""
     path = encrypted(tmp_path / "m.parquet", "secret", plain_footer=True)
     command = [sys.executable, "-m", "batchcls.jobs.manifest", "check", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -143,9 +143,9 @@ def test_encrypted_and_damaged_footers_are_reported_in_one_line(tmp_path: Path):
         whole[:-8] + b"\0\0\0\0PAR1",
     ):
         path.write_bytes(data)
-        said = refusal(path)
-        assert "m.parquet is not a readable Parquet file" in said
-        assert "\n" not in said.strip()
+        message = refusal(path)
+        assert "m.parquet is not a readable Parquet file" in message
+        assert "\n" not in message.strip()
 
 
 @pytest.mark.parametrize("junk", [b"!!!!", b"////", b"AAAA"])
@@ -165,7 +165,7 @@ def test_pandas_metadata_is_ignored(tmp_path: Path):
     assert read(open_manifest(str(tmp_path / "m.parquet"), STORAGE)).num_rows == 4
 
 
-# Repeated names
+# Duplicate names
 
 
 @pytest.mark.parametrize("name", ["item_id", "uri", "shop"])
@@ -173,8 +173,8 @@ def test_duplicate_column_names_are_rejected(tmp_path: Path, name: str):
     names = ["item_id", "uri", "shop", name]
     pq.write_table(pa.Table.from_arrays([pa.array(IDS)] * 4, names), tmp_path / "m.parquet")
     for keep in ((), ("shop",)):
-        said = refusal(tmp_path / "m.parquet", *keep)
-        assert f"m.parquet: column {name} occurs 2 times" in said
+        message = refusal(tmp_path / "m.parquet", *keep)
+        assert f"m.parquet: column {name} occurs 2 times" in message
 
 
 # Types
@@ -192,9 +192,9 @@ TEXTS = {
 
 @pytest.mark.parametrize("inline", [False, True])
 def test_all_text_types_are_read_as_strings(tmp_path: Path, inline: bool):
-    for place, (name, values) in enumerate(TEXTS.items()):
+    for index, (name, values) in enumerate(TEXTS.items()):
         images = {"image": pa.array([b"x"] * 4, pa.binary_view())} if inline else {}
-        path = tmp_path / "m" / f"{place}.parquet"
+        path = tmp_path / "m" / f"{index}.parquet"
         write(path, shop=values, version=values, uri=values, **images)
         if name != "null":
             found = read(open_labeled_manifest(str(path), STORAGE, "shop"))
@@ -274,9 +274,9 @@ def test_kept_columns_are_read_as_plain_types(tmp_path: Path, written: pa.Array,
     ],
 )
 def test_unsupported_types_of_kept_columns_are_rejected(tmp_path: Path, values: pa.Array, words: str):
-    said = refusal(write(tmp_path / "m.parquet", odd=values), "odd")
-    assert "m.parquet: column odd has type" in said
-    assert words in said
+    message = refusal(write(tmp_path / "m.parquet", odd=values), "odd")
+    assert "m.parquet: column odd has type" in message
+    assert words in message
 
 
 @pytest.mark.parametrize(
@@ -328,10 +328,10 @@ def test_reserved_names_are_rejected_by_check_and_classify(
 ):
     path = write(tmp_path / "m.parquet", **dict.fromkeys(keep.split(","), pa.array(IDS)))
     assert run("manifest", manifest_job.COMMANDS, ["check", str(path), "--keep", keep]) == 2
-    said = capfd.readouterr().err
+    message = capfd.readouterr().err
     with pytest.raises(ValueError, match="keep") as caught:
         ClassifyConfig(manifest=str(path), model="m", output="o", keep=keep.split(","))
-    assert caught.value.errors()[0]["msg"].removeprefix("Value error, ") in said  # type: ignore[attr-defined]
+    assert caught.value.errors()[0]["msg"].removeprefix("Value error, ") in message  # type: ignore[attr-defined]
 
 
 def test_int96_timestamps_keep_the_year_9999(tmp_path: Path):

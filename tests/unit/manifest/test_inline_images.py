@@ -1,4 +1,4 @@
-"""Images inside the manifest, in every type that writers use."""
+"""Inline images, in all types in which programs write them."""
 
 from pathlib import Path
 
@@ -81,8 +81,8 @@ def test_hugging_face_images_without_bytes_use_their_path(tmp_path: Path):
     ids=lambda values: str(values.type),
 )
 def test_unsupported_image_types_are_rejected(tmp_path: Path, values: pa.Array):
-    said = refusal(write(tmp_path / "m.parquet", image=values))
+    message = refusal(write(tmp_path / "m.parquet", image=values))
     assert (
         f"column image has type {values.type}, but binary or struct<bytes: binary, path: string> is required"
-        in said
+        in message
     )

@@ -1,4 +1,4 @@
-"""Sets of rows as ranges, against plain sets."""
+"""Row ranges behave like sets of rows."""
 
 import numpy as np
 from hypothesis import given

@@ -96,7 +96,7 @@ def test_labels_that_are_not_text_are_rejected(tmp_path):
 
 @pytest.fixture
 def catalog(tmp_path):
-    """Six images, of which the third is cut and the fifth is missing."""
+    """Six images, of which the third is truncated and the fifth is missing."""
     for number in range(6):
         data = encode(draw(number, 90, 70), "JPEG")
         if number != 4:

@@ -160,9 +160,9 @@ def test_selected_rows_are_split_and_read(tmp_path: Path, inline: bool):
     images = {"image": pa.array([bytes([n]) for n in range(40)], pa.binary())} if inline else {}
     path = write_manifest(tmp_path / "m.parquet", [f"i{n}" for n in range(40)], row_group_size=15, **images)
     manifest = open_manifest(str(path), STORAGE)
-    wanted = [0, 3, 4, 5, 14, 15, 29, 31, 39]
-    todo = RowRanges.of(np.array(wanted, np.int64))
-    fragments = list(manifest.fragments(repeat(3), todo))
+    selected = [0, 3, 4, 5, 14, 15, 29, 31, 39]
+    remaining = RowRanges.of(np.array(selected, np.int64))
+    fragments = list(manifest.fragments(repeat(3), remaining))
     assert [fragment.row_numbers().tolist() for fragment in fragments] == [
         [0, 3, 4],
         [5, 14],
@@ -173,10 +173,10 @@ def test_selected_rows_are_split_and_read(tmp_path: Path, inline: bool):
     tables = [table for fragment in fragments for table in reader.read(fragment, 2)]
     assert [table.num_rows for table in tables] == [2, 1, 2, 2, 2]
     read = pa.concat_tables(tables)
-    assert read.column("row").to_pylist() == wanted
-    assert read.column("item_id").to_pylist() == [f"i{row}" for row in wanted]
+    assert read.column("row").to_pylist() == selected
+    assert read.column("item_id").to_pylist() == [f"i{row}" for row in selected]
     if inline:
-        assert read.column("image").to_pylist() == [bytes([row]) for row in wanted]
+        assert read.column("image").to_pylist() == [bytes([row]) for row in selected]
 
 
 def test_version_column_can_be_text_or_integer(tmp_path: Path):

@@ -35,9 +35,9 @@ def test_invalid_utf8_in_ids_versions_and_kept_text_is_rejected_with_its_row(
         write(
             tmp_path / "m" / "b.parquet", **{"shop": pa.array(IDS), "version": pa.array(IDS), column: texts}
         )
-        said = refusal(tmp_path / "m", "shop")
-        assert f"b.parquet: column {column}, row 6: the text is not valid UTF-8" in said
-        # A load task of a manifest that changed meanwhile, or a comparison, says the same.
+        message = refusal(tmp_path / "m", "shop")
+        assert f"b.parquet: column {column}, row 6: the text is not valid UTF-8" in message
+        # Load tasks, whose manifest may have changed, and comparisons raise the same error.
         with pytest.raises(InputError, match=f"column {column}, row 6: the text is not valid UTF-8"):
             read(open_manifest(str(tmp_path / "m"), STORAGE, keep=["shop"]))
 
@@ -79,7 +79,11 @@ def test_integer_labels_are_read_as_text(tmp_path: Path):
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()])
 def test_uri_with_invalid_utf8_is_a_failed_row(tmp_path: Path, kind: pa.DataType):
     photo = encode(draw(1, 30, 30), "JPEG")
-    for name in ("a.jpg", "caf\\xe9.jpg", "caf\ufffd.jpg"):  # neither its escaped nor its mended name is read
+    for name in (
+        "a.jpg",
+        "caf\\xe9.jpg",
+        "caf\ufffd.jpg",
+    ):  # Neither the escaped nor the replaced name is read.
         (tmp_path / name).write_bytes(photo)
     uris = bad_text(b"a.jpg", b"caf\xe9.jpg", b"s3://user:pass\xff@host/\xff?key=secret", None, kind=kind)
     path = write(tmp_path / "m.parquet", uri=uris)
@@ -137,10 +141,10 @@ def test_image_names_with_invalid_utf8_are_rejected_with_a_remedy(
         (tmp_path / "photos" / name.decode("utf-8", "surrogateescape")).write_bytes(b"x")
     arguments = ["from-folder", str(tmp_path / "photos"), "--output", str(tmp_path / "m.parquet")]
     assert run("manifest", manifest_job.COMMANDS, arguments) == 2
-    said = capfd.readouterr().err
-    assert "1 of 2 images" in said
-    assert "rename them" in said
-    assert len(said.splitlines()) == 1
+    message = capfd.readouterr().err
+    assert "1 of 2 images" in message
+    assert "rename them" in message
+    assert len(message.splitlines()) == 1
     assert not (tmp_path / "m.parquet").exists()
 
 

@@ -1,4 +1,4 @@
-"""Which files of a place are data, on local disk; tests/contract/test_data_files_s3.py does the same on S3."""
+"""Data files of a path on local disk; tests/contract/test_data_files_contract.py covers other stores."""
 
 import os
 import socket
@@ -129,7 +129,7 @@ def _fifo(root: Path) -> None:
 
 def _socket(root: Path) -> None:
     here = Path.cwd()
-    os.chdir(root / "sub")  # the names of sockets are short
+    os.chdir(root / "sub")  # Paths of sockets must be short.
     try:
         with socket.socket(socket.AF_UNIX) as bound:
             bound.bind("s.parquet")
@@ -181,7 +181,7 @@ def test_only_the_first_few_skipped_entries_are_named(tmp_path: Path):
 
 @pytest.fixture
 def unprivileged() -> Iterator[Path]:
-    """A folder to work in as a user whom rights bind, also where root runs the tests."""
+    """A folder for tests of permissions, which works even if the tests run as root."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         before = os.geteuid()
@@ -222,14 +222,14 @@ def test_table_with_a_log_is_rejected_at_any_level(tmp_path: Path, mark: str, ki
         lake, "table/data/day=1/a.parquet", "table/p.parquet", f"table/{mark}", "plain.parquet", "b/c.parquet"
     )
     if uri == "*":
-        assert names(find(f"{lake}/*")) == ["plain.parquet"]  # nothing of the table
+        assert names(find(f"{lake}/*")) == ["plain.parquet"]  # The table is in a subfolder.
         return
     with pytest.raises(InputError) as caught:
         find(f"{lake}/{uri}".rstrip("/"))
-    said = str(caught.value)
-    assert said.startswith(f"{lake}/table: {kind} tables are not supported")
-    assert "\n" not in said
-    assert "rows.parquet" in said
+    message = str(caught.value)
+    assert message.startswith(f"{lake}/table: {kind} tables are not supported")
+    assert "\n" not in message
+    assert "rows.parquet" in message
     assert names(find(lake / "b")) == ["c.parquet"]
     assert names(find(f"{lake}/b*/*.parquet")) == ["b/c.parquet"]
     assert names(find(lake / "plain.parquet")) == ["plain.parquet"]

@@ -1,4 +1,4 @@
-"""Local disk and in-memory files through the one seam."""
+"""Storage on local disk and in memory."""
 
 import errno
 import os

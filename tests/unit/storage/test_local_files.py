@@ -1,4 +1,4 @@
-"""Whole files, created by one of many, on file systems that lack hard links, locks or a sync of folders."""
+"""Atomic writes and exclusive creation on file systems without hard links, locks or folder sync."""
 
 import errno
 import json

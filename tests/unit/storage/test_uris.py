@@ -1,4 +1,4 @@
-"""One place has one form, whatever its spelling; every setting that names a place takes it."""
+"""Normalization of paths and URIs, which all settings with paths use."""
 
 import os
 from pathlib import Path
