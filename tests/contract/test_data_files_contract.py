@@ -80,9 +80,11 @@ def test_existing_object_with_glob_characters_is_not_a_glob(storage: Storage, ro
     assert open_manifest(f"{root}/v[1]/*.parquet", storage).base == f"{root}/v[1]"
 
 
-@pytest.mark.parametrize("mark", ["_delta_log/0.json", "metadata/v3.metadata.json", ".hoodie/x.properties"])
-def test_tables_with_a_log_are_rejected_in_every_store(storage: Storage, root: str, mark: str) -> None:
-    put(storage, root, "t/data/k=1/a.parquet", "t/b.parquet", f"t/{mark}", "plain/c.parquet", "d.parquet")
+@pytest.mark.parametrize(
+    "log_file", ["_delta_log/0.json", "metadata/v3.metadata.json", ".hoodie/x.properties"]
+)
+def test_tables_with_a_log_are_rejected_in_every_store(storage: Storage, root: str, log_file: str) -> None:
+    put(storage, root, "t/data/k=1/a.parquet", "t/b.parquet", f"t/{log_file}", "plain/c.parquet", "d.parquet")
     for uri in (
         "",
         "/t",
@@ -107,8 +109,8 @@ def test_all_spellings_of_a_path_are_equivalent(
     location = f"{root}/a b/é+%20"
     first = open_manifest(f"{location}/m.parquet", storage)
     spellings = [location, f"{location}/", f"{location}/*.parquet", f"{location}//"]
-    head, mark, rest = root.partition("://")
-    if not mark:
+    head, separator, rest = root.partition("://")
+    if not separator:
         monkeypatch.chdir(root)
         (Path(root) / "link").symlink_to(Path(root) / "a b")
         quoted = location.replace(" ", "%20").replace("é", "%C3%A9").replace("+%20", "+%2520")

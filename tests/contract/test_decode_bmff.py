@@ -166,8 +166,8 @@ def test_frame_size_is_read_from_the_coded_data(size):
 def test_item_data_beyond_the_end_of_the_file_is_truncated(name):
     """The mdat box extends to the end of the file, so only the item locations reveal the truncation."""
     data = bytearray(samples()[name])
-    place = data.index(b"mdat")
-    data[place - 4 : place] = bytes(4)
+    start = data.index(b"mdat")
+    data[start - 4 : start] = bytes(4)
     assert reason_of(bytes(data[:-40])) == Reason.TRUNCATED
 
 

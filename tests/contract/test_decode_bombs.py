@@ -89,10 +89,10 @@ def test_slow_files_time_out_and_other_rows_are_loaded(tmp_path: Path):
 def test_large_images_share_the_memory_budget(tmp_path: Path):
     """Eight threads decode images of 96 MB each, with a budget for two of them."""
     image = bombs.saved(bombs.drawn(2000, 2000, "RGBA"), "PNG", compress_level=1)
-    given = settings(tmp_path, fetch_threads=8, decode_threads=8)
+    loader_settings = settings(tmp_path, fetch_threads=8, decode_threads=8)
     peaks = {}
     for budget in (2 << 30, 200 << 20):
-        loader = Loader(replace(given, limits=DecodeLimits(memory_bytes=budget)))
+        loader = Loader(replace(loader_settings, limits=DecodeLimits(memory_bytes=budget)))
         load(loader, [image])
         peaks[budget] = peak_bytes(lambda loader=loader: load(loader, [image] * 24))  # type: ignore[misc]
         assert loader._memory.peak_bytes <= budget

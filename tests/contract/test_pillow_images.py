@@ -22,7 +22,7 @@ from tests.helpers.pillow_reference import pillow_pixels
 LIMITS = DecodeLimits(min_side_pixels=1)
 READ = {"JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"}
 # Images that Pillow decodes but batchcls rejects, for the reasons in docs/reference/image-formats.md.
-REFUSED = {
+REJECTED = {
     "10ct_32bit_128.tiff": Reason.UNSUPPORTED_FORMAT,
     "16_bit_binary_pgm.tiff": Reason.UNSUPPORTED_FORMAT,
     "16bit.s.tif": Reason.UNSUPPORTED_FORMAT,
@@ -76,12 +76,12 @@ def test_all_images_of_supported_formats_equal_pillow(folder: Path):
         ours = pixels_or_reason(path.read_bytes())
         if theirs is None:
             right = isinstance(ours, Reason) or path.name in BEYOND_PILLOW
-            outcome = "refused by both" if isinstance(ours, Reason) else "only here"
+            outcome = "rejected by both" if isinstance(ours, Reason) else "only here"
         elif name not in READ:
             right = ours in (Reason.NOT_AN_IMAGE, Reason.UNSUPPORTED_FORMAT)
             outcome = "of a format that is not read"
         elif isinstance(ours, Reason):
-            right, outcome = REFUSED.get(path.name) == ours, "refused here"
+            right, outcome = REJECTED.get(path.name) == ours, "rejected here"
         else:
             right, outcome = np.array_equal(ours, theirs), f"same, {name}"
         outcomes[outcome] += 1
@@ -96,5 +96,5 @@ def test_all_images_of_supported_formats_equal_pillow(folder: Path):
 
 def test_documentation_lists_rejected_files():
     text = (REPOSITORY / "docs" / "reference" / "image-formats.md").read_text(encoding="utf-8")
-    assert [name for name in [*REFUSED, *BEYOND_PILLOW] if f"`{name}`" not in text] == []
+    assert [name for name in [*REJECTED, *BEYOND_PILLOW] if f"`{name}`" not in text] == []
     assert [kind for kind in Format if f"`{kind}`" not in text] == []

@@ -76,14 +76,14 @@ def test_rotated_scaled_image_matches_the_full_scale_image(width_height, orienta
 
 
 def test_minimum_size_is_computed_for_the_upright_image():
-    asked = []
+    sizes = []
 
     def least(height: int, width: int) -> tuple[float, float]:
-        asked.append((height, width))
+        sizes.append((height, width))
         return height, width
 
     decode(encode(draw(2, 640, 480), "JPEG", orientation=6), LIMITS, least)
-    assert asked == [(640, 480)]
+    assert sizes == [(640, 480)]
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.75, 0.9, 0.97])

@@ -264,7 +264,7 @@ def test_kept_columns_are_read_as_plain_types(tmp_path: Path, written: pa.Array,
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "reason"),
     [
         (pa.array([1], pa.duration("us")), "Parquet has no durations"),
         (pa.array([Decimal(1)], pa.decimal256(39, 0)), "decimals of at most 38 digits"),
@@ -273,10 +273,10 @@ def test_kept_columns_are_read_as_plain_types(tmp_path: Path, written: pa.Array,
         (pa.StructArray.from_arrays([pa.array([b"0" * 16], pa.uuid())], ["a"]), "interpret it differently"),
     ],
 )
-def test_unsupported_types_of_kept_columns_are_rejected(tmp_path: Path, values: pa.Array, words: str):
+def test_unsupported_types_of_kept_columns_are_rejected(tmp_path: Path, values: pa.Array, reason: str):
     message = refusal(write(tmp_path / "m.parquet", odd=values), "odd")
     assert "m.parquet: column odd has type" in message
-    assert words in message
+    assert reason in message
 
 
 @pytest.mark.parametrize(

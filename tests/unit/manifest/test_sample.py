@@ -71,8 +71,8 @@ def test_fingerprint_depends_on_images_and_labels(tmp_path):
     path = tmp_path / "a" / "m.parquet"
 
     def fingerprint(count=4, keep=("kind",), **changes):
-        given = {"item_ids": list("abcdef"), "kind": list("mmmppp")} | changes
-        return _sample(write_manifest(path, **given), count, keep).fingerprint
+        columns = {"item_ids": list("abcdef"), "kind": list("mmmppp")} | changes
+        return _sample(write_manifest(path, **columns), count, keep).fingerprint
 
     first = fingerprint()
     assert fingerprint() == first

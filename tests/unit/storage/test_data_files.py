@@ -139,7 +139,7 @@ def _socket(root: Path) -> None:
 
 @pytest.mark.parametrize("uri", ["", "/**/*.parquet", "/*/*", "/**"])
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (_link_to_folder, "1 link to a folder, which is not followed (sub/link)"),
         (_cycle, "1 link to a folder, which is not followed (sub/link)"),
@@ -151,7 +151,7 @@ def _socket(root: Path) -> None:
     ],
 )
 def test_unexpected_skipped_entries_are_counted_and_named(
-    tmp_path: Path, make: Callable[[Path], None], words: str, uri: str
+    tmp_path: Path, make: Callable[[Path], None], message: str, uri: str
 ):
     root = tmp_path / "root"
     touch(root, "a.parquet", "sub/b.parquet")
@@ -159,7 +159,7 @@ def test_unexpected_skipped_entries_are_counted_and_named(
     (root / "sub" / "file-link.parquet").symlink_to(root / "a.parquet")
     make(root)
     found = find(f"{root}{uri}")
-    assert found.skipped.unexpected == words
+    assert found.skipped.unexpected == message
     assert {"sub/b.parquet", "sub/file-link.parquet"} <= set(names(found))
     assert not any("link/" in name for name in names(found))
 
@@ -201,7 +201,7 @@ def test_unreadable_folder_is_named(unprivileged: Path):
 
 
 @pytest.mark.parametrize(
-    ("mark", "kind"),
+    ("log_file", "kind"),
     [
         ("_delta_log/00000000000000000000.json", "Delta"),
         ("metadata/v1.metadata.json", "Iceberg"),
@@ -216,10 +216,15 @@ def test_unreadable_folder_is_named(unprivileged: Path):
         *("", "*", "**/*.parquet", "*/data/*/*.parquet", "table/data/*/*.parquet", "ta[b]le/**"),
     ],
 )
-def test_table_with_a_log_is_rejected_at_any_level(tmp_path: Path, mark: str, kind: str, uri: str):
+def test_table_with_a_log_is_rejected_at_any_level(tmp_path: Path, log_file: str, kind: str, uri: str):
     lake = tmp_path / "lake"
     touch(
-        lake, "table/data/day=1/a.parquet", "table/p.parquet", f"table/{mark}", "plain.parquet", "b/c.parquet"
+        lake,
+        "table/data/day=1/a.parquet",
+        "table/p.parquet",
+        f"table/{log_file}",
+        "plain.parquet",
+        "b/c.parquet",
     )
     if uri == "*":
         assert names(find(f"{lake}/*")) == ["plain.parquet"]  # The table is in a subfolder.

@@ -105,8 +105,8 @@ def test_exactly_one_writer_creates_a_file_on_any_file_system(tmp_path: Path, la
     for number in range(40):
         data = (tmp_path / "new" / str(number)).read_bytes()
         assert data == data[:4] * 20_000
-    left = {path.name for path in (tmp_path / "new").iterdir() if not path.name.endswith(".lock")}
-    assert left == {str(number) for number in range(40)}
+    names = {path.name for path in (tmp_path / "new").iterdir() if not path.name.endswith(".lock")}
+    assert names == {str(number) for number in range(40)}
     assert RENAME.keys() <= lacking.keys() or not list((tmp_path / "new").glob(".*"))
 
 

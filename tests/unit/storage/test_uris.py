@@ -104,7 +104,7 @@ def test_normalized_path_refers_to_the_same_file(here: Path):
 
 
 @pytest.mark.parametrize(
-    ("spelling", "words"),
+    ("spelling", "message"),
     [
         (r"C:\photos\m.parquet", "Windows path"),
         ("c:/photos", "Windows path"),
@@ -120,8 +120,8 @@ def test_normalized_path_refers_to_the_same_file(here: Path):
         ("~nobody-of-this-name/x", "no home"),
     ],
 )
-def test_invalid_uris_are_rejected_with_a_remedy(here: Path, spelling: str, words: str):
-    with pytest.raises(InputError, match=words) as caught:
+def test_invalid_uris_are_rejected_with_a_remedy(here: Path, spelling: str, message: str):
+    with pytest.raises(InputError, match=message) as caught:
         normalize_uri(spelling)
     assert "\n" not in str(caught.value)
 
@@ -220,7 +220,7 @@ _SETTINGS: list[tuple[type[BaseModel], dict[str, object], tuple[str, ...]]] = [
 def test_settings_with_paths_are_normalized(
     here: Path, settings: type[BaseModel], required: dict[str, object], name: str
 ):
-    def given(value: str) -> object:
+    def parse(value: str) -> object:
         value = value.replace("HERE", str(here))
         found = getattr(
             settings.model_validate(required | {name: [value] if name in _LISTS else value}), name
@@ -228,15 +228,15 @@ def test_settings_with_paths_are_normalized(
         return found[0] if name in _LISTS else found
 
     for spelling in ("./x//y/", "HERE/x/./y", "file://HERE/x/y", "link/../../x/y"):
-        assert given(spelling) == f"{here}/x/y"
+        assert parse(spelling) == f"{here}/x/y"
     for wrong in (r"C:\x", "s3:/b/k"):
         with pytest.raises(ValidationError):
-            given(wrong)
+            parse(wrong)
     if name == "allowed_root":
         with pytest.raises(ValidationError, match="of this machine"):
-            given("s3://b/k")
+            parse("s3://b/k")
     else:
-        assert given("S3A://b/k/") == "s3://b/k"
+        assert parse("S3A://b/k/") == "s3://b/k"
 
 
 _LISTS = ("allowed_root", "models")
@@ -256,8 +256,8 @@ def test_duplicate_models_are_detected_after_normalization(here: Path):
 
 
 def test_cache_dir_is_a_local_folder_of_each_node(here: Path):
-    for given, kept in (("~/cache", "~/cache"), ("file:///a%20b", "/a b"), ("x/../y", "x/../y")):
-        assert BundleTestConfig(bundle="b", cache_dir=given).cache_dir == kept
+    for value, expected in (("~/cache", "~/cache"), ("file:///a%20b", "/a b"), ("x/../y", "x/../y")):
+        assert BundleTestConfig(bundle="b", cache_dir=value).cache_dir == expected
     for wrong in ("s3://b/cache", "s3:/b", r"C:\cache"):
         with pytest.raises(ValidationError):
             BundleTestConfig(bundle="b", cache_dir=wrong)
