@@ -1,7 +1,7 @@
-"""What a person sees of a job: a progress bar on a terminal, log lines elsewhere, a closing summary.
+"""Console output of a job: a progress bar on a terminal, log lines elsewhere, and the results.
 
-All text leaves the program here. Names in a catalog, a bundle or a store are written by others: what could
-move a cursor, turn the order of letters or begin a line of its own is shown escaped, on terminals and in logs.
+All output passes through this module. Names in a catalog, a bundle or a store are untrusted: characters that could
+move the cursor, reverse the text direction or start a new line are escaped, on terminals and in logs.
 """
 
 import logging
@@ -29,43 +29,43 @@ from rich.text import Text
 
 _logger = logging.getLogger(__name__)
 _BAR_SECONDS = 0.5
-_LONGEST_LINE = 8_000
+_MAX_LINE_LENGTH = 8_000
 
 
 class ProgressSnapshot(Protocol):
-    """What a job can say of itself while it runs."""
+    """Progress of a running job."""
 
     @property
     def rows(self) -> int:
-        """Rows answered or failed so far."""
+        """Number of processed rows, predicted or failed."""
 
     @property
     def failures(self) -> Counter[str]:
-        """Failed rows so far, by reason."""
+        """Number of failed rows by reason."""
 
 
-# Letters of Persian and of Indian scripts, and emoji, are joined and held apart by these two.
-_HARMLESS = frozenset("\u200c\u200d")
-_DANGEROUS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Categories of Unicode: controls, formats (among them bidirectional ones), surrogates, ends of lines."""
+# Zero-width joiner and non-joiner, which Persian, Indic scripts and emoji require.
+_ALLOWED = frozenset("\u200c\u200d")
+_ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode categories: control, format (including bidirectional), surrogate, and line and paragraph separators."""
 
 
 def printable(text: str) -> str:
-    """Text as one line that does nothing to a terminal: control characters are shown as escapes."""
+    """Escape control characters, so that the text is a single line without effects on a terminal."""
     return text if text.isprintable() else "".join(map(_printable, text))
 
 
 def _printable(character: str) -> str:
-    if character in _HARMLESS or unicodedata.category(character) not in _DANGEROUS:
+    if character in _ALLOWED or unicodedata.category(character) not in _ESCAPED_CATEGORIES:
         return character
     code = ord(character)
-    # Not \\x9b but \\u009b, which JSON knows too.
+    # \\u009b instead of \\x9b, because it is also a valid escape in JSON.
     return f"\\u{code:04x}" if 0x7F <= code < 0x100 else character.encode("unicode_escape").decode()
 
 
-def _cut(text: str) -> str:
-    left = len(text) - _LONGEST_LINE
-    return text if left <= 0 else f"{text[:_LONGEST_LINE]}… ({left} more characters)"
+def _truncate(text: str) -> str:
+    hidden = len(text) - _MAX_LINE_LENGTH
+    return text if hidden <= 0 else f"{text[:_MAX_LINE_LENGTH]}… ({hidden} more characters)"
 
 
 def _printable_lines(text: str) -> str:
@@ -73,17 +73,17 @@ def _printable_lines(text: str) -> str:
 
 
 class PlainConsole(Console):
-    """A console to which text is only text: no markup, no emoji by name, no control characters."""
+    """A console that prints text literally: without markup, emoji codes or control characters."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text of a line or a cell, before it is measured."""
+        """Escape the text of a line or a cell before its width is measured."""
         return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Whatever else is shown, in the pieces that go to the terminal."""
+        """Escape all other output."""
         for segment in super().render(renderable, options):
             if segment.control or segment.text.isprintable():
                 yield segment
@@ -92,43 +92,43 @@ class PlainConsole(Console):
 
 
 class PlainFormatter(logging.Formatter):
-    """A message is one line, and the lines of a traceback are indented, so that neither can pass for a message."""
+    """Writes a message as one line and indents tracebacks, so that untrusted text cannot imitate a log line."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - a name of logging's
-        """The line of a message; of one that repeats somebody's megabytes, the beginning."""
-        record.message = printable(_cut(record.message))
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - overrides logging.Formatter
+        """Format a message as one line; very long messages are truncated."""
+        record.message = printable(_truncate(record.message))
         return super().formatMessage(record)
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - a name of logging's
-        """A traceback."""
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - overrides logging.Formatter
+        """Format a traceback with indentation."""
         return self.formatStack(super().formatException(ei))
 
-    def formatStack(self, stack_info: str) -> str:  # noqa: N802 - a name of logging's
-        """A stack, or the text of a traceback."""
-        return "\n".join(f"    {printable(_cut(line))}" for line in stack_info.splitlines())
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802 - overrides logging.Formatter
+        """Indent a stack trace."""
+        return "\n".join(f"    {printable(_truncate(line))}" for line in stack_info.splitlines())
 
 
 class _TerminalFormatter(PlainFormatter):
-    """On a terminal only warnings and errors say what they are."""
+    """Shows the level of warnings and errors only, for terminals."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - a name of logging's
-        """The line of a message."""
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - overrides logging.Formatter
+        """Format a message, with the level of warnings and errors."""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         return level + super().formatMessage(record)
 
 
 def results_console() -> Console:
-    """Where a job prints its results: stdout, unfolded where it is no terminal."""
+    """Console for results: stdout, without line wrapping if it is not a terminal."""
     return PlainConsole(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 def messages_console() -> Console:
-    """Where a job shows its progress and its log: stderr."""
+    """Console for progress and log messages: stderr."""
     return PlainConsole(stderr=True)
 
 
 def set_up_logging(console: Console) -> None:
-    """Log to stderr: short and colored on a terminal, with time and level elsewhere."""
+    """Log to stderr: brief and colored on a terminal, with time and level elsewhere."""
     if console.is_terminal:
         handler: logging.Handler = RichHandler(
             console=console, show_path=False, show_level=False, markup=False
@@ -141,32 +141,34 @@ def set_up_logging(console: Console) -> None:
     root.handlers = [handler]
     root.setLevel(logging.INFO)
     root.propagate = False
-    if logging.lastResort is not None:  # warnings of other libraries, which name what they read
+    if logging.lastResort is not None:  # warnings of other libraries may contain untrusted names
         logging.lastResort.setFormatter(PlainFormatter("%(message)s"))
 
 
 @contextmanager
-def watching(
-    look: Callable[[], ProgressSnapshot],
+def show_progress(
+    get_progress: Callable[[], ProgressSnapshot],
     rows: int,
     console: Console,
     interval_seconds: float,
     title: str = "classify",
 ) -> Iterator[None]:
-    """Show the progress of what runs inside the block.
+    """Show the progress of the code inside the `with` block.
 
     Args:
-        look: how far it is; called from a thread of its own.
-        rows: how many rows there are in all.
-        console: where to; a terminal gets a bar, anything else a log line every `interval_seconds`.
-        interval_seconds: seconds between log lines.
-        title: what is being done, in front of the bar.
+        get_progress: Returns the current progress; called from a separate thread.
+        rows: Total number of rows.
+        console: Console for the output: a bar on a terminal, otherwise log lines.
+        interval_seconds: Seconds between log lines.
+        title: Text in front of the bar.
     """
     ended = threading.Event()
     if console.is_terminal:
-        thread = threading.Thread(target=_bar, args=(look, rows, console, title, ended), daemon=True)
+        thread = threading.Thread(target=_bar, args=(get_progress, rows, console, title, ended), daemon=True)
     else:
-        thread = threading.Thread(target=_lines, args=(look, rows, interval_seconds, ended), daemon=True)
+        thread = threading.Thread(
+            target=_lines, args=(get_progress, rows, interval_seconds, ended), daemon=True
+        )
     thread.start()
     try:
         yield
@@ -175,16 +177,20 @@ def watching(
         thread.join(timeout=10.0)
 
 
-def _observe(look: Callable[[], ProgressSnapshot]) -> ProgressSnapshot | None:
+def _observe(get_progress: Callable[[], ProgressSnapshot]) -> ProgressSnapshot | None:
     try:
-        return look()
-    except Exception as error:  # noqa: BLE001 - watching must not end what is watched
-        _logger.debug("no progress figures this time: %s", error)
+        return get_progress()
+    except Exception as error:  # noqa: BLE001 - progress output must not stop the job
+        _logger.debug("progress is unavailable: %s", error)
         return None
 
 
 def _bar(
-    look: Callable[[], ProgressSnapshot], rows: int, console: Console, title: str, ended: threading.Event
+    get_progress: Callable[[], ProgressSnapshot],
+    rows: int,
+    console: Console,
+    title: str,
+    ended: threading.Event,
 ) -> None:
     columns = (
         TextColumn(title, markup=False),
@@ -197,37 +203,43 @@ def _bar(
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("rows", total=rows, rate="-", failed="")
-        meter = _Meter()
+        meter = _RateMeter()
         while not ended.wait(_BAR_SECONDS):
-            if (seen := _observe(look)) is not None:
-                rate = meter.rate(seen.rows)
+            if (snapshot := _observe(get_progress)) is not None:
+                rate = meter.rate(snapshot.rows)
                 progress.update(
-                    task, completed=seen.rows, rate=f"{rate:.1f}" if rate else "-", failed=_failed(seen)
+                    task,
+                    completed=snapshot.rows,
+                    rate=f"{rate:.1f}" if rate else "-",
+                    failed=_failed(snapshot),
                 )
 
 
 def _lines(
-    look: Callable[[], ProgressSnapshot], rows: int, interval_seconds: float, ended: threading.Event
+    get_progress: Callable[[], ProgressSnapshot],
+    rows: int,
+    interval_seconds: float,
+    ended: threading.Event,
 ) -> None:
-    meter = _Meter()
+    meter = _RateMeter()
     while not ended.wait(interval_seconds):
-        if (seen := _observe(look)) is not None:
-            _logger.info(_line(seen, rows, meter.rate(seen.rows)))
+        if (snapshot := _observe(get_progress)) is not None:
+            _logger.info(_line(snapshot, rows, meter.rate(snapshot.rows)))
 
 
-def _line(seen: ProgressSnapshot, rows: int, rate: float) -> str:
-    if not seen.rows:
+def _line(snapshot: ProgressSnapshot, rows: int, rate: float) -> str:
+    if not snapshot.rows:
         return f"0 of {rows} rows, workers are starting"
-    parts = [f"{seen.rows} of {rows} rows"]
+    parts = [f"{snapshot.rows} of {rows} rows"]
     if rate:
-        parts += [f"{rate:.1f} images/s", f"{(rows - seen.rows) / rate:.0f} s left"]
-    if seen.failures:
-        parts.append(_failed(seen))
+        parts += [f"{rate:.1f} images/s", f"{(rows - snapshot.rows) / rate:.0f} s left"]
+    if snapshot.failures:
+        parts.append(_failed(snapshot))
     return ", ".join(parts)
 
 
-class _Meter:
-    """Rows per second since the first row was seen, start-up left out."""
+class _RateMeter:
+    """Rows per second since the first row, without startup."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
@@ -241,5 +253,5 @@ class _Meter:
         return (rows - before) / (now - started) if now > started else 0.0
 
 
-def _failed(seen: ProgressSnapshot) -> str:
-    return " ".join(f"{reason}={count}" for reason, count in seen.failures.most_common(4))
+def _failed(snapshot: ProgressSnapshot) -> str:
+    return " ".join(f"{reason}={count}" for reason, count in snapshot.failures.most_common(4))

@@ -1,4 +1,4 @@
-"""What the job about runs says: tables for people, safe for whatever a catalog holds."""
+"""Builds the tables of the `runs` commands. Catalog strings are escaped and truncated."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,21 +13,21 @@ from batchcls.runs.records import HISTOGRAM_BINS
 from batchcls.runs.summary import Summary
 from batchcls.schema import NO_LABEL_TEXT
 
-_WIDE = 60
-_LARGEST_CATEGORIES = 10
+_MAX_WIDTH = 60
+_MAX_CATEGORIES = 10
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def shown(text: object, width: int = _WIDE) -> Text:
-    """Text of a catalog for a table: one line, cut to `width`."""
+def cell_text(text: object, width: int = _MAX_WIDTH) -> Text:
+    """Catalog text for a table cell: one line, truncated to `width` characters."""
     line = printable(str(text)[: width + 1])
     return Text(line if len(line) <= width else f"{line[: width - 1]}…")
 
 
 def runs_table(runs: Sequence[ListedRun], published: str | None, previous: str | None) -> Table:
-    """One line a run; the published one is marked, and the one that a rollback goes back to."""
+    """Table with one row per run. `*` marks the published run, `<` the run that a rollback would publish."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", "run", "state", "when"):
+    for name in ("", "run", "state", "created"):
         table.add_column(name, no_wrap=True)
     for name in ("rows", "failed", "images/s"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -36,25 +36,25 @@ def runs_table(runs: Sequence[ListedRun], published: str | None, previous: str |
         mark = "*" if run.run_id == published else "<" if run.run_id == previous else ""
         when = f"{run.created:%Y-%m-%d %H:%M}" if run.created else "-"
         style = "bold" if mark == "*" else "red" if run.state is State.DAMAGED else None
-        table.add_row(mark, shown(run.run_id), _state(run), when, *_figures(run), style=style)
+        table.add_row(mark, cell_text(run.run_id), _state(run), when, *_figures(run), style=style)
     return table
 
 
 def facts_table(facts: Mapping[str, object]) -> Table:
-    """Names and values."""
+    """Table of names and values."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
-        table.add_row(name, shown(value, 200))
+        table.add_row(name, cell_text(value, 200))
     return table
 
 
 def run_facts(record: RunRecord, published: str | None) -> dict[str, object]:
-    """What a person asks of a run first."""
+    """The most important properties of a run by name."""
     counts, rate = record.counts, record.images_per_second
     return {
         "run": record.run_id,
         "published": "yes" if record.run_id == published else "no",
-        "never published because": "; ".join(record.unpublishable) or "-",
+        "not publishable because": "; ".join(record.unpublishable) or "-",
         "committed": f"{record.committed:%Y-%m-%d %H:%M:%S %Z}",
         "manifest": f"{record.manifest.get('uri', '-')}, {record.manifest.get('files', '?')} files",
         "model": f"{record.model.get('architecture', '-')}, fingerprint {record.model_fingerprint[:12]}",
@@ -66,7 +66,7 @@ def run_facts(record: RunRecord, published: str | None) -> dict[str, object]:
 
 
 def categories_table(summary: Summary, before: Summary | None = None) -> Table:
-    """The largest categories; beside another run, those whose share changed most."""
+    """Table of the largest categories or, compared with another run, of those whose share changed most."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("category")
     for name in ("items", "share", *(("before", "change") if before else ())):
@@ -74,20 +74,20 @@ def categories_table(summary: Summary, before: Summary | None = None) -> Table:
     for label, new, old in _largest(summary, before):
         cells = [str(summary.categories.get(label, 0)), f"{new:.2%}"]
         cells += [f"{old:.2%}", f"{new - old:+.2%}"] if before else []
-        table.add_row(shown(label), *cells)
+        table.add_row(cell_text(label), *cells)
     return table
 
 
 def confidence_line(name: str, summary: Summary) -> str:
     """The mean confidence and its histogram from 0 to 1."""
     mean = "-" if summary.mean_confidence is None else f"{summary.mean_confidence:.3f}"
-    most = max(1, *summary.confidence_histogram)
-    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // most)] for count in summary.confidence_histogram)
+    highest = max(1, *summary.confidence_histogram)
+    bars = "".join(_BARS[-(-count * (len(_BARS) - 1) // highest)] for count in summary.confidence_histogram)
     return f"confidence {name}: mean {mean}, 0 |{bars}| 1 in {HISTOGRAM_BINS} bins"
 
 
 def statuses_table(found: RunDiff) -> Table:
-    """Items by status, and changed labels by cause."""
+    """Table of item counts by status, with changed labels by cause."""
     table = Table("items", "", "meaning", box=None, pad_edge=False, header_style="bold")
     for name, meaning in STATUSES.items():
         table.add_row(name.replace("_", " "), str(found.statuses[name]), meaning)
@@ -98,7 +98,7 @@ def statuses_table(found: RunDiff) -> Table:
 
 
 def flows_table(found: RunDiff) -> Table:
-    """The largest flows from one label to another."""
+    """Table of the most frequent label changes."""
     table = Table("from", "to", box=None, pad_edge=False, header_style="bold")
     for name in ("items", "image", "model", "both", "neither", "confidence"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -107,7 +107,7 @@ def flows_table(found: RunDiff) -> Table:
         confidence = f"{flow.old_probability:.2f} -> {flow.new_probability:.2f}"
         table.add_row(
             *(
-                shown(NO_LABEL_TEXT if label is None else label, 40)
+                cell_text(NO_LABEL_TEXT if label is None else label, 40)
                 for label in (flow.old_label, flow.new_label)
             ),
             str(flow.items),
@@ -118,37 +118,37 @@ def flows_table(found: RunDiff) -> Table:
 
 
 def prune_table(choices: Iterable[Choice]) -> Table:
-    """Every run with what becomes of it, and why it stays."""
-    table = Table("run", "state", "", "why", box=None, pad_edge=False, header_style="bold")
+    """Table of all runs with the planned action and the reason to keep a run."""
+    table = Table("run", "state", "action", "reason", box=None, pad_edge=False, header_style="bold")
     for choice in choices:
         kept = choice.kept_because
-        word, why = ("goes", "") if kept is None else ("stays", kept)
-        table.add_row(shown(choice.run.run_id), choice.run.state.value, word, shown(why, 100))
+        action, reason = ("delete", "") if kept is None else ("keep", kept)
+        table.add_row(cell_text(choice.run.run_id), choice.run.state.value, action, cell_text(reason, 100))
     return table
 
 
 def _state(run: ListedRun) -> str:
-    refused = run.record is not None and any(not gate.get("passed", True) for gate in run.record.gates)
+    gate_failed = run.record is not None and any(not gate.get("passed", True) for gate in run.record.gates)
     if run.record is not None and run.record.unpublishable:
-        return "committed, a trial"
-    return "committed, refused" if refused else run.state.value
+        return "committed (dry run)"
+    return "committed (gate failed)" if gate_failed else run.state.value
 
 
 def _figures(run: ListedRun) -> tuple[str, str, str, Text]:
     if run.record is None:
-        return "-", "-", "-", shown(run.detail, 80)
+        return "-", "-", "-", cell_text(run.detail, 80)
     counts, rate = run.record.counts, run.record.images_per_second
     model = f"{run.record.model.get('architecture', '')} {run.record.model_fingerprint[:12]}"
-    return str(counts.rows), str(counts.quarantined), "-" if rate is None else f"{rate:.1f}", shown(model)
+    return str(counts.rows), str(counts.quarantined), "-" if rate is None else f"{rate:.1f}", cell_text(model)
 
 
 def _largest(summary: Summary, before: Summary | None) -> list[tuple[str, float, float]]:
-    """Labels with their share now and before."""
+    """Labels with their current and previous share."""
     new, old = summary.categories, before.categories if before else {}
     rows, rows_before = max(1, summary.answered), max(1, before.answered if before else 0)
-    found = [
+    shares = [
         (label, new.get(label, 0) / rows, old.get(label, 0) / rows_before)
         for label in new.keys() | old.keys()
     ]
     rank = (lambda row: (-abs(row[1] - row[2]), row[0])) if before else (lambda row: (-row[1], row[0]))
-    return sorted(found, key=rank)[:_LARGEST_CATEGORIES]
+    return sorted(shares, key=rank)[:_MAX_CATEGORIES]

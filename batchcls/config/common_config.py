@@ -26,7 +26,7 @@ def _model(value: str) -> str:
 
 def _local_folder(value: str) -> str:
     if is_remote(value):
-        raise ValueError("a folder of this machine is expected, and this is none")
+        raise ValueError("expected a local folder, not a remote URI")
     return _address(value)
 
 
@@ -36,9 +36,9 @@ def _node_folder(value: str) -> str:
 
 
 def _checked(normalize: Callable[[str], str], value: str) -> str:
-    """Pydantic reports a ValueError together with the name of the setting."""
+    """Normalize a value; errors become ValueError, which pydantic reports with the name of the setting."""
     if not value:
-        raise ValueError("is empty; leave it out, or name a place")
+        raise ValueError("is empty; remove the flag or specify a location")
     try:
         return normalize(value)
     except InputError as error:
@@ -46,33 +46,33 @@ def _checked(normalize: Callable[[str], str], value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
-"""A file, folder or glob that a user names, local or remote, in the one form that `uris.normalize_uri` gives it."""
+"""A file, folder or glob, local or remote, normalized by `uris.normalize_uri`."""
 
 LocalFolder = Annotated[str, AfterValidator(_local_folder)]
-"""A folder of this machine, in the same form."""
+"""A local folder, normalized in the same way."""
 
 NodeFolder = Annotated[str, AfterValidator(_node_folder)]
-"""A folder of every node: `~` and relative paths are for the node to resolve."""
+"""A folder on every node; the node resolves `~` and relative paths."""
 
 ModelAddress = Annotated[str, AfterValidator(_model)]
-"""A bundle's folder in that form, or the name of an architecture as it is."""
+"""A bundle folder, normalized in the same way, or the name of an architecture, unchanged."""
 
 TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"
 
 
-def _free_names(value: list[str]) -> list[str]:
-    # DuckDB and Spark do not tell capitals from small letters in names of columns.
-    taken = sorted(name for name in set(value) if name.casefold() in RESERVED_COLUMNS)
-    if taken:
+def _check_column_names(value: list[str]) -> list[str]:
+    # Column names are case-insensitive in DuckDB and Spark.
+    reserved = sorted(name for name in set(value) if name.casefold() in RESERVED_COLUMNS)
+    if reserved:
         raise ValueError(
-            f"{', '.join(taken)}: the output has columns of that name itself; rename in the manifest"
+            f"{', '.join(reserved)}: reserved names of output columns; rename the columns in the manifest"
         )
     if len({name.casefold() for name in value}) != len(value):
-        raise ValueError("a column is named twice, capitals and small letters taken as one")
+        raise ValueError("column names must be unique, ignoring case")
     return value
 
 
-KeptColumns = Annotated[list[str], AfterValidator(_free_names)]
+KeptColumns = Annotated[list[str], AfterValidator(_check_column_names)]
 """Columns of a manifest that pass through to the predictions."""
 
 
@@ -137,70 +137,71 @@ class JobConfig(BaseModel):
 
 
 class FetchSettings(JobConfig):
-    """How images and tables are read; shared by every job that reads them."""
+    """Settings for reading images and tables."""
 
     storage_options: dict[str, Any] = Field(
         json_schema_extra=FETCHING,
         default_factory=dict,
         description='JSON object for non-local storage, e.g. \'{"endpoint_url": "http://store:9000"}\'. '
-        "Credentials come from the usual AWS chain and are better left out of here.",
+        "Credentials should come from the standard AWS chain instead.",
     )
     allowed_root: Annotated[list[LocalFolder], ChangesResults()] = Field(
         json_schema_extra=FETCHING,
         default_factory=list,
-        description="Local images are read below these folders only; repeat or separate by commas. "
-        "Empty: any local path.",
+        description="Folders from which local images may be read; repeat the flag or separate by commas. Empty: any "
+        "local path.",
     )
     allow_private_addresses: Annotated[bool, ChangesResults()] = Field(
         json_schema_extra=FETCHING,
         default=False,
-        description="Let http(s) images come from private, loopback and link-local addresses.",
+        description="Allow http(s) image URLs with private, loopback and link-local addresses.",
     )
     fetch_timeout_seconds: float = Field(
-        json_schema_extra=FETCHING, default=30.0, gt=0, description="Longest one request may take."
+        json_schema_extra=FETCHING, default=30.0, gt=0, description="Timeout of a request."
     )
     fetch_attempts: int = Field(
         json_schema_extra=FETCHING,
         default=5,
         ge=1,
         le=20,
-        description="Requests per image at most; only transient faults are repeated.",
+        description="Maximum number of requests per image; only transient errors are retried.",
     )
     max_image_bytes: Annotated[int, ChangesResults()] = Field(
         json_schema_extra=FETCHING,
         default=50 * 2**20,
         ge=1,
-        description="Larger image files go to quarantine.",
+        description="Maximum size of an image file; larger files are quarantined.",
     )
     max_image_pixels: Annotated[int, ChangesResults()] = Field(
         json_schema_extra=FETCHING,
         default=89_478_485,
         ge=1,
-        description="Images whose header promises more go to quarantine, unread; a quarter of a GiB of RGB.",
+        description="Maximum number of pixels in the image header; larger images are quarantined without decoding. The "
+        "default corresponds to 256 MiB of RGB.",
     )
     min_image_side_pixels: Annotated[int, ChangesResults()] = Field(
         json_schema_extra=FETCHING,
         default=8,
         ge=1,
-        description="Images with a shorter side go to quarantine (tracking pixels).",
+        description="Minimum length of the shorter side; smaller images, such as tracking pixels, are quarantined.",
     )
     decode_timeout_seconds: float = Field(
         json_schema_extra=FETCHING,
         default=30.0,
         gt=0,
-        description="Processor time that decoding one image may take.",
+        description="CPU time limit for decoding one image.",
     )
     decode_memory_mib: int = Field(
         json_schema_extra=FETCHING,
         default=2048,
         ge=1,
-        description="Memory that the images which a worker decodes at a time may take together; one that takes "
-        "more is decoded alone.",
+        description="Memory limit for the images that a worker decodes concurrently; an image that needs more is "
+        "decoded alone.",
     )
 
 
 class PreprocessingSettings(JobConfig):
-    """What a user says of the preprocessing of weights that have no record of it."""
+    """Preprocessing of weights without preprocessing metadata."""
 
     mean: ChannelMeans | None = Field(
         json_schema_extra=MODEL, default=None, description="Mean of R,G,B in 0..1."
@@ -213,7 +214,7 @@ class PreprocessingSettings(JobConfig):
         default=None,
         ge=16,
         le=4096,
-        description="Side of the network's input in pixels.",
+        description="Width and height of the network's input in pixels.",
     )
     crop_pct: float | None = Field(
         json_schema_extra=MODEL,
@@ -228,13 +229,13 @@ class PreprocessingSettings(JobConfig):
 
 
 class ClusterSettings(JobConfig):
-    """Where a job runs; shared by every job on Ray."""
+    """Settings for connecting to Ray."""
 
     ray_address: str = Field(
         json_schema_extra=RESOURCES,
         default="auto",
-        description="auto: RAY_ADDRESS or a cluster on this machine, else start Ray here; local: always start "
-        "here; HOST:PORT: that cluster.",
+        description="auto: the cluster at RAY_ADDRESS or on this machine, otherwise start Ray locally; local: always "
+        "start Ray locally; HOST:PORT: connect to that cluster.",
     )
 
     @field_validator("ray_address")
@@ -243,5 +244,7 @@ class ClusterSettings(JobConfig):
         if value.startswith("ray://"):
             raise ValueError("Ray Client (ray://) is not supported; use `ray job submit` (cluster/README.md)")
         if value.startswith(("http://", "https://")):
-            raise ValueError(f"that is a dashboard; use `ray job submit --address {value} -- ...`")
+            raise ValueError(
+                f"this is the address of a dashboard; use `ray job submit --address {value} -- ...`"
+            )
         return value

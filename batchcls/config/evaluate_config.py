@@ -1,4 +1,4 @@
-"""Settings of the job that says how right a model is."""
+"""Settings of `evaluate`."""
 
 from typing import Any, Literal
 
@@ -11,75 +11,76 @@ from batchcls.storage.filesystem import redact_options, redact_uri
 
 
 class EvaluateConfig(FetchSettings, CacheSettings):
-    """Judge a bundle or a run on labeled rows: accuracy, confusion, calibration, thresholds."""
+    """Evaluate a bundle or a run on labeled rows: accuracy, confusion matrix, calibration, thresholds."""
 
     manifest: Address = Field(
         min_length=1,
-        description="Labeled rows, which the model was not trained on: Parquet file, folder or glob, local or s3://: "
-        "item_id, label, and uri or image.",
+        description="Labeled rows that were not used for training: Parquet file, folder or glob, local or s3://, with "
+        "the columns item_id, label, and uri or image.",
     )
     model: Address | None = Field(
         default=None,
         min_length=1,
-        description="The bundle to judge, a folder, local or s3://. This or --run.",
+        description="Bundle to evaluate: a folder, local or s3://. Specify either this or --run.",
     )
     run: Address | None = Field(
         default=None,
         min_length=1,
-        description="A finished run to judge, OUTPUT/runs/ID, or OUTPUT for the published one; joined with the "
-        "manifest by item_id. Without logits: no temperature. This or --model.",
+        description="Finished run to evaluate: OUTPUT/runs/ID, or OUTPUT for the published run. Rows are joined by "
+        "item_id. A run stores no logits, so no temperature is fitted. Specify either this or --model.",
     )
-    output: Address = Field(min_length=1, description="Folder for tables and the page, local or s3://.")
+    output: Address = Field(min_length=1, description="Folder for the tables and the report, local or s3://.")
     write_bundle: Address | None = Field(
         default=None,
         min_length=1,
-        description="Folder for a copy of the bundle with the temperature and the thresholds that were found; "
-        "`classify` uses them.",
+        description="Folder for a copy of the bundle with the fitted temperature and thresholds, which `classify` "
+        "uses.",
     )
     target_precision: float = Field(
         default=0.95,
         gt=0,
         lt=1,
-        description="Share of accepted answers that should be right; a threshold for each category comes of it.",
+        description="Target precision of accepted predictions; determines the threshold of each category.",
     )
     id_column: str = Field(
-        default="item_id", min_length=1, description="The manifest's column with unique ids."
+        default="item_id", min_length=1, description="Column of the manifest with unique IDs."
     )
     label_column: str = Field(
-        default="label", min_length=1, description="The manifest's column with the right class names."
+        default="label", min_length=1, description="Column of the manifest with the true class names."
     )
     labels_are_paths: bool = Field(
         default=False,
-        description="Labels are paths a/b/c in a tree of categories, for a model that has no category paths itself.",
+        description="Treat labels as paths a/b/c in a category tree. For models without category paths.",
     )
     tta: AugmentationName = Field(
         default="none",
-        description="Views of an image that are averaged, as in `classify`: none, hflip, five-crop, ten-crop. "
-        "Thresholds are for these views only. Of a bundle, not of a run.",
+        description="Test-time augmentation, as in `classify`: none, hflip, five-crop, ten-crop. The thresholds are "
+        "valid only for the same setting. Not available with --run.",
     )
-    engine: Literal["torch", "compile", "openvino"] = Field(
-        default="torch", description="What runs the network."
-    )
+    engine: Literal["torch", "compile", "openvino"] = Field(default="torch", description="Inference engine.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Arithmetic of the network."
+        default="fp32", description="Numeric precision of the network."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where the network runs; auto: a GPU if the engine can use one here."
+        default="auto",
+        description="Device of the network; auto: a GPU if one is available and the engine supports it.",
     )
     batch_size: int = Field(default=32, ge=1, description="Images per forward pass.")
-    limit: int | None = Field(default=None, ge=1, description="Only the first N rows of the manifest.")
+    limit: int | None = Field(
+        default=None, ge=1, description="Evaluate only the first N rows of the manifest."
+    )
     training_curves: Address | None = Field(
         default=None,
         min_length=1,
-        description='JSON file with lists of one length, {"epoch": [...], "loss": [...], "learning_rate": [...], '
-        '"accuracy": [...]}, for the page; default: the bundle\'s lineage.',
+        description='JSON file with training curves for the report, as lists of equal length: {"epoch": [...], "loss": '
+        '[...], "learning_rate": [...], "accuracy": [...]}. Default: the curves in the lineage of the bundle.',
     )
     log_interval_seconds: float = Field(
-        default=5.0, gt=0, description="Seconds between progress lines where there is no terminal."
+        default=5.0, gt=0, description="Seconds between progress lines if stderr is not a terminal."
     )
 
     def redacted(self) -> dict[str, Any]:
-        """The settings as plain JSON values, without anything secret."""
+        """The settings as JSON values, without secrets."""
         values = self.model_dump(mode="json")
         values["storage_options"] = redact_options(self.storage_options)
         for name in ("manifest", "model", "run", "output", "write_bundle", "training_curves"):

@@ -1,4 +1,4 @@
-"""Settings of the failure budget of a run, and of the gates that it passes before it is published."""
+"""Settings of the error budget of a run and of the gates for publishing it."""
 
 from typing import Annotated, ClassVar
 
@@ -11,19 +11,20 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class FailureBudgetSettings(JobConfig):
-    """How many rows of a run may fail before nothing is committed."""
+    """Limits on failed rows. A run that exceeds them is not committed."""
 
     max_failed_fraction: AutoOrFraction = Field(
         json_schema_extra=essential(PUBLISHING),
         default="auto",
-        description="auto: 1 % of the rows, 10 % as long as nothing was ever published, and 10 rows where that is more "
-        "and no more than a quarter. With a larger share of quarantined rows nothing is committed (exit 4). The run "
-        "stops as soon as that is certain, or likely from half of the images failing; the same command resumes it.",
+        description="Maximum fraction of failed rows; above it, nothing is committed (exit code 4). auto: 1% of the "
+        "rows, 10% if no run has been published, or 10 rows if that is more and at most a quarter of the "
+        "rows. The run stops as soon as it is certain to exceed the limit, or early if half of the images "
+        "fail; the same command resumes it.",
     )
     max_failed_fraction_by_reason: dict[str, float] = Field(
         json_schema_extra=PUBLISHING,
         default_factory=dict,
-        description="The same for single reasons, as a JSON object: '{\"not_found\": 0.001}'.",
+        description="Limits for individual reasons, as a JSON object: '{\"not_found\": 0.001}'.",
     )
 
     @field_validator("max_failed_fraction_by_reason")
@@ -31,16 +32,16 @@ class FailureBudgetSettings(JobConfig):
     def _reasons_are_known(cls, value: dict[str, float]) -> dict[str, float]:
         unknown = sorted(set(value) - set(Reason))
         if unknown:
-            raise ValueError(f"{', '.join(unknown)}: no such reason; there are {', '.join(Reason)}")
+            raise ValueError(f"{', '.join(unknown)}: unknown reason; the reasons are {', '.join(Reason)}")
         if not all(0 <= fraction <= 1 for fraction in value.values()):
-            raise ValueError("fractions are between 0 and 1")
+            raise ValueError("fractions must be between 0 and 1")
         return value
 
 
 class GateSettings(JobConfig):
-    """What a run must keep to be published; shared by every job that publishes.
+    """Gates that a run must pass to be published.
 
-    In TOML they may stand in a table [gates] without the prefix.
+    In TOML files, they may be listed in a table [gates] without the prefix.
     """
 
     toml_tables: ClassVar[dict[str, str]] = {"gates": "gate_"}
@@ -48,63 +49,64 @@ class GateSettings(JobConfig):
     gate_max_failed_fraction: Fraction | None = Field(
         json_schema_extra=PUBLISHING,
         default=None,
-        description="Publish only if at most this share of the rows failed. Default: what --max-failed-fraction is.",
+        description="Maximum fraction of failed rows. Default: the value of --max-failed-fraction.",
     )
     gate_max_failed_fraction_by_reason: dict[Reason, Fraction] = Field(
         json_schema_extra=PUBLISHING,
         default_factory=dict,
-        description="The same by reason, as JSON: '{\"not_found\": 0.001}'. Reasons that are not named share the "
-        "limit of all.",
+        description="Limits for individual reasons, as a JSON object: '{\"not_found\": 0.001}'. Other "
+        "reasons share the limit of --gate-max-failed-fraction.",
     )
     gate_min_coverage_fraction: Fraction | None = Field(
         json_schema_extra=PUBLISHING,
         default=None,
-        description="Publish only if at least this share of the rows has an answer. Default: the rest of "
-        "the failed fraction's limit.",
+        description="Minimum fraction of rows with a prediction. Default: 1 minus the limit on failed rows.",
     )
     gate_max_changed_labels_fraction: Fraction = Field(
         json_schema_extra=PUBLISHING,
         default=0.1,
-        description="Publish only if at most this share of the items that the published run has, too, got "
-        "another label. 1 switches it off. This and the limits of shifts and of the mean confidence are widened by "
-        "what chance explains on so many rows (one-sided, 95 %).",
+        description="Maximum fraction of the items in both runs whose label differs from the published run; 1 disables "
+        "the gate. This limit and those on shifts and mean confidence are widened by the sampling error (one-sided, "
+        "95%).",
     )
     gate_max_category_shift: Fraction = Field(
         json_schema_extra=PUBLISHING,
         default=0.1,
-        description="Largest Jensen-Shannon distance (base 2, 0 to 1) of the category mix from the published run's.",
+        description="Maximum Jensen-Shannon distance (base 2, 0 to 1) between the label distributions of this run and "
+        "the published run.",
     )
     gate_min_mean_confidence: Fraction | None = Field(
         json_schema_extra=PUBLISHING,
         default=None,
-        description="Least mean probability of the best label. Default: 1.05 times what guessing gives, 1 / classes.",
+        description="Minimum mean top-1 probability. Default: 1.05 / number of classes, slightly above chance.",
     )
     gate_max_mean_confidence_shift: Fraction = Field(
         json_schema_extra=PUBLISHING,
         default=0.05,
-        description="Largest difference of the mean probability from the published run's.",
+        description="Maximum absolute difference of the mean top-1 probability from the published run.",
     )
     gate_max_embedding_norm_shift_fraction: float = Field(
         json_schema_extra=PUBLISHING,
         default=0.1,
         ge=0,
-        description="Largest difference of the embeddings' mean length from the published run's, as a share of it.",
+        description="Maximum relative difference of the mean embedding norm from the published run.",
     )
     gate_max_non_finite_embeddings: int = Field(
         json_schema_extra=PUBLISHING,
         default=0,
         ge=0,
-        description="Most rows whose embedding has NaN or infinity in it.",
+        description="Maximum number of rows whose embedding contains NaN or infinity.",
     )
     gate_max_row_count_change_fraction: float = Field(
         json_schema_extra=PUBLISHING,
         default=0.1,
         ge=0,
-        description="Largest change of the number of rows against the published run.",
+        description="Maximum relative change of the number of rows from the published run.",
     )
     gate_min_rows: int = Field(
         json_schema_extra=PUBLISHING,
         default=100,
         ge=0,
-        description="Shares and means over fewer rows say little, and no gate judges them.",
+        description="Minimum number of rows to evaluate a gate on fractions or means; gates with fewer rows are "
+        "skipped.",
     )

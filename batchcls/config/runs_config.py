@@ -1,4 +1,4 @@
-"""Settings of the job that looks after runs."""
+"""Settings of the `runs` commands."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from pydantic import Field, model_validator
 from batchcls.config.common_config import Address, JobConfig
 
 _RUN = (
-    "A run's id, or an unambiguous beginning of it; published, previous (the one before it) or latest (the "
-    "newest committed one)."
+    "ID of a run or an unambiguous prefix of it, or published, previous (the one published before) or latest (the "
+    "newest committed run)."
 )
 
 
 class RunsConfig(JobConfig):
-    """What all commands about runs have in common."""
+    """Settings of all `runs` commands."""
 
     output: Address = Field(min_length=1, description="Folder with runs/ and current.json, local or s3://.")
     storage_options: dict[str, Any] = Field(
-        default_factory=dict, description="JSON object for non-local storage."
+        default_factory=dict, description="JSON object with options for remote storage."
     )
 
 
@@ -26,81 +26,81 @@ class RunsListConfig(RunsConfig):
 
 
 class RunsShowConfig(RunsConfig):
-    """Show what a run holds and what the gates said of it."""
+    """Show the contents of a run and its gate results."""
 
     run: str = Field(default="published", min_length=1, description=_RUN)
 
 
 class RunsDiffConfig(RunsConfig):
-    """Compare two runs: items new, gone and changed, from which label to which, and why."""
+    """Compare two runs: new, removed and changed items, label changes and their causes."""
 
     old: str = Field(min_length=1, description=_RUN)
-    new: str = Field(min_length=1, description="The run to look at, in the same words.")
+    new: str = Field(min_length=1, description="Run to compare with the old one, in the same form.")
     to: Address | None = Field(
         default=None,
         min_length=1,
-        description="Folder for diff-items.parquet, flows.parquet and diff.json; default: nothing is written.",
+        description="Folder for diff-items.parquet, flows.parquet and diff.json. Default: no files are written.",
     )
-    largest: int = Field(default=20, ge=1, description="How many of the largest flows to show.")
+    largest: int = Field(default=20, ge=1, description="Number of most frequent label changes to show.")
 
 
 class RunsReportConfig(RunsConfig):
-    """Draw a run's page, report.html, again."""
+    """Write the report of a run, report.html, again."""
 
     run: str = Field(default="published", min_length=1, description=_RUN)
     before: str | None = Field(
         default=None,
         min_length=1,
-        description="The run to compare with. Default: the one that its gates were held against.",
+        description="Run to compare with. Default: the baseline run of its gates.",
     )
 
 
 class RunsPublishConfig(RunsConfig):
-    """Make a committed run the current one."""
+    """Publish a committed run."""
 
     run: str = Field(min_length=1, description=_RUN)
     force: bool = Field(
         default=False,
-        description="Publish although a gate refused it, in place of a run that was begun later, or in place of a "
-        "damaged current.json. Runs of random weights or of a part of the manifest are refused all the same.",
+        description="Publish despite a failed gate, over a run that was started later, or over a damaged current.json. "
+        "Runs with random weights or on a part of the manifest are still rejected.",
     )
     verify: bool = Field(
-        default=False, description="Read every file first; else only their presence and sizes are held."
+        default=False,
+        description="Read and verify every file first; otherwise only existence and sizes are checked.",
     )
 
 
 class RunsRollbackConfig(RunsConfig):
-    """Publish again the run that was published before, and is still whole."""
+    """Publish the previously published run again, if it is intact."""
 
     verify: bool = Field(
-        default=True, description="Read every file first; else only their presence and sizes are held."
+        default=True,
+        description="Read and verify every file first; otherwise only existence and sizes are checked.",
     )
 
 
 class RunsPruneConfig(RunsConfig):
-    """Remove old runs; without --yes it only says which."""
+    """Delete old runs. Without --yes, only list them."""
 
-    keep: int | None = Field(default=None, ge=0, description="Keep so many of the newest committed runs.")
-    older_than_days: float | None = Field(
-        default=None, ge=0, description="Remove only runs that are older than this."
-    )
+    keep: int | None = Field(default=None, ge=0, description="Number of newest committed runs to keep.")
+    older_than_days: float | None = Field(default=None, ge=0, description="Delete only runs older than this.")
     grace_hours: float = Field(
         default=24.0,
         ge=0,
-        description="Readers may have open what was published within this time, and jobs may be at work on "
-        "what was begun within it: such runs stay.",
+        description="Keep runs that were published or started within this time, because readers or jobs may still use "
+        "them.",
     )
-    keep_previous: bool = Field(default=True, description="Keep the run that a rollback goes back to.")
-    yes: bool = Field(default=False, description="Remove them.")
+    keep_previous: bool = Field(default=True, description="Keep the run that `runs rollback` would publish.")
+    yes: bool = Field(default=False, description="Delete the runs.")
 
     @model_validator(mode="after")
-    def _says_what_to_keep(self) -> "RunsPruneConfig":
+    def _require_criterion(self) -> "RunsPruneConfig":
         if self.keep is None and self.older_than_days is None:
-            raise ValueError("say what may go: --keep N, --older-than-days D, or both")
+            raise ValueError("specify what to delete with --keep N, --older-than-days D, or both")
         return self
 
 
 class RunsVerifyConfig(RunsConfig):
-    """Read a run again, all of it, and hold it against its run.json."""
+    """Read all files of a run and verify them against its run.json."""
 
     run: str = Field(default="published", min_length=1, description=_RUN)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from batchcls.cli.app import Command, main
-from batchcls.cli.console import results_console, watching
+from batchcls.cli.console import results_console, show_progress
 from batchcls.cli.evaluation_tables import metrics_table, worst_categories_table
 from batchcls.cli.tables import bundle_line
 from batchcls.config.evaluate_config import EvaluateConfig
@@ -154,7 +154,7 @@ def _evaluate_bundle(
     predictor = LabeledPredictor(labeled, labels, engine)
     rows = labeled.manifest.rows
     with allocate_logits(rows * views.count, len(labels)) as buffer:
-        with watching(lambda: predictor, rows, console, config.log_interval_seconds):
+        with show_progress(lambda: predictor, rows, console, config.log_interval_seconds):
             notes, evaluated_rows, store = predictor.run(load, buffer)
         _logger.info("predicted %d rows; fitting calibration", len(store))
         result = evaluate_logits(store, paths, config.target_precision)

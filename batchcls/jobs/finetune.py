@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcls.cli.app import Command, main
-from batchcls.cli.console import results_console, watching
+from batchcls.cli.console import results_console, show_progress
 from batchcls.cli.tables import bundle_line
 from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
@@ -257,7 +257,7 @@ def _prepare(
         )
 
     rows = inputs.training.manifest.rows + inputs.validation.manifest.rows
-    with watching(lambda: seen, rows, console, config.log_interval_seconds, "prepare"):
+    with show_progress(lambda: seen, rows, console, config.log_interval_seconds, "prepare"):
         training = prepared(inputs.training, 0)
         validation = prepared(inputs.validation, inputs.training.manifest.rows)
     given = config.max_failed_fraction

@@ -11,13 +11,13 @@ from batchcls.cli.app import Command, main
 from batchcls.cli.console import results_console
 from batchcls.cli.run_tables import (
     categories_table,
+    cell_text,
     confidence_line,
     facts_table,
     flows_table,
     prune_table,
     run_facts,
     runs_table,
-    shown,
     statuses_table,
 )
 from batchcls.cli.tables import counts_table, gates_table
@@ -213,9 +213,9 @@ def _remove(config: RunsPruneConfig, going: Sequence[ListedRun], keeping: Keepin
             continue
         freed += removed.freed
         if removed.kept_because is None:
-            out.print(f"removed: {shown(run.run_id)}")
+            out.print(f"removed: {cell_text(run.run_id)}")
         else:
-            _logger.warning("%s stays: %s", shown(run.run_id), removed.kept_because)
+            _logger.warning("kept %s: %s", cell_text(run.run_id), removed.kept_because)
     out.print(f"{freed / 2**20:.1f} MiB freed")
     if failures:
         raise InputError(f"not removed whole, the next prune goes on: {'; '.join(failures)}")
@@ -227,7 +227,7 @@ def verify_run(config: RunsVerifyConfig, console: Console) -> ExitCode:
     record, storage = _record(config, config.run)
     faults = verify(record, storage)
     for fault in faults:
-        _logger.error("%s: %s", record.run_id, shown(fault, 300))
+        _logger.error("%s: %s", record.run_id, cell_text(fault, 300))
     out = results_console()
     if faults:
         out.print(f"{record.run_id} is damaged: {len(faults)} faults")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from batchcls.cli.console import watching
+from batchcls.cli.console import show_progress
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.prometheus import metrics_of
@@ -122,7 +122,7 @@ def execute(
         return progress
 
     started_at, cpu = time.time(), time.process_time()
-    with watching(report_progress, len(spec.rows), console, interval_seconds):
+    with show_progress(report_progress, len(spec.rows), console, interval_seconds):
         receipts = graph.execute()
         report_progress()
     finished_at, cpu = time.time(), time.process_time() - cpu

@@ -15,7 +15,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from batchcls.cli.console import watching
+from batchcls.cli.console import show_progress
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import BatchclsError, InputError, StorageStoppedError
 from batchcls.models.model_bundle import Bundle
@@ -132,7 +132,7 @@ def run_training(
 
     images = settings.recipe.epochs * len(settings.training.rows)
     try:
-        with watching(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
+        with show_progress(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
             result = fit_until_done(trainer, config.max_failures, run.lease.check)
     finally:
         if assignment.copies:

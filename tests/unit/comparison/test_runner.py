@@ -78,7 +78,7 @@ def test_skips_bf16_on_processors_that_emulate_it(results, log):
     assert (skipped.candidate, skipped.reason) == (candidates[1], NO_BF16)
     assert [candidate for candidate, _ in bench.measured] == candidates[:1]
     assert log.text.count(NO_BF16) == 1
-    with pytest.raises(InputError, match="no instructions"):
+    with pytest.raises(InputError, match="no bf16 instructions"):
         _run([_candidate("c", choice=BF16, hardware=without_bf16)], results(), bench)
     assert not _run([_candidate("c", choice=BF16, hardware=without_bf16, device="cuda")], results(), bench)
 
