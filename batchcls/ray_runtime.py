@@ -57,21 +57,21 @@ WORKER_RUNTIME_ENV = {"env_vars": WORKER_VARIABLES | MALLOC_VARIABLES}
 def ray_session(address: str) -> Iterator[None]:
     """Connect to the cluster at `address`, or start Ray on this machine and shut it down afterwards.
 
+    A process that is already connected to Ray, such as a notebook, keeps its connection.
+
     Args:
         address: "auto" connects to the cluster of RAY_ADDRESS or of this machine, and starts Ray here if there is
             none; "local" always starts Ray here; HOST:PORT connects to that cluster.
 
-    A process that is connected to Ray already, such as a notebook, keeps its connection.
-
     Raises:
-        InputError: no cluster responds at the address, or this process is connected to Ray already and the address
+        InputError: no cluster responds at the address, or this process is already connected to Ray and the address
             is not "auto".
         ClusterStartError: Ray failed to start on this machine twice.
     """
     if ray.is_initialized():
         if address != "auto":
             raise InputError(
-                f"--ray-address {address}: this process is connected to Ray already; leave the setting out to use that "
+                f"--ray-address {address}: this process is already connected to Ray; omit the setting to use that "
                 "connection, or call ray.shutdown() first"
             )
         yield

@@ -45,8 +45,24 @@ class ResourcePlan:
     """Numbers and sizes of the actors, tasks, blocks and files of a run.
 
     CPUs and GPUs are logical resources that Ray reserves; an actor may run more threads than it has CPUs. In the
-    fused shape there are no load tasks, and each fragment becomes one file. `reasons` explains the numbers in
-    sentences for the log.
+    fused shape there are no load tasks, and each fragment becomes one file.
+
+    Attributes:
+        shape: graph of the run; see `--shape`.
+        device: device of the network.
+        num_actors: actors that run the network.
+        cpus_per_actor: CPUs that Ray reserves for an actor.
+        gpus_per_actor: GPUs that Ray reserves for an actor.
+        threads_per_actor: threads of the network in an actor.
+        load_tasks: concurrent load tasks.
+        cpus_per_load_task: CPUs that Ray reserves for a load task.
+        fetch_threads: concurrent fetches of a load task, or of an actor in the fused shape.
+        decode_threads: threads that decode images in the same process.
+        batch_size: images per forward pass.
+        block_rows: rows per Arrow block.
+        fragment_rows: maximum number of manifest rows per fragment.
+        rows_per_file: rows per file; a maximum in the fused shape, a minimum in the staged shape.
+        reasons: human-readable explanation of the numbers, for the log.
     """
 
     shape: Shape

@@ -117,7 +117,7 @@ def _views(run_id: str, mark: str) -> dict[Host, NodeView]:
 
 
 def _hosts() -> list[Host]:
-    """The living nodes that tasks and workers can run on."""
+    """The alive nodes on which tasks and workers can run."""
     found = [
         Host(node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})")
         for node in ray.nodes()

@@ -58,6 +58,6 @@ def test_a_connected_process_classifies_resumes_and_is_refused(
     assert "mean_confidence" in {gate.gate for gate in refused.gates if not gate.passed}
     assert batchcls.open_run(output).run_id == run.run_id
 
-    with pytest.raises(batchcls.InputError, match="connected to Ray already"):
+    with pytest.raises(batchcls.InputError, match="already connected to Ray"):
         batchcls.classify(catalog, tiny_bundle, tmp_path / "other", ray_address="local")
     assert not (tmp_path / "other").exists()

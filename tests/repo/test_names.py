@@ -23,6 +23,8 @@ FORBIDDEN = {
     r"anew": "again",
     r"(goes|go|gone|going) on with": "resume",
     r"leavings": "leftover files",
+    r"living[_ ]nodes?": "alive nodes, worker_nodes",
+    r"close[_ ]calls?": "sampling_warning, within the sampling error",
     r"cpu_lanes|cuda_ring": "thread_pool, cuda_pipeline",
     r"labell(ed|ing)|colour\w*|behaviour\w*|neighbour\w*|favour\w*|honour\w*": "US spelling",
     r"(normal|optim|quant|summar|recogn|initial|organ|parallel|serial|minim|maxim|synchron)is(ed?|es|ing|ation)": (
