@@ -225,7 +225,7 @@ def test_actor_with_golden_mismatch_fails_the_run(job: Job, tiny_bundle: str, ca
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model-fingerprint", "0123456789ab"], ["0123456789ab", "another model"]),
+        (["--model-fingerprint", "0123456789ab"], ["0123456789ab", "not the model"]),
         (["--manifest", "nowhere.parquet"], ["nowhere.parquet"]),
         (["--model", "timm:no_such_network"], ["no_such_network"]),
         (["--model", "nowhere"], ["nowhere", "bundle"]),
