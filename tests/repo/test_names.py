@@ -30,6 +30,12 @@ FORBIDDEN = {
     r"(normal|optim|quant|summar|recogn|initial|organ|parallel|serial|minim|maxim|synchron)is(ed?|es|ing|ation)": (
         "US spelling"
     ),
+    r"write_whole|look_into|find_bad_ids": "write_atomic, list_path, find_invalid_ids",
+    r"ChangedMeanwhileError": "VersionConflictError",
+    r"processor time": "CPU time",
+    r"no room left": "no space left",
+    r"bytes a pixel": "bytes per pixel",
+    r"leads? nowhere": "broken link",
     r"catalogues?|judgement|artefacts?|grey|centre": "US spelling",
 }
 TEXT = ("", ".py", ".md", ".toml", ".html", ".yml", ".yaml", ".sh", ".svg")
