@@ -17,10 +17,8 @@ from batchcls.cli.console import PlainConsole, messages_console
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.config.common_config import FetchSettings
 from batchcls.errors import BatchclsError, PublishRefused
-from batchcls.runs.catalog import Counts, RunRecord, open_parts, read_current, read_record
-from batchcls.runs.gate_evaluation import recorded_gates
-from batchcls.runs.gates import GateResult
-from batchcls.runs.parts import Kind
+from batchcls.runs.catalog import open_parts, read_current, read_record
+from batchcls.runs.records import Counts, GateResult, Kind, RunRecord
 from batchcls.runs.run_refs import PUBLISHED, resolve_run
 from batchcls.storage.filesystem import Storage, join
 from batchcls.storage.uris import normalize_uri
@@ -186,7 +184,7 @@ def open_run(
     return _run(
         record,
         storage,
-        gates=recorded_gates(record),
+        gates=record.gates,
         published=read_current(folder, storage) == record.run_id,
     )
 

@@ -5,7 +5,7 @@ that cannot be scheduled is rejected before a row is read, because Ray would wai
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from batchcls.config.pipeline_config import PipelineSettings
@@ -80,12 +80,6 @@ class ResourcePlan:
     fragment_rows: int
     rows_per_file: int
     reasons: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the numbers for plan.json, without the reasons."""
-        values = asdict(self)
-        values.pop("reasons")
-        return values
 
 
 def plan_resources(

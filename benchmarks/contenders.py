@@ -99,7 +99,7 @@ class JobEngine:
 
     @classmethod
     def of(cls, measured: Mapping[str, Any]) -> "JobEngine":
-        """From `measured` of a run.json.
+        """From `measurements` of a run.json.
 
         Raises:
             ValueError: it names no engine.
@@ -107,7 +107,7 @@ class JobEngine:
         found = re.search(r"\b(torch|compile|openvino) (fp32|bf16|fp16|int8)\b", str(measured["engines"]))
         if found is None:
             raise ValueError(f"run.json names no engine: {measured['engines']}")
-        sizes = [choice["batch_size"] for choice in measured.get("engine_choices", ())]
+        sizes = [choice["batch_size"] for choice in measured.get("engine_selections", ())]
         return cls(found.group(1), found.group(2), sizes[0] if sizes else _BATCH_SIZE)
 
 

@@ -43,7 +43,7 @@ from benchmarks.process import REPOSITORY
 
 _BATCH = 16
 # Of the bottleneck report, whose ideal is that of as many cores as the nodes have by name.
-_REPORTED = ("limited_by", "ideal_images_per_second", "efficiency", "busy_milliseconds_per_image")
+_REPORTED = ("limited_by", "ideal_images_per_second", "efficiency", "milliseconds_per_image")
 
 
 class SleepingActor(FragmentActor):
@@ -99,7 +99,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
     # The last actor to start decides from when on all nodes work.
     totals = reconcile(receipts, inputs.manifest.rows)
     found = find_bottleneck(executed.stage_usage(totals.stage_seconds, engine_was_measured=False))
-    report = found.as_json()
+    report = found.model_dump(mode="json")
     steady = _steady_rate([(receipt.written_at, receipt.rows) for receipt in receipts])
     return {
         "nodes": count,
@@ -108,7 +108,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
         "stub_images_per_second": rate,
         "of_stubs": round(steady / (count * rate), 3),
         **{name: report[name] for name in _REPORTED},
-        "driver_peak_mib": executed.as_json()["peak_memory_mib_of_the_driver"],
+        "driver_peak_mib": executed.measurements().peak_memory_mib_of_the_driver,
     }
 
 

@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import open_manifest
-from batchcls.runs.catalog import Counts, RunRecord
 from batchcls.runs.parts import PartFile, Receipt
-from batchcls.runs.receipts import keep_receipt, missing_rows, read_receipts, settle_receipts
+from batchcls.runs.receipts import missing_rows, read_receipts, select_receipts, write_receipt
+from batchcls.runs.records import Counts, ManifestInfo, ModelInfo, RunFile, RunRecord
 from batchcls.runs.reuse import hashes_of, open_reuse_source, state_keys
 from batchcls.storage.filesystem import Storage
 
@@ -56,15 +56,29 @@ def prepare(rows: int, folder: Path) -> None:
         (folder / "manifest").mkdir(exist_ok=True)
         pq.write_table(texts.select(["item_id", "uri"]), folder / "manifest" / f"{start:012d}.parquet")
         # Larger files than a run's, of the same rows: what is measured reads columns, not files.
-        (folder / "earlier" / "predictions").mkdir(parents=True, exist_ok=True)
-        pq.write_table(texts, folder / "earlier" / "predictions" / f"{start:012d}.parquet")
+        predictions = folder / "runs" / "earlier" / "predictions"
+        predictions.mkdir(parents=True, exist_ok=True)
+        pq.write_table(texts, predictions / f"{start:012d}.parquet")
     for start in range(0, rows, 2 * _ROWS_PER_FILE):
         # A failed row out of a part now and then, as in real runs.
         numbers = np.arange(start, min(rows, start + _ROWS_PER_FILE), dtype=np.int64)
         found = RowRanges.of(np.delete(numbers, len(numbers) // 2))
-        file = PartFile(f"predictions/{start}.parquet", "predictions", len(found), 1, "0" * 64, found)
-        receipt = Receipt(f"part-{start:012d}.json", (file,), {"decode": 1.0}, 1, 0.0)
-        keep_receipt(receipt, str(folder / "run"), _STORAGE)
+        file = PartFile(
+            path=f"predictions/{start}.parquet",
+            kind="predictions",
+            rows=len(found),
+            bytes=1,
+            digest="0" * 64,
+            ranges=found,
+        )
+        receipt = Receipt(
+            name=f"part-{start:012d}.json",
+            files=(file,),
+            seconds={"decode": 1.0},
+            image_bytes=1,
+            written_at=0.0,
+        )
+        write_receipt(receipt, str(folder / "run"), _STORAGE)
 
 
 def resume(rows: int, folder: Path) -> dict[str, float]:
@@ -72,7 +86,7 @@ def resume(rows: int, folder: Path) -> dict[str, float]:
     steps: dict[str, float] = {}
     manifest = _timed(steps, "manifest", lambda: open_manifest(str(folder / "manifest"), _STORAGE))
     receipts = _timed(steps, "receipts", lambda: read_receipts(str(folder / "run"), _STORAGE))
-    kept = _timed(steps, "settle", lambda: settle_receipts(receipts, rows, lambda file: file.is_retryable))
+    kept = _timed(steps, "settle", lambda: select_receipts(receipts, rows, lambda file: file.is_retryable))
     todo = _timed(steps, "missing", lambda: missing_rows(kept, rows))
     cut = _timed(
         steps, "fragments", lambda: sum(len(f.row_numbers()) for f in manifest.fragments(repeat(2048), todo))
@@ -85,23 +99,25 @@ def reuse(rows: int, folder: Path) -> dict[str, float]:
     """Build the index and search it for every row, as the tasks do."""
     steps: dict[str, float] = {}
     files = tuple(
-        PartFile(f"predictions/{path.name}", "predictions", pq.read_metadata(path).num_rows, 1, "")
-        for path in sorted((folder / "earlier" / "predictions").iterdir())
+        RunFile(
+            path=f"predictions/{path.name}",
+            kind="predictions",
+            rows=pq.read_metadata(path).num_rows,
+            bytes=path.stat().st_size,
+            digest="",
+        )
+        for path in sorted((folder / "runs" / "earlier" / "predictions").iterdir())
     )
     record = RunRecord(
         output=str(folder),
-        folder=str(folder / "earlier"),
         run_id="earlier",
         committed=datetime.now(UTC),
-        manifest={},
-        model={},
-        unpublishable=(),
-        counts=Counts(rows, rows, 0, 0, {}),
+        manifest=ManifestInfo(),
+        model=ModelInfo(),
+        counts=Counts(rows=rows, predicted=rows, quarantined=0),
         files=files,
-        gates=(),
-        measured={},
-        raw={},
     )
+    Path(record.folder, "run.json").write_bytes(record.to_json())
     earlier = _timed(
         steps, "index", lambda: open_reuse_source(record, _STORAGE, same_base=True, same_manifest=False)
     )

@@ -76,7 +76,7 @@ def run_once(
         last = json.loads(said.splitlines()[-1])
         return Timing(count, last["seconds"], last.get("images_per_second_after_start")), answers
     (path,) = output.glob("runs/*/run.json")
-    measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+    measured = json.loads(path.read_text(encoding="utf-8"))["measurements"]
     found.engines[contender.name] = JobEngine.of(measured)
     found.job_records[contender.name].append(measured)
     after = (measured.get("bottleneck") or {}).get("images_per_second_after_start")

@@ -21,7 +21,8 @@ from batchcls.runs.catalog import open_parts, read_record
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.diff import diff_runs
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.plan import Plan, create_plan
+from batchcls.runs.plan import Fingerprints, Plan, create_plan
+from batchcls.runs.records import Findings, ManifestInfo, ModelInfo
 from batchcls.runs.summary import changed_labels, summarize
 from batchcls.runs.verify import verify
 from batchcls.schema import TOP_K_TYPE, classified_schema
@@ -70,14 +71,19 @@ def _timed(name: str, step: Callable[..., None], *arguments: object) -> None:
 
 def _write(output: str, name: str, rows: int, embedding: bool) -> None:
     kind = pa.float16() if embedding else None
-    plan = Plan(name, {}, {"rows": rows, "fingerprint": "f"}, {"fingerprint": "m", "architecture": "x"}, {})
+    plan = Plan(
+        run_id=name,
+        fingerprints=Fingerprints(manifest="f", model="m", settings={}),
+        manifest=ManifestInfo(rows=rows, fingerprint="f"),
+        model=ModelInfo(fingerprint="m", architecture="x"),
+    )
     folder = create_plan(plan, output, Storage())
     writer = PartWriter(folder, Storage(), (), kind, _DIMENSION)
     receipts: list[Receipt] = []
     for start in range(0, rows, _PART_ROWS):
         block = _block(start, min(rows, start + _PART_ROWS), name == "new", kind)
         receipts.append(writer.write([block]))
-    commit(plan, receipts, reconcile(receipts, rows), {}, Storage(), folder)
+    commit(plan, receipts, reconcile(receipts, rows), Findings(), Storage(), folder)
 
 
 def _block(start: int, stop: int, changed: bool, kind: pa.DataType | None) -> pa.Table:
@@ -119,7 +125,7 @@ def _block(start: int, stop: int, changed: bool, kind: pa.DataType | None) -> pa
 
 def _summary(output: str) -> None:
     record = read_record(output, "new", Storage())
-    assert summarize(record.folder, record.files, Storage()).answered == record.counts.rows
+    assert summarize(record.folder, record.files, Storage()).predictions == record.counts.rows
 
 
 def _changed(output: str) -> None:

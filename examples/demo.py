@@ -99,7 +99,7 @@ def report(output: Path, seconds: float) -> None:
     CONSOLE.rule("[bold]What came out", align="left")
     right, labeled = accuracy(run, output / "drawn" / "catalog.parquet")
     CONSOLE.print(f"accuracy    {right / labeled:.1%} top-1 on {labeled} drawings the network never saw")
-    measured = record["measured"]
+    measured = record["measurements"]
     CONSOLE.print(
         f"throughput  {measured['images_per_second']:.0f} images/s, Ray's start-up included; "
         f"the whole demo took {seconds:.0f} s"

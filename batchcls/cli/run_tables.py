@@ -6,11 +6,10 @@ from rich.table import Table
 from rich.text import Text
 
 from batchcls.cli.console import printable
-from batchcls.runs.catalog import ListedRun, RunRecord, State
+from batchcls.runs.catalog import ListedRun, State
 from batchcls.runs.diff import CAUSES, STATUSES, RunDiff
-from batchcls.runs.prune import Choice
-from batchcls.runs.records import HISTOGRAM_BINS
-from batchcls.runs.summary import Summary
+from batchcls.runs.prune import PruneDecision
+from batchcls.runs.records import HISTOGRAM_BINS, RunRecord, Summary
 from batchcls.schema import NO_LABEL_TEXT
 
 _MAX_WIDTH = 60
@@ -50,14 +49,14 @@ def facts_table(facts: Mapping[str, object]) -> Table:
 
 def run_facts(record: RunRecord, published: str | None) -> dict[str, object]:
     """The most important properties of a run by name."""
-    counts, rate = record.counts, record.images_per_second
+    counts, rate, files = record.counts, record.measurements.images_per_second, record.manifest.files
     return {
         "run": record.run_id,
         "published": "yes" if record.run_id == published else "no",
         "not publishable because": "; ".join(record.unpublishable) or "-",
         "committed": f"{record.committed:%Y-%m-%d %H:%M:%S %Z}",
-        "manifest": f"{record.manifest.get('uri', '-')}, {record.manifest.get('files', '?')} files",
-        "model": f"{record.model.get('architecture', '-')}, fingerprint {record.model_fingerprint[:12]}",
+        "manifest": f"{record.manifest.uri or '-'}, {'?' if files is None else files} files",
+        "model": f"{record.model.architecture or '-'}, fingerprint {record.model.fingerprint[:12]}",
         "rows": f"{counts.rows}: {counts.predicted} predicted, {counts.reused} reused, {counts.quarantined} failed",
         "files": f"{len(record.files)}, {sum(file.bytes for file in record.files) / 2**20:.1f} MiB",
         "images/s": "-" if rate is None else f"{rate:.1f}",
@@ -117,18 +116,20 @@ def flows_table(found: RunDiff) -> Table:
     return table
 
 
-def prune_table(choices: Iterable[Choice]) -> Table:
+def prune_table(decisions: Iterable[PruneDecision]) -> Table:
     """Table of all runs with the planned action and the reason to keep a run."""
     table = Table("run", "state", "action", "reason", box=None, pad_edge=False, header_style="bold")
-    for choice in choices:
-        kept = choice.kept_because
+    for decision in decisions:
+        kept = decision.kept_because
         action, reason = ("delete", "") if kept is None else ("keep", kept)
-        table.add_row(cell_text(choice.run.run_id), choice.run.state.value, action, cell_text(reason, 100))
+        table.add_row(
+            cell_text(decision.run.run_id), decision.run.state.value, action, cell_text(reason, 100)
+        )
     return table
 
 
 def _state(run: ListedRun) -> str:
-    gate_failed = run.record is not None and any(not gate.get("passed", True) for gate in run.record.gates)
+    gate_failed = run.record is not None and any(not gate.passed for gate in run.record.gates)
     if run.record is not None and run.record.unpublishable:
         return "committed (dry run)"
     return "committed (gate failed)" if gate_failed else run.state.value
@@ -137,15 +138,15 @@ def _state(run: ListedRun) -> str:
 def _figures(run: ListedRun) -> tuple[str, str, str, Text]:
     if run.record is None:
         return "-", "-", "-", cell_text(run.detail, 80)
-    counts, rate = run.record.counts, run.record.images_per_second
-    model = f"{run.record.model.get('architecture', '')} {run.record.model_fingerprint[:12]}"
+    counts, rate = run.record.counts, run.record.measurements.images_per_second
+    model = f"{run.record.model.architecture or ''} {run.record.model.fingerprint[:12]}"
     return str(counts.rows), str(counts.quarantined), "-" if rate is None else f"{rate:.1f}", cell_text(model)
 
 
 def _largest(summary: Summary, before: Summary | None) -> list[tuple[str, float, float]]:
     """Labels with their current and previous share."""
     new, old = summary.categories, before.categories if before else {}
-    rows, rows_before = max(1, summary.answered), max(1, before.answered if before else 0)
+    rows, rows_before = max(1, summary.predictions), max(1, before.predictions if before else 0)
     shares = [
         (label, new.get(label, 0) / rows, old.get(label, 0) / rows_before)
         for label in new.keys() | old.keys()

@@ -8,7 +8,7 @@ from rich.table import Table
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.registry import ZooRecord
 from batchcls.runs.bottleneck import Bottleneck
-from batchcls.runs.gates import GateResult
+from batchcls.runs.records import GateResult
 from batchcls.runs.utilization import Resource
 from batchcls.schema import BELOW_THRESHOLD, REASONS, Reason
 
@@ -37,8 +37,8 @@ def gates_table(gates: Sequence[GateResult]) -> Table:
     """One row per gate with its result; failed gates are highlighted."""
     table = Table("gate", "result", "explanation", box=None, pad_edge=False, header_style="bold")
     for gate in gates:
-        result = "failed" if not gate.passed else "-" if gate.figure is None else "passed"
-        table.add_row(gate.gate, result, gate.sentence, style=None if gate.passed else "bold red")
+        result = "failed" if not gate.passed else "-" if gate.value is None else "passed"
+        table.add_row(gate.gate, result, gate.message, style=None if gate.passed else "bold red")
     return table
 
 
@@ -65,15 +65,15 @@ def bottleneck_table(found: Bottleneck) -> Table:
     for name in ("ms/image", "utilization", "capacity", "max images/s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for stage, milliseconds in found.milliseconds.items():
-        cells = _bottleneck_cells(milliseconds, found.resource_of(stage), found.achieved)
+    for stage, milliseconds in found.milliseconds_per_image.items():
+        cells = _bottleneck_cells(milliseconds, found.resource_of(stage), found.images_per_second_after_start)
         if stage == found.limited_by:
             table.add_row(stage, *cells, "bottleneck", style="bold")
         else:
             table.add_row(stage, *cells, "")
     for resource in found.resources:
         if len(resource.stages) > 1:
-            cells = _bottleneck_cells(resource.milliseconds, resource, found.achieved)
+            cells = _bottleneck_cells(resource.milliseconds, resource, found.images_per_second_after_start)
             table.add_row("combined", *cells, "")
     return table
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from batchcls.comparison.benchmark import BenchmarkResult
 from batchcls.comparison.candidates import Candidate
-from batchcls.comparison.measurement import Measurement, Record
+from batchcls.comparison.measurement import Measurement
 from batchcls.errors import InputError
+from batchcls.storage.documents import Document, DocumentError, UtcTime
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import resumable_errors
 
@@ -20,13 +21,13 @@ _SUFFIX = ".json"
 _SHOWN_DIGITS = 12
 
 
-class StoredMeasurement(Record):
+class StoredMeasurement(Document):
     """Contents of a measurement file."""
 
-    format: Literal["batchcls-measurement-1"] = Field(
-        default="batchcls-measurement-1", description="Version of this record."
+    format: Literal["batchcls-measurement"] = Field(
+        default="batchcls-measurement", description="Kind of this document."
     )
-    created: datetime = Field(description="Time of completion, UTC.")
+    created: UtcTime = Field(description="Time of completion, UTC.")
     sample: str = Field(description="Fingerprint of the sample.")
     predictions: tuple[int, ...] = Field(
         description="Top-1 class index of each image; -1 if its logits are not finite."
@@ -98,7 +99,7 @@ class Results:
         )
         uri = self.uri_of(candidate)
         with resumable_errors(uri) if self._stored else explain(uri):
-            self._storage.write_atomic(uri, f"{stored.model_dump_json()}\n".encode())
+            self._storage.write_atomic(uri, stored.to_json(indent=None))
         self._stored[measurement_key(candidate, self._sample)] = stored
         return stored
 
@@ -143,9 +144,9 @@ def _read(uri: str, storage: Storage) -> StoredMeasurement:
     with explain(uri):
         data = storage.read_bytes(uri)
     try:
-        return StoredMeasurement.model_validate_json(data)
-    except ValidationError as error:
+        return StoredMeasurement.from_json(data)
+    except DocumentError as error:
         raise InputError(
-            f"{redact_uri(uri)} is damaged or was written by another version ({error.error_count()} invalid "
-            "fields); delete it to repeat the measurement"
+            f"{redact_uri(uri)} is damaged or was written by another version ({error}); delete it to repeat the "
+            "measurement"
         ) from error

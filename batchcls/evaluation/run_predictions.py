@@ -3,9 +3,7 @@
 A run stores the top-k predictions but no logits.
 """
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +14,9 @@ from batchcls.errors import InputError
 from batchcls.evaluation.classification_metrics import NOT_RANKED, Categories, Outcomes, Rows
 from batchcls.evaluation.labeled_rows import NOT_IN_RUN, LabeledManifest, with_failures
 from batchcls.evaluation.model_predictions import no_rows_message
-from batchcls.runs.paths import CURRENT, PREDICTIONS, RUN
+from batchcls.runs.catalog import parse_current, parse_document
+from batchcls.runs.paths import CURRENT, RUN
+from batchcls.runs.records import RunRecord
 from batchcls.schema import ITEM_ID
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 
@@ -29,7 +29,7 @@ class EvaluatedRun:
     """A committed run: its folder and the contents of its run.json."""
 
     folder: str
-    record: dict[str, Any]
+    record: RunRecord
 
 
 def open_evaluated_run(uri: str, storage: Storage) -> EvaluatedRun:
@@ -46,8 +46,9 @@ def open_evaluated_run(uri: str, storage: Storage) -> EvaluatedRun:
                     f"--run {redact_uri(folder)}: contains neither {RUN} nor {CURRENT}; specify a committed run "
                     "(OUTPUT/runs/ID) or an output folder with a published run"
                 )
-            folder = join(folder, json.loads(storage.read_bytes(join(folder, CURRENT)))["path"])
-        return EvaluatedRun(folder, json.loads(storage.read_bytes(join(folder, RUN))))
+            folder = join(folder, parse_current(folder, storage.read_bytes(join(folder, CURRENT))).path)
+        uri = join(folder, RUN)
+        return EvaluatedRun(folder, parse_document(uri, storage.read_bytes(uri), RunRecord))
 
 
 def read_run_predictions(
@@ -82,9 +83,9 @@ def read_run_predictions(
 
 def _read_predictions(run: EvaluatedRun, storage: Storage) -> pa.Table:
     tables = []
-    for file in run.record["files"]:
-        if file["kind"] == PREDICTIONS:
-            uri = join(run.folder, file["path"])
+    for file in run.record.files:
+        if file.kind == "predictions":
+            uri = join(run.folder, file.path)
             with explain(uri):
                 filesystem, path = storage.arrow_filesystem(uri)
                 with filesystem.open_input_file(path) as opened:

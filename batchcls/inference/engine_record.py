@@ -2,28 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from batchcls.config.engine_config import EngineSettings
 from batchcls.errors import InputError
 from batchcls.inference.agreement import AccuracyTolerance
 from batchcls.models.engines.engine import Device, EngineChoice, EngineName, Precision
 from batchcls.models.engines.factory import missing_package
+from batchcls.storage.documents import Document, StoredRecord, UtcTime
 
 _PACKAGES = ("torch", "openvino", "nncf")
 
 
-class _Record(BaseModel):
-    """Base class of the records: frozen, without undeclared fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EngineRequest(_Record):
+class EngineRequest(StoredRecord):
     """The settings of a job that determine which engine is selected."""
 
     engine: EngineName | Literal["auto"] = Field(default="auto", description="As --engine.")
@@ -58,7 +52,7 @@ class EngineRequest(_Record):
         )
 
 
-class CandidateResult(_Record):
+class CandidateResult(StoredRecord):
     """Measurements of one candidate; a value that was not measured is None."""
 
     engine: EngineName = Field(description="Engine of the candidate.")
@@ -102,7 +96,7 @@ class CandidateResult(_Record):
         return ", ".join(parts)
 
 
-class MarginResult(_Record):
+class MarginResult(StoredRecord):
     """Accuracy of an engine on JPEGs that are decoded at a reduced scale with one margin."""
 
     margin: float = Field(
@@ -120,7 +114,7 @@ class MarginResult(_Record):
     )
 
 
-class ScaledDecode(_Record):
+class ScaledDecode(StoredRecord):
     """At which scale JPEGs may be decoded."""
 
     margin: float | None = Field(description="The selected margin; None: JPEGs are decoded at full scale.")
@@ -138,13 +132,13 @@ class ScaledDecode(_Record):
         )
 
 
-class EngineSelectionRecord(_Record):
+class EngineSelectionRecord(Document):
     """An engine that was selected by measurement, and everything on which the selection depends."""
 
-    format: Literal["batchcls-engines-1"] = Field(
-        default="batchcls-engines-1", description="Version of this record."
+    format: Literal["batchcls-engines"] = Field(
+        default="batchcls-engines", description="Kind of this document."
     )
-    created: datetime = Field(description="Time of the measurement, UTC.")
+    created: UtcTime = Field(description="Time of the measurement, UTC.")
     request: EngineRequest = Field(description="The settings for which the engine was selected.")
     bundle_fingerprint: str = Field(description="Fingerprint of the model.")
     hardware_key: str = Field(description="`Hardware.key` of the node.")

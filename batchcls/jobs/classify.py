@@ -56,8 +56,8 @@ def _print_summary(committed: "CommittedRun") -> None:
     out, totals = results_console(), summary.totals
     if summary.bottleneck is not None:
         out.print(bottleneck_table(summary.bottleneck))
-        rate, achieved = summary.images_per_second, summary.bottleneck.achieved
-        out.print(f"{rate:.1f} images/s in the pipeline, {achieved:.1f} after start-up")
+        rate, achieved = summary.images_per_second, summary.bottleneck.images_per_second_after_start
+        out.print(f"{rate:.1f} images/s in the pipeline, {achieved:.1f} after startup")
         out.print(f"advice: {summary.bottleneck.advice}")
     out.print(
         counts_table(totals.predicted, totals.failures, reused=totals.reused, abstained=totals.abstained)

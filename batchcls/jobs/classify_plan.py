@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from batchcls.cli.tables import bundle_line
 from batchcls.config.classify_config import ClassifyConfig
@@ -21,10 +20,11 @@ from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
 from batchcls.preprocessing import Views, views_of
 from batchcls.resources import ResourcePlan
-from batchcls.runs.catalog import DamagedRunError, RunRecord, read_current, read_record
+from batchcls.runs.catalog import DamagedRunError, read_current, read_record
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
-from batchcls.runs.plan import Fingerprints, Plan, prediction_settings
+from batchcls.runs.plan import Fingerprints, Plan, PlannedReuse, prediction_settings
+from batchcls.runs.records import ManifestInfo, ModelInfo, RunRecord
 from batchcls.runs.verify import presence_faults
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
@@ -168,27 +168,27 @@ def plan_of(
     return Plan(
         run_id=run_id,
         config=config.redacted(),
-        manifest={
-            "uri": redact_uri(config.manifest),
-            "base": canonical_location(manifest.base),
-            "fingerprint": manifest.fingerprint,
-            "rows": manifest.rows,
-            "files": len(manifest.files),
-        },
-        model={
-            "fingerprint": bundle.fingerprint,
-            "source": bundle.config.source,
-            "architecture": bundle.config.architecture,
-            "classes": len(bundle.config.labels),
-            "preprocessing": bundle.config.preprocessing.model_dump(mode="json"),
-            "embedding_tap": bundle.config.embedding_tap,
-            "weights": bundle.config.weights.model_dump(mode="json"),
-        },
-        placement=resource_plan.as_json(),
-        unpublishable=unpublishable,
+        manifest=ManifestInfo(
+            uri=redact_uri(config.manifest),
+            base=canonical_location(manifest.base),
+            fingerprint=manifest.fingerprint,
+            rows=manifest.rows,
+            files=len(manifest.files),
+        ),
+        model=ModelInfo(
+            fingerprint=bundle.fingerprint,
+            source=bundle.config.source,
+            architecture=bundle.config.architecture,
+            classes=len(bundle.config.labels),
+            preprocessing=bundle.config.preprocessing,
+            embedding_tap=bundle.config.embedding_tap,
+            weights=bundle.config.weights,
+        ),
+        resources=resource_plan,
+        unpublishable=tuple(unpublishable),
         fingerprints=fingerprints,
-        engines=selection.as_json(),
-        answers=prediction_settings(
+        engines=selection.recorded(),
+        result_settings=prediction_settings(
             config, bundle.fingerprint, selection.precisions, selection.decode_margin
         ),
     )
@@ -258,26 +258,8 @@ def pipeline_spec_of(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Reuse:
-    """The earlier run whose predictions a run reuses.
-
-    Attributes:
-        run_id: of the earlier run.
-        by_row: reuse all of its predictions by row, without checking whether the images changed since.
-    """
-
-    run_id: str
-    by_row: bool
-
-    @classmethod
-    def of(cls, plan: dict[str, Any]) -> "Reuse | None":
-        """From the section of plan.json; None if nothing is reused."""
-        return cls(**plan) if plan else None
-
-
-def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) -> dict[str, Any]:
-    """The section `reuse` of plan.json: run_id and by_row, or nothing if nothing can be reused.
+def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) -> PlannedReuse | None:
+    """The run whose predictions can be reused; None if there is none.
 
     Raises:
         InputError: --reuse names no complete committed run, or --retry-quarantine has no run to start from.
@@ -289,17 +271,17 @@ def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) ->
                 "--retry-quarantine: there is no unfinished run of this manifest, model and settings and no run to "
                 "take the other predictions from; name one with --reuse RUN_ID"
             )
-        return {}
-    before = record.raw.get("answers", {})
-    differing = sorted(name for name in plan.answers if before.get(name) != plan.answers[name])
+        return None
+    before, now = record.result_settings, plan.result_settings
+    differing = sorted(name for name in now if before.get(name) != now[name])
     if differing:
         reason = f"{record.run_id} was made with a different {', '.join(differing)}"
         if config.retry_quarantine:
             raise InputError(f"--retry-quarantine: {reason}; leave the flag out")
         _logger.info("reuse: nothing, %s", reason)
-        return {}
-    same_manifest = record.manifest.get("fingerprint") == plan.manifest["fingerprint"]
-    return {"run_id": record.run_id, "by_row": config.retry_quarantine and same_manifest}
+        return None
+    same_manifest = record.manifest.fingerprint == plan.manifest.fingerprint
+    return PlannedReuse(run_id=record.run_id, by_row=config.retry_quarantine and same_manifest)
 
 
 def _reusable_record(config: ClassifyConfig, storage: Storage) -> RunRecord | None:

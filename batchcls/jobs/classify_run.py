@@ -4,7 +4,6 @@
 publishes the committed run if its gates pass. Both raise subclasses of `errors.BatchclsError`.
 """
 
-import json
 import logging
 import time
 from collections import Counter
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +19,6 @@ from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import BatchclsError, InputError
 from batchcls.jobs.classify_plan import (
     ClassifyInputs,
-    Reuse,
     check_inputs,
     choose_reuse_source,
     fingerprints_of,
@@ -39,7 +36,7 @@ from batchcls.report.run_report import report_after_run
 from batchcls.resources import ResourcePlan, plan_resources
 from batchcls.runs import engine_cache
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
-from batchcls.runs.catalog import RunRecord, parse_record, read_current, read_record
+from batchcls.runs.catalog import read_current, read_record
 from batchcls.runs.commit import (
     Budget,
     RunProgress,
@@ -56,8 +53,9 @@ from batchcls.runs.lease import Lease, require_free
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.paths import REUSED, new_run_id, run_folder
 from batchcls.runs.plan import Fingerprints, Plan
-from batchcls.runs.receipts import missing_rows, read_receipts, settle_receipts
-from batchcls.runs.resume import UnfinishedRun, find_unfinished, require_unfinished
+from batchcls.runs.receipts import missing_rows, read_receipts, select_receipts
+from batchcls.runs.records import Measurements, ReuseMarker, RunRecord
+from batchcls.runs.resume import find_unfinished, require_unfinished
 from batchcls.runs.reuse import open_reuse_source
 from batchcls.runs.run_start import exclusive_start, leased_run, removes_empty_folders
 from batchcls.runs.unpublished import find_unpublished
@@ -191,7 +189,7 @@ def _start_or_resume(
         )
         for reason in resource_plan.reasons:
             _logger.info(reason)
-        recorded = unfinished.plan["engines"] if unfinished else None
+        recorded = unfinished.engines if unfinished else None
         engines = select_engines(config, inputs.manifest, inputs.bundle, resource_plan, storage, recorded)
         plan = _plan(config, inputs, resource_plan, engines, unfinished)
         if selection is not None:
@@ -252,7 +250,7 @@ def reevaluate_run(config: ClassifyConfig, record: RunRecord, storage: Storage) 
     return CommittedRun(record, reevaluate_gates(record, _limits(config), storage), storage, None)
 
 
-def _find_unfinished(config: ClassifyConfig, inputs: ClassifyInputs) -> UnfinishedRun | None:
+def _find_unfinished(config: ClassifyConfig, inputs: ClassifyInputs) -> Plan | None:
     found = find_unfinished(config.output, config.run_id, fingerprints_of(config, inputs), inputs.storage)
     if found is not None:
         require_free(run_folder(config.output, found.run_id), inputs.storage)
@@ -269,13 +267,13 @@ def _plan(
     inputs: ClassifyInputs,
     resource_plan: ResourcePlan,
     engines: EngineSelection,
-    unfinished: UnfinishedRun | None,
+    unfinished: Plan | None,
 ) -> Plan:
     """Return the plan of the run that this job resumes or starts."""
     run_id = unfinished.run_id if unfinished else config.run_id or new_run_id()
     plan = plan_of(config, inputs, resource_plan, engines, run_id)
-    reuse = unfinished.plan["reuse"] if unfinished else choose_reuse_source(config, plan, inputs.storage)
-    return replace(plan, reuse=reuse)
+    reuse = unfinished.reuse if unfinished else choose_reuse_source(config, plan, inputs.storage)
+    return plan.model_copy(update={"reuse": reuse})
 
 
 def _plan_resources(config: ClassifyConfig, inputs: ClassifyInputs) -> ResourcePlan:
@@ -291,7 +289,7 @@ def _compute(run: _LeasedRun, console: Console) -> _ComputedRun:
     def needs_recompute(file: PartFile) -> bool:
         return file.is_retryable or (config.retry_quarantine and file.kind == "quarantine")
 
-    receipts = settle_receipts(read_receipts(run.folder, run.inputs.storage), rows, needs_recompute)
+    receipts = select_receipts(read_receipts(run.folder, run.inputs.storage), rows, needs_recompute)
     remaining = missing_rows(receipts, rows)
     if receipts:
         _logger.info("resuming: %d of %d rows are complete", rows - len(remaining), rows)
@@ -319,22 +317,22 @@ def _reuse(run: _LeasedRun, spec: PipelineSpec) -> list[Receipt]:
     Raises:
         BatchclsError: the storage of this run failed.
     """
-    source = Reuse.of(run.plan.reuse)
+    source = run.plan.reuse
     storage, marker = spec.worker.writer.storage, join(spec.worker.writer.folder, REUSED)
     with explain(marker):
         if source is None or storage.exists(marker):
             return []
     try:
         record = read_record(run.config.output, source.run_id, storage)
-        same_base = record.manifest.get("base") == run.plan.manifest["base"]
+        same_base = record.manifest.base == run.plan.manifest.base
         earlier = open_reuse_source(record, storage, same_base=same_base, same_manifest=source.by_row)
     except InputError as error:
         _logger.warning("reuse: nothing, run %s cannot be read: %s", source.run_id, error)
         return []
     receipts = copy_predictions(spec, earlier, run.lease.check)
     with resumable_errors(marker):
-        copied = {"run_id": source.run_id, "rows": sum(receipt.rows for receipt in receipts)}
-        storage.write_atomic(marker, json.dumps(copied).encode())
+        rows = sum(receipt.rows for receipt in receipts)
+        storage.write_atomic(marker, ReuseMarker(run_id=source.run_id, rows=rows).to_json())
     return receipts
 
 
@@ -346,7 +344,7 @@ def _checks(run: _LeasedRun, receipts: list[Receipt], remaining: int) -> Callabl
     def check(progress: Progress) -> None:
         run.lease.check()
         failures = failed_before + progress.failures
-        budget.check_under_way(RunProgress(progress.rows, remaining, failures, progress.failures))
+        budget.check_progress(RunProgress(progress.rows, remaining, failures, progress.failures))
 
     return check
 
@@ -356,29 +354,30 @@ def _commit(run: _LeasedRun, computed: _ComputedRun, started: float) -> Committe
     storage = run.inputs.storage
     totals = reconcile(computed.receipts, run.inputs.manifest.rows)
     bottleneck = None
-    measurements: dict[str, Any] = {"rows_pipeline": 0, "engines": {}, "bottleneck": None}
+    measurements = Measurements()
     if computed.executed is not None:
         seconds = stage_seconds(computed.executed.receipts)
         bottleneck = find_bottleneck(computed.executed.stage_usage(seconds, bool(run.engines.records)))
-        measurements = computed.executed.as_json() | {
-            "seconds_to_first_part": round(computed.executed.first_part_at - started, 3),
-            "bottleneck": bottleneck.as_json(),
+        first_part = round(computed.executed.first_part_at - started, 3)
+        measurements = computed.executed.measurements().model_copy(
+            update={"seconds_to_first_part": first_part, "bottleneck": bottleneck}
+        )
+    seconds_total = round(time.time() - started, 3)
+    measurements = measurements.model_copy(
+        update={
+            "seconds_total": seconds_total,
+            "decode_margin": run.engines.decode_margin,
+            "engine_selections": run.engines.records,
         }
-    measurements |= {
-        "seconds_total": round(time.time() - started, 3),
-        "decode_margin": run.engines.decode_margin,
-        "engine_choices": [choice.model_dump(mode="json") for choice in run.engines.records],
-    }
+    )
     check_budget(totals, run.budget)
     decision = evaluate_gates(
         run.plan, computed.receipts, totals, _limits(run.config), run.config.output, storage
     )
-    findings = {"measured": measurements} | decision.as_json()
+    findings = decision.findings(measurements)
     run.lease.confirm()
     with resumable_errors(run.folder):
-        written = commit(run.plan, computed.receipts, totals, findings, storage, run.folder)
-    record = parse_record(run.config.output, run.plan.run_id, written)
-    summary = CommitSummary(
-        totals, measurements["seconds_total"], bottleneck, measurements.get("images_per_second")
-    )
+        committed = commit(run.plan, computed.receipts, totals, findings, storage, run.folder)
+    record = committed.model_copy(update={"output": run.config.output})
+    summary = CommitSummary(totals, seconds_total, bottleneck, measurements.images_per_second)
     return CommittedRun(record, decision, storage, summary)

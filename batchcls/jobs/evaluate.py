@@ -176,9 +176,9 @@ def _evaluate_run(config: EvaluateConfig, labeled: LabeledManifest) -> _Evaluati
     paths = _paths(config, outcomes.labels, None)
     result = evaluate_outcomes(outcomes, ranked_categories, paths, config.target_precision)
     model = {
-        "run": run.record["run_id"],
-        "fingerprint": run.record["model"].get("fingerprint"),
-        "architecture": run.record["model"].get("architecture"),
+        "run": run.record.run_id,
+        "fingerprint": run.record.model.fingerprint,
+        "architecture": run.record.model.architecture,
     }
     return _Evaluation(result, notes, rows, model, curves)
 

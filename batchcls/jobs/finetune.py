@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -169,7 +170,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
         "config": config.redacted(),
         "left_out": {"training": len(pixels[0].failed), "validation": len(pixels[1].failed)},
         "workers": str(workers),
-        "plan": plan.as_json(),
+        "plan": asdict(plan),
     }
     bundle = trained_bundle(inputs.start, trained, claim.run_id, lineage)
     lease.confirm()
@@ -201,15 +202,10 @@ def _begin(
     rows, needed = len(inputs.training.usable()), inputs.min_micro_batch_size
     claim = find_run(config.work_folder, decides, inputs.storage, restart=config.restart)
     workers = plan_workers(config, node_resources(), config.batch_size or inputs.recipe.batch_size)
-    if claim.plan is not None:
-        plan = StepPlan(**claim.plan)
-    elif claim.is_resumed:  # by a version that made no plans
-        plan = StepPlan(inputs.recipe.batch_size, 1)
-    else:
-        plan = plan_steps(config, inputs.recipe, workers, rows, needed)
+    plan = claim.plan or plan_steps(config, inputs.recipe, workers, rows, needed)
     workers = limit_workers(config, workers, plan, rows, needed)
     check_nodes(config.work_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
-    record_run(config.work_folder, claim, decides, plan.as_json(), inputs.storage)
+    record_run(config.work_folder, claim, decides, plan, inputs.storage)
     verb = "resuming" if claim.is_resumed else "starting"
     _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.work_folder))
     _logger.info("%s, start %s", workers, bundle_line(inputs.start))

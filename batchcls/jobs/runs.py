@@ -34,12 +34,13 @@ from batchcls.config.runs_config import (
 )
 from batchcls.errors import ExitCode, InputError, PublishRefused
 from batchcls.report.run_report import write_run_report
-from batchcls.runs.catalog import ListedRun, RunRecord, list_runs, read_record
+from batchcls.runs.catalog import ListedRun, list_runs, read_record
 from batchcls.runs.diff import diff_runs
-from batchcls.runs.gate_evaluation import current_gates, recorded_gates
+from batchcls.runs.gate_evaluation import current_gates
 from batchcls.runs.gates import failed_gates
-from batchcls.runs.prune import Keeping, choose, held_by, keep_after_all, remove
+from batchcls.runs.prune import RetentionPolicy, decide, in_use_because, remove, withdraw_mark
 from batchcls.runs.publish import Published, publish, published_or_damage, read_published, roll_back
+from batchcls.runs.records import RunRecord
 from batchcls.runs.run_refs import resolve_run
 from batchcls.runs.summary import summary_of
 from batchcls.runs.verify import presence_faults, verify
@@ -60,7 +61,7 @@ def show_list(config: RunsListConfig, console: Console) -> ExitCode:
     if not runs:
         out.print(f"no runs in {redact_uri(config.output)}")
         return ExitCode.DONE
-    out.print(runs_table(runs, published.run_id, next(iter(published.former), None)))
+    out.print(runs_table(runs, published.run_id, next(iter(published.previous), None)))
     out.print("* published   < previous")
     return ExitCode.DONE
 
@@ -75,7 +76,7 @@ def show(config: RunsShowConfig, console: Console) -> ExitCode:
     out.print()
     out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), reused=counts.reused))
     out.print()
-    out.print(gates_table(recorded_gates(record)) if record.gates else "no gate has judged this run")
+    out.print(gates_table(record.gates) if record.gates else "no gate has judged this run")
     out.print()
     out.print(categories_table(summary))
     out.print(confidence_line(record.run_id, summary))
@@ -142,11 +143,11 @@ def publish_run(config: RunsPublishConfig, console: Console) -> ExitCode:
 
 def _publish(config: RunsPublishConfig, record: RunRecord, expected: Published, storage: Storage) -> None:
     if config.force or record.unpublishable:
-        wrong = failed_gates(recorded_gates(record))
+        wrong = failed_gates(record.gates)
     else:
         wrong = failed_gates(current_gates(record, expected, storage))
         if wrong:
-            refusals = "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in wrong)
+            refusals = "; ".join(f"gate {gate.gate}: {gate.message}" for gate in wrong)
             raise PublishRefused(
                 f"run {record.run_id} is not published; {refusals}; --force publishes it nevertheless"
             )
@@ -155,7 +156,7 @@ def _publish(config: RunsPublishConfig, record: RunRecord, expected: Published, 
         raise PublishRefused(f"run {record.run_id} is not whole and not published: {'; '.join(faults)}")
     publish(config.output, record.run_id, storage, expected, force=config.force)
     for gate in wrong:
-        _logger.warning("published by --force against gate %s: %s", gate.gate, gate.sentence)
+        _logger.warning("published by --force against gate %s: %s", gate.gate, gate.message)
 
 
 def rollback(config: RunsRollbackConfig, console: Console) -> ExitCode:
@@ -175,39 +176,43 @@ def prune(config: RunsPruneConfig, console: Console) -> ExitCode:
     del console
     storage, now = Storage(config.storage_options), datetime.now(UTC)
     days = config.older_than_days
-    keeping = Keeping(
+    policy = RetentionPolicy(
         newest=config.keep,
-        not_older_than=None if days is None else timedelta(days=days),
+        max_age=None if days is None else timedelta(days=days),
         grace=timedelta(hours=config.grace_hours),
         previous=config.keep_previous,
         now=now,
     )
     published = read_published(config.output, storage)
-    choices = choose(
+    decisions = decide(
         list_runs(config.output, storage),
         published,
-        keeping,
-        lambda run: held_by(config.output, run, storage, now),
+        policy,
+        lambda run: in_use_because(config.output, run, storage, now),
     )
     out = results_console()
-    out.print(prune_table(choices))
-    going = [choice.run for choice in choices if choice.kept_because is None]
+    out.print(prune_table(decisions))
+    going = [decision.run for decision in decisions if decision.kept_because is None]
     if not config.yes:
         out.print(f"{len(going)} runs would be removed; --yes removes them")
         return ExitCode.DONE
-    if any(run.is_leftover and run.run_id == published.run_id for run in (choice.run for choice in choices)):
-        keep_after_all(config.output, str(published.run_id), storage)
-    _remove(config, going, keeping, storage)
+    if any(
+        run.is_leftover and run.run_id == published.run_id for run in (decision.run for decision in decisions)
+    ):
+        withdraw_mark(config.output, str(published.run_id), storage)
+    _remove(config, going, policy, storage)
     return ExitCode.DONE
 
 
-def _remove(config: RunsPruneConfig, going: Sequence[ListedRun], keeping: Keeping, storage: Storage) -> None:
+def _remove(
+    config: RunsPruneConfig, going: Sequence[ListedRun], policy: RetentionPolicy, storage: Storage
+) -> None:
     """Remove these runs; one that cannot be removed does not keep the others."""
     out = results_console()
     freed, failures = 0, []
     for run in going:
         try:
-            removed = remove(config.output, run, keeping, storage)
+            removed = remove(config.output, run, policy, storage)
         except InputError as error:
             failures.append(str(error))
             continue

@@ -9,7 +9,7 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowRanges:
     """Ranges `starts[i] <= row < stops[i]`, ascending and not adjacent."""
 
@@ -47,6 +47,13 @@ class RowRanges:
     def without(self, others: "RowRanges") -> "RowRanges":
         """The rows of this set that are not in another one."""
         return RowRanges.of(np.setdiff1d(self.rows(), others.rows(), assume_unique=True))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RowRanges):
+            return NotImplemented
+        return np.array_equal(self.starts, other.starts) and np.array_equal(self.stops, other.stops)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __len__(self) -> int:
         return int((self.stops - self.starts).sum())

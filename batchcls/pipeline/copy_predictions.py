@@ -24,8 +24,8 @@ from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
 from batchcls.pipeline.ray_errors import to_batchcls_error
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.receipts import keep_receipt
-from batchcls.runs.reuse import EarlierRows, Places, ReuseSource, hashes_of, state_keys
+from batchcls.runs.receipts import write_receipt
+from batchcls.runs.reuse import EarlierRows, Positions, ReuseSource, hashes_of, state_keys
 from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, Failure, prediction_fields
 
 _FRAGMENT_ROWS = 16_384
@@ -193,7 +193,7 @@ def _copy(worker: _CopyWorker, fragment: Fragment, rejected: Mapping[int, Failur
     return CopiedRows(_write(worker, table.take(pa.array(matched)), positions[matched]), counts)
 
 
-def _match_by_image(worker: _CopyWorker, table: pa.Table, counts: Counter[str]) -> tuple[pa.Table, Places]:
+def _match_by_image(worker: _CopyWorker, table: pa.Table, counts: Counter[str]) -> tuple[pa.Table, Positions]:
     """Return the table with its current source versions, and the positions of the rows with unchanged images.
 
     Positions index the rows of the earlier run; -1 where a row has no match.
@@ -225,7 +225,7 @@ def _match_by_image(worker: _CopyWorker, table: pa.Table, counts: Counter[str]) 
     return table, positions
 
 
-def _match_by_content(worker: _CopyWorker, table: pa.Table) -> Places:
+def _match_by_content(worker: _CopyWorker, table: pa.Table) -> Positions:
     """Return the positions of rows with the same image bytes, whatever their ids and URIs."""
     pairs = zip(table.column(URI).to_pylist(), table.column(IMAGE).to_pylist(), strict=True)
     hashes = pa.array(worker.pool.map(lambda pair: _content_hash(worker, *pair), pairs), pa.string())
@@ -236,11 +236,11 @@ def _match_by_content(worker: _CopyWorker, table: pa.Table) -> Places:
 
 def _verified(
     worker: _CopyWorker,
-    positions: Places,
+    positions: Positions,
     expected: Any,
     text_of: Callable[[pa.Table], Any],
     columns: list[str],
-) -> Places:
+) -> Positions:
     """Return the positions whose rows hold the expected texts; -1 for the others, whose hashes collided."""
     found = np.flatnonzero(positions >= 0)
     if not len(found):
@@ -253,7 +253,7 @@ def _verified(
     return verified
 
 
-def _read_source(worker: _CopyWorker, positions: Places, columns: list[str]) -> pa.Table:
+def _read_source(worker: _CopyWorker, positions: Positions, columns: list[str]) -> pa.Table:
     try:
         return worker.source_rows.take(positions, columns)
     except InputError as error:
@@ -292,7 +292,7 @@ def _write(worker: _CopyWorker, table: pa.Table, positions: npt.NDArray[np.int64
     rows = _read_source(worker, positions, names)
     for name in names:
         table = table.append_column(rows.schema.field(name), rows.column(name))
-    return keep_receipt(writer.write_reused(table), writer.folder, writer.storage)
+    return write_receipt(writer.write_reused(table), writer.folder, writer.storage)
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:

@@ -4,8 +4,8 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from rich.console import Console
 
@@ -16,6 +16,7 @@ from batchcls.pipeline.prometheus import metrics_of
 from batchcls.ray_runtime import node_resources
 from batchcls.resources import NodeResources
 from batchcls.runs.parts import Receipt
+from batchcls.runs.records import Measurements, RunHardware
 from batchcls.runs.utilization import Busy, Capacity, StageUsage
 
 
@@ -52,19 +53,17 @@ class PipelineResult:
         """When the first part was on storage."""
         return min(receipt.written_at for receipt in self.receipts)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the measurements for run.json."""
-        return {
-            "rows_pipeline": len(self.spec.rows),
-            "seconds_pipeline": round(self.seconds, 3),
-            "images_per_second": round(len(self.spec.rows) / self.seconds, 2),
-            "engines": dict(self.progress.engines),
-            "peak_memory_mib_of_an_actor": round(self.progress.peak_memory_mib, 1),
-            "peak_memory_mib_of_the_driver": round(
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1
-            ),
-            "hardware": {"nodes": [asdict(node) for node in self.nodes], "driver": platform.platform()},
-        }
+    def measurements(self) -> Measurements:
+        """Return the measurements of the pipeline for run.json."""
+        return Measurements(
+            rows_pipeline=len(self.spec.rows),
+            seconds_pipeline=round(self.seconds, 3),
+            images_per_second=round(len(self.spec.rows) / self.seconds, 2),
+            engines=dict(self.progress.engines),
+            peak_memory_mib_of_an_actor=round(self.progress.peak_memory_mib, 1),
+            peak_memory_mib_of_the_driver=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+            hardware=RunHardware(nodes=tuple(self.nodes), driver=platform.platform()),
+        )
 
     def stage_usage(self, stage_seconds: Mapping[str, float], engine_was_measured: bool) -> StageUsage:
         """Return the usage from which the bottleneck is computed.

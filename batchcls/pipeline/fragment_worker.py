@@ -24,7 +24,7 @@ from batchcls.pipeline.actor_engine import start_for_node
 from batchcls.pipeline.fragment_actor import FRAGMENTS_IN_FLIGHT, PartialFragment, WorkerProgress
 from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.runs.parts import Receipt
-from batchcls.runs.receipts import keep_receipt
+from batchcls.runs.receipts import write_receipt
 from batchcls.schema import Failure
 
 
@@ -95,7 +95,7 @@ class FragmentWorker:
                 predicted = list(self._predict(chain(first, loaded), call))
             receipt = self._writer.write(predicted)
             receipt = receipt.with_seconds("other", call.cpu_seconds() - receipt.seconds["write"])
-            return keep_receipt(receipt, self._writer.folder, self._writer.storage)
+            return write_receipt(receipt, self._writer.folder, self._writer.storage)
         finally:
             self._readers.put(reader)
             self._calls.discard(call)

@@ -1,16 +1,14 @@
 """Selection of the engine for each kind of node: given by the settings, recorded by an earlier run, or measured."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from batchcls.config.pipeline_config import PipelineSettings
-from batchcls.errors import InputError
 from batchcls.hardware import Hardware
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, decode_limits, fetch_policy
@@ -25,6 +23,7 @@ from batchcls.preprocessing import Preprocessing
 from batchcls.ray_runtime import NodeInfo, hardware_of, run_exclusive, worker_nodes
 from batchcls.resources import ResourcePlan
 from batchcls.runs import engine_cache
+from batchcls.runs.plan import RecordedEngines
 from batchcls.storage.filesystem import Storage
 
 if TYPE_CHECKING:  # it imports PyTorch
@@ -56,10 +55,9 @@ class EngineSelection:
         node_engines = [*self.engines.by_hardware.values()] or [self.engines.default]
         return {node_engine.choice.precision for node_engine in node_engines}
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the part for plan.json, from which a resumed run restores the selection."""
-        records = [record.model_dump(mode="json") for record in self.records]
-        return {"records": records, "decode_margin": self.decode_margin}
+    def recorded(self) -> RecordedEngines:
+        """Return the part of plan.json from which a resumed run restores the selection."""
+        return RecordedEngines(selections=self.records, decode_margin=self.decode_margin)
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def select_engines(
     bundle: Bundle,
     resources: ResourcePlan,
     storage: Storage,
-    restored: Mapping[str, Any] | None = None,
+    restored: RecordedEngines | None = None,
 ) -> EngineSelection:
     """Resolve `--engine auto --precision auto` for every kind of node that the run may use.
 
@@ -102,8 +100,8 @@ def select_engines(
         bundle: the model.
         resources: resource plan of the run.
         storage: access to both and to the output.
-        restored: the selection with which a resumed run started, as `EngineSelection.as_json` returned it. All rows
-            of a run are predicted by the same engine on the same kind of node.
+        restored: the selection with which a resumed run started; None for a new run. All rows of a run are predicted
+            by the same engine on the same kind of node.
 
     Raises:
         InputError: the requested engine or precision is not available, or exceeds its accuracy tolerance.
@@ -119,7 +117,9 @@ def select_engines(
     images = _sample_images(config, manifest, bundle, storage)
     selected: dict[str, EngineSelectionRecord] = {}
     new_records: list[EngineSelectionRecord] = []
-    restored_records = None if restored is None else _restored_records(restored)
+    restored_records = (
+        None if restored is None else {record.hardware_key: record for record in restored.selections}
+    )
     for hardware, node in _kinds_of_nodes(resources.device):
         record = None if restored_records is None else restored_records.get(hardware.key)
         # A run that started without measurements is resumed without them.
@@ -144,19 +144,8 @@ def select_engines(
         by_hardware, default, config.cache_dir, images.calibration if is_int8 else None, probe_batches
     )
     records = tuple(selected.values())
-    margin = _decode_margin(config, records) if restored is None else restored["decode_margin"]
+    margin = _decode_margin(config, records) if restored is None else restored.decode_margin
     return EngineSelection(engines, margin, records, tuple(new_records))
-
-
-def _restored_records(restored: Mapping[str, Any]) -> dict[str, EngineSelectionRecord]:
-    """Return the measurements with which a resumed run started, by `Hardware.key`."""
-    try:
-        records = [EngineSelectionRecord.model_validate(record) for record in restored["records"]]
-    except (KeyError, ValidationError) as error:
-        raise InputError(
-            f"plan.json was written by another version ({type(error).__name__}); start a new run with another --run-id"
-        ) from None
-    return {record.hardware_key: record for record in records}
 
 
 def _decode_margin(config: PipelineSettings, records: Sequence[EngineSelectionRecord]) -> float | None:

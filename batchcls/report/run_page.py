@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isinf
 
 from batchcls.report.formatting import (
     count,
@@ -28,6 +29,9 @@ from batchcls.report.run_page_data import (
     Text,
     Thumbnail,
 )
+from batchcls.runs.bottleneck import Bottleneck
+from batchcls.runs.records import GateResult
+from batchcls.runs.utilization import Stage
 from batchcls.schema import REASONS, Reason
 from batchcls.storage.uris import redact_uri
 
@@ -215,8 +219,9 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
             for entry, items in examples
         ],
         quarantine=[cards.quarantined(group, facts.rows) for group in facts.quarantine_groups],
-        stages=_stages(facts),
-        throughput=_throughput_summary(facts),
+        gate_value=_gate_value,
+        stages=_stages(facts.measurements.bottleneck),
+        throughput=_throughput_summary(facts.measurements.bottleneck),
         about=[
             (name, display_text(Text(value, len(value)), _MAX_FACT_LENGTH)) for name, value in facts.facts
         ],
@@ -237,14 +242,14 @@ def _headline_numbers(facts: RunFacts) -> list[_RunCard]:
         both = facts.changes.same + facts.changes.changed
         changed = facts.changes.changed
         found.append(_RunCard("labels changed", f"{changed:,}", share(changed, both) if both else ""))
-    if facts.throughput is not None:
+    if facts.measurements.bottleneck is not None:
         previous = (
             ""
             if not before or before.images_per_second is None
             else f"{rate(before.images_per_second)} before"
         )
-        found.append(_RunCard("images/s", rate(facts.throughput.images_per_second), previous))
-        found.append(_RunCard("total duration", duration(facts.throughput.total_seconds)))
+        found.append(_RunCard("images/s", rate(facts.measurements.images_per_second or 0.0), previous))
+        found.append(_RunCard("total duration", duration(facts.measurements.seconds_total or 0.0)))
     return found
 
 
@@ -334,31 +339,44 @@ def _outline(heights: Sequence[float]) -> str:
     return f"M0 100{''.join(steps)}V100"
 
 
-def _stages(facts: RunFacts) -> list[_Stage]:
-    if facts.throughput is None:
+def _gate_value(gate: GateResult, value: float | None) -> str:
+    """The value or the limit of a gate; "-" if there is none."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}%" if "fraction" in gate.gate else f"{value:.4g}"
+
+
+def _stages(bottleneck: Bottleneck | None) -> list[_Stage]:
+    if bottleneck is None:
         return []
     return [
-        _Stage(
-            name=_STAGES.get(stage.stage, stage.stage),
-            milliseconds=f"{stage.milliseconds:.2f}",
-            utilization=f"{stage.utilization:.0%}".replace("%", " %"),
-            bar=round(min(100.0, 100 * stage.utilization), 1),
-            capacity=f"{stage.capacity:g} {stage.resource}",
-            is_bottleneck=stage.stage == facts.throughput.limited_by,
-        )
-        for stage in facts.throughput.stages
+        _stage(bottleneck, stage, milliseconds)
+        for stage, milliseconds in bottleneck.milliseconds_per_image.items()
     ]
 
 
-def _throughput_summary(facts: RunFacts) -> str:
+def _stage(bottleneck: Bottleneck, stage: Stage, milliseconds: float) -> _Stage:
+    resource = bottleneck.resource_of(stage)
+    utilization = bottleneck.images_per_second_after_start * milliseconds / 1000 / resource.capacity
+    return _Stage(
+        name=_STAGES.get(stage, stage),
+        milliseconds=f"{milliseconds:.2f}",
+        utilization=f"{utilization:.0%}",
+        bar=round(min(100.0, 100 * utilization), 1),
+        capacity=f"{resource.capacity:g} {resource.name}",
+        is_bottleneck=stage == bottleneck.limited_by,
+    )
+
+
+def _throughput_summary(bottleneck: Bottleneck | None) -> str:
     """The throughput and the bottleneck in one sentence."""
-    found = facts.throughput
-    if found is None:
+    if bottleneck is None:
         return ""
-    start = f"{rate(found.after_start)} images/s after {duration(found.start_seconds)} of startup"
-    if not found.ideal:
+    achieved, ideal = bottleneck.images_per_second_after_start, bottleneck.ideal_images_per_second
+    start = f"{rate(achieved)} images/s after {duration(bottleneck.start_seconds)} of startup"
+    if isinf(ideal):
         return f"{start}; no stage recorded any work."
     return (
-        f"{start}, which is {share(found.after_start, found.ideal)} of the {rate(found.ideal)} images/s that the "
-        f"bottleneck resource allows. Bottleneck: {_STAGES.get(found.limited_by, found.limited_by)}."
+        f"{start}, which is {share(achieved, ideal)} of the {rate(ideal)} images/s that the bottleneck resource "
+        f"allows. Bottleneck: {_STAGES.get(bottleneck.limited_by, bottleneck.limited_by)}."
     )

@@ -1,4 +1,4 @@
-"""The data of a run's report page as plain records, independent of how a run is stored.
+"""The data of a run's report page.
 
 IDs, URIs and labels are taken from the catalog unchanged, apart from truncation of very long strings;
 the templates escape them.
@@ -6,6 +6,8 @@ the templates escape them.
 
 from dataclasses import dataclass
 from datetime import datetime
+
+from batchcls.runs.records import GateResult, Measurements
 
 BINS = 20
 """Number of equal-width bins over 0..1 in a confidence histogram."""
@@ -18,25 +20,6 @@ class PublishStatus:
     published: bool
     headline: str
     because: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class GateRow:
-    """The result of one gate, formatted for display.
-
-    Attributes:
-        name: name of the gate.
-        value: the measured value with its unit; "-" if there was nothing to measure.
-        limit: the configured limit.
-        passed: whether the gate passed.
-        sentence: explanation that compares value and limit.
-    """
-
-    name: str
-    value: str
-    limit: str
-    passed: bool
-    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,41 +168,6 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class StageCost:
-    """Milliseconds per image of one stage, and the utilization (0..1) of the resource it runs on."""
-
-    stage: str
-    milliseconds: float
-    resource: str
-    capacity: float
-    utilization: float
-
-
-@dataclass(frozen=True, slots=True)
-class RunThroughput:
-    """Throughput of the run and its bottleneck.
-
-    Attributes:
-        images_per_second: average over the whole pipeline.
-        after_start: images per second after worker startup.
-        ideal: images per second that the bottleneck resource allows; None if no stage recorded any work.
-        start_seconds, total_seconds: duration of startup and of the whole job.
-        limited_by: the bottleneck stage.
-        advice: recommended configuration change.
-        stages: stages in pipeline order.
-    """
-
-    images_per_second: float
-    after_start: float
-    ideal: float | None
-    start_seconds: float
-    total_seconds: float
-    limited_by: str
-    advice: str
-    stages: tuple[StageCost, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class BaselineFacts:
     """Counts from the record of the baseline run; `images_per_second` is None if it was not measured."""
 
@@ -240,7 +188,7 @@ class RunFacts:
         gates: gate results in evaluation order.
         rows, predicted, reused: rows of the manifest, rows predicted by this run, rows reused from an earlier run.
         quarantine_groups: quarantined rows by reason, the most frequent first.
-        throughput: None if no row was computed.
+        measurements: of the session that finished the run; without a bottleneck if it computed no row.
         confidence, categories: None if no row has a prediction.
         changes: None without a baseline run.
         facts: name and value of further properties: manifest, model, engine, hardware.
@@ -251,12 +199,12 @@ class RunFacts:
     run_id: str
     committed: datetime
     verdict: PublishStatus
-    gates: tuple[GateRow, ...]
+    gates: tuple[GateResult, ...]
     rows: int
     predicted: int
     reused: int
     quarantine_groups: tuple[QuarantineGroup, ...]
-    throughput: RunThroughput | None
+    measurements: Measurements
     confidence: Confidence | None
     categories: CategoryMix | None
     changes: Changes | None

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
 
 from batchcls.config.common_config import FetchSettings
 from batchcls.errors import InputError
@@ -15,21 +14,21 @@ from batchcls.report.formatting import count, size
 from batchcls.report.run_page import run_page
 from batchcls.report.run_page_data import (
     BaselineFacts,
-    GateRow,
     PredictedRow,
     PublishStatus,
     QuarantinedRow,
     RunFacts,
-    RunThroughput,
-    StageCost,
     Thumbnail,
 )
 from batchcls.report.run_queries import read_quarantine, read_statistics
 from batchcls.report.thumbnails import Source, make_thumbnails
-from batchcls.runs.catalog import RunRecord, open_parts, read_current, read_record
+from batchcls.resources import NodeResources
+from batchcls.runs.catalog import open_parts, read_current, read_record
 from batchcls.runs.catalog import read_plan as read_plan_record
 from batchcls.runs.diff import CAUSES, count_causes
 from batchcls.runs.paths import PLAN
+from batchcls.runs.plan import Plan
+from batchcls.runs.records import RunRecord
 from batchcls.schema import REASONS, Reason, Stage
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.uris import parent_folder
@@ -58,17 +57,16 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
             changes = replace(
                 changes, causes=tuple((CAUSES[name], rows) for name, rows in found.items() if rows)
             )
-    gates = tuple(_gate(entry) for entry in record.gates)
     return RunFacts(
         run_id=record.run_id,
         committed=record.committed,
-        verdict=_verdict(record, gates, read_current(record.output, storage)),
-        gates=gates,
+        verdict=_verdict(record, read_current(record.output, storage)),
+        gates=record.gates,
         rows=record.counts.rows,
         predicted=record.counts.predicted,
         reused=record.counts.reused,
         quarantine_groups=quarantine_groups,
-        throughput=_throughput(record.measured),
+        measurements=record.measurements,
         confidence=statistics.confidence,
         categories=statistics.categories,
         changes=changes,
@@ -78,8 +76,8 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
     )
 
 
-def read_plan(record: RunRecord, storage: Storage) -> Mapping[str, Any]:
-    """The contents of plan.json of a run.
+def read_plan(record: RunRecord, storage: Storage) -> Plan:
+    """The plan of a run.
 
     Raises:
         InputError: the file is missing, damaged or not readable.
@@ -87,13 +85,13 @@ def read_plan(record: RunRecord, storage: Storage) -> Mapping[str, Any]:
     plan = read_plan_record(record.output, record.run_id, storage)
     if plan is None:
         raise InputError(f"{redact_uri(join(record.folder, PLAN))}: the plan of this run is missing")
-    return plan.raw
+    return plan
 
 
-def _verdict(record: RunRecord, gates: tuple[GateRow, ...], current: str | None) -> PublishStatus:
+def _verdict(record: RunRecord, current: str | None) -> PublishStatus:
     counts = record.counts
     summary = f"{counts.predicted + counts.reused:,} of {counts.rows:,} items have a prediction"
-    failed = [f"{gate.sentence}." for gate in gates if not gate.passed]
+    failed = [f"{gate.message}." for gate in record.gates if not gate.passed]
     if current == record.run_id:
         if failed:
             return PublishStatus(True, "Published despite a failed gate", _join_sentences(failed))
@@ -110,94 +108,41 @@ def _join_sentences(sentences: list[str]) -> str:
     return " ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
 
 
-def _gate(entry: Mapping[str, Any]) -> GateRow:
-    name = str(entry["gate"])
-    write = _percent if "fraction" in name else _number
-    return GateRow(
-        name=name.replace("_", " "),
-        value=write(entry.get("figure")),
-        limit=write(entry.get("limit")),
-        passed=bool(entry["passed"]),
-        sentence=str(entry["sentence"]),
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}%"
-
-
 def _before(record: RunRecord) -> BaselineFacts:
     counts = record.counts
-    return BaselineFacts(record.run_id, counts.rows, counts.quarantined, record.images_per_second)
+    rate = record.measurements.images_per_second
+    return BaselineFacts(record.run_id, counts.rows, counts.quarantined, rate)
 
 
-def _throughput(measured: Mapping[str, Any]) -> RunThroughput | None:
-    """The measured throughput; None if no row was computed."""
-    found = measured.get("bottleneck")
-    if not found:
-        return None
-    achieved = found["images_per_second_after_start"] or 0.0
-    return RunThroughput(
-        images_per_second=measured["images_per_second"],
-        after_start=achieved,
-        ideal=found["ideal_images_per_second"],
-        start_seconds=found["start_seconds"],
-        total_seconds=measured["seconds_total"],
-        limited_by=found["limited_by"],
-        advice=found["advice"],
-        stages=tuple(
-            _stage(stage, milliseconds, found["resources"], achieved)
-            for stage, milliseconds in found["busy_milliseconds_per_image"].items()
-        ),
-    )
-
-
-def _stage(stage: str, milliseconds: float, resources: list[dict[str, Any]], achieved: float) -> StageCost:
-    """A stage with the smallest resource that bounds it, the same choice as `Bottleneck.resource_of`."""
-    candidates = [
-        entry
-        for entry in resources
-        if stage in entry["stages"] and (stage == "fetch" or entry["limits"] != "fetch")
-    ]
-    resource = min(candidates, key=lambda entry: float(entry["capacity"]))
-    utilization = achieved * milliseconds / 1000 / resource["capacity"]
-    return StageCost(stage, milliseconds, resource["name"], resource["capacity"], utilization)
-
-
-def _about(record: RunRecord, plan: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    manifest, model, measured = record.manifest, record.model, record.measured
-    hardware = measured.get("hardware", {})
-    nodes = Counter(_node(node) for node in hardware.get("nodes", []))
-    engines = ", ".join(f"{number} x {name}" for name, number in measured.get("engines", {}).items())
-    bottleneck = measured.get("bottleneck") or {}
-    versions = plan.get("versions", {})
+def _about(record: RunRecord, plan: Plan) -> tuple[tuple[str, str], ...]:
+    manifest, model, measurements = record.manifest, record.model, record.measurements
+    nodes = Counter(_node(node) for node in measurements.hardware.nodes)
+    engines = ", ".join(f"{number} x {name}" for name, number in measurements.engines.items())
+    bottleneck = measurements.bottleneck
+    rows, files = count(manifest.rows or 0, "row"), count(manifest.files or 0, "file")
     facts = [
-        (
-            "Manifest",
-            f"{manifest['uri']}, {count(manifest['rows'], 'row')} in {count(manifest['files'], 'file')}",
-        ),
-        ("Fingerprint", str(manifest["fingerprint"])[:12]),
-        ("Model", f"{model['architecture']}, {model['classes']:,} classes"),
-        ("Fingerprint", str(model["fingerprint"])[:12]),
+        ("Manifest", f"{manifest.uri}, {rows} in {files}"),
+        ("Fingerprint", (manifest.fingerprint or "")[:12]),
+        ("Model", f"{model.architecture}, {model.classes:,} classes"),
+        ("Fingerprint", model.fingerprint[:12]),
         ("Engine", engines),
-        ("Pipeline", " on ".join(str(bottleneck[key]) for key in ("shape", "device") if key in bottleneck)),
+        ("Pipeline", "" if bottleneck is None else f"{bottleneck.shape} on {bottleneck.device}"),
         ("Hardware", ", ".join(f"{number} x {node}" for node, number in nodes.items())),
-        ("Driver", str(hardware.get("driver", ""))),
-        ("Started", str(plan.get("created", ""))),
+        ("Driver", measurements.hardware.driver),
+        ("Started", plan.created.isoformat(timespec="seconds")),
         ("Committed", record.committed.isoformat(timespec="seconds")),
-        ("Images read", size(record.raw.get("image_bytes", 0))),
-        ("Versions", ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)),
+        ("Images read", size(record.image_bytes)),
+        (
+            "Versions",
+            ", ".join(f"{name} {plan.versions[name]}" for name in _PACKAGES if name in plan.versions),
+        ),
     ]
     return tuple((name, value) for name, value in facts if value)
 
 
-def _node(node: Mapping[str, Any]) -> str:
-    gpus = f" and {node['gpus']:g} GPUs" if node.get("gpus") else ""
-    return f"node of {node['cpus']:g} CPUs{gpus}"
+def _node(node: NodeResources) -> str:
+    gpus = f" and {node.gpus:g} GPUs" if node.gpus else ""
+    return f"node of {node.cpus:g} CPUs{gpus}"
 
 
 REPORT = "report.html"
@@ -267,24 +212,21 @@ def report_after_run(
 
 def _baseline(record: RunRecord, storage: Storage) -> RunRecord | None:
     """The baseline run of the gates; None if there was none or it has been deleted."""
-    run_id = record.raw.get("baseline")
-    if run_id is None:
+    if record.baseline is None:
         return None
     try:
-        return read_record(record.output, str(run_id), storage)
+        return read_record(record.output, record.baseline, storage)
     except InputError as error:
         _logger.warning("the report of run %s has no baseline: %s", record.run_id, error)
         return None
 
 
 def _thumbnails(
-    facts: RunFacts, record: RunRecord, plan: Mapping[str, Any], storage_options: Mapping[str, object]
+    facts: RunFacts, record: RunRecord, plan: Plan, storage_options: Mapping[str, object]
 ) -> dict[int, Thumbnail]:
     """Thumbnails of the rows on the page, fetched with the settings of the job."""
-    config = plan["config"]
-    settings = FetchSettings.from_recorded({**config, "storage_options": dict(storage_options)})
-    # Records written by early versions lack the base URI; their manifests are usually single files.
-    base = str(record.manifest.get("base") or parent_folder(str(record.manifest["uri"])))
+    settings = FetchSettings.from_recorded({**plan.config, "storage_options": dict(storage_options)})
+    base = record.manifest.base or parent_folder(record.manifest.uri or "")
     sources: dict[int, Source] = {}
     missing: dict[int, Thumbnail] = {}
     for entry in _rows_with_images(facts):

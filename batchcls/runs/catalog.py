@@ -1,118 +1,40 @@
-"""Read back what is on storage: the record of a run, the published run, all runs, and the rows of a run.
+"""Read runs from storage: the record of a run, the published run, all runs, and the rows of a run.
 
-Readers open exactly the files that run.json lists; whatever else lies in the folder is no part of the run.
+Readers open exactly the files that run.json lists; other files in the folder are not part of the run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from pydantic import BaseModel
 
 from batchcls.errors import InputError
-from batchcls.runs.parts import Kind, PartFile
+from batchcls.runs.lease import Holder
 from batchcls.runs.paths import CURRENT, LEASE, PLAN, REMOVAL, RUN, RUNS, run_folder
-from batchcls.runs.records import (
-    CurrentDocument,
-    DocumentError,
-    LeaseDocument,
-    PlanDocument,
-    RunDocument,
-    parse,
-    parse_time,
-)
+from batchcls.runs.plan import Plan
+from batchcls.runs.records import CurrentRecord, Kind, RunFile, RunRecord
 from batchcls.schema import predictions_schema, quarantine_schema
+from batchcls.storage.documents import Document, DocumentError, NewerVersionError
 from batchcls.storage.filesystem import Storage, explain, is_remote, join, redact_uri
 
 _BATCH_ROWS = 16_384
 _LISTING_THREADS = 8
-_BY_HAND = "restore it, or remove the run's folder by hand"
+_REMEDY = "restore it, or remove the folder of the run by hand"
 
 
 class DamagedRunError(InputError):
-    """plan.json, run.json, current.json or a part is there and is not what this program writes, or cannot be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Rows of a run by what became of them; `rows` is the sum of the three others."""
-
-    rows: int
-    predicted: int
-    reused: int
-    quarantined: int
-    quarantined_by_reason: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """A committed run, as its run.json says.
-
-    Attributes:
-        output: the job's output folder.
-        folder: URI of the run's folder; the paths of `files` are relative to it.
-        run_id: name of the run.
-        committed: when, in UTC.
-        manifest: of what: uri, fingerprint, rows, files.
-        model: with what: fingerprint, architecture, classes, preprocessing, weights.
-        unpublishable: why it must never be published; empty where it may be.
-        counts: rows by what became of them.
-        files: every file of the run.
-        gates: what each gate found, in the words of `gates.GateResult`; empty in runs from before gates.
-        measured: seconds, rates, hardware.
-        raw: the whole of run.json, keys of later versions included.
-    """
-
-    output: str
-    folder: str
-    run_id: str
-    committed: datetime
-    manifest: Mapping[str, Any]
-    model: Mapping[str, Any]
-    unpublishable: tuple[str, ...]
-    counts: Counts
-    files: tuple[PartFile, ...]
-    gates: tuple[Mapping[str, Any], ...]
-    measured: Mapping[str, Any]
-    raw: Mapping[str, Any]
-
-    @property
-    def model_fingerprint(self) -> str:
-        """Of the model that classified; empty where run.json does not say."""
-        return str(self.model.get("fingerprint", ""))
-
-    @property
-    def images_per_second(self) -> float | None:
-        """Of the whole pipeline; None where it was not measured."""
-        value = self.measured.get("images_per_second")
-        return None if value is None else float(value)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanRecord:
-    """A run that was begun, as its plan.json says.
-
-    Attributes:
-        run_id: its name.
-        created: when it was begun, in UTC: after its manifest was opened, so it dates the manifest's state.
-        raw: the whole of plan.json; `fingerprints`, `config`, `manifest`, `engines`, `reuse` and `unpublishable`
-            are always in it.
-    """
-
-    run_id: str
-    created: datetime
-    raw: Mapping[str, Any]
+    """plan.json, run.json, current.json or a part is damaged, of a newer version, or cannot be read."""
 
 
 class State(StrEnum):
-    """What the folder of a run holds."""
+    """State of the folder of a run."""
 
     COMMITTED = "committed"
     UNFINISHED = "unfinished"
@@ -125,11 +47,11 @@ class ListedRun:
 
     Attributes:
         run_id: name of the folder.
-        state: committed with a whole run.json, begun and not committed, or neither (also what other programs left).
-        created: when it was committed or begun, in UTC; None where nothing says.
+        state: committed with a valid run.json, started but not committed, or neither (also folders of other programs).
+        created: time of the commit or of the start, in UTC; None if it is not recorded.
         record: of a committed run, else None.
-        detail: what is wrong with a damaged one.
-        is_leftover: `runs prune` began to remove it, as removal.json or what is left of its lease says.
+        detail: the defect of a damaged run.
+        is_leftover: `runs prune` has started to remove it, according to removal.json or to its remaining lease.
     """
 
     run_id: str
@@ -144,8 +66,8 @@ def read_record(output: str, run_id: str, storage: Storage) -> RunRecord:
     """The record of a committed run.
 
     Raises:
-        DamagedRunError: run.json cannot be read, is no JSON, or lacks what every run has.
-        InputError: there is no such run, it is not committed, or the store refuses.
+        DamagedRunError: run.json cannot be read, or is damaged.
+        InputError: there is no such run, it is not committed, or the store denies access.
     """
     folder = run_folder(output, run_id)
     data = read_or_none(join(folder, RUN), storage)
@@ -155,62 +77,70 @@ def read_record(output: str, run_id: str, storage: Storage) -> RunRecord:
 
 
 def parse_record(output: str, run_id: str, data: bytes) -> RunRecord:
-    """run.json -> record; keys that older runs lack are empty.
+    """Parse run.json of a run.
 
     Raises:
-        DamagedRunError: it is no JSON, belongs to another run, or lacks what every run has.
+        DamagedRunError: it is damaged, or belongs to another run.
     """
     folder = run_folder(output, run_id)
-    record = _record(output, folder, _parsed(join(folder, RUN), data, RunDocument, _BY_HAND))
+    record = parse_document(join(folder, RUN), data, RunRecord)
     if record.run_id != run_id:
-        raise DamagedRunError(f"{redact_uri(folder)}: run.json is of another run, {record.run_id!r}")
-    return record
+        raise DamagedRunError(f"{redact_uri(folder)}: run.json belongs to another run, {record.run_id!r}")
+    return record.model_copy(update={"output": output})
 
 
-def read_plan(output: str, run_id: str, storage: Storage) -> PlanRecord | None:
-    """The plan of a run; None where there is no plan.json.
+def read_plan(output: str, run_id: str, storage: Storage) -> Plan | None:
+    """The plan of a run; None if there is no plan.json.
 
     Raises:
-        DamagedRunError: plan.json cannot be read, is not of this program, or belongs to another run.
-        InputError: the store refuses.
+        DamagedRunError: plan.json cannot be read, is damaged, or belongs to another run.
+        InputError: the store denies access.
     """
     uri = join(run_folder(output, run_id), PLAN)
     data = read_or_none(uri, storage)
     if data is None:
         return None
-    raw = _parsed(uri, data, PlanDocument, _BY_HAND)
-    if raw["run_id"] != run_id:
-        raise DamagedRunError(f"{redact_uri(uri)} is of another run, {raw['run_id']!r}")
-    always: dict[str, Any] = {
-        **{name: {} for name in ("fingerprints", "config", "manifest", "engines", "reuse")},
-        "unpublishable": [],
-    }
-    return PlanRecord(run_id, parse_time(raw["created"]), always | raw)
+    plan = parse_document(uri, data, Plan)
+    if plan.run_id != run_id:
+        raise DamagedRunError(f"{redact_uri(uri)} belongs to another run, {plan.run_id!r}")
+    return plan
 
 
 def read_current(output: str, storage: Storage) -> str | None:
-    """Run id of the published run, None where nothing was ever published.
+    """ID of the published run; None if no run was ever published.
 
     Raises:
-        DamagedRunError: current.json cannot be read or does not name a run.
-        InputError: the store refuses.
+        DamagedRunError: current.json cannot be read, or is damaged.
+        InputError: the store denies access, or a later version of the program wrote current.json.
     """
     data = read_or_none(join(output, CURRENT), storage)
-    return None if data is None else str(parse_current(output, data)["run_id"])
+    return None if data is None else parse_current(output, data).run_id
 
 
-def parse_current(output: str, data: bytes) -> dict[str, Any]:
-    """current.json with the types of `CurrentDocument`. Raises DamagedRunError, which says how to mend it."""
-    remedy = "publish a run in its place (`runs publish RUN --force`)"
-    return _parsed(join(output, CURRENT), data, CurrentDocument, remedy)
+def parse_current(output: str, data: bytes) -> CurrentRecord:
+    """Parse current.json.
+
+    Raises:
+        DamagedRunError: it is damaged; the message names the remedy.
+        InputError: a later version of the program wrote it, so this one must not replace it.
+    """
+    uri = join(output, CURRENT)
+    try:
+        return CurrentRecord.from_json(data)
+    except NewerVersionError as error:
+        raise InputError(f"{redact_uri(uri)}: {error}") from None
+    except DocumentError as error:
+        raise DamagedRunError(
+            f"{redact_uri(uri)} is damaged ({error}); replace it by publishing a run (`runs publish RUN --force`)"
+        ) from None
 
 
 def read_or_none(uri: str, storage: Storage) -> bytes | None:
-    """A file of a run; None where there is none.
+    """The contents of a file of a run; None if it does not exist.
 
     Raises:
-        DamagedRunError: this very file cannot be read: a folder in its place, missing rights, a bad sector.
-        InputError: the store refuses.
+        DamagedRunError: this file cannot be read: it is a folder, permissions are missing, or a sector is bad.
+        InputError: the store denies access.
     """
     with explain(uri):
         try:
@@ -218,18 +148,18 @@ def read_or_none(uri: str, storage: Storage) -> bytes | None:
         except FileNotFoundError:
             return None
         except OSError as error:
-            # A local file that cannot be read says nothing about its neighbors; a store that does not answer does.
+            # A local file that cannot be read does not affect other files; a store that does not respond does.
             if is_remote(uri) and not isinstance(error, PermissionError | IsADirectoryError):
                 raise
-            why = error.strerror or type(error).__name__
-            raise DamagedRunError(f"{redact_uri(uri)} cannot be read ({why})") from None
+            reason = error.strerror or type(error).__name__
+            raise DamagedRunError(f"{redact_uri(uri)} cannot be read ({reason})") from None
 
 
 def list_runs(output: str, storage: Storage) -> list[ListedRun]:
-    """All runs of an output folder, the newest first; those of unknown age last.
+    """All runs of an output folder, the newest first and those of unknown age last.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access.
     """
     names = run_names(output, storage)
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
@@ -239,24 +169,24 @@ def list_runs(output: str, storage: Storage) -> list[ListedRun]:
 
 
 def run_names(output: str, storage: Storage) -> list[str]:
-    """Names of all folders below runs/, whatever they hold. Raises InputError if the store refuses."""
+    """Names of all folders below runs/, whatever their contents. Raises InputError if the store denies access."""
     with explain(output):
         return storage.list_folders(join(output, RUNS))
 
 
 def list_run(output: str, run_id: str, storage: Storage) -> ListedRun:
-    """One folder below runs/; what is wrong with it is said in it.
+    """The state of one folder below runs/; `detail` describes the defect of a damaged run.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access.
     """
     folder = run_folder(output, run_id)
     try:
         if read_or_none(join(folder, REMOVAL), storage) is not None:
             return _leftover(run_id)
-        run = read_or_none(join(folder, RUN), storage)
-        if run is not None:
-            record = parse_record(output, run_id, run)
+        data = read_or_none(join(folder, RUN), storage)
+        if data is not None:
+            record = parse_record(output, run_id, data)
             return ListedRun(run_id, State.COMMITTED, record.committed, record)
         plan = read_plan(output, run_id, storage)
         if plan is not None:
@@ -269,16 +199,16 @@ def list_run(output: str, run_id: str, storage: Storage) -> ListedRun:
         run_id,
         State.DAMAGED,
         None,
-        detail="no plan.json, no run.json and no lease: not begun by this program",
+        detail="no plan.json, no run.json and no lease: not created by this program",
     )
 
 
 def _leftover(run_id: str) -> ListedRun:
-    return ListedRun(run_id, State.DAMAGED, None, detail="its removal has begun", is_leftover=True)
+    return ListedRun(run_id, State.DAMAGED, None, detail="its removal has started", is_leftover=True)
 
 
 def _was_leased(folder: str, storage: Storage) -> bool:
-    """Whether a driver of this program once held the run: its lease is the last that goes."""
+    """Whether a driver of this program held the run: a removal deletes the lease last."""
     with explain(folder):
         try:
             found = storage.list_files(join(folder, LEASE), ".json")
@@ -287,7 +217,8 @@ def _was_leased(folder: str, storage: Storage) -> bool:
     for info in found:
         data = read_or_none(info.uri, storage)
         with suppress(DocumentError):
-            if data is not None and parse(data, LeaseDocument):
+            if data is not None:
+                Holder.from_json(data)
                 return True
     return False
 
@@ -295,8 +226,8 @@ def _was_leased(folder: str, storage: Storage) -> bool:
 def open_parts(record: RunRecord, kind: Kind, storage: Storage) -> ds.Dataset:
     """The rows of a run as a dataset over exactly the files that run.json lists.
 
-    `read_columns` scans it within bounded memory, also for DuckDB. A run
-    without rows of this kind gives an empty dataset with the columns that every run has.
+    `read_columns` scans it in bounded memory, also for DuckDB. For a run without rows of this kind, the dataset is
+    empty and has the columns that every run has.
 
     Raises:
         InputError: a file is missing or unreadable.
@@ -304,14 +235,14 @@ def open_parts(record: RunRecord, kind: Kind, storage: Storage) -> ds.Dataset:
     return open_files(record.folder, [file for file in record.files if file.kind == kind], kind, storage)
 
 
-def open_files(folder: str, files: Sequence[PartFile], kind: Kind, storage: Storage) -> ds.Dataset:
-    """The same for files that no run.json lists yet, such as those of receipts.
+def open_files(folder: str, files: Sequence[RunFile], kind: Kind, storage: Storage) -> ds.Dataset:
+    """The same for files that run.json does not list yet, such as those of receipts.
 
     Args:
-        folder: URI of the run's folder.
-        files: of one kind.
-        kind: what they hold.
-        storage: how to reach them.
+        folder: URI of the folder of the run.
+        files: files of one kind.
+        kind: kind of their rows.
+        storage: access to the folder.
     """
     if not files:
         schema = quarantine_schema() if kind == "quarantine" else predictions_schema((), None, 0)
@@ -330,11 +261,11 @@ def open_files(folder: str, files: Sequence[PartFile], kind: Kind, storage: Stor
 
 
 def read_columns(dataset: ds.Dataset, columns: Sequence[str]) -> pa.RecordBatchReader:
-    """Some columns of all rows, in batches; a few batches are read ahead, whatever the size of the run.
+    """Columns of all rows, in batches; the number of batches that are read ahead does not depend on the run.
 
     Raises:
-        DamagedRunError: the files have no such columns. What is wrong with a file further on is raised by
-            whoever reads the batches, as Arrow says it.
+        DamagedRunError: a column is missing. Iterating over the batches raises the errors of Arrow for files that are
+            damaged.
     """
     try:
         scanner = dataset.scanner(
@@ -344,45 +275,28 @@ def read_columns(dataset: ds.Dataset, columns: Sequence[str]) -> pa.RecordBatchR
         raise DamagedRunError(
             f"the run's files lack a column ({one_line(error)}); see `runs verify`"
         ) from None
-    # Not `to_reader`, which holds the interpreter while it starts: a read through Python that fails then waits for
-    # it, with a lock that the start waits for (pyarrow 25; one of six tries hung).
+    # `to_reader` holds the GIL while it starts. If a read through a Python file system then fails, both wait for each
+    # other (pyarrow 25; one of six attempts hung).
     return pa.RecordBatchReader.from_batches(scanner.projected_schema, scanner.to_batches())
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what a library says."""
+    """The first line of an error message of a library."""
     return str(error).strip().partition("\n")[0]
 
 
-def _parsed(uri: str, data: bytes, kind: type[BaseModel], remedy: str) -> dict[str, Any]:
+DocumentType = TypeVar("DocumentType", bound=Document)
+
+
+def parse_document(uri: str, data: bytes, kind: type[DocumentType], remedy: str = _REMEDY) -> DocumentType:
+    """Parse a file of a run.
+
+    Raises:
+        DamagedRunError: it is damaged, or a later version of the program wrote it; the message names the remedy.
+    """
     try:
-        return parse(data, kind)
+        return kind.from_json(data)
+    except NewerVersionError as error:
+        raise DamagedRunError(f"{redact_uri(uri)}: {error}") from None
     except DocumentError as error:
         raise DamagedRunError(f"{redact_uri(uri)} is damaged ({error}); {remedy}") from None
-
-
-def _record(output: str, folder: str, raw: Mapping[str, Any]) -> RunRecord:
-    counts = raw["counts"]
-    return RunRecord(
-        output=output,
-        folder=folder,
-        run_id=raw["run_id"],
-        committed=parse_time(raw["committed"]),
-        manifest=raw["manifest"],
-        model=raw["model"],
-        unpublishable=tuple(raw.get("unpublishable", ())),
-        counts=Counts(
-            rows=counts["rows"],
-            predicted=counts["predicted"],
-            reused=counts.get("reused", 0),
-            quarantined=counts["quarantined"],
-            quarantined_by_reason=dict(counts.get("quarantined_by_reason", {})),
-        ),
-        files=tuple(
-            PartFile(file["path"], file["kind"], file["rows"], file["bytes"], file["digest"])
-            for file in raw["files"]
-        ),
-        gates=tuple(raw.get("gates", ())),
-        measured=raw.get("measured", {}),
-        raw=raw,
-    )

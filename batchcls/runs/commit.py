@@ -1,13 +1,11 @@
-"""Reconcile the receipts with the plan and write run.json, the record that makes a run readable."""
+"""Reconcile the receipts with the plan and write run.json, which makes a run visible to readers."""
 
-import json
 import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from batchcls.config.common_config import Auto
 from batchcls.errors import BudgetExceeded, LeaseLostError, ReconciliationError
@@ -15,61 +13,62 @@ from batchcls.runs.parts import NAMED_FAILURES, Receipt
 from batchcls.runs.paths import RUN
 from batchcls.runs.plan import Plan
 from batchcls.runs.receipts import balance
+from batchcls.runs.records import Counts, Findings, RunRecord
 from batchcls.schema import RETRYABLE_REASONS, Reason
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
-_HOPELESS_RATE = 0.5
-_LEAST_FAILURES = 200
-_LEAST_SHARE = 0.25
-_SLACK = 1e-6  # rows: 10 / 299 of 299 rows are 10 rows
+_STOP_RATE = 0.5
+_MIN_FAILURES = 200
+_MIN_SHARE = 0.25
+_TOLERANCE = 1e-6  # in rows, for rounding: 10 / 299 of 299 rows is 10 rows
 
-_USUAL_FRACTION, _FIRST_FRACTION = 0.01, 0.1
+_DEFAULT_FRACTION, _FIRST_FRACTION = 0.01, 0.1
 _FLOOR_ROWS, _FLOOR_FRACTION = 10, 0.25
 
-_OF_THE_MANIFEST = (Reason.NULL_ID, Reason.DUPLICATE_ID, Reason.NO_IMAGE)
+_MANIFEST_REASONS = (Reason.NULL_ID, Reason.DUPLICATE_ID, Reason.NO_IMAGE)
 
 
 def allowed_fraction(given: float | Auto, rows: int, *, first: bool = False) -> float:
-    """The share of the rows (0..1) that may fail.
+    """The fraction of the rows (0..1) that may fail.
 
     Args:
-        given: as `--max-failed-fraction` has it; auto: 1 %, but 10 rows where that is more and at most a quarter
-            of all, so that three broken images do not end a small catalog; never all rows.
-        rows: of the manifest, at least 1.
-        first: nothing was ever published, so that nothing can be made worse: auto is 10 % instead of 1 %.
+        given: value of `--max-failed-fraction`. auto is 1 %, but at least 10 rows, so that three broken images do not
+            stop a small catalog; these 10 rows are limited to a quarter of the rows, and never all rows may fail.
+        rows: number of rows of the manifest, at least 1.
+        first: no run was ever published, so no published predictions can get worse: auto is 10 % instead of 1 %.
     """
     if given != "auto":
         return given
     floor = min(_FLOOR_ROWS, math.ceil(_FLOOR_FRACTION * rows), rows - 1)
-    return max(_FIRST_FRACTION if first else _USUAL_FRACTION, floor / rows)
+    return max(_FIRST_FRACTION if first else _DEFAULT_FRACTION, floor / rows)
 
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """What is known of a run while it goes on.
+    """Counts of a run that is in progress.
 
     Attributes:
-        rows: rows that this session has answered or failed.
-        todo: rows that it has to do.
-        failures: of the whole run so far, by reason.
-        failures_now: those of this session.
+        rows: rows that this session has processed.
+        remaining_rows: rows that this session had to process at its start.
+        failures: failed rows of the run so far, by reason.
+        session_failures: those of this session.
     """
 
     rows: int
-    todo: int
+    remaining_rows: int
     failures: Counter[str]
-    failures_now: Counter[str]
+    session_failures: Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Shares of the manifest's rows that may fail.
+    """Fractions of the rows of a manifest that may fail.
 
     Attributes:
-        rows: rows of the manifest.
+        rows: number of rows of the manifest.
         fraction: for all reasons together, 0..1.
-        by_reason: for single reasons.
-        folder: where the failed rows can be looked at, for messages; empty: nowhere yet.
+        by_reason: for individual reasons.
+        folder: folder of the run for messages; empty if there is none yet.
     """
 
     rows: int
@@ -78,52 +77,53 @@ class Budget:
     folder: str = ""
 
     def check(self, failures: Counter[str], named: str = "") -> None:
-        """Refuse a run of which too much failed, whatever becomes of its other rows.
+        """Reject a run with too many failed rows, regardless of the outcome of its other rows.
 
         Args:
             failures: rows by reason.
-            named: the first failed rows, for people.
+            named: human-readable list of the first failed rows.
 
         Raises:
-            BudgetExceeded: with the figure, the limit and the reasons.
+            BudgetExceeded: the message has the fraction, the limit and the reasons.
         """
         for reasons, fraction, flag in self._limits():
             failed = _count(failures, reasons)
-            if failed > fraction * self.rows + _SLACK:
-                first = f"; the first: {named}" if named else ""
+            if failed > fraction * self.rows + _TOLERANCE:
+                first = f"; first failed rows: {named}" if named else ""
                 raise BudgetExceeded(
                     f"{failed} of {self.rows} rows failed ({failed / self.rows:.2%}), more than {flag} {fraction:.2%} "
-                    f"allows: {_listed(failures)}{first}; not committed{self._look()}{_remedy(failures)}"
+                    f"allows: {_listed(failures)}{first}; not committed{self._location()}{_remedy(failures)}"
                     f"{_accept(flag, failed / self.rows) if named else ''}"
                 )
 
-    def check_under_way(self, seen: RunProgress) -> None:
-        """Refuse a run that has failed too much already, or that fails so often that it will.
+    def check_progress(self, progress: RunProgress) -> None:
+        """Reject a run that has too many failed rows already, or that will have them at the current rate.
 
-        Hopeless is a run of which half or more of what this session has seen failed, if a quarter of what
-        the budget allows is used up by it (and 200 rows): a bad stretch of a long manifest is neither.
-        Rows that are bad in the manifest itself say nothing of the rows to come.
+        A run is stopped early if at least half of the rows of this session failed and if these failures are at least
+        200 rows and a quarter of the budget. A short part of a long manifest with many failures has neither effect.
+        Rows that are invalid in the manifest itself are not counted, because they do not predict later failures.
 
         Raises:
-            BudgetExceeded: with the figures.
+            BudgetExceeded: the message has the fraction, the limit and the reasons.
         """
-        self.check(seen.failures)
-        rows = seen.rows - _count(seen.failures_now, _OF_THE_MANIFEST)
+        self.check(progress.failures)
+        rows = progress.rows - _count(progress.session_failures, _MANIFEST_REASONS)
         for reasons, fraction, flag in self._limits():
-            wanted = [reason for reason in reasons if reason not in _OF_THE_MANIFEST]
-            failed, allowed = _count(seen.failures_now, wanted), fraction * self.rows
-            if failed < max(_LEAST_FAILURES, _LEAST_SHARE * allowed) or failed < _HOPELESS_RATE * rows:
+            counted = [reason for reason in reasons if reason not in _MANIFEST_REASONS]
+            failed, allowed = _count(progress.session_failures, counted), fraction * self.rows
+            if failed < max(_MIN_FAILURES, _MIN_SHARE * allowed) or failed < _STOP_RATE * rows:
                 continue
-            expected = _count(seen.failures, reasons) + failed / rows * (seen.todo - seen.rows)
+            left = progress.remaining_rows - progress.rows
+            expected = _count(progress.failures, reasons) + failed / rows * left
             if expected > allowed:
                 raise BudgetExceeded(
                     f"{failed} of the first {rows} rows failed ({failed / rows:.2%}); at this rate {expected:.0f} of "
-                    f"{self.rows} would, more than {flag} {fraction:.2%} allows: {_listed(seen.failures_now)}; stopped "
-                    f"and not committed{_remedy(seen.failures_now)}"
+                    f"{self.rows} would, more than {flag} {fraction:.2%} allows: {_listed(progress.session_failures)}; "
+                    f"stopped and not committed{_remedy(progress.session_failures)}"
                 )
 
-    def _look(self) -> str:
-        """Where the failed rows are."""
+    def _location(self) -> str:
+        """The folder of the failed rows."""
         return f"; they are in {self.folder}/quarantine" if self.folder else ""
 
     def _limits(self) -> Iterator[tuple[tuple[str, ...], float, str]]:
@@ -133,7 +133,7 @@ class Budget:
 
 
 def _accept(flag: str, share: float) -> str:
-    """What to type to take such a run as it is."""
+    """The flag with which the run would be accepted."""
     if " " in flag:
         return ""
     return f"; to accept them, run the same command with {flag} {math.ceil(share * 1000) / 1000:g}"
@@ -148,15 +148,20 @@ def _listed(failures: Counter[str]) -> str:
 
 
 def _remedy(failures: Counter[str]) -> str:
-    again = [reason for reason in failures if reason in RETRYABLE_REASONS]
-    if not again:
-        return "; --retry-quarantine tries all of them again"
-    return f"; the same command goes on and tries {', '.join(again)} again, --retry-quarantine all of them"
+    retried = [reason for reason in failures if reason in RETRYABLE_REASONS]
+    if not retried:
+        return "; --retry-quarantine retries all of them"
+    names = ", ".join(retried)
+    return f"; the same command resumes the run and retries {names}; --retry-quarantine retries all of them"
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """A run in figures; `stage_seconds` is work over all workers, by stage; `abstained` is of the answered rows."""
+    """Sums over the receipts of a run.
+
+    `stage_seconds` are busy seconds by stage over all workers; `abstained` are the rows with a prediction but without a
+    label.
+    """
 
     rows: int
     predicted: int
@@ -169,20 +174,32 @@ class Totals:
 
     @property
     def quarantined(self) -> int:
-        """Rows in quarantine, for whatever reason."""
+        """Rows in quarantine, for any reason."""
         return self.failures.total()
 
     @property
     def failed_fraction(self) -> float:
-        """Share of quarantined rows, 0..1."""
+        """Fraction of quarantined rows, 0..1."""
         return self.quarantined / self.rows
+
+    @property
+    def counts(self) -> Counts:
+        """The counts for run.json."""
+        return Counts(
+            rows=self.rows,
+            predicted=self.predicted,
+            reused=self.reused,
+            abstained=self.abstained,
+            quarantined=self.quarantined,
+            quarantined_by_reason=dict(self.failures.most_common()),
+        )
 
 
 def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
     """Add up the receipts.
 
     Raises:
-        ReconciliationError: a row is missing, there twice or unknown, or a file's rows do not add up.
+        ReconciliationError: a row is missing, repeated or unknown, or the counts of the files do not add up.
     """
     found = balance((file.ranges for receipt in receipts for file in receipt.files), rows)
     failures: Counter[str] = sum((receipt.failures for receipt in receipts), Counter())
@@ -209,7 +226,7 @@ def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
 
 
 def stage_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:
-    """Work by stage, summed over receipts."""
+    """Busy seconds by stage, summed over receipts."""
     seconds: Counter[str] = Counter()
     for receipt in receipts:
         seconds.update(receipt.seconds)
@@ -217,10 +234,10 @@ def stage_seconds(receipts: Sequence[Receipt]) -> dict[str, float]:
 
 
 def check_budget(totals: Totals, budget: Budget) -> None:
-    """Refuse a run of which too much failed, in all or for one reason.
+    """Reject a run with too many failed rows, in total or for one reason.
 
     Raises:
-        BudgetExceeded: with the figure, the limit and the reasons.
+        BudgetExceeded: the message has the fraction, the limit and the reasons.
     """
     budget.check(totals.failures, ", ".join(f"row {row} {reason}" for row, reason in totals.first_failed))
 
@@ -229,46 +246,44 @@ def commit(
     plan: Plan,
     receipts: Sequence[Receipt],
     totals: Totals,
-    findings: Mapping[str, Any],
+    findings: Findings,
     storage: Storage,
     folder: str,
-) -> bytes:
-    """Write run.json and return its contents; from then on the run exists for readers.
+) -> RunRecord:
+    """Write run.json, which makes the run visible to readers, and return its contents.
 
-    `findings` are further keys of it: `measured` (wall-clock seconds, images per second, hardware), and
-    `summary`, `baseline` and `gates` of `judge.Verdict`.
+    Args:
+        plan: of the run.
+        receipts: of all its parts.
+        totals: of these receipts, from `reconcile`.
+        findings: measurements and gate results.
+        storage: access to the folder.
+        folder: URI of the folder of the run.
 
     Raises:
         LeaseLostError: another job has committed the run.
-        OSError: storage refused, as its client says it.
+        OSError: storage failed.
     """
-    record = {
-        "format": "batchcls-run-1",
-        "run_id": plan.run_id,
-        "writer": secrets.token_hex(8),
-        "committed": datetime.now(UTC).isoformat(timespec="seconds"),
-        "manifest": plan.manifest,
-        "model": plan.model,
-        "answers": plan.answers,
-        "unpublishable": plan.unpublishable,
-        "counts": {
-            "rows": totals.rows,
-            "predicted": totals.predicted,
-            "reused": totals.reused,
-            "abstained": totals.abstained,
-            "quarantined": totals.quarantined,
-            "quarantined_by_reason": dict(totals.failures.most_common()),
-        },
-        "stage_seconds": totals.stage_seconds,
-        "image_bytes": totals.image_bytes,
-        **findings,
-        "files": sorted(
-            (file.as_json() for receipt in receipts for file in receipt.files), key=lambda f: f["path"]
-        ),
-    }
-    data = json.dumps(record, indent=2).encode()
+    files = (file.as_run_file() for receipt in receipts for file in receipt.files)
+    record = RunRecord(
+        run_id=plan.run_id,
+        writer=secrets.token_hex(8),
+        committed=datetime.now(UTC).replace(microsecond=0),
+        manifest=plan.manifest,
+        model=plan.model,
+        result_settings=plan.result_settings,
+        unpublishable=plan.unpublishable,
+        counts=totals.counts,
+        stage_seconds=totals.stage_seconds,
+        image_bytes=totals.image_bytes,
+        measurements=findings.measurements,
+        summary=findings.summary,
+        baseline=findings.baseline,
+        gates=findings.gates,
+        files=tuple(sorted(files, key=lambda file: file.path)),
+    )
     try:
-        storage.create_exclusive(join(folder, RUN), data)
+        storage.create_exclusive(join(folder, RUN), record.to_json())
     except FileExistsError:
         raise LeaseLostError(f"{redact_uri(folder)} has been committed by another job") from None
-    return data
+    return record

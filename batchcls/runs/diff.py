@@ -1,21 +1,21 @@
 """Compare two runs: which items are new, removed or changed, between which labels, and why.
 
-Items are joined by their id in DuckDB, which spills to disk, so that memory does not grow with the runs.
+Items are joined by their ID in DuckDB, which spills to disk, so memory does not grow with the runs.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import duckdb
 
 from batchcls.runs.bounded_query import connect
-from batchcls.runs.catalog import RunRecord, open_parts, read_columns
-from batchcls.runs.summary import Summary, jensen_shannon, summary_of
+from batchcls.runs.catalog import open_parts, read_columns
+from batchcls.runs.records import RunRecord, Summary
+from batchcls.runs.summary import jensen_shannon, summary_of
 from batchcls.schema import Reason
+from batchcls.storage.documents import Document, StoredRecord
 from batchcls.storage.filesystem import Storage, explain, join
 from batchcls.storage.store_errors import resumable_errors
 
@@ -28,11 +28,11 @@ STATUSES: Mapping[str, str] = {
     "changed": "another label",
     "new": "only in the new run",
     "gone": "only in the old run",
-    "failed": "answered before, now in quarantine",
-    "recovered": "in quarantine before, now answered",
+    "failed": "predicted before, now in quarantine",
+    "recovered": "in quarantine before, now predicted",
     "still_failed": "in quarantine in both",
 }
-"""Every status of an item, with its meaning."""
+"""All statuses of an item, with their meanings."""
 
 CAUSES: Mapping[str, str] = {
     "image": "the image changed",
@@ -40,10 +40,10 @@ CAUSES: Mapping[str, str] = {
     "image_and_model": "both changed",
     "neither": "neither changed: another engine, precision or hardware",
 }
-"""Every cause of another label, with its meaning."""
+"""All causes of a changed label, with their meanings."""
 
 _EXAMPLES = 4
-_ONLY_A_ROW = (Reason.NULL_ID.value, Reason.DUPLICATE_ID.value)
+_WITHOUT_UNIQUE_ID = (Reason.NULL_ID.value, Reason.DUPLICATE_ID.value)
 
 _SIDE = """
 CREATE TEMP VIEW {side} AS
@@ -53,7 +53,7 @@ SELECT item_id, uri, "row", NULL, NULL, content_hash, reason FROM {side}_quarant
 WHERE item_id IS NOT NULL AND reason NOT IN {excluded}
 """
 
-# An answered item has a probability, and has no label where the job abstains: then null is what it answers.
+# An item with a prediction has a probability, but no label if the job abstains: a null label is then a prediction.
 _JOINED = """
 CREATE TABLE joined AS
 SELECT *, CASE
@@ -82,7 +82,7 @@ FROM (
 )
 """
 
-# Items whose label is the same are listed only where their image is another one.
+# Items with the same label are listed only if their image has changed.
 _ITEMS = """
 SELECT item_id, status, cause, image_changed, uri, old_row, new_row, old_label, new_label,
        old_probability, new_probability, old_reason, new_reason
@@ -107,12 +107,11 @@ ORDER BY {_BY_SIZE}
 """
 
 
-@dataclass(frozen=True, slots=True)
-class LabelChange:
-    """Items that went from one label to another.
+class LabelChange(StoredRecord):
+    """The items whose label changed from `old_label` to `new_label`.
 
-    A label is None where the job abstained. `example_rows` are row numbers of the new run's manifest,
-    the most confident first; the probabilities are means.
+    A label is None if the job abstained. `example_rows` are row numbers in the manifest of the new run, the most
+    confident first; the probabilities are means.
     """
 
     old_label: str | None
@@ -127,26 +126,26 @@ class LabelChange:
     example_rows: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RunDiff:
-    """What lies between two runs.
+class RunDiff(Document):
+    """The differences between two runs; the contents of diff.json.
 
     Attributes:
-        old, new: their ids.
-        model_changed: their models' fingerprints differ.
-        statuses: items by status, every status of `STATUSES`.
-        causes: items of another label by cause, every cause of `CAUSES`.
-        images_changed: items of both runs whose image is another one, whatever their label.
-        flows: the largest from one label to another.
+        old, new: IDs of the runs.
+        model_changed: the fingerprints of the models differ.
+        statuses: items by status, with every status of `STATUSES`.
+        causes: items with a changed label by cause, with every cause of `CAUSES`.
+        images_changed: items in both runs whose image has changed, regardless of their label.
+        flows: the most frequent label changes.
         category_shift: Jensen-Shannon distance of the category mixes, base 2.
-        old_summary, new_summary: categories, confidence and embeddings of either.
+        old_summary, new_summary: summaries of the runs.
     """
 
+    format: Literal["batchcls-diff"] = "batchcls-diff"
     old: str
     new: str
     model_changed: bool
-    statuses: Mapping[str, int]
-    causes: Mapping[str, int]
+    statuses: dict[str, int]
+    causes: dict[str, int]
     images_changed: int
     flows: tuple[LabelChange, ...]
     category_shift: float
@@ -155,24 +154,8 @@ class RunDiff:
 
     @property
     def compared(self) -> int:
-        """Items that both runs have answered."""
+        """Items with predictions in both runs."""
         return self.statuses["unchanged"] + self.statuses["changed"]
-
-    def as_json(self) -> dict[str, Any]:
-        """For diff.json."""
-        return {
-            "format": "batchcls-diff-1",
-            "old": self.old,
-            "new": self.new,
-            "model_changed": self.model_changed,
-            "statuses": dict(self.statuses),
-            "causes": dict(self.causes),
-            "images_changed": self.images_changed,
-            "flows": [asdict(flow) for flow in self.flows],
-            "category_shift": self.category_shift,
-            "old_summary": self.old_summary.as_json(),
-            "new_summary": self.new_summary.as_json(),
-        }
 
 
 def diff_runs(
@@ -182,16 +165,16 @@ def diff_runs(
 
     Args:
         old: the run to compare with.
-        new: the run to look at.
-        storage: how to reach both.
-        to: folder for diff-items.parquet (every item but those of the same label and image),
-            flows.parquet (the whole matrix, its diagonal included) and diff.json; None writes nothing.
-        largest: how many flows to name.
+        new: the run to compare.
+        storage: access to both.
+        to: folder for diff-items.parquet (all items except those with the same label and image), flows.parquet (the
+            complete matrix including its diagonal) and diff.json; None: no files are written.
+        largest: number of label changes in the result.
 
     Raises:
         InputError: a file is missing, damaged or cannot be written.
     """
-    model_changed = old.model_fingerprint != new.model_fingerprint
+    model_changed = old.model.fingerprint != new.model.fingerprint
     old_summary, new_summary = summary_of(old, storage), summary_of(new, storage)
     with connect() as connection:
         _join(connection, old, new, storage)
@@ -212,8 +195,8 @@ def diff_runs(
     return found
 
 
-def count_causes(old: RunRecord, new: RunRecord, storage: Storage) -> Mapping[str, int]:
-    """Items of another label by cause, every cause of `CAUSES`; `diff_runs` without the rest.
+def count_causes(old: RunRecord, new: RunRecord, storage: Storage) -> dict[str, int]:
+    """Items with a changed label by cause, with every cause of `CAUSES`; the same as in `diff_runs`.
 
     Raises:
         InputError: a file is missing or damaged.
@@ -224,10 +207,10 @@ def count_causes(old: RunRecord, new: RunRecord, storage: Storage) -> Mapping[st
 
 
 def _join(connection: duckdb.DuckDBPyConnection, old: RunRecord, new: RunRecord, storage: Storage) -> None:
-    """The table `joined`: an item of either run a row."""
+    """Create the table `joined` with one row for each item of either run."""
     for side, record in (("old", old), ("new", new)):
         _register(connection, side, record, storage)
-    model_changed = old.model_fingerprint != new.model_fingerprint
+    model_changed = old.model.fingerprint != new.model.fingerprint
     connection.execute(_JOINED.format(model_changed=str(model_changed).lower()))
 
 
@@ -236,12 +219,10 @@ def _register(connection: duckdb.DuckDBPyConnection, side: str, record: RunRecor
     predictions, quarantine = (open_parts(record, kind, storage) for kind in ("predictions", "quarantine"))
     connection.register(f"{side}_predictions", read_columns(predictions, [*columns, "label", "probability"]))
     connection.register(f"{side}_quarantine", read_columns(quarantine, [*columns, "reason"]))
-    connection.execute(_SIDE.format(side=side, excluded=_ONLY_A_ROW))
+    connection.execute(_SIDE.format(side=side, excluded=_WITHOUT_UNIQUE_ID))
 
 
-def _counts(
-    connection: duckdb.DuckDBPyConnection, column: str, known: Mapping[str, str]
-) -> Mapping[str, int]:
+def _counts(connection: duckdb.DuckDBPyConnection, column: str, known: Mapping[str, str]) -> dict[str, int]:
     rows = connection.execute(f"SELECT {column}, count(*) FROM joined GROUP BY ALL").fetchall()
     return dict.fromkeys(known, 0) | {name: count for name, count in rows if name is not None}
 
@@ -268,9 +249,9 @@ def _write(connection: duckdb.DuckDBPyConnection, found: RunDiff, to: str, stora
             storage.write_file(join(to, ITEMS), items)
         with resumable_errors(to):
             storage.write_file(join(to, FLOWS), flows)
-            storage.write_atomic(join(to, DIFF), json.dumps(found.as_json(), indent=2).encode())
+            storage.write_atomic(join(to, DIFF), found.to_json())
 
 
 def _quoted(path: Path) -> str:
-    """A path as a literal of SQL."""
+    """A path as an SQL literal."""
     return "'" + str(path).replace("'", "''") + "'"

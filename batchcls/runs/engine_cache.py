@@ -1,14 +1,14 @@
 """Store the engines that were selected for each kind of node in the output folder, for later runs.
 
-OUTPUT/engines/BUNDLE-HARDWARE.json, the first digits of the bundle's fingerprint and `Hardware.key`.
+A file is named OUTPUT/engines/BUNDLE-HARDWARE.json after the first digits of the bundle's fingerprint and
+`Hardware.key`.
 """
 
 import logging
 
-from pydantic import ValidationError
-
 from batchcls.hardware import Hardware
 from batchcls.inference.engine_record import EngineRequest, EngineSelectionRecord, installed_versions
+from batchcls.storage.documents import DocumentError
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 
 ENGINES = "engines"
@@ -18,25 +18,25 @@ _logger = logging.getLogger(__name__)
 
 
 def uri_of(output: str, bundle_fingerprint: str, hardware_key: str) -> str:
-    """Where the choice for a model and a kind of node is kept."""
+    """URI of the selection for a model and a kind of node."""
     return join(output, ENGINES, f"{bundle_fingerprint[:_DIGITS]}-{hardware_key}.json")
 
 
 def load(
     output: str, bundle_fingerprint: str, hardware: Hardware, request: EngineRequest, storage: Storage
 ) -> EngineSelectionRecord | None:
-    """The choice of an earlier run, if it was made for the same model, kind of node and request.
+    """The selection of an earlier run for the same model, kind of node and request.
 
     Args:
         output: the job's output folder.
         bundle_fingerprint: of the model.
         hardware: the kind of node.
-        request: what was asked for; a choice for anything else does not count.
-        storage: how to reach the folder.
+        request: engine, precision and tolerance that were requested.
+        storage: access to the folder.
 
     Returns:
-        None where there is none, where it was measured for another request or with other versions of
-        the packages that run networks, or where the file is damaged, which is logged as a warning.
+        None if there is no file, if it is for another request or other versions of the inference packages, or if it is
+        damaged, which is logged as a warning.
 
     Raises:
         InputError: the store cannot be read.
@@ -47,12 +47,10 @@ def load(
             return None
         data = storage.read_bytes(uri)
     try:
-        found = EngineSelectionRecord.model_validate_json(data)
-    except ValidationError as error:
+        found = EngineSelectionRecord.from_json(data)
+    except DocumentError as error:
         _logger.warning(
-            "%s is damaged or of another version (%d fields do not fit); the engines are measured again",
-            redact_uri(uri),
-            error.error_count(),
+            "%s is damaged or of another version (%s); the engines are measured again", redact_uri(uri), error
         )
         return None
     expected = (bundle_fingerprint, hardware.key, request, installed_versions())
@@ -61,13 +59,13 @@ def load(
     return found
 
 
-def save(output: str, measured: EngineSelectionRecord, storage: Storage) -> str:
-    """Keep a choice, in place of an earlier one for the same model and kind of node; returns its URI.
+def save(output: str, selection: EngineSelectionRecord, storage: Storage) -> str:
+    """Store a selection, replacing an earlier one for the same model and kind of node; returns its URI.
 
     Raises:
         InputError: the folder cannot be written to.
     """
-    uri = uri_of(output, measured.bundle_fingerprint, measured.hardware_key)
+    uri = uri_of(output, selection.bundle_fingerprint, selection.hardware_key)
     with explain(uri):
-        storage.write_atomic(uri, f"{measured.model_dump_json(indent=2)}\n".encode())
+        storage.write_atomic(uri, selection.to_json())
     return uri

@@ -5,7 +5,7 @@ Gates are evaluated before the commit, and again if another run was published si
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -13,16 +13,14 @@ from pydantic import ValidationError
 from batchcls.config.gates_config import FailureBudgetSettings, GateSettings
 from batchcls.errors import InputError, PublishRefused, StorageStoppedError
 from batchcls.runs.catalog import (
-    Counts,
-    RunRecord,
     open_files,
     open_parts,
     read_plan,
     read_record,
 )
 from batchcls.runs.commit import Totals
-from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, apply_gates, failed_gates
-from batchcls.runs.parts import PartFile, Receipt
+from batchcls.runs.gates import Baseline, CandidateRun, Limits, apply_gates, failed_gates
+from batchcls.runs.parts import Receipt
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Plan
 from batchcls.runs.publish import (
@@ -32,12 +30,21 @@ from batchcls.runs.publish import (
     read_published,
     require_not_older,
 )
-from batchcls.runs.summary import Summary, changed_labels, summarize, summary_of
+from batchcls.runs.records import (
+    Counts,
+    Findings,
+    GateResult,
+    Measurements,
+    ModelInfo,
+    RunFile,
+    RunRecord,
+    Summary,
+)
+from batchcls.runs.summary import changed_labels, summarize, summary_of
 from batchcls.runs.verify import presence_faults
 from batchcls.storage.filesystem import Storage
 
 _ATTEMPTS = 5
-_GATE_FIELDS = tuple(entry.name for entry in fields(GateResult))
 
 _logger = logging.getLogger(__name__)
 
@@ -58,25 +65,26 @@ class GateDecision:
     published: Published
     limits: Limits
 
-    def as_json(self) -> dict[str, Any]:
-        """Keys of run.json."""
-        return {
-            "summary": self.summary.as_json(),
-            "baseline": self.published.run_id,
-            "gates": [asdict(gate) for gate in self.gates],
-        }
+    def findings(self, measurements: Measurements) -> Findings:
+        """The part of run.json that `commit` adds to the plan and the counts."""
+        return Findings(
+            measurements=measurements,
+            summary=self.summary,
+            baseline=self.published.run_id,
+            gates=self.gates,
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class _Finished:
+class _FinishedRun:
     """A finished run whose gates are evaluated, read from its receipts or from its run.json."""
 
     output: str
     run_id: str
-    model: Mapping[str, Any]
+    model: ModelInfo
     counts: Counts
     summary: Summary
-    files: Sequence[PartFile]
+    files: Sequence[RunFile]
 
 
 def evaluate_gates(
@@ -105,8 +113,7 @@ def evaluate_gates(
         published = read_published(output, storage)
     except InputError as error:  # The configuration was valid when the run started, so storage is at fault.
         raise StorageStoppedError(f"{error}; not committed; the same command resumes the run") from None
-    counts = Counts(totals.rows, totals.predicted, totals.reused, totals.quarantined, totals.failures)
-    run = _Finished(output, plan.run_id, plan.model, counts, summary, files)
+    run = _FinishedRun(output, plan.run_id, plan.model, totals.counts, summary, files)
     return _evaluate(run, published, limits, storage)
 
 
@@ -118,7 +125,7 @@ def reevaluate_gates(record: RunRecord, limits: Limits, storage: Storage) -> Gat
     """
     published = read_published(record.output, storage)
     summary = summary_of(record, storage)
-    run = _Finished(record.output, record.run_id, record.model, record.counts, summary, record.files)
+    run = _FinishedRun(record.output, record.run_id, record.model, record.counts, summary, record.files)
     return _evaluate(run, published, limits, storage)
 
 
@@ -133,32 +140,26 @@ def _recorded_limits(config: Mapping[str, Any]) -> Limits:
         ) from None
 
 
-def recorded_gates(record: RunRecord) -> tuple[GateResult, ...]:
-    """The gate results in run.json; empty for runs of versions without gates."""
-    return tuple(GateResult(**{name: gate[name] for name in _GATE_FIELDS}) for gate in record.gates)
-
-
 def current_gates(record: RunRecord, published: Published, storage: Storage) -> tuple[GateResult, ...]:
     """The gate results of a committed run against the currently published run.
 
     The results in run.json are valid while the baseline that they name is still published. Otherwise the gates are
-    evaluated again with the limits in plan.json. Runs of versions that recorded no baseline keep the results of
-    their run.json.
+    evaluated again with the limits in plan.json.
 
     Raises:
         PublishRefused: the gates have to be evaluated again and cannot be.
     """
-    if "baseline" not in record.raw or record.raw["baseline"] == published.run_id:
-        return recorded_gates(record)
+    if record.baseline == published.run_id:
+        return record.gates
     try:
         plan = read_plan(record.output, record.run_id, storage)
         if plan is None:
             raise InputError("its plan.json is missing")
-        return reevaluate_gates(record, _recorded_limits(plan.raw["config"]), storage).gates
+        return reevaluate_gates(record, _recorded_limits(plan.config), storage).gates
     except InputError as error:
         raise PublishRefused(
-            f"run {record.run_id} was judged against {record.raw['baseline']}, {published.run_id} is published now, "
-            f"and it cannot be judged again: {error}; --force publishes it nevertheless"
+            f"the gates of run {record.run_id} were evaluated against {record.baseline}; {published.run_id} is "
+            f"published now, and they cannot be evaluated again: {error}; --force publishes the run nevertheless"
         ) from None
 
 
@@ -192,8 +193,8 @@ def publish_if_passed(
             "command publishes it"
         ) from None
     raise PublishRefused(
-        f"run {run_id} is committed and not published: other runs were published {_ATTEMPTS} times while it was "
-        f"judged; publish it by hand (`runs publish {run_id}`)"
+        f"run {run_id} is committed and not published: other runs were published {_ATTEMPTS} times while its gates "
+        f"were evaluated; publish it manually (`runs publish {run_id}`)"
     )
 
 
@@ -202,12 +203,12 @@ def _require_passed(run_id: str, decision: GateDecision) -> None:
     if failed:
         raise PublishRefused(
             f"run {run_id} is committed and not published; "
-            + "; ".join(f"gate {gate.gate}: {gate.sentence}" for gate in failed)
-            + f"; look at it (`runs show {run_id}`, `runs diff`), then `runs publish {run_id} --force` if it is right"
+            + "; ".join(f"gate {gate.gate}: {gate.message}" for gate in failed)
+            + f"; inspect it (`runs show {run_id}`, `runs diff`), then `runs publish {run_id} --force` if it is correct"
         )
 
 
-def _evaluate(run: _Finished, published: Published, limits: Limits, storage: Storage) -> GateDecision:
+def _evaluate(run: _FinishedRun, published: Published, limits: Limits, storage: Storage) -> GateDecision:
     baseline: Baseline | None = None
     broken: tuple[GateResult, ...] = ()
     if published.run_id is not None:
@@ -215,12 +216,12 @@ def _evaluate(run: _Finished, published: Published, limits: Limits, storage: Sto
             baseline = _baseline(run, published.run_id, storage)
         except InputError as error:
             text = f"the published run {published.run_id} cannot be read, so the runs cannot be compared: {error}"
-            broken = (GateResult("baseline", None, None, False, text),)
-    subject = CandidateRun(run.counts, run.summary, int(run.model.get("classes", 0)), baseline)
+            broken = (GateResult(gate="baseline", value=None, limit=None, passed=False, message=text),)
+    subject = CandidateRun(run.counts, run.summary, run.model.classes, baseline)
     return GateDecision(run.summary, (*broken, *apply_gates(subject, limits)), published, limits)
 
 
-def _baseline(run: _Finished, published: str, storage: Storage) -> Baseline:
+def _baseline(run: _FinishedRun, published: str, storage: Storage) -> Baseline:
     record = read_record(run.output, published, storage)
     faults = presence_faults(record, storage)
     if faults:
@@ -234,7 +235,7 @@ def _baseline(run: _Finished, published: str, storage: Storage) -> Baseline:
     compared, changed = changed_labels(new, open_parts(record, "predictions", storage))
     return Baseline(
         run_id=published,
-        model_changed=record.model_fingerprint != run.model.get("fingerprint"),
+        model_changed=record.model.fingerprint != run.model.fingerprint,
         rows=record.counts.rows,
         summary=summary_of(record, storage),
         compared=compared,

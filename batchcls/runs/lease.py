@@ -1,19 +1,17 @@
-"""Lock a run with a lease that its driver renews, so that two drivers never work on it at once.
+"""Lock a run with a lease that its driver renews, so that two drivers never work on it at the same time.
 
-`lease/000001.json` in the run's folder names the holder. Taking a run over from a dead holder means
-creating the next number, which only one of any number of drivers can; nothing is ever deleted or
-exchanged, so local disk and object stores need no more than creating a file that must not exist. A
-holder that finds a higher number than its own has lost the run. Whatever else lies in that folder is
-no lease.
+`lease/000001.json` in the folder of a run names the holder. A driver that takes a run over from a dead holder creates
+the file with the next number, which only one of several drivers can do. Nothing is deleted or replaced, so local disks
+and object stores only need exclusive creation of a file. A holder that finds a higher number than its own has lost the
+run. Other files in the folder are ignored.
 
-A lease keeps two drivers from doing the same work. That they could not commit twice does not rest on it
-or on anybody's clock: parts have names of their own, and run.json is created once. A driver counts the
-time since its own last beat by a clock that is never set and that counts on while the machine sleeps; of
-another host only the beat is known, which both hosts' clocks date, so one that seems dead or that comes
-from the future is watched for a while before another driver resumes its run.
+The lease avoids duplicate work. That two drivers never both commit depends neither on it nor on any clock: parts have
+unique names, and run.json is created exclusively. A driver measures the time since its own last heartbeat with a clock
+that is never adjusted and that keeps running during suspend. For a holder on another host only its last heartbeat is
+known, which depends on the clocks of both hosts. If it looks dead, or lies in the future, the holder is watched for a
+while before another driver resumes its run.
 """
 
-import json
 import logging
 import os
 import re
@@ -23,49 +21,50 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Literal, Self
 
 from batchcls.errors import InputError, LeaseLostError
 from batchcls.runs.paths import LEASE
-from batchcls.storage.filesystem import FileInfo, Storage, explain, join, parse_json, redact_uri
+from batchcls.storage.documents import Document, DocumentError, NewerVersionError
+from batchcls.storage.filesystem import FileInfo, Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import STORE_ERRORS, resumable_errors
 
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0
-"""Without a beat for so long a holder on another host is taken for dead."""
+"""A holder on another host counts as dead without a heartbeat for this long."""
 
-_WATCHED_BEATS = 1.5
-"""How many beats long a holder is watched that seems dead by the clocks of two hosts."""
+_WATCHED_HEARTBEATS = 1.5
+"""Number of heartbeat intervals for which a holder on another host that looks dead is watched."""
 _END_SECONDS = 10.0
-_TRIED_NUMBERS = 100
-_LARGEST_BYTES = 65_536
+_MAX_ATTEMPTS = 100
+_MAX_BYTES = 65_536
 _NAME = re.compile(r"([0-9]{6,18})\.json")
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """A driver that has, or had, a run.
+class Holder(Document):
+    """A file of the folder lease: a driver that works on the run, or did.
 
     Attributes:
-        owner: random, one for each driver.
-        host: name of its host, for people.
-        place: host, boot and namespace of processes: where `pid` means something.
+        owner: random ID of the driver.
+        host: human-readable name of its host.
+        pid_scope: host, boot and PID namespace in which `pid` is valid.
         pid: its process.
-        process_start: when that process started, in ticks of the kernel; tells it from a later one.
-        beat: when it last said that it lives, in seconds of its clock.
-        released: it has ended in order.
+        process_start: start of the process in ticks of the kernel, which distinguishes it from a later process with
+            the same PID; None if it is not known.
+        heartbeat: time of the last renewal, in seconds of `time.time` on its host.
+        released: the driver has ended normally.
     """
 
+    format: Literal["batchcls-lease"] = "batchcls-lease"
     owner: str
     host: str
-    place: str
+    pid_scope: str
     pid: int
     process_start: int | None
-    beat: float
+    heartbeat: float
     released: bool = False
 
     @classmethod
@@ -73,54 +72,45 @@ class Holder:
         """This process."""
         pid = os.getpid()
         return cls(
-            secrets.token_hex(8), socket.gethostname(), _place(), pid, _process_start(pid), time.time()
+            owner=secrets.token_hex(8),
+            host=socket.gethostname(),
+            pid_scope=_pid_scope(),
+            pid=pid,
+            process_start=_process_start(pid),
+            heartbeat=time.time(),
         )
 
-    def is_living(self) -> bool:
-        """Whether it may still be at work.
+    def is_alive(self) -> bool:
+        """Whether the driver may still be working.
 
-        A process of this machine is asked for; of another one only its last beat is known, which the
-        clocks of both hosts date.
+        A process on this machine is looked up. Of a process on another machine only the last heartbeat is known,
+        which depends on the clocks of both hosts.
         """
         if self.released:
             return False
-        if self.is_of_this_machine():
+        if self.is_on_this_machine():
             return _process_start(self.pid) == self.process_start
-        return abs(time.time() - self.beat) < DEAD_SECONDS
+        return abs(time.time() - self.heartbeat) < DEAD_SECONDS
 
-    def is_of_this_machine(self) -> bool:
-        """Whether its process can be looked for here."""
-        return self.place == _place() and self.process_start is not None
-
-    @classmethod
-    def from_json(cls, record: Any) -> Self:
-        """As a lease says. Raises ValueError, KeyError or TypeError for what is none."""
-        start = record["process_start"]
-        return cls(
-            owner=str(record["owner"]),
-            host=str(record["host"]),
-            place=str(record["place"]),
-            pid=int(record["pid"]),
-            process_start=None if start is None else int(start),
-            beat=float(record["beat"]),
-            released=record.get("released", False) is True,
-        )
+    def is_on_this_machine(self) -> bool:
+        """Whether the process can be looked up here."""
+        return self.pid_scope == _pid_scope() and self.process_start is not None
 
 
 class HeldError(InputError):
-    """A living driver has the run; `named` says which, and `holder` is None if its record cannot be read."""
+    """A live driver holds the run; `holder_name` identifies it, and `holder` is None if its record is unreadable."""
 
     def __init__(self, folder: str, holder: Holder | None) -> None:
         self.holder = holder
-        self.named = f"process {holder.pid} on {holder.host}" if holder else "another job"
+        self.holder_name = f"process {holder.pid} on {holder.host}" if holder else "another job"
         super().__init__(
-            f"{redact_uri(folder)}: {self.named} works on this run; wait for it to end, or give another --run-id for "
-            f"a run beside it (a job of another host that has died is noticed after {DEAD_SECONDS:g} s)"
+            f"{redact_uri(folder)}: {self.holder_name} works on this run; wait for it to end, or give another --run-id "
+            f"for a separate run (a job on another host that has died is noticed after {DEAD_SECONDS:g} s)"
         )
 
 
 class Lease:
-    """The hold of this driver on one run, by the file `uri`; a thread renews it until the driver ends it."""
+    """The lease of this driver on one run, in the file `uri`; a thread renews it until `end`."""
 
     def __init__(self, uri: str, folder: str, holder: Holder, storage: Storage) -> None:
         self.uri = uri
@@ -130,79 +120,79 @@ class Lease:
         self._lost = threading.Event()
         self._ended = threading.Event()
         self._renewed_at = _clock()
-        self._cause: BaseException | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._renew_until_ended, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raise if the run is not this driver's any more; asks the store only where nothing renews the lease.
+        """Raise if this driver no longer holds the run; storage is only accessed if the last renewal is too old.
 
-        A thread that hangs in a call of the store, or a machine that slept, leaves the lease without a beat for
-        so long that others take its driver for dead. It is renewed here then.
+        A thread that hangs in a call of the store, or a machine that was suspended, leaves the lease without a
+        heartbeat for so long that other drivers consider this one dead. Then the lease is renewed here.
 
         Raises:
-            LeaseLostError: another driver has been seen on the run, or what renews the lease has ended.
-            StorageStoppedError: the store cannot be asked either.
+            LeaseLostError: another driver holds the run, or the renewal of the lease has failed.
+            StorageStoppedError: the store cannot be accessed.
         """
         self._require_held()
         if _clock() - self._renewed_at > DEAD_SECONDS:
             with resumable_errors(self._folder):
-                self.beat()
+                self.renew()
             self._require_held()
 
     def confirm(self) -> None:
-        """Ask the store whether the run is still this driver's.
+        """Check on storage that this driver still holds the run.
 
         Raises:
-            LeaseLostError: it is not, or what renews the lease has ended.
-            StorageStoppedError: the store cannot be asked.
+            LeaseLostError: it does not, or the renewal of the lease has failed.
+            StorageStoppedError: the store cannot be accessed.
         """
         self._require_held()
         with resumable_errors(self._folder):
-            self._look()
+            self._check_storage()
         self._require_held()
 
-    def beat(self, *, released: bool = False) -> None:
-        """Say that this driver lives, or that it has ended. Raises what the store's client raises."""
-        began = _clock()
-        self._look()
+    def renew(self, *, released: bool = False) -> None:
+        """Write a heartbeat, or that this driver has ended. Raises the errors of the store's client."""
+        started = _clock()
+        self._check_storage()
         if self._lost.is_set():
             return
-        holder = replace(self._holder, beat=time.time(), released=released)
-        self._storage.write_atomic(self.uri, _to_json(holder))
-        self._renewed_at = began
+        holder = self._holder.model_copy(update={"heartbeat": time.time(), "released": released})
+        self._storage.write_atomic(self.uri, holder.to_json(indent=None))
+        self._renewed_at = started
 
     def start(self) -> None:
-        """Begin to renew the lease."""
+        """Start the thread that renews the lease."""
         self._thread.start()
 
     def end(self, *, is_kept: bool = True) -> None:
-        """Stop renewing the lease, and say that this driver has ended, or remove it with all before it."""
+        """Stop renewing the lease, and either mark it as released or remove it with all earlier ones."""
         self._ended.set()
         self._thread.join(timeout=_END_SECONDS)
         if self._thread.is_alive():
             _logger.warning(
-                "the lease of the run could not be given back, its store does not answer; another host waits for "
-                "it for %g s",
+                "the lease of the run could not be released because its store does not respond; drivers on other "
+                "hosts wait for it for %g s",
                 DEAD_SECONDS,
             )
-        elif self._cause is None and is_kept:
-            self._try_to_beat(released=True)
-        elif self._cause is None:
+        elif self._error is None and is_kept:
+            self._try_to_renew(released=True)
+        elif self._error is None:
             self._try_to_remove()
 
     def _require_held(self) -> None:
         if self._lost.is_set():
             raise LeaseLostError(
-                f"another job has taken {redact_uri(self._folder)} over, since this one had not been heard of for "
-                f"{DEAD_SECONDS:g} s; it goes on there, and this one has committed nothing"
+                f"another job has resumed {redact_uri(self._folder)} because this one had no heartbeat for "
+                f"{DEAD_SECONDS:g} s; the run continues there, and this job has committed nothing"
             )
-        if self._cause is not None:
+        if self._error is not None:
             raise LeaseLostError(
-                f"{redact_uri(self._folder)}: nothing renews the lease of this run any more "
-                f"({type(self._cause).__name__}: {self._cause}); not committed, the same command goes on from here"
-            ) from self._cause
+                f"{redact_uri(self._folder)}: the lease of this run is no longer renewed "
+                f"({type(self._error).__name__}: {self._error}); not committed; the same command resumes the run"
+            ) from self._error
 
-    def _look(self) -> None:
+    def _check_storage(self) -> None:
         newest = _newest(self._folder, self._storage)
         holder = None if newest is None else _read(newest, self._storage)
         if newest is None or newest.uri != self.uri or (holder and holder.owner != self._holder.owner):
@@ -210,42 +200,42 @@ class Lease:
 
     def _renew_until_ended(self) -> None:
         try:
-            while not self._lost.is_set() and not self._ended.wait(BEAT_SECONDS):
-                self._try_to_beat()
+            while not self._lost.is_set() and not self._ended.wait(HEARTBEAT_SECONDS):
+                self._try_to_renew()
         except BaseException as error:
-            self._cause = error  # ends the run, by `check`
+            self._error = error  # `check` raises it and so ends the run
             raise
 
-    def _try_to_beat(self, *, released: bool = False) -> None:
+    def _try_to_renew(self, *, released: bool = False) -> None:
         try:
-            self.beat(released=released)
+            self.renew(released=released)
         except STORE_ERRORS as error:
-            # The next beat may come through; if none does, another job may resume the run; the next check sees it.
+            # The next renewal may succeed. If none does, another job may resume the run, and the next check fails.
             _logger.warning("the lease of the run could not be renewed this time (%s)", type(error).__name__)
 
     def _try_to_remove(self) -> None:
         try:
-            self._look()
+            self._check_storage()
             if not self._lost.is_set():
                 for info in self._storage.list_direct_files(join(self._folder, LEASE)):
                     self._storage.remove([info.uri])
                 self._storage.remove_empty_folders(self._folder)
-        except STORE_ERRORS as error:  # the next command of the same kind takes it over
+        except STORE_ERRORS as error:  # the next command of the same kind reuses it
             _logger.warning("%s could not be removed (%s)", redact_uri(self.uri), type(error).__name__)
 
 
 @contextmanager
 def leased(folder: str, storage: Storage, *, is_kept: bool = True) -> Iterator[Lease]:
-    """Hold a run while the block runs; a thread says so every ten seconds.
+    """Hold the lease of a run while the block runs; a thread renews it every ten seconds.
 
     Args:
         folder: of the run.
-        storage: how to reach it.
-        is_kept: the lease stays when the block has ended, so that its number is never given again.
+        storage: access to the folder.
+        is_kept: keep the lease file after the block, so that its number is never used again.
 
     Raises:
-        HeldError: a living job has the run; it is named.
-        InputError: the store refuses.
+        HeldError: a live job holds the run.
+        InputError: the store denies access.
     """
     lease = _take(folder, storage)
     lease.start()
@@ -256,21 +246,21 @@ def leased(folder: str, storage: Storage, *, is_kept: bool = True) -> Iterator[L
 
 
 def last_holder(folder: str, storage: Storage) -> Holder | None:
-    """The driver that has, or had last, a run. Raises InputError if the store cannot be read."""
+    """The driver that holds the run, or held it last. Raises InputError if the store cannot be read."""
     with explain(folder):
         newest = _newest(folder, storage)
         return _read(newest, storage) if newest else None
 
 
-def living_holder(folder: str, storage: Storage) -> Holder | None:
-    """The driver that works on a run now, if there is one. Raises InputError if the store cannot be read."""
+def live_holder(folder: str, storage: Storage) -> Holder | None:
+    """The driver that is working on the run, if there is one. Raises InputError if the store cannot be read."""
     holder = last_holder(folder, storage)
-    return holder if holder is not None and holder.is_living() else None
+    return holder if holder is not None and holder.is_alive() else None
 
 
 def require_free(folder: str, storage: Storage) -> None:
-    """Raise InputError if a living job works on the run: said before anything costs time."""
-    holder = living_holder(folder, storage)
+    """Raise HeldError if a live job works on the run, before any expensive step."""
+    holder = live_holder(folder, storage)
     if holder is not None:
         raise HeldError(folder, holder)
 
@@ -279,57 +269,63 @@ def _take(folder: str, storage: Storage) -> Lease:
     with explain(folder):
         newest = _newest(folder, storage)
         before = _read_twice(newest, storage) if newest else None
-        if newest and before and (before.is_living() or _is_renewed(newest, before, storage)):
+        if newest and before and (before.is_alive() or _is_renewed(newest, before, storage)):
             raise HeldError(folder, before)
         holder = Holder.here()
         uri = _create_next(folder, _number(newest), holder, storage)
     if before is not None and not before.released:
-        _logger.info("taking the run over from process %d on %s, which has died", before.pid, before.host)
+        _logger.info("resuming the run of process %d on %s, which has died", before.pid, before.host)
     return Lease(uri, folder, holder, storage)
 
 
-def _create_next(folder: str, looked_at: int, holder: Holder, storage: Storage) -> str:
-    """Create the lease of the next free number. Raises InputError if another driver is faster.
+def _create_next(folder: str, latest_number: int, holder: Holder, storage: Storage) -> str:
+    """Create the lease with the next free number.
 
-    `looked_at` is the highest number whose holder the caller has found dead. A lease created since then has a
-    higher one, and its holder is looked at before this driver goes past it.
+    `latest_number` is the highest number whose holder the caller has found dead. A lease that was created since then
+    has a higher number, and its holder is checked before this driver continues with the next number.
+
+    Raises:
+        HeldError: another driver was faster.
+        InputError: there is no free number.
     """
-    # A folder of such a name is no lease, and keeps one from having it.
-    place = join(folder, LEASE)
-    taken = [_NAME.fullmatch(name) for name in storage.list_folders(place)]
-    first = max([looked_at, *(int(match[1]) for match in taken if match)]) + 1
-    for number in range(first, first + _TRIED_NUMBERS):
-        uri = join(place, f"{number:06d}.json")
+    # A folder with the name of a lease is not a lease, but makes the name unavailable.
+    lease_folder = join(folder, LEASE)
+    taken = [_NAME.fullmatch(name) for name in storage.list_folders(lease_folder)]
+    first = max([latest_number, *(int(match[1]) for match in taken if match)]) + 1
+    for number in range(first, first + _MAX_ATTEMPTS):
+        uri = join(lease_folder, f"{number:06d}.json")
         try:
-            storage.create_exclusive(uri, _to_json(holder))
+            storage.create_exclusive(uri, holder.to_json(indent=None))
         except FileExistsError:
             winner = _newest(folder, storage)
-            faster = _read_twice(winner, storage) if winner and _number(winner) >= number else None
-            if faster is not None and faster.is_living():
-                raise HeldError(folder, faster) from None
+            other = _read_twice(winner, storage) if winner and _number(winner) >= number else None
+            if other is not None and other.is_alive():
+                raise HeldError(folder, other) from None
         else:
             return uri
-    raise InputError(f"{redact_uri(place)} is full of files that are no leases; remove the folder")
+    raise InputError(f"{redact_uri(lease_folder)} is full of files that are not leases; remove the folder")
 
 
 def _is_renewed(newest: FileInfo, before: Holder, storage: Storage) -> bool:
-    """Whether a holder of another host, dead by two clocks that may differ, is seen to beat."""
-    if before.released or before.is_of_this_machine():
+    """Whether a holder on another host that looks dead, by two clocks that may differ, renews its lease."""
+    if before.released or before.is_on_this_machine():
         return False
     _logger.info(
-        "waiting whether process %d on %s, not heard of for a while, still lives", before.pid, before.host
+        "checking whether process %d on %s, which had no heartbeat for a while, is still alive",
+        before.pid,
+        before.host,
     )
-    ends_at = _clock() + _WATCHED_BEATS * BEAT_SECONDS
+    ends_at = _clock() + _WATCHED_HEARTBEATS * HEARTBEAT_SECONDS
     while _clock() < ends_at:
-        time.sleep(BEAT_SECONDS / 10)
+        time.sleep(HEARTBEAT_SECONDS / 10)
         now = _read(newest, storage)
-        if now is not None and _to_json(now) != _to_json(before):
+        if now is not None and now.to_json() != before.to_json():  # not `!=`, because NaN differs from itself
             return not now.released
     return False
 
 
 def _newest(folder: str, storage: Storage) -> FileInfo | None:
-    """The lease of the highest number; whatever else lies in the folder is none."""
+    """The lease with the highest number; other files in the folder are ignored."""
     found = [info for info in storage.list_direct_files(join(folder, LEASE)) if _number(info)]
     return max(found, key=_number, default=None)
 
@@ -340,34 +336,36 @@ def _number(info: FileInfo | None) -> int:
 
 
 def _read(info: FileInfo, storage: Storage) -> Holder | None:
-    """None for a damaged record, which no living driver leaves for longer than a beat."""
-    if info.size > _LARGEST_BYTES:
+    """The holder of a lease; None for a damaged file, which a live driver replaces within one heartbeat.
+
+    Raises:
+        InputError: a later version of the program wrote it.
+    """
+    if info.size > _MAX_BYTES:
         return None
     try:
-        return Holder.from_json(parse_json(storage.read_bytes(info.uri)))
-    except (ValueError, KeyError, TypeError, OverflowError, FileNotFoundError):
+        return Holder.from_json(storage.read_bytes(info.uri))
+    except NewerVersionError as error:
+        raise InputError(f"{redact_uri(info.uri)}: {error}") from None
+    except (DocumentError, FileNotFoundError):
         return None
 
 
 def _read_twice(info: FileInfo, storage: Storage) -> Holder | None:
-    """The same a moment later, if it is no whole record; where `create_local` has to fill a name, it may be soon."""
+    """The same, again a moment later if the record is incomplete: `create_local` may still be writing it."""
     holder = _read(info, storage)
     if holder is None:
-        time.sleep(BEAT_SECONDS / 10)
+        time.sleep(HEARTBEAT_SECONDS / 10)
         holder = _read(info, storage)
     return holder
 
 
 def _clock() -> float:
-    """Seconds of a clock that nobody sets, and that counts on while the machine sleeps."""
+    """Seconds of a clock that is never adjusted and that keeps running during suspend."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def _to_json(holder: Holder) -> bytes:
-    return json.dumps(asdict(holder)).encode()
-
-
-def _place() -> str:
+def _pid_scope() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
     if not boot.exists():
@@ -376,7 +374,7 @@ def _place() -> str:
 
 
 def _process_start(pid: int) -> int | None:
-    """Ticks since the machine's start at which a process began; None if there is none."""
+    """Start of a process in ticks since boot; None if there is no such process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

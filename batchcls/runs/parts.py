@@ -5,16 +5,18 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import Field, PlainSerializer, PlainValidator
 
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.runs.paths import PREDICTIONS, QUARANTINE
+from batchcls.runs.records import Kind, RunFile
 from batchcls.schema import (
     BELOW_THRESHOLD,
     DECODE_SECONDS,
@@ -26,10 +28,10 @@ from batchcls.schema import (
     predictions_schema,
     quarantine_schema,
 )
+from batchcls.storage.documents import Count, Document
 from batchcls.storage.filesystem import Storage, join
 from batchcls.storage.store_errors import resumable_errors
 
-Kind = Literal["predictions", "quarantine"]
 Origin = Literal["computed", "reused"]
 
 COMPUTED: Origin = "computed"
@@ -39,64 +41,73 @@ _ROW_GROUP_ROWS = 16_384
 _STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_SECONDS}
 
 
-@dataclass(frozen=True, slots=True)
-class PartFile:
-    """A written file, and the rows in it.
+def _parse_ranges(value: object) -> RowRanges:
+    if isinstance(value, RowRanges):
+        return value
+    pairs = np.array(value)
+    if pairs.size and (pairs.dtype != np.int64 or pairs.ndim != 2 or pairs.shape[1] != 2):
+        raise ValueError("not a list of pairs of row numbers")
+    pairs = pairs.astype(np.int64).reshape(-1, 2)
+    if (pairs[:, 0] >= pairs[:, 1]).any() or (pairs < 0).any():
+        raise ValueError("not ranges of row numbers")
+    return RowRanges(pairs[:, 0].copy(), pairs[:, 1].copy())
+
+
+def _list_ranges(ranges: RowRanges) -> list[list[int]]:
+    pairs: list[list[int]] = np.stack([ranges.starts, ranges.stops], axis=1).tolist()
+    return pairs
+
+
+StoredRanges = Annotated[
+    RowRanges, PlainValidator(_parse_ranges), PlainSerializer(_list_ranges, when_used="json")
+]
+"""Row numbers, in JSON as a list of [start, stop]."""
+
+
+class PartFile(RunFile):
+    """A file of a part, with the details that a receipt records in addition to run.json.
 
     Attributes:
-        path: relative to the run's folder.
-        kind: of rows.
-        rows: how many rows.
-        bytes: size of the file.
-        digest: SHA-256 of the file, in hex.
-        ranges: numbers of the rows; receipts say them, run.json does not.
-        origin: whether the predictions were computed in this run or copied from another; for predictions only.
-        failures: rows by reason; of a quarantine file.
-        first_failed: the lowest failed row numbers with their reasons, a few of them.
-        abstained: answered rows that have no label.
+        ranges: numbers of its rows.
+        origin: whether its predictions were computed in this run or copied from another run.
+        failures: rows by reason; in a quarantine file.
+        first_failed: the lowest failed row numbers with their reasons, at most `NAMED_FAILURES`.
+        abstained: rows with a prediction but without a label.
     """
 
-    path: str
-    kind: Kind
-    rows: int
-    bytes: int
-    digest: str
-    ranges: RowRanges = field(default_factory=lambda: RowRanges.all(0), compare=False)
+    ranges: StoredRanges
     origin: Origin = COMPUTED
-    failures: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = Field(default_factory=Counter)
     first_failed: tuple[tuple[int, str], ...] = ()
-    abstained: int = 0
+    abstained: Count = 0
 
     @property
     def is_retryable(self) -> bool:
-        """All that failed in it failed for reasons that may be gone when it is tried again."""
+        """All its rows failed for reasons that can be temporary."""
         return self.kind == "quarantine" and set(self.failures) <= RETRYABLE_REASONS
 
-    def as_json(self) -> dict[str, Any]:
-        """What run.json says of a file."""
-        return {
-            "path": self.path,
-            "kind": self.kind,
-            "rows": self.rows,
-            "bytes": self.bytes,
-            "digest": self.digest,
-        }
+    def as_run_file(self) -> RunFile:
+        """The entry of run.json."""
+        return RunFile(path=self.path, kind=self.kind, rows=self.rows, bytes=self.bytes, digest=self.digest)
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What one write has put on storage.
+class Receipt(Document):
+    """The record of one completed write; only files with a receipt are part of the run.
 
-    `seconds` is work by stage, as in `busy.Busy`, summed over rows; `image_bytes` what was fetched;
-    `written_at` is when all of it was on storage, in seconds of `time.time`. `name` is that of the
-    receipt's own file.
+    Attributes:
+        files: the files that were written.
+        seconds: busy seconds by stage as in `utilization.Busy`, summed over rows.
+        image_bytes: bytes of images that were fetched.
+        written_at: when all files were on storage, in seconds of `time.time`.
+        name: file name of the receipt; not in the file.
     """
 
-    name: str
+    format: Literal["batchcls-receipt"] = "batchcls-receipt"
     files: tuple[PartFile, ...]
     seconds: dict[str, float]
-    image_bytes: int
+    image_bytes: Count
     written_at: float
+    name: str = Field(default="", exclude=True)
 
     @property
     def ranges(self) -> RowRanges:
@@ -105,22 +116,22 @@ class Receipt:
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """Number of rows."""
         return sum(file.rows for file in self.files)
 
     @property
     def predicted(self) -> int:
-        """Rows that were answered in this run."""
-        return self._of("predictions", COMPUTED)
+        """Rows whose predictions were computed in this run."""
+        return self._count("predictions", COMPUTED)
 
     @property
     def reused(self) -> int:
         """Rows whose predictions were copied from another run."""
-        return self._of("predictions", REUSED)
+        return self._count("predictions", REUSED)
 
     @property
     def abstained(self) -> int:
-        """Answered rows that have no label, since they are not sure enough."""
+        """Rows with a prediction but without a label, because its confidence is below the threshold."""
         return sum(file.abstained for file in self.files)
 
     @property
@@ -130,20 +141,20 @@ class Receipt:
 
     @property
     def first_failed(self) -> tuple[tuple[int, str], ...]:
-        """The lowest failed row numbers with their reasons, a few of them."""
+        """The lowest failed row numbers with their reasons, at most `NAMED_FAILURES`."""
         return tuple(sorted(pair for file in self.files for pair in file.first_failed)[:NAMED_FAILURES])
 
     def with_seconds(self, stage: str, seconds: float) -> Self:
-        """The same with the work of one more stage."""
-        return replace(self, seconds=self.seconds | {stage: max(0.0, seconds)})
+        """A copy with the busy seconds of one more stage."""
+        return self.model_copy(update={"seconds": self.seconds | {stage: max(0.0, seconds)}})
 
-    def _of(self, kind: Kind, origin: Origin) -> int:
+    def _count(self, kind: Kind, origin: Origin) -> int:
         return sum(file.rows for file in self.files if (file.kind, file.origin) == (kind, origin))
 
 
 @dataclass(frozen=True, slots=True)
 class PartWriter:
-    """Writes classified blocks into a run's folder; picklable, for write tasks."""
+    """Writes predicted blocks into the folder of a run; can be pickled for write tasks."""
 
     folder: str
     storage: Storage
@@ -153,17 +164,17 @@ class PartWriter:
     abstain: bool = False
 
     def write(self, blocks: Sequence[pa.Table]) -> Receipt:
-        """Write the rows of some blocks as a predictions and a quarantine file, each whole.
+        """Write the rows of blocks as a predictions file and a quarantine file, each atomically.
 
-        Rows that failed for a reason that may pass get a quarantine file of their own, so that they
-        can be taken out of the run and tried again without touching any other row.
+        Rows that failed for a reason that can be temporary are written to a separate quarantine file, so that they
+        can be removed from the run and retried without changing any other row.
 
-        The name is new each time, so a repeated task cannot touch what an earlier one wrote; only a
-        receipt makes a file part of the run, see `receipts.keep_receipt`.
+        File names are unique, so a repeated task never overwrites files of an earlier one. A file only becomes a
+        part of the run by a receipt, see `receipts.write_receipt`.
 
         Raises:
-            ValueError: a row is there twice.
-            StorageStoppedError: storage refused; nothing half-written is left under a file's name.
+            ValueError: a row occurs twice.
+            StorageStoppedError: storage failed; no incomplete file exists under its final name.
         """
         started = time.thread_time()
         table = pa.concat_tables(blocks).sort_by(ROW)
@@ -189,7 +200,7 @@ class PartWriter:
         )
 
     def write_reused(self, table: pa.Table) -> Receipt:
-        """Write rows whose answers another run has made: the columns of predictions without `origin`.
+        """Write rows with predictions of another run: the columns of a predictions file without `origin`.
 
         Raises what `write` raises.
         """
@@ -198,22 +209,24 @@ class PartWriter:
         rows = self._predictions(table, REUSED)
         file = self.put("predictions", f"{PREDICTIONS}/{name}.parquet", rows, REUSED)
         seconds = {"write": time.thread_time() - started}
-        return Receipt(f"{name}.json", (file,), seconds, 0, time.time())
+        return Receipt(
+            name=f"{name}.json", files=(file,), seconds=seconds, image_bytes=0, written_at=time.time()
+        )
 
-    def _predictions(self, table: pa.Table, made: Origin = COMPUTED) -> pa.Table:
-        origin = pa.array(np.full(table.num_rows, made, object), pa.string())
-        table = table.append_column("origin", origin)
+    def _predictions(self, table: pa.Table, origin: Origin = COMPUTED) -> pa.Table:
+        column = pa.array(np.full(table.num_rows, origin, object), pa.string())
+        table = table.append_column("origin", column)
         if self.abstain:
             table = _with_reason(table)
         schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension, abstain=self.abstain)
         return table.select(schema.names).cast(schema)
 
     def put(self, kind: Kind, path: str, table: pa.Table, origin: Origin = COMPUTED) -> PartFile:
-        """Write rows of the contract's schema as one whole file; `path` is relative to the run's folder.
+        """Write rows with the output schema as one file, atomically; `path` is relative to the folder of the run.
 
         Raises:
-            ValueError: a row is there twice.
-            StorageStoppedError: storage refused.
+            ValueError: a row occurs twice.
+            StorageStoppedError: storage failed.
         """
         ranges = RowRanges.of(table.column(ROW).to_numpy())
         sink = pa.BufferOutputStream()
@@ -221,25 +234,28 @@ class PartWriter:
         data = sink.getvalue().to_pybytes()
         with resumable_errors(self.folder):
             self.storage.write_atomic(join(self.folder, path), data)
-        digest = hashlib.sha256(data).hexdigest()
-        if kind == "predictions":
-            abstained = table.column("label").null_count
-            return PartFile(
-                path, kind, table.num_rows, len(data), digest, ranges, origin, abstained=abstained
-            )
-        reasons = table.column("reason").to_pylist()
-        first = zip(table.column(ROW).to_pylist()[:NAMED_FAILURES], reasons, strict=False)
-        return PartFile(
-            path, kind, table.num_rows, len(data), digest, ranges, origin, Counter(reasons), tuple(first)
+        file = PartFile(
+            path=path,
+            kind=kind,
+            rows=table.num_rows,
+            bytes=len(data),
+            digest=hashlib.sha256(data).hexdigest(),
+            ranges=ranges,
+            origin=origin,
         )
+        if kind == "predictions":
+            return file.model_copy(update={"abstained": table.column("label").null_count})
+        reasons = table.column("reason").to_pylist()
+        first_failed = zip(table.column(ROW).to_pylist()[:NAMED_FAILURES], reasons, strict=False)
+        return file.model_copy(update={"failures": Counter(reasons), "first_failed": tuple(first_failed)})
 
 
-def _with_reason(answered: pa.Table) -> pa.Table:
-    """Answered rows, of which those without a label have abstained."""
+def _with_reason(predictions: pa.Table) -> pa.Table:
+    """Predicted rows, with the reason `BELOW_THRESHOLD` in those without a label."""
     missing = pa.scalar(None, pa.string())
-    reason = pc.if_else(answered.column("label").is_null(), BELOW_THRESHOLD, missing)
-    others = [name for name in answered.column_names if name != "reason"]
-    return answered.select(others).append_column("reason", reason)
+    reason = pc.if_else(predictions.column("label").is_null(), BELOW_THRESHOLD, missing)
+    others = [name for name in predictions.column_names if name != "reason"]
+    return predictions.select(others).append_column("reason", reason)
 
 
 def _quarantine(table: pa.Table) -> pa.Table:

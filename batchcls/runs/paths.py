@@ -1,16 +1,16 @@
 """Names of the files and folders in an output folder, which are a contract with readers.
 
 OUTPUT/current.json
-OUTPUT/beginning/DIGEST/lease/*.json   who is about to begin a run; gone once it holds the run
-OUTPUT/runs/RUN_ID/plan.json            first
+OUTPUT/starting/DIGEST/lease/*.json     the driver that is about to start a run; removed once it holds the run
+OUTPUT/runs/RUN_ID/plan.json            written first
                    predictions/*.parquet
                    quarantine/*.parquet
-                   receipts/*.json      one for each part, after its files
-                   lease/*.json         which driver works on the run
-                   reused.json          once the predictions of an earlier run are copied
-                   run.json             last, the commit record
-                   readers/NAME.json    who wants the run kept for a while, {"until": TIME}
-                   removal.json         first of a removal, and with lease/ the last that goes
+                   receipts/*.json      one for each part, written after its files
+                   lease/*.json         the driver that works on the run
+                   reused.json          written when the predictions of an earlier run are copied
+                   run.json             written last: the commit record
+                   readers/NAME.json    a reader that asks to keep the run, {"until": TIME}
+                   removal.json         written first by a removal, and deleted last together with lease/
 """
 
 import secrets
@@ -22,7 +22,7 @@ PLAN = "plan.json"
 RUN = "run.json"
 CURRENT = "current.json"
 RUNS = "runs"
-BEGINNING = "beginning"
+STARTING = "starting"
 PREDICTIONS = "predictions"
 QUARANTINE = "quarantine"
 READERS = "readers"
@@ -33,10 +33,10 @@ REMOVAL = "removal.json"
 
 
 def new_run_id(now: datetime | None = None) -> str:
-    """A name that sorts by time and does not meet another one: 20261122-033000-4f2a."""
+    """A unique name that sorts by time: 20261122-033000-4f2a."""
     return f"{now or datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def run_folder(output: str, run_id: str) -> str:
-    """URI of a run's folder."""
+    """URI of the folder of a run."""
     return join(output, RUNS, run_id)

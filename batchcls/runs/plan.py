@@ -1,53 +1,44 @@
-"""Write plan.json, the first file of a run: its settings, input, model and fingerprints."""
+"""plan.json, the first file of a run: its settings, input, model and fingerprints."""
 
-import json
 import platform
 import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Literal
+
+from pydantic import Field
 
 from batchcls.config.common_config import JobConfig
 from batchcls.errors import InputError
+from batchcls.inference.engine_record import EngineSelectionRecord
+from batchcls.resources import ResourcePlan
 from batchcls.runs.paths import PLAN, run_folder
+from batchcls.runs.records import ManifestInfo, ModelInfo, RecordedSettings
+from batchcls.storage.documents import Document, FolderName, StoredRecord, UtcTime
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
 
-@dataclass(frozen=True, slots=True)
-class Fingerprints:
+class Fingerprints(StoredRecord):
     """Identity of a run: a command resumes an unfinished run only if its fingerprints are equal.
 
     Attributes:
         manifest: fingerprint of the manifest's files.
         model: fingerprint of the bundle: weights, preprocessing, labels and feature tap.
-        settings: the settings that decide which rows and columns are written and what they hold.
+        settings: the settings that determine the rows, columns and values of the output.
     """
 
     manifest: str
     model: str
-    settings: Mapping[str, Any]
+    settings: RecordedSettings
 
     @classmethod
     def of(cls, config: JobConfig, manifest: str, model: str) -> "Fingerprints":
         """Fingerprints of a command; `settings` are those that its class marks with `ChangesResults`."""
-        return cls(manifest, model, config.result_settings())
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "Fingerprints":
-        """From plan.json. Raises InputError if it is from before there were any."""
-        try:
-            return cls(str(record["manifest"]), str(record["model"]), dict(record["settings"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"plan.json has no fingerprints that this program can read ({error})") from None
-
-    def as_json(self) -> dict[str, Any]:
-        """For plan.json."""
-        return {"manifest": self.manifest, "model": self.model, "settings": dict(self.settings)}
+        return cls(manifest=manifest, model=model, settings=config.result_settings())
 
     def differences(self, other: "Fingerprints") -> list[str]:
-        """What differs in `other`, for people; empty where nothing does."""
+        """Human-readable list of the differences from `other`; empty if they are equal."""
         found = []
         if self.manifest != other.manifest:
             found.append(f"the manifest (it was {self.manifest[:12]} and is {other.manifest[:12]})")
@@ -62,8 +53,8 @@ class Fingerprints:
 
 def prediction_settings(
     config: JobConfig, model: str, precisions: Iterable[str], decode_margin: float | None
-) -> dict[str, Any]:
-    """Everything beside the image itself that determines its prediction.
+) -> RecordedSettings:
+    """Everything besides the image itself that determines its prediction.
 
     A run reuses predictions of another run only where these are equal. The engine is left out and its precision is
     included: all engines of one precision are held to the same accuracy tolerance.
@@ -82,69 +73,83 @@ def prediction_settings(
     }
 
 
+class PlannedReuse(StoredRecord):
+    """The run whose predictions are reused; `by_row`: all of them, without comparing images."""
+
+    run_id: FolderName
+    by_row: bool
+
+
+class RecordedEngines(StoredRecord):
+    """The engines with which a run started; a resumed run uses the same.
+
+    Attributes:
+        selections: the measurements of each kind of node whose engine was measured.
+        decode_margin: as in `LoadSettings`.
+    """
+
+    selections: tuple[EngineSelectionRecord, ...] = ()
+    decode_margin: float | None = None
+
+
 _PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "pyarrow", "pillow")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The plan of one run, as it stands in plan.json.
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+class Plan(Document):
+    """plan.json: a run that has been started.
 
     Attributes:
-        run_id: its name.
-        config: settings of the command that began it.
-        manifest: of what: uri, base of relative uris, fingerprint, rows, files.
-        model: with what: fingerprint, architecture, classes, preprocessing, weights.
-        placement: shape of the run when it began.
-        unpublishable: why it must never be published, empty when it may be.
+        format: distinguishes a run of this program from other folders.
+        run_id: name of the run.
+        writer: random digits, by which the driver recognizes its own file.
+        created: time of the start: after the manifest was opened, so it dates the state of the manifest.
         fingerprints: decide which later command resumes the run.
-        engines: what the network runs with to its end, `settle.Settled.as_json`.
-        answers: everything beside an image that determines its prediction, `prediction_settings`.
-        reuse: the run whose predictions are reused; empty for none.
+        config: settings of the command that started it, without credentials.
+        manifest, model: input and model of the run.
+        resources: numbers of actors and tasks at the start; None if they are not recorded.
+        engines: the engines of the run until its end.
+        result_settings: `prediction_settings`.
+        reuse: the run whose predictions are reused; None: all rows are computed.
+        unpublishable: reasons why the run must not be published; empty if it may be.
+        versions: of the packages.
     """
 
-    run_id: str
-    config: dict[str, Any]
-    manifest: dict[str, Any]
-    model: dict[str, Any]
-    placement: dict[str, Any]
-    unpublishable: list[str] = field(default_factory=list)
-    fingerprints: Fingerprints | None = None
-    engines: dict[str, Any] = field(default_factory=dict)
-    answers: dict[str, Any] = field(default_factory=dict)
-    reuse: dict[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """The plan as JSON values, with the time and the versions of what runs it."""
-        return {
-            "format": "batchcls-plan-1",
-            "run_id": self.run_id,
-            "writer": secrets.token_hex(8),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "fingerprints": self.fingerprints.as_json() if self.fingerprints else {},
-            "config": self.config,
-            "manifest": self.manifest,
-            "model": self.model,
-            "placement": self.placement,
-            "engines": self.engines,
-            "answers": self.answers,
-            "reuse": self.reuse,
-            "unpublishable": self.unpublishable,
-            "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-        }
+    format: Literal["batchcls-plan"] = "batchcls-plan"
+    run_id: FolderName
+    writer: str = Field(default_factory=lambda: secrets.token_hex(8))
+    created: UtcTime = Field(default_factory=_now)
+    fingerprints: Fingerprints
+    config: RecordedSettings = Field(default_factory=dict)
+    manifest: ManifestInfo
+    model: ModelInfo
+    resources: ResourcePlan | None = None
+    engines: RecordedEngines = RecordedEngines()
+    result_settings: RecordedSettings = Field(default_factory=dict)
+    reuse: PlannedReuse | None = None
+    unpublishable: tuple[str, ...] = ()
+    versions: dict[str, str] = Field(default_factory=_versions)
 
 
 def create_plan(plan: Plan, output: str, storage: Storage) -> str:
-    """Write plan.json and so take the run's name; returns the URI of its folder.
+    """Write plan.json, which reserves the name of the run; returns the URI of its folder.
 
     Raises:
-        InputError: the run id was taken a moment ago.
+        InputError: another job has created a run of this name.
     """
     folder = run_folder(output, plan.run_id)
-    data = json.dumps(plan.as_json(), indent=2).encode()
     try:
-        storage.create_exclusive(join(folder, PLAN), data)
+        storage.create_exclusive(join(folder, PLAN), plan.to_json())
     except FileExistsError:
         raise InputError(
-            f"{redact_uri(folder)}: another job has just begun a run of this name; start again to see its state"
+            f"{redact_uri(folder)}: another job has just started a run of this name; run the command again to see "
+            "its state"
         ) from None
     return folder

@@ -1,12 +1,11 @@
 """Select and remove old runs: only folders that this program created, and never through a symbolic link.
 
-A removal takes the run's lease, so that nobody resumes it, writes removal.json, and only then looks for the last
-time whether the run is published or read; a publish looks for removal.json after its swap, so that one of the two
-sees the other. run.json and plan.json go first, then the rest, lease and removal.json last: a removal that was cut
-short is known by what is left, and the next prune ends it.
+A removal acquires the lease of the run, so that no job resumes it, writes removal.json, and then checks for the last
+time whether the run is published or has readers. A publish checks for removal.json after it has replaced current.json,
+so one of the two sees the other. run.json and plan.json are deleted first, then the other files, and the lease and
+removal.json last: the remaining files show that a removal was interrupted, and the next prune completes it.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,178 +19,180 @@ from batchcls.runs.catalog import (
     read_or_none,
     read_plan,
 )
-from batchcls.runs.lease import leased, living_holder
+from batchcls.runs.lease import leased, live_holder
 from batchcls.runs.paths import LEASE, PLAN, READERS, REMOVAL, RUN, RUNS, run_folder
 from batchcls.runs.publish import Published, read_published
-from batchcls.runs.records import DocumentError, ReaderDocument, parse, parse_time
+from batchcls.runs.records import ReaderRequest, RemovalMark
+from batchcls.storage.documents import DocumentError
 from batchcls.storage.filesystem import Storage, explain, join
 
 
 @dataclass(frozen=True, slots=True)
-class Keeping:
-    """What is to be kept.
+class RetentionPolicy:
+    """The runs to keep.
 
     Attributes:
-        newest: so many of the newest committed runs; None: any number.
-        not_older_than: and runs that are younger; None: of any age.
-        grace: runs that were published, and runs that were begun, less than so long ago.
-        previous: the run that a rollback would go back to.
-        now: the time that ages are counted from.
+        newest: number of the newest committed runs to keep; None: all.
+        max_age: keep runs that are younger than this; None: the age does not matter.
+        grace: keep runs that were published or started less than this long ago.
+        previous: keep the run that a rollback would return to.
+        now: the time from which ages are counted.
     """
 
     newest: int | None
-    not_older_than: timedelta | None
+    max_age: timedelta | None
     grace: timedelta
     previous: bool
     now: datetime
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A run, and why it stays; None: it goes."""
+class PruneDecision:
+    """A run, and the reason why it is kept; None: it is removed."""
 
     run: ListedRun
     kept_because: str | None
 
 
-def choose(
+def decide(
     runs: Sequence[ListedRun],
     published: Published,
-    keeping: Keeping,
-    held_by: Callable[[ListedRun], str | None],
-) -> list[Choice]:
-    """Decide about every run, in the order given.
+    policy: RetentionPolicy,
+    in_use: Callable[[ListedRun], str | None],
+) -> list[PruneDecision]:
+    """Decide for every run whether it is kept, in the given order.
 
     Args:
-        runs: all of the output folder, the newest first.
-        published: what current.json says.
-        keeping: what is asked for.
-        held_by: what else keeps a run, such as `held_by`; None: nothing. Asked only of runs that would go.
+        runs: all runs of the output folder, the newest first.
+        published: contents of current.json.
+        policy: the runs to keep.
+        in_use: returns another reason to keep a run, such as `in_use_because`, or None. It is called only for runs
+            that would be removed.
     """
-    protected = _protected(published, keeping)
+    protected = _protected(published, policy)
     committed = [run.run_id for run in runs if run.state is State.COMMITTED]
-    newest = set(committed[: keeping.newest]) if keeping.newest is not None else set()
-    choices = []
+    newest = set(committed[: policy.newest]) if policy.newest is not None else set()
+    decisions = []
     for run in runs:
-        why = protected.get(run.run_id)
-        if why is None:
-            why = "among the newest" if run.run_id in newest else _age_reason(run, keeping)
-        choices.append(Choice(run, why if why is not None else held_by(run)))
-    return choices
+        reason = protected.get(run.run_id)
+        if reason is None:
+            reason = "among the newest" if run.run_id in newest else _age_reason(run, policy)
+        decisions.append(PruneDecision(run, reason if reason is not None else in_use(run)))
+    return decisions
 
 
-def _protected(published: Published, keeping: Keeping) -> Mapping[str, str]:
-    """Runs that are in use, whatever their age, with the reason."""
+def _protected(published: Published, policy: RetentionPolicy) -> Mapping[str, str]:
+    """Runs that are in use regardless of their age, with the reason."""
     found: dict[str, str] = {}
     for entry in published.history:
-        if keeping.now - parse_time(entry.replaced) < keeping.grace:
-            found.setdefault(entry.run_id, "was published until a short time ago")
-    if keeping.previous and published.former:
-        found[published.former[0]] = "the one a rollback goes back to"
+        if policy.now - entry.replaced < policy.grace:
+            found.setdefault(entry.run_id, "was published until recently")
+    if policy.previous and published.previous:
+        found[published.previous[0]] = "a rollback returns to it"
     if published.run_id is not None:
         found[published.run_id] = "published"
     return found
 
 
-def _age_reason(run: ListedRun, keeping: Keeping) -> str | None:
+def _age_reason(run: ListedRun, policy: RetentionPolicy) -> str | None:
     if run.state is State.DAMAGED and run.created is None:
-        return None if run.is_leftover else f"left alone: {run.detail}"
+        return None if run.is_leftover else f"not touched: {run.detail}"
     if run.created is None:
         return "of unknown age"
-    age = keeping.now - run.created
-    if age < keeping.grace:
-        return "committed or begun a short time ago"
-    if keeping.not_older_than is not None and age < keeping.not_older_than:
-        return "younger than asked for"
+    age = policy.now - run.created
+    if age < policy.grace:
+        return "committed or started recently"
+    if policy.max_age is not None and age < policy.max_age:
+        return "younger than the given age"
     return None
 
 
-def held_by(output: str, run: ListedRun, storage: Storage, now: datetime) -> str | None:
-    """Why a run that is old enough must stay all the same, such as that it cannot be read; None: it may go."""
+def in_use_because(output: str, run: ListedRun, storage: Storage, now: datetime) -> str | None:
+    """Why a run that is old enough must be kept nevertheless, such as that it cannot be read; None: it may go."""
     try:
         return (
-            _not_ours(output, run, storage)
-            or _at_work(output, run.run_id, storage)
+            _not_created_here(output, run, storage)
+            or _running(output, run.run_id, storage)
             or _reader(output, run, storage, now)
         )
     except InputError as error:
-        return f"left alone: {error}"
+        return f"not touched: {error}"
 
 
-def _not_ours(output: str, run: ListedRun, storage: Storage) -> str | None:
+def _not_created_here(output: str, run: ListedRun, storage: Storage) -> str | None:
     for name in (RUNS, f"{RUNS}/{run.run_id}"):
         if storage.is_link(join(output, name)):
-            return f"{name} is a symbolic link; nothing behind it is removed"
+            return f"{name} is a symbolic link; its target is not removed"
     if run.is_leftover:
         return None
     try:
         plan = read_plan(output, run.run_id, storage)
     except DamagedRunError as error:
-        return f"left alone: {error}"
-    return None if plan is not None else "it has no plan.json, so nothing says that this program began it"
+        return f"not touched: {error}"
+    return None if plan is not None else "it has no plan.json, so this program may not have created it"
 
 
-def _at_work(output: str, run_id: str, storage: Storage) -> str | None:
-    holder = living_holder(run_folder(output, run_id), storage)
+def _running(output: str, run_id: str, storage: Storage) -> str | None:
+    holder = live_holder(run_folder(output, run_id), storage)
     return None if holder is None else f"process {holder.pid} on {holder.host} works on it"
 
 
 def _reader(output: str, run: ListedRun, storage: Storage, now: datetime) -> str | None:
-    """A reader that has asked for a run to be kept, if there is one.
+    """A reader that has asked to keep the run, if there is one.
 
-    A reader asks by a file readers/NAME.json in the run's folder, {"until": an ISO time}; a damaged one
-    counts, since nobody knows what it meant to say.
+    Readers ask with a file readers/NAME.json in the folder of the run, {"until": an ISO time}. A damaged file counts
+    as a request, because its intended time is unknown.
     """
     if run.is_leftover:
-        return None  # what it wanted to read has begun to go
+        return None  # files that the reader needs are already deleted
     folder = join(run_folder(output, run.run_id), READERS)
     with explain(folder):
         found = storage.list_files(folder, ".json")
     for info in found:
-        if _reads_until(info.uri, storage, now):
+        if _is_requested(info.uri, storage, now):
             return f"read by {info.uri.rpartition('/')[2].removesuffix('.json')}"
     return None
 
 
-def _reads_until(uri: str, storage: Storage, now: datetime) -> bool:
+def _is_requested(uri: str, storage: Storage, now: datetime) -> bool:
     try:
         data = read_or_none(uri, storage)
-        return data is not None and parse_time(parse(data, ReaderDocument)["until"]) > now
+        return data is not None and ReaderRequest.from_json(data).until > now
     except (DamagedRunError, DocumentError):
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What became of a run that was to go: `freed` bytes, or why it stays after all."""
+    """The outcome of a removal: the number of bytes freed, or the reason why the run was kept."""
 
     freed: int
     kept_because: str | None = None
 
 
-def remove(output: str, run: ListedRun, keeping: Keeping, storage: Storage) -> Removed:
-    """Remove a run's folder, unless it is in use by now.
+def remove(output: str, run: ListedRun, policy: RetentionPolicy, storage: Storage) -> Removed:
+    """Remove the folder of a run, unless it has come into use.
 
     Args:
         output: the job's output folder.
-        run: as it was when it was chosen.
-        keeping: what is asked for.
-        storage: how to reach it.
+        run: its state at the time of the decision.
+        policy: the runs to keep.
+        storage: access to the folder.
 
     Raises:
-        InputError: the store refuses; what is left is no run any more, and the next prune takes it.
+        InputError: the store denies access; the remaining files are no longer a run, and the next prune removes them.
     """
-    why = held_by(output, run, storage, keeping.now)
-    if why is not None:
-        return Removed(0, why)
+    reason = in_use_because(output, run, storage, policy.now)
+    if reason is not None:
+        return Removed(0, reason)
     folder = run_folder(output, run.run_id)
     with leased(folder, storage):
         now = list_run(output, run.run_id, storage)
         if (now.state, now.created, now.is_leftover) != (run.state, run.created, run.is_leftover):
-            return Removed(0, "it was changed meanwhile")
-        why = _last_look(output, run, keeping, storage)
-        if why is not None:
-            return Removed(0, f"{why} meanwhile")
+            return Removed(0, "it has changed in the meantime")
+        reason = _mark_and_check(output, run, policy, storage)
+        if reason is not None:
+            return Removed(0, f"{reason} in the meantime")
         with explain(folder):
             _remove_records(folder, storage)
             freed = storage.remove_folder(folder, frozenset((LEASE, REMOVAL)))
@@ -201,37 +202,34 @@ def remove(output: str, run: ListedRun, keeping: Keeping, storage: Storage) -> R
     return Removed(freed)
 
 
-def _last_look(output: str, run: ListedRun, keeping: Keeping, storage: Storage) -> str | None:
-    """Mark the run, and look then whether it is published or read; in that case the mark is taken back."""
+def _mark_and_check(output: str, run: ListedRun, policy: RetentionPolicy, storage: Storage) -> str | None:
+    """Mark the run, then check whether it is published or has readers; if so, withdraw the mark."""
     mark = join(run_folder(output, run.run_id), REMOVAL)
     with explain(mark):
-        storage.write_atomic(mark, _MARK)
+        storage.write_atomic(mark, RemovalMark().to_json())
     try:
-        why = _protected(read_published(output, storage), keeping).get(run.run_id)
-        why = why or _reader(output, run, storage, keeping.now)
+        reason = _protected(read_published(output, storage), policy).get(run.run_id)
+        reason = reason or _reader(output, run, storage, policy.now)
     except InputError:
-        keep_after_all(output, run.run_id, storage)
+        withdraw_mark(output, run.run_id, storage)
         raise
-    if why is not None:
-        keep_after_all(output, run.run_id, storage)
-    return why
-
-
-_MARK = json.dumps({"format": "batchcls-removal-1"}).encode()
+    if reason is not None:
+        withdraw_mark(output, run.run_id, storage)
+    return reason
 
 
 def _remove_records(folder: str, storage: Storage) -> None:
-    """First what makes it a run that is read or resumed."""
+    """Remove the files by which a run is read or resumed."""
     for uri in (join(folder, RUN), join(folder, PLAN)):
         if storage.exists(uri):
             storage.remove([uri])
 
 
-def keep_after_all(output: str, run_id: str, storage: Storage) -> None:
-    """Take back the mark of a removal that has not removed anything yet.
+def withdraw_mark(output: str, run_id: str, storage: Storage) -> None:
+    """Withdraw the mark of a removal that has not removed any file.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access.
     """
     uri = join(run_folder(output, run_id), REMOVAL)
     with explain(uri):

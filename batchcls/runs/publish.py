@@ -1,31 +1,26 @@
-"""Publish runs in current.json, the one file that readers follow, and keep the publish history.
+"""Publish runs in current.json, the file that readers start from, and keep the publish history.
 
-The history stands in the same file, so that it changes with it in one swap:
+The history is in the same file, so both change in one atomic replacement.
 
-{"run_id": ..., "path": "runs/...", "published": ..., "previous": RUN_ID or null,
- "history": [{"run_id", "published", "replaced", "withdrawn"}, ...]}     the latest first
-
-Three rules protect readers (docs/decisions/021): the file is swapped only if it still holds, byte for byte, what the
-decision was made on; a run never replaces one that was begun later, unless it is forced; and all files of a run are
-there before the swap and after it, or the swap is undone.
+Three rules protect readers (docs/decisions/021): the file is replaced only if its content is still, byte for byte, what
+the decision to publish was based on; a run never replaces one that was started later, unless it is forced; and all
+files of a run exist before and after the replacement, or the replacement is undone.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from batchcls.errors import InputError, PublishRefused
 from batchcls.runs.catalog import (
     DamagedRunError,
-    RunRecord,
     parse_current,
     read_or_none,
     read_plan,
     read_record,
 )
 from batchcls.runs.paths import CURRENT, RUNS
+from batchcls.runs.records import CurrentRecord, PublishHistoryEntry, RunRecord
 from batchcls.runs.verify import presence_faults
 from batchcls.storage.compare_and_swap import (
     VersionConflictError,
@@ -36,15 +31,15 @@ from batchcls.storage.compare_and_swap import (
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import STORE_ERRORS
 
-_KEPT_HISTORY = 100
+_MAX_HISTORY = 100
 
 
 class PublishedMeanwhileError(PublishRefused):
-    """current.json is not what the decision to publish was made on; it is untouched."""
+    """current.json has changed since the decision to publish; this job did not replace it."""
 
 
 class DamagedCurrentError(DamagedRunError):
-    """current.json is damaged; `published` can be given to `publish` to replace just this content."""
+    """current.json is damaged; pass `published` to `publish` to replace exactly this content."""
 
     def __init__(self, message: str, published: "Published") -> None:
         super().__init__(message)
@@ -52,40 +47,35 @@ class DamagedCurrentError(DamagedRunError):
 
 
 @dataclass(frozen=True, slots=True)
-class PublishHistoryEntry:
-    """A run that was published once; `withdrawn` by a rollback, so that the next one goes further back.
-
-    `published` and `replaced` are ISO times in UTC; `replaced` tells how long readers may still have
-    it open.
-    """
-
-    run_id: str
-    published: str
-    replaced: str
-    withdrawn: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class Published:
-    """What current.json says, and what it held when it was read.
+    """The contents of current.json when it was read; `current` is None if no run was ever published."""
 
-    `run_id` is None where nothing was ever published.
-    """
-
-    run_id: str | None = None
-    published: str = ""
-    history: tuple[PublishHistoryEntry, ...] = ()
+    current: CurrentRecord | None = None
     versioned: Versioned | None = field(default=None, repr=False)
 
     @property
-    def former(self) -> list[str]:
-        """Runs that a rollback may go back to, the latest first."""
-        return [entry.run_id for entry in self.history if not entry.withdrawn and entry.run_id != self.run_id]
+    def run_id(self) -> str | None:
+        """The published run."""
+        return None if self.current is None else self.current.run_id
+
+    @property
+    def history(self) -> tuple[PublishHistoryEntry, ...]:
+        """The runs that were published before, the latest first."""
+        return () if self.current is None else self.current.history
+
+    @property
+    def previous(self) -> list[str]:
+        """The runs that a rollback may return to, the latest first."""
+        return _previous(self.history, self.run_id)
+
+
+def _previous(history: Sequence[PublishHistoryEntry], run_id: str | None) -> list[str]:
+    return [entry.run_id for entry in history if not entry.withdrawn and entry.run_id != run_id]
 
 
 @dataclass(frozen=True, slots=True)
 class RolledBack:
-    """The run that is current again, the one it took the place of, and why others were passed over."""
+    """The run that is published again, the run that it replaced, and the skipped runs with the reasons."""
 
     run_id: str
     withdrawn: str
@@ -93,34 +83,31 @@ class RolledBack:
 
 
 def read_published(output: str, storage: Storage) -> Published:
-    """The published run with its history; what is to be given to `publish` after a decision.
+    """The published run with its history; pass it to `publish` after a decision that is based on it.
 
     Raises:
-        DamagedCurrentError: current.json is not what this program writes.
-        InputError: the store refuses.
+        DamagedCurrentError: current.json is damaged.
+        InputError: the store denies access, or a later version of the program wrote current.json.
     """
     uri = join(output, CURRENT)
-    if (
-        read_or_none(uri, storage) is None
-    ):  # also says where a folder or a file without rights is in its place
+    # This also detects a folder of this name and missing permissions.
+    if read_or_none(uri, storage) is None:
         return Published()
     with explain(uri):
         versioned = read_versioned(uri, storage)
     if versioned is None:
         return Published()
     try:
-        raw = parse_current(output, versioned.data)
+        return Published(parse_current(output, versioned.data), versioned)
     except DamagedRunError as error:
         raise DamagedCurrentError(str(error), Published(versioned=versioned)) from None
-    history = tuple(_former(entry) for entry in raw.get("history", ()))
-    return Published(raw["run_id"], raw["published"], history, versioned)
 
 
 def published_or_damage(output: str, storage: Storage) -> tuple[Published, str | None]:
-    """The same for those who can do without: a damaged current.json publishes nothing, and what is wrong is said.
+    """The same for callers that tolerate a damaged current.json: no published run, and a message with the defect.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access, or a later version of the program wrote current.json.
     """
     try:
         return read_published(output, storage), None
@@ -133,66 +120,67 @@ def published_or_damage(output: str, storage: Storage) -> tuple[Published, str |
 def publish(
     output: str, run_id: str, storage: Storage, expected: Published | None = None, *, force: bool = False
 ) -> None:
-    """Make a committed run the current one; a reader sees the old or the new one, never half.
+    """Publish a committed run; readers see either the old or the new run.
 
     Args:
         output: the job's output folder.
         run_id: of a committed run.
-        storage: how to reach it.
-        expected: what was published when it was decided to publish; None: whatever is now.
-        force: also in place of a run that was begun later.
+        storage: access to the folder.
+        expected: the published run on which the decision is based; None: the currently published run.
+        force: also replace a run that was started later.
 
     Raises:
-        PublishedMeanwhileError: another run was published since; what was published stays.
-        PublishRefused: the run must never be published, is not whole, or was begun before the published one; what
-            was published stays.
-        InputError: there is no such committed run, or the store refuses.
+        PublishedMeanwhileError: another run was published since; it stays published.
+        PublishRefused: the run must not be published, is incomplete, or was started before the published one, which
+            stays published.
+        InputError: there is no such committed run, or the store denies access.
     """
     record = read_record(output, run_id, storage)
     if record.unpublishable:
-        raise PublishRefused(f"run {run_id} is never published: {'; '.join(record.unpublishable)}")
+        raise PublishRefused(f"run {run_id} must not be published: {'; '.join(record.unpublishable)}")
     before = expected or read_published(output, storage)
     if before.run_id == run_id:
         now = read_published(output, storage)
         if now.run_id != run_id:
-            raise _meanwhile(output, run_id, before, now)
+            raise _published_meanwhile(output, run_id, before, now)
         return
     if not force:
         require_not_older(output, run_id, before, storage)
     faults = presence_faults(record, storage)
     if faults:
-        raise PublishRefused(f"run {run_id} is not whole and not published: {'; '.join(faults)}")
-    history = [entry for entry in _pushed(before, withdrawn=False) if entry.run_id != run_id]
-    _swap(record, history, before, storage)
+        raise PublishRefused(f"run {run_id} is incomplete and not published: {'; '.join(faults)}")
+    history = [entry for entry in _extended_history(before, withdrawn=False) if entry.run_id != run_id]
+    _replace(record, history, before, storage)
 
 
 def require_not_older(output: str, run_id: str, published: Published, storage: Storage) -> None:
-    """Refuse to replace a run by one that was begun before it.
+    """Refuse to replace a run by one that was started before it.
 
-    A run is begun, its plan.json written, after its manifest was opened: of two runs, the one that was begun later
-    has the newer state of the catalog. Of a run whose plan is gone, the time of its commit counts; where a run says
-    neither, nothing is known to be newer. Times are those of the drivers' clocks, in whole seconds.
+    The manifest is opened before a run is started by writing its plan.json. So of two runs, the one that was started
+    later has the newer state of the catalog. If a plan is missing, the time of the commit is used instead. If a run has
+    neither, it is not known to be newer. Times are those of the drivers' clocks, in whole seconds.
 
     Raises:
-        PublishRefused: the published run was begun later.
-        InputError: the store refuses.
+        PublishRefused: the published run was started later.
+        InputError: the store denies access.
     """
     if published.run_id is None:
         return
-    ours, theirs = (started_at(output, name, storage) for name in (run_id, published.run_id))
-    if ours is not None and theirs is not None and ours < theirs:
+    started, published_started = (started_at(output, name, storage) for name in (run_id, published.run_id))
+    if started is not None and published_started is not None and started < published_started:
         raise PublishRefused(
-            f"run {run_id} is committed and not published: it was begun {ours:%Y-%m-%d %H:%M:%S} UTC, before run "
-            f"{published.run_id}, which is published and was begun {theirs:%Y-%m-%d %H:%M:%S} UTC from a newer "
-            f"manifest; to go back all the same: `runs rollback`, or `runs publish {run_id} --force`"
+            f"run {run_id} is committed and not published: it was started at {started:%Y-%m-%d %H:%M:%S} UTC, before "
+            f"run {published.run_id}, which is published and was started at {published_started:%Y-%m-%d %H:%M:%S} UTC "
+            f"from a newer manifest; to publish the older run anyway: `runs rollback`, or `runs publish {run_id} "
+            "--force`"
         )
 
 
 def started_at(output: str, run_id: str, storage: Storage) -> datetime | None:
-    """When a run was begun, or at least when it was committed, in UTC; None where neither can be read.
+    """When a run was started, or otherwise when it was committed, in UTC; None if neither can be read.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access.
     """
     try:
         plan = read_plan(output, run_id, storage)
@@ -207,73 +195,73 @@ def started_at(output: str, run_id: str, storage: Storage) -> datetime | None:
 
 
 def roll_back(output: str, storage: Storage, faults: Callable[[RunRecord], Sequence[str]]) -> RolledBack:
-    """Publish again the latest run that was published before and is still whole.
+    """Publish the latest run that was published before and is still complete.
 
     Args:
         output: the job's output folder.
-        storage: how to reach it.
-        faults: what is wrong with a run; such a run is passed over.
+        storage: access to the folder.
+        faults: returns the defects of a run; a run with defects is skipped.
 
     Raises:
-        PublishedMeanwhileError: another run was published meanwhile; it stays.
-        PublishRefused: no earlier run is left and whole.
-        InputError: nothing is published, or the store refuses.
+        PublishedMeanwhileError: another run was published in the meantime; it stays published.
+        PublishRefused: no earlier run exists that is complete.
+        InputError: no run is published, or the store denies access.
     """
     before = read_published(output, storage)
     if before.run_id is None:
-        raise InputError(f"{redact_uri(output)}: nothing is published, so there is nothing to roll back")
+        raise InputError(f"{redact_uri(output)}: no run is published, so there is nothing to roll back")
     skipped: dict[str, str] = {}
-    for run_id in before.former:
+    for run_id in before.previous:
         try:
             record = read_record(output, run_id, storage)
-            wrong = "; ".join(faults(record))
+            reason = "; ".join(faults(record))
         except InputError as error:
-            wrong = str(error)
-        if wrong:
-            skipped[run_id] = wrong
+            reason = str(error)
+        if reason:
+            skipped[run_id] = reason
             continue
-        history = [entry for entry in _pushed(before, withdrawn=True) if entry.run_id != run_id]
-        _swap(record, history, before, storage)
+        history = [entry for entry in _extended_history(before, withdrawn=True) if entry.run_id != run_id]
+        _replace(record, history, before, storage)
         return RolledBack(run_id, before.run_id, skipped)
-    tried = "; ".join(f"{run_id}: {wrong}" for run_id, wrong in skipped.items())
+    tried = "; ".join(f"{run_id}: {reason}" for run_id, reason in skipped.items())
     raise PublishRefused(
-        f"no run that was published before {before.run_id} is left{f' and whole: {tried}' if tried else ''}"
+        f"no complete run is left that was published before {before.run_id}{f': {tried}' if tried else ''}"
     )
 
 
-def _pushed(before: Published, withdrawn: bool) -> list[PublishHistoryEntry]:
-    """The history with the run that is current now on top."""
-    if before.run_id is None:
+def _extended_history(before: Published, withdrawn: bool) -> list[PublishHistoryEntry]:
+    """The history with an entry for the currently published run."""
+    current = before.current
+    if current is None:
         return []
-    former = PublishHistoryEntry(before.run_id, before.published, _now(), withdrawn)
-    return [former, *(entry for entry in before.history if entry.run_id != before.run_id)][:_KEPT_HISTORY]
+    latest = PublishHistoryEntry(
+        run_id=current.run_id, published=current.published, replaced=datetime.now(UTC), withdrawn=withdrawn
+    )
+    return [latest, *(entry for entry in current.history if entry.run_id != current.run_id)][:_MAX_HISTORY]
 
 
-def _swap(
+def _replace(
     record: RunRecord, history: Sequence[PublishHistoryEntry], before: Published, storage: Storage
 ) -> None:
-    """Swap current.json for one that names this run, and look whether the run is still whole then."""
+    """Replace current.json, then check that the run is still complete."""
     output, run_id = record.output, record.run_id
-    after = Published(run_id, _now(), tuple(history))
-    current = {
-        "format": "batchcls-current-1",
-        "run_id": run_id,
-        "path": f"{RUNS}/{run_id}",
-        "published": after.published,
-        "previous": next(iter(after.former), None),
-        "history": [asdict(entry) for entry in history],
-    }
-    data = json.dumps(current, indent=2).encode()
-    uri = join(output, CURRENT)
+    current = CurrentRecord(
+        run_id=run_id,
+        path=f"{RUNS}/{run_id}",
+        published=datetime.now(UTC),
+        previous=next(iter(_previous(history, run_id)), None),
+        history=tuple(history),
+    )
+    data, uri = current.to_json(), join(output, CURRENT)
     try:
         with explain(uri):
             _write(uri, data, before, storage)
     except VersionConflictError:
         now = read_published(output, storage)
-        if now.run_id == run_id:  # another job has published this very run
+        if now.run_id == run_id:  # another job has published the same run
             return
-        raise _meanwhile(output, run_id, before, now) from None
-    _require_still_whole(record, data, before, storage)
+        raise _published_meanwhile(output, run_id, before, now) from None
+    _require_still_complete(record, data, before, storage)
 
 
 def _write(uri: str, data: bytes, before: Published, storage: Storage) -> None:
@@ -281,12 +269,12 @@ def _write(uri: str, data: bytes, before: Published, storage: Storage) -> None:
         compare_and_swap(uri, data, before.versioned, storage)
     except STORE_ERRORS:
         now = read_versioned(uri, storage)
-        if now is None or now.data != data:  # else it was written, and only the answer was lost
+        if now is None or now.data != data:  # otherwise the write succeeded and only the response was lost
             raise
 
 
-def _require_still_whole(record: RunRecord, data: bytes, before: Published, storage: Storage) -> None:
-    """`runs prune` marks a run before it looks what is published; here is looked for the mark after publishing."""
+def _require_still_complete(record: RunRecord, data: bytes, before: Published, storage: Storage) -> None:
+    """Undo the publication if the run was removed: prune marks before it reads current.json, publish checks after."""
     faults = presence_faults(record, storage)
     if not faults:
         return
@@ -304,19 +292,11 @@ def _require_still_whole(record: RunRecord, data: bytes, before: Published, stor
     )
 
 
-def _meanwhile(output: str, run_id: str, before: Published, now: Published) -> PublishedMeanwhileError:
+def _published_meanwhile(
+    output: str, run_id: str, before: Published, now: Published
+) -> PublishedMeanwhileError:
     return PublishedMeanwhileError(
-        f"{redact_uri(join(output, CURRENT))}: run {now.run_id} was published in the meantime, in place of "
-        f"{before.run_id}; run {run_id} is not published; look at both (`runs diff`) and publish the right one "
+        f"{redact_uri(join(output, CURRENT))}: run {now.run_id} was published in the meantime instead of "
+        f"{before.run_id}; run {run_id} is not published; compare both (`runs diff`) and publish the right one "
         "(`runs publish`)"
     )
-
-
-def _former(entry: Mapping[str, Any]) -> PublishHistoryEntry:
-    return PublishHistoryEntry(
-        str(entry["run_id"]), str(entry["published"]), str(entry["replaced"]), bool(entry["withdrawn"])
-    )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")

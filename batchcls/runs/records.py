@@ -1,69 +1,41 @@
-"""Schemas of plan.json, run.json, current.json and related files, which are validated when they are read.
+"""Documents of a run on storage: run.json, current.json, and the markers beside them.
 
-Whoever reads a run relies on the types that are stated here. What does not have them is damaged, whatever
-is wrong with it: no JSON, another JSON type in any place, numbers beyond 64 bits, text that no UTF-8 can hold,
-nesting without end, dates that are no dates. Keys that this version does not know are allowed and kept.
+plan.json is in `plan`, a receipt in `parts`, the holder of a lease in `lease`.
 """
 
-import json
-from collections.abc import Mapping
-from datetime import UTC, datetime
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, JsonValue
 
-_MAX_DEPTH = 64
-_LARGEST = 2**63 - 1
+from batchcls.inference.engine_record import EngineSelectionRecord
+from batchcls.models.model_bundle import WeightsOrigin
+from batchcls.preprocessing import Preprocessing
+from batchcls.resources import NodeResources
+from batchcls.runs.bottleneck import Bottleneck
+from batchcls.runs.paths import run_folder
+from batchcls.storage.documents import Count, Document, FolderName, RelativePath, StoredRecord, UtcTime
 
 HISTOGRAM_BINS = 20
-"""Equal bins of the confidence from 0 to 1; 1.0 itself is in the last."""
+"""Number of equal-width bins over 0..1 in a confidence histogram; 1.0 is in the last."""
+
+Kind = Literal["predictions", "quarantine"]
+"""What the rows of a file are."""
+
+RecordedSettings = dict[str, JsonValue]
+"""Settings by name, as JSON values; `JobConfig.from_recorded` reads them."""
 
 
-class DocumentError(ValueError):
-    """A file is not what this program writes; the text says which field and why, in one line."""
+class ManifestInfo(StoredRecord):
+    """The manifest of a run.
 
-
-def parse_time(text: str) -> datetime:
-    """An ISO time in UTC; one without a zone, which was never written, is taken as UTC.
-
-    Raises:
-        ValueError: it is no time, or one that no calendar has.
+    Attributes:
+        uri: URI without credentials.
+        base: folder or URL that relative image URIs refer to.
+        fingerprint: digest of the names, sizes and versions of its files.
+        rows, files: numbers of rows and files.
     """
-    found = datetime.fromisoformat(text)
-    try:
-        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
-    except OverflowError:
-        raise ValueError("beyond the calendar") from None
 
-
-def _is_time(text: str) -> str:
-    parse_time(text)
-    return text
-
-
-def _is_name(text: str) -> str:
-    if not text or text in (".", "..") or "/" in text or "\0" in text:
-        raise ValueError("not the name of a folder")
-    return text
-
-
-def _is_inside(text: str) -> str:
-    if not text or text.startswith("/") or "\0" in text or ".." in text.split("/"):
-        raise ValueError("not a path inside the run's folder")
-    return text
-
-
-Count = Annotated[int, Field(ge=0)]
-Time = Annotated[str, AfterValidator(_is_time)]
-Name = Annotated[str, AfterValidator(_is_name)]
-Path = Annotated[str, AfterValidator(_is_inside)]
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-
-
-class _Manifest(_Document):
     uri: str | None = None
     base: str | None = None
     fingerprint: str | None = None
@@ -71,37 +43,80 @@ class _Manifest(_Document):
     files: Count | None = None
 
 
-class _Model(_Document):
+class ModelInfo(StoredRecord):
+    """The model of a run.
+
+    Attributes:
+        fingerprint: of the bundle; empty if it is not recorded.
+        source, architecture: library and name of the architecture.
+        classes: number of labels.
+        preprocessing, embedding_tap, weights: as in the bundle.
+    """
+
     fingerprint: str = ""
+    source: str | None = None
     architecture: str | None = None
     classes: Count = 0
+    preprocessing: Preprocessing | None = None
+    embedding_tap: str | None = None
+    weights: WeightsOrigin | None = None
 
 
-class _Counts(_Document):
+class Counts(StoredRecord):
+    """Rows of a run by outcome: `rows` is the sum of `predicted`, `reused` and `quarantined`.
+
+    `abstained` are the rows with a prediction, computed or reused, but without a label.
+    """
+
     rows: Count
     predicted: Count
-    quarantined: Count
     reused: Count = 0
-    quarantined_by_reason: dict[str, Count] = {}
+    abstained: Count = 0
+    quarantined: Count
+    quarantined_by_reason: dict[str, Count] = Field(default_factory=dict)
 
 
-class _File(_Document):
-    path: Path
-    kind: Literal["predictions", "quarantine"]
+class RunFile(StoredRecord):
+    """One Parquet file of a run.
+
+    Attributes:
+        path: relative to the folder of the run.
+        kind: what its rows are.
+        rows: number of rows.
+        bytes: size of the file.
+        digest: SHA-256 of the file, hex.
+    """
+
+    path: RelativePath
+    kind: Kind
     rows: Count
     bytes: Count
     digest: str
 
 
-class _Gate(_Document):
+class GateResult(StoredRecord):
+    """The result of one gate.
+
+    Attributes:
+        gate: name of the gate.
+        value, limit: None if the gate could not be evaluated; such a gate has passed.
+        passed: whether the gate passed.
+        message: a sentence that compares value and limit.
+    """
+
     gate: str
-    figure: float | None
+    value: float | None
     limit: float | None
     passed: bool
-    sentence: str
+    message: str
 
 
-class _Embeddings(_Document):
+class EmbeddingStatistics(StoredRecord):
+    """Euclidean norms of the embeddings of a run.
+
+    Embeddings with NaN or infinity are counted in `non_finite` and excluded from the other values.
+    """
+
     dimension: Count
     rows: Count
     mean_norm: float
@@ -109,165 +124,171 @@ class _Embeddings(_Document):
     non_finite: Count
 
 
-class _Summary(_Document):
-    answered: Count
+def _largest_deviation(values: dict[str, Any]) -> float | None:
+    """The largest standard deviation that values in 0..1 with this mean can have (Bhatia and Davis, 2000)."""
+    mean = values.get("mean_confidence")
+    return None if mean is None else math.sqrt(max(0.0, mean * (1 - mean)))
+
+
+class Summary(StoredRecord):
+    """Statistics of the predictions of a run.
+
+    Attributes:
+        predictions: number of rows with a prediction, computed or reused.
+        categories: rows by label, the most frequent first; rows without a label (abstained) have the empty label.
+        mean_confidence: mean probability of the top-1 class, 0..1; None without predictions.
+        std_confidence: its standard deviation; if it is not recorded, the largest possible one.
+        confidence_histogram: rows by confidence in `HISTOGRAM_BINS` bins.
+        embeddings: None if the run has no embeddings.
+    """
+
+    predictions: Count
     categories: dict[str, Count]
     mean_confidence: float | None
-    std_confidence: float | None = None
-    confidence_histogram: Annotated[list[Count], Field(min_length=HISTOGRAM_BINS, max_length=HISTOGRAM_BINS)]
-    embeddings: _Embeddings | None
+    std_confidence: float | None = Field(default_factory=_largest_deviation)
+    confidence_histogram: Annotated[
+        tuple[Count, ...], Field(min_length=HISTOGRAM_BINS, max_length=HISTOGRAM_BINS)
+    ]
+    embeddings: EmbeddingStatistics | None = None
 
 
-class _Resource(_Document):
-    name: str
-    limits: str
-    stages: list[str]
-    capacity: float
+class RunHardware(StoredRecord):
+    """The nodes that a run used, and the platform of the driver."""
+
+    nodes: tuple[NodeResources, ...] = ()
+    driver: str = ""
 
 
-class _Bottleneck(_Document):
-    limited_by: str
-    ideal_images_per_second: float | None
-    images_per_second_after_start: float | None
-    start_seconds: float
-    busy_milliseconds_per_image: dict[str, float]
-    resources: list[_Resource]
-    advice: str
+class Measurements(StoredRecord):
+    """Times and rates of the session that finished a run; fields of a pipeline that had no rows to process are None.
 
+    Attributes:
+        rows_pipeline: number of rows that this session processed.
+        seconds_pipeline: from the start of the workers until the last row was written.
+        images_per_second: average over the whole pipeline.
+        engines: number of actors by engine.
+        peak_memory_mib_of_an_actor, peak_memory_mib_of_the_driver: resident memory.
+        hardware: of the cluster.
+        seconds_to_first_part: from the start of the job until the first part was on storage.
+        bottleneck: what limited the pipeline.
+        seconds_total: from the start of the job until the commit.
+        decode_margin: as in `LoadSettings`.
+        engine_selections: the measurements from which the engines were selected, one for each kind of node.
+    """
 
-class _Measured(_Document):
+    rows_pipeline: Count = 0
+    seconds_pipeline: float | None = None
     images_per_second: float | None = None
+    engines: dict[str, Count] = Field(default_factory=dict)
+    peak_memory_mib_of_an_actor: float | None = None
+    peak_memory_mib_of_the_driver: float | None = None
+    hardware: RunHardware = RunHardware()
+    seconds_to_first_part: float | None = None
+    bottleneck: Bottleneck | None = None
     seconds_total: float | None = None
-    bottleneck: _Bottleneck | None = None
+    decode_margin: float | None = None
+    engine_selections: tuple[EngineSelectionRecord, ...] = ()
 
 
-class RunDocument(_Document):
-    """run.json: what every committed run has, and what newer ones have beside it."""
+class Findings(StoredRecord):
+    """The part of run.json that is measured or evaluated before the commit.
 
-    run_id: Name
-    committed: Time
-    manifest: _Manifest
-    model: _Model
-    counts: _Counts
-    files: list[_File]
-    unpublishable: list[str] = []
-    answers: dict[str, Any] = {}
+    Attributes:
+        measurements: of the session that finished the run.
+        summary: of the predictions; None if the gates were not evaluated.
+        baseline: the published run that the gates compared with; None without one.
+        gates: results in the order of evaluation.
+    """
+
+    measurements: Measurements = Measurements()
+    summary: Summary | None = None
+    baseline: FolderName | None = None
+    gates: tuple[GateResult, ...] = ()
+
+
+class RunRecord(Document):
+    """run.json: a committed run.
+
+    Attributes:
+        run_id: name of the run.
+        writer: random digits, by which the driver recognizes its own file.
+        committed: time of the commit.
+        manifest, model: input and model of the run.
+        result_settings: everything besides the image that determines a prediction, `plan.prediction_settings`.
+        unpublishable: reasons why the run must not be published; empty if it may be.
+        counts: rows by outcome.
+        stage_seconds: busy seconds by stage, summed over all workers.
+        image_bytes: bytes of images that were fetched.
+        measurements, summary, baseline, gates: as in `Findings`.
+        files: all files of the run; other files in the folder are not part of it.
+        output: output folder from which the record was read; not in the file.
+    """
+
+    format: Literal["batchcls-run"] = "batchcls-run"
+    run_id: FolderName
+    writer: str = ""
+    committed: UtcTime
+    manifest: ManifestInfo
+    model: ModelInfo
+    result_settings: RecordedSettings = Field(default_factory=dict)
+    unpublishable: tuple[str, ...] = ()
+    counts: Counts
+    stage_seconds: dict[str, float] = Field(default_factory=dict)
     image_bytes: Count = 0
-    baseline: Name | None = None
-    gates: list[_Gate] = []
-    summary: _Summary | None = None
-    measured: _Measured = _Measured()
+    measurements: Measurements = Measurements()
+    summary: Summary | None = None
+    baseline: FolderName | None = None
+    gates: tuple[GateResult, ...] = ()
+    files: tuple[RunFile, ...]
+    output: str = Field(default="", exclude=True)
+
+    @property
+    def folder(self) -> str:
+        """URI of the folder of the run, to which the paths of `files` are relative."""
+        return run_folder(self.output, self.run_id)
 
 
-class _Fingerprints(_Document):
-    manifest: str = ""
-    model: str = ""
-    settings: dict[str, Any] = {}
+class PublishHistoryEntry(StoredRecord):
+    """A run that was published before.
 
+    Attributes:
+        run_id: name of the run.
+        published, replaced: the time in which readers may have opened it.
+        withdrawn: a rollback replaced it, so the next rollback goes further back.
+    """
 
-class _Reuse(_Document):
-    run_id: Name
-    by_row: bool
-
-
-class _Nothing(_Document):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class PlanDocument(_Document):
-    """plan.json, whose format is what tells a run of this program from other folders."""
-
-    format: Literal["batchcls-plan-1"]
-    run_id: Name
-    created: Time
-    fingerprints: _Fingerprints = _Fingerprints()
-    config: dict[str, Any] = {}
-    manifest: _Manifest = _Manifest()
-    engines: dict[str, Any] = {}
-    reuse: _Nothing | _Reuse = _Nothing()
-    unpublishable: list[str] = []
-
-
-class _Former(_Document):
-    run_id: Name
-    published: Time
-    replaced: Time
+    run_id: FolderName
+    published: UtcTime
+    replaced: UtcTime
     withdrawn: bool
 
 
-class CurrentDocument(_Document):
-    """current.json."""
+class CurrentRecord(Document):
+    """current.json: the published run, and the runs that were published before, the latest first."""
 
-    run_id: Name
-    published: Time
-    history: list[_Former] = []
-
-
-class LeaseDocument(_Document):
-    """A file in the folder `lease`, as far as it tells that this program wrote it."""
-
-    owner: str
-    host: str
-    place: str
-    pid: int
-    beat: float
+    format: Literal["batchcls-current"] = "batchcls-current"
+    run_id: FolderName
+    path: RelativePath
+    published: UtcTime
+    previous: FolderName | None = None
+    history: tuple[PublishHistoryEntry, ...] = ()
 
 
-class ReaderDocument(_Document):
-    """readers/NAME.json: until when a reader wants the run kept."""
+class ReuseMarker(Document):
+    """reused.json: the predictions of run `run_id` are copied into `rows` rows of this run."""
 
-    until: Time
-
-
-class RemovalDocument(_Document):
-    """removal.json: `runs prune` has decided to remove the run and may have begun to."""
-
-    format: Literal["batchcls-removal-1"]
+    format: Literal["batchcls-reused"] = "batchcls-reused"
+    run_id: FolderName
+    rows: Count
 
 
-def parse(data: bytes, kind: type[BaseModel]) -> dict[str, Any]:
-    """Bytes of a file -> its JSON object, whose fields have the types of `kind`.
+class ReaderRequest(Document):
+    """readers/NAME.json: a reader asks to keep the run until a time."""
 
-    Raises:
-        DocumentError: they have not, or it is no JSON object.
-    """
-    try:
-        raw = json.loads(data)
-    except RecursionError:
-        raise DocumentError("nested too deeply") from None
-    except ValueError as error:
-        raise DocumentError(f"no JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise DocumentError(f"a JSON object is expected, this is {type(raw).__name__}")
-    _require_bounded(raw)
-    try:
-        kind.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DocumentError(f"{place}: {first['msg']}") from None
-    return raw
+    until: UtcTime
 
 
-def _require_bounded(raw: Mapping[str, Any]) -> None:
-    """Raise DocumentError for what JSON allows and nothing can print, store or count."""
-    waiting: list[tuple[Any, int]] = [(raw, 0)]
-    while waiting:
-        value, depth = waiting.pop()
-        if depth > _MAX_DEPTH:
-            raise DocumentError("nested too deeply")
-        if isinstance(value, dict):
-            waiting += ((inner, depth + 1) for pair in value.items() for inner in pair)
-        elif isinstance(value, list):
-            waiting += ((inner, depth + 1) for inner in value)
-        elif isinstance(value, str):
-            _require_text(value)
-        elif isinstance(value, int) and abs(value) > _LARGEST:
-            raise DocumentError("a number beyond 64 bits")
+class RemovalMark(Document):
+    """removal.json: `runs prune` is about to remove the run, or has removed parts of it."""
 
-
-def _require_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DocumentError("text with half of a surrogate pair") from None
+    format: Literal["batchcls-removal"] = "batchcls-removal"

@@ -1,8 +1,8 @@
 """Find reusable predictions of a previous run by image version, store metadata or content hash.
 
-For each way to find a row there are two sorted arrays, 64-bit hashes and places, 16 bytes a row; every
-node has one copy of them in shared memory. A hash only says where to look: what stands there is compared
-as it is, so two texts with one hash cost a row's reuse and never give it a wrong answer.
+Each kind of key has an index of two sorted arrays, 64-bit hashes and positions, 16 bytes per row; every node has one
+copy in shared memory. The row at the position is compared with the original key, so a hash collision can only prevent
+the reuse of a row and never leads to a wrong prediction.
 """
 
 import hashlib
@@ -18,13 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchcls.runs.catalog import DamagedRunError, RunRecord, one_line, open_parts, read_columns
+from batchcls.runs.catalog import DamagedRunError, one_line, open_parts, read_columns
+from batchcls.runs.records import RunRecord
 from batchcls.runs.verify import presence_faults
 from batchcls.schema import ITEM_ID, ROW, SOURCE_VERSION, URI
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 
 Hashes = npt.NDArray[np.uint64]
-Places = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
 
 _FILES_IN_MEMORY = 16
 _VERSION = "version:"
@@ -32,45 +33,45 @@ _VERSION = "version:"
 
 @dataclass(frozen=True)
 class Index:
-    """Hashes, ascending, and the place of each in the earlier run's rows."""
+    """Hashes in ascending order, and the position of each among the rows of the earlier run."""
 
     hashes: Hashes
-    places: Places
+    positions: Positions
 
     @classmethod
-    def of(cls, hashes: Hashes, places: Places) -> "Index":
-        """From hashes in any order; of equal ones any place will do."""
+    def of(cls, hashes: Hashes, positions: Positions) -> "Index":
+        """An index of hashes in any order; of equal hashes, an arbitrary position is found."""
         order = np.argsort(hashes)
-        return cls(hashes[order], places[order])
+        return cls(hashes[order], positions[order])
 
-    def find(self, hashes: Hashes) -> Places:
-        """The place of each hash; -1 where there is none."""
+    def find(self, hashes: Hashes) -> Positions:
+        """The position of each hash; -1 if it is not in the index."""
         if not len(self.hashes):
             return np.full(len(hashes), -1, np.int64)
         at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-        return np.where(self.hashes[at] == hashes, self.places[at], -1)
+        return np.where(self.hashes[at] == hashes, self.positions[at], -1)
 
 
 @dataclass(frozen=True)
 class ReuseSource:
-    """A committed run, ready to be searched.
+    """The indexes of a committed run whose predictions are reused.
 
     Attributes:
-        run_id: its name.
-        folder: its folder.
-        paths: of its files of predictions, relative to the folder.
-        digests: SHA-256 of these files, in hex.
-        starts: place of the first row of each file, and the number of rows.
-        by_state: finds what `state_keys` gives.
-        by_content: finds content hashes.
-        by_row: finds row numbers; instead of the two others where all predictions are reused.
+        run_id: name of the run.
+        folder: folder of the run.
+        paths: its files of predictions, relative to the folder.
+        digests: SHA-256 of these files, hex.
+        starts: position of the first row of each file, and the number of rows.
+        by_state: index of `state_keys`.
+        by_content: index of content hashes.
+        by_row: index of row numbers, used instead of the other two if all predictions are reused.
     """
 
     run_id: str
     folder: str
     paths: tuple[str, ...]
     digests: tuple[str, ...]
-    starts: Places
+    starts: Positions
     by_state: Index
     by_content: Index
     by_row: Index | None = None
@@ -79,31 +80,31 @@ class ReuseSource:
 def open_reuse_source(
     record: RunRecord, storage: Storage, *, same_base: bool, same_manifest: bool
 ) -> ReuseSource:
-    """Read of an earlier run what its rows are found by.
+    """Build the indexes of an earlier run.
 
     Args:
         record: of the run.
-        storage: how to reach it.
-        same_base: relative uris mean the same files in both runs.
-        same_manifest: rows are to be found by their numbers, whatever their images are now.
+        storage: access to the run.
+        same_base: relative URIs refer to the same files in both runs.
+        same_manifest: find rows by their numbers, without comparing images.
 
     Raises:
-        InputError: a file is missing, cut or unreadable.
+        InputError: a file is missing, truncated or unreadable.
     """
     faults = presence_faults(record, storage)
     if faults:
-        raise DamagedRunError(f"run {record.run_id} is not whole: {'; '.join(faults)}")
+        raise DamagedRunError(f"run {record.run_id} is incomplete: {'; '.join(faults)}")
     files = [file for file in record.files if file.kind == "predictions"]
     starts = np.cumsum([0, *(file.rows for file in files)]).astype(np.int64)
     columns = [ROW] if same_manifest else [ITEM_ID, URI, SOURCE_VERSION, "content_hash"]
-    state: list[tuple[Hashes, Places]] = []
-    content: list[tuple[Hashes, Places]] = []
-    rows: list[tuple[Hashes, Places]] = []
+    state: list[tuple[Hashes, Positions]] = []
+    content: list[tuple[Hashes, Positions]] = []
+    rows: list[tuple[Hashes, Positions]] = []
     start = 0
     with _explained(record.folder), duckdb.connect() as connection:
         for batch in read_columns(open_parts(record, "predictions", storage), columns):
             if same_manifest:
-                rows.append((batch.column(0).to_numpy().astype(np.uint64), _from(start, batch.num_rows)))
+                rows.append((batch.column(0).to_numpy().astype(np.uint64), _positions(start, batch.num_rows)))
             else:
                 keys = state_keys(*(batch.column(name) for name in columns[:3]), with_uris=same_base)
                 state.append(_hashed(keys, start, connection))
@@ -123,7 +124,7 @@ def open_reuse_source(
 
 @contextmanager
 def _explained(uri: str) -> Iterator[None]:
-    """What the store and Arrow say of a file of an earlier run, as an InputError about `uri`."""
+    """Raise errors of the store and of Arrow for a file of an earlier run as an InputError about `uri`."""
     try:
         with explain(uri):
             yield
@@ -134,9 +135,9 @@ def _explained(uri: str) -> Iterator[None]:
 
 
 def state_keys(item_ids: pa.Array, uris: pa.Array, states: pa.Array, *, with_uris: bool = True) -> pa.Array:
-    """What names an image and its state, one text a row; null where nothing does.
+    """Text keys that identify an image and its version; null for rows without a version.
 
-    A `version` of the manifest belongs to its item, what a store says to the file.
+    A `version` from the manifest belongs to the item, one from the store to the file.
     """
     by_item = pc.starts_with(states, _VERSION)
     owner = pc.if_else(by_item, item_ids, uris if with_uris else pa.scalar(None, pa.string()))
@@ -144,33 +145,33 @@ def state_keys(item_ids: pa.Array, uris: pa.Array, states: pa.Array, *, with_uri
 
 
 def hashes_of(texts: pa.Array, connection: duckdb.DuckDBPyConnection) -> Hashes:
-    """64-bit hashes of texts; those of nulls mean nothing."""
+    """64-bit hashes of texts; those of nulls are undefined."""
     relation = connection.from_arrow(pa.table({"text": texts}))
     found: Hashes = np.asarray(relation.project("hash(text) AS h").fetchnumpy()["h"], np.uint64)
     return found
 
 
 class EarlierRows:
-    """Reads rows of an earlier run by their places; a few of its files are kept in memory."""
+    """Reads rows of an earlier run by position; a few of its files are kept in memory."""
 
     def __init__(self, earlier: ReuseSource, storage: Storage) -> None:
         self._earlier = earlier
         self._storage = storage
         self._files: OrderedDict[int, pa.Table] = OrderedDict()
 
-    def take(self, places: Places, columns: Sequence[str]) -> pa.Table:
-        """The rows at these places, in this order.
+    def take(self, positions: Positions, columns: Sequence[str]) -> pa.Table:
+        """The rows at these positions, in this order.
 
         Raises:
-            InputError: a file is missing, or is not what was committed.
+            InputError: a file is missing, or has changed since the commit.
         """
-        numbers = np.searchsorted(self._earlier.starts, places, side="right") - 1
+        numbers = np.searchsorted(self._earlier.starts, positions, side="right") - 1
         parts, order = [], []
         for number in np.unique(numbers):
-            wanted = np.flatnonzero(numbers == number)
-            inside = places[wanted] - self._earlier.starts[number]
-            parts.append(self._file(int(number)).select(columns).take(pa.array(inside)))
-            order.append(wanted)
+            in_file = np.flatnonzero(numbers == number)
+            rows = positions[in_file] - self._earlier.starts[number]
+            parts.append(self._file(int(number)).select(columns).take(pa.array(rows)))
+            order.append(in_file)
         back = np.argsort(np.concatenate(order))
         return pa.concat_tables(parts).take(pa.array(back))
 
@@ -182,23 +183,23 @@ class EarlierRows:
             with _explained(uri):
                 data = self._storage.read_bytes(uri)
                 if hashlib.sha256(data).hexdigest() != self._earlier.digests[number]:
-                    raise DamagedRunError(f"{redact_uri(uri)} has other content than when it was committed")
+                    raise DamagedRunError(f"{redact_uri(uri)} has changed since the commit")
                 self._files[number] = pq.read_table(pa.BufferReader(data))
         self._files.move_to_end(number)
         return self._files[number]
 
 
-def _hashed(texts: pa.Array, start: int, connection: duckdb.DuckDBPyConnection) -> tuple[Hashes, Places]:
-    """Hashes of the texts that are not null, and their places."""
+def _hashed(texts: pa.Array, start: int, connection: duckdb.DuckDBPyConnection) -> tuple[Hashes, Positions]:
+    """Hashes of the texts that are not null, and their positions."""
     known = np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False))
     return hashes_of(texts, connection)[known], known + start
 
 
-def _from(start: int, count: int) -> Places:
+def _positions(start: int, count: int) -> Positions:
     return np.arange(start, start + count, dtype=np.int64)
 
 
-def _index(parts: Sequence[tuple[Hashes, Places]]) -> Index:
+def _index(parts: Sequence[tuple[Hashes, Positions]]) -> Index:
     hashes = np.concatenate([np.empty(0, np.uint64), *(hashes for hashes, _ in parts)])
-    places = np.concatenate([np.empty(0, np.int64), *(places for _, places in parts)])
-    return Index.of(hashes, places)
+    positions = np.concatenate([np.empty(0, np.int64), *(positions for _, positions in parts)])
+    return Index.of(hashes, positions)

@@ -10,29 +10,33 @@ PREVIOUS = "previous"
 LATEST = "latest"
 
 
-def resolve_run(word: str, output: str, storage: Storage) -> str:
-    """published, previous, latest, a run id or an unambiguous beginning of one -> the run id.
+def resolve_run(reference: str, output: str, storage: Storage) -> str:
+    """Resolve published, previous, latest, a run ID or an unambiguous prefix of one to a run ID.
 
     Raises:
-        InputError: nothing or more than one run is meant; the choices are named.
+        InputError: no run or more than one run matches; the message lists the matches.
     """
-    if word in (PUBLISHED, PREVIOUS):
+    if reference in (PUBLISHED, PREVIOUS):
         published = read_published(output, storage)
-        found = published.run_id if word == PUBLISHED else next(iter(published.former), None)
+        found = published.run_id if reference == PUBLISHED else next(iter(published.previous), None)
         if found is None:
-            raise InputError(f"{redact_uri(output)}: there is no {word} run; see `runs list`")
+            raise InputError(f"{redact_uri(output)}: there is no {reference} run; see `runs list`")
         return found
     runs = list_runs(output, storage)
     committed = [run.run_id for run in runs if run.state is State.COMMITTED]
-    if word == LATEST:
+    if reference == LATEST:
         if not committed:
             raise InputError(f"{redact_uri(output)}: no run is committed; see `runs list`")
         return committed[0]
     names = [run.run_id for run in runs]
-    if word in names:
-        return word
-    meant = [name for name in names if name.startswith(word)]
-    if len(meant) != 1:
-        which = f"{len(meant)} runs begin so: {', '.join(meant[:5])}" if meant else "there is no such run"
-        raise InputError(f"{redact_uri(output)}: {word!r}: {which}; see `runs list`")
-    return meant[0]
+    if reference in names:
+        return reference
+    matches = [name for name in names if name.startswith(reference)]
+    if len(matches) != 1:
+        reason = (
+            f"{len(matches)} runs have this prefix: {', '.join(matches[:5])}"
+            if matches
+            else "there is no such run"
+        )
+        raise InputError(f"{redact_uri(output)}: {reference!r}: {reason}; see `runs list`")
+    return matches[0]

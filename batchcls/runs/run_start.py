@@ -1,9 +1,9 @@
 """Start a run: exactly one of several drivers starts it, and a driver that fails leaves no files behind.
 
-Commands that are about the same, started at once without a run id, would each begin a run of their own and
-compute the night as often. So a command that looks for the run to resume holds a lease meanwhile, in
-OUTPUT/beginning/DIGEST; the others are told. It is given up, and removed, once the run itself is held. What a
-crashed driver left there is reused by the next command of the same kind and removed by any other command.
+If equivalent commands without a run ID were started at the same time, each would start a separate run and compute all
+rows. So a command holds a lease in OUTPUT/starting/DIGEST while it searches for the run to resume, and the others fail
+with a message. The lease is removed once the run itself is held. A file that a crashed driver left there is reused by
+the next equivalent command and removed by any other command.
 """
 
 import hashlib
@@ -16,35 +16,35 @@ from pathlib import Path
 
 from batchcls.errors import InputError, RunStoppedError
 from batchcls.runs.lease import HeldError, Holder, Lease, last_holder, leased
-from batchcls.runs.paths import BEGINNING, LEASE, PLAN, run_folder
+from batchcls.runs.paths import LEASE, PLAN, STARTING, run_folder
 from batchcls.runs.plan import Fingerprints, Plan, create_plan
 from batchcls.storage.filesystem import Storage, explain, is_remote, join, local_path, redact_uri
 from batchcls.storage.store_errors import STORE_ERRORS
 
-_FORGOTTEN_SECONDS = 86_400.0
-"""Files of a driver on another host are removed when its last heartbeat is this old."""
+_ABANDONED_SECONDS = 86_400.0
+"""Files of a driver on another host are removed if its last heartbeat is this old."""
 _DIGITS = 24
 _DIGEST = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 
 
 @contextmanager
 def exclusive_start(output: str, fingerprints: Fingerprints, storage: Storage) -> Iterator[Lease]:
-    """Keep other commands that are about the same from looking for their run while the block runs.
+    """Prevent equivalent commands from searching for their run while the block runs.
 
     Raises:
-        InputError: another driver is about to begin a run of the same; it is named.
+        InputError: another driver is about to start a run with the same fingerprints; the message names it.
     """
-    text = json.dumps(fingerprints.as_json(), sort_keys=True)
+    text = json.dumps(fingerprints.model_dump(mode="json"), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
-    folder = join(output, BEGINNING, digest)
+    folder = join(output, STARTING, digest)
     with ExitStack() as held:
-        held.callback(_remove_empty, join(output, BEGINNING), storage)
+        held.callback(_remove_empty, join(output, STARTING), storage)
         try:
             lease = held.enter_context(leased(folder, storage, is_kept=False))
         except HeldError as error:
             raise InputError(
-                f"{redact_uri(output)}: {error.named} is about to begin a run of this manifest, model and settings; "
-                "wait for it to end, or give --run-id for a run beside it"
+                f"{redact_uri(output)}: {error.holder_name} is about to start a run of this manifest, model and "
+                "settings; wait for it to end, or give --run-id for a separate run"
             ) from None
         _sweep(output, digest, storage)
         yield lease
@@ -56,10 +56,10 @@ def _remove_empty(folder: str, storage: Storage) -> None:
 
 
 def _sweep(output: str, digest: str, storage: Storage) -> None:
-    """Remove what drivers that died have left of other decisions."""
+    """Remove the files that dead drivers of other commands left."""
     with explain(output):
-        for name in storage.list_folders(join(output, BEGINNING)):
-            folder = join(output, BEGINNING, name)
+        for name in storage.list_folders(join(output, STARTING)):
+            folder = join(output, STARTING, name)
             if name != digest and _DIGEST.fullmatch(name) and _is_abandoned(last_holder(folder, storage)):
                 for info in storage.list_direct_files(join(folder, LEASE)):
                     storage.remove([info.uri])
@@ -69,17 +69,17 @@ def _sweep(output: str, digest: str, storage: Storage) -> None:
 def _is_abandoned(holder: Holder | None) -> bool:
     if holder is None or holder.released:
         return True
-    long_ago = time.time() - holder.beat > _FORGOTTEN_SECONDS
-    return not holder.is_living() and (holder.is_of_this_machine() or long_ago)
+    is_old = time.time() - holder.heartbeat > _ABANDONED_SECONDS
+    return not holder.is_alive() and (holder.is_on_this_machine() or is_old)
 
 
 @contextmanager
 def leased_run(plan: Plan, output: str, storage: Storage, *, is_new: bool) -> Iterator[Lease]:
-    """Hold the run of a plan while the block runs; a new one is begun first, by writing its plan.
+    """Hold the lease of a run while the block runs; for a new run, write its plan first.
 
     Raises:
-        InputError: the run's name was taken a moment ago, or another driver works on it; or the block raised it
-            before anything was written but the plan and the lease, which are removed again.
+        InputError: another job has created a run of this name, or works on it; or the block raised it before anything
+            but the plan and the lease was written, and these files are removed again.
         RunStoppedError: the block raised InputError, and parts of the run are on storage.
     """
     folder = run_folder(output, plan.run_id)
@@ -100,19 +100,17 @@ def leased_run(plan: Plan, output: str, storage: Storage, *, is_new: bool) -> It
             yield lease
         except InputError as error:
             if not _undo(folder, before, _with_locks([*plan_file, lease.uri]), storage):
-                raise RunStoppedError(
-                    f"{error}; not committed, the same command goes on from here"
-                ) from error
+                raise RunStoppedError(f"{error}; not committed; the same command resumes the run") from error
             raise
 
 
-def _undo(folder: str, before: set[str], mine: list[str], storage: Storage) -> bool:
-    """Remove what this driver has written, if that is all that has come to the run; else nothing, and False."""
+def _undo(folder: str, before: set[str], written: list[str], storage: Storage) -> bool:
+    """Remove the files that this driver has written, unless the run has other new files; returns whether it did."""
     try:
         found = {info.uri for info in storage.list_files(folder)} - before
-        if not found <= set(mine):
+        if not found <= set(written):
             return False
-        for uri in mine:  # the lease last, so that no other driver resumes the run meanwhile
+        for uri in written:  # the lease last, so that no other driver resumes the run in the meantime
             storage.remove([uri] if uri in found else [])
         storage.remove_empty_folders(folder)
     except STORE_ERRORS:
@@ -121,14 +119,14 @@ def _undo(folder: str, before: set[str], mine: list[str], storage: Storage) -> b
 
 
 def _with_locks(uris: list[str]) -> list[str]:
-    """Files, and those that `local_files.create_local` may need beside them."""
+    """The files, and the lock files that `local_files.create_local` may create beside them."""
     names = [uri.rpartition("/") for uri in uris]
     return [f"{folder}/{name}" for folder, _, last in names for name in (last, f".{last}.lock")]
 
 
 @contextmanager
 def removes_empty_folders(output: str, storage: Storage) -> Iterator[None]:
-    """If the block raises InputError, empty folders that were not there before are removed again."""
+    """If the block raises InputError, remove empty folders that did not exist before."""
     new = None if is_remote(output) else _outermost_missing(Path(local_path(output)))
     try:
         yield

@@ -13,15 +13,14 @@ from typing import Any
 from batchcls.errors import InputError
 from batchcls.runs.catalog import (
     DamagedRunError,
-    PlanRecord,
-    RunRecord,
     read_plan,
     read_record,
     run_names,
 )
 from batchcls.runs.paths import RUN, run_folder
-from batchcls.runs.plan import Fingerprints
+from batchcls.runs.plan import Fingerprints, Plan
 from batchcls.runs.publish import Published, published_or_damage, started_at
+from batchcls.runs.records import RunRecord
 from batchcls.runs.verify import presence_faults
 from batchcls.storage.filesystem import Storage, explain, join
 
@@ -55,9 +54,9 @@ def find_unpublished(
         return None
     names = [run_id] if run_id is not None else run_names(output, storage)
     with ThreadPoolExecutor(_THREADS) as pool:
-        plans = pool.map(lambda name: _matching_plan(output, name, request, fingerprints, storage), names)
-        same = [plan for plan in plans if plan is not None]
-    for plan in sorted(same, key=lambda plan: (plan.created, plan.run_id), reverse=True):
+        found = pool.map(lambda name: _matching_plan(output, name, request, fingerprints, storage), names)
+        plans = [plan for plan in found if plan is not None]
+    for plan in sorted(plans, key=lambda plan: (plan.created, plan.run_id), reverse=True):
         record = _committed(output, plan.run_id, storage)
         if record is not None and not _obstacle(record, plan, published, storage):
             return record
@@ -66,16 +65,18 @@ def find_unpublished(
 
 def _matching_plan(
     output: str, run_id: str, request: Mapping[str, Any], fingerprints: Fingerprints, storage: Storage
-) -> PlanRecord | None:
+) -> Plan | None:
     """The plan of a run that an equivalent command started; None if it is of another command."""
     try:
         plan = read_plan(output, run_id, storage)
-        if plan is None or Fingerprints.from_json(plan.raw["fingerprints"]).differences(fingerprints):
-            return None
-    except (DamagedRunError, InputError):  # Damaged or written by another version, so its command is unknown.
+    except InputError:  # damaged, or written by a later version
         return None
-    config = plan.raw["config"]
-    return plan if all(name in config and config[name] == value for name, value in request.items()) else None
+    if plan is None or plan.fingerprints.differences(fingerprints):
+        return None
+    recorded = plan.config
+    return (
+        plan if all(name in recorded and recorded[name] == value for name, value in request.items()) else None
+    )
 
 
 def _committed(output: str, run_id: str, storage: Storage) -> RunRecord | None:
@@ -90,17 +91,17 @@ def _committed(output: str, run_id: str, storage: Storage) -> RunRecord | None:
         return None
 
 
-def _obstacle(record: RunRecord, plan: PlanRecord, published: Published, storage: Storage) -> str | None:
+def _obstacle(record: RunRecord, plan: Plan, published: Published, storage: Storage) -> str | None:
     """The reason why a committed run of the same command must not be published now; None if it may be."""
     if record.unpublishable:
         return "it is never published"
     if record.run_id in (published.run_id, *(entry.run_id for entry in published.history)):
         return "it was published before"
-    if not record.gates or not all(gate["passed"] for gate in record.gates):
+    if not record.gates or not all(gate.passed for gate in record.gates):
         return "a gate failed"
     if published.run_id is not None:
-        theirs = started_at(record.output, published.run_id, storage)
-        if theirs is not None and plan.created < theirs:
+        published_started = started_at(record.output, published.run_id, storage)
+        if published_started is not None and plan.created < published_started:
             return "a newer one is published"
     try:
         faults = presence_faults(record, storage)

@@ -1,6 +1,6 @@
 """Verify a committed run: read its files again and compare them with its run.json.
 
-Files are read whole, a few at a time, so that memory is bounded by their size and not by the run's.
+A few complete files are read at a time, so memory is bounded by the size of the files and not of the run.
 """
 
 import hashlib
@@ -14,47 +14,47 @@ import pyarrow.parquet as pq
 
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.runs.bounded_query import connect
-from batchcls.runs.catalog import RunRecord, one_line, open_parts, read_columns
-from batchcls.runs.parts import PartFile
+from batchcls.runs.catalog import one_line, open_parts, read_columns
 from batchcls.runs.paths import REMOVAL, RUN
 from batchcls.runs.receipts import balance
+from batchcls.runs.records import Kind, RunFile, RunRecord
 from batchcls.schema import Reason, predictions_schema, quarantine_schema
 from batchcls.storage.filesystem import Storage, explain, join
 
 _THREADS = 4
-_NAMED = 20
-_WITHOUT_OWN_ID = (Reason.NULL_ID.value, Reason.DUPLICATE_ID.value)
+_MAX_FAULTS = 20
+_WITHOUT_UNIQUE_ID = (Reason.NULL_ID.value, Reason.DUPLICATE_ID.value)
 
 _REPEATED_IDS = f"""
 SELECT count(*) FROM (
     SELECT item_id FROM (
         SELECT item_id FROM predictions
-        UNION ALL SELECT item_id FROM quarantine WHERE reason NOT IN {_WITHOUT_OWN_ID}
+        UNION ALL SELECT item_id FROM quarantine WHERE reason NOT IN {_WITHOUT_UNIQUE_ID}
     ) GROUP BY item_id HAVING count(*) > 1 OR item_id IS NULL
 )
 """
 
 
 @dataclass(frozen=True, slots=True)
-class _Checked:
-    """What one file holds, and what is wrong with it."""
+class _CheckedFile:
+    """The contents of one file, and its defects."""
 
     ranges: RowRanges | None
     schema: pa.Schema | None
-    tally: Counter[str]
+    counts: Counter[str]
     faults: tuple[str, ...]
 
 
 def presence_faults(record: RunRecord, storage: Storage) -> list[str]:
-    """Files of a run that are missing or have another size, by one listing; nothing is read.
+    """Files of a run that are missing or have another size, by one listing; no file is read.
 
-    A run whose removal has begun is not whole either, however many of its files are left.
+    A run whose removal has started is incomplete, regardless of its remaining files.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access.
     """
     with explain(record.folder):
-        faults = ["its removal has begun (`runs prune`)"] if _is_being_removed(record, storage) else []
+        faults = ["its removal has started (`runs prune`)"] if _is_being_removed(record, storage) else []
         sizes = {info.uri: info.size for info in storage.list_files(record.folder, ".parquet")}
     for file in record.files:
         size = sizes.get(join(record.folder, file.path))
@@ -62,7 +62,7 @@ def presence_faults(record: RunRecord, storage: Storage) -> list[str]:
             faults.append(f"{file.path} is missing")
         elif size != file.bytes:
             faults.append(f"{file.path} has {size} bytes, run.json says {file.bytes}")
-    return _few(faults)
+    return _first(faults)
 
 
 def _is_being_removed(record: RunRecord, storage: Storage) -> bool:
@@ -70,13 +70,13 @@ def _is_being_removed(record: RunRecord, storage: Storage) -> bool:
 
 
 def verify(record: RunRecord, storage: Storage) -> list[str]:
-    """What is wrong with a run, a sentence each; empty when every promise of run.json holds.
+    """The defects of a run, one sentence each; empty if the files agree with run.json.
 
-    Held are: size, SHA-256, rows and schema of every file; that each row of the manifest stands in
-    exactly one file; that no item id stands there twice; the counts by status and reason.
+    Checked are size, SHA-256, number of rows and schema of every file; that each row of the manifest is in exactly one
+    file; that no item ID occurs twice; and the counts by status and reason.
 
     Raises:
-        InputError: the store refuses.
+        InputError: the store denies access.
     """
     faults = presence_faults(record, storage)
     if faults:
@@ -86,52 +86,54 @@ def verify(record: RunRecord, storage: Storage) -> list[str]:
     faults = [fault for one in checked for fault in one.faults]
     faults += _schema_faults(record.files, checked)
     if faults:
-        return _few(faults)
-    return _few(
+        return _first(faults)
+    return _first(
         [*_row_faults(record, checked), *_count_faults(record, checked), *_id_faults(record, storage)]
     )
 
 
-def _in_order(pool: ThreadPoolExecutor, record: RunRecord, storage: Storage) -> Iterator[_Checked]:
+def _in_order(pool: ThreadPoolExecutor, record: RunRecord, storage: Storage) -> Iterator[_CheckedFile]:
     return pool.map(lambda file: _check(record, file, storage), record.files)
 
 
-def _check(record: RunRecord, file: PartFile, storage: Storage) -> _Checked:
+def _check(record: RunRecord, file: RunFile, storage: Storage) -> _CheckedFile:
     uri = join(record.folder, file.path)
     with explain(uri):
         data = storage.read_bytes(uri)
     digest = hashlib.sha256(data).hexdigest()
     if digest != file.digest:
-        return _bad(f"{file.path} has other content than when it was committed: {digest}, not {file.digest}")
+        return _bad(f"{file.path} has changed since the commit: its SHA-256 is {digest}, not {file.digest}")
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as parquet:
-            rows = parquet.read(columns=["row", _tallied(file)])
+            rows = parquet.read(columns=["row", _counted_column(file)])
             schema = parquet.schema_arrow
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         return _bad(f"{file.path} cannot be read: {one_line(error)}")
     if rows.num_rows != file.rows:
         return _bad(f"{file.path} has {rows.num_rows} rows, run.json says {file.rows}")
-    if rows.column_names != ["row", _tallied(file)] or not pa.types.is_int64(rows.schema.field(0).type):
-        return _bad(f"{file.path} has no columns row (int64) and {_tallied(file)}")
+    if rows.column_names != ["row", _counted_column(file)] or not pa.types.is_int64(
+        rows.schema.field(0).type
+    ):
+        return _bad(f"{file.path} has no columns row (int64) and {_counted_column(file)}")
     try:
         ranges = RowRanges.of(rows.column("row").to_numpy())
     except ValueError as error:
         return _bad(f"{file.path}: {error}")
     counted = rows.column(1).value_counts()
-    tally = Counter({str(entry["values"].as_py()): entry["counts"].as_py() for entry in counted})
-    return _Checked(ranges, schema, tally, ())
+    counts = Counter({str(entry["values"].as_py()): entry["counts"].as_py() for entry in counted})
+    return _CheckedFile(ranges, schema, counts, ())
 
 
-def _bad(fault: str) -> _Checked:
-    return _Checked(None, None, Counter(), (fault,))
+def _bad(fault: str) -> _CheckedFile:
+    return _CheckedFile(None, None, Counter(), (fault,))
 
 
-def _tallied(file: PartFile) -> str:
+def _counted_column(file: RunFile) -> str:
     return "reason" if file.kind == "quarantine" else "origin"
 
 
-def _schema_faults(files: Sequence[PartFile], checked: Sequence[_Checked]) -> list[str]:
-    """All files of a kind have one schema, and predictions have the columns that every run has."""
+def _schema_faults(files: Sequence[RunFile], checked: Sequence[_CheckedFile]) -> list[str]:
+    """All files of a kind have the same schema, and predictions have the columns that every run has."""
     faults = []
     first: dict[str, pa.Schema] = {"quarantine": quarantine_schema()}
     for file, found in zip(files, checked, strict=True):
@@ -146,25 +148,29 @@ def _schema_faults(files: Sequence[PartFile], checked: Sequence[_Checked]) -> li
     return faults
 
 
-def _row_faults(record: RunRecord, checked: Sequence[_Checked]) -> list[str]:
+def _row_faults(record: RunRecord, checked: Sequence[_CheckedFile]) -> list[str]:
     found = balance((one.ranges for one in checked if one.ranges is not None), record.counts.rows)
-    return [] if found.is_exact else [f"the rows are not each of the manifest's once: {found}"]
+    return [] if found.is_exact else [f"not every row of the manifest occurs exactly once: {found}"]
 
 
-def _count_faults(record: RunRecord, checked: Sequence[_Checked]) -> list[str]:
-    tallies: dict[str, Counter[str]] = {"predictions": Counter(), "quarantine": Counter()}
+def _count_faults(record: RunRecord, checked: Sequence[_CheckedFile]) -> list[str]:
+    by_kind: dict[Kind, Counter[str]] = {"predictions": Counter(), "quarantine": Counter()}
     for file, one in zip(record.files, checked, strict=True):
-        tallies[file.kind].update(one.tally)
-    counts, origins, reasons = record.counts, tallies["predictions"], tallies["quarantine"]
+        by_kind[file.kind].update(one.counts)
+    counts, origins, reasons = record.counts, by_kind["predictions"], by_kind["quarantine"]
     reused = origins.pop("reused", 0)
     pairs = [
         ("predicted", counts.predicted, origins.total()),
         ("reused", counts.reused, reused),
         ("quarantined", counts.quarantined, reasons.total()),
-        ("quarantined by reason", dict(counts.quarantined_by_reason), dict(reasons)),
+        ("quarantined by reason", counts.quarantined_by_reason, dict(reasons)),
         ("in all", counts.rows, counts.predicted + counts.reused + counts.quarantined),
     ]
-    return [f"rows {name}: {found}, run.json says {said}" for name, said, found in pairs if said != found]
+    return [
+        f"rows {name}: {found}, run.json says {recorded}"
+        for name, recorded, found in pairs
+        if recorded != found
+    ]
 
 
 def _id_faults(record: RunRecord, storage: Storage) -> list[str]:
@@ -174,10 +180,10 @@ def _id_faults(record: RunRecord, storage: Storage) -> list[str]:
             connection.register(kind, read_columns(dataset, columns))
         row = connection.execute(_REPEATED_IDS).fetchone()
     repeated = row[0] if row else 0
-    return [f"{repeated} item ids stand there more than once, or are null"] if repeated else []
+    return [f"{repeated} item IDs occur more than once or are null"] if repeated else []
 
 
-def _few(faults: list[str]) -> list[str]:
-    """The first of many: a person needs no list of ten thousand files."""
-    more = len(faults) - _NAMED
-    return faults if more <= 0 else [*faults[:_NAMED], f"and {more} more"]
+def _first(faults: list[str]) -> list[str]:
+    """The first faults and the number of the others."""
+    more = len(faults) - _MAX_FAULTS
+    return faults if more <= 0 else [*faults[:_MAX_FAULTS], f"and {more} more"]

@@ -5,8 +5,7 @@ takes the same steps. Arithmetic only. Letters: N training images, B images of a
 """
 
 import logging
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
@@ -33,10 +32,6 @@ class StepPlan:
     batch_size: int
     least: int
     growth: float = 1.0
-
-    def as_json(self) -> dict[str, Any]:
-        """For the run's record."""
-        return asdict(self)
 
     def smallest_step_size(self, rows: int) -> int:
         """Images of the smallest step of an epoch of so many images."""

@@ -7,14 +7,13 @@ that have failed. A part that is there is not made again. Needs no Ray.
 
 import hashlib
 import io
-import json
 import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +29,7 @@ from batchcls.manifest.ids import InvalidIds
 from batchcls.manifest.snapshot import Columns, Fragment, Manifest
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, REASONS, ROW, Failure, Reason
+from batchcls.storage.documents import Count, Document, DocumentError
 from batchcls.storage.filesystem import Storage, explain, is_remote, join, local_path, redact_uri
 from batchcls.training.node_cache import NodeCache
 
@@ -49,13 +49,13 @@ class PixelPart:
     uri: str
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedPart:
-    """What became of a part's rows: reason and detail of each that has failed, by row number."""
+class PreparedPart(Document):
+    """PART.json: the rows of a part, and the reason and detail of each failed row by row number."""
 
-    first_row: int
-    rows: int
-    failures: Mapping[int, tuple[str, str]]
+    format: Literal["batchcls-pixels"] = "batchcls-pixels"
+    first_row: Count
+    rows: Count
+    failures: dict[int, tuple[str, str]]
 
 
 def uncropped(preprocessing: Preprocessing) -> Preprocessing:
@@ -119,21 +119,19 @@ def prepare_part(
         _take(block, part.fragment.first_row, pixels, failures)
     buffer = io.BytesIO()
     np.save(buffer, pixels)
-    outcome = {"rows": part.fragment.rows, "failures": {str(row): known for row, known in failures.items()}}
+    prepared = PreparedPart(first_row=part.fragment.first_row, rows=part.fragment.rows, failures=failures)
     with explain(part.uri):
         storage.write_atomic(f"{part.uri}.npy", buffer.getvalue())
-        storage.write_atomic(f"{part.uri}.json", json.dumps(outcome).encode())
-    return PreparedPart(part.fragment.first_row, part.fragment.rows, failures)
+        storage.write_atomic(f"{part.uri}.json", prepared.to_json(indent=None))
+    return prepared
 
 
 def read_prepared_part(part: PixelPart, storage: Storage) -> PreparedPart | None:
-    """What is known of a part that is there already; None where there is none."""
+    """The record of a part that was prepared before; None if there is none, or if it is damaged."""
     try:
-        record = json.loads(storage.read_bytes(f"{part.uri}.json"))
-    except FileNotFoundError:
+        return PreparedPart.from_json(storage.read_bytes(f"{part.uri}.json"))
+    except (FileNotFoundError, DocumentError):
         return None
-    failures = {int(row): (reason, detail) for row, (reason, detail) in record["failures"].items()}
-    return PreparedPart(part.fragment.first_row, part.fragment.rows, failures)
 
 
 def _take(block: pa.Table, first_row: int, pixels: Pixels, failures: dict[int, tuple[str, str]]) -> None:

@@ -12,12 +12,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import JsonValue
 
 from batchcls.errors import InputError
 from batchcls.runs.lease import DEAD_SECONDS, HeldError, Lease, leased
 from batchcls.runs.paths import new_run_id
+from batchcls.storage.documents import Document, DocumentError, FolderName, NewerVersionError
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.training.batch_plan import StepPlan
 
 _RECORD = "run.json"
 
@@ -47,93 +51,112 @@ def locked_work_dir(folder: str, storage: Storage) -> Iterator[Lease]:
 def _in_use(folder: str, error: HeldError) -> InputError:
     active, remote = "", ""
     if error.holder is not None:
-        time = datetime.fromtimestamp(error.holder.beat, UTC)
+        time = datetime.fromtimestamp(error.holder.heartbeat, UTC)
         active = f" (last active {time:%Y-%m-%d %H:%M:%S} UTC)"
-        if not error.holder.is_of_this_machine():
+        if not error.holder.is_on_this_machine():
             remote = f"; a process on another host that crashed blocks it for {DEAD_SECONDS:g} s"
     return InputError(
-        f"the work directory {redact_uri(folder)} is in use by {error.named}{active}; wait until that command has "
-        f"ended, or choose another folder with --work-dir{remote}"
+        f"the work directory {redact_uri(folder)} is in use by {error.holder_name}{active}; wait until that command "
+        f"has ended, or choose another folder with --work-dir{remote}"
     )
+
+
+class TrainingRunRecord(Document):
+    """run.json of a work directory.
+
+    Attributes:
+        run_id: name of the run.
+        finished: the run has ended and its bundle is written; the next command starts another run.
+        decides: all settings that determine the result.
+        plan: division of an epoch into steps.
+    """
+
+    format: Literal["batchcls-training-run"] = "batchcls-training-run"
+    run_id: FolderName
+    finished: bool
+    decides: dict[str, JsonValue]
+    plan: StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class WorkDirRun:
-    """A run's name, whether it had begun before, and its plan of steps; None where it has none yet."""
+    """The run of a command: its name, whether it is resumed, and the recorded step plan (None for a new run)."""
 
     run_id: str
     is_resumed: bool
-    plan: Mapping[str, Any] | None = None
+    plan: StepPlan | None = None
 
 
 def find_run(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> WorkDirRun:
-    """The run of this command: the unfinished one that the work directory holds, or a new one. Nothing is written.
+    """Return the unfinished run of this command in the work directory, or a new run. Nothing is written.
 
     Args:
         state: the work directory.
-        decides: all that decides what the run ends in, as JSON values.
-        storage: how to reach the folder.
-        restart: let go of an unfinished run that is there.
+        decides: all settings that determine the result, as JSON values.
+        storage: storage that holds the work directory.
+        restart: ignore an unfinished run.
 
     Raises:
-        InputError: it holds an unfinished run with other settings; they are named.
+        InputError: the directory contains an unfinished run with other settings; the message lists them.
     """
-    values = json.loads(json.dumps(decides))
+    values = _as_json(decides)
     found = None if restart else _read(join(state, _RECORD), storage)
-    if found is None or found["finished"]:
+    if found is None or found.finished:
         return WorkDirRun(new_run_id(), is_resumed=False)
     changed = sorted(
-        name
-        for name in values.keys() | found["decides"].keys()
-        if values.get(name) != found["decides"].get(name)
+        name for name in values.keys() | found.decides.keys() if values.get(name) != found.decides.get(name)
     )
     if changed:
         raise InputError(
-            f"{redact_uri(state)} holds the unfinished run {found['run_id']}, which differs in "
+            f"{redact_uri(state)} holds the unfinished run {found.run_id}, which differs in "
             f"{', '.join(changed)}; repeat its command to finish it, give --restart to forget it, or name another "
             "--output"
         )
-    return WorkDirRun(found["run_id"], is_resumed=True, plan=found.get("plan"))
+    return WorkDirRun(found.run_id, is_resumed=True, plan=found.plan)
 
 
 def record_run(
-    state: str, claim: WorkDirRun, decides: Mapping[str, Any], plan: Mapping[str, Any], storage: Storage
+    state: str, run: WorkDirRun, decides: Mapping[str, Any], plan: StepPlan, storage: Storage
 ) -> None:
-    """Write down that the work directory belongs to this run, with its plan of steps."""
-    record = {"run_id": claim.run_id, "finished": False, "decides": decides, "plan": plan}
-    _write(join(state, _RECORD), json.loads(json.dumps(record)), storage)
+    """Record that the work directory belongs to this run, with its step plan."""
+    record = TrainingRunRecord(run_id=run.run_id, finished=False, decides=_as_json(decides), plan=plan)
+    _write(join(state, _RECORD), record, storage)
 
 
 def finish_run(state: str, storage: Storage) -> None:
-    """Mark the run as finished, if there is one: the next command begins another."""
+    """Mark the recorded run, if any, as finished, so that the next command starts another one."""
     uri = join(state, _RECORD)
     record = _read(uri, storage)
     if record is not None:
-        _write(uri, record | {"finished": True}, storage)
+        _write(uri, record.model_copy(update={"finished": True}), storage)
 
 
 def digest_of(decides: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits over all that decides what a run ends in."""
+    """Twelve hexadecimal digits over all settings that determine the result."""
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _read(uri: str, storage: Storage) -> dict[str, Any] | None:
+def _as_json(decides: Mapping[str, Any]) -> dict[str, JsonValue]:
+    values: dict[str, JsonValue] = json.loads(json.dumps(decides))
+    return values
+
+
+def _read(uri: str, storage: Storage) -> TrainingRunRecord | None:
     with explain(uri):
         try:
-            record = json.loads(storage.read_bytes(uri))
+            data = storage.read_bytes(uri)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise _damaged(uri, str(error)) from error
-    if not isinstance(record, dict) or not record.keys() >= {"run_id", "finished", "decides"}:
-        raise _damaged(uri, "it is no record of a run")
-    return record
+    try:
+        return TrainingRunRecord.from_json(data)
+    except NewerVersionError as error:
+        raise InputError(f"{redact_uri(uri)}: {error}") from None
+    except DocumentError as error:
+        raise InputError(
+            f"{redact_uri(uri)} is damaged ({error}); give --restart to begin a new run"
+        ) from error
 
 
-def _damaged(uri: str, how: str) -> InputError:
-    return InputError(f"{redact_uri(uri)} is damaged ({how}); give --restart to begin a new run")
-
-
-def _write(uri: str, record: Mapping[str, Any], storage: Storage) -> None:
+def _write(uri: str, record: TrainingRunRecord, storage: Storage) -> None:
     with explain(uri):
-        storage.write_atomic(uri, json.dumps(record, indent=2).encode())
+        storage.write_atomic(uri, record.to_json())

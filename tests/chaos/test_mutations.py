@@ -77,7 +77,7 @@ def test_mutated_images_are_accounted_for(cluster: Cluster, tiny_bundle: str, tm
     assert "decoder_crash" not in counts["quarantined_by_reason"]
     assert {"truncated", "too_many_pixels", "not_an_image"} <= set(counts["quarantined_by_reason"])
     assert "died" not in log
-    assert outcome.record["measured"]["peak_memory_mib_of_an_actor"] < _MAX_MIB
+    assert outcome.record["measurements"]["peak_memory_mib_of_an_actor"] < _MAX_MIB
     print(
         f"\n{len(files)} images: {Counter(counts['quarantined_by_reason'])}, {counts['predicted']} predicted"
     )

@@ -101,7 +101,7 @@ def test_nightly_runs_reuse_unchanged_images(cluster: Cluster, shared: Path, tmp
     failed = [gate["gate"] for gate in third["gates"] if not gate["passed"]]
     assert (code, json.loads((output / "current.json").read_text())["run_id"]) == (3, "night-2"), log
     assert "changed_labels_fraction" in failed
-    seconds = [run_record["measured"]["seconds_total"] for run_record in (first, second, third)]
+    seconds = [run_record["measurements"]["seconds_total"] for run_record in (first, second, third)]
     print(
         f"\nruns: {seconds} s; the second took {share:.2%} of the first run's predict time; the third failed {failed}"
     )

@@ -294,8 +294,8 @@ def night(spec: Spec, told: Connection) -> None:
     torch.set_num_threads(1)
     writes = Writes(spec, told)
     if spec.other_host:
-        lease._place = lambda: "elsewhere"
-    lease.BEAT_SECONDS, lease.DEAD_SECONDS, compare_and_swap.LOCK_TIMEOUT_SECONDS = (
+        lease._pid_scope = lambda: "elsewhere"
+    lease.HEARTBEAT_SECONDS, lease.DEAD_SECONDS, compare_and_swap.LOCK_TIMEOUT_SECONDS = (
         (0.2, 0.2, 1.0) if (spec.other_host or spec.act == "stop") else (60.0, 60.0, 1.0)
     )
     with (

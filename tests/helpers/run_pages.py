@@ -10,17 +10,17 @@ from batchcls.report.run_page_data import (
     CategoryMix,
     Changes,
     Confidence,
-    GateRow,
     LabelFlow,
     PredictedRow,
     PublishStatus,
     QuarantinedRow,
     QuarantineGroup,
     RunFacts,
-    RunThroughput,
-    StageCost,
     Text,
 )
+from batchcls.runs.bottleneck import Bottleneck
+from batchcls.runs.records import GateResult, Measurements
+from batchcls.runs.utilization import STAGES, Resource
 from batchcls.schema import Reason
 
 ATTACK = "<script>document.title = 'taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -60,8 +60,16 @@ def full_facts() -> RunFacts:
             False, "Not published: a gate failed", "12 % of the labels changed; 10 % are allowed."
         ),
         gates=(
-            GateRow("failed fraction", "0.40 %", "1.00 %", True, "4 of 1000 rows failed"),
-            GateRow("changed labels fraction", "12.00 %", "10.00 %", False, "12 % of the labels changed"),
+            GateResult(
+                gate="failed_fraction", value=0.004, limit=0.01, passed=True, message="4 of 1000 rows failed"
+            ),
+            GateResult(
+                gate="changed_labels_fraction",
+                value=0.12,
+                limit=0.1,
+                passed=False,
+                message="12 % of the labels changed",
+            ),
         ),
         rows=1000,
         predicted=700,
@@ -70,11 +78,30 @@ def full_facts() -> RunFacts:
             QuarantineGroup(reason.value, 3, (failed(200 + i, f"SKU-{i}"), failed(300 + i, None, ATTACK)))
             for i, reason in enumerate(Reason)
         ),
-        throughput=RunThroughput(
-            *(120.0, 180.0, 240.0, 20.0, 75.0, "predict", "another engine"),
-            stages=tuple(
-                StageCost(stage, 1.5 * i, "CPUs", 8, 0.1 * i)
-                for i, stage in enumerate(("fetch", "decode", "predict", "write", "other", "driver"), 1)
+        measurements=Measurements(
+            images_per_second=120.0,
+            seconds_total=75.0,
+            bottleneck=Bottleneck(
+                shape="fused",
+                device="cpu",
+                limited_by="predict",
+                ideal_images_per_second=240.0,
+                images_per_second_after_start=180.0,
+                efficiency=0.75,
+                start_seconds=20.0,
+                milliseconds_per_image={stage: 1.5 * i for i, stage in enumerate(STAGES, 1)},
+                resources=(
+                    Resource(
+                        name="CPUs",
+                        limits="predict",
+                        stages=STAGES,
+                        capacity=8.0,
+                        milliseconds=31.5,
+                        images_per_second=240.0,
+                        utilization=0.75,
+                    ),
+                ),
+                advice="another engine",
             ),
         ),
         confidence=Confidence(

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.plan import Plan, create_plan
+from batchcls.runs.plan import Fingerprints, Plan, create_plan
+from batchcls.runs.records import Findings, ManifestInfo, ModelInfo
 from batchcls.schema import TOP_K_TYPE, classified_schema
 from batchcls.storage.filesystem import Storage, join
 
@@ -89,12 +90,11 @@ def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
 def plan_of(night: Night, rows: int) -> Plan:
     """The plan of such a run."""
     return Plan(
-        night.run_id,
-        {},
-        {"uri": "catalog.parquet", "fingerprint": "f" * 64, "rows": rows, "files": 1},
-        {"fingerprint": night.model, "architecture": "test_resnet", "classes": 10},
-        {},
-        night.unpublishable,
+        run_id=night.run_id,
+        fingerprints=Fingerprints(manifest="f" * 64, model=night.model, settings={}),
+        manifest=ManifestInfo(uri="catalog.parquet", fingerprint="f" * 64, rows=rows, files=1),
+        model=ModelInfo(fingerprint=night.model, architecture="test_resnet", classes=10),
+        unpublishable=tuple(night.unpublishable),
     )
 
 
@@ -105,6 +105,11 @@ def write_parts(folder: str, rows: Sequence[Item], storage: Storage, parts: int 
     return [writer.write([block(rows[start:stop], start)]) for start, stop in itertools.pairwise(bounds)]
 
 
+def findings_of(values: Mapping[str, Any]) -> Findings:
+    """Findings from their JSON values."""
+    return Findings.model_validate_json(json.dumps(values))
+
+
 def write_run(
     output: str, night: Night, rows: Sequence[Item], storage: Storage | None = None, parts: int = 2
 ) -> str:
@@ -113,7 +118,7 @@ def write_run(
     plan = plan_of(night, len(rows))
     folder = create_plan(plan, output, storage)
     receipts = write_parts(folder, rows, storage, parts)
-    findings = {"measured": {"images_per_second": 12.5}, **night.more}
+    findings = findings_of({"measurements": {"images_per_second": 12.5}, **night.more})
     commit(plan, receipts, reconcile(receipts, len(rows)), findings, storage, folder)
     return folder
 

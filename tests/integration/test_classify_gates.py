@@ -35,10 +35,10 @@ def test_run_with_failed_gate_is_committed_and_published_only_with_force(
     assert first.exit_code == 0, first.log
     record = json.loads((tmp_path / "output/runs/night-1/run.json").read_text())
     gates = {gate["gate"]: gate for gate in record["gates"]}
-    assert gates["failed_fraction"]["figure"] == 1 / 40
+    assert gates["failed_fraction"]["value"] == 1 / 40
     assert gates["coverage_fraction"]["limit"] == 0.9
     assert "changed_labels_fraction" not in gates
-    assert record["summary"]["answered"] == 39
+    assert record["summary"]["predictions"] == 39
     assert sum(record["summary"]["categories"].values()) == 39
 
     second = job("--manifest", half, *same, *budget, "--run-id", "night-2", output=output)

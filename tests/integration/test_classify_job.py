@@ -89,7 +89,7 @@ def test_run_record_is_consistent_and_published(finished: Outcome):
     assert record["counts"]["quarantined_by_reason"] == {"truncated": 3}
     assert sum(file["rows"] for file in record["files"]) == 150
     assert set(record["stage_seconds"]) == {"fetch", "decode", "predict", "write", "other"}
-    measured = record["measured"]
+    measured = record["measurements"]
     assert measured["images_per_second"] > 0
     assert 0 < measured["seconds_to_first_part"] < measured["seconds_total"]
     assert measured["bottleneck"]["shape"] == "fused"
@@ -273,8 +273,10 @@ def test_engine_is_measured_once_and_reused_by_later_runs(
     assert [(entry["engine"], entry["precision"]) for entry in selected] == [
         (choice["engine"], choice["precision"])
     ]
-    assert first.record["measured"]["engine_choices"] == [choice]
-    assert list(first.record["measured"]["engines"]) == [f"{choice['engine']} {choice['precision']} on cpu"]
+    assert first.record["measurements"]["engine_selections"] == [choice]
+    assert list(first.record["measurements"]["engines"]) == [
+        f"{choice['engine']} {choice['precision']} on cpu"
+    ]
     second = job(*arguments, output=tmp_path / "out")
     assert second.exit_code == 0, second.log
     assert "measuring engines on" not in second.log

@@ -64,9 +64,9 @@ def test_run_of_killed_driver_is_resumed(
 
     outcome = job(*arguments)
     assert outcome.exit_code == 0, outcome.log
-    assert "resuming: " in outcome.log
+    assert "going on: " in outcome.log
     assert before < receipts(tmp_path / "output")
-    assert outcome.record["measured"]["rows_pipeline"] < ROWS
+    assert outcome.record["measurements"]["rows_pipeline"] < ROWS
     assert outcome.record["counts"]["quarantined_by_reason"] == {"truncated": 2}
     table = published(tmp_path / "output")
     assert table.column("row").to_pylist() == [row for row in range(ROWS) if row not in BROKEN]
@@ -88,7 +88,7 @@ def test_run_is_resumed_only_with_the_same_settings(job: Job, tiny_bundle: str, 
     stopped = job(*arguments, "--max-failed-fraction-by-reason", '{"not_found": 0.001}')
     assert stopped.exit_code == 4, stopped.log
     assert "--max-failed-fraction" in stopped.log
-    assert "tries not_found again" in stopped.log
+    assert "retries not_found" in stopped.log
     assert not (stopped.output / "current.json").exists()
 
     other = job(*arguments, "--top-k", "3")
@@ -216,7 +216,7 @@ def test_run_stopped_by_full_disk_is_resumed_with_free_space(
         subprocess.run(["mount", "-o", "remount,size=64m", str(output)], check=True)
         outcome = job(*arguments, output=output)
         assert outcome.exit_code == 0, outcome.log
-        assert "resuming: " in outcome.log
+        assert "going on: " in outcome.log
         assert published(output).num_rows == ROWS - len(BROKEN)
     finally:
         subprocess.run(["umount", str(output)], check=True)

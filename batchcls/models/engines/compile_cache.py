@@ -15,15 +15,24 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Literal, Self
 
 from batchcls.errors import InputError
+from batchcls.storage.documents import Count, Document, DocumentError
 from batchcls.storage.local_files import file_lock, walk
 
 VARIABLE = "BATCHCLS_CACHE_DIR"
 """Environment variable that names the folder of everything that a node caches."""
 
 _RECORD = "key.json"
+
+
+class CompiledNetwork(Document):
+    """key.json of a conversion: its key, and the size and SHA-256 of each file by relative path."""
+
+    format: Literal["batchcls-conversion"] = "batchcls-conversion"
+    key: dict[str, str]
+    files: dict[str, tuple[Count, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +137,7 @@ def _folder_name(key: Mapping[str, str]) -> str:
 def _write_record(folder: Path, key: Mapping[str, str]) -> None:
     """Write the record of all files, and flush everything to disk."""
     files = {str(path.relative_to(folder)): _size_and_digest(path) for path in sorted(walk(folder))}
-    (folder / _RECORD).write_text(json.dumps({"key": dict(key), "files": files}, indent=2) + "\n")
+    (folder / _RECORD).write_bytes(CompiledNetwork(key=dict(key), files=files).to_json())
     for path in walk(folder):
         _sync(path)
     for directory in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
@@ -138,18 +147,18 @@ def _write_record(folder: Path, key: Mapping[str, str]) -> None:
 def _is_complete(folder: Path, key: Mapping[str, str]) -> bool:
     """Return whether a folder contains a complete entry of this key with unmodified files."""
     try:
-        record: Any = json.loads((folder / _RECORD).read_text())
-        if record["key"] != dict(key):
+        record = CompiledNetwork.from_json((folder / _RECORD).read_bytes())
+        if record.key != dict(key):
             return False
-        return all(_size_and_digest(folder / name) == recorded for name, recorded in record["files"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return all(_size_and_digest(folder / name) == recorded for name, recorded in record.files.items())
+    except (OSError, DocumentError):
         return False
 
 
-def _size_and_digest(path: Path) -> list[str | int]:
+def _size_and_digest(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return [os.fstat(file.fileno()).st_size, digest]
+        return os.fstat(file.fileno()).st_size, digest
 
 
 def _sync(path: Path) -> None:

@@ -24,7 +24,7 @@ from batchcls.pipeline.ray_data.write_task import PartSink
 from batchcls.pipeline.ray_errors import is_process_crash, to_batchcls_error
 from batchcls.ray_runtime import WORKER_RUNTIME_ENV
 from batchcls.runs.parts import Receipt
-from batchcls.runs.receipts import read_receipts, settle_receipts
+from batchcls.runs.receipts import read_receipts, select_receipts
 from batchcls.schema import Failure
 
 _TASKS_IN_FLIGHT_PER_ACTOR = 4
@@ -66,7 +66,7 @@ class RayDataGraph:
                 self._crashing_rows |= self._isolate_crashes(error)
                 rows = self._spec.manifest.rows
                 new = [receipt for receipt in self._stored_receipts() if receipt.name not in known]
-                self._receipts = settle_receipts(new, rows, lambda _: False)
+                self._receipts = select_receipts(new, rows, lambda _: False)
                 finished = RowRanges.joined(receipt.ranges for receipt in self._receipts)
                 self._rows = self._spec.rows.without(finished)
             else:

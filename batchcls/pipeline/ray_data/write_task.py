@@ -8,7 +8,7 @@ from ray.data import Datasink
 
 from batchcls.pipeline.prometheus import metrics_of
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.receipts import keep_receipt
+from batchcls.runs.receipts import write_receipt
 
 
 class PartSink(Datasink[Receipt]):
@@ -25,7 +25,7 @@ class PartSink(Datasink[Receipt]):
         del ctx
         receipt = self._writer.write([block for block in blocks if block.num_rows])
         metrics_of(self._run_id).record(receipt)
-        return keep_receipt(receipt, self._writer.folder, self._writer.storage)
+        return write_receipt(receipt, self._writer.folder, self._writer.storage)
 
     def on_write_complete(self, write_result: Any) -> None:
         """Collect the receipts on the driver; of a retried task Ray passes only the successful attempt."""

@@ -23,7 +23,7 @@ from batchcls.cli.console import PlainConsole, messages_console, printable, resu
 from batchcls.cli.tables import gates_table
 from batchcls.errors import ExitCode, InputError
 from batchcls.jobs import bundle, classify, compare, evaluate, finetune, manifest, runs
-from batchcls.runs.gates import GateResult
+from batchcls.runs.records import GateResult
 
 NAME = "a\x1b[31mred\x1b]0;title\x07\x9b2J\nERROR forged\r\u2028x\u202egnp\u2066y\ufeff[bold red]b[/] :smile:"
 """A possible name of a column, a file or a label: valid UTF-8 without a null byte."""
@@ -74,7 +74,7 @@ def test_console_escapes_all_output():
     console.print(HOSTILE)
     console.print(f"bundle: {HOSTILE}", style="red")
     console.print(table)
-    console.print(gates_table([GateResult("rows", False, 1.0, 2.0, HOSTILE)]))
+    console.print(gates_table([GateResult(gate="rows", value=1.0, limit=2.0, passed=False, message=HOSTILE)]))
     console.print_json(data={"label": HOSTILE, HOSTILE: "\x9b\u202e"})
     output = file.getvalue()
     assert "\x1b[1m" in output  # styles of rich remain

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
 from batchcls.models.weights import from_safetensors, to_safetensors
 from batchcls.preprocessing import views_of
+from batchcls.runs.records import Counts, CurrentRecord, ManifestInfo, ModelInfo, RunFile, RunRecord
 from batchcls.schema import TOP_K_TYPE
 from batchcls.storage.filesystem import Storage
 from tests.helpers.drawing import draw, encode
@@ -222,10 +224,21 @@ def write_run(folder: Path, predictions: pa.Table, k: int) -> Path:
     # In two files, in a different order than the manifest.
     for number, part in enumerate((table.slice(30), table.slice(0, 30))):
         pq.write_table(part, run_folder / "predictions" / f"{number}.parquet")
-    files = [{"path": f"predictions/{n}.parquet", "kind": "predictions"} for n in range(2)]
-    record = {"run_id": "night-1", "model": {"fingerprint": "f" * 64, "architecture": "x"}, "files": files}
-    (run_folder / "run.json").write_text(json.dumps(record))
-    (folder / f"out-{k}" / "current.json").write_text(json.dumps({"path": "runs/night-1"}))
+    now, count = datetime.now(UTC), len(rows)
+    record = RunRecord(
+        run_id="night-1",
+        committed=now,
+        manifest=ManifestInfo(),
+        model=ModelInfo(fingerprint="f" * 64, architecture="x"),
+        counts=Counts(rows=count, predicted=count, quarantined=0),
+        files=tuple(
+            RunFile(path=f"predictions/{n}.parquet", kind="predictions", rows=30, bytes=1, digest="")
+            for n in range(2)
+        ),
+    )
+    (run_folder / "run.json").write_bytes(record.to_json())
+    current = CurrentRecord(run_id="night-1", path="runs/night-1", published=now)
+    (folder / f"out-{k}" / "current.json").write_bytes(current.to_json())
     return folder / f"out-{k}"
 
 

@@ -21,15 +21,16 @@ from tests.conftest import S3Server
 from tests.helpers.runs import Item, Night, begin_run, begun_on, items, record_uri, write_run
 
 REFUSED = {
+    "baseline": "a",
     "gates": [
         {
             "gate": "category_shift",
-            "figure": 0.4,
+            "value": 0.4,
             "limit": 0.1,
             "passed": False,
-            "sentence": "the category mix is 0.4 from run a's; allowed is at most 0.1",
+            "message": "the category mix is 0.4 from run a's; the limit is at most 0.1",
         }
-    ]
+    ],
 }
 
 
@@ -165,7 +166,7 @@ def test_an_older_run_is_published_by_force_or_by_a_rollback(output: str, call):
 def test_a_trial_is_never_published(tmp_path: Path, call):
     write_run(str(tmp_path), Night("a", unpublishable=["--limit 4"]), items(4))
     code, said = call("publish", "a", "--output", str(tmp_path), "--force")
-    assert (code, "never published: --limit 4" in said) == (3, True)
+    assert (code, "must not be published: --limit 4" in said) == (3, True)
 
 
 def test_a_run_with_a_hole_is_not_published(tmp_path: Path, call):
@@ -174,7 +175,7 @@ def test_a_run_with_a_hole_is_not_published(tmp_path: Path, call):
     whole = part.read_bytes()
     part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     code, said = call("publish", "a", "--output", str(tmp_path), "--verify")
-    assert (code, "other content than when it was committed" in said) == (3, True)
+    assert (code, "has changed since the commit" in said) == (3, True)
     part.unlink()
     code, said = call("publish", "a", "--output", str(tmp_path))
     assert (code, "is missing" in said) == (3, True)
@@ -230,8 +231,8 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
     code, said = call("prune", "--keep", "0", "--output", output, "--yes")
     assert code == 0
     assert "read by search" in said
-    assert "until a short time ago" in said
-    assert "left alone: " in said
+    assert "until recently" in said
+    assert "not touched: " in said
     remaining = Storage().list_folders(join(output, "runs"))
     assert remaining == ["a", "b", "begun", "c", "d", "damaged", "read", "young"]
     with leased(join(output, "runs", "begun"), Storage()):
@@ -279,7 +280,7 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
     [
         (lambda folder, record: (folder / record["files"][0]["path"]).unlink(), "is missing"),
         (lambda folder, record: (folder / record["files"][0]["path"]).write_bytes(b"PAR1"), "has 4 bytes"),
-        (_rewrite(lambda table: table.slice(0, 4)), "not each of the manifest's once"),
+        (_rewrite(lambda table: table.slice(0, 4)), "not every row of the manifest occurs exactly once"),
         (
             _rewrite(lambda table: _set(table, "row", [7, 1, 2, 3, 4])),
             "1 rows missing (first: 0), 1 rows twice",
@@ -287,7 +288,7 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
         (_rewrite(lambda table: _set(table, "row", [0, 0, 2, 3, 4])), "row 0 occurs twice in one part"),
         (
             _rewrite(lambda table: _set(table, "item_id", ["item-7", "b", "c", "d", "e"])),
-            "1 item ids stand there",
+            "1 item IDs occur",
         ),
         (_rewrite(lambda table: _set(table, "origin", ["reused"] * 5)), "rows reused: 5, run.json says 0"),
         (_rewrite(lambda table: table.drop_columns(["embedding"])), "another schema"),

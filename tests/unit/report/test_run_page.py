@@ -16,6 +16,7 @@ from batchcls.report.formatting import (
 )
 from batchcls.report.run_page import run_page
 from batchcls.report.run_page_data import PublishStatus, RunFacts, Text, Thumbnail
+from batchcls.runs.records import Measurements
 from batchcls.schema import REASONS
 from tests.helpers.run_pages import ATTACK, full_facts
 from tests.unit.report.test_compare_page import Reader
@@ -99,7 +100,7 @@ def test_renders_first_run_without_predictions(facts: RunFacts):
         verdict=PublishStatus(True, "Published"),
         gates=(),
         quarantine_groups=(),
-        throughput=None,
+        measurements=Measurements(),
         confidence=None,
         categories=None,
         changes=None,

@@ -12,6 +12,7 @@ from batchcls.errors import InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits
 from batchcls.images.url_policy import AddressPolicy
+from batchcls.report.run_page import run_page
 from batchcls.report.run_page_data import RunFacts
 from batchcls.report.run_report import read_run, report_after_run, write_run_report
 from batchcls.report.thumbnails import Source, make_thumbnails
@@ -122,15 +123,18 @@ def test_publish_status_reflects_published_run_and_gates(output: Path):
     assert facts_of(output, "one", None).verdict.headline == "Not published; run two is published"
     gate = {
         "gate": "failed_fraction",
-        "figure": 0.1,
+        "value": 0.1,
         "limit": 0.01,
         "passed": False,
-        "sentence": "1 of 10 failed",
+        "message": "1 of 10 failed",
     }
     write_run(str(output), night("three", gates=[gate]), items(["mug"], ["0" * 64]))
     facts = facts_of(output, "three", "one")
     assert (facts.verdict.published, facts.verdict.because) == (False, "1 of 10 failed.")
-    assert (facts.gates[0].value, facts.gates[0].limit) == ("10.00%", "1.00%")
+    text = Reader(run_page(facts, {}, "0.1.0")).text
+    assert "failed fraction" in text
+    assert "10.00%" in text
+    assert "1.00%" in text
 
 
 def test_writes_report_with_thumbnails_into_the_run_folder(output: Path):

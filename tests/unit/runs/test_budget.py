@@ -8,31 +8,31 @@ from batchcls.errors import BudgetExceeded
 from batchcls.runs.commit import Budget, RunProgress, allowed_fraction
 
 
-def seen(rows: int, todo: int, **failures: int) -> RunProgress:
-    return RunProgress(rows, todo, Counter(failures), Counter(failures))
+def progress(rows: int, remaining: int, **failures: int) -> RunProgress:
+    return RunProgress(rows, remaining, Counter(failures), Counter(failures))
 
 
 def test_a_run_stops_once_too_much_has_failed_for_certain():
     budget = Budget(10_000, 0.01)
-    budget.check_under_way(seen(5_000, 10_000, not_found=100))
+    budget.check_progress(progress(5_000, 10_000, not_found=100))
     with pytest.raises(
-        BudgetExceeded, match=r"101 of 10000 rows failed \(1.01%\).*not_found 101.*tries not_found again"
+        BudgetExceeded, match=r"101 of 10000 rows failed \(1.01%\).*not_found 101.*retries not_found"
     ):
-        budget.check_under_way(seen(5_000, 10_000, not_found=101))
+        budget.check_progress(progress(5_000, 10_000, not_found=101))
 
 
 def test_a_broken_bucket_stops_a_long_run_soon():
     budget = Budget(1_000_000, 0.01)
-    budget.check_under_way(seen(2_400, 1_000_000, access_denied=2_400))
+    budget.check_progress(progress(2_400, 1_000_000, access_denied=2_400))
     with pytest.raises(BudgetExceeded, match="at this rate 1000000 of 1000000 would"):
-        budget.check_under_way(seen(2_600, 1_000_000, access_denied=2_600))
+        budget.check_progress(progress(2_600, 1_000_000, access_denied=2_600))
 
 
 def test_a_bad_stretch_of_a_long_manifest_does_not_stop_it():
     budget = Budget(1_000_000, 0.01)
-    budget.check_under_way(seen(1_000, 1_000_000, not_found=1_000))
-    budget.check_under_way(seen(20_000, 1_000_000, not_found=5_000))
-    budget.check_under_way(seen(9_000, 1_000_000, null_id=8_000, duplicate_id=500, not_found=100))
+    budget.check_progress(progress(1_000, 1_000_000, not_found=1_000))
+    budget.check_progress(progress(20_000, 1_000_000, not_found=5_000))
+    budget.check_progress(progress(9_000, 1_000_000, null_id=8_000, duplicate_id=500, not_found=100))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,6 @@ def test_one_reason_may_have_a_budget_of_its_own():
 
 def test_what_an_earlier_session_left_counts_for_certainty_and_not_for_the_rate():
     budget = Budget(10_000, 0.1)
-    budget.check_under_way(RunProgress(300, 5_000, Counter(truncated=900), Counter()))
-    with pytest.raises(BudgetExceeded, match="--retry-quarantine tries all"):
-        budget.check_under_way(RunProgress(300, 5_000, Counter(truncated=1_001), Counter(truncated=101)))
+    budget.check_progress(RunProgress(300, 5_000, Counter(truncated=900), Counter()))
+    with pytest.raises(BudgetExceeded, match="--retry-quarantine retries all"):
+        budget.check_progress(RunProgress(300, 5_000, Counter(truncated=1_001), Counter(truncated=101)))

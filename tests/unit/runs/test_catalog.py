@@ -19,6 +19,7 @@ from batchcls.runs.catalog import (
     read_record,
 )
 from batchcls.runs.publish import publish
+from batchcls.runs.records import Measurements
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
 from tests.helpers.runs import Item, Night, begin_run, items, write_run
@@ -39,11 +40,11 @@ def rows() -> list[Item]:
 def test_a_run_is_read_back_as_it_was_committed(output: str):
     write_run(output, Night("night-1"), rows())
     record = read_record(output, "night-1", Storage())
-    assert (record.run_id, record.model_fingerprint, record.unpublishable) == ("night-1", "m" * 64, ())
+    assert (record.run_id, record.model.fingerprint, record.unpublishable) == ("night-1", "m" * 64, ())
     assert (record.counts.rows, record.counts.predicted, record.counts.quarantined) == (7, 6, 1)
     assert record.counts.quarantined_by_reason == {"truncated": 1}
     assert sum(file.rows for file in record.files) == 7
-    assert record.images_per_second == 12.5
+    assert record.measurements.images_per_second == 12.5
     assert record.committed.tzinfo is not None
 
 
@@ -99,12 +100,12 @@ def test_runs_are_listed_newest_first_with_their_state(output: str):
 def test_an_older_run_without_the_newer_keys_is_read(tmp_path: Path):
     folder = Path(write_run(str(tmp_path), Night("night-1"), rows()))
     old = json.loads((folder / "run.json").read_text())
-    for name in ("gates", "summary", "measured", "unpublishable", "stage_seconds"):
+    for name in ("gates", "summary", "measurements", "unpublishable", "stage_seconds"):
         old.pop(name, None)
     del old["counts"]["reused"]
     (folder / "run.json").write_text(json.dumps(old))
     record = read_record(str(tmp_path), "night-1", Storage())
-    assert (record.gates, record.measured, record.counts.reused) == ((), {}, 0)
+    assert (record.gates, record.measurements, record.counts.reused) == ((), Measurements(), 0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs import runs
 from batchcls.jobs.classify_plan import choose_reuse_source
 from batchcls.runs.catalog import State, list_runs
-from batchcls.runs.plan import Fingerprints
+from batchcls.runs.plan import Fingerprints, PlannedReuse, RecordedEngines
 from batchcls.runs.publish import publish, published_or_damage
 from batchcls.runs.resume import find_unfinished
 from batchcls.storage.filesystem import Storage
@@ -52,9 +52,9 @@ def output(tmp_path: Path) -> Path:
     """Three committed nights, of which the last is published, one begun, and the run `odd`."""
     more = {
         "baseline": None,
-        "gates": [{"gate": "g", "figure": 0.5, "limit": None, "passed": True, "sentence": "s"}],
+        "gates": [{"gate": "g", "value": 0.5, "limit": None, "passed": True, "message": "s"}],
         "summary": {
-            "answered": 4,
+            "predictions": 4,
             "categories": {"cat": 4},
             "mean_confidence": 0.9,
             "confidence_histogram": [0] * 18 + [4, 0],
@@ -158,18 +158,15 @@ def test_any_value_in_any_place_of_a_plan_keeps_nobody_from_beginning(output: Pa
         "fingerprints": {"manifest": "m", "model": "x", "settings": {"top_k": 5}}
     }
     sound["reuse"] = {"run_id": "a", "by_row": False}
-    wanted = Fingerprints("m", "x", {"top_k": 5})
+    wanted = Fingerprints(manifest="m", model="x", settings={"top_k": 5})
     path.write_text(json.dumps(sound))
     assert getattr(find_unfinished(str(output), None, wanted, Storage()), "run_id", None) == "begun"
     for place in places(sound):
         path.write_text(json.dumps(replaced(sound, place, odd)))
         begun = find_unfinished(str(output), None, wanted, Storage())
         if begun is not None:
-            assert isinstance(begun.plan["engines"], dict)
-            assert begun.plan["reuse"] in ({}, sound["reuse"]) or begun.plan["reuse"].keys() >= {
-                "run_id",
-                "by_row",
-            }
+            assert isinstance(begun.engines, RecordedEngines)
+            assert begun.reuse is None or isinstance(begun.reuse, PlannedReuse)
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
@@ -220,10 +217,10 @@ def test_whose_published_neighbor_is_gone_or_cut_computes(
 ):
     config = ClassifyConfig(manifest="m", model="x", output=str(output))
     plan = plan_of(Night("new"), 4)
-    assert choose_reuse_source(config, plan, Storage())["run_id"] == "c"
+    assert choose_reuse_source(config, plan, Storage()) == PlannedReuse(run_id="c", by_row=False)
     damage(output / "runs" / "c")
-    assert choose_reuse_source(config, plan, Storage()) == {}
+    assert choose_reuse_source(config, plan, Storage()) is None
     assert len([one for one in log.records if one.levelname == "WARNING"]) == 1
     assert "reuse: nothing, the published run cannot be read" in log.text
     (output / "current.json").write_text("[]")
-    assert choose_reuse_source(config, plan, Storage()) == {}
+    assert choose_reuse_source(config, plan, Storage()) is None

@@ -22,6 +22,7 @@ from batchcls.runs import publish
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.gate_evaluation import evaluate_gates, publish_if_passed
 from batchcls.runs.gates import Limits
+from batchcls.runs.records import Measurements
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Night, items, plan_of, write_parts
 
@@ -47,7 +48,7 @@ receipts = write_parts(folder, items(200), storage)
 totals = reconcile(receipts, 200)
 decision = evaluate_gates(plan, receipts, totals, Limits(GateSettings(), 0.5), output, storage)
 at("before the commit")
-commit(plan, receipts, totals, {"measured": {}} | decision.as_json(), storage, folder)
+commit(plan, receipts, totals, decision.findings(Measurements()), storage, folder)
 at("before the publish")
 try:
     publish_if_passed(plan, decision, output, storage)

@@ -11,14 +11,15 @@ from batchcls.cli.arguments import add_settings, parser_for, read_settings
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.config.gates_config import GateSettings
 from batchcls.errors import InputError, PublishRefused, StorageStoppedError
-from batchcls.runs.catalog import Counts, read_current, read_record
+from batchcls.runs.catalog import read_current, read_record
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.gate_evaluation import GateDecision, evaluate_gates, publish_if_passed, reevaluate_gates
-from batchcls.runs.gates import Baseline, CandidateRun, GateResult, Limits, apply_gates, failed_gates
+from batchcls.runs.gates import Baseline, CandidateRun, Limits, apply_gates, failed_gates
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import create_plan
 from batchcls.runs.publish import publish, read_published
-from batchcls.runs.summary import Embeddings, Summary, changed_labels, jensen_shannon, summarize, summary_of
+from batchcls.runs.records import Counts, EmbeddingStatistics, GateResult, Measurements, Summary
+from batchcls.runs.summary import changed_labels, jensen_shannon, summarize, summary_of
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Item, Night, begun_on, items, plan_of, write_parts, write_run
 
@@ -73,7 +74,7 @@ def test_a_summary_is_what_numpy_says(tmp_path: Path):
     summary = summarize(record.folder, record.files, Storage())
     probabilities = np.array([row.probability for row in rows], np.float32)
     norms = np.linalg.norm(np.array([row.embedding for row in rows], np.float32), axis=1)
-    assert summary.answered == 500
+    assert summary.predictions == 500
     assert summary.mean_confidence == pytest.approx(probabilities.mean(), rel=1e-6)
     assert summary.std_confidence == pytest.approx(probabilities.std(), rel=1e-5)
     assert summary.confidence_histogram == tuple(np.histogram(probabilities, 20, (0, 1))[0])
@@ -82,7 +83,7 @@ def test_a_summary_is_what_numpy_says(tmp_path: Path):
     assert summary.embeddings is not None
     assert summary.embeddings.mean_norm == pytest.approx(norms.mean(), rel=1e-5)
     assert summary.embeddings.std_norm == pytest.approx(norms.std(), rel=1e-3)
-    assert type(summary).from_json(summary.as_json()) == summary
+    assert Summary.model_validate_json(summary.model_dump_json()) == summary
 
 
 def test_confidence_one_is_in_the_last_bin_and_an_empty_run_has_no_mean(tmp_path: Path):
@@ -90,7 +91,7 @@ def test_confidence_one_is_in_the_last_bin_and_an_empty_run_has_no_mean(tmp_path
     assert summary_of(read_record(str(tmp_path), "a", Storage()), Storage()).confidence_histogram[-1] == 3
     write_run(str(tmp_path), Night("b"), items(3, reason="corrupt"))
     empty = summary_of(read_record(str(tmp_path), "b", Storage()), Storage())
-    assert (empty.answered, empty.mean_confidence, empty.embeddings) == (0, None, None)
+    assert (empty.predictions, empty.mean_confidence, empty.embeddings) == (0, None, None)
 
 
 def test_a_part_that_is_gone_is_bad_input_and_not_a_smaller_run(tmp_path: Path):
@@ -136,10 +137,10 @@ def test_failures_are_judged_overall_and_by_reason(tmp_path: Path):
         tmp_path, rows, gate_max_failed_fraction=0.04, gate_max_failed_fraction_by_reason=limits
     )
     assert [entry.gate for entry in failed_gates(verdict.gates)] == ["failed_fraction_not_found"]
-    assert gate(verdict, "failed_fraction").figure == pytest.approx(0.04)
+    assert gate(verdict, "failed_fraction").value == pytest.approx(0.04)
     found = gate(verdict, "failed_fraction_not_found")
-    assert (found.figure, found.limit) == (pytest.approx(0.03), pytest.approx(0.02))
-    assert "3 of 100 rows failed with not_found (3.00%); allowed is at most 2.00%" in found.sentence
+    assert (found.value, found.limit) == (pytest.approx(0.03), pytest.approx(0.02))
+    assert "3 of 100 rows failed with not_found (3.00%); the limit is at most 2.00%" in found.message
 
 
 def test_coverage_falls_back_on_the_failed_fraction(tmp_path: Path):
@@ -176,7 +177,7 @@ def test_coverage_falls_back_on_the_failed_fraction(tmp_path: Path):
 def test_gates_against_the_published_run(tmp_path: Path, name: str, old: list, new: list, figure: float):
     published(tmp_path, old)
     found = gate(verdict_on(tmp_path, new), name)
-    assert found.figure == pytest.approx(figure, rel=1e-6)
+    assert found.value == pytest.approx(figure, rel=1e-6)
     assert found.passed == (figure == 0.0)
 
 
@@ -195,7 +196,7 @@ def test_non_finite_embeddings_are_counted_and_left_out_of_the_norms(tmp_path: P
     rows = [*items(198), *items(1, embedding=(float("inf"), 0, 0, 0)), *items(1, embedding=(1e25, 0, 0, 0))]
     verdict = verdict_on(tmp_path, rows)
     found = gate(verdict, "non_finite_embeddings")
-    assert (found.figure, found.limit, found.passed) == (1.0, 0.0, False)
+    assert (found.value, found.limit, found.passed) == (1.0, 0.0, False)
     assert verdict.summary.embeddings is not None
     assert verdict.summary.embeddings.rows == 199
 
@@ -209,9 +210,9 @@ def test_a_small_catalog_is_judged_by_limits_for_so_many_rows(tmp_path: Path):
     published(tmp_path, rows)
     verdict = verdict_on(tmp_path, swapped)
     shift = gate(verdict, "category_shift")
-    assert shift.figure > 0.1
+    assert shift.value > 0.1
     assert shift.passed
-    assert "(0.1 and what chance explains on 297 rows)" in shift.sentence
+    assert "(0.1 plus the sampling error of 297 rows)" in shift.message
     # The mean went from 0.7 to 0.6 and the rows of a night vary by 0.2: beyond 0.05 by more than chance.
     assert not gate(verdict, "mean_confidence_shift").passed
     collapsed = verdict_on(tmp_path, [Item(f"i{i}", "label 0", 0.7) for i in range(297)], Night("collapsed"))
@@ -232,11 +233,20 @@ def test_samples_of_one_catalog_are_refused_no_more_often_than_chance(rows: int)
         confidence = np.clip(random.beta(5, 2, rows) - shift, 0, 1)
         found = {f"label {i}": int(count) for i, count in enumerate(counts)}
         norms = 10 * (1 + 2 * shift) + random.normal(0, 2, rows)
-        embeddings = Embeddings(8, rows, float(norms.mean()), float(norms.std()), 0)
-        return Summary(rows, found, float(confidence.mean()), float(confidence.std()), (0,) * 20, embeddings)
+        embeddings = EmbeddingStatistics(
+            dimension=8, rows=rows, mean_norm=float(norms.mean()), std_norm=float(norms.std()), non_finite=0
+        )
+        return Summary(
+            predictions=rows,
+            categories=found,
+            mean_confidence=float(confidence.mean()),
+            std_confidence=float(confidence.std()),
+            confidence_histogram=(0,) * 20,
+            embeddings=embeddings,
+        )
 
     def refused_by(shift: float) -> set[str]:
-        counts = Counts(rows, rows, 0, 0, {})
+        counts = Counts(rows=rows, predicted=rows, quarantined=0)
         baseline = Baseline("old", False, rows, summary(0.0), rows, int(random.binomial(rows, 0.1 + shift)))
         subject = CandidateRun(counts, summary(shift), 30, baseline)
         return {found.gate for found in failed_gates(apply_gates(subject, Limits(GateSettings(), 0.01)))}
@@ -252,21 +262,21 @@ def test_samples_of_one_catalog_are_refused_no_more_often_than_chance(rows: int)
 
 def test_a_baseline_that_kept_no_deviation_is_taken_at_its_widest():
     raw = {
-        "answered": 100,
+        "predictions": 100,
         "categories": {"a": 100},
         "mean_confidence": 0.9,
         "confidence_histogram": [0] * 20,
         "embeddings": None,
     }
-    assert Summary.from_json(raw).std_confidence == pytest.approx(0.3)
+    assert Summary.model_validate_json(json.dumps(raw)).std_confidence == pytest.approx(0.3)
 
 
 def test_few_rows_are_not_judged_against_each_other(tmp_path: Path):
     published(tmp_path, mixed(30, 0))
     verdict = verdict_on(tmp_path, [Item(f"cat-{i}", "dog", 0.1) for i in range(50)])
     assert failed_gates(verdict.gates) == []
-    assert gate(verdict, "changed_labels_fraction").figure is None
-    assert "30 rows to compare" in gate(verdict, "changed_labels_fraction").sentence
+    assert gate(verdict, "changed_labels_fraction").value is None
+    assert "30 rows to compare" in gate(verdict, "changed_labels_fraction").message
 
 
 def test_another_model_is_judged_the_same_and_named(tmp_path: Path):
@@ -275,7 +285,7 @@ def test_another_model_is_judged_the_same_and_named(tmp_path: Path):
     verdict = verdict_on(tmp_path, new, Night("new", model="n" * 64))
     found = gate(verdict, "changed_labels_fraction")
     assert not found.passed
-    assert "which another model classified" in found.sentence
+    assert "the model is another one" in found.message
 
 
 def test_a_published_run_that_cannot_be_read_is_a_refusal_and_no_error(tmp_path: Path):
@@ -298,7 +308,7 @@ def test_a_refused_publish_leaves_the_old_run_and_says_gate_figure_and_limit(tmp
     verdict = verdict_on(tmp_path, mixed(150, 0))
     with pytest.raises(PublishRefused) as caught:
         publish_if_passed(plan_of(Night("new"), 150), verdict, str(tmp_path), Storage())
-    for word in ("row_count_change_fraction", "150 rows after 200 in run old", "at most 10.00%"):
+    for word in ("row_count_change_fraction", "150 rows, 200 in run old", "at most 10.00%"):
         assert word in str(caught.value)
     assert read_current(str(tmp_path), Storage()) == "old"
     assert caught.value.exit_code == 3
@@ -309,7 +319,7 @@ def ready(output: Path, rows: list[Item], created: str = "2026-11-26T01:15:00+00
     night = Night("ready")
     verdict = verdict_on(output, rows, night)
     receipts = write_parts(run_folder(str(output), "ready"), rows, Storage())
-    findings = {"measured": {}} | verdict.as_json()
+    findings = verdict.findings(Measurements())
     folder = run_folder(str(output), "ready")
     commit(plan_of(night, len(rows)), receipts, reconcile(receipts, len(rows)), findings, Storage(), folder)
     begun_on(str(output), "ready", created)
@@ -333,7 +343,7 @@ def test_where_another_run_was_published_since_the_gates_judge_again(tmp_path: P
     by = publish_ready(tmp_path, verdict, 200)
     assert read_current(str(tmp_path), Storage()) == "ready"
     assert by.published.run_id == "other"
-    assert "200 rows after 195 in run other" in gate(by, "row_count_change_fraction").sentence
+    assert "200 rows, 195 in run other" in gate(by, "row_count_change_fraction").message
 
 
 def test_what_is_judged_again_may_be_refused(tmp_path: Path):
@@ -386,7 +396,7 @@ def test_a_published_run_that_is_cut_is_a_refusal_and_no_error(tmp_path: Path):
         assert [entry.gate for entry in failed_gates(verdict.gates)] == ["baseline"]
 
 
-@pytest.mark.parametrize("entry", ["summary", "counts", "gates", "files", "model", "measured"])
+@pytest.mark.parametrize("entry", ["summary", "counts", "gates", "files", "model", "measurements"])
 def test_a_published_run_whose_record_is_odd_is_a_refusal_and_no_error(tmp_path: Path, entry: str):
     published(tmp_path, mixed(200, 0))
     path = tmp_path / "runs" / "old" / "run.json"

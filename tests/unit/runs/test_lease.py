@@ -8,14 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from batchcls.errors import InputError, LeaseLostError, StorageStoppedError
 from batchcls.runs import lease as leases
-from batchcls.runs.lease import DEAD_SECONDS, Holder, leased, living_holder, require_free
+from batchcls.runs.lease import DEAD_SECONDS, Holder, leased, live_holder, require_free
 from batchcls.storage.filesystem import FileInfo, Storage
 from tests.conftest import REPOSITORY
 
@@ -25,7 +25,7 @@ STORAGE = Storage()
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats and patience a hundred times as short."""
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(leases, "DEAD_SECONDS", 0.6)
 
 
@@ -55,9 +55,17 @@ def wait_for(lease: leases.Lease, error: type[Exception]) -> Exception:
     raise AssertionError("check goes on saying that all is well")
 
 
+def changed(holder: Holder, **changes: Any) -> Holder:
+    return holder.model_copy(update=changes)
+
+
+def fields_of(holder: Holder) -> dict[str, Any]:
+    return json.loads(holder.to_json())
+
+
 def put(folder: Path, number: int, holder: Holder) -> None:
     (folder / "lease").mkdir(exist_ok=True)
-    (folder / "lease" / f"{number:06d}.json").write_text(json.dumps(asdict(holder)))
+    (folder / "lease" / f"{number:06d}.json").write_bytes(holder.to_json())
 
 
 def test_a_second_job_is_refused_while_the_first_holds_the_run(tmp_path: Path):
@@ -68,7 +76,7 @@ def test_a_second_job_is_refused_while_the_first_holds_the_run(tmp_path: Path):
             require_free(str(tmp_path), STORAGE)
     require_free(str(tmp_path), STORAGE)
     with leased(str(tmp_path), STORAGE):
-        assert living_holder(str(tmp_path), STORAGE) is not None
+        assert live_holder(str(tmp_path), STORAGE) is not None
 
 
 def test_a_lease_created_between_the_look_and_the_creation_is_not_gone_past(tmp_path: Path):
@@ -112,7 +120,7 @@ def test_a_killed_process_is_taken_over_from_at_once(tmp_path: Path):
 
 def test_a_process_number_given_to_another_process_is_no_life(tmp_path: Path):
     here = Holder.here()
-    put(tmp_path, 1, replace(here, process_start=1))
+    put(tmp_path, 1, changed(here, process_start=1))
     require_free(str(tmp_path), STORAGE)
     put(tmp_path, 2, here)
     with pytest.raises(InputError):
@@ -120,23 +128,23 @@ def test_a_process_number_given_to_another_process_is_no_life(tmp_path: Path):
 
 
 def test_a_job_of_another_host_lives_as_long_as_it_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
-    other = replace(Holder.here(), place="elsewhere", host="elsewhere")
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
+    other = changed(Holder.here(), pid_scope="elsewhere", host="elsewhere")
     put(tmp_path, 1, other)
     with pytest.raises(InputError, match="on elsewhere"):
         require_free(str(tmp_path), STORAGE)
-    put(tmp_path, 1, replace(other, beat=time.time() - DEAD_SECONDS - 1))
+    put(tmp_path, 1, changed(other, heartbeat=time.time() - DEAD_SECONDS - 1))
     with leased(str(tmp_path), STORAGE):
         pass
-    put(tmp_path, 3, replace(other, released=True))
+    put(tmp_path, 3, changed(other, released=True))
     require_free(str(tmp_path), STORAGE)
 
 
 def test_a_driver_that_was_taken_over_from_notices_and_leaves_the_new_lease_alone(tmp_path: Path):
     with leased(str(tmp_path), STORAGE) as lease:
-        put(tmp_path, 2, replace(Holder.here(), owner="other"))
+        put(tmp_path, 2, changed(Holder.here(), owner="other"))
         lease.check()  # asks nobody
-        with pytest.raises(LeaseLostError, match="has taken"):
+        with pytest.raises(LeaseLostError, match="has resumed"):
             lease.confirm()
         with pytest.raises(LeaseLostError):
             lease.check()
@@ -195,13 +203,13 @@ def test_while_the_thread_hangs_in_its_store_the_driver_renews_the_lease_itself(
     with leased(str(tmp_path), storage) as lease:
         storage.act = hang
         assert hangs.wait(30)
-        before = json.loads(path.read_text())["beat"]
+        before = json.loads(path.read_text())["heartbeat"]
         ends_at = time.monotonic() + 30
-        while json.loads(path.read_text())["beat"] == before and time.monotonic() < ends_at:
+        while json.loads(path.read_text())["heartbeat"] == before and time.monotonic() < ends_at:
             lease.check()
-        assert json.loads(path.read_text())["beat"] > before
-        put(tmp_path, 2, replace(Holder.here(), owner="other"))
-        assert "has taken" in str(wait_for(lease, LeaseLostError))
+        assert json.loads(path.read_text())["heartbeat"] > before
+        put(tmp_path, 2, changed(Holder.here(), owner="other"))
+        assert "has resumed" in str(wait_for(lease, LeaseLostError))
         go.set()
 
 
@@ -246,7 +254,7 @@ def test_a_driver_that_was_stopped_for_long_asks_before_it_goes_on(tmp_path: Pat
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGSTOP)
     if other_host:
-        put(tmp_path, 2, replace(Holder.here(), place="elsewhere"))
+        put(tmp_path, 2, changed(Holder.here(), pid_scope="elsewhere"))
     threading.Event().wait(0.7)  # as long as it takes to be dead for others
     holder.send_signal(signal.SIGCONT)
     out, _ = holder.communicate("go\n")
@@ -257,7 +265,7 @@ def test_a_driver_that_was_stopped_for_long_asks_before_it_goes_on(tmp_path: Pat
 def test_clocks_that_differ_decide_nothing_as_long_as_the_other_host_beats(
     tmp_path: Path, ahead: float, monkeypatch: pytest.MonkeyPatch
 ):
-    other = replace(Holder.here(), place="elsewhere", host="elsewhere", beat=time.time() + ahead)
+    other = changed(Holder.here(), pid_scope="elsewhere", host="elsewhere", heartbeat=time.time() + ahead)
     put(tmp_path, 1, other)
     ended = threading.Event()
 
@@ -267,7 +275,7 @@ def test_clocks_that_differ_decide_nothing_as_long_as_the_other_host_beats(
             count += 1
             STORAGE.write_atomic(
                 str(tmp_path / "lease" / "000001.json"),
-                json.dumps(asdict(replace(other, beat=other.beat + count, pid=count))).encode(),
+                changed(other, heartheartbeat=other.heartbeat + count, pid=count).to_json(),
             )
 
     thread = threading.Thread(target=beat)
@@ -278,7 +286,7 @@ def test_clocks_that_differ_decide_nothing_as_long_as_the_other_host_beats(
     finally:
         ended.set()
         thread.join()
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
     with leased(str(tmp_path), STORAGE) as lease:
         lease.confirm()
     assert (tmp_path / "lease" / "000002.json").exists()
@@ -291,7 +299,7 @@ def fill_with_what_is_no_lease(folder: Path) -> None:
     (lease / "000005.json").mkdir()
     (lease / "000005.json" / "000017.json").write_text("{}")
     for name in ("zzz.json", "12.json", "-00001.json", "000001.json.bak", "+00001.json", "00000x.json"):
-        (lease / name).write_text(json.dumps(asdict(Holder.here())))
+        (lease / name).write_text(Holder.here().to_json().decode())
     (lease / ".000001.json.0123.tmp").write_text("{")
     (lease / "\u0660\u0660\u0660\u0660\u0660\u0661.json").write_text("digits, and not of a number")
     (lease / "000077.json").symlink_to("nowhere")
@@ -304,22 +312,22 @@ def test_what_else_lies_in_the_folder_is_no_lease(tmp_path: Path):
     require_free(str(tmp_path), STORAGE)
     with leased(str(tmp_path), STORAGE) as lease:
         lease.confirm()
-        assert living_holder(str(tmp_path), STORAGE) is not None
+        assert live_holder(str(tmp_path), STORAGE) is not None
         assert (tmp_path / "lease" / "000006.json").exists()
 
 
 DAMAGED = {
     "empty": b"",
-    "half": json.dumps(asdict(Holder.here())).encode()[:40],
+    "half": Holder.here().to_json()[:40],
     "no UTF-8": b'{"owner": "\xff\xfe"}',
     "nested": b"[" * 200_000,
     "a list": b"[1, 2]",
     "a number": b"7",
     "null": b"null",
     "other keys": b'{"until": 3}',
-    "other types": json.dumps(asdict(Holder.here()) | {"pid": "x", "beat": []}).encode(),
-    "numbers that are too large": json.dumps(asdict(Holder.here()) | {"beat": 10**400}).encode(),
-    "too large": b" " * 100_000 + json.dumps(asdict(Holder.here())).encode(),
+    "other types": json.dumps(fields_of(Holder.here()) | {"pid": "x", "heartbeat": []}).encode(),
+    "numbers that are too large": json.dumps(fields_of(Holder.here()) | {"heartbeat": 10**400}).encode(),
+    "too large": b" " * 100_000 + Holder.here().to_json(),
 }
 
 
@@ -339,7 +347,18 @@ def test_a_damaged_lease_is_nobodys(tmp_path: Path, data: bytes):
 @pytest.mark.usefixtures("quick")
 def test_a_lease_of_a_later_version_is_read(tmp_path: Path):
     (tmp_path / "lease").mkdir()
-    record = asdict(Holder.here()) | {"cluster": "night"}
+    record = fields_of(Holder.here()) | {"cluster": "night"}
     (tmp_path / "lease" / "000001.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="works on this run"):
         require_free(str(tmp_path), STORAGE)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lease_in_a_newer_format_is_never_taken_over(tmp_path: Path):
+    (tmp_path / "lease").mkdir()
+    record = fields_of(Holder.here()) | {"version": 2}
+    (tmp_path / "lease" / "000001.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"000001\.json: it has version 2 .* upgrade batchcls"):
+        require_free(str(tmp_path), STORAGE)
+    with pytest.raises(InputError, match="upgrade batchcls"), leased(str(tmp_path), STORAGE):
+        pass

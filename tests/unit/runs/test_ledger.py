@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchcls.runs.receipts import RowRanges, balance
+from batchcls.manifest.row_ranges import RowRanges
+from batchcls.runs.receipts import balance
 
 
 def ranges(*pairs: tuple[int, int]) -> RowRanges:

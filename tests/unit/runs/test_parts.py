@@ -14,14 +14,20 @@ from batchcls.errors import BudgetExceeded, InputError, ReconciliationError, Sto
 from batchcls.inference.predictor import Predictor
 from batchcls.runs.commit import Budget, check_budget, commit, reconcile
 from batchcls.runs.parts import PartWriter, Receipt
-from batchcls.runs.plan import Plan, create_plan
+from batchcls.runs.plan import Fingerprints, Plan, create_plan
 from batchcls.runs.publish import publish
+from batchcls.runs.records import Findings, ManifestInfo, Measurements, ModelInfo
 from batchcls.schema import predictions_schema, quarantine_schema
 from batchcls.storage.filesystem import Storage
 from tests.unit.inference.test_predictor import MeanEngine, block, settings
 
 KEPT = settings().kept
-PLAN = Plan("night-1", {}, {"rows": 8}, {"architecture": "x"}, {})
+PLAN = Plan(
+    run_id="night-1",
+    fingerprints=Fingerprints(manifest="f", model="m", settings={}),
+    manifest=ManifestInfo(rows=8),
+    model=ModelInfo(architecture="x"),
+)
 
 
 def classified(values: list[int | None], first_row: int = 0) -> pa.Table:
@@ -113,7 +119,14 @@ def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: P
     output = str(tmp_path)
     folder = create_plan(PLAN, output, Storage())
     found = receipts(Path(folder))
-    commit(PLAN, found, reconcile(found, 8), {"measured": {"images_per_second": 3.0}}, Storage(), folder)
+    commit(
+        PLAN,
+        found,
+        reconcile(found, 8),
+        Findings(measurements=Measurements(images_per_second=3.0)),
+        Storage(),
+        folder,
+    )
     publish(output, "night-1", Storage())
     current = json.loads((tmp_path / "current.json").read_text())
     record = json.loads((tmp_path / current["path"] / "run.json").read_text())
@@ -125,7 +138,7 @@ def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: P
 
 def test_a_run_id_is_given_once(tmp_path: Path):
     create_plan(PLAN, str(tmp_path), Storage())
-    with pytest.raises(InputError, match="night-1: another job has just begun"):
+    with pytest.raises(InputError, match="night-1: another job has just started"):
         create_plan(PLAN, str(tmp_path), Storage())
 
 

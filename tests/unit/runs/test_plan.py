@@ -36,7 +36,7 @@ CONFIG = ClassifyConfig(manifest="catalog.parquet", model="m", output="out")
 
 def test_fingerprints_hold_all_settings_that_change_results():
     """A setting that is missing here would let a run resume with other results; an extra one would block it."""
-    found = Fingerprints.of(CONFIG, "f", "m").as_json()["settings"]
+    found = Fingerprints.of(CONFIG, "f", "m").settings
     assert json.dumps(found, sort_keys=True) == json.dumps(PER_IMAGE | OTHERS, sort_keys=True)
 
 

@@ -16,7 +16,7 @@ from batchcls.jobs import runs
 from batchcls.runs.catalog import list_run, list_runs, read_current
 from batchcls.runs.lease import leased
 from batchcls.runs.paths import REMOVAL, run_folder
-from batchcls.runs.prune import Keeping, Removed, remove
+from batchcls.runs.prune import Removed, RetentionPolicy, remove
 from batchcls.runs.publish import publish, read_published
 from batchcls.runs.resume import require_unfinished
 from batchcls.storage.filesystem import Storage, join
@@ -52,8 +52,8 @@ def names(output: str) -> list[str]:
     return Storage().list_folders(join(output, "runs"))
 
 
-def keeping() -> Keeping:
-    return Keeping(0, None, timedelta(0), False, datetime.now(UTC))
+def keeping() -> RetentionPolicy:
+    return RetentionPolicy(0, None, timedelta(0), False, datetime.now(UTC))
 
 
 def put(output: str, path: str, data: bytes = b"x") -> None:
@@ -82,10 +82,10 @@ def test_what_this_program_has_not_begun_is_named_and_left(output: str, prune: C
     assert (code, names(output)) == (0, sorted(foreign))
     assert {name: Storage().list_files(join(output, "runs", name)) for name in foreign} == before
     for name in foreign:
-        assert any(name in line and "left alone" in line for line in said.splitlines()), said
+        assert any(name in line and "not touched" in line for line in said.splitlines()), said
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "batchcls-plan-1"}', None])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "batchcls-plan"}', None])
 def test_a_run_whose_plan_is_damaged_or_gone_is_named_and_left(
     output: str, prune: Call, damage: bytes | None
 ):
@@ -195,7 +195,7 @@ def test_a_run_that_this_user_may_not_read_is_named_and_keeps_no_other(
         if unreadable == "predictions":  # what has to be removed cannot be; the next prune goes on
             assert (code, "permission denied; check the permissions" in said) == (2, True)
         else:
-            assert (code, "left alone" in said) == (0, True), said
+            assert (code, "not touched" in said) == (0, True), said
         assert [run.run_id for run in list_runs(output, Storage())] == ["odd"]
     finally:
         (folder / unreadable).chmod(0o700)
@@ -208,7 +208,7 @@ def test_whatever_is_left_of_a_removal_is_known_and_removed(output: str, prune: 
     folder = write_run(output, Night("a"), items(4))
     with leased(folder, Storage()):
         pass
-    put(output, f"a/{REMOVAL}", b'{"format": "batchcls-removal-1"}')
+    put(output, f"a/{REMOVAL}", b'{"format": "batchcls-removal"}')
     for info in Storage().list_files(folder):
         if info.uri.removeprefix(f"{folder}/").partition("/")[0] not in left:
             Storage().remove([info.uri])
@@ -221,7 +221,7 @@ def test_a_published_run_keeps_its_files_whatever_a_dead_prune_has_written(outpu
     folder = write_run(output, Night("a"), items(4))
     publish(output, "a", Storage())
     before = Storage().list_files(folder)
-    put(output, f"a/{REMOVAL}", b'{"format": "batchcls-removal-1"}')
+    put(output, f"a/{REMOVAL}", b'{"format": "batchcls-removal"}')
     assert prune(output)[0] == 0
     assert Storage().list_files(folder) == before
     assert read_current(output, Storage()) == "a"
@@ -248,7 +248,7 @@ def test_a_run_that_is_published_before_its_removal_stays(output: str):
     chosen = list_run(output, "a", Storage())
     before = Storage().list_files(folder, ".parquet")
     storage = _Meanwhile(lambda: publish(output, "a", Storage()), before=True)
-    assert remove(output, chosen, keeping(), storage) == Removed(0, "published meanwhile")
+    assert remove(output, chosen, keeping(), storage) == Removed(0, "published in the meantime")
     assert Storage().list_files(folder, ".parquet") == before
     assert list_run(output, "a", Storage()).record is not None
     assert read_current(output, Storage()) == "a"
@@ -259,7 +259,7 @@ def test_a_run_whose_removal_has_begun_is_not_published(output: str):
     chosen = list_run(output, "a", Storage())
 
     def publish_now() -> None:
-        with pytest.raises(PublishRefused, match="removal has begun"):
+        with pytest.raises(PublishRefused, match="removal has started"):
             publish(output, "a", Storage(), force=True)
 
     assert remove(output, chosen, keeping(), _Meanwhile(publish_now, before=False)).kept_because is None
@@ -274,7 +274,7 @@ def test_a_reader_that_asks_before_the_last_look_is_heard(output: str):
     asks = _Meanwhile(
         lambda: put(output, "a/readers/search.json", json.dumps({"until": until}).encode()), before=False
     )
-    assert remove(output, chosen, keeping(), asks) == Removed(0, "read by search meanwhile")
+    assert remove(output, chosen, keeping(), asks) == Removed(0, "read by search in the meantime")
     assert list_run(output, "a", Storage()).record is not None
 
 
@@ -296,7 +296,7 @@ def test_a_run_that_was_resumed_and_committed_since_it_was_chosen_stays(output: 
         assert "works on it" in str(remove(output, chosen, keeping(), Storage()).kept_because)
     Storage().remove([join(output, "runs", "a", "plan.json")])
     write_run(output, Night("a"), items(4))
-    assert remove(output, chosen, keeping(), Storage()).kept_because == "it was changed meanwhile"
+    assert remove(output, chosen, keeping(), Storage()).kept_because == "it has changed in the meantime"
     assert list_run(output, "a", Storage()).record is not None
 
 
@@ -307,7 +307,7 @@ def test_a_job_whose_run_was_removed_before_it_took_the_lease_ends(output: str):
     assert remove(output, chosen, keeping(), Storage()).kept_because is None
     with (
         leased(run_folder(output, "a"), Storage()),
-        pytest.raises(LeaseLostError, match="was removed meanwhile"),
+        pytest.raises(LeaseLostError, match="was removed in the meantime"),
     ):
         require_unfinished(output, "a", Storage())
     assert list_run(output, "a", Storage()).is_leftover

@@ -55,7 +55,7 @@ def test_a_publish_takes_the_place_of_the_one_before(output: str):
     publish(output, "b", Storage())
     current = json.loads(Storage().read_bytes(join(output, "current.json")))
     assert (current["run_id"], current["path"], current["previous"]) == ("b", "runs/b", "a")
-    assert read_published(output, Storage()).former == ["a"]
+    assert read_published(output, Storage()).previous == ["a"]
 
 
 def test_of_two_publishers_who_decided_on_the_same_sight_the_second_is_refused(output: str):
@@ -64,7 +64,7 @@ def test_of_two_publishers_who_decided_on_the_same_sight_the_second_is_refused(o
     sight = read_published(output, Storage())
     publish(output, "b", Storage(), sight)
     with pytest.raises(
-        PublishRefused, match=r"run b was published in the meantime, in place of a; run c is not"
+        PublishRefused, match=r"run b was published in the meantime instead of a; run c is not"
     ):
         publish(output, "c", Storage(), sight)
     assert read_current(output, Storage()) == "b"
@@ -117,7 +117,7 @@ def test_rollback_goes_back_one_by_one_and_not_forth(output: str):
         publish(output, name, Storage())
     assert roll_back(output, Storage(), whole).run_id == "b"
     assert roll_back(output, Storage(), whole).run_id == "a"
-    with pytest.raises(PublishRefused, match="no run that was published before a is left"):
+    with pytest.raises(PublishRefused, match="no complete run is left that was published before a"):
         roll_back(output, Storage(), whole)
     assert read_current(output, Storage()) == "a"
     publish(output, "c", Storage())
@@ -138,12 +138,12 @@ def test_rollback_passes_over_what_is_not_whole(tmp_path: Path):
 
 def test_what_must_not_be_published_is_not(tmp_path: Path):
     output = str(tmp_path)
-    with pytest.raises(InputError, match="nothing is published"):
+    with pytest.raises(InputError, match="no run is published"):
         roll_back(output, Storage(), whole)
     with pytest.raises(InputError, match="no committed run"):
         publish(output, "a", Storage())
     write_run(output, Night("trial", unpublishable=["--limit 4: a part only"]), items(4))
-    with pytest.raises(PublishRefused, match="never published: --limit 4") as caught:
+    with pytest.raises(PublishRefused, match="must not be published: --limit 4") as caught:
         publish(output, "trial", Storage())
     assert caught.value.exit_code == ExitCode.PUBLISH_REFUSED
     (tmp_path / "current.json").write_text("{")
@@ -158,7 +158,7 @@ def test_a_run_that_was_begun_before_the_published_one_needs_force(output: str):
     publish(output, "yesterday", Storage())
     publish(output, "tonight", Storage())
     with pytest.raises(
-        PublishRefused, match=r"begun 2026-11-25 01:15:00 UTC, before run tonight.*--force"
+        PublishRefused, match=r"started at 2026-11-25 01:15:00 UTC, before run tonight.*--force"
     ) as caught:
         publish(output, "yesterday", Storage())
     assert caught.value.exit_code == ExitCode.PUBLISH_REFUSED
@@ -222,7 +222,7 @@ def test_a_run_that_is_published_already_is_published(output: str):
     publish(output, "a", Storage(), before)
     assert read_published(output, Storage()) == before
     publish(output, "b", Storage())
-    with pytest.raises(PublishedMeanwhileError, match="run b was published in the meantime, in place of a"):
+    with pytest.raises(PublishedMeanwhileError, match="run b was published in the meantime instead of a"):
         publish(output, "a", Storage(), before)
 
 
@@ -262,7 +262,7 @@ def test_a_run_without_all_its_files_is_neither_published_nor_rolled_back_to(out
     for name in ("a", "b", "c"):
         publish(output, name, storage)
     storage.write_atomic(join(output, "runs", "b", "removal.json"), b"{}")
-    with pytest.raises(PublishRefused, match="its removal has begun"):
+    with pytest.raises(PublishRefused, match="its removal has started"):
         publish(output, "b", storage, force=True)
     done = roll_back(output, storage, lambda record: presence_faults(record, storage))
     assert (done.run_id, list(done.skipped)) == ("a", ["b"])
@@ -284,6 +284,8 @@ def test_an_answer_that_is_lost_after_the_write_is_no_failure(
 
 
 CURRENT = {
+    "format": "batchcls-current",
+    "path": "runs/a",
     "run_id": "a",
     "published": "2026-11-26T01:15:00+00:00",
     "history": [

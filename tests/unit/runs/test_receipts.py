@@ -10,7 +10,7 @@ import pytest
 from batchcls.errors import StorageStoppedError
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.runs.parts import PartFile, Receipt
-from batchcls.runs.receipts import keep_receipt, missing_rows, read_receipts, settle_receipts
+from batchcls.runs.receipts import missing_rows, read_receipts, select_receipts, write_receipt
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Item, block, items
 from tests.unit.runs.test_parts import classified, writer
@@ -19,7 +19,7 @@ STORAGE = Storage()
 
 
 def keep(folder: Path, *blocks: pa.Table) -> Receipt:
-    return keep_receipt(writer(folder).write(list(blocks)), str(folder), STORAGE)
+    return write_receipt(writer(folder).write(list(blocks)), str(folder), STORAGE)
 
 
 def pairs(found: RowRanges) -> list[tuple[int, int]]:
@@ -45,7 +45,7 @@ def test_of_two_receipts_for_the_same_rows_one_counts(tmp_path: Path):
     for _ in range(3):
         keep(tmp_path, classified([1, None, 3]))
     keep(tmp_path, classified([4, 5], 3))
-    kept = settle_receipts(read_receipts(str(tmp_path), STORAGE), 6, lambda _: False)
+    kept = select_receipts(read_receipts(str(tmp_path), STORAGE), 6, lambda _: False)
     assert sum(one.rows for one in kept) == 5
     assert pairs(missing_rows(kept, 6)) == [(5, 6)]
 
@@ -66,12 +66,12 @@ def test_what_may_pass_has_a_file_of_its_own_and_is_done_again(tmp_path: Path):
 
     rows = [*items(2), Item("gone", reason="not_found"), Item("cut", reason="truncated"), *items(1)]
     written = PartWriter(str(tmp_path), STORAGE, (), pa.float16(), DIMENSION).write([block(rows)])
-    keep_receipt(written, str(tmp_path), STORAGE)
+    write_receipt(written, str(tmp_path), STORAGE)
     read = read_receipts(str(tmp_path), STORAGE)
-    kept = settle_receipts(read, 5, lambda file: file.is_retryable)
+    kept = select_receipts(read, 5, lambda file: file.is_retryable)
     assert pairs(missing_rows(kept, 5)) == [(2, 3)]
     assert kept[0].failures == Counter(truncated=1)
-    kept = settle_receipts(read, 5, lambda file: file.kind == "quarantine")
+    kept = select_receipts(read, 5, lambda file: file.kind == "quarantine")
     assert pairs(missing_rows(kept, 5)) == [(2, 4)]
 
 
@@ -79,11 +79,22 @@ def test_answers_win_over_an_older_quarantine_of_the_same_rows():
     def file(kind: str, path: str, *ranges: tuple[int, int]) -> PartFile:
         starts, stops = (np.array(side, np.int64) for side in zip(*ranges, strict=True))
         found = RowRanges(starts, stops)
-        return PartFile(path, kind, len(found), 1, "", found, failures=Counter(truncated=len(found)))
+        return PartFile(
+            path=path,
+            kind=kind,
+            rows=len(found),
+            bytes=1,
+            digest="",
+            ranges=found,
+            failures=Counter(truncated=len(found)),
+        )
 
-    before = Receipt("a", (file("quarantine", "q/a", (2, 3), (5, 6)),), {}, 0, 0.0)
-    after = Receipt("b", (file("predictions", "p/b", (5, 6)),), {}, 0, 0.0)
-    kept = settle_receipts([before, after], 8, lambda _: False)
+    def receipt(name: str, part: PartFile) -> Receipt:
+        return Receipt(name=name, files=(part,), seconds={}, image_bytes=0, written_at=0.0)
+
+    before = receipt("a", file("quarantine", "q/a", (2, 3), (5, 6)))
+    after = receipt("b", file("predictions", "p/b", (5, 6)))
+    kept = select_receipts([before, after], 8, lambda _: False)
     assert [file.path for one in kept for file in one.files] == ["p/b"]
 
 
@@ -92,4 +103,4 @@ def test_a_full_disk_stops_and_leaves_no_receipt(tmp_path: Path):
     receipt = writer(tmp_path).write([classified([1])])
     (tmp_path / "receipts").symlink_to("/dev/full/nowhere")
     with pytest.raises(StorageStoppedError, match="run the same command again to resume"):
-        keep_receipt(receipt, str(tmp_path), STORAGE)
+        write_receipt(receipt, str(tmp_path), STORAGE)

@@ -5,7 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from batchcls.runs.catalog import RunRecord, read_record
+from batchcls.runs.catalog import read_record
+from batchcls.runs.records import RunRecord
 from batchcls.runs.reuse import EarlierRows, Index, ReuseSource, hashes_of, open_reuse_source, state_keys
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Item, Night, write_run

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,13 @@ from tests.conftest import REPOSITORY, S3Server
 from tests.helpers.runs import Night, begin_run, items, plan_of, write_parts
 
 STORAGE = Storage()
-SAME = Fingerprints("m" * 64, "b" * 64, {"top_k": 5})
-OTHER = replace(SAME, manifest="n" * 64)
+SAME = Fingerprints(manifest="m" * 64, model="b" * 64, settings={"top_k": 5})
+OTHER = SAME.model_copy(update={"manifest": "n" * 64})
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -66,7 +65,7 @@ def test_of_four_drivers_at_once_one_begins_and_nothing_of_it_stays(place: tuple
         thread.join()
     assert len(began) == 1
     assert len(refused) == 3
-    assert all("is about to begin a run of this manifest" in text and "--run-id" in text for text in refused)
+    assert all("is about to start a run of this manifest" in text and "--run-id" in text for text in refused)
     assert below(place) == []
     with exclusive_start(output, SAME, storage), exclusive_start(output, OTHER, storage):
         assert len(below(place)) == 2
@@ -81,7 +80,7 @@ def test_what_a_dead_driver_has_left_is_taken_over_or_swept(tmp_path: Path):
         "from batchcls.storage.filesystem import Storage\n"
         "held = []\n"
         "for name in 'mn':\n"
-        f"    same = Fingerprints(name * 64, 'b' * 64, {{'top_k': 5}})\n"
+        f"    same = Fingerprints(manifest=name * 64, model='b' * 64, settings={{'top_k': 5}})\n"
         f"    held.append(exclusive_start({str(tmp_path)!r}, same, Storage()))\n"
         "    held[-1].__enter__()\n"
         "os.kill(os.getpid(), 9)\n"
@@ -104,8 +103,8 @@ def test_a_driver_whose_decision_was_taken_over_must_not_begin(tmp_path: Path):
 
 def test_what_else_lies_beside_decisions_is_left(tmp_path: Path):
     for name in ("notes", "a" * 24 + "x", "A" * 24):
-        (tmp_path / "beginning" / name / "lease").mkdir(parents=True)
-        (tmp_path / "beginning" / name / "lease" / "000001.json").write_text("{}")
+        (tmp_path / "starting" / name / "lease").mkdir(parents=True)
+        (tmp_path / "starting" / name / "lease" / "000001.json").write_text("{}")
     with exclusive_start(str(tmp_path), SAME, STORAGE):
         pass
     assert len(list(tmp_path.rglob("*.json"))) == 3
@@ -141,7 +140,7 @@ def test_bad_input_after_something_was_written_stops_a_run_that_can_go_on(place:
             write_parts(join(output, "runs", "a"), items(4), storage)
             raise InputError("gone")
 
-    with pytest.raises(RunStoppedError, match="gone; not committed, the same command goes on"):
+    with pytest.raises(RunStoppedError, match="gone; not committed; the same command resumes"):
         work()
     assert RunStoppedError.exit_code == ExitCode.BUDGET_EXCEEDED
     assert any(name.endswith("plan.json") for name in below(place))

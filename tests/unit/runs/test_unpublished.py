@@ -1,7 +1,6 @@
 """Which committed run the same command publishes: one whose job ended between the commit and the publish."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from batchcls.runs.plan import Fingerprints, create_plan
 from batchcls.runs.publish import publish, roll_back
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
-from tests.helpers.runs import Night, begun_on, items, plan_of, write_parts, write_run
+from tests.helpers.runs import Night, begun_on, findings_of, items, plan_of, write_parts, write_run
 
-PASSED = {"gate": "coverage_fraction", "figure": 1.0, "limit": 0.9, "passed": True, "sentence": "all"}
+PASSED = {"gate": "coverage_fraction", "value": 1.0, "limit": 0.9, "passed": True, "message": "all"}
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -43,10 +42,10 @@ def committed(
     """What a command with these settings has committed and not published; returns the run's folder."""
     config, storage = config_of(output, **changes), Storage()
     plan = plan_of(Night(name, unpublishable=["a trial"] if trial else []), 4)
-    plan = replace(plan, config=config.redacted(), fingerprints=about(config))
+    plan = plan.model_copy(update={"config": config.redacted(), "fingerprints": about(config)})
     folder = create_plan(plan, output, storage)
     receipts = write_parts(folder, items(4), storage)
-    findings = {"measured": {}, "gates": [PASSED] if gates is None else gates, "baseline": None}
+    findings = findings_of({"gates": [PASSED] if gates is None else gates})
     commit(plan, receipts, reconcile(receipts, 4), findings, storage, folder)
     return folder
 

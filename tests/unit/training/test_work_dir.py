@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from batchcls.errors import InputError
 from batchcls.runs import lease as leases
 from batchcls.storage.filesystem import Storage
+from batchcls.training.batch_plan import StepPlan
 from batchcls.training.work_dir import digest_of, find_run, finish_run, locked_work_dir, record_run
 from tests.conftest import REPOSITORY
 
@@ -24,7 +24,7 @@ def claim(folder: Path, decides: dict | None = None, *, restart: bool = False):
     decides = decides or DECIDES
     found = find_run(str(folder), decides, Storage(), restart=restart)
     if not found.is_resumed:
-        record_run(str(folder), found, decides, {"batch_size": 32}, Storage())
+        record_run(str(folder), found, decides, StepPlan(32, 1), Storage())
     return found
 
 
@@ -33,7 +33,7 @@ def test_the_same_command_finds_its_run_again(tmp_path: Path):
     again = claim(tmp_path)
     assert (first.is_resumed, again.is_resumed) == (False, True)
     assert first.run_id == again.run_id
-    assert again.plan == {"batch_size": 32}
+    assert again.plan == StepPlan(32, 1)
 
 
 def test_nothing_is_written_before_the_folder_is_taken(tmp_path: Path):
@@ -78,6 +78,7 @@ def test_the_digest_does_not_depend_on_the_order_of_names():
 HOLDER = """
 import sys
 from batchcls.storage.filesystem import Storage
+from batchcls.training.batch_plan import StepPlan
 from batchcls.training.work_dir import locked_work_dir
 with locked_work_dir(sys.argv[1], Storage()):
     print("locked", flush=True)
@@ -125,15 +126,16 @@ def test_work_directory_of_a_killed_process_is_available_at_once(tmp_path: Path)
 def test_work_directory_of_another_host_is_rejected_while_its_lease_is_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
-    other = replace(leases.Holder.here(), place="elsewhere", host="elsewhere")
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
+    other = leases.Holder.here().model_copy(update={"pid_scope": "elsewhere", "host": "elsewhere"})
     path = tmp_path / "lease" / "000001.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(asdict(other)))
+    path.write_bytes(other.to_json())
     message = r"in use by process \d+ on elsewhere .*another host that crashed blocks it for 60 s"
     with pytest.raises(InputError, match=message), locked_work_dir(str(tmp_path), Storage()):
         pass
-    path.write_text(json.dumps(asdict(replace(other, beat=time.time() - leases.DEAD_SECONDS - 1))))
+    long_ago = time.time() - leases.DEAD_SECONDS - 1
+    path.write_bytes(other.model_copy(update={"heartbeat": long_ago}).to_json())
     with locked_work_dir(str(tmp_path), Storage()) as lease:
         lease.confirm()
 
