@@ -39,7 +39,7 @@ def drawn_images() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("resize", [32, 40, 41])
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
-def test_five_crops_are_those_of_torchvision(resize, crop_mode):
+def test_five_crops_match_torchvision(resize, crop_mode):
     record = preprocessing(resize, crop_mode)
     for image in drawn_images():
         height, width = image.shape[:2]
@@ -52,7 +52,7 @@ def test_five_crops_are_those_of_torchvision(resize, crop_mode):
         assert np.array_equal(Transform(record, views_of("five-crop", record))(image), expected)
 
 
-def test_corners_of_a_padded_image_are_refused():
+def test_corner_crops_of_padded_images_are_rejected():
     with pytest.raises(InputError, match="border"):
         views_of("ten-crop", preprocessing(crop_mode="border"))
     assert views_of("hflip", preprocessing(crop_mode="border")).count == 2
@@ -83,19 +83,19 @@ def block(images: list[np.ndarray | None]) -> pa.Table:
 
 
 def plain_loop(engine: TorchEager, image: np.ndarray, tta: str) -> tuple[np.ndarray, np.ndarray]:
-    """One view after the other, each a batch of its own, and the mean of what they say."""
+    """Predict the views sequentially in separate batches, and return the mean of the predictions."""
     crops = Transform(preprocessing(), views_of("five-crop", preprocessing()))(image)
     chosen = list(crops) if tta in ("five-crop", "ten-crop") else [crops[4]]
     if tta in ("hflip", "ten-crop"):
         chosen += [crop[:, ::-1] for crop in chosen]
-    answers = [engine.predict(np.ascontiguousarray(crop)[np.newaxis]) for crop in chosen]
-    probabilities = [torch.softmax(torch.from_numpy(answer.logits), 1).numpy()[0] for answer in answers]
-    return np.mean(probabilities, axis=0), np.mean([answer.embedding[0] for answer in answers], axis=0)
+    outputs = [engine.predict(np.ascontiguousarray(crop)[np.newaxis]) for crop in chosen]
+    probabilities = [torch.softmax(torch.from_numpy(output.logits), 1).numpy()[0] for output in outputs]
+    return np.mean(probabilities, axis=0), np.mean([output.embedding[0] for output in outputs], axis=0)
 
 
 @pytest.mark.parametrize("l2_normalize", [False, True])
 @pytest.mark.parametrize("tta", ["none", "hflip", "five-crop", "ten-crop"])
-def test_answers_are_the_means_of_a_plain_loop_over_the_views(engine, tta, l2_normalize):
+def test_predictions_are_means_over_the_views(engine, tta, l2_normalize):
     views = views_of(tta, preprocessing())
     settings = PredictSettings(
         labels=LABELS, top_k=7, embedding=pa.float32(), embedding_dimension=96, l2_normalize=l2_normalize,
@@ -103,8 +103,8 @@ def test_answers_are_the_means_of_a_plain_loop_over_the_views(engine, tta, l2_no
     )  # fmt: skip
     transform = Transform(preprocessing(), views)
     images = [transform(image) for image in drawn_images()]
-    answered = Predictor(engine, settings)(block([images[0], None, *images[1:]]))
-    rows = [row for row in answered.to_pylist() if row["label"] is not None]
+    predicted = Predictor(engine, settings)(block([images[0], None, *images[1:]]))
+    rows = [row for row in predicted.to_pylist() if row["label"] is not None]
     assert [row["row"] for row in rows] == [0, 2, 3, 4]
     for row, image in zip(rows, drawn_images(), strict=True):
         probabilities, embedding = plain_loop(engine, image, tta)
@@ -115,7 +115,7 @@ def test_answers_are_the_means_of_a_plain_loop_over_the_views(engine, tta, l2_no
         assert np.allclose(row["embedding"], embedding, atol=1e-5)
 
 
-def test_one_view_that_is_not_finite_fails_its_image_and_no_other(engine):
+def test_non_finite_view_fails_only_its_image(engine):
     class Broken(TorchEager):
         in_flight = 1
 
@@ -126,9 +126,9 @@ def test_one_view_that_is_not_finite_fails_its_image_and_no_other(engine):
             return CompletedOutput(self.predict(pixels))
 
         def predict(self, pixels):
-            answer = engine.predict(pixels)
-            answer.logits[(pixels == 255).all(axis=(1, 2, 3))] = np.inf
-            return answer
+            output = engine.predict(pixels)
+            output.logits[(pixels == 255).all(axis=(1, 2, 3))] = np.inf
+            return output
 
     views = views_of("five-crop", preprocessing())
     settings = PredictSettings(LABELS, 1, None, 96, False, views, (32, 32, 3), "engine", 4, ())

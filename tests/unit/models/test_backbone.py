@@ -13,10 +13,10 @@ CLASSES = 7
 
 ARGUMENTS = {"torchvision:vit_b_16": {"image_size": 32}}
 
-# Their heads read the feature map, not the embedding: each place is classified, or timm does the cut.
+# Their heads read the feature map instead of the embedding: SqueezeNet classifies each position, and timm splits LeViT.
 HEADS_ON_FEATURES = {"torchvision:squeezenet1_1", "timm:levit_128"}
 
-# One architecture for each way in which the libraries end a classifier, with a small input.
+# One architecture for each kind of classifier in the libraries, with a small input size.
 ARCHITECTURES = [
     ("torchvision:alexnet", 64),
     ("torchvision:convnext_tiny", 64),
@@ -65,7 +65,7 @@ def _images(count: int, side: int) -> torch.Tensor:
 
 
 def _spread_statistics(model: nn.Module) -> None:
-    """Give every normalization statistics of its own, as training does."""
+    """Set different statistics in every BatchNorm layer, as training does."""
     generator = torch.Generator().manual_seed(3)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -74,7 +74,7 @@ def _spread_statistics(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("name", "side"), ARCHITECTURES)
-def test_one_pass_gives_the_logits_of_the_intact_network_and_an_embedding(name, side):
+def test_logits_match_the_full_network_and_embedding_is_returned(name, side):
     model, classifiers = _model(name)
     _spread_statistics(model)
     images = _images(2, side)
@@ -91,7 +91,7 @@ def test_one_pass_gives_the_logits_of_the_intact_network_and_an_embedding(name, 
     assert not torch.equal(embedding[0], embedding[1])
 
 
-def test_the_embedding_of_squeezenet_is_its_feature_map_averaged():
+def test_squeezenet_embedding_is_the_mean_feature_map():
     model, classifiers = _model("torchvision:squeezenet1_1")
     features = model.features(_images(2, 64)).detach()
     _, embedding = Backbone(model, classifiers, (64, 64))(_images(2, 64))
@@ -99,7 +99,7 @@ def test_the_embedding_of_squeezenet_is_its_feature_map_averaged():
     assert embedding.shape == (2, 512)
 
 
-def test_several_classifiers_with_different_biases_and_shares_add_up():
+def test_weighted_sum_of_classifiers_with_biases_is_preserved():
     model, classifiers = _model("timm:efficientvim_m1")
     assert len(classifiers) == 4
     widths = sum(model.get_submodule(path).in_features for path in classifiers)
@@ -116,7 +116,7 @@ def test_several_classifiers_with_different_biases_and_shares_add_up():
 
 @pytest.mark.parametrize("tap", ["pooled", "stage2"])
 @pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:mobilenet_v3_small"])
-def test_statistics_of_batches_never_change_and_answers_do_not_depend_on_the_rest_of_a_batch(name, tap):
+def test_outputs_are_independent_of_batching_and_buffers_do_not_change(name, tap):
     model, classifiers = _model(name)
     _spread_statistics(model.train())
     before = {key: value.clone() for key, value in model.named_buffers()}
@@ -124,26 +124,26 @@ def test_statistics_of_batches_never_change_and_answers_do_not_depend_on_the_res
     stage = find_tap(spec, model, get_library(spec), tap, (64, 64))
     backbone = Backbone(model, classifiers, (64, 64), stage)
     images = _images(7, 64)
-    together = backbone(images)
+    one_batch = backbone(images)
     batches = [backbone(batch) for batch in images.split([1, 4, 2])]
-    for answers, expected in zip(zip(*batches, strict=True), together, strict=True):
+    for outputs, expected in zip(zip(*batches, strict=True), one_batch, strict=True):
         assert expected.std(0).max() > 0
         scale = float(expected.abs().max())
-        torch.testing.assert_close(torch.cat(answers), expected, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(torch.cat(outputs), expected, rtol=0, atol=1e-5 * scale)
     after = dict(model.named_buffers())
     assert len(before) > 10
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
-def test_a_network_in_training_comes_out_in_evaluation_and_frozen():
+def test_backbone_is_frozen_and_in_eval_mode():
     model, classifiers = _model("torchvision:resnet18")
     backbone = Backbone(model.train(), classifiers, (64, 64))
     assert not any(part.training for part in backbone.modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
-def test_a_backbone_refuses_to_train_and_stays_as_it_is():
+def test_train_raises_and_keeps_eval_mode():
     model, classifiers = _model("timm:mobilenetv3_small_050")
     backbone = Backbone(model, classifiers, (64, 64))
     with pytest.raises(RuntimeError, match="stays in eval mode"):
@@ -152,7 +152,7 @@ def test_a_backbone_refuses_to_train_and_stays_as_it_is():
     assert backbone.eval() is backbone
 
 
-def test_under_autocast_the_head_stays_in_float32():
+def test_head_stays_in_float32_under_autocast():
     model, classifiers = _model("torchvision:resnet18")
     backbone = Backbone(model, classifiers, (64, 64))
     with torch.inference_mode():
@@ -164,14 +164,14 @@ def test_under_autocast_the_head_stays_in_float32():
     torch.testing.assert_close(logits, exact, rtol=0.05, atol=0.05)
 
 
-def test_a_size_that_the_network_does_not_take_is_refused_with_the_size():
+def test_unsupported_image_size_is_rejected():
     model, classifiers = _model("timm:vit_tiny_patch16_224")
     with pytest.raises(InputError, match=r"does not accept images of 64 x 64 pixels.*--input-size"):
         Backbone(model, classifiers, (64, 64))
 
 
 class _Squared(nn.Module):
-    """A classifier with something behind its last layer that no cut can see."""
+    """A classifier with an operation behind its last layer, which the split cannot reproduce."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _Squared(nn.Module):
 
 
 class _Grouped(nn.Module):
-    """A classifier whose last layer is no linear layer."""
+    """A classifier whose last layer is not a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,17 +200,17 @@ class _Grouped(nn.Module):
         (_Squared, (), "does not name its classifier"),
     ],
 )
-def test_a_network_that_cannot_be_cut_is_refused(model, classifiers, message):
+def test_network_that_cannot_be_split_is_rejected(model, classifiers, message):
     with pytest.raises(InputError, match=message):
         Backbone(model(), classifiers, (8, 8))
 
 
-def test_a_network_that_answers_with_maps_is_no_classifier():
+def test_network_without_logits_is_rejected():
     with pytest.raises(InputError, match="is not a classifier"):
         Backbone(nn.Sequential(nn.Conv2d(3, 4, 1)), ("0",), (8, 8))
 
 
-def test_weights_that_answer_nan_are_refused():
+def test_weights_with_nan_outputs_are_rejected():
     model = _Squared()
     nn.init.constant_(model.fc.weight, float("nan"))
     with pytest.raises(InputError, match="NaN or infinity"):

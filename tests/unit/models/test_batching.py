@@ -1,4 +1,4 @@
-"""Memory that runs out during a run: batches are halved, and every image keeps its answer."""
+"""Batches are halved when memory runs out, and every image keeps its output."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,10 +15,10 @@ from batchcls.models.sources import find_model, get_library
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Small(TorchEager):
-    """A real network on a device that has room for `room` images at a time."""
+class SmallMemoryEngine(TorchEager):
+    """A real network on a device that has memory for `capacity` images; `early` raises in `submit`."""
 
-    room = 1000
+    capacity = 1000
     early = False
     error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
@@ -35,14 +35,14 @@ class Small(TorchEager):
 
     def submit(self, pixels):
         self.sizes.append(len(pixels))
-        if len(pixels) <= self.room:
+        if len(pixels) <= self.capacity:
             return super().submit(pixels)
         if self.early:
             raise self.error
-        return Failed(self.error)
+        return FailedOutput(self.error)
 
 
-class Failed:
+class FailedOutput:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
@@ -51,65 +51,66 @@ class Failed:
 
 
 @pytest.fixture
-def small() -> Small:
-    return Small()
+def small() -> SmallMemoryEngine:
+    return SmallMemoryEngine()
 
 
 def pixels(count: int, seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
 
 
-def assert_same(answer, expected) -> None:
-    np.testing.assert_allclose(answer.logits, expected.logits, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(answer.embedding, expected.embedding, rtol=0, atol=1e-5)
+def assert_same(output, expected) -> None:
+    np.testing.assert_allclose(output.logits, expected.logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(output.embedding, expected.embedding, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["in the result", "when submitted"])
 @pytest.mark.parametrize(
-    "error", [Small.error, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [SmallMemoryEngine.error, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
 )
-def test_a_batch_that_does_not_fit_is_answered_in_parts_row_by_row(small, early, error):
+def test_batch_that_does_not_fit_is_split_without_changing_outputs(small, early, error):
     expected = small.predict(pixels(13))
-    small.room, small.early, small.error = 3, early, error
+    small.capacity, small.early, small.error = 3, early, error
     assert_same(OomSplittingEngine(small).predict(pixels(13)), expected)
 
 
-def test_the_size_that_fitted_is_remembered_and_not_exceeded_again(small):
-    small.room = 3
-    halving = OomSplittingEngine(small)
-    assert halving.largest_batch is None
-    halving.predict(pixels(8))
-    assert halving.largest_batch == 2
+def test_largest_batch_is_remembered_and_not_exceeded(small):
+    small.capacity = 3
+    splitting = OomSplittingEngine(small)
+    assert splitting.largest_batch is None
+    splitting.predict(pixels(8))
+    assert splitting.largest_batch == 2
     small.sizes.clear()
-    assert halving.predict(pixels(7)).logits.shape == (7, 5)
+    assert splitting.predict(pixels(7)).logits.shape == (7, 5)
     assert small.sizes == [2, 2, 2, 1]
 
 
-def test_batches_under_way_when_memory_runs_out_all_get_their_answers(small):
+def test_in_flight_batches_complete_when_memory_runs_out(small):
     batches = [pixels(1 + seed % 9, seed) for seed in range(30)]
     expected = [small.predict(batch) for batch in batches]
-    small.room = 4
-    halving = OomSplittingEngine(small)
-    pending = [halving.submit(batch) for batch in batches]
+    small.capacity = 4
+    splitting = OomSplittingEngine(small)
+    pending = [splitting.submit(batch) for batch in batches]
     with ThreadPoolExecutor(3) as threads:
-        answers = list(threads.map(lambda one: one.result(), pending))
-    for answer, wanted in zip(answers, expected, strict=True):
-        assert_same(answer, wanted)
+        outputs = list(threads.map(lambda batch: batch.result(), pending))
+    for output, reference in zip(outputs, expected, strict=True):
+        assert_same(output, reference)
     assert_same(pending[8].result(), expected[8])
 
 
-def test_what_fits_is_passed_on_in_one_piece(small):
-    halving = OomSplittingEngine(small)
-    assert (halving.name, halving.device, halving.precision) == ("torch", "cpu", "fp32")
-    assert halving.in_flight == small.in_flight
+def test_batches_that_fit_are_not_split(small):
+    splitting = OomSplittingEngine(small)
+    assert (splitting.name, splitting.device, splitting.precision) == ("torch", "cpu", "fp32")
+    assert splitting.in_flight == small.in_flight
     for count in (0, 1, 6):
-        assert halving.predict(pixels(count)).embedding.shape[0] == count
+        assert splitting.predict(pixels(count)).embedding.shape[0] == count
     assert small.sizes == [0, 1, 6]
-    assert halving.largest_batch is None
+    assert splitting.largest_batch is None
 
 
-def test_one_image_that_does_not_fit_is_an_error_that_says_so(small):
-    small.room = 0
+def test_single_image_that_does_not_fit_raises_memory_error(small):
+    small.capacity = 0
     with pytest.raises(
         MemoryError, match="not enough memory on cpu for a single image with this network in fp32"
     ):
@@ -117,14 +118,14 @@ def test_one_image_that_does_not_fit_is_an_error_that_says_so(small):
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_other_errors_are_passed_on_at_once(small, early):
-    small.room, small.early, small.error = 2, early, RuntimeError("not implemented for 'BFloat16'")
+def test_other_errors_are_raised_without_splitting(small, early):
+    small.capacity, small.early, small.error = 2, early, RuntimeError("not implemented for 'BFloat16'")
     with pytest.raises(RuntimeError, match="BFloat16"):
         OomSplittingEngine(small).predict(pixels(4))
     assert small.sizes == [4]
 
 
-def test_the_real_allocator_says_so_in_words_that_are_known():
+def test_errors_of_pytorch_allocators_are_recognized():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
@@ -133,20 +134,20 @@ def test_the_real_allocator_says_so_in_words_that_are_known():
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-@pytest.mark.parametrize("room", [1, 3, 16])
-def test_the_probe_finds_a_size_that_fits(small, room):
-    small.room = room
+@pytest.mark.parametrize("capacity", [1, 3, 16])
+def test_probe_finds_a_size_that_fits(small, capacity):
+    small.capacity = capacity
     found = probe_batch_size(small, (32, 32, 3), start=8, max_size=64)
-    assert found <= room
+    assert found <= capacity
     assert max(small.sizes) <= 64
 
 
-def test_the_probe_stays_below_what_is_asked_of_it(small):
+def test_probe_does_not_exceed_the_largest_size(small):
     assert probe_batch_size(small, (32, 32, 3), start=8, max_size=5) <= 5
     assert max(small.sizes) <= 5
 
 
-def test_the_probe_says_when_nothing_fits(small):
-    small.room = 0
+def test_probe_raises_if_a_single_image_does_not_fit(small):
+    small.capacity = 0
     with pytest.raises(MemoryError, match="not enough memory on cpu for a single image"):
         probe_batch_size(small, (32, 32, 3), start=4, max_size=8)

@@ -16,14 +16,14 @@ from batchcls.models.engines.compile_cache import CompileCache
 
 KEY = {"name": "openvino timm:resnet50", "bundle": "0" * 64, "version": "1"}
 
-# A process that makes a conversion: says that it has begun, then waits for a line, then writes.
+# A process that creates an entry: prints "started", waits for a line on stdin, then writes.
 MAKER = """
 import sys
 from pathlib import Path
 from batchcls.models.engines.compile_cache import CompileCache
 def make(folder):
     (folder / "half").write_text("half")
-    print("begun", flush=True)
+    print("started", flush=True)
     sys.stdin.readline()
     (folder / "network").write_text("whole")
 print(CompileCache(Path(sys.argv[1])).get({key!r}, make), flush=True)
@@ -31,7 +31,7 @@ print(CompileCache(Path(sys.argv[1])).get({key!r}, make), flush=True)
 
 
 @pytest.fixture
-def conversions(tmp_path: Path) -> CompileCache:
+def cache(tmp_path: Path) -> CompileCache:
     return CompileCache(tmp_path / "engines")
 
 
@@ -42,12 +42,12 @@ def write(folder: Path) -> None:
 
 
 def refuse(folder: Path) -> None:
-    raise AssertionError("made again")
+    raise AssertionError("created again")
 
 
-def maker(conversions: CompileCache, environment: dict[str, str]) -> subprocess.Popen[str]:
+def start_creator(cache: CompileCache, environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", MAKER, str(conversions.folder)],
+        [sys.executable, "-c", MAKER, str(cache.folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -55,60 +55,60 @@ def maker(conversions: CompileCache, environment: dict[str, str]) -> subprocess.
     )
 
 
-def visible(conversions: CompileCache) -> list[str]:
-    return [path.name for path in conversions.folder.iterdir() if not path.name.endswith(".lock")]
+def visible(cache: CompileCache) -> list[str]:
+    return [path.name for path in cache.folder.iterdir() if not path.name.endswith(".lock")]
 
 
-def test_a_conversion_is_made_once_and_found_again(conversions):
-    folder = conversions.get(KEY, write)
+def test_entry_is_created_once_and_found_again(cache):
+    folder = cache.get(KEY, write)
     assert (folder / "network").read_text() == "whole"
-    assert conversions.get(dict(reversed(KEY.items())), refuse) == folder
-    assert pickle.loads(pickle.dumps(conversions)).get(KEY, refuse) == folder
+    assert cache.get(dict(reversed(KEY.items())), refuse) == folder
+    assert pickle.loads(pickle.dumps(cache)).get(KEY, refuse) == folder
 
 
-def test_its_folder_can_be_recognized_and_another_key_has_another(conversions):
-    folder = conversions.get(KEY, write)
+def test_folder_name_is_readable_and_unique_per_key(cache):
+    folder = cache.get(KEY, write)
     assert folder.name.startswith("openvino-timm-resnet50-")
     assert json.loads((folder / "key.json").read_text())["key"] == KEY
-    assert conversions.get({**KEY, "version": "2"}, write) != folder
-    assert conversions.get({"other": "../../x"}, write).parent == conversions.folder
+    assert cache.get({**KEY, "version": "2"}, write) != folder
+    assert cache.get({"other": "../../x"}, write).parent == cache.folder
 
 
-def test_a_second_process_waits_for_the_first_and_takes_what_it_made(conversions, clean_environment):
-    first = maker(conversions, clean_environment)
-    assert first.stdout.readline() == "begun\n"
-    second = maker(conversions, clean_environment)
+def test_second_process_waits_and_uses_the_same_entry(cache, clean_environment):
+    first = start_creator(cache, clean_environment)
+    assert first.stdout.readline() == "started\n"
+    second = start_creator(cache, clean_environment)
     found = []
-    thread = threading.Thread(target=lambda: found.append(conversions.get(KEY, refuse)))
+    thread = threading.Thread(target=lambda: found.append(cache.get(KEY, refuse)))
     thread.start()
     out, _ = first.communicate("go\n")
     other, _ = second.communicate("go\n")
     thread.join()
-    assert out == other == f"{found[0]}\n"  # the second never said that it had begun
+    assert out == other == f"{found[0]}\n"  # the second process did not print "started"
     assert (first.returncode, second.returncode) == (0, 0)
 
 
-def test_what_a_killed_process_left_is_not_used_and_cleaned_away(conversions, clean_environment):
-    process = maker(conversions, clean_environment)
-    assert process.stdout.readline() == "begun\n"
+def test_leftovers_of_a_killed_process_are_removed(cache, clean_environment):
+    process = start_creator(cache, clean_environment)
+    assert process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    (left,) = visible(conversions)
-    assert (conversions.folder / left / "half").exists()
-    folder = conversions.get(KEY, write)
+    (leftover,) = visible(cache)
+    assert (cache.folder / leftover / "half").exists()
+    folder = cache.get(KEY, write)
     assert not (folder / "half").exists()
-    assert visible(conversions) == [folder.name]
+    assert visible(cache) == [folder.name]
 
 
-def test_a_conversion_that_fails_leaves_nothing_and_is_tried_again(conversions):
+def test_failed_creation_leaves_nothing_and_can_be_repeated(cache):
     def fail(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise RuntimeError("no such operation")
 
     with pytest.raises(RuntimeError, match="no such operation"):
-        conversions.get(KEY, fail)
-    assert visible(conversions) == []
-    assert (conversions.get(KEY, write) / "network").exists()
+        cache.get(KEY, fail)
+    assert visible(cache) == []
+    assert (cache.get(KEY, write) / "network").exists()
 
 
 @pytest.mark.parametrize(
@@ -121,18 +121,18 @@ def test_a_conversion_that_fails_leaves_nothing_and_is_tried_again(conversions):
         lambda folder: (folder / "key.json").write_text("[]"),
         lambda folder: (folder / "key.json").unlink(),
     ],
-    ids=["a file is gone", "cut off", "changed", "record is no JSON", "record of another form", "no record"],
+    ids=["missing file", "truncated", "modified", "record is not JSON", "record is not a dict", "no record"],
 )
-def test_a_damaged_conversion_is_made_again(conversions, damage):
-    folder = conversions.get(KEY, write)
+def test_damaged_entry_is_created_again(cache, damage):
+    folder = cache.get(KEY, write)
     damage(folder)
-    assert conversions.get(KEY, write) == folder
+    assert cache.get(KEY, write) == folder
     assert (folder / "network").read_text() == "whole"
     assert (folder / "inner" / "weights").stat().st_size == 256
-    conversions.get(KEY, refuse)
+    cache.get(KEY, refuse)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path):
+def test_unwritable_folder_is_rejected_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
         InputError, match=r"cannot be cached in .*file/engines .*; set BATCHCLS_CACHE_DIR to a"
@@ -140,7 +140,7 @@ def test_a_folder_that_cannot_be_written_is_refused_with_the_remedy(tmp_path):
         CompileCache.from_cache_dir(str(tmp_path / "file")).get(KEY, write)
 
 
-def test_the_cache_folder_is_the_named_one_or_the_environments_or_the_users(tmp_path, monkeypatch):
+def test_cache_folder_precedence(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("BATCHCLS_CACHE_DIR", raising=False)

@@ -38,7 +38,7 @@ def _images(count: int, side: int) -> torch.Tensor:
 
 
 def _tapped(model: nn.Module, stages: tuple[FeatureStage, ...], images: torch.Tensor) -> list[torch.Tensor]:
-    """What taps at all stages keep of one pass."""
+    """Return the embeddings of all stages in one forward pass."""
     taps = [FeatureTap(model, stage) for stage in stages]
     with torch.inference_mode():
         model(images)
@@ -46,12 +46,12 @@ def _tapped(model: nn.Module, stages: tuple[FeatureStage, ...], images: torch.Te
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without what timm's extractors put in front of it or between its parts."""
+    """Return a parameter's name without the prefixes and separators of timm's feature extractors."""
     return name.removeprefix("model.").removeprefix("body.").replace(".", "_")
 
 
 def _features_only(name: str, model: nn.Module) -> nn.Module:
-    """timm's own feature extractor with the weights of `model`."""
+    """Return timm's feature extractor with the weights of `model`."""
     count = len(model.feature_info)
     extractor = timm.create_model(name, features_only=True, out_indices=tuple(range(count)))
     state = {_plain_name(key): value for key, value in model.state_dict().items()}
@@ -73,7 +73,7 @@ def _features_only(name: str, model: nn.Module) -> nn.Module:
         ("swin_tiny_patch4_window7_224", 224, "NHWC", 4),
     ],
 )
-def test_stages_of_timm_are_what_features_only_gives(name, side, layout, count):
+def test_timm_stages_match_features_only(name, side, layout, count):
     model = _model(f"timm:{name}")
     stages = _stages(f"timm:{name}", model, side)
     assert [stage.name for stage in stages] == [f"stage{number}" for number in range(1, count + 1)]
@@ -91,8 +91,8 @@ def test_stages_of_timm_are_what_features_only_gives(name, side, layout, count):
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("test_vit", 1), ("cait_xxs24_224", 0)])
-def test_only_tokens_that_are_no_place_of_the_image_are_left_out(name, prefix):
-    """CaiT has a class token, as a ViT has, but adds it behind its stages."""
+def test_only_prefix_tokens_are_skipped(name, prefix):
+    """Like a ViT, CaiT has a class token, but it is added after the stages."""
     model = _model(f"timm:{name}")
     stages = _stages(f"timm:{name}", model, model.pretrained_cfg["input_size"][1])
     assert {stage.prefix for stage in stages} == {prefix}
@@ -128,7 +128,7 @@ TORCHVISION = [
 
 
 @pytest.mark.parametrize(("name", "side", "paths"), TORCHVISION)
-def test_stages_of_torchvision_are_what_its_feature_extractor_gives(name, side, paths):
+def test_torchvision_stages_match_its_feature_extractor(name, side, paths):
     model = _model(f"torchvision:{name}")
     stages = _stages(f"torchvision:{name}", model, side)
     assert [stage.path for stage in stages] == paths
@@ -143,7 +143,7 @@ def test_stages_of_torchvision_are_what_its_feature_extractor_gives(name, side, 
         assert found.shape == (2, stage.channels)
 
 
-def test_stages_of_a_torchvision_vit_are_the_patches_of_its_layers():
+def test_torchvision_vit_stages_are_means_of_patch_tokens():
     model = _model("torchvision:vit_b_16", image_size=32)
     stages = _stages("torchvision:vit_b_16", model, 32)
     assert len(stages) == 12
@@ -164,12 +164,12 @@ def test_stages_of_a_torchvision_vit_are_the_patches_of_its_layers():
         ("timm:test_resnet", [2, 4, 8, 16, 32]),
     ],
 )
-def test_the_reduction_of_a_stage_is_about_that_of_its_map(name, reductions):
+def test_reduction_of_stages(name, reductions):
     model = _model(name)
     assert [stage.reduction for stage in _stages(name, model, 224)] == reductions
 
 
-def test_torchvision_and_timm_cut_a_network_that_both_have_into_the_same_stages():
+def test_torchvision_and_timm_agree_on_stages_of_inception_v3():
     ours = _stages("torchvision:inception_v3", _model("torchvision:inception_v3"), 299)
     recorded = timm.create_model("inception_v3").feature_info
     assert [(s.path, s.channels, s.reduction) for s in ours] == [
@@ -186,7 +186,7 @@ def test_torchvision_and_timm_cut_a_network_that_both_have_into_the_same_stages(
         ("torchvision:swin_t", 64),
     ],
 )
-def test_a_tapped_backbone_gives_logits_and_the_stage_in_one_pass(name, side):
+def test_tapped_backbone_returns_logits_and_stage_in_one_pass(name, side):
     model = _model(name)
     tap = _tap(name, model, "stage2", side)
     images = _images(3, side)
@@ -205,7 +205,7 @@ def test_a_tapped_backbone_gives_logits_and_the_stage_in_one_pass(name, side):
         torch.testing.assert_close(one, embedding[:1], rtol=1e-4, atol=1e-5)
 
 
-def test_under_autocast_the_stage_is_averaged_in_float32():
+def test_stage_is_pooled_in_float32_under_autocast():
     name = "timm:test_resnet"
     model = _model(name)
     tap = _tap(name, model, "stage3", 64)
@@ -220,7 +220,7 @@ def test_under_autocast_the_stage_is_averaged_in_float32():
 
 
 @pytest.mark.parametrize("tap", ["pooled", "stage2"])
-def test_a_backbone_can_be_exported_for_any_batch_size(tap):
+def test_backbone_can_be_exported_for_any_batch_size(tap):
     name = "timm:test_resnet"
     model = _model(name)
     backbone = _backbone(name, model, 64, _tap(name, model, tap, 64))
@@ -230,7 +230,7 @@ def test_a_backbone_can_be_exported_for_any_batch_size(tap):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_copy_of_a_tapped_backbone_has_a_tap_of_its_own():
+def test_copy_of_tapped_backbone_has_its_own_tap():
     name = "timm:test_resnet"
     model = _model(name)
     backbone = _backbone(name, model, 64, _tap(name, model, "stage1", 64))
@@ -241,7 +241,7 @@ def test_a_copy_of_a_tapped_backbone_has_a_tap_of_its_own():
     assert not torch.equal(twin(_images(2, 64))[1], backbone(_images(2, 64))[1])
 
 
-def test_pooled_is_no_stage():
+def test_pooled_is_not_a_stage():
     assert _tap("timm:test_resnet", _model("timm:test_resnet"), "pooled", 64) is None
 
 
@@ -255,7 +255,7 @@ def test_pooled_is_no_stage():
         ("timm:test_resnet", 64, "layer4", r"--embedding-tap layer4: unknown.*pooled, or stage1"),
     ],
 )
-def test_a_stage_that_is_not_there_is_refused_with_what_there_is(name, side, tap, message):
+def test_unknown_stage_is_rejected_with_available_stages(name, side, tap, message):
     with pytest.raises(InputError, match=message):
         _tap(name, _model(name), tap, side)
 
@@ -263,13 +263,13 @@ def test_a_stage_that_is_not_there_is_refused_with_what_there_is(name, side, tap
 @pytest.mark.parametrize(
     ("name", "side"), [("torchvision:squeezenet1_1", 8), ("timm:swin_tiny_patch4_window7_224", 100)]
 )
-def test_a_size_that_the_network_does_not_take_is_refused(name, side):
+def test_unsupported_size_is_rejected_when_finding_stages(name, side):
     with pytest.raises(InputError, match=rf"does not accept images of {side} x {side} pixels"):
         _tap(name, _model(name), "stage1", side)
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:mobilenet_v3_small"])
-def test_looking_for_a_stage_leaves_the_network_as_it_was(name):
+def test_finding_a_stage_does_not_change_the_network(name):
     model = _model(name).train()
     model.get_submodule("bn1" if name.startswith("timm") else "features.1").eval()
     modes = [module.training for module in model.modules()]
@@ -280,26 +280,26 @@ def test_looking_for_a_stage_leaves_the_network_as_it_was(name):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_stage_of_another_network_is_refused():
+def test_stage_of_another_network_is_rejected():
     stage = FeatureStage("stage1", "features.0", "NCHW", 16, 2)
     with pytest.raises(InputError, match=r"ResNet has no module features\.0 for stage1"):
         _backbone("timm:test_resnet", _model("timm:test_resnet"), 64, stage)
 
 
-def test_a_stage_with_another_number_of_channels_is_refused():
+def test_stage_with_other_number_of_channels_is_rejected():
     stage = FeatureStage("stage1", "layer1", "NCHW", 16, 4)
     with pytest.raises(InputError, match=r"stage1 of ResNet has 32 channels instead of 16"):
         _backbone("timm:test_resnet", _model("timm:test_resnet"), 64, stage)
 
 
-def test_a_stage_whose_module_does_not_run_is_refused():
+def test_stage_whose_module_does_not_run_is_rejected():
     model = _model("timm:test_resnet")
     model.spare = nn.Conv2d(3, 4, 1)
     with pytest.raises(InputError, match=r"spare did not run"):
         _backbone("timm:test_resnet", model, 64, FeatureStage("stage1", "spare", "NCHW", 4, 1))
 
 
-def test_an_embedding_is_handed_out_once():
+def test_embedding_can_be_taken_once_per_pass():
     model = _model("timm:test_resnet")
     tap = FeatureTap(model, FeatureStage("stage1", "layer1", "NCHW", 32, 4))
     model(_images(1, 64))
@@ -308,7 +308,7 @@ def test_an_embedding_is_handed_out_once():
         tap.take()
 
 
-def test_a_layer_that_works_in_place_behind_a_stage_does_not_change_it():
+def test_later_in_place_layer_does_not_change_a_stage():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
     with torch.no_grad():
         expected = model[0](random_image((8, 8)))

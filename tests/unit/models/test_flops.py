@@ -10,7 +10,7 @@ from batchcls.models.flops import ModelCost, count_cost
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_convolution_and_a_linear_layer_are_counted_by_hand():
+def test_cost_of_convolution_and_linear_layer():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 20, 5)
     )
@@ -19,7 +19,7 @@ def test_a_convolution_and_a_linear_layer_are_counted_by_hand():
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
-def test_attention_counts_in_full_on_a_real_device_and_the_fast_path_is_left_as_it_was(fast_path):
+def test_attention_is_counted_and_fast_path_setting_is_restored(fast_path):
     torch.backends.mha.set_fastpath_enabled(fast_path)
     try:
         layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
@@ -40,20 +40,20 @@ class _Transpose(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_the_meta_device_gives_the_same_count(name):
+def test_meta_device_gives_the_same_cost(name):
     real = timm.create_model(name).eval()
     with torch.device("meta"):
-        hollow = timm.create_model(name).eval()
-    assert count_cost(real, (160, 160)) == count_cost(hollow, (160, 160))
+        meta = timm.create_model(name).eval()
+    assert count_cost(real, (160, 160)) == count_cost(meta, (160, 160))
 
 
-def test_a_backbone_costs_what_its_network_does():
+def test_backbone_has_the_cost_of_its_network():
     network = torchvision_models.squeezenet1_1().eval()
     expected = count_cost(network, (64, 64))
     assert count_cost(Backbone(network, ("classifier.1",), (64, 64)), (64, 64)) == expected
 
 
-def test_a_network_in_training_is_refused_and_keeps_its_statistics():
+def test_network_in_training_mode_is_rejected_without_changing_statistics():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     with pytest.raises(ValueError, match=r"call eval\(\) first"):
         count_cost(network.train(), (2, 2))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 CLASSES = 5
 IMAGE_SIZE = {"torchvision:vit_b_16": {"image_size": 32}}
 
-# Every way in which the two libraries put dropout, or none, in front of their classifiers.
+# All variants of dropout, or no dropout, in front of the classifiers of the two libraries.
 ARCHITECTURES = [
     ("torchvision:alexnet", 64),
     ("torchvision:convnext_tiny", 64),
@@ -51,7 +51,7 @@ def _images(count: int, side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "side"), ARCHITECTURES)
-def test_dropout_stands_in_front_of_the_classifier_in_training_only(name, side):
+def test_dropout_applies_to_classifier_input_in_training_only(name, side):
     plain, _ = _build(name)
     model, classifiers = _build(name, dropout=1.0)
     images, bias = _images(2, side), torch.linspace(0.1, 1, CLASSES)
@@ -64,20 +64,20 @@ def test_dropout_stands_in_front_of_the_classifier_in_training_only(name, side):
         torch.testing.assert_close(model.train()(images), bias.expand(2, CLASSES))
 
 
-def test_the_share_that_is_dropped_is_the_one_asked_for():
-    """The layer adds up what reaches it: of 100,000 ones, a fifth is gone and the rest is 1 / 0.8."""
+def test_dropout_probability_is_applied():
+    """The layer sums its inputs: of 100,000 ones, a fifth is dropped and the rest is scaled by 1 / 0.8."""
     model = nn.Sequential(nn.Linear(100_000, 1, bias=False)).requires_grad_(False)
     model[0].weight.fill_(1)
     set_dropout(model, ("0",), 0.2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        answers = model.train()(torch.ones(2, 100_000))
-    assert not torch.equal(answers[0], answers[1])
-    torch.testing.assert_close(answers, torch.full((2, 1), 100_000.0), rtol=0.01, atol=0)
-    assert not torch.equal(answers, torch.full((2, 1), 100_000.0))
+        outputs = model.train()(torch.ones(2, 100_000))
+    assert not torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs, torch.full((2, 1), 100_000.0), rtol=0.01, atol=0)
+    assert not torch.equal(outputs, torch.full((2, 1), 100_000.0))
 
 
-def test_dropout_that_stands_there_already_is_set_and_not_doubled():
+def test_existing_dropout_is_changed_instead_of_added():
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 2))
     layer = model[1]
     set_dropout(model, ("1",), 0.1)
@@ -87,19 +87,19 @@ def test_dropout_that_stands_there_already_is_set_and_not_doubled():
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.5])
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:test_resnet"])
-def test_a_dropout_that_is_no_share_is_refused(name, dropout):
+def test_dropout_out_of_range_is_rejected(name, dropout):
     with pytest.raises(InputError, match=rf"--dropout {dropout}: must be a probability from 0 to 1"):
         _build(name, dropout)
 
 
-def test_a_classifier_that_is_no_linear_layer_takes_no_dropout():
+def test_dropout_requires_a_linear_classifier():
     model = nn.Sequential(nn.Flatten(), nn.Bilinear(2, 2, 3))
     with pytest.raises(InputError, match=r"classifier 1 of Sequential is a Bilinear, not a linear layer"):
         set_dropout(model, ("1",), 0.5)
 
 
 def _pretrained(name: str):
-    """A spec, its library, and a state for 1000 classes with numbers of its own."""
+    """Return a library, a spec, and a state for 1000 classes with random values."""
     spec = find_model(name, {})
     library = get_library(spec)
     state = library.build(spec, 1000).state_dict()
@@ -116,7 +116,7 @@ def _pretrained(name: str):
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "torchvision:squeezenet1_1"])
 @pytest.mark.parametrize("dropout", [None, 0.2])
-def test_a_new_head_stands_on_the_pretrained_body(name, dropout):
+def test_new_head_keeps_pretrained_body(name, dropout):
     library, spec, state = _pretrained(name)
     model = with_new_head(library, spec, state, 10_000, dropout)
     (path,) = library.classifiers(model)
@@ -126,7 +126,7 @@ def test_a_new_head_stands_on_the_pretrained_body(name, dropout):
     assert model.get_submodule(path).weight.shape[0] == 10_000
 
 
-def test_a_network_with_10_000_classes_can_be_cut_and_answers():
+def test_network_with_10_000_classes_can_be_split():
     library, spec, _ = _pretrained("timm:test_resnet")
     state = library.build(spec, None).state_dict()
     model = with_new_head(library, spec, state, 10_000, 0.2)
@@ -136,7 +136,7 @@ def test_a_network_with_10_000_classes_can_be_cut_and_answers():
     torch.testing.assert_close(backbone.head(embedding), logits)
 
 
-def test_a_head_may_be_missing_and_the_body_may_not():
+def test_state_may_lack_head_but_not_body():
     library, spec, state = _pretrained("timm:test_resnet")
     body = {key: value for key, value in state.items() if not key.startswith("fc.")}
     with_new_head(library, spec, body, 3)

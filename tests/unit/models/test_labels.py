@@ -19,11 +19,11 @@ def _read(folder, data: bytes, name: str = "labels.txt") -> tuple[str, ...]:
     ["mug\nTasse für Tee\nplate", "mug\nTasse für Tee\nplate\n", "\ufeffmug\r\n Tasse für Tee \r\nplate\r\n"],
     ids=["bare", "final newline", "Windows"],
 )
-def test_a_text_file_has_one_label_a_line(tmp_path, data):
+def test_text_file_has_one_label_per_line(tmp_path, data):
     assert _read(tmp_path, data.encode()) == ("mug", "Tasse für Tee", "plate")
 
 
-def test_a_json_file_holds_a_list(tmp_path):
+def test_json_file_contains_a_list(tmp_path):
     assert _read(tmp_path, json.dumps(["mug", "a\nb"]).encode(), "labels.json") == ("mug", "a\nb")
 
 
@@ -41,28 +41,28 @@ def test_a_json_file_holds_a_list(tmp_path):
         (b'["mug"', "l.json", "is not JSON"),
     ],
 )
-def test_a_file_that_cannot_name_classes_is_refused_with_the_place(tmp_path, data, name, message):
+def test_invalid_label_file_is_rejected_with_position(tmp_path, data, name, message):
     with pytest.raises(InputError, match=message):
         _read(tmp_path, data, name)
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path):
+def test_missing_file_is_rejected_by_name(tmp_path):
     with pytest.raises(InputError, match=r"none\.txt: there is no such file"):
         read_labels(str(tmp_path / "none.txt"), Storage())
 
 
-def test_labels_from_elsewhere_are_held_to_the_same_rules():
+def test_check_labels_applies_the_same_rules():
     assert check_labels(["a", "b"], "bundle.json") == ("a", "b")
     with pytest.raises(InputError, match=r"bundle\.json, label 2: 'a' is a duplicate of 1"):
         check_labels(["a", "a"], "bundle.json")
 
 
-def test_a_name_of_several_classes_gets_its_identifier_and_others_stay():
+def test_ambiguous_names_get_their_identifiers():
     names = disambiguate(["crane", "robin", "crane"], ["n02012849", "n01558993", "n03126707"])
     assert names == ("crane (n02012849)", "robin", "crane (n03126707)")
 
 
-def test_imagenet_has_a_thousand_different_names_in_the_order_of_wnids():
+def test_imagenet_labels_are_unique_and_ordered_by_wnid():
     labels, wnids = imagenet_labels(), ImageNetInfo().label_names()
     assert len(labels) == len(set(labels)) == 1000
     assert wnids == sorted(wnids)
@@ -75,17 +75,17 @@ def test_imagenet_has_a_thousand_different_names_in_the_order_of_wnids():
 
 
 @pytest.mark.parametrize("classes", [1000, 11_221, 11_821, 21_841, 21_842, 21_843])
-def test_public_label_sets_have_a_different_name_for_each_class(classes):
+def test_public_label_sets_have_unique_names(classes):
     labels = known_labels(classes)
     assert len(labels) == len(set(labels)) == classes
 
 
 @pytest.mark.parametrize("classes", [1, 10, 999, 1001])
-def test_other_counts_of_classes_have_no_known_labels(classes):
+def test_other_numbers_of_classes_have_no_known_labels(classes):
     assert known_labels(classes) is None
 
 
-def test_half_of_a_surrogate_pair_is_no_label(tmp_path):
+def test_unpaired_surrogate_is_rejected(tmp_path):
     path = tmp_path / "labels.json"
     path.write_text('["mug", "\\ud83d\\ude00", "\\ud800"]')
     with pytest.raises(InputError, match=r"item 3: .*not valid Unicode"):

@@ -1,4 +1,4 @@
-"""Which layer each parameter belongs to, and what has no weight decay: for every family of torchvision, and as timm."""
+"""Layer depths and weight decay exemptions, for every torchvision family and in comparison with timm."""
 
 import re
 
@@ -17,7 +17,7 @@ from batchcls.training.recipe import Recipe, read_recipe
 
 def torchvision_network(name: str) -> nn.Module:
     options = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    # RegNet computes its widths with tensors, which have to be real.
+    # RegNet computes its widths with tensors, which must not be on the meta device.
     with torch.device("cpu" if name.startswith("regnet") else "meta"):
         return torchvision_models.get_model(name, weights=None, **options)
 
@@ -33,7 +33,7 @@ def recipe(**changes: object) -> Recipe:
     )
 
 
-# Name, number of layers with the classifier's, and parameters in the order of their depths.
+# By name: number of layers including the classifier, and the expected depth of parameters (None: the last).
 TORCHVISION = {
     "resnet50": (18, {"conv1.weight": 0, "bn1.bias": 0, "layer1.0.downsample.0.weight": 1, "layer1.2.conv1.weight": 3,
                       "layer4.2.bn3.weight": 16, "fc.weight": 17}),
@@ -69,7 +69,7 @@ TORCHVISION = {
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_rates_of_torchvision_fall_from_layer_to_layer(name: str):
+def test_layer_decay_of_torchvision_networks(name: str):
     model, (layers, expected) = torchvision_network(name), TORCHVISION[name]
     depths = layer_depths(model)
     assert list(depths.values()) == sorted(depths.values())
@@ -86,7 +86,7 @@ def test_rates_of_torchvision_fall_from_layer_to_layer(name: str):
     }
 
 
-def test_every_family_of_torchvision_is_tested():
+def test_every_torchvision_family_is_tested():
     def family(name: str) -> str:
         return re.match(r"wide_resnet|resnext|[a-z]+(?:_v\d)?", name).group()
 
@@ -111,26 +111,26 @@ def peaks_of(model: nn.Module, head: str) -> dict[str, float]:
         ("mobilenetv2_100", "classifier"), ("test_vit", "head"), ("beit_base_patch16_224", "head"),
     ],
 )  # fmt: skip
-def test_rates_and_decays_of_timm_are_timm_s_own(name: str, head: str):
+def test_layer_and_weight_decay_match_timm(name: str, head: str):
     model = timm_network(name)
-    given = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    theirs = {
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    expected = {
         id(value): (group["lr_scale"], group["weight_decay"])
-        for group in param_groups_layer_decay(model, 0.05, given, layer_decay=0.5)
+        for group in param_groups_layer_decay(model, 0.05, exempt, layer_decay=0.5)
         for value in group["params"]
     }
-    ours = {
+    actual = {
         id(value): (group["peak"], group["weight_decay"])
         for group in make_optimizer(model, [head], recipe()).param_groups
         for value in group["params"]
     }
     for part, value in model.named_parameters():
         if part.startswith(f"{head}."):
-            assert ours.pop(id(value)) == (7.0, theirs.pop(id(value))[1])
-    assert ours == theirs
+            assert actual.pop(id(value)) == (7.0, expected.pop(id(value))[1])
+    assert actual == expected
 
 
-def test_what_a_network_names_has_no_weight_decay():
+def test_parameters_that_the_network_names_are_exempt_from_weight_decay():
     def long(model: nn.Module) -> set[str]:
         named = dict(model.named_parameters())
         return {name for name in exempt_from_weight_decay(model) if named[name].ndim > 1}
@@ -145,7 +145,7 @@ def test_what_a_network_names_has_no_weight_decay():
     assert long(torchvision_network("resnet50")) == set()
 
 
-def test_a_network_of_a_single_layer_is_refused_unless_rates_are_alike():
+def test_network_with_unknown_layers_requires_layer_decay_one():
     class Opaque(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -50,7 +50,7 @@ def _edit(folder: Path, **changes) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps({**record, **changes}))
 
 
-def test_a_bundle_comes_back_as_it_was_saved(bundle, tmp_path):
+def test_saved_bundle_loads_unchanged(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     loaded = Bundle.load(str(tmp_path / "b"), Storage())
     assert loaded == bundle
@@ -59,13 +59,13 @@ def test_a_bundle_comes_back_as_it_was_saved(bundle, tmp_path):
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
 
 
-def test_a_bundle_travels_through_a_memory_store(bundle):
+def test_bundle_round_trips_through_memory_store(bundle):
     bundle.save("memory://models/b", Storage())
     assert Bundle.load("memory://models/b", Storage()) == bundle
 
 
 class _Recorder(Storage):
-    """A storage that remembers in which order it wrote."""
+    """A storage that records the order of its writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,13 +76,13 @@ class _Recorder(Storage):
         self.written.append(Path(uri).name)
 
 
-def test_the_record_is_written_last(bundle, tmp_path):
+def test_record_is_written_last(bundle, tmp_path):
     storage = _Recorder()
     bundle.save(str(tmp_path / "b"), storage)
     assert storage.written == [WEIGHTS_FILE, CONFIG_FILE]
 
 
-def test_a_backbone_is_built_with_the_weights_of_the_bundle(bundle):
+def test_backbone_has_the_weights_of_the_bundle(bundle):
     state = from_safetensors(bundle.weights, "x")
     state["classifier.bias"] += torch.tensor([0.0, 1000.0, 0.0])
     weights = to_safetensors(state)
@@ -95,14 +95,14 @@ def test_a_backbone_is_built_with_the_weights_of_the_bundle(bundle):
     assert embedding.shape[1] == config.embedding_dimension == backbone.dimension
 
 
-def test_the_fingerprint_does_not_depend_on_the_order_of_keys(bundle, tmp_path):
+def test_fingerprint_is_independent_of_key_order(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     record = json.loads((tmp_path / "b" / CONFIG_FILE).read_text())
     (tmp_path / "b" / CONFIG_FILE).write_text(json.dumps(dict(reversed(record.items()))))
     assert Bundle.load(str(tmp_path / "b"), Storage()).fingerprint == bundle.fingerprint
 
 
-def test_the_fingerprint_is_the_same_on_every_machine():
+def test_fingerprint_is_stable():
     weights = b"any bytes"
     config = BundleConfig(
         source="timm",
@@ -123,7 +123,7 @@ def test_the_fingerprint_is_the_same_on_every_machine():
     assert Bundle(config, weights).fingerprint == PINNED_FINGERPRINT
 
 
-def test_the_fingerprint_changes_with_anything_in_the_bundle(bundle, tmp_path):
+def test_fingerprint_covers_every_part_of_the_bundle(bundle, tmp_path):
     config = bundle.config
     mean = config.preprocessing.model_copy(update={"mean": (0.1, 0.2, 0.3)})
     state = from_safetensors(bundle.weights, "x")
@@ -155,7 +155,7 @@ def test_the_fingerprint_changes_with_anything_in_the_bundle(bundle, tmp_path):
         ({"input_width": 10**400}, "input_width|damaged"),
     ],
 )
-def test_preprocessing_that_no_network_has_is_refused(bundle, tmp_path, changes, message):
+def test_invalid_preprocessing_is_rejected(bundle, tmp_path, changes, message):
     bundle.save(str(tmp_path / "b"), Storage())
     record = json.loads((tmp_path / "b" / CONFIG_FILE).read_text())
     _edit(tmp_path / "b", preprocessing=record["preprocessing"] | changes)
@@ -164,7 +164,7 @@ def test_preprocessing_that_no_network_has_is_refused(bundle, tmp_path, changes,
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999"])
-def test_numbers_beyond_all_floats_are_refused(bundle, tmp_path, number):
+def test_numbers_that_overflow_are_rejected(bundle, tmp_path, number):
     bundle.save(str(tmp_path / "b"), Storage())
     text = (tmp_path / "b" / CONFIG_FILE).read_text()
     for name in ("mean", "std"):
@@ -174,13 +174,13 @@ def test_numbers_beyond_all_floats_are_refused(bundle, tmp_path, number):
             Bundle.load(str(tmp_path / "b"), Storage())
 
 
-def test_a_record_nested_without_end_is_damaged(tmp_path):
+def test_deeply_nested_record_is_rejected(tmp_path):
     (tmp_path / CONFIG_FILE).write_text("[" * 100_000)
     with pytest.raises(InputError, match="is damaged"):
         Bundle.load(str(tmp_path), Storage())
 
 
-def test_a_loss_that_is_not_finite_is_kept_as_null_and_the_bundle_comes_back(bundle, tmp_path):
+def test_non_finite_lineage_values_are_saved_as_null(bundle, tmp_path):
     history = {"loss": [1.0, float("nan"), float("inf")], "best": (float("-inf"), 1)}
     config = BundleConfig.model_validate(bundle.config.model_dump() | {"lineage": history})
     Bundle(config, bundle.weights).save(str(tmp_path / "b"), Storage())
@@ -189,19 +189,19 @@ def test_a_loss_that_is_not_finite_is_kept_as_null_and_the_bundle_comes_back(bun
     assert loaded.fingerprint == Bundle(config, bundle.weights).fingerprint
 
 
-def test_a_folder_without_a_record_is_no_bundle_and_the_message_says_how_to_make_one(tmp_path):
+def test_folder_without_record_is_rejected_with_a_remedy(tmp_path):
     with pytest.raises(InputError, match=r"is not a bundle.*bundle create.*timm:NAME"):
         Bundle.load(str(tmp_path), Storage())
 
 
-def test_a_bundle_without_its_weights_is_refused(bundle, tmp_path):
+def test_bundle_without_weights_is_rejected(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     (tmp_path / "b" / WEIGHTS_FILE).unlink()
     with pytest.raises(InputError, match=r"model\.safetensors: there is no such file"):
         Bundle.load(str(tmp_path / "b"), Storage())
 
 
-def test_one_flipped_bit_in_the_weights_is_found(bundle, tmp_path):
+def test_flipped_bit_in_weights_is_detected(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     data = bytearray(bundle.weights)
     data[-100] ^= 1
@@ -210,7 +210,7 @@ def test_one_flipped_bit_in_the_weights_is_found(bundle, tmp_path):
         Bundle.load(str(tmp_path / "b"), Storage())
 
 
-def test_a_folder_mixed_from_two_bundles_is_found(bundle, tmp_path):
+def test_files_of_two_bundles_are_detected(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     other = _bundle(tmp_path, "red\ngreen\n")
     (tmp_path / "b" / WEIGHTS_FILE).write_bytes(other.weights)
@@ -229,7 +229,7 @@ def test_a_folder_mixed_from_two_bundles_is_found(bundle, tmp_path):
         ({"embedding_dimension": 0}, r"embedding_dimension: .*greater than 0"),
     ],
 )
-def test_a_record_that_does_not_hold_together_is_refused(bundle, tmp_path, changes, message):
+def test_inconsistent_record_is_rejected(bundle, tmp_path, changes, message):
     bundle.save(str(tmp_path / "b"), Storage())
     _edit(tmp_path / "b", **changes)
     with pytest.raises(InputError, match=message):
@@ -237,7 +237,7 @@ def test_a_record_that_does_not_hold_together_is_refused(bundle, tmp_path, chang
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff\xfe"])
-def test_a_record_that_is_not_json_is_refused(bundle, tmp_path, data):
+def test_record_that_is_not_json_is_rejected(bundle, tmp_path, data):
     bundle.save(str(tmp_path / "b"), Storage())
     (tmp_path / "b" / CONFIG_FILE).write_bytes(data)
     with pytest.raises(InputError, match=r"bundle\.json (is damaged|has format version None)"):
@@ -254,18 +254,18 @@ def test_a_record_that_is_not_json_is_refused(bundle, tmp_path, data):
         ({"arguments": {"checkpoint_path": "x"}}, r"--model-args checkpoint_path"),
     ],
 )
-def test_a_record_that_does_not_fit_its_weights_gives_no_backbone(bundle, changes, message):
+def test_record_that_does_not_fit_the_weights_is_rejected(bundle, changes, message):
     with pytest.raises(InputError, match=message):
         build_backbone(replace(bundle, config=bundle.config.model_copy(update=changes)))
 
 
-def test_random_weights_are_marked(bundle):
+def test_random_weights_are_not_publishable(bundle):
     assert not bundle.publishable
     trained = bundle.config.weights.model_copy(update={"kind": "trained", "name": "run-1"})
     assert Bundle(bundle.config.model_copy(update={"weights": trained}), bundle.weights).publishable
 
 
-def test_a_bundle_that_changed_on_its_way_is_refused(bundle):
+def test_bundle_modified_during_transfer_is_rejected(bundle):
     expected = bundle.fingerprint
     pickle.loads(pickle.dumps(bundle)).verify(expected)
     renamed = pickle.loads(pickle.dumps(bundle))

@@ -1,4 +1,4 @@
-"""OpenVINO: the answers of PyTorch, from a conversion that is made once."""
+"""The OpenVINO engine matches PyTorch, with a network that is converted once."""
 
 import mmap
 import subprocess
@@ -27,8 +27,8 @@ openvino_convert = pytest.importorskip("batchcls.models.engines.openvino_convert
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FP32, BF16, INT8 = (EngineChoice("openvino", precision) for precision in ("fp32", "bf16", "int8"))
-ABLE = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-needs_bf16 = pytest.mark.skipif("BF16" not in ABLE, reason="this processor has no bfloat16")
+CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+needs_bf16 = pytest.mark.skipif("BF16" not in CAPABILITIES, reason="this processor has no bfloat16")
 
 
 def pixels(count: int, seed: int = 0) -> np.ndarray:
@@ -43,14 +43,14 @@ def bundle() -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+def engine_config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     conversions = CompileCache(tmp_path_factory.mktemp("conversions"))
     return EngineConfig("cpu", 2, 4, conversions, lambda: pixels(20, seed=1))
 
 
 @pytest.fixture(scope="module")
-def engine(bundle: Bundle, place: EngineConfig) -> Engine:
-    return start_engine(bundle, FP32, place)
+def engine(bundle: Bundle, engine_config: EngineConfig) -> Engine:
+    return start_engine(bundle, FP32, engine_config)
 
 
 @pytest.fixture(scope="module")
@@ -67,68 +67,68 @@ def normalized(images: np.ndarray, bundle: Bundle) -> np.ndarray:
 
 
 def no_backbone():
-    raise AssertionError("converted again")
+    raise AssertionError("the network was built again")
 
 
-def require_close(found: EngineOutput, expected: EngineOutput, tolerance: float = 1e-4) -> None:
-    for ours, theirs in ((found.logits, expected.logits), (found.embedding, expected.embedding)):
-        assert (ours.dtype, ours.shape) == (np.float32, theirs.shape)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * abs(theirs).max())
+def require_close(output: EngineOutput, expected: EngineOutput, tolerance: float = 1e-4) -> None:
+    for actual, reference in ((output.logits, expected.logits), (output.embedding, expected.embedding)):
+        assert (actual.dtype, actual.shape) == (np.float32, reference.shape)
+        np.testing.assert_allclose(actual, reference, rtol=0, atol=tolerance * abs(reference).max())
 
 
 @pytest.mark.parametrize("count", [1, 4, 3, 9])
-def test_batches_of_any_size_get_the_answers_of_pytorch(engine, reference, count):
+def test_outputs_match_pytorch_for_any_batch_size(engine, reference, count):
     require_close(engine.predict(pixels(count)), reference.predict(pixels(count)))
 
 
-def test_pixels_that_are_normalized_already_get_the_same_answers(bundle, engine, reference):
+def test_normalized_pixels_have_the_same_outputs(bundle, engine, reference):
     require_close(engine.predict(normalized(pixels(3), bundle)), reference.predict(pixels(3)))
 
 
-def test_no_image_has_an_answer_without_rows(bundle, engine):
+def test_empty_batch_has_empty_output(bundle, engine):
     answer = engine.predict(pixels(0))
     assert answer.logits.shape == (0, len(bundle.config.labels))
     assert answer.embedding.shape == (0, bundle.config.embedding_dimension)
 
 
 @needs_bf16
-def test_bfloat16_is_close_to_float32_and_not_the_same(bundle, place, engine):
-    exact, rough = engine.predict(pixels(5)), start_engine(bundle, BF16, place).predict(pixels(5))
+def test_bfloat16_is_close_but_not_equal_to_float32(bundle, engine_config, engine):
+    exact, rough = engine.predict(pixels(5)), start_engine(bundle, BF16, engine_config).predict(pixels(5))
     require_close(rough, exact, 0.05)
     assert not np.array_equal(rough.logits, exact.logits)
 
 
-def test_int8_is_close_to_float32_whatever_the_number_of_threads(bundle, place, engine):
+def test_int8_is_close_to_float32_for_any_number_of_threads(bundle, engine_config, engine):
     exact = engine.predict(pixels(5))
-    two = start_engine(bundle, INT8, place)
-    one = start_engine(bundle, INT8, replace(place, threads=1), no_backbone)
+    two = start_engine(bundle, INT8, engine_config)
+    one = start_engine(bundle, INT8, replace(engine_config, threads=1), no_backbone)
     require_close(two.predict(pixels(5)), exact, 0.25)
     require_close(two.predict(pixels(5)), one.predict(pixels(5)), 0.02)
     assert (one.precision, two.in_flight) == ("int8", 2)
 
 
 @pytest.mark.parametrize("choice", [FP32, pytest.param(BF16, marks=needs_bf16), INT8], ids=str)
-def test_it_passes_the_golden_test_of_its_bundle_and_another_bundles_fails(bundle, place, choice):
-    engine, found = start_tested_engine(bundle, choice, place)
+def test_golden_test_passes_for_own_bundle_only(bundle, engine_config, choice):
+    engine, found = start_tested_engine(bundle, choice, engine_config)
     assert engine.precision == choice.precision
     assert (found.distance < 1e-4) == (choice == FP32)
     turned = bundle.config.preprocessing.model_copy(update={"mean": (0.9, 0.1, 0.1), "std": (0.05, 0.9, 0.9)})
     other = replace(bundle, config=bundle.config.model_copy(update={"preprocessing": turned}))
     with pytest.raises(GoldenMismatch, match="in fp32"):
-        start_tested_engine(other, choice, place)
+        start_tested_engine(other, choice, engine_config)
 
 
-def test_pixels_in_memory_that_cannot_be_written_are_read_where_they_are(tmp_path, bundle, engine, reference):
+def test_read_only_memory_is_read_without_a_copy(tmp_path, bundle, engine, reference):
     images = pixels(3)
     for number, array in enumerate((images, normalized(images, bundle))):
         (tmp_path / f"{number}").write_bytes(array.tobytes())
         with (tmp_path / f"{number}").open("rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        locked = np.frombuffer(memory, array.dtype).reshape(array.shape)  # a write would end the process
-        require_close(engine.predict(locked), reference.predict(images))
+        read_only = np.frombuffer(memory, array.dtype).reshape(array.shape)  # a write would raise SIGSEGV
+        require_close(engine.predict(read_only), reference.predict(images))
 
 
-def test_pixels_that_lie_apart_are_answered(engine, reference):
+def test_non_contiguous_pixels_are_supported(engine, reference):
     images = pixels(6)
     require_close(engine.predict(images[::2]), reference.predict(np.ascontiguousarray(images[::2])))
 
@@ -142,12 +142,12 @@ def test_pixels_that_lie_apart_are_answered(engine, reference):
     ],
     ids=["channels first", "float64", "no batch"],
 )
-def test_pixels_of_another_form_are_refused(engine, wrong):
+def test_pixels_of_other_shape_or_dtype_are_rejected(engine, wrong):
     with pytest.raises(ValueError, match=r"expected N x \(64, 64, 3\) of uint8 or float32"):
         engine.submit(wrong)
 
 
-def test_more_batches_than_fit_may_be_submitted_and_asked_for_in_any_order(engine, reference):
+def test_results_can_be_read_in_any_order_after_many_submissions(engine, reference):
     images = [pixels(2, seed) for seed in range(4 * engine.in_flight)]
     pending = [engine.submit(batch) for batch in images]
     for batch, answer in reversed(list(zip(images, pending, strict=True))):
@@ -155,13 +155,13 @@ def test_more_batches_than_fit_may_be_submitted_and_asked_for_in_any_order(engin
         assert answer.result() is answer.result()
 
 
-def test_answers_that_nobody_asks_for_do_not_block_the_next(engine, reference):
+def test_unread_results_do_not_block_later_batches(engine, reference):
     for seed in range(3 * engine.in_flight):
         engine.submit(pixels(1, seed))
     require_close(engine.predict(pixels(2)), reference.predict(pixels(2)))
 
 
-def test_several_threads_get_each_its_own_answers(engine, reference):
+def test_each_thread_gets_its_own_outputs(engine, reference):
     batches = [pixels(1 + seed % 4, seed) for seed in range(40)]
     found: list[EngineOutput | None] = [None] * len(batches)
 
@@ -179,8 +179,8 @@ def test_several_threads_get_each_its_own_answers(engine, reference):
         require_close(answer, reference.predict(batch))
 
 
-def test_what_fails_while_it_runs_is_raised_to_whoever_asks_and_the_next_works():
-    """A real program that takes batches of an even size only, which it finds out on the way."""
+def test_runtime_failure_is_raised_by_result_only():
+    """Use a real program that fails at runtime for batches of an odd size."""
     from openvino import opset13 as operations
 
     from batchcls.models.engines.openvino_engine import _RequestPool
@@ -199,11 +199,11 @@ def test_what_fails_while_it_runs_is_raised_to_whoever_asks_and_the_next_works()
         pending[1].result()
 
 
-def test_the_next_start_needs_neither_the_network_nor_torch_nor_a_word(
-    bundle, place, engine, tmp_path, clean_environment
+def test_cached_start_does_not_import_torch_or_print(
+    bundle, engine_config, engine, tmp_path, clean_environment
 ):
     bundle.save(str(tmp_path / "bundle"), Storage())
-    start_engine(bundle, FP32, place, no_backbone)
+    start_engine(bundle, FP32, engine_config, no_backbone)
     code = f"""
 import sys
 from pathlib import Path
@@ -214,8 +214,8 @@ from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.factory import start_engine
 from batchcls.storage.filesystem import Storage
 bundle = Bundle.load({str(tmp_path / "bundle")!r}, Storage())
-place = EngineConfig("cpu", 1, 4, CompileCache(Path({str(place.compile_cache.folder)!r})))
-engine = start_engine(bundle, EngineChoice("openvino", "fp32"), place)
+engine_config = EngineConfig("cpu", 1, 4, CompileCache(Path({str(engine_config.compile_cache.folder)!r})))
+engine = start_engine(bundle, EngineChoice("openvino", "fp32"), engine_config)
 assert len(engine.predict(np.zeros((2, 64, 64, 3), np.uint8)).logits) == 2
 loaded = {{"torch", "timm", "torchvision", "nncf"}} & set(sys.modules)
 assert not loaded, loaded
@@ -227,8 +227,8 @@ assert not loaded, loaded
 
 
 @pytest.mark.long
-def test_converting_and_quantizing_says_nothing_and_reports_to_nobody(bundle, tmp_path, clean_environment):
-    """OpenVINO's and NNCF's own reports of use begin with a file in the user's home."""
+def test_conversion_and_quantization_print_nothing_and_send_no_reports(bundle, tmp_path, clean_environment):
+    """The usage reports of OpenVINO and NNCF would create a folder in the user's home."""
     (tmp_path / "home").mkdir()
     bundle.save(str(tmp_path / "bundle"), Storage())
     code = f"""
@@ -246,8 +246,8 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 bundle = Bundle.load({str(tmp_path / "bundle")!r}, Storage())
 pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
-place = EngineConfig("cpu", 1, 4, CompileCache(Path({str(tmp_path / "cache")!r})), lambda: pixels)
-assert len(start_engine(bundle, EngineChoice("openvino", "int8"), place).predict(pixels).logits) == 8
+engine_config = EngineConfig("cpu", 1, 4, CompileCache(Path({str(tmp_path / "cache")!r})), lambda: pixels)
+assert len(start_engine(bundle, EngineChoice("openvino", "int8"), engine_config).predict(pixels).logits) == 8
 assert "nncf" in sys.modules
 assert logging.getLogger().handlers == []
 """
@@ -259,10 +259,10 @@ assert logging.getLogger().handlers == []
     assert not (tmp_path / "home" / "intel").exists()
 
 
-def test_a_damaged_conversion_is_made_again(bundle, place, engine, reference):
-    for program in place.compile_cache.folder.rglob("program.blob"):
+def test_damaged_entry_is_created_again(bundle, engine_config, engine, reference):
+    for program in engine_config.compile_cache.folder.rglob("program.blob"):
         program.write_bytes(program.read_bytes()[:1000])
-    require_close(start_engine(bundle, FP32, place).predict(pixels(2)), reference.predict(pixels(2)))
+    require_close(start_engine(bundle, FP32, engine_config).predict(pixels(2)), reference.predict(pixels(2)))
 
 
 @pytest.mark.parametrize(
@@ -278,23 +278,25 @@ def test_a_damaged_conversion_is_made_again(bundle, place, engine, reference):
     ],
     ids=["gpu", "no calibration", "empty calibration"],
 )
-def test_what_it_cannot_do_is_refused_with_a_remedy(bundle, place, tmp_path, choice, changes, message):
+def test_unsupported_settings_are_rejected_with_a_remedy(
+    bundle, engine_config, tmp_path, choice, changes, message
+):
     with pytest.raises(InputError, match=message):
-        start_engine(bundle, choice, replace(place, compile_cache=CompileCache(tmp_path), **changes))
+        start_engine(bundle, choice, replace(engine_config, compile_cache=CompileCache(tmp_path), **changes))
 
 
 @pytest.mark.parametrize(("precision", "name"), [("fp16", "FP16"), ("bf16", "BF16")])
-def test_a_precision_that_the_processor_lacks_is_refused(bundle, place, precision, name):
-    if name in ABLE:
+def test_precision_that_the_processor_lacks_is_rejected(bundle, engine_config, precision, name):
+    if name in CAPABILITIES:
         pytest.skip(f"this processor has {precision}")
     with pytest.raises(InputError, match=f"--precision {precision}: this processor does not support it"):
-        start_engine(bundle, EngineChoice("openvino", precision), place)
+        start_engine(bundle, EngineChoice("openvino", precision), engine_config)
 
 
-def test_without_nncf_int8_says_what_to_install(bundle, place, monkeypatch):
+def test_int8_without_nncf_names_the_package(bundle, engine_config, monkeypatch):
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(openvino_convert, "version", missing)
     with pytest.raises(InputError, match=r"requires the package nncf: pip install 'batchcls\[openvino\]'"):
-        start_engine(bundle, INT8, place)
+        start_engine(bundle, INT8, engine_config)

@@ -34,8 +34,8 @@ NAMES = """
     efficientnet_v2_s regnet_y_400mf regnet_y_3_2gf regnet_y_16gf convnext_tiny convnext_small convnext_base
     convnext_large convnextv2_tiny vit_b_16 swin_t
 """
-# Millions of parameters that the project's request names, with the last digit that it gives.
-REQUESTED = {
+# Published sizes in millions of parameters, as ranges that allow for rounding.
+PUBLISHED_SIZES = {
     "alexnet": (61, 62),
     "vgg16": (137.5, 138.5),
     "googlenet": (6.6, 6.8),
@@ -53,7 +53,7 @@ REQUESTED = {
     "convnext_base": (88.55, 88.65),
     "convnext_large": (197.75, 197.85),
 }
-# From the rule of thumb in the module's docstring: up to so many parameters, so many images a category.
+# The rule of thumb in the module's docstring: largest number of parameters -> images per category.
 IMAGES_PER_CATEGORY = {6e6: 50, 15e6: 100, 35e6: 200, 70e6: 400, float("inf"): 800}
 
 
@@ -67,7 +67,7 @@ def _torchvision_meta(record: ZooRecord, tag: str) -> dict:
 
 def _build(record: ZooRecord) -> nn.Module:
     spec = _spec(record)
-    if record.family == "RegNetY":  # torchvision works out its widths with tensors, which must hold values
+    if record.family == "RegNetY":  # computes its widths with tensors, which must not be on the meta device
         return get_library(spec).build(spec, None).to("meta").eval()
     with torch.device("meta"):
         return get_library(spec).build(spec, None).eval()
@@ -78,35 +78,35 @@ def _cost(record: ZooRecord) -> ModelCost:
     return count_cost(_build(record), (record.input_size, record.input_size))
 
 
-def test_every_name_is_there_once():
+def test_every_name_occurs_once():
     names = [record.name for record in zoo_records()]
     assert sorted(names) == sorted(NAMES.split())
     architectures = [(record.source, record.architecture) for record in zoo_records()]
     assert len(set(architectures)) == len(names)
 
 
-def test_the_order_is_by_year_then_family_then_size():
+def test_records_are_sorted_by_year_family_and_size():
     keys = [(record.year, record.family.lower(), record.parameters) for record in zoo_records()]
     assert keys == sorted(keys)
 
 
 @EVERY
-def test_parameters_are_those_of_the_network(record):
+def test_parameters_match_the_network(record):
     assert _cost(record).parameters == record.parameters
-    if record.name in REQUESTED:
-        least, most = REQUESTED[record.name]
-        assert least <= record.parameters / 1e6 <= most
+    if record.name in PUBLISHED_SIZES:
+        low, high = PUBLISHED_SIZES[record.name]
+        assert low <= record.parameters / 1e6 <= high
 
 
 @EVERY
-def test_multiply_adds_are_those_of_the_network(record):
+def test_multiply_adds_match_the_network(record):
     assert _cost(record).multiply_adds == pytest.approx(record.multiply_adds, rel=0.01)
     if record.source == "torchvision":
         operations = _torchvision_meta(record, "DEFAULT")["_ops"]
         assert record.multiply_adds / 1e9 == pytest.approx(operations, rel=0.03)
 
 
-def test_no_head_that_only_training_uses_is_counted():
+def test_auxiliary_heads_are_not_counted():
     published_parameters = _torchvision_meta(find_record("inception_v3"), "DEFAULT")["num_params"]
     assert published_parameters - _cost(find_record("inception_v3")).parameters > 3e6
     names = [name for name, _ in _build(find_record("googlenet")).named_parameters()]
@@ -115,7 +115,7 @@ def test_no_head_that_only_training_uses_is_counted():
 
 
 @EVERY
-def test_the_size_is_the_one_that_the_preprocessing_asks_for(record):
+def test_input_size_matches_the_preprocessing(record):
     spec = _spec(record)
     preprocessing = get_library(spec).preprocessing(spec, PreprocessingOverrides())
     assert preprocessing.input_height == preprocessing.input_width == record.input_size
@@ -123,7 +123,7 @@ def test_the_size_is_the_one_that_the_preprocessing_asks_for(record):
 
 
 @EVERY
-def test_every_tag_exists_and_asks_for_the_size_of_its_figure(record):
+def test_every_tag_exists_with_its_input_size(record):
     tags = [entry.tag for entry in record.weights]
     assert len(set(tags)) == len(tags)
     for entry in record.weights:
@@ -133,7 +133,7 @@ def test_every_tag_exists_and_asks_for_the_size_of_its_figure(record):
 
 
 @EVERY
-def test_the_default_is_the_librarys_and_the_best_of_its_licence_and_size(record):
+def test_default_is_the_librarys_and_the_most_accurate_of_its_license_and_size(record):
     default, *others = record.weights
     if record.source == "torchvision":
         weights = torchvision_models.get_model_weights(record.architecture)
@@ -145,7 +145,7 @@ def test_the_default_is_the_librarys_and_the_best_of_its_licence_and_size(record
 
 
 @pytest.mark.parametrize("record", OF_TORCHVISION, ids=lambda record: record.name)
-def test_torchvisions_weights_are_all_there_with_its_own_figures(record):
+def test_torchvision_weights_are_complete_with_published_accuracy(record):
     weights = torchvision_models.get_model_weights(record.architecture)
     classifiers = {member.name for member in weights} - {"IMAGENET1K_FEATURES"}
     assert {entry.tag for entry in record.weights} == classifiers
@@ -160,7 +160,7 @@ def test_torchvisions_weights_are_all_there_with_its_own_figures(record):
 @pytest.mark.parametrize(
     "record", [r for r in zoo_records() if r.source == "timm"], ids=lambda record: record.name
 )
-def test_timms_weights_have_the_licence_that_timm_states(record):
+def test_licenses_of_timm_weights(record):
     for entry in record.weights:
         license = timm.models.get_pretrained_cfg(f"{record.architecture}.{entry.tag}").license
         assert (license == "apache-2.0") == (entry.license is None)
@@ -168,13 +168,13 @@ def test_timms_weights_have_the_licence_that_timm_states(record):
 
 
 @EVERY
-def test_the_rule_of_thumb_is_the_one_that_is_described(record):
+def test_labeled_images_follow_the_documented_rule(record):
     images = next(n for limit, n in IMAGES_PER_CATEGORY.items() if record.parameters <= limit)
     assert record.labeled_images_per_category == images * (2 if record.family == "ViT" else 1)
 
 
 @EVERY
-def test_what_is_said_is_said_in_sentences(record):
+def test_notes_are_sentences(record):
     for text in filter(None, (record.key_idea, record.use_case, record.warning)):
         assert text.endswith(".")
         assert "\n" not in text
@@ -183,26 +183,26 @@ def test_what_is_said_is_said_in_sentences(record):
 @pytest.mark.parametrize(
     "name", ["alexnet", "vgg16", "googlenet", "inception_v3", "vit_b_16", "efficientnet_b7"]
 )
-def test_a_warning_is_there_where_one_is_due(name):
+def test_backbones_with_limitations_have_a_warning(name):
     assert find_record(name).warning
 
 
-def test_most_of_vggs_parameters_are_in_the_head_as_its_warning_says():
+def test_most_parameters_of_vgg_are_in_the_head():
     head = sum(parameter.numel() for parameter in _build(find_record("vgg16")).classifier.parameters())
     assert head > 0.85 * find_record("vgg16").parameters
 
 
-def test_resnet50_has_two_figures():
+def test_resnet50_has_two_sets_of_weights():
     figures = {entry.tag: entry.top1 for entry in find_record("resnet50").weights}
     assert figures == {"IMAGENET1K_V2": 80.858, "IMAGENET1K_V1": 76.130}
 
 
-def test_a_name_that_is_not_there_is_none():
+def test_unknown_name_has_no_record():
     assert find_record("resnet51") is None
     assert find_record("ResNet50") is None
 
 
-def test_a_record_is_found_by_source_and_architecture_whatever_the_tag():
+def test_record_is_found_for_any_tag():
     assert record_for_spec(ModelSpec("torchvision", "resnet50.IMAGENET1K_V1")) is find_record("resnet50")
     assert record_for_spec(ModelSpec("timm", "tf_efficientnet_lite4.in1k")) is find_record(
         "efficientnet_lite4"
@@ -210,7 +210,7 @@ def test_a_record_is_found_by_source_and_architecture_whatever_the_tag():
     assert record_for_spec(ModelSpec("timm", "resnet50")) is None
 
 
-def test_published_weights_are_those_of_the_tag_or_the_default():
+def test_published_weights_of_tag_or_default():
     assert published_weights(ModelSpec("torchvision", "resnet50")).top1 == 80.858
     assert published_weights(ModelSpec("torchvision", "resnet50.DEFAULT")).tag == "IMAGENET1K_V2"
     assert published_weights(ModelSpec("torchvision", "resnet50.IMAGENET1K_V1")).top1 == 76.130
@@ -219,7 +219,7 @@ def test_published_weights_are_those_of_the_tag_or_the_default():
     assert published_weights(ModelSpec("timm", "resnet50")) is None
 
 
-def test_an_unknown_field_or_a_missing_one_is_refused():
+def test_unknown_or_missing_field_is_rejected():
     record = find_record("resnet50").model_dump()
     family = {"family": record.pop("family")}
     assert make_record(family, record) == find_record("resnet50")
@@ -231,7 +231,7 @@ def test_an_unknown_field_or_a_missing_one_is_refused():
         PublishedWeights(tag="a", top1=101, input_size=224, recipe="r")
 
 
-def test_the_best_tag_is_named_with_its_recipe_and_without_a_warning():
+def test_most_accurate_weights_have_no_warning():
     notes = describe_weights(find_model("resnet50", {}))
     assert notes.summary.startswith(
         "IMAGENET1K_V2, the most accurate: top-1 80.858 at 224 pixels; recipe: torchvision's new"
@@ -241,7 +241,7 @@ def test_the_best_tag_is_named_with_its_recipe_and_without_a_warning():
     assert describe_weights(find_model("resnet50.DEFAULT", {})) == notes
 
 
-def test_an_older_tag_is_a_warning_with_the_difference():
+def test_less_accurate_weights_have_a_warning_with_the_difference():
     notes = describe_weights(find_model("resnet50.IMAGENET1K_V1", {}))
     assert notes.summary.startswith("IMAGENET1K_V1: top-1 76.130 at 224 pixels; recipe: ")
     assert notes.warning.startswith(
@@ -249,7 +249,7 @@ def test_an_older_tag_is_a_warning_with_the_difference():
     )
 
 
-def test_weights_that_may_not_be_sold_are_a_warning_and_never_a_silent_default():
+def test_non_commercial_weights_have_a_warning():
     default = describe_weights(find_model("vit_b_16", {}))
     assert default.summary.startswith("IMAGENET1K_V1, the default: ")
     assert (
@@ -263,20 +263,20 @@ def test_weights_that_may_not_be_sold_are_a_warning_and_never_a_silent_default()
     assert "CC-BY-NC 4.0" in describe_weights(find_model("convnextv2_tiny", {})).warning
 
 
-def test_torchvisions_architectures_outside_the_zoo_are_compared_by_its_meta():
+def test_torchvision_architectures_outside_the_zoo_use_its_meta():
     notes = describe_weights(find_model("torchvision:wide_resnet50_2.IMAGENET1K_V1", {}))
     assert notes.summary.startswith("IMAGENET1K_V1: top-1 78.468 at 224 pixels; recipe: https://")
     assert "3.134 pp below IMAGENET1K_V2" in notes.warning
     assert "the most accurate" in describe_weights(find_model("torchvision:wide_resnet50_2", {})).summary
 
 
-def test_weights_without_a_classifier_have_no_figure():
+def test_weights_without_a_classifier_have_no_accuracy():
     notes = describe_weights(find_model("vgg16.IMAGENET1K_FEATURES", {}))
     assert notes.summary.startswith("IMAGENET1K_FEATURES: torchvision publishes no top-1")
     assert "IMAGENET1K_V1" in notes.warning
 
 
-def test_timms_architectures_outside_the_zoo_say_what_timm_says():
+def test_timm_architectures_outside_the_zoo_use_its_configuration():
     notes = describe_weights(find_model("timm:resnet50.gluon_in1k", {}))
     assert notes.summary.startswith(
         "gluon_in1k: for 224 pixels; the timm package contains no top-1; from https://cv.gluon"
@@ -293,25 +293,25 @@ def test_timms_architectures_outside_the_zoo_say_what_timm_says():
 @pytest.mark.parametrize(
     ("source", "there"), [("torchvision", "DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2"), ("timm", "a1_in1k, ")]
 )
-def test_a_tag_that_does_not_exist_gets_those_that_do(source, there):
+def test_unknown_tag_is_rejected_with_available_tags(source, there):
     with pytest.raises(InputError, match=rf"{source}:resnet50 has no weights tagged 'nope'; it has {there}"):
         describe_weights(ModelSpec(source, "resnet50.nope"))
 
 
-def test_a_basic_block_keeps_the_shape():
+def test_basic_block_keeps_the_shape():
     block = torchvision_models.resnet18().layer1[0]
     assert block.downsample is None
     assert block(torch.randn(4, 64, 56, 56)).shape == (4, 64, 56, 56)
 
 
-def test_a_basic_block_with_stride_two_halves_the_map_through_a_projection():
+def test_strided_basic_block_halves_the_feature_map():
     block = torchvision_models.resnet18().layer2[0]
     projection = block.downsample[0]
     assert (projection.kernel_size, projection.stride, projection.out_channels) == ((1, 1), (2, 2), 128)
     assert block(torch.randn(4, 64, 56, 56)).shape == (4, 128, 28, 28)
 
 
-def test_a_bottleneck_of_256_channels_has_36864_weights_in_its_3_x_3():
+def test_bottleneck_has_36864_weights_in_its_3x3_convolution():
     block = torchvision_models.resnet50().layer1[1]
     assert block.conv2.kernel_size == (3, 3)
     assert block.conv2.weight.numel() == 36_864

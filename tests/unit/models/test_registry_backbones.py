@@ -1,4 +1,4 @@
-"""Every backbone of the zoo answers the two calls alike: logits are the head of the embedding."""
+"""For every backbone of the zoo, the logits are the head of the pooled embedding."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from batchcls.models.sources import find_model, get_library
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
 CLASSES = 10
-# The smallest input, where 64 pixels will not do.
+# Input sizes of the backbones that do not accept 64 pixels.
 SIDES = {"alexnet": 96, "vgg16": 96, "inception_v3": 96, "vit_b_16": 224}
 
 

@@ -37,7 +37,7 @@ def weights(tmp_path) -> str:
     return str(tmp_path / "w.safetensors")
 
 
-def test_a_weights_file_tells_how_many_classes_there_are(weights, labels):
+def test_number_of_classes_is_read_from_the_weights(weights, labels):
     bundle = _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels)
     assert bundle.config.labels == ("mug", "plate", "vase")
     assert bundle.config.weights.kind == "file"
@@ -47,19 +47,19 @@ def test_a_weights_file_tells_how_many_classes_there_are(weights, labels):
     assert bundle.publishable
 
 
-def test_a_weights_file_is_kept_byte_for_byte(weights, labels, tmp_path):
+def test_weights_file_is_kept_unchanged(weights, labels, tmp_path):
     bundle = _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels)
     assert bundle.weights == (tmp_path / "w.safetensors").read_bytes()
     assert bundle.config.weights.sha256 == sha256_hex(bundle.weights)
 
 
-def test_a_pickled_checkpoint_makes_the_same_bundle_weights(weights, labels, tmp_path):
+def test_pickled_checkpoint_gives_equal_weights(weights, labels, tmp_path):
     torch.save({"state_dict": _weights("timm:mobilenetv3_small_050", 3)}, tmp_path / "w.pth")
     pickled = _resolve("timm:mobilenetv3_small_050", weights=str(tmp_path / "w.pth"), labels=labels)
     assert pickled.weights == _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels).weights
 
 
-def test_heads_of_training_in_a_file_are_left_out_of_the_bundle(labels, tmp_path):
+def test_auxiliary_heads_in_a_file_are_removed(labels, tmp_path):
     from torchvision.models import googlenet
 
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def test_heads_of_training_in_a_file_are_left_out_of_the_bundle(labels, tmp_path
     assert build_backbone(bundle).dimension == 1024
 
 
-def test_random_weights_need_to_be_allowed_and_are_the_same_each_time(labels):
+def test_random_weights_are_deterministic(labels):
     first, second = (
         _resolve("timm:mobilenetv3_small_050", labels=labels, allow_random=True) for _ in range(2)
     )
@@ -79,30 +79,30 @@ def test_random_weights_need_to_be_allowed_and_are_the_same_each_time(labels):
     assert not first.publishable
 
 
-def test_a_thousand_classes_without_labels_are_those_of_imagenet():
+def test_labels_of_1000_classes_default_to_imagenet():
     bundle = _resolve("torchvision:squeezenet1_1", allow_random=True)
     assert bundle.config.labels == imagenet_labels()
 
 
-def test_other_classes_without_labels_are_refused_with_the_remedy(weights):
+def test_unknown_classes_require_labels(weights):
     with pytest.raises(InputError, match=r"have 3 classes.*pass --labels FILE"):
         _resolve("timm:mobilenetv3_small_050", weights=weights)
 
 
-def test_labels_that_do_not_fit_the_weights_are_refused(weights, tmp_path):
+def test_labels_that_do_not_fit_the_weights_are_rejected(weights, tmp_path):
     (tmp_path / "two.txt").write_text("mug\nplate\n")
     with pytest.raises(InputError, match=r"--labels has 2 names, .* have 3 classes"):
         _resolve("timm:mobilenetv3_small_050", weights=weights, labels=str(tmp_path / "two.txt"))
 
 
-def test_weights_of_another_architecture_are_refused(weights, labels):
+def test_weights_of_another_architecture_are_rejected(weights, labels):
     with pytest.raises(InputError, match=r"w\.safetensors contains no classifier \(fc\)"):
         _resolve("timm:resnet18", weights=weights, labels=labels)
     with pytest.raises(InputError, match=r"w\.safetensors does not fit"):
         _resolve("timm:mobilenetv2_100", weights=weights, labels=labels)
 
 
-def test_a_saved_bundle_is_resolved_by_its_folder(weights, labels, tmp_path):
+def test_saved_bundle_is_resolved_by_its_folder(weights, labels, tmp_path):
     made = _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels)
     made.save(str(tmp_path / "b"), Storage())
     assert resolve_model(str(tmp_path / "b"), ModelChoices(), Storage()) == made
@@ -118,7 +118,7 @@ def test_a_saved_bundle_is_resolved_by_its_folder(weights, labels, tmp_path):
         (ModelChoices(overrides=SMALL), "--input-size"),
     ],
 )
-def test_a_bundle_takes_nothing_beside_itself(choices, flag):
+def test_model_settings_are_rejected_for_a_bundle(choices, flag):
     with pytest.raises(InputError, match=rf"{flag}.*: not possible with a bundle as --model"):
         resolve_model("some/folder", choices, Storage())
 
@@ -133,7 +133,7 @@ def test_a_bundle_takes_nothing_beside_itself(choices, flag):
         ("a=x=y,b=", {"a": "x=y", "b": ""}),
     ],
 )
-def test_model_arguments_are_read_with_their_types(text, arguments):
+def test_model_arguments_are_parsed_with_types(text, arguments):
     parsed = parse_model_arguments(text)
     assert parsed == arguments
     assert [type(value) for value in parsed.values()] == [type(value) for value in arguments.values()]
@@ -148,12 +148,12 @@ def test_model_arguments_are_read_with_their_types(text, arguments):
         ("a=1,a=2", "a is given twice"),
     ],
 )
-def test_model_arguments_that_cannot_be_read_are_refused(text, message):
+def test_invalid_model_arguments_are_rejected(text, message):
     with pytest.raises(InputError, match=message):
         parse_model_arguments(text)
 
 
-def test_a_name_that_is_a_folder_with_a_bundle_as_well_is_refused(weights, labels, tmp_path, monkeypatch):
+def test_ambiguous_name_is_rejected(weights, labels, tmp_path, monkeypatch):
     bundle = _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels)
     monkeypatch.chdir(tmp_path)
     bundle.save("resnet18", Storage())
@@ -162,7 +162,7 @@ def test_a_name_that_is_a_folder_with_a_bundle_as_well_is_refused(weights, label
     assert resolve_model("./resnet18", ModelChoices(), Storage()) == bundle
 
 
-def test_a_bundle_takes_no_other_tap(weights, labels, tmp_path):
+def test_embedding_tap_is_rejected_for_a_bundle(weights, labels, tmp_path):
     _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels).save(
         str(tmp_path / "b"), Storage()
     )
@@ -170,7 +170,7 @@ def test_a_bundle_takes_no_other_tap(weights, labels, tmp_path):
         resolve_model(str(tmp_path / "b"), ModelChoices(tap="stage2"), Storage())
 
 
-def test_a_new_head_keeps_the_body_and_knows_nothing_yet(weights, labels, tmp_path):
+def test_new_head_keeps_the_body_and_is_untrained(weights, labels, tmp_path):
     (tmp_path / "many.txt").write_text("".join(f"category {i}\n" for i in range(10_000)))
     trained = _resolve("timm:mobilenetv3_small_050", weights=weights, labels=labels)
     made = _resolve(
@@ -188,9 +188,7 @@ def test_a_new_head_keeps_the_body_and_knows_nothing_yet(weights, labels, tmp_pa
     assert build_backbone(made).classes == 10_000
 
 
-def test_published_weights_are_announced_with_their_recipe_and_an_older_tag_with_the_difference(
-    caplog, monkeypatch
-):
+def test_pretrained_weights_are_described_in_the_log(caplog, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "/nowhere")
     with caplog.at_level("INFO"), pytest.raises(InputError, match="cannot be downloaded"):
         resolve_model("resnet50.IMAGENET1K_V1", ModelChoices(), Storage())

@@ -17,7 +17,7 @@ from batchcls.models.weights import load_strictly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NOTHING = PreprocessingOverrides()
+NO_OVERRIDES = PreprocessingOverrides()
 
 
 def _preprocessing(name: str, arguments=None, **overrides):
@@ -35,44 +35,44 @@ def _build(name: str, arguments=None, classes: int | None = None):
     [
         ("resnet50", "torchvision:resnet50"),
         ("resnet50.IMAGENET1K_V1", "torchvision:resnet50.IMAGENET1K_V1"),
-        ("mobilenet_v1", "timm:mobilenetv1_100"),  # of the zoo alone
+        ("mobilenet_v1", "timm:mobilenetv1_100"),  # only in the zoo
         ("mobilenetv1_100", "timm:mobilenetv1_100"),
         ("convnext_base", "torchvision:convnext_base"),
-        ("vgg11", "torchvision:vgg11"),  # of both libraries, not of the zoo
+        ("vgg11", "torchvision:vgg11"),  # in both libraries, not in the zoo
     ],
 )
-def test_a_bare_name_is_looked_up_in_the_zoo_and_then_in_the_libraries(text, found):
+def test_bare_name_is_resolved_in_zoo_then_libraries(text, found):
     assert is_model_name(text)
     assert qualified_name(text) == found
     assert str(find_model(text, {})) == found
 
 
-def test_every_name_of_the_zoo_resolves():
+def test_every_zoo_name_resolves():
     for record in zoo_records():
         spec = find_model(record.name, {})
         assert (spec.source, spec.architecture) == (record.source, record.architecture)
 
 
 @pytest.mark.parametrize("text", ["timm:resnet18", "torchvision:resnet18", "timm:no_such"])
-def test_a_librarys_name_is_told_from_a_folder(text):
+def test_model_names_are_distinguished_from_folders(text):
     assert is_model_name(text)
     assert not any(
         map(is_model_name, ["s3://bucket/bundle", "bundles/resnet18", "./resnet18", "file:///b", ""])
     )
 
 
-def test_an_unknown_name_gets_close_ones_of_both_libraries():
+def test_unknown_name_suggests_similar_names():
     with pytest.raises(InputError, match=r"no model timm:resnt18; did you mean resnet18, .*timm:"):
         find_model("timm:resnt18", {})
 
 
-def test_a_name_like_no_other_gets_the_way_to_list_them():
+def test_dissimilar_name_refers_to_the_zoo():
     with pytest.raises(InputError, match=r"bundle zoo"):
         find_model("torchvision:qqqqqqqqqq", {})
 
 
 @pytest.mark.parametrize("source", sorted(LIBRARIES))
-def test_a_name_that_would_load_from_somewhere_else_is_unknown(source):
+def test_names_of_other_sources_are_rejected(source):
     for name in ("hf-hub:someone/else", "local-dir:/tmp", ""):
         with pytest.raises(InputError, match="there is no model"):
             find_model(f"{source}:{name}", {})
@@ -81,7 +81,7 @@ def test_a_name_that_would_load_from_somewhere_else_is_unknown(source):
 @pytest.mark.parametrize(
     ("name", "tag"), [("timm:resnet18.nope", "a1_in1k"), ("torchvision:resnet50.NOPE", "IMAGENET1K_V2")]
 )
-def test_an_unknown_tag_gets_the_tags_that_are_there(name, tag):
+def test_unknown_tag_lists_available_tags(name, tag):
     with pytest.raises(InputError, match=rf"no weights tagged.*{tag}"):
         find_model(name, {})
 
@@ -89,7 +89,7 @@ def test_an_unknown_tag_gets_the_tags_that_are_there(name, tag):
 @pytest.mark.parametrize(
     "name", ["mobilenetv2_100", "efficientnet_lite0", "vit_tiny_patch16_224", "tf_efficientnetv2_b0.in1k"]
 )
-def test_timm_preprocessing_is_what_timm_itself_does_in_evaluation(name):
+def test_timm_preprocessing_matches_timm_evaluation(name):
     ours = _preprocessing(f"timm:{name}")
     theirs = resolve_model_data_config(timm.create_model(name))
     transform = timm.data.create_transform(**theirs)
@@ -100,14 +100,14 @@ def test_timm_preprocessing_is_what_timm_itself_does_in_evaluation(name):
     assert (ours.mean, ours.std) == (theirs["mean"], theirs["std"])
 
 
-def test_timm_squash_keeps_its_mode():
+def test_timm_squash_crop_mode():
     assert _preprocessing("timm:dm_nfnet_f0").crop_mode == "squash"
 
 
 @pytest.mark.parametrize(
     ("name", "resize"), [("resnet50", 232), ("resnet50.IMAGENET1K_V1", 256), ("inception_v3", 342)]
 )
-def test_torchvision_preprocessing_is_the_preset_of_the_tag(name, resize):
+def test_torchvision_preprocessing_matches_the_preset(name, resize):
     ours = _preprocessing(f"torchvision:{name}")
     base, _, tag = name.partition(".")
     preset = torchvision_models.get_model_weights(base)[tag or "DEFAULT"].transforms()
@@ -118,27 +118,27 @@ def test_torchvision_preprocessing_is_the_preset_of_the_tag(name, resize):
 
 
 @pytest.mark.parametrize("source", sorted(LIBRARIES))
-def test_every_architecture_of_a_library_has_a_preprocessing(source):
+def test_every_architecture_has_preprocessing(source):
     library = LIBRARIES[source]
     refused = set()
     for name in sorted(library_names(source)):
         try:
-            library.preprocessing(library.complete(ModelSpec(source, name)), NOTHING)
+            library.preprocessing(library.complete(ModelSpec(source, name)), NO_OVERRIDES)
         except InputError:
             refused.add(name)
-    # These crop more than the resize leaves, so that black is seen around the image.
+    # Their crop is larger than the resized image, so the image would be padded with black.
     assert refused <= {"volo_d4_448", "volo_d5_448", "volo_d5_512"}
 
 
-def test_names_read_from_the_source_files_are_those_that_the_libraries_register():
+def test_names_from_source_files_match_the_libraries():
     assert library_names("timm") == set(timm.list_models())
     assert library_names("torchvision") == set(torchvision_models.list_models(module=torchvision_models))
-    assert is_known_architecture("timm", "vit_tiny_r_s16_p8_224_in21k")  # deprecated, and timm builds it
+    assert is_known_architecture("timm", "vit_tiny_r_s16_p8_224_in21k")  # deprecated, but still available
     assert timm.is_model("vit_tiny_r_s16_p8_224_in21k")
     assert not is_known_architecture("timm", "resnet51")
 
 
-def test_a_name_is_found_without_importing_torch():
+def test_names_are_resolved_without_importing_torch():
     code = (
         "import sys; from batchcls.models.model_names import qualified_name, suggest_names; "
         "print(qualified_name('resnet50'), qualified_name('resnet51'), 'resnet50' in suggest_names('resnet51')); "
@@ -151,7 +151,7 @@ def test_a_name_is_found_without_importing_torch():
 
 
 @pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:squeezenet1_1"])
-def test_what_the_user_says_wins_over_the_record(name):
+def test_overrides_take_precedence(name):
     ours = _preprocessing(
         name,
         mean=(0.5, 0.5, 0.5),
@@ -172,18 +172,18 @@ def test_what_the_user_says_wins_over_the_record(name):
 @pytest.mark.parametrize(
     ("name", "resize"), [("timm:mobilenetv2_100", 219), ("torchvision:squeezenet1_1", 219)]
 )
-def test_another_input_size_keeps_the_share_of_the_crop(name, resize):
+def test_other_input_size_keeps_the_crop_ratio(name, resize):
     ours = _preprocessing(name, input_size=192)
     assert (ours.input_height, ours.resize_height) == (192, resize)
 
 
-def test_the_image_size_of_an_architecture_is_the_size_of_its_input():
+def test_image_size_argument_sets_the_input_size():
     assert _preprocessing("timm:vit_tiny_patch16_224", {"img_size": 96}).input_height == 96
     assert _preprocessing("torchvision:vit_b_16", {"image_size": 96}).input_height == 96
     assert find_model("torchvision:vit_h_14", {}).arguments == {"image_size": 518}
 
 
-def test_overrides_that_make_no_sense_are_refused_with_the_name():
+def test_invalid_overrides_are_rejected():
     with pytest.raises(InputError, match=r"timm:resnet18: .*std must be above 0.*--std"):
         _preprocessing("timm:resnet18", std=(0.0, 1.0, 1.0))
 
@@ -198,13 +198,13 @@ def test_overrides_that_make_no_sense_are_refused_with_the_name():
         ("torchvision:resnet18", {"color": 1}, r"cannot be built .*color.*--model-args"),
     ],
 )
-def test_arguments_that_do_not_belong_are_refused(name, arguments, message):
+def test_reserved_and_unknown_arguments_are_rejected(name, arguments, message):
     with pytest.raises(InputError, match=message):
         _build(name, arguments)
 
 
 @pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:squeezenet1_1"])
-def test_building_gives_the_same_weights_and_leaves_random_numbers_alone(name):
+def test_initialization_is_deterministic_and_keeps_random_state(name):
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
     first, second = _build(name, classes=3), _build(name, classes=3)
@@ -212,13 +212,13 @@ def test_building_gives_the_same_weights_and_leaves_random_numbers_alone(name):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_arguments_reach_the_architecture():
+def test_arguments_are_passed_to_the_architecture():
     plain, same = _build("timm:mobilenetv2_100"), _build("timm:mobilenetv2_100", {"pad_type": "same"})
     assert type(plain.conv_stem) is not type(same.conv_stem)
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_heads_that_only_training_uses_are_off_and_dropped_from_published_weights(name):
+def test_auxiliary_heads_are_not_built_and_removed_from_weights(name):
     spec = find_model(f"torchvision:{name}", {})
     library = get_library(spec)
     published = torchvision_models.get_model(
@@ -230,7 +230,7 @@ def test_heads_that_only_training_uses_are_off_and_dropped_from_published_weight
     assert spec.arguments == {"transform_input": True}
 
 
-def test_old_names_in_densenet_files_are_translated():
+def test_old_densenet_names_are_translated():
     spec = find_model("torchvision:densenet121", {})
     library = get_library(spec)
     model = library.build(spec, 2)
@@ -246,22 +246,22 @@ def test_old_names_in_densenet_files_are_translated():
     load_strictly(model, library.adapt(spec, old), "densenet")
 
 
-def test_mnasnet_loads_from_a_file_without_version_numbers():
+def test_mnasnet_loads_without_version_metadata():
     spec = find_model("torchvision:mnasnet0_5", {})
     model = get_library(spec).build(spec, 2)
     load_strictly(model, dict(model.state_dict()), "mnasnet")
 
 
 @pytest.fixture
-def nobody_answers(monkeypatch, tmp_path):
-    """Empty caches, and a proxy on loopback that nobody runs."""
+def unreachable_network(monkeypatch, tmp_path):
+    """Empty caches, and a proxy that does not exist."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:squeezenet1_1"])
-def test_without_a_network_the_message_says_soon_what_to_pass_instead(nobody_answers, name):
+def test_download_without_network_fails_fast_with_a_remedy(unreachable_network, name):
     spec = find_model(name, {})
     started = time.monotonic()
     with pytest.raises(InputError, match=r"cannot be downloaded .*--weights FILE\.safetensors, .*bundle"):
@@ -276,7 +276,7 @@ def test_without_a_network_the_message_says_soon_what_to_pass_instead(nobody_ans
         ("timm:coatnet_0_224", "has no pretrained weights; pass --weights"),
     ],
 )
-def test_published_weights_that_cannot_classify_are_refused_before_any_download(name, message):
+def test_missing_or_headless_weights_are_rejected_before_download(name, message):
     spec = find_model(name, {})
     with pytest.raises(InputError, match=message):
         get_library(spec).pretrained(spec)

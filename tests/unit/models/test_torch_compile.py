@@ -1,4 +1,4 @@
-"""The compiled engine on a CPU: compiled once, found again without PyTorch, the answers of the plain one."""
+"""The compiled engine on a CPU: it is compiled once, starts without PyTorch, and matches the eager engine."""
 
 import subprocess
 import sys
@@ -32,59 +32,59 @@ FP32 = EngineChoice("compile", "fp32")
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
     overrides = PreprocessingOverrides(input_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
-    # A tap keeps something of the pass under way: two passes at a time must not mix it up.
+    # A tap holds state of the current forward pass, which concurrent passes must not mix up.
     choices = ModelChoices(allow_random=True, overrides=overrides, tap="stage2")
     return with_golden(resolve_model("timm:test_resnet", choices, Storage()))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> EngineConfig:
+def engine_config(tmp_path_factory) -> EngineConfig:
     return EngineConfig("cpu", 2, 8, CompileCache(tmp_path_factory.mktemp("conversions")))
 
 
 @pytest.fixture(scope="module")
-def engine(bundle, place) -> TorchCompiled:
-    return start_tested_engine(bundle, FP32, place)[0]
+def engine(bundle, engine_config) -> TorchCompiled:
+    return start_tested_engine(bundle, FP32, engine_config)[0]
 
 
 @pytest.fixture(scope="module")
-def plain(bundle, place):
-    return start_engine(bundle, REFERENCE, place)
+def eager(bundle, engine_config):
+    return start_engine(bundle, REFERENCE, engine_config)
 
 
 def pixels(count: int, seed: int = 2) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), np.uint8)
 
 
-def assert_close(answer, expected, tolerance: float) -> None:
-    for found, wanted in ((answer.logits, expected.logits), (answer.embedding, expected.embedding)):
-        assert (found.shape, found.dtype) == (wanted.shape, np.float32)
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * abs(wanted).max())
+def assert_close(output, expected, tolerance: float) -> None:
+    for actual, reference in ((output.logits, expected.logits), (output.embedding, expected.embedding)):
+        assert (actual.shape, actual.dtype) == (reference.shape, np.float32)
+        np.testing.assert_allclose(actual, reference, rtol=0, atol=tolerance * abs(reference).max())
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 33])
-def test_batches_of_any_size_get_the_answers_of_the_plain_engine(engine, plain, count):
+def test_outputs_match_the_eager_engine_for_any_batch_size(engine, eager, count):
     batch = pixels(count)
-    assert engine.predict(batch).embedding.shape == (count, plain.predict(pixels(1)).embedding.shape[1])
+    assert engine.predict(batch).embedding.shape == (count, eager.predict(pixels(1)).embedding.shape[1])
     if count:
-        assert_close(engine.predict(batch), plain.predict(batch), 1e-4)
+        assert_close(engine.predict(batch), eager.predict(batch), 1e-4)
 
 
-def test_an_image_gets_the_same_answer_whatever_stands_beside_it(engine):
+def test_output_is_independent_of_other_images_in_the_batch(engine):
     alone = engine.predict(pixels(1))
     beside = engine.predict(np.concatenate([pixels(1), pixels(6, seed=9)]))
     np.testing.assert_allclose(beside.logits[:1], alone.logits, rtol=0, atol=1e-5 * abs(alone.logits).max())
 
 
-def test_answers_of_batches_under_way_at_once_are_not_mixed_up(engine, plain):
+def test_concurrent_batches_get_their_own_outputs(engine, eager):
     batches = [pixels(1 + seed % 5, seed) for seed in range(40)]
     with ThreadPoolExecutor(3) as threads:
         pending = list(threads.map(engine.submit, batches))
-    for batch, answer in zip(batches, pending, strict=True):
-        assert_close(answer.result(), plain.predict(batch), 1e-4)
+    for batch, output in zip(batches, pending, strict=True):
+        assert_close(output.result(), eager.predict(batch), 1e-4)
 
 
-def test_mirrored_and_unwriteable_pixels_are_read_as_they_are(engine):
+def test_strided_and_read_only_pixels_are_supported(engine):
     batch = pixels(3)
     batch.flags.writeable = False
     mirrored = batch[:, :, ::-1]
@@ -93,13 +93,13 @@ def test_mirrored_and_unwriteable_pixels_are_read_as_they_are(engine):
     )
 
 
-def test_pixels_of_another_form_are_refused(engine):
+def test_pixels_of_other_shape_or_dtype_are_rejected(engine):
     with pytest.raises(ValueError, match=r"expected N x \(64, 64, 3\) of uint8 or float32"):
         engine.predict(np.zeros((1, 3, 64, 64), np.uint8))
 
 
-def test_other_threads_run_while_a_batch_is_answered(engine):
-    """PyTorch's own loader holds Python's lock for the whole pass, and decoding would stand still."""
+def test_gil_is_released_during_a_forward_pass(engine):
+    """PyTorch's own loader holds the GIL during a forward pass, which would stop decoding."""
     counted, ended = [0], threading.Event()
 
     def count() -> None:
@@ -122,13 +122,11 @@ def test_other_threads_run_while_a_batch_is_answered(engine):
     assert len(seen - {before}) > 3
 
 
-def test_a_second_start_finds_the_program_and_needs_neither_the_network_nor_pytorch(
-    bundle, place, engine, tmp_path
-):
+def test_cached_start_requires_neither_network_nor_pytorch(bundle, engine_config, engine, tmp_path):
     def never() -> None:
         raise AssertionError("the network was built again")
 
-    again = start_engine(bundle, FP32, place, never)
+    again = start_engine(bundle, FP32, engine_config, never)
     np.testing.assert_array_equal(again.predict(pixels(3)).logits, engine.predict(pixels(3)).logits)
 
     bundle.save(str(tmp_path / "bundle"), Storage())
@@ -142,11 +140,11 @@ from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.factory import start_engine
 from batchcls.storage.filesystem import Storage
 bundle = Bundle.load({str(tmp_path / "bundle")!r}, Storage())
-place = EngineConfig("cpu", 2, 8, CompileCache(Path({str(place.compile_cache.folder)!r})))
-engine = start_engine(bundle, EngineChoice("compile", "fp32"), place)
-answer = engine.predict(np.load({str(tmp_path / "pixels.npy")!r}))
+engine_config = EngineConfig("cpu", 2, 8, CompileCache(Path({str(engine_config.compile_cache.folder)!r})))
+engine = start_engine(bundle, EngineChoice("compile", "fp32"), engine_config)
+output = engine.predict(np.load({str(tmp_path / "pixels.npy")!r}))
 assert "torch" not in sys.modules
-np.save({str(tmp_path / "logits.npy")!r}, answer.logits)
+np.save({str(tmp_path / "logits.npy")!r}, output.logits)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -154,35 +152,35 @@ np.save({str(tmp_path / "logits.npy")!r}, answer.logits)
 
 
 @pytest.mark.long
-def test_bfloat16_holds_the_golden_answers_and_is_not_float32(bundle, place, engine):
-    rough, deviation = start_tested_engine(bundle, BF16, place)
+def test_bfloat16_passes_the_golden_test_and_differs_from_float32(bundle, engine_config, engine):
+    rough, deviation = start_tested_engine(bundle, BF16, engine_config)
     assert rough.precision == "bf16"
     assert deviation.distance > 1e-4
     assert_close(rough.predict(pixels(3)), engine.predict(pixels(3)), 0.05)
 
 
 @pytest.mark.long
-def test_pixels_that_are_normalized_already_get_the_same_answer(bundle, engine):
+def test_normalized_pixels_have_the_same_outputs(bundle, engine):
     mean, std = (np.float32(getattr(bundle.config.preprocessing, name)) for name in ("mean", "std"))
     normalized = (pixels(3).astype(np.float32) / 255 - mean) / std
     assert_close(engine.predict(normalized), engine.predict(pixels(3)), 1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_precisions_that_a_cpu_does_not_have_are_refused(bundle, place, precision):
+def test_unsupported_precisions_are_rejected(bundle, engine_config, precision):
     with pytest.raises(InputError, match="on a CPU; choose from fp32, bf16"):
-        start_engine(bundle, EngineChoice("compile", precision), place)
+        start_engine(bundle, EngineChoice("compile", precision), engine_config)
 
 
-def test_without_a_compiler_the_message_names_it(bundle, tmp_path, monkeypatch):
+def test_missing_compiler_is_named(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    elsewhere = EngineConfig("cpu", 1, 8, CompileCache(tmp_path))
+    empty_cache = EngineConfig("cpu", 1, 8, CompileCache(tmp_path))
     with pytest.raises(InputError, match="no-such-compiler is not installed; install one, set CXX"):
-        start_engine(bundle, FP32, elsewhere, lambda: build_backbone(bundle))
+        start_engine(bundle, FP32, empty_cache, lambda: build_backbone(bundle))
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_a_file_that_is_no_program_is_refused(tmp_path):
+def test_invalid_program_file_is_rejected(tmp_path):
     from batchcls.models.engines.aot_program import AotProgram
 
     broken = Path(tmp_path) / "program.so"
@@ -196,5 +194,5 @@ def test_a_file_that_is_no_program_is_refused(tmp_path):
     [(512, 512, 512), (500, 512, 512), (256, 512, 512), (128, 512, 128), (4, 512, 8), (1, 512, 1), (3, 3, 3),
      (9, 8, 9), (6, 100, 7)],
 )  # fmt: skip
-def test_graphs_have_one_of_a_few_sizes(count, batch_size, computed):
+def test_padded_batch_size(count, batch_size, computed):
     assert padded_batch_size(count, batch_size) == computed

@@ -48,16 +48,16 @@ def _normalized(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     return (pixels.astype(np.float32) / 255 - mean) / std
 
 
-def test_uint8_pixels_get_the_answer_of_the_intact_network_on_normalized_ones(network, engine):
+def test_uint8_outputs_match_the_full_network(network, engine):
     model, _, preprocessing = network
     images = torch.from_numpy(_normalized(_pixels(3), preprocessing)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         expected = model.eval()(images).numpy()
-    answer = engine.predict(_pixels(3))
-    np.testing.assert_allclose(answer.logits, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
+    output = engine.predict(_pixels(3))
+    np.testing.assert_allclose(output.logits, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
 
 
-def test_pixels_that_are_normalized_already_get_the_same_answer(network, engine):
+def test_normalized_pixels_have_the_same_outputs(network, engine):
     from_uint8 = engine.predict(_pixels(3))
     from_float = engine.predict(_normalized(_pixels(3), network[2]))
     scale = abs(from_uint8.logits).max()
@@ -65,13 +65,13 @@ def test_pixels_that_are_normalized_already_get_the_same_answer(network, engine)
     np.testing.assert_allclose(from_float.embedding, from_uint8.embedding, rtol=1e-3, atol=1e-4)
 
 
-def test_answers_are_float32_with_a_row_an_image(engine):
-    answer = engine.predict(_pixels(3))
-    assert (answer.logits.shape, answer.logits.dtype) == ((3, 5), np.float32)
-    assert (answer.embedding.shape, answer.embedding.dtype) == ((3, 1024), np.float32)
+def test_outputs_are_float32_with_one_row_per_image(engine):
+    output = engine.predict(_pixels(3))
+    assert (output.logits.shape, output.logits.dtype) == ((3, 5), np.float32)
+    assert (output.embedding.shape, output.embedding.dtype) == ((3, 1024), np.float32)
 
 
-def test_pixels_in_shared_memory_are_read_without_a_warning_and_left_alone(engine):
+def test_read_only_pixels_are_read_without_warning_or_change(engine):
     pixels = _pixels(2)
     before = pixels.copy()
     pixels.flags.writeable = False
@@ -81,7 +81,7 @@ def test_pixels_in_shared_memory_are_read_without_a_warning_and_left_alone(engin
     np.testing.assert_array_equal(pixels, before)
 
 
-def test_an_answer_stays_when_the_next_batch_is_asked(engine):
+def test_output_is_not_overwritten_by_the_next_batch(engine):
     first = engine.predict(_pixels(2))
     kept = first.logits.copy()
     engine.predict(255 - _pixels(2))
@@ -89,16 +89,16 @@ def test_an_answer_stays_when_the_next_batch_is_asked(engine):
 
 
 @pytest.mark.parametrize("counts", [(4, 1), (1, 4), (2, 0, 2)])
-def test_batches_of_any_size_follow_each_other(engine, counts):
+def test_batches_of_different_sizes(engine, counts):
     alone = engine.predict(_pixels(1)).logits
     for count in counts:
-        answer = engine.predict(_pixels(count))
-        assert answer.logits.shape == (count, 5)
-        assert answer.embedding.shape == (count, 1024)
-        np.testing.assert_allclose(answer.logits[:1], alone[:count], rtol=1e-3, atol=1e-4 * abs(alone).max())
+        output = engine.predict(_pixels(count))
+        assert output.logits.shape == (count, 5)
+        assert output.embedding.shape == (count, 1024)
+        np.testing.assert_allclose(output.logits[:1], alone[:count], rtol=1e-3, atol=1e-4 * abs(alone).max())
 
 
-def test_bfloat16_is_close_to_float32_and_not_the_same(network, engine):
+def test_bfloat16_is_close_but_not_equal_to_float32(network, engine):
     exact, rough = (
         engine.predict(_pixels(3)).embedding,
         _engine(network, "bf16").predict(_pixels(3)).embedding,
@@ -117,12 +117,12 @@ def test_bfloat16_is_close_to_float32_and_not_the_same(network, engine):
     ],
     ids=["channels first", "float64", "no batch"],
 )
-def test_pixels_of_another_form_are_refused(engine, pixels):
+def test_pixels_of_other_shape_or_dtype_are_rejected(engine, pixels):
     with pytest.raises(ValueError, match=r"expected N x \(64, 64, 3\) of uint8 or float32"):
         engine.predict(pixels)
 
 
-def test_the_number_of_threads_is_set(network):
+def test_number_of_threads_is_set(network):
     _, classifiers, preprocessing = network
     spec = find_model("timm:mobilenetv3_small_050", {})
     backbone = Backbone(get_library(spec).build(spec, 5), classifiers, (64, 64))
@@ -130,13 +130,13 @@ def test_the_number_of_threads_is_set(network):
     assert torch.get_num_threads() == 2
 
 
-def test_what_a_cpu_can_do_passes():
+def test_cpu_precisions_are_accepted():
     for precision in ("fp32", "bf16"):
         check_device_and_precision(EngineChoice("torch", precision), "cpu")
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
-def test_without_a_gpu_cuda_is_refused():
+def test_cuda_without_gpu_is_rejected():
     with pytest.raises(InputError, match="finds no GPU on this machine; use --device cpu or auto"):
         check_device_and_precision(EngineChoice("torch", "fp32"), "cuda")
 
@@ -148,17 +148,17 @@ def test_without_a_gpu_cuda_is_refused():
         ("int8", "choose from fp32, bf16, fp16, or --engine openvino"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_what_does(precision, message):
+def test_unsupported_precision_lists_supported_ones(precision, message):
     with pytest.raises(InputError, match=message):
         check_device_and_precision(EngineChoice("torch", precision), "cpu")
 
 
-def test_batches_in_flight_are_answered_each_by_itself(network):
+def test_in_flight_batches_have_separate_outputs(network):
     engine = _engine(network, "fp32")
     pixels = _pixels(12)
-    waiting = [engine.submit(pixels[start : start + 3]) for start in range(0, 12, 3)]
+    outputs = [engine.submit(pixels[start : start + 3]) for start in range(0, 12, 3)]
     expected = engine.predict(pixels)
-    for number, pending in reversed(list(enumerate(waiting))):
+    for number, pending in reversed(list(enumerate(outputs))):
         found = pending.result()
         np.testing.assert_allclose(found.logits, expected.logits[3 * number : 3 * number + 3], atol=1e-4)
         np.testing.assert_allclose(
@@ -169,8 +169,8 @@ def test_batches_in_flight_are_answered_each_by_itself(network):
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_gpu_gives_the_answer_of_the_cpu(network, engine, precision):
+def test_gpu_outputs_match_the_cpu(network, engine, precision):
     expected = engine.predict(_pixels(8))
-    answer = _engine(network, precision, "cuda").predict(_pixels(8))
+    output = _engine(network, precision, "cuda").predict(_pixels(8))
     tolerance = (1e-3 if precision == "fp32" else 0.05) * abs(expected.embedding).max()
-    np.testing.assert_allclose(answer.embedding, expected.embedding, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(output.embedding, expected.embedding, atol=tolerance, rtol=0)

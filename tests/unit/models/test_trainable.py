@@ -18,14 +18,14 @@ def _marked(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def test_the_default_is_everything():
+def test_all_parameters_are_trainable_by_default():
     model = _model().requires_grad_(False)
     trainable = mark_trainable(model)
     assert trainable.names == _marked(model) == tuple(dict(model.named_parameters()))
     assert trainable.parameters == trainable.total == sum(p.numel() for p in model.parameters())
 
 
-def test_patterns_choose_parameters_by_name_and_freeze_the_rest():
+def test_patterns_select_parameters_and_freeze_the_rest():
     model = _model()
     trainable = mark_trainable(model, ("fc.*", "layer4.*", "fc.bias"))
     expected = tuple(n for n, _ in model.named_parameters() if n.startswith(("fc.", "layer4.")))
@@ -34,14 +34,14 @@ def test_patterns_choose_parameters_by_name_and_freeze_the_rest():
     assert 0 < trainable.parameters < trainable.total
 
 
-def test_a_second_call_undoes_the_first():
+def test_second_call_replaces_the_first():
     model = _model()
     mark_trainable(model, ("fc.*",))
     mark_trainable(model, ("layer1.*",))
     assert all(name.startswith("layer1.") for name in _marked(model))
 
 
-def test_only_what_is_trainable_gets_gradients():
+def test_only_trainable_parameters_get_gradients():
     model = _model()
     mark_trainable(model, ("fc.*",))
     model(torch.rand(2, 3, 64, 64)).sum().backward()
@@ -58,13 +58,13 @@ def test_only_what_is_trainable_gets_gradients():
         ("FC.*", r"no parameter matches"),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_refused_with_close_names(pattern, message):
+def test_pattern_without_match_suggests_similar_names(pattern, message):
     model = _model()
     with pytest.raises(InputError, match=message):
         mark_trainable(model, ("fc.*", pattern))
     assert len(_marked(model)) == len(list(model.parameters()))
 
 
-def test_no_pattern_at_all_is_refused():
+def test_empty_patterns_are_rejected():
     with pytest.raises(InputError, match="at least one pattern"):
         mark_trainable(_model(), ())

@@ -32,7 +32,7 @@ def _saved(content: object) -> bytes:
 
 
 class _RunsOnLoad:
-    """Pickled, it says: call os.mkdir with this folder."""
+    """An object whose unpickling calls os.mkdir with a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,32 +41,32 @@ class _RunsOnLoad:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_state_comes_back_from_safetensors_bit_for_bit():
+def test_safetensors_round_trip_is_exact():
     state = _network().state_dict()
     read = from_safetensors(to_safetensors(state), "x")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[name], state[name]) for name in state)
 
 
-def test_the_same_state_gives_the_same_bytes_whatever_its_order_or_layout():
+def test_bytes_are_independent_of_order_and_memory_layout():
     state = _network().state_dict()
     shuffled = dict(reversed(state.items()))
     shuffled["0.weight"] = shuffled["0.weight"].to(memory_format=torch.channels_last)
     assert to_safetensors(shuffled) == to_safetensors(state)
 
 
-def test_tensors_that_share_memory_can_be_written():
+def test_tensors_that_share_memory_can_be_saved():
     shared = torch.arange(4.0)
     read = from_safetensors(to_safetensors({"a": shared, "b": shared[:2]}), "x")
     assert read["b"].tolist() == [0, 1]
 
 
-def test_a_truncated_safetensors_file_is_refused_by_name():
+def test_truncated_safetensors_file_is_rejected():
     with pytest.raises(InputError, match=r"mug\.safetensors is not a complete safetensors file"):
         from_safetensors(to_safetensors(_network().state_dict())[:-8], "mug.safetensors")
 
 
-def test_a_safetensors_file_keeps_its_bytes_and_so_its_digest(tmp_path):
+def test_safetensors_file_keeps_its_digest(tmp_path):
     data = to_safetensors(_network().state_dict())
     (tmp_path / "w.safetensors").write_bytes(data)
     _, kept = read_weights(str(tmp_path / "w.safetensors"), Storage())
@@ -74,7 +74,7 @@ def test_a_safetensors_file_keeps_its_bytes_and_so_its_digest(tmp_path):
 
 
 @pytest.mark.parametrize("wrap", [dict, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
-def test_a_pickled_checkpoint_is_imported_bare_or_wrapped(tmp_path, wrap):
+def test_pickled_checkpoint_is_read_with_or_without_wrapper(tmp_path, wrap):
     state = _network().state_dict()
     (tmp_path / "w.pth").write_bytes(_saved(wrap(state)))
     read, data = read_weights(str(tmp_path / "w.pth"), Storage())
@@ -82,14 +82,14 @@ def test_a_pickled_checkpoint_is_imported_bare_or_wrapped(tmp_path, wrap):
     assert data == to_safetensors(state)
 
 
-def test_the_prefix_of_data_parallel_training_is_taken_off():
+def test_data_parallel_prefix_is_removed():
     state = _network().state_dict()
     read = from_checkpoint(_saved({f"module.{k}": v for k, v in state.items()}), "x")
     assert read.keys() == state.keys()
 
 
 @pytest.mark.parametrize("save", [_saved, partial(pickle.dumps, protocol=2)], ids=["torch.save", "pickle"])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, save):
+def test_pickle_with_code_is_rejected_without_execution(tmp_path, save):
     made = tmp_path / "made-by-the-pickle"
     (tmp_path / "evil.pth").write_bytes(save({"state_dict": _RunsOnLoad(made)}))
     with pytest.raises(
@@ -99,35 +99,35 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, save
     assert not made.exists()
 
 
-def test_that_pickle_is_a_real_threat(tmp_path):
+def test_unrestricted_unpickling_would_execute_the_code(tmp_path):
     made = tmp_path / "made-by-the-pickle"
     pickle.loads(pickle.dumps(_RunsOnLoad(made)))
     assert made.is_dir()
 
 
 @pytest.mark.parametrize("data", [b"", b"not a checkpoint", _saved({"a": torch.zeros(9)})[:-40]])
-def test_a_damaged_checkpoint_is_refused_by_name(data):
+def test_damaged_checkpoint_is_rejected(data):
     with pytest.raises(InputError, match=r"mug\.pth"):
         from_checkpoint(data, "mug.pth")
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], {}])
-def test_a_checkpoint_without_a_state_is_refused(content):
+def test_checkpoint_without_state_is_rejected(content):
     with pytest.raises(InputError, match="contains no state_dict"):
         from_checkpoint(_saved(content), "mug.pth")
 
 
-def test_an_unknown_kind_of_file_is_refused_with_the_kinds_that_are_known():
+def test_unknown_file_type_is_rejected_with_supported_types():
     with pytest.raises(InputError, match=r"model\.onnx: unknown file type.*\.safetensors.*\.pth"):
         read_weights("model.onnx", Storage())
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path):
+def test_missing_file_is_rejected_by_name(tmp_path):
     with pytest.raises(InputError, match=r"none\.safetensors: there is no such file"):
         read_weights(str(tmp_path / "none.safetensors"), Storage())
 
 
-def test_strict_loading_counts_and_names_what_does_not_fit():
+def test_strict_loading_lists_differences():
     state = dict(_network().state_dict())
     for name in [f"extra.{i}" for i in range(7)]:
         state[name] = torch.zeros(1)
@@ -142,14 +142,14 @@ def test_strict_loading_counts_and_names_what_does_not_fit():
     assert "--model-args" in message
 
 
-def test_strict_loading_copies_every_value():
+def test_strict_loading_copies_all_values():
     source, target = _network(), _network()
     nn.init.normal_(source[3].weight)
     load_strictly(target, source.state_dict(), "x")
     assert torch.equal(target[3].weight, source[3].weight)
 
 
-def test_a_file_older_than_the_counter_of_batches_loads():
+def test_file_without_batch_counter_loads():
     state = {k: v for k, v in _network().state_dict().items() if not k.endswith("num_batches_tracked")}
     network = _network()
     load_strictly(network, state, "x")
@@ -157,7 +157,7 @@ def test_a_file_older_than_the_counter_of_batches_loads():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value):
+def test_non_finite_weights_are_rejected(value):
     state = _network().state_dict()
     state["3.bias"][1] = value
     with pytest.raises(InputError, match=r"NaN or infinity in 3\.bias"):
