@@ -88,10 +88,10 @@ def cases() -> dict[str, bytes]:
     for mode in ("RGB", "RGBA"):
         found[f"WEBP lossless {mode}"] = saved(modes[mode], "WEBP", lossless=True, quality=0, method=0)
         found[f"TIFF deflated {mode}"] = saved(modes[mode], "TIFF", compression="tiff_adobe_deflate")
-        found[f"TIFF turned {mode}"] = saved(modes[mode], "TIFF", exif=exif(6))
-        found[f"PNG turned {mode}"] = saved(modes[mode], "PNG", exif=exif(6), compress_level=1)
+        found[f"TIFF rotated {mode}"] = saved(modes[mode], "TIFF", exif=exif(6))
+        found[f"PNG rotated {mode}"] = saved(modes[mode], "PNG", exif=exif(6), compress_level=1)
     found["TIFF with JPEG"] = saved(rgb, "TIFF", compression="jpeg")
-    found["JPEG turned"] = saved(rgb, "JPEG", exif=exif(6))
+    found["JPEG rotated"] = saved(rgb, "JPEG", exif=exif(6))
     found["GIF with a transparent color"] = saved(modes["P"], "GIF", transparency=3)
     for kind, channels in ((0, 1), (2, 3), (4, 2), (6, 4)):
         found[f"PNG of 16 bits, color type {kind}"] = png16(kind, channels)
@@ -109,10 +109,10 @@ def test_memory_of_decoding_is_within_the_estimate():
     work(saved(drawn(300, 200), "JPEG"))  # Warm up the caches of the libraries.
     wrong = {}
     for name, data in images.items():
-        reckoned = estimate_decode_bytes(data, read_checked_header(data, limits))
-        measured = peak_bytes(lambda data=data: work(data))  # type: ignore[misc]
-        if not 0.3 * reckoned < measured + NOISE_BYTES or measured > reckoned + NOISE_BYTES:
-            wrong[name] = (measured, reckoned)
+        estimate = estimate_decode_bytes(data, read_checked_header(data, limits))
+        peak = peak_bytes(lambda data=data: work(data))  # type: ignore[misc]
+        if not 0.3 * estimate < peak + NOISE_BYTES or peak > estimate + NOISE_BYTES:
+            wrong[name] = (peak, estimate)
     assert not wrong
     assert len(images) > 40
 
