@@ -64,7 +64,8 @@ class OwnCluster(Cluster):
         ]
 
 
-@pytest.fixture(scope="session")
+# Of a package, not of a session: its daemons and its dashboard would take a tenth of a core until the last unit test.
+@pytest.fixture(scope="package")
 def cluster(
     tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]
 ) -> Iterator[OwnCluster]:
@@ -109,10 +110,15 @@ class Outcome:
         return pq.read_table(self.folder / "quarantine").sort_by("row")
 
 
-def run_here(cluster: Cluster, job: ModuleType, *arguments: str) -> tuple[int, str]:
-    """Run a job in this process on the test cluster; return its exit code and console output."""
+def run_here(
+    cluster: Cluster, job: ModuleType, *arguments: str, printed: io.StringIO | None = None
+) -> tuple[int, str]:
+    """Run a job in this process on the test cluster; return its exit code and console output.
+
+    Another thread can follow the output in `printed`.
+    """
     name = job.__name__.rpartition(".")[2]
-    printed = io.StringIO()
+    printed = printed or io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(printed):
         for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
             patch.setenv(variable, cluster.environment[variable])
@@ -121,7 +127,7 @@ def run_here(cluster: Cluster, job: ModuleType, *arguments: str) -> tuple[int, s
     return exit_code, printed.getvalue()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run_job(cluster: Cluster) -> Callable[..., Outcome]:
     """Return a function that runs `classify` in this process on the test cluster; each call starts new workers."""
 

@@ -261,7 +261,7 @@ def test_engine_is_measured_once_and_reused_by_later_runs(
 ):
     arguments = (
         *("--manifest", catalog, "--model", tiny_bundle, "--max-failed-fraction", "0.1"),
-        *("--autotune-min-rows", "100", "--calibration-seconds", "5", "--cache-dir", str(tmp_path / "cache")),
+        *("--autotune-min-rows", "100", "--calibration-seconds", "2", "--cache-dir", str(tmp_path / "cache")),
     )
     first = job(*arguments, output=tmp_path / "out")
     assert first.exit_code == 0, first.log

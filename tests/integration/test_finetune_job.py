@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from batchcls.cli.app import run
 from batchcls.jobs import bundle, classify, evaluate, finetune
 from batchcls.models.model_bundle import Bundle
 from batchcls.storage.filesystem import Storage
+from batchcls.training.work_dir import locked_work_dir
 from tests.conftest import S3Server
 from tests.helpers.image_files import CATEGORIES, write_images
 from tests.helpers.nodes import ThreeNodes
@@ -59,6 +62,7 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Catal
     arguments = (
         *("--manifest", str(training), "--validation", str(validation), "--model", tiny_bundle),
         *("--recipe", str(folder / "recipe.toml"), "--log-interval-seconds", "0.2"),
+        *("--cpus-per-worker", "1"),  # threads gain nothing for so small a network
     )
     return Catalog(arguments, 31)
 
@@ -183,20 +187,34 @@ def test_finished_run_is_neither_repeated_nor_overwritten(
     assert (output / "bundle.json").read_bytes() == before
 
 
+def kill_first_worker(printed: io.StringIO, ended: threading.Event) -> set[bytes]:
+    """Kill the first training worker after epoch 4; return the environment that it was started with."""
+    while not re.search(r"epoch 4: ", printed.getvalue()):
+        assert not ended.wait(0.05), printed.getvalue()
+    first = re.search(r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on", printed.getvalue())
+    assert first is not None, printed.getvalue()
+    environment = Path(f"/proc/{first.group(1)}/environ").read_bytes().split(b"\0")
+    os.kill(int(first.group(1)), signal.SIGKILL)
+    return set(environment)
+
+
 def test_two_workers_with_one_killed_train_the_same_bundle_as_one(
     undisturbed: tuple[Path, str], catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
-    output = tmp_path / "bundle"
-    process = start(cluster, catalog, output, "--num-workers", "2")
-    log = output.with_suffix(".log")
-    wait_for_line(process, log, r"epoch 4: ")
-    first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
+    output, printed, ended = tmp_path / "bundle", io.StringIO(), threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_first_worker, printed, ended)
+        try:
+            exit_code, _ = run_here(
+                *(cluster, finetune, *catalog.arguments, "--output", str(output), "--num-workers", "2"),
+                printed=printed,
+            )
+        finally:
+            ended.set()
     # glibc and libgomp read these only when a process starts.
-    environment = Path(f"/proc/{first.group(1)}/environ").read_bytes().split(b"\0")
-    assert {b"MALLOC_MMAP_MAX_=0", b"MALLOC_ARENA_MAX=1", b"GOMP_SPINCOUNT=10000"} <= set(environment)
-    os.kill(int(first.group(1)), signal.SIGKILL)
-    assert process.wait(timeout=200) == 0, log.read_text()
-    assert "going on from the checkpoint of epoch" in log.read_text()
+    assert {b"MALLOC_MMAP_MAX_=0", b"MALLOC_ARENA_MAX=1", b"GOMP_SPINCOUNT=10000"} <= killing.result()
+    assert exit_code == 0, printed.getvalue()
+    assert "going on from the checkpoint of epoch" in printed.getvalue()
     assert_same_result(lineage(output), lineage(undisturbed[0]))
 
 
@@ -331,6 +349,21 @@ def test_calibrated_bundle_can_be_finetuned(
     assert exit_code == 0, printed
 
 
+def test_work_directory_in_use_is_rejected_before_anything_is_prepared(
+    catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    work, output = tmp_path / "work", tmp_path / "bundle"
+    with locked_work_dir(str(work), Storage()):
+        exit_code, printed = run_here(
+            *(cluster, finetune, *catalog.arguments, "--output", str(output), "--work-dir", str(work))
+        )
+    assert exit_code == 2, printed
+    assert f"work directory {work} is in use by process {os.getpid()} on " in printed
+    assert not output.exists()
+    assert not work.exists()
+
+
+@pytest.mark.long
 def test_two_commands_with_one_work_directory_do_not_disturb_each_other(
     catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
@@ -348,6 +381,7 @@ def test_two_commands_with_one_work_directory_do_not_disturb_each_other(
     assert not (work / "lease").exists()
 
 
+@pytest.mark.long
 def test_work_directory_of_a_killed_command_is_available_at_once(
     catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
@@ -367,7 +401,7 @@ def test_too_small_batch_per_worker_is_rejected_before_preparation(
     catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
     output = tmp_path / "bundle"
-    arguments = (*catalog.arguments, "--output", str(output), "--cpus-per-worker", "1")
+    arguments = (*catalog.arguments, "--output", str(output))
     exit_code, printed = run_here(
         cluster, finetune, *arguments, "--batch-size", "2", "--num-workers", "2", "--batch-norm", "trained"
     )

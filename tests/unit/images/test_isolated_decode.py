@@ -26,7 +26,7 @@ def settings() -> LoadSettings:
         base="",
         kept=(),
         fetch=FetchPolicy(),
-        limits=DecodeLimits(1_000_000, 8, seconds=0.5),
+        limits=DecodeLimits(1_000_000, 8, seconds=0.2),
         preprocessing=Preprocessing(
             input_height=64,
             input_width=64,
