@@ -18,6 +18,7 @@ from batchcls.cli.app import Command
 from batchcls.cli.arguments import add_settings, parser_for
 from batchcls.errors import ExitCode
 from batchcls.jobs import bundle, classify, compare, evaluate, finetune, manifest, runs
+from batchcls.manifest.column_types import INPUT_COLUMNS
 from batchcls.models.registry import ZooRecord, zoo_records
 from batchcls.schema import REASONS, TOP_K_TYPE, predictions_schema, quarantine_schema
 
@@ -57,6 +58,18 @@ _QUARANTINE = {
     "n_bytes": "Size of the image file in bytes, if it was fetched.",
     "content_hash": "SHA-256 of the image file, if it was fetched.",
     "attempts": "Number of fetch attempts; 0 if none was made.",
+}
+
+_MANIFEST = {
+    "item_id": "Unique and not null. A null or repeated id is quarantined; the first row of a repeated id is kept.",
+    "uri": "A path, `file://`, `s3://`, `http(s)://` or any fsspec scheme; absolute, or relative to the folder of the "
+    "manifest.",
+    "image": "The bytes of the image file, instead of or in addition to `uri`. If both are present, the bytes are "
+    "used.",
+    "version": "Optional. The state of the image, for [reuse](../how-to/reuse.md): a changed value means a changed "
+    "image. It is written to `source_version` of the predictions.",
+    "label": "For `finetune`, `evaluate` and `compare` only. Rows whose label is null, empty or only whitespace "
+    "have no label.",
 }
 
 _EXIT_CODES = {
@@ -216,11 +229,28 @@ def models_table() -> str:
     return "\n".join([f"{len(rows)} models:", "", *_table(_MODEL_COLUMNS, rows, _NUMERIC)])
 
 
+def manifest_table() -> str:
+    """The table of the input columns of manifests."""
+    _require_same(_MANIFEST, [column.name for column in INPUT_COLUMNS])
+    rows = [
+        [
+            f"`{column.name}`" + (f", or the column named by `{column.flag}`" if column.flag else ""),
+            re.sub(r"\w+<[^>]*>", lambda match: f"`{match[0]}`", column.types),
+            _MANIFEST[column.name],
+        ]
+        for column in INPUT_COLUMNS
+    ]
+    others = "Ignored unless named by `--keep NAME,NAME`, which copies them to the predictions."
+    rows.append(["others", "see [Types](#types)", others])
+    return "\n".join(_table(["Column", "Type", "Content"], rows))
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": cli_page,
     "reference/tables.md": tables_page,
     "reference/exit-codes.md": exit_codes_page,
     "decisions/index.md": decisions_page,
+    "reference/manifest.md": lambda: _with_table("reference/manifest.md", manifest_table()),
     "reference/models.md": lambda: _with_table("reference/models.md", models_table()),
 }
 """Path below docs/ of every generated page, and the function that returns its text."""

@@ -5,20 +5,19 @@ Spark, Polars, pandas, DuckDB or Hugging Face's `datasets` wrote it. All are rea
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcls.errors import InputError
 from batchcls.manifest.row_ranges import Rows
+from batchcls.schema import IMAGE, ITEM_ID, URI, VERSION
 from batchcls.storage.uris import redact_uri
 
 _MAX_DECIMAL_DIGITS = 38
 _BYTES = "bytes"
 _PATH = "path"
-
-IMAGE_TYPES = f"binary or struct<{_BYTES}: binary, {_PATH}: string>"
-"""Supported types of inline images, for messages."""
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType | None:
@@ -255,6 +254,70 @@ def is_version(kind: pa.DataType) -> bool:
     """Whether a column of this type can contain the versions of images: text or integers."""
     plain = plain_type(kind)
     return is_text(kind) or (plain is not None and bool(pa.types.is_integer(plain)))
+
+
+def is_label(kind: pa.DataType) -> bool:
+    """Whether a column of this type can contain labels: text, integers or booleans."""
+    plain = plain_type(kind)
+    return is_version(kind) or (plain is not None and bool(pa.types.is_boolean(plain)))
+
+
+@dataclass(frozen=True, slots=True)
+class InputColumn:
+    """A column that jobs read from a manifest.
+
+    Attributes:
+        name: name of the column, or its default name if a flag can select another column.
+        flag: flag that selects another column; None if the name is fixed.
+        types: supported types in words, for messages and the documentation.
+        accepts: whether a column of an Arrow type can be read.
+        remedy: what to do about a column of another type, for messages.
+    """
+
+    name: str
+    flag: str | None
+    types: str
+    accepts: Callable[[pa.DataType], bool]
+    remedy: str
+
+    def require_type(self, kind: pa.DataType, name: str) -> None:
+        """Check the type of a column.
+
+        Args:
+            kind: type of the column.
+            name: how the message identifies the column.
+
+        Raises:
+            InputError: columns of this type cannot be read.
+        """
+        if not self.accepts(kind):
+            raise InputError(f"{name} has type {kind}, but {self.types} is required; {self.remedy}")
+
+
+_CAST = "cast it when writing the manifest"
+
+ITEM_ID_COLUMN = InputColumn(ITEM_ID, "--id-column", "string", is_text, _CAST)
+URI_COLUMN = InputColumn(URI, None, "string", is_text, _CAST)
+IMAGE_COLUMN = InputColumn(
+    IMAGE,
+    None,
+    f"binary or struct<{_BYTES}: binary, {_PATH}: string>",
+    is_image,
+    "it contains the bytes of the image file",
+)
+VERSION_COLUMN = InputColumn(
+    VERSION, None, "string or integer", is_version, "it identifies the version of the image"
+)
+LABEL_COLUMN = InputColumn(
+    "label",
+    "--label-column",
+    "string, integer or boolean",
+    is_label,
+    "name the column with the true class names",
+)
+
+INPUT_COLUMNS = (ITEM_ID_COLUMN, URI_COLUMN, IMAGE_COLUMN, VERSION_COLUMN, LABEL_COLUMN)
+"""The input columns of manifests. The table in docs/reference/manifest.md is generated from them."""
 
 
 def require_utf8(values: pa.ChunkedArray, rows: Rows, column: str, uri: str) -> None:

@@ -1,19 +1,19 @@
 """Determine the columns of a manifest, check that its files are consistent, and reject unsupported types."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from batchcls.errors import InputError
 from batchcls.manifest.column_types import (
-    IMAGE_TYPES,
+    IMAGE_COLUMN,
+    ITEM_ID_COLUMN,
+    URI_COLUMN,
+    VERSION_COLUMN,
     common_type,
     holds_text,
-    is_image,
-    is_text,
-    is_version,
     null_as_string,
     plain_type,
     unsupported_type_reason,
@@ -76,29 +76,20 @@ def resolve_columns(
             "column a unique name"
         )
 
-    def check(name: str, is_valid: Callable[[pa.DataType], bool], expected: str, remedy: str) -> None:
-        kind = schema.field(name).type
-        if not is_valid(kind):
-            raise InputError(
-                f"{redact_uri(uri)}: column {name} has type {kind}, but {expected} is required; {remedy}"
-            )
-
     def missing(name: str, remedy: str) -> InputError:
         return InputError(
             f"{redact_uri(uri)}: column {name} is missing; it has {summarize_names(schema.names)}; {remedy}"
         )
 
     if id_column not in schema.names:
-        raise missing(id_column, "name the column of unique ids with --id-column")
-    check(id_column, is_text, "string", "cast it when writing the manifest")
+        raise missing(id_column, f"name the column of unique ids with {ITEM_ID_COLUMN.flag}")
     if URI not in schema.names and IMAGE not in schema.names:
         raise missing(f"{URI} or {IMAGE}", "each row needs the URI of its image or the image itself")
-    if URI in schema.names:
-        check(URI, is_text, "string", "cast it when writing the manifest")
-    if IMAGE in schema.names:
-        check(IMAGE, is_image, IMAGE_TYPES, "it contains the bytes of the image file")
-    if VERSION in schema.names:
-        check(VERSION, is_version, "string or integer", "it identifies the version of the image")
+    named = [(ITEM_ID_COLUMN, id_column)]
+    named += [(column, column.name) for column in (URI_COLUMN, IMAGE_COLUMN, VERSION_COLUMN)]
+    for column, name in named:
+        if name in schema.names:
+            column.require_type(schema.field(name).type, f"{redact_uri(uri)}: column {name}")
     kept = []
     for name in keep:
         if name in schema.names:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcls.errors import InputError
+from batchcls.manifest.column_types import LABEL_COLUMN
 from batchcls.manifest.ids import column_batches
 from batchcls.manifest.snapshot import Manifest, open_manifest
 from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, URI_FAULT
@@ -97,7 +98,7 @@ def open_labeled_manifest(
         optional: accept a manifest without a label column; it then has no kept column.
 
     Raises:
-        InputError: see `open_manifest`; or the label column is missing, names images, or is not text.
+        InputError: see `open_manifest`; or the label column is missing, names images, or has an unsupported type.
     """
     if label_column in (id_column, URI, IMAGE):
         raise InputError(f"--label-column {label_column}: that column names images; name one of labels")
@@ -127,11 +128,7 @@ def with_text_labels(manifest: Manifest) -> Manifest:
         InputError: the values of the column are not text, integers or booleans.
     """
     (field,) = manifest.columns.kept
-    kind = field.type
-    if not (pa.types.is_string(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise InputError(
-            f"--label-column {field.name}: its values ({kind}) are not text; name a column of text"
-        )
+    LABEL_COLUMN.require_type(field.type, f"{LABEL_COLUMN.flag} {field.name}")
     return replace(manifest, columns=replace(manifest.columns, kept=(pa.field(field.name, pa.string()),)))
 
 
