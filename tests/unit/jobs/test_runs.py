@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.cli.app import run
-from batchcls.cli.run_tables import shown
+from batchcls.cli.run_tables import cell_text
 from batchcls.jobs import runs
 from batchcls.runs.catalog import read_current, read_record
 from batchcls.runs.lease import leased
@@ -83,7 +83,7 @@ def test_list_marks_the_published_and_the_previous_run(output: str, call):
     lines = {line.split()[1 if line[0] in "*<" else 0]: line for line in said.splitlines() if line.split()}
     assert code == 0
     assert lines["b"].startswith("*")
-    assert "committed, refused" in lines["b"]
+    assert "committed (gate failed)" in lines["b"]
     assert lines["a"].startswith("<")
     assert "12.5" in lines["a"]
     assert "unfinished" in lines["c"]
@@ -323,7 +323,7 @@ def test_a_run_of_hostile_ids_goes_through_everything(tmp_path: Path, call):
     [("a\nb\x1b[31m", "a\\nb\\x1b[31m"), ("x" * 100, "x" * 9 + "…"), ("[b]é", "[b]é"), (None, "None")],
 )
 def test_text_of_a_catalog_is_one_harmless_line(text: object, line: str):
-    assert shown(text, 15 if text != "x" * 100 else 10).plain == line
+    assert cell_text(text, 15 if text != "x" * 100 else 10).plain == line
 
 
 def test_a_page_is_drawn_again(tmp_path: Path, call: Callable[..., tuple[int, str]]):

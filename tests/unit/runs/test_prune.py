@@ -103,7 +103,7 @@ def test_a_run_whose_plan_is_damaged_or_gone_is_named_and_left(
     code, said = prune(output)
     assert (code, names(output)) == (0, ["begun", "committed", "copied"])
     for name in names(output):
-        assert any(line.split()[:1] == [name] and "stays" in line for line in said.splitlines()), said
+        assert any(line.split()[:1] == [name] and "keep" in line for line in said.splitlines()), said
 
 
 def test_nothing_is_removed_through_a_link(tmp_path: Path, prune: Call):
