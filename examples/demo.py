@@ -1,8 +1,8 @@
-"""The whole of batchcls on a laptop: draw a catalog, train, classify, look at the result.
+"""Demo of batchcls on a laptop: draws a catalog, trains a backbone, classifies the catalog and shows the results.
 
     python examples/demo.py --output demo-output
 
-Every step is a command that could be typed, and is shown as one. Nothing is downloaded.
+Every step prints the command that it runs. Nothing is downloaded.
 """
 
 import argparse
@@ -21,40 +21,40 @@ from rich.table import Table
 
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 CONSOLE = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-# A few of the drawn files are broken on purpose, more than a shop would accept.
+# A few of the drawn files are broken on purpose, more than the default limit allows.
 MAX_FAILED_FRACTION = "0.05"
 TRAINING_EPOCHS = "10"
 
 
 def main() -> None:
-    """Run the steps; ends with the exit code of the first that fails."""
+    """Run all steps; exits with the exit code of the first step that fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for everything")
-    parser.add_argument("--seed", type=int, default=7, help="of the drawings and the training")
-    parser.add_argument("--images", type=int, default=400, help="images in the catalog")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="output folder")
+    parser.add_argument("--seed", type=int, default=7, help="seed of the drawings and the training")
+    parser.add_argument("--images", type=int, default=400, help="number of images in the catalog")
     arguments = parser.parse_args()
     started = time.perf_counter()
     output: Path = arguments.output
-    # A demo starts from nothing each time; only folders that it made itself are removed.
+    # Every demo starts from scratch. Only folders that the demo creates are removed.
     for name in ("drawn", "bundle", "bundle.training", "published"):
         shutil.rmtree(output / name, ignore_errors=True)
     draw_and_train(output, arguments.seed, arguments.images)
     classify = classify_command(output)
-    step("Classify the catalog with the real job", classify)
+    step("Classify the catalog", classify)
     report(output, time.perf_counter() - started)
 
 
 def draw_and_train(output: Path, seed: int, images: int) -> None:
-    """The material: a catalog, and a bundle trained on other drawings of the same categories."""
+    """Draw the catalog, and train a bundle on other drawings of the same categories."""
     drawn = output / "drawn"
     step(
         "Draw a catalog: ten categories, six formats, some broken files",
         [str(HERE / "draw_catalog.py"), "--output", str(drawn), "--seed", str(seed), "--images", str(images)],
     )
     step(
-        "Train a small backbone from nothing on other drawings of the same categories",
+        "Train a small backbone from scratch on other drawings of the same categories",
         [
             *("-m", "batchcls.jobs.finetune"),
             *("--manifest", str(drawn / "train.parquet"), "--validation", str(drawn / "validation.parquet")),
@@ -68,7 +68,7 @@ def draw_and_train(output: Path, seed: int, images: int) -> None:
 
 
 def classify_command(output: Path) -> list[str]:
-    """The main job on the drawn catalog."""
+    """Arguments of `classify` for the drawn catalog."""
     return [
         *("-m", "batchcls.jobs.classify"),
         *("--manifest", str(output / "drawn" / "catalog.parquet")),
@@ -81,33 +81,35 @@ def classify_command(output: Path) -> list[str]:
 
 
 def step(title: str, arguments: list[str]) -> None:
-    """Say what comes, show the command, run it."""
+    """Print the title and the command of a step and run it."""
     CONSOLE.rule(f"[bold]{title}", align="left")
     CONSOLE.print(f"$ python {shlex.join(arguments)}", style="dim")
     sys.stdout.flush()
     done = subprocess.run([sys.executable, *arguments], check=False)
     if done.returncode != 0:
-        CONSOLE.print(f"that step ended with exit code {done.returncode}", style="red")
+        CONSOLE.print(f"the step failed with exit code {done.returncode}", style="red")
         sys.exit(done.returncode)
 
 
 def report(output: Path, seconds: float) -> None:
-    """What came out, read from storage as anybody would read it."""
+    """Print accuracy, throughput and quarantine, read from the output files."""
     published = output / "published"
     run = published / json.loads((published / "current.json").read_text(encoding="utf-8"))["path"]
     record = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    CONSOLE.rule("[bold]What came out", align="left")
-    right, labeled = accuracy(run, output / "drawn" / "catalog.parquet")
-    CONSOLE.print(f"accuracy    {right / labeled:.1%} top-1 on {labeled} drawings the network never saw")
-    measured = record["measurements"]
+    CONSOLE.rule("[bold]Results", align="left")
+    correct, labeled = accuracy(run, output / "drawn" / "catalog.parquet")
     CONSOLE.print(
-        f"throughput  {measured['images_per_second']:.0f} images/s, Ray's start-up included; "
-        f"the whole demo took {seconds:.0f} s"
+        f"accuracy    {correct / labeled:.1%} top-1 on {labeled} drawings that were not used for training"
+    )
+    measurements = record["measurements"]
+    CONSOLE.print(
+        f"throughput  {measurements['images_per_second']:.0f} images/s including the startup of Ray; "
+        f"the demo took {seconds:.0f} s"
     )
     CONSOLE.print(f"results     {run}/predictions/*.parquet")
     CONSOLE.print(f"quarantine  {run}/quarantine/*.parquet")
     CONSOLE.print(quarantine(run))
-    CONSOLE.print("On your own images:")
+    CONSOLE.print("To classify your own images:")
     for line in (
         "python -m batchcls.jobs.manifest from-folder PHOTOS --output catalog.parquet",
         f"python -m batchcls.jobs.classify --manifest catalog.parquet --model {output / 'bundle'} --output out",
@@ -116,18 +118,18 @@ def report(output: Path, seconds: float) -> None:
 
 
 def accuracy(run: Path, manifest: Path) -> tuple[int, int]:
-    """How many of the labeled images that have a prediction got their own label, and how many there are."""
-    found = duckdb.execute(
+    """Number of correct predictions and number of labeled images with a prediction."""
+    rows = duckdb.execute(
         f"""SELECT count(*) FILTER (WHERE p.label = m.label), count(*)
             FROM '{run}/predictions/*.parquet' p JOIN '{manifest}' m USING (item_id)
             WHERE m.label IS NOT NULL"""
     ).fetchall()
-    ((right, labeled),) = found
-    return int(right), int(labeled)
+    ((correct, labeled),) = rows
+    return int(correct), int(labeled)
 
 
 def quarantine(run: Path) -> Table:
-    """The rows that have no prediction, and why."""
+    """Table of the rows without a prediction, with the reason."""
     rows = duckdb.execute(
         f"SELECT row, item_id, uri, reason, detail FROM '{run}/quarantine/*.parquet' ORDER BY row"
     ).fetchall()

@@ -242,7 +242,9 @@ class ClusterSettings(JobConfig):
     @classmethod
     def _address_can_run_ray_data(cls, value: str) -> str:
         if value.startswith("ray://"):
-            raise ValueError("Ray Client (ray://) is not supported; use `ray job submit` (cluster/README.md)")
+            raise ValueError(
+                "Ray Client (ray://) is not supported; use `ray job submit` (docs/how-to/clusters.md)"
+            )
         if value.startswith(("http://", "https://")):
             raise ValueError(
                 f"this is the address of a dashboard; use `ray job submit --address {value} -- ...`"

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a run, exported by Ray (cluster/README.md, "Metrics").
+"""Prometheus metrics of a run, exported by Ray (docs/how-to/clusters.md, "Metrics").
 
 Counters are increased from receipts, in the process that creates or receives them, so that a row counts once it
 is on storage. Ray adds the prefix `ray_` to every name and `_total` to a counter's. All tags have few values: the

@@ -1,4 +1,4 @@
-"""`ray job submit`, as documented in cluster/README.md."""
+"""`ray job submit`, as documented in docs/how-to/clusters.md."""
 
 import json
 import subprocess
