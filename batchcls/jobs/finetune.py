@@ -147,32 +147,32 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
 
 def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
     started, recipe = time.time(), resolve_recipe(config)
-    with ThreadPoolExecutor(1) as aside:
-        opening = aside.submit(open_inputs, config, recipe)
+    with ThreadPoolExecutor(1) as executor:
+        opening_inputs = executor.submit(open_inputs, config, recipe)
         with ray_session(config.ray_address):
-            inputs = opening.result()
-            decides = inputs.decides(config)
-            if _is_done(config, digest_of(decides), inputs.storage):
+            inputs = opening_inputs.result()
+            result_settings = inputs.result_settings(config)
+            if _is_done(config, digest_of(result_settings), inputs.storage):
                 return ExitCode.DONE
-            claim, plan, workers = _begin(config, inputs, decides)
+            work_dir_run, plan, workers = _begin(config, inputs, result_settings)
             pixels = _prepare(config, inputs, lease, console)
             settings = _settings(config, inputs, pixels, workers, plan)
             rows = len(settings.training.rows)
             workers = limit_workers(config, workers, plan, rows, inputs.min_micro_batch_size)
-            run = TrainingRun(claim.run_id, inputs.storage, lease, console)
+            run = TrainingRun(work_dir_run.run_id, inputs.storage, lease, console)
             try:
-                trained = run_training(config, settings, inputs.start, pixels, workers, run)
+                trained = run_training(config, settings, inputs.initial_bundle, pixels, workers, run)
             except TrainingDivergedError as error:
-                raise _told(error.found, inputs) from None
+                raise _divergence_error(error.divergence, inputs) from None
     lineage = {
-        "digest": digest_of(decides),
-        "decides": dict(decides),
+        "digest": digest_of(result_settings),
+        "decides": dict(result_settings),
         "config": config.redacted(),
         "left_out": {"training": len(pixels[0].failed), "validation": len(pixels[1].failed)},
         "workers": str(workers),
         "plan": asdict(plan),
     }
-    bundle = trained_bundle(inputs.start, trained, claim.run_id, lineage)
+    bundle = trained_bundle(inputs.initial_bundle, trained, work_dir_run.run_id, lineage)
     lease.confirm()
     bundle.save(config.output, inputs.storage)
     finish_run(config.work_folder, inputs.storage)
@@ -183,7 +183,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
 
 
 def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
-    """Bytes of the prepared pixels of both manifests. Raises InputError if they are more than is allowed."""
+    """Return the size of the prepared pixels of both manifests. Raises InputError if it exceeds the limit."""
     both = (inputs.training, inputs.validation)
     needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both)
     if needed > config.max_pixels_gib * 2**30:
@@ -196,20 +196,20 @@ def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
 
 
 def _begin(
-    config: FinetuneConfig, inputs: TrainingInputs, decides: Mapping[str, Any]
+    config: FinetuneConfig, inputs: TrainingInputs, result_settings: Mapping[str, Any]
 ) -> tuple[WorkDirRun, StepPlan, Workers]:
-    """Settle all that may be refused before anything is prepared, then take the work directory."""
-    rows, needed = len(inputs.training.usable()), inputs.min_micro_batch_size
-    claim = find_run(config.work_folder, decides, inputs.storage, restart=config.restart)
+    """Validate everything that can be rejected before pixels are prepared, then record the run."""
+    rows, needed = len(inputs.training.labeled_rows()), inputs.min_micro_batch_size
+    work_dir_run = find_run(config.work_folder, result_settings, inputs.storage, restart=config.restart)
     workers = plan_workers(config, node_resources(), config.batch_size or inputs.recipe.batch_size)
-    plan = claim.plan or plan_steps(config, inputs.recipe, workers, rows, needed)
+    plan = work_dir_run.plan or plan_steps(config, inputs.recipe, workers, rows, needed)
     workers = limit_workers(config, workers, plan, rows, needed)
-    check_nodes(config.work_folder, claim.run_id, _pixel_bytes(config, inputs), inputs.storage)
-    record_run(config.work_folder, claim, decides, plan, inputs.storage)
-    verb = "resuming" if claim.is_resumed else "starting"
-    _logger.info("%s run %s in %s", verb, claim.run_id, redact_uri(config.work_folder))
-    _logger.info("%s, start %s", workers, bundle_line(inputs.start))
-    return claim, plan, workers
+    check_nodes(config.work_folder, work_dir_run.run_id, _pixel_bytes(config, inputs), inputs.storage)
+    record_run(config.work_folder, work_dir_run, result_settings, plan, inputs.storage)
+    verb = "resuming" if work_dir_run.is_resumed else "starting"
+    _logger.info("%s run %s in %s", verb, work_dir_run.run_id, redact_uri(config.work_folder))
+    _logger.info("%s, start %s", workers, bundle_line(inputs.initial_bundle))
+    return work_dir_run, plan, workers
 
 
 def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
@@ -240,20 +240,20 @@ def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
 def _prepare(
     config: FinetuneConfig, inputs: TrainingInputs, lease: Lease, console: Console
 ) -> tuple[PreparedPixels, PreparedPixels]:
-    """The pixels of both manifests, within the budgets of bytes and of failures."""
-    seen = TrainingProgress()
+    """Prepare the pixels of both manifests. Raises BudgetExceeded if too many images fail."""
+    progress = TrainingProgress()
 
     def prepared(part: TrainingManifest, before: int) -> PreparedPixels:
-        def tell(done: int) -> None:
+        def on_progress(done: int) -> None:
             lease.check()
-            seen.rows = before + done
+            progress.rows = before + done
 
         return prepare_pixels(
-            part.manifest, part.bad_ids, part.load, (config.work_folder, inputs.storage), tell
+            part.manifest, part.invalid_ids, part.load, config.work_folder, inputs.storage, on_progress
         )
 
     rows = inputs.training.manifest.rows + inputs.validation.manifest.rows
-    with show_progress(lambda: seen, rows, console, config.log_interval_seconds, "prepare"):
+    with show_progress(lambda: progress, rows, console, config.log_interval_seconds, "prepare"):
         training = prepared(inputs.training, 0)
         validation = prepared(inputs.validation, inputs.training.manifest.rows)
     given = config.max_failed_fraction
@@ -276,7 +276,7 @@ def _settings(
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if workers.use_gpu else "fp32"
-    start = inputs.start.config
+    start = inputs.initial_bundle.config
     return TrainingSettings(
         recipe=plan.applied_to(inputs.recipe, config),
         preprocessing=start.preprocessing,
@@ -289,13 +289,13 @@ def _settings(
         micro_batch_size=config.micro_batch_size,
         precision=precision,
         loader_processes=workers.loader_processes,
-        min_step_size=plan.least,
+        min_step_size=plan.min_step_size,
         min_micro_batch_size=inputs.min_micro_batch_size,
     )
 
 
 def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> LabeledRows:
-    rows = labeled.usable()
+    rows = labeled.labeled_rows()
     rows = rows[pixels.has_image(rows)]
     if len(rows) == 0:
         raise InputError(
@@ -304,15 +304,17 @@ def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> L
     return LabeledRows(rows, labeled.classes[rows])
 
 
-def _told(found: Divergence, inputs: TrainingInputs) -> BatchclsError:
-    ids = _item_ids(inputs.training.manifest, found.rows[:_NAMED], inputs.storage)
-    more = f" and {len(found.rows) - _NAMED} more" if len(found.rows) > _NAMED else ""
+def _divergence_error(divergence: Divergence, inputs: TrainingInputs) -> BatchclsError:
+    ids = _item_ids(inputs.training.manifest, divergence.rows[:_NAMED], inputs.storage)
+    more = f" and {len(divergence.rows) - _NAMED} more" if len(divergence.rows) > _NAMED else ""
     what = (
-        "the gradient is not finite though each loss is" if found.loss_is_finite else "the loss is not finite"
+        "the gradient is not finite, but all losses are"
+        if divergence.loss_is_finite
+        else "the loss is not finite"
     )
     return BatchclsError(
-        f"training broke in step {found.step} of epoch {found.epoch}: {what}, items {', '.join(ids)}{more}; look at "
-        "these images, or lower --learning-rate and --head-learning-rate"
+        f"training diverged in step {divergence.step} of epoch {divergence.epoch}: {what}, items "
+        f"{', '.join(ids)}{more}; check these images, or reduce --learning-rate and --head-learning-rate"
     )
 
 

@@ -1,7 +1,7 @@
 """Augments training images with torchvision transforms: crops, flips, color jitter and mixing.
 
-Each image's random numbers come from seed, epoch, row and how often the row came before in the epoch, so
-what is seen of it does not depend on how many workers there are (`randomness`).
+The random numbers of an image are derived from seed, epoch, row and the number of earlier occurrences of the row in
+the epoch, so that augmentations do not depend on the number of workers (see `seeding`).
 """
 
 import logging
@@ -20,12 +20,12 @@ from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.recipe import Recipe
 from batchcls.training.seeding import derive_seed, seeded_random
 
-_STRIDE = 32  # of almost every network: sides that are no multiple of it waste a border
-_MIXING = 0x6D6978
+_STRIDE = 32  # stride of almost every network; sides that are not a multiple of it waste a border
+_MIXING_SEED = 0x6D6978
 
 
 def crop_size(recipe: Recipe, epoch: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Height and width of the training crops of an epoch; multiples of 32 where they are not the input's own."""
+    """Return height and width of the training crops of an epoch: the input size, or multiples of 32."""
     fraction = recipe.size_fraction_at(epoch)
     sides = (preprocessing.input_height, preprocessing.input_width)
     if fraction == 1:
@@ -35,13 +35,13 @@ def crop_size(recipe: Recipe, epoch: int, preprocessing: Preprocessing) -> tuple
 
 
 def image_transform(recipe: Recipe, size: tuple[int, int], preprocessing: Preprocessing) -> v2.Transform:
-    """What happens to each image: uint8 3,H,W in, uint8 3,h,w out."""
+    """Return the transform of an image, from uint8 (3, H, W) to uint8 (3, h, w)."""
     steps: list[v2.Transform] = [
         v2.RandomResizedCrop(
             size,
             scale=recipe.crop_scale,
             ratio=recipe.crop_ratio,
-            interpolation=_filter(preprocessing),
+            interpolation=_interpolation(preprocessing),
             antialias=True,
         )
     ]
@@ -57,20 +57,20 @@ def image_transform(recipe: Recipe, size: tuple[int, int], preprocessing: Prepro
     return v2.Compose(steps)
 
 
-def _filter(preprocessing: Preprocessing) -> InterpolationMode:
-    """The preprocessing's own filter where torch has it for tensors, and bilinear for lanczos."""
+def _interpolation(preprocessing: Preprocessing) -> InterpolationMode:
+    """Return the interpolation of the preprocessing, or bilinear for lanczos, which PyTorch lacks for tensors."""
     name = preprocessing.interpolation
     return InterpolationMode(name) if name != "lanczos" else InterpolationMode.BILINEAR
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSample:
-    """One training image of one epoch.
+    """A training image of an epoch.
 
     Attributes:
-        row: of the manifest.
+        row: row number in the manifest.
         target: class index.
-        occurrence: how often the row came before in this epoch; above 0 only where rows are drawn repeatedly.
+        occurrence: number of earlier occurrences of the row in this epoch; 0 unless rows are sampled repeatedly.
     """
 
     row: int
@@ -79,42 +79,42 @@ class TrainingSample:
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
-    """Images of an epoch by `TrainingSample`: uint8 3,h,w, class index, and row."""
+    """Dataset of the augmented images of an epoch, indexed by `TrainingSample`: uint8 (3, h, w), class index, row."""
 
     def __init__(self, store: PixelStore, transform: v2.Transform, seed: tuple[int, int]) -> None:
-        """`seed` is that of the run, and the epoch."""
+        """Create the dataset; `seed` is the seed of the run and the epoch."""
         self._store, self._transform, self._seed = store, transform, seed
 
     def __getitem__(self, item: TrainingSample) -> tuple[Tensor, int, int]:
-        """The image as this epoch shows it, each time in another way; the process's random numbers stay as they are."""
+        """Return the augmented image without changing the random state of the process."""
         image = torch.from_numpy(self._store[item.row]).permute(2, 0, 1)
         with seeded_random(derive_seed(*self._seed, item.row, item.occurrence)):
-            shown: Tensor = self._transform(image)
-        return shown, item.target, item.row
+            augmented: Tensor = self._transform(image)
+        return augmented, item.target, item.row
 
 
 class Mixing:
-    """MixUp and CutMix over a batch; class indices become shares of the categories."""
+    """Applies MixUp and CutMix to batches; class indices become class probabilities."""
 
     def __init__(self, recipe: Recipe, classes: int) -> None:
-        ways: list[v2.Transform] = []
+        transforms: list[v2.Transform] = []
         if recipe.mixup:
-            ways.append(v2.MixUp(alpha=recipe.mixup, num_classes=classes))
+            transforms.append(v2.MixUp(alpha=recipe.mixup, num_classes=classes))
         if recipe.cutmix:
-            ways.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
-        self._mix = v2.RandomChoice(ways) if ways else None
+            transforms.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
+        self._transform = v2.RandomChoice(transforms) if transforms else None
 
     @property
-    def mixes(self) -> bool:
-        """Whether the recipe mixes images at all; a batch of a single image stays as it is."""
-        return self._mix is not None
+    def is_enabled(self) -> bool:
+        """Whether the recipe mixes images. Batches of a single image are never mixed."""
+        return self._transform is not None
 
     def __call__(self, images: Tensor, targets: Tensor, *seed: int) -> tuple[Tensor, Tensor]:
-        """Mix float N,3,H,W and int64 N; targets come back as float N,K, or as they are without mixing."""
-        if self._mix is None or len(images) < 2:
+        """Mix float images (N, 3, H, W) and int64 targets (N,). Returns targets (N, K), or unchanged without mixing."""
+        if self._transform is None or len(images) < 2:
             return images, targets
-        with seeded_random(derive_seed(_MIXING, *seed)):
-            mixed, shares = self._mix(images, targets)
+        with seeded_random(derive_seed(_MIXING_SEED, *seed)):
+            mixed, shares = self._transform(images, targets)
         return mixed, shares
 
 
@@ -122,43 +122,43 @@ _logger = logging.getLogger(__name__)
 
 
 def adapt_crop_size(recipe: Recipe, model: nn.Module, config: BundleConfig) -> Recipe:
-    """The recipe with crops of the network's own input size in place of those that the network does not take.
+    """Return the recipe with crops of the input size of the network instead of unsupported crop sizes.
 
-    What it takes is found out by a forward pass of one image, since no library says it of all networks. The input
-    size itself was proven when the bundle was made.
+    Supported sizes are determined with a forward pass of one image, because no library lists them for all networks.
+    The input size itself was verified when the bundle was created.
 
     Args:
-        recipe: whose crops may be smaller than the network's input.
-        model: the network that is going to be trained; it stays as it is.
-        config: the record that belongs to it.
+        recipe: recipe whose crops may be smaller than the input of the network.
+        model: network to be trained; it is not modified.
+        config: record of the bundle of the network.
     """
     preprocessing = config.preprocessing
-    own = (preprocessing.input_height, preprocessing.input_width)
+    input_size = (preprocessing.input_height, preprocessing.input_width)
     sizes = {
         "size_fraction": crop_size(recipe, 0, preprocessing),
         "final_size_fraction": crop_size(recipe, recipe.epochs - 1, preprocessing),
     }
-    if set(sizes.values()) == {own}:
+    if set(sizes.values()) == {input_size}:
         return recipe
-    refused: dict[tuple[int, int], str] = {}
+    unsupported: dict[tuple[int, int], str] = {}
     with eval_mode(model):
-        for size in sorted(set(sizes.values()) - {own}):
+        for size in sorted(set(sizes.values()) - {input_size}):
             try:
                 forward_full(model, random_image(size))
             except ImageSizeError as error:
-                refused[size] = error.reason
-    if not refused:
+                unsupported[size] = error.reason
+    if not unsupported:
         return recipe
-    named = ", ".join(f"{height} x {width}" for height, width in refused)
+    listing = ", ".join(f"{height} x {width}" for height, width in unsupported)
     _logger.info(
-        "%s takes no images of %s (%s): its training crops are %d x %d, its own size",
+        "%s does not support images of %s (%s); the training crops are %d x %d, its input size",
         config.spec,
-        named,
-        next(iter(refused.values())),
-        *own,
+        listing,
+        next(iter(unsupported.values())),
+        *input_size,
     )
-    # Both fractions of a recipe without last epochs are those of one size.
-    changes: dict[str, object] = {name: 1.0 for name, size in sizes.items() if size in refused}
+    # A recipe without final epochs has the same size for both fractions.
+    changes: dict[str, object] = {name: 1.0 for name, size in sizes.items() if size in unsupported}
     if {getattr(recipe, name) for name in sizes.keys() - changes.keys()} <= {1.0}:
-        changes["final_epochs"] = 0  # they have no size of their own any more
+        changes["final_epochs"] = 0  # the final epochs no longer have a different size
     return recipe.with_changes(**changes)

@@ -1,7 +1,7 @@
 """Determines the categories of a training run, their fixed order and warnings about them.
 
-The order is the order of the network's outputs and is stored in the bundle. All of it is arithmetic
-on counts of distinct labels, so 10,000 categories and millions of rows take seconds.
+The order is the order of the outputs of the network and is stored in the bundle. All computations use counts of
+distinct labels, so 10,000 categories and millions of rows take seconds.
 """
 
 import logging
@@ -18,8 +18,8 @@ from batchcls.models.labels import Labels, check_labels
 
 _logger = logging.getLogger(__name__)
 
-_NAMED = 10
-_FEWEST = 2
+_MAX_NAMES = 10
+_MIN_CATEGORIES = 2
 
 Counts = npt.NDArray[np.int64]
 Classes = npt.NDArray[np.int32]
@@ -27,57 +27,61 @@ Classes = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Categories:
-    """K categories in the order of the network's outputs, and their rows.
+    """K categories in the order of the outputs of the network.
 
     Attributes:
-        labels: K names.
-        training: K numbers of training rows.
-        validation: K numbers of validation rows; None where there is no validation manifest.
-        notes: what a person should know, a sentence each, with at most ten names in it.
+        labels: names of the K categories.
+        training: number of training rows of each category, of shape (K,).
+        validation: number of validation rows of each category, of shape (K,); None without a validation manifest.
+        warnings: sentences about unusual labels, each with at most ten names.
     """
 
     labels: Labels
     training: Counts
     validation: Counts | None
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def log_warnings(self) -> None:
-        """Every note as a warning."""
-        for note in self.notes:
+        """Log all warnings."""
+        for note in self.warnings:
             _logger.warning("%s", note)
 
 
 def resolve_category_order(
-    training: LabelColumn, given: Sequence[str] | None, known: Sequence[str]
+    training: LabelColumn, given_labels: Sequence[str] | None, known_labels: Sequence[str]
 ) -> Labels:
-    """The categories in their order.
+    """Return the categories in order.
 
     Args:
         training: labels of the training rows.
-        given: the list that the user named with --labels; it is taken as it is.
-        known: the categories of the bundle that training starts from. Their order is kept where all
-            labels are among them, so that class indices of earlier nights keep their meaning.
+        given_labels: the labels of --labels, which are used unchanged; None without that flag.
+        known_labels: the categories of the initial bundle. They are used, in their order, if they contain all
+            training labels, so that class indices do not change between runs.
 
     Returns:
-        `given`, else `known`, else the training labels sorted by their characters' code points, which
-        is the same order on every machine.
+        `given_labels`, or `known_labels`, or the training labels sorted by code points, which is the same order on
+        every machine.
 
     Raises:
-        InputError: a training label is not in `given`, or there are fewer than two categories.
+        InputError: a training label is not in `given_labels`, or there are fewer than two categories.
     """
-    found = training.distinct.to_pylist()
-    if given is not None:
-        listed = set(given)
-        missing = sorted(label for label in found if label not in listed)
+    training_labels = training.distinct.to_pylist()
+    if given_labels is not None:
+        listed = set(given_labels)
+        missing = sorted(label for label in training_labels if label not in listed)
         if missing:
             raise InputError(
-                f"--labels lacks {len(missing)} of the {len(found)} categories in the training manifest: "
-                f"{some(missing)}; add them to the file, or take their rows out of the manifest"
+                f"--labels lacks {len(missing)} of the {len(training_labels)} categories in the training manifest: "
+                f"{format_names(missing)}; add them to the file, or remove their rows from the manifest"
             )
-        labels = tuple(given)
+        labels = tuple(given_labels)
     else:
-        labels = tuple(known) if set(found) <= set(known) else tuple(sorted(found))
-    if len(labels) < _FEWEST:
+        labels = (
+            tuple(known_labels)
+            if set(training_labels) <= set(known_labels)
+            else tuple(sorted(training_labels))
+        )
+    if len(labels) < _MIN_CATEGORIES:
         raise InputError(f"there is only the category {labels[0]!r}; a classifier needs at least two")
     return check_labels(labels, "the training manifest")
 
@@ -85,81 +89,89 @@ def resolve_category_order(
 def describe_categories(
     labels: Sequence[str], training: LabelColumn, validation: LabelColumn | None = None
 ) -> Categories:
-    """Count the rows of each category and note what is odd.
+    """Count the rows of each category, and collect warnings.
 
     Args:
-        labels: K names, as `resolve_category_order` gives them.
+        labels: names of the K categories, see `resolve_category_order`.
         training: labels of the training rows, all of them in `labels`.
-        validation: labels of the validation rows; a label that is not in `labels` is noted, and its
-            rows have the class UNKNOWN_CLASS, which no answer can be.
+        validation: labels of the validation rows. Rows whose label is not in `labels` have the class UNKNOWN_CLASS,
+            which is never predicted, and cause a warning.
 
     Raises:
         InputError: no validation row has a label of `labels`.
     """
     names = pa.array(labels, pa.string())
-    trained = count_classes(training.classes(names), len(labels))
-    notes = [
-        *_without_label("training", training, "are not trained on"),
-        *_about("without a training row, which the network cannot learn", labels, trained == 0),
-        *_about("with a single training row, of which none can be held out", labels, trained == 1),
-        *_nearly_equal(labels),
+    training_counts = count_classes(training.classes(names), len(labels))
+    warnings = [
+        *_unlabeled_warning("training", training, "are not trained on"),
+        *_category_warning(
+            "without a training row, which the network cannot learn", labels, training_counts == 0
+        ),
+        *_category_warning(
+            "with a single training row, which cannot be held out", labels, training_counts == 1
+        ),
+        *_similar_labels_warning(labels),
     ]
     if validation is None:
-        return Categories(tuple(labels), trained, None, tuple(notes))
+        return Categories(tuple(labels), training_counts, None, tuple(warnings))
     classes = validation.classes(names)
-    validated = count_classes(classes, len(labels))
-    unseen_rows = int((classes == UNKNOWN_CLASS).sum())
-    if not validated.any():
+    validation_counts = count_classes(classes, len(labels))
+    unknown_rows = int((classes == UNKNOWN_CLASS).sum())
+    if not validation_counts.any():
         raise InputError(
             f"none of the {len(classes)} validation rows has a category of the training manifest; it has "
-            f"{some(sorted(validation.distinct.to_pylist()))}, training has {some(labels)}"
+            f"{format_names(sorted(validation.distinct.to_pylist()))}, training has {format_names(labels)}"
         )
-    if unseen_rows:
-        known = set(labels)
-        unseen = sorted(label for label in validation.distinct.to_pylist() if label not in known)
-        notes.append(
-            f"{unseen_rows} validation rows have {_counted(len(unseen))} that training does not have, and "
-            f"count as answered wrongly: {some(unseen)}"
+    if unknown_rows:
+        known_labels = set(labels)
+        unknown_labels = sorted(
+            label for label in validation.distinct.to_pylist() if label not in known_labels
         )
-    notes += _without_label("validation", validation, "are not counted")
-    trained_only = (validated == 0) & (trained > 0)
-    notes += _about("without a validation row, of which nothing is measured", labels, trained_only)
-    return Categories(tuple(labels), trained, validated, tuple(notes))
+        warnings.append(
+            f"{unknown_rows} validation rows have {_count_categories(len(unknown_labels))} that training does not "
+            f"have, and count as wrong predictions: {format_names(unknown_labels)}"
+        )
+    warnings += _unlabeled_warning("validation", validation, "are not counted")
+    not_validated = (validation_counts == 0) & (training_counts > 0)
+    warnings += _category_warning(
+        "without a validation row, whose accuracy is not measured", labels, not_validated
+    )
+    return Categories(tuple(labels), training_counts, validation_counts, tuple(warnings))
 
 
 def count_classes(classes: Classes, count: int) -> Counts:
-    """Rows of each of `count` classes; rows without a known label count nowhere."""
+    """Count the rows of each of `count` classes; rows without a known label are not counted."""
     return np.bincount(classes[classes >= 0], minlength=count)
 
 
-def some(names: Sequence[str]) -> str:
-    """The first ten names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+def format_names(names: Sequence[str]) -> str:
+    """Format the first ten names and the number of further names."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
-def _counted(categories: int) -> str:
+def _count_categories(categories: int) -> str:
     return "1 category" if categories == 1 else f"{categories} categories"
 
 
-def _about(what: str, labels: Sequence[str], chosen: npt.NDArray[np.bool_]) -> list[str]:
-    named = [labels[place] for place in np.flatnonzero(chosen).tolist()]
-    return [f"{_counted(len(named))} {what}: {some(named)}"] if named else []
+def _category_warning(text: str, labels: Sequence[str], mask: npt.NDArray[np.bool_]) -> list[str]:
+    names = [labels[index] for index in np.flatnonzero(mask).tolist()]
+    return [f"{_count_categories(len(names))} {text}: {format_names(names)}"] if names else []
 
 
-def _without_label(which: str, column: LabelColumn, consequence: str) -> list[str]:
+def _unlabeled_warning(name: str, column: LabelColumn, consequence: str) -> list[str]:
     rows = column.unlabeled_rows
     if not len(rows):
         return []
-    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    more = f" and {len(rows) - _MAX_NAMES} more" if len(rows) > _MAX_NAMES else ""
     return [
-        f"{len(rows)} of {len(column.codes)} {which} rows have no label (null or blank) and {consequence}: "
-        f"rows {', '.join(map(str, rows[:_NAMED]))}{more}"
+        f"{len(rows)} of {len(column.codes)} {name} rows have no label (null or blank) and {consequence}: "
+        f"rows {', '.join(map(str, rows[:_MAX_NAMES]))}{more}"
     ]
 
 
-def _nearly_equal(labels: Sequence[str]) -> list[str]:
-    """Labels that differ in case or blanks only are two categories here and one mistake there."""
+def _similar_labels_warning(labels: Sequence[str]) -> list[str]:
+    """Warn about labels that differ only in case or whitespace, which are usually mistakes."""
     first: dict[str, str] = {}
     pairs = []
     for label in labels:
@@ -169,4 +181,4 @@ def _nearly_equal(labels: Sequence[str]) -> list[str]:
         first.setdefault(folded, label)
     if not pairs:
         return []
-    return [f"{2 * len(pairs)} categories differ in pairs, in case or blanks only: {some(pairs)}"]
+    return [f"{2 * len(pairs)} categories differ in pairs only in case or whitespace: {format_names(pairs)}"]

@@ -1,7 +1,7 @@
 """Classifies training failures as permanent or retryable.
 
-Processes and nodes die, connections break, and stores do not answer: after these the others resume from the
-last checkpoint. What the code itself refuses is refused again, as often as it is tried. Needs no Ray.
+After failures of processes, nodes, connections and stores, training resumes from the last checkpoint. Errors that
+the code itself raises would occur again. This module does not use Ray.
 """
 
 import errno
@@ -13,14 +13,14 @@ from torch import distributed
 
 from batchcls.errors import GoldenMismatch, InputError
 
-# Torch raises plain RuntimeErrors for what goes wrong between processes, and on a device.
-_BETWEEN_PROCESSES = re.compile(
+# PyTorch raises plain RuntimeErrors for communication errors and device errors.
+_COMMUNICATION_ERRORS = re.compile(
     r"gloo|nccl|c10d|connection|socket|broken pipe|timed? ?out|timeout|process group|\b(tcp)?store\b|\bpeer\b"
     r"|cuda error|cudnn|cublas|hip error",
     re.IGNORECASE,
 )
-_LONGEST = 300
-_LASTING = frozenset(
+_MAX_LENGTH = 300
+_PERMANENT_ERRNOS = frozenset(
     {
         errno.ENOSPC,
         errno.EDQUOT,
@@ -32,15 +32,15 @@ _LASTING = frozenset(
         errno.ENOTDIR,
     }
 )
-_MAY_PASS: tuple[type[BaseException], ...] = (
+_RETRYABLE_ERRORS: tuple[type[BaseException], ...] = (
     torch.AcceleratorError,
     torch.OutOfMemoryError,
     distributed.DistError,
     MemoryError,
     EOFError,
 )
-# Errors of the code that ran, whatever library it is of; all others are somebody else's and may pass.
-_OF_THE_CODE: tuple[type[BaseException], ...] = (
+# Errors raised by code, of any library. All other errors have external causes and are retryable.
+_PERMANENT_ERRORS: tuple[type[BaseException], ...] = (
     InputError,
     GoldenMismatch,
     ValueError,
@@ -56,38 +56,38 @@ _OF_THE_CODE: tuple[type[BaseException], ...] = (
 
 
 def worker_failures(error: BaseException) -> list[BaseException]:
-    """What the workers of a group raised, by rank; of an error of Ray Train's own what it could not do."""
-    found = getattr(error, "worker_failures", None)
-    if isinstance(found, Mapping) and found:
-        return [found[rank] for rank in sorted(found)]
+    """Return the exceptions of the workers in order of rank, or the error of Ray Train itself."""
+    failures = getattr(error, "worker_failures", None)
+    if isinstance(failures, Mapping) and failures:
+        return [failures[rank] for rank in sorted(failures)]
     return [getattr(error, "controller_failure", error)]
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and text of a failure, shortened where libraries add whole pages."""
+    """Format type and message of an exception in one line of limited length."""
     text = " ".join(str(error).split())
-    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+    shortened = text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
+    return f"{type(error).__name__}: {shortened}" if shortened else type(error).__name__
 
 
 def permanent_failure(errors: Iterable[BaseException]) -> BaseException | None:
-    """The first failure that would come again on the same images with the same settings; None if there is none.
+    """Return the first failure that would occur again with the same images and settings, or None.
 
-    Where one process fails, the connections of the others break, so one such failure among several decides.
+    If one process fails, the connections of the others break, so a single permanent failure among several decides.
     """
-    return next((error for error in errors if _comes_again(error)), None)
+    return next((error for error in errors if _is_permanent(error)), None)
 
 
 def out_of_memory(errors: Iterable[BaseException]) -> BaseException | None:
-    """The first failure to get memory, which passes where others used it, and comes again where they did not."""
+    """Return the first out-of-memory error, or None. It is temporary only if other processes used the memory."""
     return next((error for error in errors if isinstance(error, MemoryError | torch.OutOfMemoryError)), None)
 
 
-def _comes_again(error: BaseException) -> bool:
-    if isinstance(error, _MAY_PASS):
+def _is_permanent(error: BaseException) -> bool:
+    if isinstance(error, _RETRYABLE_ERRORS):
         return False
     if isinstance(error, OSError):
-        return error.errno in _LASTING
+        return error.errno in _PERMANENT_ERRNOS
     if type(error) is RuntimeError:
-        return not _BETWEEN_PROCESSES.search(str(error))
-    return isinstance(error, _OF_THE_CODE)
+        return not _COMMUNICATION_ERRORS.search(str(error))
+    return isinstance(error, _PERMANENT_ERRORS)

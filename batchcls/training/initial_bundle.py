@@ -25,10 +25,10 @@ _logger = logging.getLogger(__name__)
 
 
 def open_initial_bundle(config: FinetuneConfig, storage: Storage) -> Bundle | None:
-    """The bundle that --model names; None where it names an architecture.
+    """Open the bundle named by --model. Returns None if --model names an architecture.
 
     Raises:
-        InputError: there is no bundle, or something is said about it that it brings itself.
+        InputError: the bundle does not exist, or a flag contradicts it.
     """
     if is_model_name(config.model) and not config.model.startswith((".", "/")):
         return None
@@ -38,85 +38,83 @@ def open_initial_bundle(config: FinetuneConfig, storage: Storage) -> Bundle | No
 
 
 def open_frozen_bundle(config: FinetuneConfig, storage: Storage) -> Bundle:
-    """What --model names as it is, with golden answers, to be used and not to be changed.
+    """Open the model named by --model for use as a frozen network, with golden outputs.
 
     Raises:
-        InputError: it is not there or does not fit, or has no weights.
+        InputError: the model does not exist, is not compatible, or has no weights.
     """
     if config.from_scratch:
-        raise InputError(
-            "--from-scratch: a classifier on the embeddings of random weights knows nothing; leave it out"
-        )
+        raise InputError("--from-scratch: a linear probe needs trained weights; omit --from-scratch")
     bundle = resolve_model(config.model, _choices(config), storage)
     return bundle if bundle.config.golden is not None else with_golden(bundle)
 
 
 def make_initial_bundle(
-    config: FinetuneConfig, opened: Bundle | None, labels: Labels, storage: Storage
+    config: FinetuneConfig, bundle: Bundle | None, labels: Labels, storage: Storage
 ) -> Bundle:
-    """The bundle with a classifier for these labels: its own if it has them in this order, or a new one.
+    """Return the bundle with a classifier for these labels, its own if the labels are equal, or a new one.
 
     Args:
-        config: what was asked for.
-        opened: what `open_initial_bundle` has found.
-        labels: the categories in their order.
-        storage: how to reach the weights.
+        config: settings of the command.
+        bundle: result of `open_initial_bundle`.
+        labels: the categories in order.
+        storage: storage that holds the weights.
 
     Raises:
-        InputError: the architecture, its weights or its arguments do not fit.
+        InputError: architecture, weights and arguments are not compatible.
     """
-    if opened is None:
-        named = _named(config, labels, storage)
-        return named if config.from_scratch else _with_neutral_head(named)
-    warn_about_dropped_metadata(opened, labels)
-    if opened.config.labels == labels and not opened.config.untrained_head:
-        return opened
-    spec, state = opened.config.spec, from_safetensors(opened.weights, WEIGHTS_FILE)
-    model = with_new_head(get_library(spec), spec, state, len(labels), opened.config.dropout)
-    made = opened.with_weights(
+    if bundle is None:
+        resolved = _resolve_with_new_head(config, labels, storage)
+        return resolved if config.from_scratch else _with_zero_head(resolved)
+    warn_about_dropped_metadata(bundle, labels)
+    if bundle.config.labels == labels and not bundle.config.untrained_head:
+        return bundle
+    spec, state = bundle.config.spec, from_safetensors(bundle.weights, WEIGHTS_FILE)
+    model = with_new_head(get_library(spec), spec, state, len(labels), bundle.config.dropout)
+    new_bundle = bundle.with_weights(
         to_safetensors(model.state_dict()),
         labels=labels,
         untrained_head=True,
-        lineage={"new_head_on": opened.fingerprint},
+        lineage={"new_head_on": bundle.fingerprint},
     )
-    return _with_neutral_head(made)
+    return _with_zero_head(new_bundle)
 
 
-def warn_about_dropped_metadata(opened: Bundle, labels: Labels) -> None:
-    """Log what of a bundle's record does not outlive training: its calibration, and paths of other categories."""
-    known = opened.config
-    if known.calibration is not None:
+def warn_about_dropped_metadata(bundle: Bundle, labels: Labels) -> None:
+    """Warn about metadata that training drops: the calibration, and category paths of other categories."""
+    config_before = bundle.config
+    if config_before.calibration is not None:
         _logger.warning(
-            "the calibration of --model (temperature %.3g and thresholds) is that of its present weights: the new "
-            "bundle has none; run `evaluate --write-bundle` on it before `classify --abstain`",
-            known.calibration.temperature,
+            "the calibration of --model (temperature %.3g and thresholds) is not valid for other weights and is "
+            "dropped; run `evaluate --write-bundle` on the new bundle before `classify --abstain`",
+            config_before.calibration.temperature,
         )
-    if known.category_paths is not None and known.category_paths_for(labels) is None:
+    if config_before.category_paths is not None and config_before.category_paths_for(labels) is None:
         _logger.warning(
-            "the category paths of --model do not name every category: the new bundle has none; give labels as "
-            "paths to `evaluate --labels-are-paths --write-bundle`"
+            "the category paths of --model do not name every category and are dropped; to restore them, use paths as "
+            "labels with `evaluate --labels-are-paths --write-bundle`"
         )
 
 
-def _with_neutral_head(bundle: Bundle) -> Bundle:
-    """The bundle with a new classifier of zeros, to which all categories are equally likely.
+def _with_zero_head(bundle: Bundle) -> Bundle:
+    """Return the bundle with a classifier of zeros, which predicts all categories with equal probability.
 
-    A library's own initial values are made for training from nothing. On the large features of a
-    trained body some of them give losses that take an epoch to come down again.
+    The initial values of the libraries are intended for training from scratch. With the large features of a trained
+    body, some of them cause losses that take an epoch to decrease again.
     """
     library, state = get_library(bundle.config.spec), from_safetensors(bundle.weights, WEIGHTS_FILE)
     heads = tuple(f"{path}." for path in library.classifiers(build_model(bundle)))
-    neutral = {
+    weights = {
         name: torch.zeros_like(value) if name.startswith(heads) else value for name, value in state.items()
     }
-    return bundle.with_weights(to_safetensors(neutral))
+    return bundle.with_weights(to_safetensors(weights))
 
 
-def _named(config: FinetuneConfig, labels: Labels, storage: Storage) -> Bundle:
+def _resolve_with_new_head(config: FinetuneConfig, labels: Labels, storage: Storage) -> Bundle:
     with tempfile.TemporaryDirectory() as folder:
-        names = Path(folder) / "labels.txt"
-        names.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        choices = replace(_choices(config), labels=str(names), new_head=True)
+        label_file = Path(folder) / "labels.txt"
+        label_file.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        choices = replace(_choices(config), labels=str(label_file), new_head=True)
         return resolve_model(config.model, choices, storage)
 
 

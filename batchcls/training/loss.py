@@ -1,6 +1,6 @@
 """Computes the loss of a row and the weights that balance unequal category sizes.
 
-Letters: N rows, K categories.
+Symbols: N rows, K categories.
 """
 
 from collections.abc import Sequence
@@ -11,31 +11,31 @@ from torch import Tensor, distributed, nn
 
 
 def row_losses(logits: Tensor, targets: Tensor, label_smoothing: float, row_weight: Tensor | None) -> Tensor:
-    """N cross-entropies against smoothed targets, each times the weight of its row.
+    """Return the weighted cross-entropies of N rows with label smoothing.
 
-    The weight belongs to the row. `torch.nn.functional.cross_entropy(weight=...)` weights each class of a
-    target instead, so that with label smoothing a row of a large category is mostly trained towards the rare
-    ones: at 940, 10 and 10 rows the share that smoothing gives away counts ten times the row's own category.
+    Weights are per row. `torch.nn.functional.cross_entropy(weight=...)` weights each class of a target instead, so
+    that with label smoothing, rows of a large category are mostly trained towards the rare categories: with 940, 10
+    and 10 rows, the smoothed part has ten times the weight of the label.
 
     Args:
-        logits: float N,K.
-        targets: int64 N, class indices; or float N,K, shares of the categories.
-        label_smoothing: 0..1, share of a target that all categories get alike.
-        row_weight: N, as `row_weights` gives them; None: all rows count alike.
+        logits: float array of shape (N, K).
+        targets: int64 class indices of shape (N,), or float class probabilities of shape (N, K).
+        label_smoothing: label smoothing, 0..1.
+        row_weight: weights of shape (N,), see `row_weights`; None: all rows have the same weight.
     """
     losses = nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
     return losses if row_weight is None else losses * row_weight
 
 
 def row_weights(targets: Tensor, class_weights: Tensor) -> Tensor:
-    """N weights: that of the row's class, or for shares of several classes the mean of theirs.
+    """Return N weights: the weight of the class, or the mean weight of the classes of mixed images.
 
-    MixUp and CutMix mix the rows of a batch with a permutation of them, at one ratio, so the weights of a
-    mixed batch have the sum that they have without mixing.
+    MixUp and CutMix mix the rows of a batch with a permutation of the batch at a single ratio, so mixing does not
+    change the sum of the weights of a batch.
 
     Args:
-        targets: int64 N, class indices; or float N,K, shares of the categories.
-        class_weights: float K.
+        targets: int64 class indices of shape (N,), or float class probabilities of shape (N, K).
+        class_weights: float weights of shape (K,).
     """
     if targets.dim() == 1:
         return class_weights[targets]
@@ -45,11 +45,11 @@ def row_weights(targets: Tensor, class_weights: Tensor) -> Tensor:
 def mean_loss(
     logits: Tensor, targets: Tensor, label_smoothing: float, class_weights: Tensor | None
 ) -> Tensor:
-    """The mean of the weighted losses of N rows; see `row_losses`.
+    """Return the mean weighted loss of N rows, see `row_losses`.
 
-    It is divided by N and not by the weights of these rows: class weights have a mean of 1 over all training rows, so
-    every step is an unbiased part of the whole. Divided by its own weights, a step with a rare row in it would
-    count that row for little more than any other.
+    The sum is divided by N and not by the sum of the weights: class weights have a mean of 1 over all training rows, so
+    that every step is an unbiased estimate. With the sum of the weights as divisor, a rare row would have little more
+    weight in its step than any other row.
     """
     weights = None if class_weights is None else row_weights(targets, class_weights)
     return row_losses(logits, targets, label_smoothing, weights).mean()
@@ -57,13 +57,13 @@ def mean_loss(
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where training broke.
+    """A step whose gradient is not finite.
 
     Attributes:
-        epoch: counts from 1.
-        step: counts from 1.
-        rows: of the training manifest whose loss is not finite; all of the step where each loss is.
-        loss_is_finite: whether every loss was finite and the gradient alone was not.
+        epoch: epoch, counted from 1.
+        step: step, counted from 1.
+        rows: rows of the training manifest whose loss is not finite, or all rows of the step if all losses are finite.
+        loss_is_finite: whether all losses are finite, and only the gradient is not.
     """
 
     epoch: int
@@ -75,23 +75,23 @@ class Divergence:
 def gather_divergence(
     epoch: int, step: int, losses: Sequence[tuple[Tensor, Tensor]], workers: int
 ) -> Divergence:
-    """Join what the workers know; all of them have to call, and get the same answer.
+    """Combine the losses of all workers. All workers must call this function, with the same result.
 
     Args:
-        epoch: counts from 1.
-        step: counts from 1.
-        losses: for each pass N losses and N row numbers.
-        workers: how many there are.
+        epoch: epoch, counted from 1.
+        step: step, counted from 1.
+        losses: N losses and N row numbers of each micro-batch.
+        workers: number of workers.
     """
-    mine = [
+    own_rows = [
         (int(row), bool(finite))
         for values, rows in losses
         for row, finite in zip(rows.tolist(), torch.isfinite(values).tolist(), strict=True)
     ]
-    found: list[list[tuple[int, bool]]] = [mine] * workers
+    gathered: list[list[tuple[int, bool]]] = [own_rows] * workers
     if workers > 1:
-        distributed.all_gather_object(found, mine)
-    known = [pair for part in found for pair in part]
-    broken = [row for row, finite in known if not finite]
-    rows = broken or [row for row, _ in known]
-    return Divergence(epoch, step, tuple(sorted(rows)), not broken)
+        distributed.all_gather_object(gathered, own_rows)
+    all_rows = [pair for part in gathered for pair in part]
+    not_finite = [row for row, finite in all_rows if not finite]
+    rows = not_finite or [row for row, _ in all_rows]
+    return Divergence(epoch, step, tuple(sorted(rows)), not not_finite)

@@ -1,7 +1,7 @@
 """Copies the pixel cache from object storage to the local disk of a node, once for all of its workers.
 
-Workers hold the folder while they read from it, with a lock that ends with their process. It is removed when
-the run ends, by the driver, on every node. Needs no Ray.
+Workers lock the folder while they read from it; the lock ends with their process. The driver removes the folders
+on all nodes at the end of the run. This module does not use Ray.
 """
 
 import fcntl
@@ -19,38 +19,38 @@ from batchcls.models.engines.compile_cache import VARIABLE
 from batchcls.storage.filesystem import Storage
 from batchcls.storage.store_errors import resumable_errors
 
-_USED = ".used"
+_LOCK_FILE = ".used"
 _SPARE_BYTES = 1 << 30
 _ABANDONED_SECONDS = 24 * 60 * 60
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCache:
-    """The folder of one run on one node."""
+    """The cache folder of a run on a node."""
 
     folder: Path
 
     @classmethod
     def of(cls, run_id: str, node_id: str) -> "NodeCache":
-        """The folder of a run on the node with this identifier of Ray's: nodes on one machine have one each."""
+        """Return the cache of a run on a node. `node_id` is Ray's ID, because a machine can run several nodes."""
         return cls(caches_folder() / f"{run_id}-{node_id}")
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold the folder while a worker reads from it; the worker's death ends this as well."""
+        """Lock the folder against removal while a worker reads from it, at most until the process ends."""
         while True:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with _locked(self.folder / _USED, fcntl.LOCK_SH) as held:
-                # Whoever removed the folder while we waited for the lock has left us with a file that is gone.
-                if (self.folder / _USED).exists() and held.samefile(self.folder / _USED):
+            with _locked(self.folder / _LOCK_FILE, fcntl.LOCK_SH) as lock:
+                # The folder, and with it the locked file, may have been removed while this process waited for the lock.
+                if (self.folder / _LOCK_FILE).exists() and lock.samefile(self.folder / _LOCK_FILE):
                     yield
                     return
 
     def copy(self, uri: str, storage: Storage) -> Path:
-        """The copy of a file, fetched by the first of the node's workers that asks for it.
+        """Return the local copy of a file. The first worker of the node that needs it fetches it.
 
         Raises:
-            StorageStoppedError: the store does not hand it out, or the disk has no room for it.
+            StorageStoppedError: the file cannot be read, or the disk is full.
         """
         path = self.folder / hashlib.sha256(uri.encode()).hexdigest()
         if path.is_file():
@@ -65,22 +65,22 @@ class NodeCache:
         return path
 
     def bytes(self) -> int:
-        """Bytes of the files that are there."""
+        """Total size of the cached files."""
         return sum(path.stat().st_size for path in self.folder.glob("*") if path.is_file())
 
     def remove(self, *, wait: bool) -> bool:
-        """Remove the folder; whether it is gone.
+        """Remove the folder. Returns whether it was removed.
 
         Args:
-            wait: until no worker holds it any more; otherwise one that is held stays.
+            wait: wait until no worker uses the folder; otherwise a folder in use is kept.
         """
         if not self.folder.is_dir():
             return True
-        how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+        operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         try:
-            with _locked(self.folder / _USED, how):
+            with _locked(self.folder / _LOCK_FILE, operation):
                 shutil.rmtree(self.folder)
-            with suppress(OSError):  # others' caches are there
+            with suppress(OSError):  # caches of other runs exist
                 self.folder.parent.rmdir()
         except BlockingIOError:
             return False
@@ -89,12 +89,12 @@ class NodeCache:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """What a node says of itself before anything is prepared.
+    """State of a node before the images are prepared.
 
     Attributes:
-        cache: the folder for copies.
-        free: bytes that the run may use of the disk of `cache`, copies that are there already included.
-        sees_mark: whether the file that the driver has written into the work directory is there.
+        cache: folder of the copies.
+        free: bytes available to the run on the disk of `cache`, including existing copies of the run.
+        sees_mark: whether the node can see a file that the driver has written to the work directory.
     """
 
     cache: str
@@ -103,11 +103,11 @@ class NodeView:
 
 
 def inspect_node(run_id: str, node_id: str, mark: str) -> NodeView:
-    """The view of the node that this process runs on; caches of runs that nobody came back to are removed.
+    """Inspect the node of this process, and remove caches of abandoned runs.
 
     Args:
-        run_id: of the run.
-        node_id: of this node.
+        run_id: ID of the run.
+        node_id: ID of this node.
         mark: path of a file in a local work directory.
     """
     for folder in caches_folder().glob("*"):
@@ -118,35 +118,35 @@ def inspect_node(run_id: str, node_id: str, mark: str) -> NodeView:
 
 
 def caches_folder() -> Path:
-    """Where the caches of all runs lie on this node: in BATCHCLS_CACHE_DIR, or else in the temporary folder."""
-    named = os.environ.get(VARIABLE)
-    above = Path(named).expanduser().absolute() if named else Path(tempfile.gettempdir())
-    return above / f"batchcls-pixels-{os.getuid()}"
+    """Return the folder of all caches on this node, in BATCHCLS_CACHE_DIR or the temporary folder."""
+    configured = os.environ.get(VARIABLE)
+    parent = Path(configured).expanduser().absolute() if configured else Path(tempfile.gettempdir())
+    return parent / f"batchcls-pixels-{os.getuid()}"
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder, which need not be there yet, less a gibibyte for everything else."""
+    """Return the free bytes on the disk of a folder, which may not exist yet, minus a reserve of 1 GiB."""
     while not folder.exists():
         folder = folder.parent
     return max(0, shutil.disk_usage(folder).free - _SPARE_BYTES)
 
 
-class _Held:
-    """An open file that is locked."""
+class _LockedFile:
+    """An open, locked file."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def samefile(self, path: Path) -> bool:
-        """Whether it is the file of that path still."""
+        """Return whether the path still refers to this file."""
         return os.path.samestat(os.fstat(self._descriptor), path.stat())
 
 
 @contextmanager
-def _locked(path: Path, how: int) -> Iterator[_Held]:
+def _locked(path: Path, operation: int) -> Iterator[_LockedFile]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, how)
-        yield _Held(descriptor)
+        fcntl.flock(descriptor, operation)
+        yield _LockedFile(descriptor)
     finally:
         os.close(descriptor)

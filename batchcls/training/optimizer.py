@@ -1,6 +1,6 @@
 """Builds the PyTorch optimizer and the learning rate schedule of a recipe, with layer-wise learning rates.
 
-A schedule here is a function of the step alone, so a run that goes on needs no state of it.
+A schedule is a pure function of the step, so that resuming a run needs no state of the schedule.
 """
 
 import bisect
@@ -17,21 +17,21 @@ from batchcls.models.heads import Trainable, mark_trainable
 from batchcls.models.layers import exempt_from_weight_decay, layer_depths
 from batchcls.training.recipe import Recipe
 
-_LEAST = 1e-3  # of the peak, at the end of a cosine
-_FIRST = 0.04  # of the peak, at the beginning of a warm-up
+_FINAL_FACTOR = 1e-3  # of the peak, at the end of the cosine decay
+_WARMUP_START_FACTOR = 0.04  # of the peak, at the start of the warm-up
 _STEP_FACTOR = 0.1
-_HEAD_WARMUP = 0.1  # share of the steps in which the classifier is trained alone
+_HEAD_WARMUP = 0.1  # fraction of the steps that train only the classifier
 
 
 def make_optimizer(model: nn.Module, classifiers: Sequence[str], recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters.
+    """Create the optimizer of all trainable parameters.
 
-    Each group has `peak`, its largest learning rate: the recipe's for the classifier, and for the body one that
-    falls by `layer_decay` from layer to layer towards the image. Biases, norms and what the network names have no
-    weight decay (`models.layers`).
+    Each parameter group has its peak learning rate as `peak`: that of the recipe for the classifier, and for the body
+    a rate that decreases by `layer_decay` per layer towards the input. Biases, norms and parameters that the network
+    excludes have no weight decay (see `models.layers`).
 
     Raises:
-        InputError: the recipe's rates fall and the order of the network's layers is not known.
+        InputError: the recipe has a layer decay, and the order of the layers of the network is not known.
     """
     exempt = exempt_from_weight_decay(model)
     depths = layer_depths(model) if recipe.layer_decay < 1 else {}
@@ -60,41 +60,42 @@ def make_optimizer(model: nn.Module, classifiers: Sequence[str], recipe: Recipe)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group to this share of its peak."""
+    """Set the learning rate of every group to this factor of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 
 
 def schedule_factor(recipe: Recipe, step: int, steps: int) -> float:
-    """Share (0..1) of the peak learning rate at a step, which counts from 0, of so many.
+    """Return the factor (0..1) on the peak learning rate at a step, counted from 0, of `steps`.
 
-    In the recipe's `head_epochs` the classifier alone is quickly at its peak and stays there; the schedule
-    is over the steps that follow.
+    During `head_epochs` the learning rate of the classifier increases quickly to its peak and remains there. The
+    schedule of the recipe covers the steps after that.
     """
-    alone = steps * recipe.head_epochs // recipe.epochs
-    if step < alone:
-        return min(1.0, (step + 1) / (_HEAD_WARMUP * alone))
-    place = (step - alone) / (steps - alone)
-    if place < recipe.warmup_fraction:
-        rising = place / recipe.warmup_fraction
-        shape = (1 - math.cos(math.pi * rising)) / 2 if recipe.schedule == "one-cycle" else rising
-        return _FIRST + (1 - _FIRST) * shape
+    head_steps = steps * recipe.head_epochs // recipe.epochs
+    if step < head_steps:
+        return min(1.0, (step + 1) / (_HEAD_WARMUP * head_steps))
+    position = (step - head_steps) / (steps - head_steps)
+    if position < recipe.warmup_fraction:
+        progress = position / recipe.warmup_fraction
+        shape = (1 - math.cos(math.pi * progress)) / 2 if recipe.schedule == "one-cycle" else progress
+        return _WARMUP_START_FACTOR + (1 - _WARMUP_START_FACTOR) * shape
     if recipe.schedule == "steps":
-        return _STEP_FACTOR ** bisect.bisect_right(sorted(recipe.milestones), place)
-    falling = (place - recipe.warmup_fraction) / (1 - recipe.warmup_fraction)
-    return _LEAST + (1 - _LEAST) * (1 + math.cos(math.pi * falling)) / 2
+        return _STEP_FACTOR ** bisect.bisect_right(sorted(recipe.milestones), position)
+    progress = (position - recipe.warmup_fraction) / (1 - recipe.warmup_fraction)
+    return _FINAL_FACTOR + (1 - _FINAL_FACTOR) * (1 + math.cos(math.pi * progress)) / 2
 
 
 BatchNormMode = Literal["frozen", "trained"]
 
-WRAPPING: Mapping[str, bool] = {"broadcast_buffers": False}
-"""For DistributedDataParallel, which else replaces all workers' statistics by the first one's in every pass."""
+DDP_ARGUMENTS: Mapping[str, bool] = {"broadcast_buffers": False}
+"""Arguments of DistributedDataParallel. By default, it would overwrite the BatchNorm statistics of all workers in every
+forward pass with those of the first worker."""
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def set_training_mode(model: nn.Module, batch_norm: BatchNormMode) -> int:
-    """Put a network into training mode, BatchNorm as asked for; returns how many of them keep their statistics."""
+    """Put a network into training mode. Returns the number of BatchNorm layers with frozen statistics."""
     model.train()
     if batch_norm == "trained":
         return 0
@@ -105,7 +106,7 @@ def set_training_mode(model: nn.Module, batch_norm: BatchNormMode) -> int:
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """All layers of a network that have running statistics: BatchNorm, and what libraries have in its place."""
+    """Return all layers with running statistics: BatchNorm and similar layers of the libraries."""
     return [
         module
         for module in model.modules()
@@ -114,9 +115,9 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 
 
 def min_micro_batch_size(model: nn.Module, batch_norm: BatchNormMode) -> int:
-    """Images that a pass in training needs at least: 2 where a layer normalizes by the batch, else 1.
+    """Return the minimum number of images of a micro-batch: 2 if a layer normalizes over the batch, otherwise 1.
 
-    Its variance of one image is that of the image's places, and of a map of one place there is none.
+    For one image, the variance is computed over its positions only, and a 1 x 1 feature map has no variance.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if batch_norm == "trained":
@@ -126,31 +127,31 @@ def min_micro_batch_size(model: nn.Module, batch_norm: BatchNormMode) -> int:
 
 @torch.no_grad()
 def average_statistics(models: Sequence[nn.Module], workers: int) -> None:
-    """Replace running statistics by their mean over all workers, each of which has to call.
+    """Replace running statistics by their mean over all workers. All workers must call this function.
 
-    Every worker normalizes its share of a step by that share's own mean and variance and adds these to its
-    running statistics, which do not feed back into training. They are linear in what was added, so their mean at
-    the end of an epoch is what a mean after each pass would have given. Counts of passes become the largest.
+    Every worker normalizes its share of a step with the mean and variance of that share, and adds them to its running
+    statistics, which do not affect training. Running statistics are linear in the added values, so averaging at the
+    end of an epoch gives the same result as averaging after each forward pass. Batch counters become the maximum.
 
     Args:
-        models: the network and where there is one its average; of the same architecture on all workers.
-        workers: how many there are.
+        models: the network and, if there is one, its moving average, with the same architecture on all workers.
+        workers: number of workers.
     """
     if workers == 1:
         return
-    found = [
+    statistics = [
         value
         for model in models
         for layer in batch_norms(model)
         for name in _STATISTICS
         if isinstance(value := getattr(layer, name, None), Tensor)
     ]
-    _reduce([value for value in found if value.is_floating_point()], distributed.ReduceOp.SUM, workers)
-    _reduce([value for value in found if not value.is_floating_point()], distributed.ReduceOp.MAX, 1)
+    _reduce([value for value in statistics if value.is_floating_point()], distributed.ReduceOp.SUM, workers)
+    _reduce([value for value in statistics if not value.is_floating_point()], distributed.ReduceOp.MAX, 1)
 
 
 def _reduce(values: Sequence[Tensor], operation: distributed.ReduceOp.RedOpType, divisor: int) -> None:
-    """All tensors in one exchange, in place."""
+    """Reduce all tensors in place with a single collective operation."""
     if not values:
         return
     flat = torch.cat([value.flatten() for value in values])
@@ -162,37 +163,37 @@ def _reduce(values: Sequence[Tensor], operation: distributed.ReduceOp.RedOpType,
 
 
 def train_head_only(model: nn.Module, classifiers: Sequence[str], trainable: Sequence[str]) -> Trainable:
-    """Let gradients reach those parameters of the classifiers that `trainable` matches, and nothing else.
+    """Enable gradients only for those parameters of the classifiers that match `trainable`.
 
     Args:
         model: the network.
-        classifiers: paths of its last layers.
-        trainable: globs over names of parameters.
+        classifiers: paths of the last layers.
+        trainable: glob patterns of parameter names.
 
     Raises:
-        InputError: there are none.
+        InputError: no parameter of the classifiers matches.
     """
     names = mark_trainable(model, trainable).names
     heads = tuple(f"{path}." for path in classifiers)
-    chosen = [name for name in names if name.startswith(heads)]
-    if not chosen:
+    head_names = [name for name in names if name.startswith(heads)]
+    if not head_names:
         raise InputError(
-            f"the recipe trains the classifier ({', '.join(classifiers)}) alone in its first epochs, and the bundle's "
-            f"trainable parameters ({', '.join(trainable)}) leave it out; take a recipe with head_epochs = 0, or a "
-            "bundle whose `trainable` has the classifier"
+            f"the recipe trains only the classifier ({', '.join(classifiers)}) in its first epochs, but the "
+            f"trainable parameters of the bundle ({', '.join(trainable)}) exclude it; use a recipe with "
+            "head_epochs = 0, or a bundle whose `trainable` includes the classifier"
         )
-    return mark_trainable(model, chosen)
+    return mark_trainable(model, head_names)
 
 
 def describe(trainable: Trainable, model: nn.Module, batch_norm: BatchNormMode, workers: int) -> str:
-    """Both settings in one line for the log, and what is done with the statistics of several workers."""
+    """Describe trainable parameters and the treatment of BatchNorm in one line for the log."""
     count = len(batch_norms(model))
     if count == 0:
-        norms = "no BatchNorm"
+        batch_norm_text = "no BatchNorm"
     elif batch_norm == "frozen":
-        norms = f"{count} BatchNorm layers keep their statistics"
+        batch_norm_text = f"{count} BatchNorm layers keep their statistics"
     else:
-        norms = f"{count} BatchNorm layers gather new statistics"
+        batch_norm_text = f"{count} BatchNorm layers update their statistics"
         if workers > 1:
-            norms += f": each of {workers} workers from its own images, averaged after every epoch"
-    return f"{trainable.parameters:,} of {trainable.total:,} parameters are trained; {norms}"
+            batch_norm_text += f": each of {workers} workers from its own images, averaged after every epoch"
+    return f"{trainable.parameters:,} of {trainable.total:,} parameters are trained; {batch_norm_text}"

@@ -1,8 +1,8 @@
 """Decodes the images of a manifest once into uint8 arrays that training reads in random order.
 
-They are fetched and decoded by the code of the classifying job, by tasks all over the cluster, and lie
-in parts in the work directory: PART.npy with N x H x W x 3, and PART.json, written last, with the rows
-that have failed. A part that is there is not made again. Needs no Ray.
+Ray tasks fetch and decode the images with the same code as `classify`, and write parts to the work directory:
+PART.npy with an array of shape (N, H, W, 3), and PART.json, written last, with the failed rows. Existing
+parts are not prepared again.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from batchcls.storage.filesystem import Storage, explain, is_remote, join, local
 from batchcls.training.node_cache import NodeCache
 
 PART_ROWS = 512
-"""Images of a part: 100 MB at 256 x 256."""
+"""Images per part: 100 MB at 256 x 256."""
 
 _OPEN_FILES = 64
 
@@ -43,7 +43,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class PixelPart:
-    """One part: the rows of a fragment, and the two files that hold them, without their suffix."""
+    """A part: the rows of a fragment, and the URI of its two files without suffix."""
 
     fragment: Fragment
     uri: str
@@ -59,10 +59,9 @@ class PreparedPart(Document):
 
 
 def uncropped(preprocessing: Preprocessing) -> Preprocessing:
-    """The preprocessing that keeps all that the resize gives, for training to crop from.
+    """Return the preprocessing without the center crop, so that training can take its own crops.
 
-    Of an image that is not square, the middle square remains: the part that crops of the classifying
-    job are taken from.
+    Of an image that is not square, the central square remains, which also contains the crops of `classify`.
     """
     return preprocessing.model_copy(
         update={
@@ -72,19 +71,19 @@ def uncropped(preprocessing: Preprocessing) -> Preprocessing:
     )
 
 
-def pixel_folder(state: str, manifest: Manifest, settings: LoadSettings) -> str:
-    """Where the parts of a manifest lie: the name changes with all that changes a pixel."""
-    decided = [
+def pixel_folder(work_dir: str, manifest: Manifest, settings: LoadSettings) -> str:
+    """Return the folder of the parts of a manifest. Its name depends on everything that affects the pixels."""
+    key = [
         manifest.fingerprint,
         manifest.base,
         pixels_key(settings.preprocessing).model_dump_json(),
         repr((settings.limits, settings.fetch.addresses, settings.fetch.max_bytes, settings.decode_margin)),
     ]
-    return join(state, "pixels", hashlib.sha256("\0".join(decided).encode()).hexdigest()[:16])
+    return join(work_dir, "pixels", hashlib.sha256("\0".join(key).encode()).hexdigest()[:16])
 
 
 def pixel_parts(manifest: Manifest, folder: str) -> list[PixelPart]:
-    """The parts of a manifest, in the order of its rows."""
+    """Return the parts of a manifest in row order."""
     fragments = manifest.fragments(iter(lambda: PART_ROWS, None))
     return [
         PixelPart(fragment, join(folder, f"part-{number:06d}")) for number, fragment in enumerate(fragments)
@@ -98,14 +97,14 @@ def prepare_part(
     settings: LoadSettings,
     rejected: Mapping[int, Failure],
 ) -> PreparedPart:
-    """Fetch and decode a part's images and write them, unless that has been done.
+    """Fetch, decode and write the images of a part, unless it exists.
 
     Args:
-        part: which rows, and where to.
-        columns: of the manifest.
-        storage: how to reach manifest and state.
+        part: the rows and the destination.
+        columns: columns of the manifest.
+        storage: storage that holds the manifest and the work directory.
         settings: how images are loaded.
-        rejected: rows that have failed before they are fetched.
+        rejected: failures of rows that are not to be fetched.
     """
     found = read_prepared_part(part, storage)
     if found is not None:
@@ -116,7 +115,7 @@ def prepare_part(
     pixels = np.zeros((part.fragment.rows, *shape), np.uint8)
     failures: dict[int, tuple[str, str]] = {}
     for block in Loader(settings).load(tables, rejected):
-        _take(block, part.fragment.first_row, pixels, failures)
+        _collect(block, part.fragment.first_row, pixels, failures)
     buffer = io.BytesIO()
     np.save(buffer, pixels)
     prepared = PreparedPart(first_row=part.fragment.first_row, rows=part.fragment.rows, failures=failures)
@@ -127,49 +126,49 @@ def prepare_part(
 
 
 def read_prepared_part(part: PixelPart, storage: Storage) -> PreparedPart | None:
-    """The record of a part that was prepared before; None if there is none, or if it is damaged."""
+    """Read the record of a part that was prepared before, or None if it does not exist or is damaged."""
     try:
         return PreparedPart.from_json(storage.read_bytes(f"{part.uri}.json"))
     except (FileNotFoundError, DocumentError):
         return None
 
 
-def _take(block: pa.Table, first_row: int, pixels: Pixels, failures: dict[int, tuple[str, str]]) -> None:
+def _collect(block: pa.Table, first_row: int, pixels: Pixels, failures: dict[int, tuple[str, str]]) -> None:
     rows = block.column(ROW).to_pylist()
     reasons, details = (block.column(name).to_pylist() for name in ("reason", "detail"))
-    for place, value in enumerate(block.column(PIXELS)):
-        row = rows[place]
+    for position, value in enumerate(block.column(PIXELS)):
+        row = rows[position]
         if value.is_valid:
             image = np.frombuffer(value.as_buffer(), np.uint8)
             pixels[row - first_row] = image.reshape(pixels.shape[1:])
         else:
-            failures[row] = (reasons[place], details[place])
+            failures[row] = (reasons[position], details[position])
 
 
 class PixelStore:
-    """The images of a manifest by row number; may be used in processes that are forked off or that it is sent to.
+    """Random access to the images of a manifest by row number. It can be forked and pickled.
 
-    What is open at a time is bounded, however many parts there are.
+    The number of open files is limited, independent of the number of parts.
     """
 
     def __init__(self, uris: Sequence[str], storage: Storage, local_folder: str) -> None:
-        """Find the parts, and copy those that lie on a store.
+        """Open the parts, and copy remote parts to the local disk.
 
         Args:
-            uris: of the parts in the order of the rows, without suffix.
-            storage: how to reach them.
-            local_folder: where parts of a remote work directory are copied to, by the first process that asks.
+            uris: URIs of the parts in row order, without suffix.
+            storage: storage that holds the parts.
+            local_folder: destination of remote parts, which are copied by the first process that needs them.
 
         Raises:
-            InputError: a part is not there, is damaged, or there is no room for it.
+            InputError: a part does not exist or is damaged, or the disk is full.
         """
         cache = NodeCache(Path(local_folder))
-        # Processes that copy at once begin at different parts.
+        # Processes that copy at the same time start with different parts.
         first = os.getpid() % max(1, len(uris))
         for uri in (*uris[first:], *uris[:first]):
             if is_remote(uri):
                 cache.copy(f"{uri}.npy", storage)
-        self._parts = [_Stored.at(_on_disk(f"{uri}.npy", storage, cache)) for uri in uris]
+        self._parts = [_PixelFile.at(_on_disk(f"{uri}.npy", storage, cache)) for uri in uris]
         self._starts = np.cumsum([0, *(part.shape[0] for part in self._parts)])
         self._open: OrderedDict[int, int] = OrderedDict()
 
@@ -177,27 +176,27 @@ class PixelStore:
         return int(self._starts[-1])
 
     def __getitem__(self, row: int) -> Pixels:
-        """H x W x 3 of a row; a copy, which may be written to."""
+        """The image of a row, of shape (H, W, 3); a writable copy."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         part = self._parts[number]
         image = np.empty(part.shape[1:], np.uint8)
-        place = part.offset + int(row - self._starts[number]) * image.nbytes
-        # Read at a place and not from the file's position, which processes that were forked off share.
-        if os.preadv(self._file(number), [image.data], place) != image.nbytes:
-            raise InputError(f"{part.path} is cut off; remove it, and the same command prepares it again")
+        position = part.offset + int(row - self._starts[number]) * image.nbytes
+        # Read at an absolute offset, because forked processes share the position of the file.
+        if os.preadv(self._file(number), [image.data], position) != image.nbytes:
+            raise InputError(f"{part.path} is truncated; remove it and run the same command again")
         return image
 
     def __getstate__(self) -> dict[str, object]:
-        """What a process that is started afresh is given: it opens the files itself, its descriptors are others."""
+        """State without file descriptors, which are not valid in another process."""
         return self.__dict__ | {"_open": OrderedDict()}
 
     def close(self) -> None:
-        """Close the files; what is read afterwards opens them again."""
+        """Close all files. Later reads open them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
     def _file(self, number: int) -> int:
-        """The descriptor of a part; the one that was not used for longest makes room for it."""
+        """Return the file descriptor of a part; the least recently used one is closed if there are too many."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -208,26 +207,28 @@ class PixelStore:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """A file of numpy's with N,H,W,3 uint8 from the byte `offset` on."""
+class _PixelFile:
+    """A NumPy file with a uint8 array of shape (N, H, W, 3) that starts at the byte `offset`."""
 
     path: Path
     shape: tuple[int, ...]
     offset: int
 
     @classmethod
-    def at(cls, path: Path) -> "_Stored":
+    def at(cls, path: Path) -> "_PixelFile":
         with path.open("rb") as file:
             try:
                 np.lib.format.read_magic(file)
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
             except ValueError as error:
                 raise InputError(
-                    f"{path} is damaged ({error}); remove it, and the same command prepares it again"
+                    f"{path} is damaged ({error}); remove it and run the same command again"
                 ) from error
             offset = file.tell()
         if fortran or dtype != np.uint8 or len(shape) != 4:
-            raise InputError(f"{path} holds {dtype} {shape}, which are no images; remove it")
+            raise InputError(
+                f"{path} contains {dtype} {shape} instead of images; remove it and run the same command again"
+            )
         return cls(path, shape, offset)
 
 
@@ -237,26 +238,26 @@ def _on_disk(uri: str, storage: Storage, cache: NodeCache) -> Path:
     path = Path(local_path(uri))
     if not path.is_file():
         raise InputError(
-            f"{uri} is not on this node: with more than one node --work-dir has to be a folder that all of them "
-            "share, or on a store such as s3://"
+            f"{uri} does not exist on this node: with more than one node, --work-dir must be a folder that all of them "
+            "share, or a remote store such as s3://"
         )
     return path
 
 
 _RETRIES = 3
-_WAITING_TASKS_A_CPU = 2
+_PENDING_TASKS_PER_CPU = 2
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedPixels:
-    """Where the images of a manifest lie, and which are missing.
+    """Location of the prepared images of a manifest, and the rows that failed.
 
     Attributes:
-        folder: with the parts.
-        uris: of the parts, in the order of the rows, without suffix.
-        failed: reason and detail by row number.
+        folder: folder of the parts.
+        uris: URIs of the parts in row order, without suffix.
+        failed: reason and detail of failed rows, by row number.
     """
 
     folder: str
@@ -264,66 +265,75 @@ class PreparedPixels:
     failed: Mapping[int, tuple[str, str]]
 
     def has_image(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """For row numbers: whether there is an image."""
+        """Return a boolean array that is true for the row numbers that have an image."""
         return ~np.isin(rows, np.fromiter(self.failed, np.int64, len(self.failed)))
 
 
 def prepare_pixels(
     manifest: Manifest,
-    bad_ids: InvalidIds,
+    invalid_ids: InvalidIds,
     settings: LoadSettings,
-    place: tuple[str, Storage],
-    tell: Callable[[int], None],
+    work_dir: str,
+    storage: Storage,
+    on_progress: Callable[[int], None],
 ) -> PreparedPixels:
-    """Fetch, decode and write every image that is not there yet.
+    """Fetch, decode and write all images that are not prepared yet.
 
     Args:
-        manifest: whose images.
-        bad_ids: its rows without an id of their own, which are left out.
+        manifest: manifest of the images.
+        invalid_ids: rows with null or duplicate IDs, which are excluded.
         settings: how images are loaded.
-        place: work directory and how to reach it.
-        tell: called with the number of rows done so far.
+        work_dir: URI of the work directory.
+        storage: storage that holds the manifest and the work directory.
+        on_progress: called with the number of rows prepared so far.
     """
-    state, storage = place
-    # Labels are read elsewhere.
+    # Labels were read before.
     columns = manifest.without_kept().columns
-    folder = pixel_folder(state, manifest, settings)
+    folder = pixel_folder(work_dir, manifest, settings)
     parts = pixel_parts(manifest, folder)
     shared = ray.put((columns, storage, replace(settings, kept=())))
-    done = 0
+    rows_done = 0
     failed: dict[int, tuple[str, str]] = {}
-    for outcome in _run(parts, bad_ids, shared):
-        done += outcome.rows
+    for outcome in _prepare_parts(parts, invalid_ids, shared):
+        rows_done += outcome.rows
         failed |= outcome.failures
-        tell(done)
+        on_progress(rows_done)
     return PreparedPixels(folder, tuple(part.uri for part in parts), failed)
 
 
-def _run(parts: Sequence[PixelPart], bad_ids: InvalidIds, shared: Any) -> Iterator[PreparedPart]:
-    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_prepare)
-    most = max(1, int(ray.cluster_resources().get("CPU", 1))) * _WAITING_TASKS_A_CPU
-    waiting: list[Any] = []
+def _prepare_parts(
+    parts: Sequence[PixelPart], invalid_ids: InvalidIds, shared: Any
+) -> Iterator[PreparedPart]:
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_prepare_part_task)
+    max_pending = max(1, int(ray.cluster_resources().get("CPU", 1))) * _PENDING_TASKS_PER_CPU
+    pending: list[Any] = []
     for part in parts:
         first = part.fragment.first_row
-        waiting.append(task.remote(part, shared, bad_ids.between(first, first + part.fragment.rows)))
-        if len(waiting) >= most:
-            ready, waiting = ray.wait(waiting)
+        pending.append(task.remote(part, shared, invalid_ids.between(first, first + part.fragment.rows)))
+        if len(pending) >= max_pending:
+            ready, pending = ray.wait(pending)
             yield from ray.get(ready)
-    while waiting:
-        ready, waiting = ray.wait(waiting)
+    while pending:
+        ready, pending = ray.wait(pending)
         yield from ray.get(ready)
 
 
-def _prepare(part: PixelPart, shared: Any, rejected: Mapping[int, Any]) -> PreparedPart:
+def _prepare_part_task(part: PixelPart, shared: Any, rejected: Mapping[int, Any]) -> PreparedPart:
     columns, storage, settings = shared
     return prepare_part(part, columns, storage, settings, rejected)
 
 
-def check_failures(which: str, pixels: PreparedPixels, rows: int, most: float) -> None:
-    """Say how many images cannot be used, and why.
+def check_failures(name: str, pixels: PreparedPixels, rows: int, max_fraction: float) -> None:
+    """Log the number of images that cannot be used, with reasons.
+
+    Args:
+        name: name of the manifest in messages, such as "training".
+        pixels: prepared images of the manifest.
+        rows: number of rows of the manifest.
+        max_fraction: maximum fraction of failed images, 0..1.
 
     Raises:
-        BudgetExceeded: they are more than the share `most` of the rows.
+        BudgetExceeded: the fraction of failed images is larger than `max_fraction`.
     """
     if not pixels.failed:
         return
@@ -333,12 +343,10 @@ def check_failures(which: str, pixels: PreparedPixels, rows: int, most: float) -
     )
     share = len(pixels.failed) / rows
     first = ", ".join(f"row {row}" for row in sorted(pixels.failed)[:5])
-    message = (
-        f"{len(pixels.failed)} of {rows} {which} images cannot be used ({share:.2%}): {reasons}; {first}"
-    )
-    if share > most:
+    message = f"{len(pixels.failed)} of {rows} {name} images cannot be used ({share:.2%}): {reasons}; {first}"
+    if share > max_fraction:
         raise BudgetExceeded(
-            f"{message}; more than --max-failed-fraction {most:g} allows. The prepared images are in "
+            f"{message}; more than --max-failed-fraction {max_fraction:g} allows. The prepared images are in "
             f"{redact_uri(pixels.folder)}"
         )
-    _logger.warning("%s; they are left out", message)
+    _logger.warning("%s; they are excluded", message)

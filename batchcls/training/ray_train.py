@@ -49,13 +49,13 @@ class TrainingRun:
     console: Console
 
 
-# Every epoch waits until Ray Train's controller has taken its report, for which it looks every two seconds unless told
-# otherwise: more than an epoch of a small catalog takes. It hands this variable on to where the controller runs.
-_LOOKING = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+# Every epoch waits until the controller of Ray Train has processed its report. By default the controller polls every
+# two seconds, which is longer than an epoch of a small catalog. Ray Train passes this variable to the controller.
+_REPORT_POLL_INTERVAL = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 
-# Threads of a worker sleep at the end of each operation, for the sake of other work (WORKER_VARIABLES), which costs
-# training a sixth of its time. They look for more of it so often first, for microseconds (docs/measurements).
-_LOOK_BEFORE_SLEEP = {"GOMP_SPINCOUNT": "10000"}
+# Worker threads sleep after each operation (WORKER_VARIABLES), which costs training a sixth of its time. With this
+# setting they first spin for some microseconds (docs/measurements).
+_SPIN_BEFORE_SLEEP = {"GOMP_SPINCOUNT": "10000"}
 
 _CHECK_SECONDS = 5.0
 
@@ -63,43 +63,45 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(BatchclsError):
-    """A step has no finite gradient; going on would train nothing."""
+    """The gradient of a step is not finite."""
 
-    def __init__(self, found: Divergence) -> None:
-        super().__init__(f"training broke in step {found.step} of epoch {found.epoch}")
-        self.found = found
+    def __init__(self, divergence: Divergence) -> None:
+        super().__init__(f"training diverged in step {divergence.step} of epoch {divergence.epoch}")
+        self.divergence = divergence
 
 
 def run_training(
     config: FinetuneConfig,
     settings: TrainingSettings,
-    start: Bundle,
+    initial_bundle: Bundle,
     pixels: tuple[PreparedPixels, PreparedPixels],
     workers: Workers,
     run: TrainingRun,
 ) -> TrainingResult:
-    """Train, or go on training the run of this name.
+    """Train a new run or resume an existing one.
 
     Args:
-        config: what was asked for.
-        settings: of the training.
-        start: the bundle that it starts from.
-        pixels: of training and validation.
-        workers: how many and how large.
+        config: settings of the command.
+        settings: settings of the training.
+        initial_bundle: bundle that training starts from.
+        pixels: prepared pixels of training and validation rows.
+        workers: number and resources of the workers.
         run: the run ID, the work directory's storage and lease, and the console for progress.
 
     Raises:
-        TrainingDivergedError: a step has no finite gradient.
+        TrainingDivergedError: the gradient of a step is not finite.
         BatchclsError: workers failed more often than --max-failures allows.
         LeaseLostError: another process has locked the work directory.
     """
     name, storage, console = run.run_id, run.storage, run.console
-    # On the driver's node, which no worker's death takes away.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(TrainingProgressActor).remote()
+    # On the node of the driver, so that the failure of another node does not lose it.
+    on_driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress_actor = ray.remote(num_cpus=0, scheduling_strategy=on_driver_node)(
+        TrainingProgressActor
+    ).remote()
     assignment = Assignment(
         settings=settings,
-        bundle=ray.put(start),
+        bundle=ray.put(initial_bundle),
         training=pixels[0].uris,
         validation=pixels[1].uris,
         storage=storage,
@@ -108,7 +110,7 @@ def run_training(
         checkpoint_seconds=config.checkpoint_minutes * 60,
         threads=workers.threads,
         curves=join(config.work_folder, "curves", name),
-        board=board,
+        progress_actor=progress_actor,
     )
 
     # Pickled by value: a reference to the worker's module would make Ray Train's controller import the networks, too.
@@ -117,27 +119,37 @@ def run_training(
 
         return train_worker(config)
 
+    num_workers: int | tuple[int, int] = workers.max_workers
+    if workers.min_workers < workers.max_workers:
+        num_workers = (workers.min_workers, workers.max_workers)
+
     def trainer() -> TorchTrainer:
         return TorchTrainer(
             train,
             train_loop_config={"assignment": assignment},
             torch_config=TorchConfig(timeout_s=int(config.collective_timeout_seconds)),
             scaling_config=ScalingConfig(
-                num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
+                num_workers=num_workers,
                 use_gpu=workers.use_gpu,
                 resources_per_worker=workers.resources,
             ),
             run_config=run_config(config, name, storage),
         )
 
-    images = settings.recipe.epochs * len(settings.training.rows)
+    total_images = settings.recipe.epochs * len(settings.training.rows)
     try:
-        with show_progress(lambda: _look(board), images, console, config.log_interval_seconds, "finetune"):
+        with show_progress(
+            lambda: _poll_progress(progress_actor),
+            total_images,
+            console,
+            config.log_interval_seconds,
+            "finetune",
+        ):
             result = fit_until_done(trainer, config.max_failures, run.lease.check)
     finally:
         if assignment.copies:
             remove_node_caches(name)
-    _look(board)
+    _poll_progress(progress_actor)
     if isinstance(result.return_value, Divergence):
         raise TrainingDivergedError(result.return_value)
     with result.checkpoint.as_directory() as folder:
@@ -147,9 +159,9 @@ def run_training(
 def fit_until_done(
     trainer: Callable[[], TorchTrainer], max_failures: int, check: Callable[[], None] = lambda: None
 ) -> Any:
-    """The result of training, begun again from the last checkpoint after failures that may pass.
+    """Return the result of training. After retryable failures, training resumes from the last checkpoint.
 
-    Ray Train would try again whatever the failure was, so it is told to give up at the first one.
+    Ray Train would retry after every failure, so its retries are disabled.
 
     Args:
         trainer: creates a trainer, which resumes from the last checkpoint.
@@ -159,84 +171,84 @@ def fit_until_done(
     Raises:
         InputError: a worker found that the configuration or an input is wrong.
         StorageStoppedError: storage failed more often than `max_failures`.
-        BatchclsError: training fails in the same way as often as it is tried, or more often than `max_failures`.
+        BatchclsError: a failure is permanent, or there were more than `max_failures` failures.
     """
-    failures, starved = 0, False
+    failures, was_out_of_memory = 0, False
     while True:
         try:
             return _fit(trainer(), check)
         except TrainingFailedError as error:
             failures += 1
-            found = worker_failures(error)
-            lasting, memory = permanent_failure(found), out_of_memory(found)
-            if lasting is not None or isinstance(error, ControllerError):
-                raise _ended(lasting or found[0], "it would again") from error
-            if memory is not None and starved:
-                raise _ended(
-                    memory, "twice; lower --micro-batch-size, or --num-workers where they share a machine"
+            errors = worker_failures(error)
+            permanent, memory = permanent_failure(errors), out_of_memory(errors)
+            if permanent is not None or isinstance(error, ControllerError):
+                raise _to_batchcls_error(permanent or errors[0], "the failure would occur again") from error
+            if memory is not None and was_out_of_memory:
+                raise _to_batchcls_error(
+                    memory, "twice; reduce --micro-batch-size, or --num-workers if workers share a machine"
                 ) from error
-            starved = memory is not None
+            was_out_of_memory = memory is not None
             if failures > max_failures:
-                raise _ended(
-                    found[0],
-                    f"after {failures} failure(s); the same command goes on from the last checkpoint",
+                raise _to_batchcls_error(
+                    errors[0],
+                    f"after {failures} failure(s); the same command resumes from the last checkpoint",
                 ) from error
             _logger.warning(
                 "training failed (%s) and resumes from the last checkpoint; failure %d of --max-failures %d",
-                one_line(found[0]),
+                one_line(errors[0]),
                 failures,
                 max_failures,
             )
 
 
-def _ended(error: BaseException, how: str) -> BatchclsError:
+def _to_batchcls_error(error: BaseException, consequence: str) -> BatchclsError:
     if isinstance(error, InputError | StorageStoppedError):
         return type(error)(str(error))
-    return BatchclsError(f"training stopped: {one_line(error)}: {how}")
+    return BatchclsError(f"training stopped: {one_line(error)}: {consequence}")
 
 
 def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> Any:
-    """The result of a trainer, run in a thread of its own.
+    """Run a trainer in a separate thread.
 
-    In the main thread Ray Train puts its own handler in place of Ctrl-C's, which ends the process with 0.
+    In the main thread, Ray Train would replace the handler of SIGINT by one that ends the process with exit code 0.
     """
-    os.environ.setdefault(*_LOOKING)
-    aside = ThreadPoolExecutor(1)
+    os.environ.setdefault(*_REPORT_POLL_INTERVAL)
+    executor = ThreadPoolExecutor(1)
     try:
-        result = aside.submit(trainer.fit)
+        result = executor.submit(trainer.fit)
         while not result.done():
             wait([result], timeout=_CHECK_SECONDS)
             check()
         return result.result()
     finally:
-        aside.shutdown(wait=False)
+        executor.shutdown(wait=False)
 
 
 def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
-    """What Ray Train is to do about checkpoints, failures and the environment of workers, for a run of this name."""
+    """Return the configuration of Ray Train: checkpoints, failures and the environment of workers."""
     folder = join(config.work_folder, "checkpoints")
     filesystem, path = storage.arrow_filesystem(folder)
     return RunConfig(
         name=name,
         failure_config=FailureConfig(max_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-        worker_runtime_env={"env_vars": WORKER_VARIABLES | _LOOK_BEFORE_SLEEP | MALLOC_VARIABLES},
+        worker_runtime_env={"env_vars": WORKER_VARIABLES | _SPIN_BEFORE_SLEEP | MALLOC_VARIABLES},
         storage_path=path,
         storage_filesystem=filesystem,
     )
 
 
-def _look(board: Any) -> TrainingProgress:
-    seen: TrainingProgress = ray.get(board.seen.remote())
-    for note in seen.notes:
+def _poll_progress(progress_actor: Any) -> TrainingProgress:
+    progress: TrainingProgress = ray.get(progress_actor.take.remote())
+    for note in progress.notes:
         _logger.info("%s", note)
-    for record in seen.records:
+    for record in progress.records:
         _logger.info("%s", epoch_line(record))
-    return seen
+    return progress
 
 
 def epoch_line(record: Record) -> str:
-    """An epoch in one line."""
+    """Format the record of an epoch in one line."""
     height, width = record["crop_pixels"]
     return (
         f"epoch {record['epoch']}: loss {record['loss']:.3f}, training {record['top1']:.1%}, validation "

@@ -1,6 +1,6 @@
 """Defines training recipes: optimizer, schedule and augmentation in a TOML file.
 
-A recipe says nothing of the catalog, the network or the machine, so the same one serves many.
+A recipe does not depend on the catalog, the network or the machine.
 """
 
 import tomllib
@@ -18,82 +18,92 @@ Fraction = float
 
 
 class Recipe(BaseModel):
-    """All that decides how a network is trained, but for the catalog and the network itself."""
+    """All training hyperparameters except those of the catalog and the network."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    about: str = Field(description="What it is for, in a sentence.")
+    about: str = Field(description="Purpose of the recipe, in one sentence.")
     epochs: int = Field(ge=1, description="Passes over the training images.")
-    head_epochs: int = Field(default=0, ge=0, description="The first of them train the classifier alone.")
-    batch_size: int = Field(ge=2, description="Images of a step of the optimizer, over all workers.")
-    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="torch.optim.AdamW or SGD.")
-    learning_rate: float = Field(
-        gt=0, description="Peak for the body, as if its last layer were the classifier's; see layer_decay."
+    head_epochs: int = Field(
+        default=0, ge=0, description="Number of first epochs that train only the classifier."
     )
-    head_learning_rate: float = Field(gt=0, description="Peak for the classifier.")
+    batch_size: int = Field(ge=2, description="Images per optimizer step, over all workers.")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="torch.optim.AdamW or SGD.")
+    learning_rate: float = Field(gt=0, description="Peak learning rate of the body, before layer_decay.")
+    head_learning_rate: float = Field(gt=0, description="Peak learning rate of the classifier.")
     layer_decay: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Factor on the body's learning rate from each layer to the one before it: once in the layer before "
-        "the classifier, twice in the one before that.",
+        description="Factor on the learning rate of the body from each layer to the layer before it, applied once in "
+        "the layer before the classifier.",
     )
     weight_decay: float = Field(
-        default=0.05, ge=0, description="Of all parameters but biases, norms and embeddings of places."
+        default=0.05,
+        ge=0,
+        description="Weight decay of all parameters except biases, norms and position embeddings.",
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="Of sgd, with Nesterov's correction.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Nesterov momentum of sgd.")
     schedule: Literal["one-cycle", "cosine", "steps"] = Field(
         default="one-cycle",
-        description="After the warm-up: one-cycle and cosine: down along a cosine, the first from a cosine up; "
-        "steps: a tenth at each milestone.",
+        description="one-cycle: cosine warm-up and cosine decay; cosine: linear warm-up and cosine decay; steps: "
+        "linear warm-up, then a factor of 0.1 at each milestone.",
     )
-    warmup_fraction: Fraction = Field(default=0.1, ge=0, lt=1, description="Share of the steps that go up.")
+    warmup_fraction: Fraction = Field(
+        default=0.1, ge=0, lt=1, description="Fraction of the steps used for the warm-up."
+    )
     milestones: tuple[Fraction, ...] = Field(
-        default=(0.5, 0.75), description="Of steps: where they lie, in 0..1."
+        default=(0.5, 0.75), description="Milestones of the schedule steps, as fractions of all steps."
     )
-    clip_norm: float | None = Field(default=None, gt=0, description="Longest gradient over all parameters.")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="Share given to all categories alike."
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Maximum gradient norm over all parameters."
     )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Label smoothing.")
     batch_norm: Literal["frozen", "trained"] = Field(
         default="frozen",
-        description="Running statistics of BatchNorm: kept, or gathered during training, by each worker from its own "
+        description="Running statistics of BatchNorm. frozen: unchanged; trained: updated by each worker from its own "
         "images and averaged over the workers after every epoch.",
     )
     ema_decay: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="Moving average of the weights, used as the network; the decay rises to this as "
-        "1 - (1 + step)^(-2/3).",
+        description="Decay of the moving average of the weights, which is the trained network. During warm-up it "
+        "is 1 - (1 + step)^(-2/3).",
     )
     size_fraction: Fraction = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Side of training crops over the side of the network's input, rounded to 32 pixels.",
+        description="Side of the training crops as a fraction of the input size, rounded to 32 pixels.",
     )
-    final_size_fraction: Fraction = Field(default=1.0, gt=0, le=1, description="The same in the last epochs.")
-    final_epochs: int = Field(default=0, ge=0, description="How many epochs are the last ones.")
+    final_size_fraction: Fraction = Field(
+        default=1.0, gt=0, le=1, description="size_fraction of the final epochs."
+    )
+    final_epochs: int = Field(default=0, ge=0, description="Number of final epochs.")
     crop_scale: tuple[Fraction, Fraction] = Field(
-        default=(0.35, 1.0), description="RandomResizedCrop: share of an image's area."
+        default=(0.35, 1.0), description="Area of the RandomResizedCrop as a fraction of the image."
     )
     crop_ratio: tuple[float, float] = Field(
-        default=(0.75, 4 / 3), description="RandomResizedCrop: width over height."
+        default=(0.75, 4 / 3), description="Aspect ratio (width / height) of the RandomResizedCrop."
     )
-    flip: Fraction = Field(default=0.5, ge=0, le=1, description="Probability of a mirrored image.")
+    flip: Fraction = Field(default=0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     color_jitter: float = Field(
-        default=0.0, ge=0, le=1, description="Largest change of brightness, contrast and saturation."
+        default=0.0, ge=0, le=1, description="Maximum change of brightness, contrast and saturation."
     )
-    hue_jitter: float = Field(default=0.0, ge=0, le=0.5, description="Largest turn of the hue.")
+    hue_jitter: float = Field(default=0.0, ge=0, le=0.5, description="Maximum change of the hue.")
     rand_augment: int = Field(
-        default=0, ge=0, le=30, description="Magnitude of RandAugment, two operations; 0: without."
+        default=0, ge=0, le=30, description="Magnitude of RandAugment with two operations; 0: off."
     )
     random_erasing: Fraction = Field(default=0.0, ge=0, le=1, description="Probability of RandomErasing.")
     mixup: float = Field(
-        default=0.0, ge=0, description="Alpha of MixUp, among the images of a pass; 0: without."
+        default=0.0, ge=0, description="Alpha of MixUp, among the images of a micro-batch; 0: off."
     )
-    cutmix: float = Field(default=0.0, ge=0, description="Alpha of CutMix; 0: without. With both, half each.")
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        description="Alpha of CutMix; 0: off. With MixUp and CutMix, each is used for half of the batches.",
+    )
 
     @model_validator(mode="after")
     def _epochs_fit(self) -> Self:
@@ -104,15 +114,15 @@ class Recipe(BaseModel):
             )
         if self.final_epochs and self.size_fraction == self.final_size_fraction:
             raise ValueError(
-                f"final_epochs {self.final_epochs} changes nothing, since size_fraction and final_size_fraction are "
+                f"final_epochs {self.final_epochs} changes nothing, because size_fraction and final_size_fraction are "
                 f"both {self.size_fraction:g}"
             )
         if not all(0 < milestone < 1 for milestone in self.milestones):
-            raise ValueError(f"milestones {self.milestones} must be shares of the steps, between 0 and 1")
+            raise ValueError(f"milestones {self.milestones} must be fractions of the steps, between 0 and 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale {self.crop_scale} must rise within 0..1")
+            raise ValueError(f"crop_scale {self.crop_scale} must be ascending within 0..1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio {self.crop_ratio} must rise from above 0")
+            raise ValueError(f"crop_ratio {self.crop_ratio} must be ascending and positive")
         return self
 
     @model_validator(mode="after")
@@ -122,31 +132,33 @@ class Recipe(BaseModel):
             ("milestones", self.schedule == "steps", 'schedule = "steps"'),
             ("final_size_fraction", "final_epochs" in self.model_fields_set, "final_epochs"),
         )
-        for name, is_used, needed in needs:
+        for name, is_used, requirement in needs:
             if getattr(self, name) != type(self).model_fields[name].default and not is_used:
-                raise ValueError(f"{name} has no effect without {needed}; leave it out")
+                raise ValueError(f"{name} has no effect without {requirement}; omit it")
         return self
 
     def size_fraction_at(self, epoch: int) -> float:
-        """Side of the crops in an epoch, which counts from 0, over the side of the network's input."""
+        """Return the side of the crops of an epoch, counted from 0, as a fraction of the input size."""
         return self.final_size_fraction if epoch >= self.epochs - self.final_epochs else self.size_fraction
 
     def with_changes(self, **changes: object) -> "Recipe":
-        """The recipe with these values, None among them; fewer epochs shorten its ends, too.
+        """Return the recipe with other values, which may be None. Fewer epochs also reduce head and final epochs.
 
         Raises:
-            InputError: they do not fit together.
+            InputError: the values are not compatible.
         """
-        given = dict(changes)
-        epochs = given.get("epochs", self.epochs)
+        values = dict(changes)
+        epochs = values.get("epochs", self.epochs)
         assert isinstance(epochs, int)
         if epochs < self.head_epochs + self.final_epochs:
-            given = {"head_epochs": 0, "final_epochs": min(self.final_epochs, epochs // 2)} | given
-        return _checked({**self.model_dump(exclude_unset=True), **given}, "the recipe with the flags' values")
+            values = {"head_epochs": 0, "final_epochs": min(self.final_epochs, epochs // 2)} | values
+        return _checked(
+            {**self.model_dump(exclude_unset=True), **values}, "the recipe with the values of the flags"
+        )
 
 
 def recipe_names() -> list[str]:
-    """Names of the package's own recipes."""
+    """Return the names of the built-in recipes."""
     folder = resources.files(__package__) / "recipes"
     return sorted(
         entry.name.removesuffix(_SUFFIX) for entry in folder.iterdir() if entry.name.endswith(_SUFFIX)
@@ -154,17 +166,17 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe of the package by its name, or one in a TOML file.
+    """Read a built-in recipe by name, or a recipe from a TOML file.
 
     Raises:
-        InputError: there is none, or the file is no recipe; every wrong line is named.
+        InputError: the recipe does not exist or is not valid; the message names all invalid settings.
     """
     if name in recipe_names():
         text = (resources.files(__package__) / "recipes" / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
         return _checked(tomllib.loads(text), f"recipe {name}")
     if not name.endswith(_SUFFIX):
         raise InputError(
-            f"--recipe {name}: there is no such recipe; there are linear-probe, {', '.join(recipe_names())}, or name a "
+            f"--recipe {name}: there is no such recipe; choose linear-probe, {', '.join(recipe_names())}, or a "
             ".toml file"
         )
     try:

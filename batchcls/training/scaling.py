@@ -7,10 +7,10 @@ from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.resources import NodeResources
 
-_MOST_LOADERS = 8
+_MAX_LOADER_PROCESSES = 8
 
-# Processes with a thread each do not wait for each other at the end of every operation, as threads do: on two cores
-# 39 to 45 images/s against 29 (docs/measurements). Below so many images of a step each has too little to do.
+# Unlike threads, single-threaded processes do not wait for each other after every operation: 39 to 45 images/s on two
+# cores instead of 29 (docs/measurements). With fewer images per step and worker, the overhead of a process dominates.
 _MIN_IMAGES_PER_WORKER = 16
 
 
@@ -19,79 +19,87 @@ class Workers:
     """The training processes.
 
     Attributes:
-        least, most: fewer than `most` where the cluster has no room, and at least `least`.
-        now: as many of them as the cluster has room for at present.
-        cpus: that Ray sets aside for each.
-        use_gpu: whether each has a GPU.
-        loader_processes: of each.
+        min_workers: minimum number of workers.
+        max_workers: maximum number of workers, which is used if the cluster has the capacity.
+        available: number of workers up to `max_workers` that currently fit into the cluster.
+        cpus: CPUs that Ray reserves for each worker.
+        use_gpu: whether each worker has a GPU.
+        loader_processes: number of loader processes of each worker.
     """
 
-    least: int
-    most: int
-    now: int
+    min_workers: int
+    max_workers: int
+    available: int
     cpus: float
     use_gpu: bool
     loader_processes: int
 
     @property
     def threads(self) -> int:
-        """Threads of a worker that computes on CPUs."""
+        """Number of threads of a worker that computes on CPUs."""
         return max(1, int(self.cpus))
 
     @property
     def resources(self) -> dict[str, float]:
-        """What Ray sets aside for each."""
+        """Resources that Ray reserves for each worker."""
         return {"CPU": self.cpus} | ({"GPU": 1} if self.use_gpu else {})
 
     def __str__(self) -> str:
-        count = str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+        count = (
+            str(self.max_workers)
+            if self.min_workers == self.max_workers
+            else f"{self.min_workers} to {self.max_workers}"
+        )
         return f"{count} worker(s) x {self.cpus:g} CPU{', 1 GPU' if self.use_gpu else ''}"
 
 
 def plan_workers(config: FinetuneConfig, nodes: Sequence[NodeResources], step_images: int) -> Workers:
-    """Derive the workers from the settings, the nodes and the images of a step, over all workers.
+    """Determine the workers from the settings, the nodes and the number of images of a step over all workers.
 
     Raises:
-        InputError: they do not fit into the cluster.
+        InputError: the workers do not fit into the cluster.
     """
     gpus = int(sum(node.gpus for node in nodes))
     if config.device == "cuda" and gpus == 0:
         raise InputError("--device cuda: the cluster has no GPU; use --device auto or cpu, or add a GPU node")
     use_gpu = gpus > 0 and config.device != "cpu"
-    fitting = [node for node in nodes if (node.gpus >= 1 if use_gpu else node.cpus >= 1)]
-    if not fitting:
+    usable = [node for node in nodes if (node.gpus >= 1 if use_gpu else node.cpus >= 1)]
+    if not usable:
         raise InputError(
             "the cluster has no node with a CPU for workers; start nodes with --num-cpus 1 or more"
         )
-    least, most = _range(config.num_workers, gpus if use_gpu else _on_cpus(config, fitting, step_images))
+    min_workers, max_workers = _parse_range(
+        config.num_workers, gpus if use_gpu else _count_cpu_workers(config, usable, step_images)
+    )
     if config.cpus_per_worker == "auto":
-        a_node = -(-most // len(fitting))
-        share = min(node.cpus / (node.gpus if use_gpu else a_node) for node in fitting)
+        workers_per_node = -(-max_workers // len(usable))
+        share = min(node.cpus / (node.gpus if use_gpu else workers_per_node) for node in usable)
         cpus = float(int(share)) if share >= 1 else share
     else:
         cpus = float(config.cpus_per_worker)
-    room = sum(int(min(node.cpus / cpus, node.gpus if use_gpu else node.cpus / cpus)) for node in fitting)
-    if room < least:
+    capacity = sum(int(min(node.cpus / cpus, node.gpus if use_gpu else node.cpus / cpus)) for node in usable)
+    if capacity < min_workers:
         raise InputError(
-            f"{least} worker(s) of {cpus:g} CPU{' and a GPU' if use_gpu else ''} do not fit: the cluster's "
-            f"{len(nodes)} node(s) hold {room}; lower --num-workers or --cpus-per-worker, or add nodes"
+            f"{min_workers} worker(s) of {cpus:g} CPU{' and a GPU' if use_gpu else ''} do not fit: the "
+            f"{len(nodes)} node(s) of the cluster have capacity for {capacity}; reduce --num-workers or "
+            "--cpus-per-worker, or add nodes"
         )
     if config.loader_processes == "auto":
-        loaders = min(_MOST_LOADERS, int(cpus)) if use_gpu else 0
+        loader_processes = min(_MAX_LOADER_PROCESSES, int(cpus)) if use_gpu else 0
     else:
-        loaders = config.loader_processes
-    return Workers(least, most, min(most, room), cpus, use_gpu, loaders)
+        loader_processes = config.loader_processes
+    return Workers(min_workers, max_workers, min(max_workers, capacity), cpus, use_gpu, loader_processes)
 
 
-def _on_cpus(config: FinetuneConfig, nodes: Sequence[NodeResources], step_images: int) -> int:
-    """As many workers on all nodes as find enough to do, the same number on each, and at least one."""
+def _count_cpu_workers(config: FinetuneConfig, nodes: Sequence[NodeResources], step_images: int) -> int:
+    """Return the number of workers with enough images per step, the same number on each node and at least one."""
     cpus = 1 if config.cpus_per_worker == "auto" else config.cpus_per_worker
-    room = int(min(node.cpus for node in nodes) / cpus)
-    return len(nodes) * max(1, min(room, step_images // _MIN_IMAGES_PER_WORKER // len(nodes)))
+    capacity = int(min(node.cpus for node in nodes) / cpus)
+    return len(nodes) * max(1, min(capacity, step_images // _MIN_IMAGES_PER_WORKER // len(nodes)))
 
 
-def _range(text: str, auto: int) -> tuple[int, int]:
+def _parse_range(text: str, auto: int) -> tuple[int, int]:
     if text == "auto":
         return auto, auto
-    least, _, most = text.partition("-")
-    return int(least), int(most or least)
+    min_workers, _, max_workers = text.partition("-")
+    return int(min_workers), int(max_workers or min_workers)

@@ -1,8 +1,8 @@
 """Derives all random numbers of training from the seed of the run and the training position.
 
-No generator's state is kept: whoever draws is seeded first, by what is drawn for. So a run that resumes from
-a checkpoint draws what the undisturbed run would have drawn, and what is seen of an image does not depend on
-how many workers there are or on what came before.
+Generators keep no state: each one is seeded from the purpose and the position of the random numbers. A run resumed
+from a checkpoint therefore draws the same numbers as an undisturbed run, and the augmentation of an image does not
+depend on the number of workers or on earlier images.
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ import torch
 
 
 def derive_seed(*parts: int) -> int:
-    """One seed out of several numbers, none of them negative; any change gives another one."""
+    """Derive a seed from several non-negative integers."""
     words = np.random.SeedSequence(list(parts)).generate_state(2, np.uint32)
     return int(words[0]) << 31 | int(words[1]) >> 1
 
 
 @contextmanager
 def seeded_random(seed: int) -> Iterator[None]:
-    """Those of this seed, on the CPU, where transforms draw them; afterwards the process continues with its own.
+    """Seed the CPU generator, which transforms use, inside the block, and restore its state afterwards.
 
-    `torch.manual_seed` would seed GPUs as well, for whatever else draws there, and where there is none it writes
-    down who called it: 2.5 % of a training on CPUs (docs/measurements).
+    `torch.manual_seed` would also seed GPUs and thereby affect dropout. Without a GPU it records its caller, which
+    takes 2.5 % of a training on CPUs (docs/measurements).
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -31,7 +31,7 @@ def seeded_random(seed: int) -> Iterator[None]:
 
 
 def seed_device(device: str, seed: int) -> None:
-    """Seed what a network draws from in a forward pass: dropout and stochastic depth, on CPU and this device.
+    """Seed the generators of a forward pass, for dropout and stochastic depth, on the CPU and on the device.
 
     Args:
         device: "cpu", "cuda" or "cuda:0".

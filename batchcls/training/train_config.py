@@ -9,19 +9,31 @@ from batchcls.training.recipe import Recipe
 from batchcls.training.sampling import BalanceName, LabeledRows
 
 CHECKPOINT = "training.pt"
-"""File of a checkpoint that holds the state of a training."""
+"""File in a checkpoint with the state of the training."""
 
 Record = dict[str, Any]
-"""What is known of an epoch, as JSON values: see `loop.EpochRecord`."""
+"""Metrics of an epoch as JSON values, see `trainer.Training`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """All that decides what training ends in, beside the start weights and the pixels.
+    """Settings that determine the result of training, together with the initial weights and the pixels.
 
-    `loader_processes` changes the seconds only, and so does `micro_batch_size` but for what is drawn for each pass:
-    which images are mixed, dropout, and the statistics of a trained BatchNorm. None: a worker's share of a step at
-    once. `min_step_size` and `min_micro_batch_size` are the images that a step, and a pass of a worker, has at least.
+    Attributes:
+        recipe: recipe with the batch size of the plan.
+        preprocessing: preprocessing of the network.
+        classes: number of classes, K.
+        trainable: glob patterns of the trainable parameters.
+        training: training rows.
+        validation: validation rows.
+        balance: compensation of unequal category sizes.
+        seed: seed of all random numbers.
+        micro_batch_size: maximum images of a micro-batch; None: a worker's whole share of a step. It affects only what
+            is computed per micro-batch: mixing, dropout, and the statistics of a trained BatchNorm.
+        precision: arithmetic of forward and backward passes.
+        loader_processes: number of loader processes of each worker; affects only the speed.
+        min_step_size: minimum images of a step.
+        min_micro_batch_size: minimum images of a micro-batch.
     """
 
     recipe: Recipe
@@ -41,7 +53,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class DistributedContext:
-    """Which of how many workers a process is, and on which device it computes ("cpu", "cuda:0")."""
+    """Rank of the process, number of workers, and the device of the process ("cpu", "cuda:0")."""
 
     rank: int = 0
     workers: int = 1
@@ -50,19 +62,20 @@ class DistributedContext:
 
 @dataclass(frozen=True)
 class Assignment:
-    """All that a worker is given.
+    """Everything that a worker needs.
 
     Attributes:
-        settings: of the training.
-        bundle: reference to the `Bundle` that training starts from.
-        training, validation: URIs of the parts with the pixels, in the order of the rows.
-        storage: how to reach the work directory.
-        run_id: of the run.
-        checkpoint_seconds: longest time between two checkpoints.
-        copies: whether the parts lie on a store, so that each node has copies.
-        threads: of a worker on a CPU.
+        settings: settings of the training.
+        bundle: Ray reference to the initial bundle.
+        training: URIs of the pixel parts of the training rows, in row order.
+        validation: URIs of the pixel parts of the validation rows, in row order.
+        storage: storage that holds the work directory.
+        run_id: ID of the run.
+        checkpoint_seconds: maximum time between two checkpoints.
+        copies: whether the parts are on a remote store, so that each node copies them.
+        threads: number of threads of a worker on CPUs.
         curves: folder of the TensorBoard files.
-        board: the actor that the driver watches.
+        progress_actor: handle of the `TrainingProgressActor`.
     """
 
     settings: TrainingSettings
@@ -75,4 +88,4 @@ class Assignment:
     checkpoint_seconds: float
     threads: int
     curves: str
-    board: Any
+    progress_actor: Any

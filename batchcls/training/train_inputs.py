@@ -40,36 +40,36 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TrainingManifest:
-    """A labeled manifest: its bad ids, class index of each row, and how its images are loaded."""
+    """A labeled manifest: its invalid IDs, the class index of each row, and how its images are loaded."""
 
     manifest: Manifest
-    bad_ids: InvalidIds
+    invalid_ids: InvalidIds
     classes: npt.NDArray[np.int32]
     load: LoadSettings
 
-    def usable(self) -> npt.NDArray[np.int64]:
-        """Numbers of the rows that have a label, ascending."""
+    def labeled_rows(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of the rows with a label, in ascending order."""
         return np.flatnonzero(self.classes != UNLABELED_CLASS)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
-    """Everything that a training reads; `min_micro_batch_size` is what each pass of a worker has to have."""
+    """All inputs of a training run. `min_micro_batch_size` is the minimum number of images of a micro-batch."""
 
     storage: Storage
     training: TrainingManifest
     validation: TrainingManifest
     categories: Categories
     recipe: Recipe
-    start: Bundle
+    initial_bundle: Bundle
     min_micro_batch_size: int
 
-    def decides(self, config: FinetuneConfig) -> Mapping[str, Any]:
-        """All that decides what training ends in, as JSON values; one worker and these give one network."""
+    def result_settings(self, config: FinetuneConfig) -> Mapping[str, Any]:
+        """Return all settings that determine the result, as JSON values. With one worker, it is reproducible."""
         return {
             "training manifest": self.training.manifest.fingerprint,
             "validation manifest": self.validation.manifest.fingerprint,
-            "start": self.start.fingerprint,
+            "start": self.initial_bundle.fingerprint,
             "labels": labels_digest(self.categories.labels),
             "recipe": self.recipe.model_dump(mode="json"),
             "class balance": config.class_balance,
@@ -80,10 +80,10 @@ class TrainingInputs:
 
 
 def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
-    """Open what a training by this recipe reads.
+    """Open and validate the inputs of a training run with this recipe.
 
     Raises:
-        InputError: something is missing, unknown or does not fit; the message has the remedy.
+        InputError: an input is missing, unknown or incompatible; the message names the remedy.
     """
     storage = Storage(config.storage_options)
     manifests = [
@@ -91,39 +91,41 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
         for uri in (config.manifest, config.validation)
     ]
     columns = [read_label_column(manifest, storage) for manifest in manifests]
-    opened = open_initial_bundle(config, storage)
-    given = read_labels(config.labels, storage) if config.labels is not None else None
-    labels = resolve_category_order(columns[0], given, opened.config.labels if opened is not None else ())
+    opened_bundle = open_initial_bundle(config, storage)
+    given_labels = read_labels(config.labels, storage) if config.labels is not None else None
+    labels = resolve_category_order(
+        columns[0], given_labels, opened_bundle.config.labels if opened_bundle is not None else ()
+    )
     categories = describe_categories(labels, *columns)
-    start = make_initial_bundle(config, opened, labels, storage)
-    preprocessing = start.config.preprocessing
+    initial_bundle = make_initial_bundle(config, opened_bundle, labels, storage)
+    preprocessing = initial_bundle.config.preprocessing
     training, validation = (
-        _labeled(manifest, column, labels, config, (storage, kind))
-        for manifest, column, kind in zip(
+        _open_training_manifest(manifest, column, labels, config, storage, image_preprocessing)
+        for manifest, column, image_preprocessing in zip(
             manifests, columns, (uncropped(preprocessing), preprocessing), strict=True
         )
     )
-    for which, column in zip(("training", "validation"), columns, strict=True):
-        _logger.info("%s: %s", which, column.describe())
+    for name, column in zip(("training", "validation"), columns, strict=True):
+        _logger.info("%s: %s", name, column.describe())
     _logger.info("%d categories", len(labels))
     categories.log_warnings()
-    model = build_model(start)
+    model = build_model(initial_bundle)
     return TrainingInputs(
         storage=storage,
         training=training,
         validation=validation,
         categories=categories,
-        recipe=adapt_crop_size(recipe, model, start.config),
-        start=start,
+        recipe=adapt_crop_size(recipe, model, initial_bundle.config),
+        initial_bundle=initial_bundle,
         min_micro_batch_size=min_micro_batch_size(model, recipe.batch_norm),
     )
 
 
 def resolve_recipe(config: FinetuneConfig) -> Recipe:
-    """The recipe with what flags change of it.
+    """Return the recipe with the changes by flags.
 
     Raises:
-        InputError: there is none of that name, or it does not fit the flags or the start.
+        InputError: the recipe does not exist, or is not compatible with the flags.
     """
     flags = {name: getattr(config, name) for name in RECIPE_FLAGS}
     recipe = read_recipe(config.recipe).with_changes(
@@ -137,14 +139,14 @@ def resolve_recipe(config: FinetuneConfig) -> Recipe:
     return recipe
 
 
-def _labeled(
+def _open_training_manifest(
     manifest: Manifest,
     column: LabelColumn,
     labels: tuple[str, ...],
     config: FinetuneConfig,
-    how: tuple[Storage, Preprocessing],
+    storage: Storage,
+    preprocessing: Preprocessing,
 ) -> TrainingManifest:
-    storage, preprocessing = how
     load = LoadSettings(
         base=manifest.base,
         fetch=fetch_policy(config),

@@ -14,57 +14,68 @@ from batchcls.models.weights import to_safetensors
 from batchcls.training.train_config import Record
 from batchcls.training.trainer import State
 
-_PACKAGES = ("batchcls", "ray", "torch", "torchvision", "timm", "torchmetrics", "pillow", "simplejpeg")
+_VERSIONED_PACKAGES = (
+    "batchcls",
+    "ray",
+    "torch",
+    "torchvision",
+    "timm",
+    "torchmetrics",
+    "pillow",
+    "simplejpeg",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What the last checkpoint holds: weights as they are to be used, and the records of all epochs."""
+    """Result of a training run: the final weights and the records of all epochs."""
 
     weights: Mapping[str, torch.Tensor]
     history: tuple[Record, ...]
 
 
 def read_training_result(data: bytes) -> TrainingResult:
-    """The weights and the history in a checkpoint; the averaged weights where there are such."""
+    """Read weights and history from a checkpoint; the averaged weights if there are any."""
     state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return TrainingResult(state["average"] or state["model"], tuple(state["history"]))
 
 
 def training_curves(history: Sequence[Record]) -> dict[str, list[float]]:
-    """What `evaluate` draws of the epochs: lists of one length, by name."""
+    """Return the training curves for `evaluate`: lists of equal length by name."""
     names = ("epoch", "loss", "validation_loss", "learning_rate", "top1", "validation_top1")
     return {name: [float(record[name]) for record in history] for name in names}
 
 
-def trained_bundle(start: Bundle, trained: TrainingResult, run_id: str, lineage: Mapping[str, Any]) -> Bundle:
-    """The start with trained weights and golden answers of their own, opened as `classify` will open it.
+def trained_bundle(
+    initial_bundle: Bundle, result: TrainingResult, run_id: str, lineage: Mapping[str, Any]
+) -> Bundle:
+    """Return the initial bundle with trained weights and new golden outputs, verified as `classify` opens it.
 
-    The start's calibration is not that of these weights and is dropped.
+    The calibration of the initial bundle is dropped, because it is not valid for other weights.
 
     Args:
-        start: what training started from; its preprocessing stays.
-        trained: the end of training.
-        run_id: name of the training run.
-        lineage: what decided the run.
+        initial_bundle: bundle that training started from; its preprocessing is kept.
+        result: result of the training.
+        run_id: ID of the training run.
+        lineage: settings that determined the result.
 
     Raises:
-        InputError: the trained network does not hold together, as one with weights that are not finite.
-        GoldenMismatch: opened again, it does not give its golden answers.
+        InputError: the trained network is invalid, for example because weights are not finite.
+        GoldenMismatch: the outputs of the reopened bundle differ from its golden outputs.
     """
-    known = {
+    full_lineage = {
         **lineage,
         "run_id": run_id,
         "start": {
-            "fingerprint": start.fingerprint,
-            "weights": start.config.weights.model_dump(mode="json"),
-            "lineage": start.config.lineage,
+            "fingerprint": initial_bundle.fingerprint,
+            "weights": initial_bundle.config.weights.model_dump(mode="json"),
+            "lineage": initial_bundle.config.lineage,
         },
-        "history": list(trained.history),
-        "curves": training_curves(trained.history),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "history": list(result.history),
+        "curves": training_curves(result.history),
+        "versions": {name: version(name) for name in _VERSIONED_PACKAGES},
     }
     origin = {"kind": "trained", "name": run_id}
-    weights = to_safetensors(trained.weights)
-    made = start.with_weights(weights, origin, untrained_head=False, lineage=known)
-    return verified_bundle(with_golden(made))
+    weights = to_safetensors(result.weights)
+    bundle = initial_bundle.with_weights(weights, origin, untrained_head=False, lineage=full_lineage)
+    return verified_bundle(with_golden(bundle))

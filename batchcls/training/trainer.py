@@ -1,7 +1,7 @@
 """Runs the training loop in plain PyTorch, in one process or distributed over workers.
 
-A step is the same pixels for any number of workers, each of which takes a share of it; the gradient
-is the mean over the whole step. Letters: N pixels of a pass, K categories.
+A step has the same images for any number of workers, each of which processes a share of it in one or more
+micro-batches; the gradient is the mean over the whole step. Symbols: N images of a micro-batch, K categories.
 """
 
 import math
@@ -48,59 +48,61 @@ _VALIDATION_BATCH = 64
 _FORWARD = 0x666F72
 
 State = dict[str, Any]
-"""What a checkpoint holds: epochs done, what is done of the next one, history, model, average and optimizer."""
+"""Content of a checkpoint: number of complete epochs, the partial epoch, history, model, average and optimizer."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls while it runs.
+    """Callbacks of the training loop.
 
     Attributes:
-        wrap: the network for several workers at once, as DistributedDataParallel does it with `freeze.WRAPPING`.
-        step_done: pixels of this epoch so far, over all workers.
-        epoch_done: the epoch's record, and what makes the state of a checkpoint.
-        is_due: after each step, whether a checkpoint is due; every worker asks and gets the same answer.
-        checkpoint: within an epoch: epochs and steps done, and what makes the state; every worker calls it.
+        wrap: wraps the network for distributed training, for example with DistributedDataParallel and
+            `optimizer.DDP_ARGUMENTS`.
+        step_done: called after each step with the epoch and the images of the epoch so far, over all workers.
+        epoch_done: called after each epoch with its record and a function that returns the state of a checkpoint.
+        is_checkpoint_due: called after each step by all workers, with the same result in all of them.
+        checkpoint: called within an epoch by all workers with the numbers of complete epochs and steps, and a function
+            that returns the state.
     """
 
     wrap: Callable[[nn.Module], nn.Module]
     step_done: Callable[[int, int], None]
     epoch_done: Callable[[Record, Callable[[], State]], None]
-    is_due: Callable[[], bool] = lambda: False
+    is_checkpoint_due: Callable[[], bool] = lambda: False
     checkpoint: Callable[[Record, Callable[[], State]], None] = lambda *_: None
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step of an epoch.
+    """A step of an epoch.
 
     Attributes:
-        number: counts from 0.
-        images: over all workers.
-        passes: those of this worker: uint8 N,3,h,w, class indices, and rows of the manifest.
+        number: number of the step, counted from 0.
+        images: number of images, over all workers.
+        batches: micro-batches of this worker: uint8 images (N, 3, h, w), class indices, and rows of the manifest.
     """
 
     number: int
     images: int
-    passes: list[tuple[Tensor, Tensor, Tensor]]
+    batches: list[tuple[Tensor, Tensor, Tensor]]
 
 
 class Training:
-    """A network being trained; `run` goes from where it stands to the last epoch."""
+    """Trains a network. `run` trains from the current state to the last epoch."""
 
     def __init__(
         self,
         model: nn.Module,
         classifiers: Sequence[str],
         settings: TrainingSettings,
-        place: DistributedContext,
+        context: DistributedContext,
         hooks: Hooks,
     ) -> None:
-        """Wrap `model`, float N,3,H,W -> N,K, which `classifiers` name the last layers of."""
-        self._settings, self._place, self._hooks = settings, place, hooks
+        """Create the training of `model`, (N, 3, H, W) to (N, K); `classifiers` are the paths of its last layers."""
+        self._settings, self._context, self._hooks = settings, context, hooks
         self._recipe = settings.recipe
         self._classifiers = tuple(classifiers)
-        self._model = model.to(place.device).to(memory_format=torch.channels_last)
+        self._model = model.to(context.device).to(memory_format=torch.channels_last)
         mark_trainable(model, settings.trainable)
         self._optimizer = make_optimizer(model, classifiers, self._recipe)
         decay = self._recipe.ema_decay
@@ -108,22 +110,22 @@ class Training:
         self._mixing = Mixing(self._recipe, settings.classes)
         colors = (settings.preprocessing.mean, settings.preprocessing.std)
         self._mean, self._std = (
-            torch.tensor(values, device=place.device).reshape(1, 3, 1, 1) for values in colors
+            torch.tensor(values, device=context.device).reshape(1, 3, 1, 1) for values in colors
         )
         self._weights: Tensor | None = None
         if settings.balance == "loss":
             weights = class_weights(count_classes(settings.training.targets, settings.classes))
-            self._weights = torch.from_numpy(weights).to(place.device)
+            self._weights = torch.from_numpy(weights).to(context.device)
         self._sampler = RowSampler(settings.training.targets, settings.seed)
         if settings.balance == "sampling":
             self._sampler = RowSampler.balanced(settings.training.targets, settings.classes, settings.seed)
         self._epoch = 0
-        self._part: State | None = None
+        self._partial_epoch: State | None = None
         self._history: list[Record] = []
 
     @property
     def trained(self) -> nn.Module:
-        """The network as it is to be used: the averaged one, if the recipe averages."""
+        """The trained network: the moving average if the recipe has one."""
         if self._average is None:
             return self._model
         averaged: nn.Module = self._average.module
@@ -131,14 +133,14 @@ class Training:
 
     @property
     def history(self) -> list[Record]:
-        """The records of all epochs so far."""
+        """The records of all complete epochs."""
         return self._history
 
     def state(self) -> State:
-        """All that `restore` needs."""
+        """Return the state of a checkpoint for `restore`."""
         return {
             "epoch": self._epoch,
-            "part": self._part,
+            "part": self._partial_epoch,
             "history": self._history,
             "model": self._model.state_dict(),
             "average": self._average.module.state_dict() if self._average is not None else None,
@@ -146,13 +148,13 @@ class Training:
         }
 
     def restore(self, state: State) -> None:
-        """Go on from a checkpoint of the same run.
+        """Restore the state of a checkpoint of the same run.
 
         Raises:
-            InputError: its optimizer has other groups of parameters, as that of another version may have.
+            InputError: the parameter groups of the optimizer differ, for example in another version of batchcls.
         """
         self._epoch, self._history = state["epoch"], state["history"]
-        self._part = state.get("part")
+        self._partial_epoch = state.get("part")
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])
@@ -160,145 +162,147 @@ class Training:
             self._optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise InputError(
-                f"the checkpoint of epoch {state['epoch']} is not one of this training ({error}), as where another "
-                "version of batchcls has written it; give --restart to train from the beginning"
+                f"the checkpoint of epoch {state['epoch']} is not compatible ({error}), for example because another "
+                "version of batchcls has written it; pass --restart to train from the beginning"
             ) from error
 
     def run(self, training: PixelStore, validation: PixelStore) -> Divergence | None:
-        """Train the epochs that are missing.
+        """Train the remaining epochs.
 
         Returns:
-            None at the end of the last epoch; where a step has no finite gradient, what is known of it.
-            Then the network is not to be used. Every worker returns the same.
+            None after the last epoch, or a description of the step whose gradient is not finite; the network is invalid
+            in that case. All workers return the same value.
         """
         network: nn.Module | None = None
         while self._epoch < self._recipe.epochs:
             epoch, started = self._epoch, time.perf_counter()
-            head_only = epoch < self._recipe.head_epochs
+            is_head_only = epoch < self._recipe.head_epochs
             if network is None or epoch == self._recipe.head_epochs:
-                if head_only:
+                if is_head_only:
                     train_head_only(self._model, self._classifiers, self._settings.trainable)
                 else:
                     mark_trainable(self._model, self._settings.trainable)
                 network = self._hooks.wrap(self._model)
-            set_training_mode(self._model, "frozen" if head_only else self._recipe.batch_norm)
-            measures = TrainMetrics(self._place.device)
-            if self._part is not None:
-                started -= self._part["seconds"]
-                if self._place.rank == 0:
-                    measures.resume(self._part["found"])
-            diverged = self._train_epoch(epoch, network, training, measures, started)
+            set_training_mode(self._model, "frozen" if is_head_only else self._recipe.batch_norm)
+            metrics = TrainMetrics(self._context.device)
+            if self._partial_epoch is not None:
+                started -= self._partial_epoch["seconds"]
+                if self._context.rank == 0:
+                    metrics.resume(self._partial_epoch["found"])
+            diverged = self._train_epoch(epoch, network, training, metrics, started)
             if diverged is not None:
                 return diverged
             self._average_statistics(epoch)
-            found = measures.result()
+            results = metrics.result()
             seconds = time.perf_counter() - started
             self._epoch += 1
-            record = self._record(epoch, found, seconds) | self._validated(validation)
+            record = self._record(epoch, results, seconds) | self._validate(validation)
             self._history = [*self._history, record]
             self._hooks.epoch_done(record, self.state)
         return None
 
-    def _record(self, epoch: int, found: dict[str, Any], seconds: float) -> Record:
+    def _record(self, epoch: int, results: dict[str, Any], seconds: float) -> Record:
         height, width = crop_size(self._recipe, epoch, self._settings.preprocessing)
         return {
             "epoch": epoch + 1,
             "learning_rate": max(group["lr"] for group in self._optimizer.param_groups),
             "crop_pixels": [height, width],
-            "images": found["rows"],
+            "images": results["rows"],
             "seconds": round(seconds, 3),
-            "images_per_second": round(found["rows"] / seconds, 2),
-            "loss": found["loss"],
-            "top1": found["top1"],
+            "images_per_second": round(results["rows"] / seconds, 2),
+            "loss": results["loss"],
+            "top1": results["top1"],
         }
 
     def _train_epoch(
-        self, epoch: int, network: nn.Module, store: PixelStore, measures: TrainMetrics, started: float
+        self, epoch: int, network: nn.Module, store: PixelStore, metrics: TrainMetrics, started: float
     ) -> Divergence | None:
         settings, recipe = self._settings, self._recipe
-        count = len(settings.training.rows)
-        steps = count_steps(count, recipe.batch_size, settings.min_step_size)
+        rows = len(settings.training.rows)
+        steps = count_steps(rows, recipe.batch_size, settings.min_step_size)
         parameters = [value for value in self._model.parameters() if value.requires_grad]
-        done, seen = (0, 0) if self._part is None else (self._part["steps"], self._part["found"]["rows"])
-        self._part = None
-        for step in self._steps(epoch, store, done):
-            place = epoch * steps + step.number
-            set_learning_rate(self._optimizer, schedule_factor(recipe, place, recipe.epochs * steps))
+        steps_done, images_done = 0, 0
+        if self._partial_epoch is not None:
+            steps_done, images_done = self._partial_epoch["steps"], self._partial_epoch["found"]["rows"]
+        self._partial_epoch = None
+        for step in self._steps(epoch, store, steps_done):
+            global_step = epoch * steps + step.number
+            set_learning_rate(self._optimizer, schedule_factor(recipe, global_step, recipe.epochs * steps))
             losses = []
-            for number, (images, targets, rows) in enumerate(step.passes):
-                last = number == len(step.passes) - 1
-                at = (epoch, step.number, number)
-                with nullcontext() if last else _unsynchronized(network):
-                    loss = self._backward(network, images, targets, at, step.images, measures)
-                losses.append((loss, rows))
+            for number, (images, targets, image_rows) in enumerate(step.batches):
+                is_last = number == len(step.batches) - 1
+                position = (epoch, step.number, number)
+                with nullcontext() if is_last else _unsynchronized(network):
+                    loss = self._backward(network, images, targets, position, step.images, metrics)
+                losses.append((loss, image_rows))
             norm = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm or math.inf)
             if not bool(torch.isfinite(norm)):
-                return gather_divergence(epoch + 1, step.number + 1, losses, self._place.workers)
+                return gather_divergence(epoch + 1, step.number + 1, losses, self._context.workers)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             if self._average is not None:
-                self._average.update(self._model, step=place)
-            seen += step.images
-            self._hooks.step_done(epoch, seen)
-            if self._hooks.is_due():
-                self._checkpoint(epoch, step.number + 1, measures, time.perf_counter() - started)
+                self._average.update(self._model, step=global_step)
+            images_done += step.images
+            self._hooks.step_done(epoch, images_done)
+            if self._hooks.is_checkpoint_due():
+                self._checkpoint(epoch, step.number + 1, metrics, time.perf_counter() - started)
         return None
 
-    def _checkpoint(self, epoch: int, steps: int, measures: TrainMetrics, seconds: float) -> None:
-        """Keep what is done of an epoch, from which `run` resumes as if nothing had happened."""
+    def _checkpoint(self, epoch: int, steps: int, metrics: TrainMetrics, seconds: float) -> None:
+        """Write a checkpoint within an epoch, from which `run` resumes with the same result."""
         self._average_statistics(epoch)
-        self._part = {"steps": steps, "found": measures.result(), "seconds": seconds}
+        self._partial_epoch = {"steps": steps, "found": metrics.result(), "seconds": seconds}
         self._hooks.checkpoint({"epoch": epoch, "steps": steps}, self.state)
-        self._part = None
+        self._partial_epoch = None
 
     def _average_statistics(self, epoch: int) -> None:
-        """Bring workers' BatchNorm statistics together where this epoch trains them."""
+        """Average the BatchNorm statistics over the workers if this epoch trains them."""
         if self._recipe.batch_norm == "trained" and epoch >= self._recipe.head_epochs:
             averaged = [self._model] if self._average is None else [self._model, self._average.module]
-            average_statistics(averaged, self._place.workers)
+            average_statistics(averaged, self._context.workers)
 
     def _backward(
         self,
         network: nn.Module,
         images: Tensor,
         targets: Tensor,
-        at: tuple[int, int, int],
-        step_size: int,
-        measures: TrainMetrics,
+        position: tuple[int, int, int],
+        images_in_step: int,
+        metrics: TrainMetrics,
     ) -> Tensor:
-        """Add the gradient of N images, a share of a step of `step_size`; N losses.
+        """Accumulate the gradient of N images of a step of `images_in_step`, and return their losses of shape (N,).
 
-        `at` is the epoch, the step and the pass, all of which count from 0.
+        `position` contains epoch, step and micro-batch, counted from 0.
         """
-        place, seed = self._place, self._settings.seed
-        pixels = normalized(images.to(place.device, non_blocking=True), self._mean, self._std)
-        targets = targets.to(place.device, non_blocking=True)
-        mixed, shares = self._mixing(pixels, targets, seed, *at, place.rank)
-        seed_device(place.device, derive_seed(_FORWARD, seed, *at, place.rank))
-        with self._arithmetic():
+        context, seed = self._context, self._settings.seed
+        pixels = normalized(images.to(context.device, non_blocking=True), self._mean, self._std)
+        targets = targets.to(context.device, non_blocking=True)
+        mixed, shares = self._mixing(pixels, targets, seed, *position, context.rank)
+        seed_device(context.device, derive_seed(_FORWARD, seed, *position, context.rank))
+        with self._autocast():
             logits = network(mixed).float()
         weights = None if self._weights is None else row_weights(shares, self._weights)
         losses = row_losses(logits, shares, self._recipe.label_smoothing, weights)
-        # Workers' gradients are averaged, and each has a part of the step.
-        torch.autograd.backward(losses.sum() * (place.workers / step_size))
-        measures.add(logits.detach(), shares)
+        # Gradients are averaged over workers, and each worker has a part of the step.
+        torch.autograd.backward(losses.sum() * (context.workers / images_in_step))
+        metrics.add(logits.detach(), shares)
         return losses.detach()
 
-    def _steps(self, epoch: int, store: PixelStore, done: int) -> Iterator[_Step]:
-        """The steps of an epoch after those done, each with this worker's passes.
+    def _steps(self, epoch: int, store: PixelStore, steps_done: int) -> Iterator[_Step]:
+        """Yield the remaining steps of an epoch with the micro-batches of this worker.
 
         Raises:
-            InputError: the images of a step are too few for mixing.
+            InputError: the recipe mixes images, and all micro-batches have a single image.
         """
         settings, labeled = self._settings, self._settings.training
         order = epoch_steps(self._sampler, epoch, self._recipe.batch_size, settings.min_step_size)
         steps = with_occurrences(order)
-        shares = [worker_share(step, self._place.rank, self._place.workers) for step in steps]
-        cut = [
+        shares = [worker_share(step, self._context.rank, self._context.workers) for step in steps]
+        indices_by_step = [
             micro_batches(share, settings.micro_batch_size, settings.min_micro_batch_size)
-            for share in shares[done:]
+            for share in shares[steps_done:]
         ]
-        self._require_mixing([len(chosen) for passes in cut for chosen in passes])
+        self._check_mixing([len(indices) for batches in indices_by_step for indices in batches])
         transform = image_transform(
             self._recipe, crop_size(self._recipe, epoch, settings.preprocessing), settings.preprocessing
         )
@@ -306,54 +310,55 @@ class Training:
             AugmentedImages(store, transform, (settings.seed, epoch)),
             batch_sampler=[
                 [
-                    TrainingSample(int(labeled.rows[place]), int(labeled.targets[place]), int(occurrence))
-                    for place, occurrence in chosen
+                    TrainingSample(int(labeled.rows[index]), int(labeled.targets[index]), int(occurrence))
+                    for index, occurrence in indices
                 ]
-                for passes in cut
-                for chosen in passes
+                for batches in indices_by_step
+                for indices in batches
             ],
             num_workers=settings.loader_processes,
-            pin_memory=self._place.device != "cpu",
+            pin_memory=self._context.device != "cpu",
         )
-        batches = iter(loader)
-        for number, (step, passes) in enumerate(zip(steps[done:], cut, strict=True), start=done):
-            yield _Step(number, len(step), [next(batches) for _ in passes])
+        loaded = iter(loader)
+        remaining = zip(steps[steps_done:], indices_by_step, strict=True)
+        for number, (step, batches) in enumerate(remaining, start=steps_done):
+            yield _Step(number, len(step), [next(loaded) for _ in batches])
 
-    def _require_mixing(self, sizes: Sequence[int]) -> None:
-        if self._mixing.mixes and max(sizes, default=2) < 2:
+    def _check_mixing(self, sizes: Sequence[int]) -> None:
+        if self._mixing.is_enabled and max(sizes, default=2) < 2:
             raise InputError(
-                "the recipe mixes the images of a pass (mixup, cutmix), and each pass has a single one; raise "
-                "--micro-batch-size or --batch-size, lower --num-workers, or take a recipe that does not mix"
+                "the recipe mixes the images of a micro-batch (mixup, cutmix), but each micro-batch has a single "
+                "image; increase --micro-batch-size or --batch-size, reduce --num-workers, or use another recipe"
             )
 
     @torch.inference_mode()
-    def _validated(self, store: PixelStore) -> Record:
-        """Loss and accuracy on the validation rows, each of which one worker answers."""
+    def _validate(self, store: PixelStore) -> Record:
+        """Compute loss and accuracy on the validation rows, which are distributed over the workers."""
         started = time.perf_counter()
-        labeled, place = self._settings.validation, self._place
+        labeled, context = self._settings.validation, self._context
         model = self.trained.eval()
-        measures = TrainMetrics(place.device)
-        mine = range(place.rank, len(labeled.rows), place.workers)
-        for start in range(0, len(mine), _VALIDATION_BATCH):
-            chosen = list(mine[start : start + _VALIDATION_BATCH])
-            pixels = np.stack([store[int(row)] for row in labeled.rows[chosen]])
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(place.device)
-            with self._arithmetic():
+        metrics = TrainMetrics(context.device)
+        own_rows = range(context.rank, len(labeled.rows), context.workers)
+        for start in range(0, len(own_rows), _VALIDATION_BATCH):
+            indices = list(own_rows[start : start + _VALIDATION_BATCH])
+            pixels = np.stack([store[int(row)] for row in labeled.rows[indices]])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(context.device)
+            with self._autocast():
                 logits = model(normalized(images, self._mean, self._std))
-            measures.add(logits.float(), torch.from_numpy(labeled.targets[chosen]).long().to(place.device))
-        found = measures.result()
-        assert found["rows"] == len(labeled.rows), "every validation row is to be answered once"
-        return {f"validation_{name}": value for name, value in found.items()} | {
+            metrics.add(logits.float(), torch.from_numpy(labeled.targets[indices]).long().to(context.device))
+        results = metrics.result()
+        assert results["rows"] == len(labeled.rows), "every validation row must be evaluated once"
+        return {f"validation_{name}": value for name, value in results.items()} | {
             "validation_seconds": round(time.perf_counter() - started, 3)
         }
 
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        kind = self._place.device.partition(":")[0]
-        return torch.autocast(kind, torch.bfloat16, enabled=self._settings.precision == "bf16")
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device_type = self._context.device.partition(":")[0]
+        return torch.autocast(device_type, torch.bfloat16, enabled=self._settings.precision == "bf16")
 
 
 def _unsynchronized(network: nn.Module) -> AbstractContextManager[Any]:
-    """Let workers keep a pass's gradients to themselves; the last pass of a step sends all."""
+    """Disable gradient synchronization. It is needed only in the last micro-batch of a step."""
     if isinstance(network, nn.parallel.DistributedDataParallel):
         return network.no_sync()
     return nullcontext()

@@ -22,22 +22,22 @@ class TrainingProgressActor:
     """Collects the progress that workers report until the driver fetches it."""
 
     def __init__(self) -> None:
-        self._seen = TrainingProgress()
+        self._progress = TrainingProgress()
 
-    def at(self, rows: int) -> None:
+    def set_rows(self, rows: int) -> None:
         """Set the number of images trained on since the first epoch."""
-        self._seen.rows = rows
+        self._progress.rows = rows
 
-    def epoch(self, record: "Record") -> None:
+    def add_epoch(self, record: "Record") -> None:
         """Add the record of a finished epoch."""
-        self._seen.records.append(record)
+        self._progress.records.append(record)
 
-    def note(self, text: str) -> None:
+    def add_note(self, text: str) -> None:
         """Add a message for the log."""
-        self._seen.notes.append(text)
+        self._progress.notes.append(text)
 
-    def seen(self) -> TrainingProgress:
+    def take(self) -> TrainingProgress:
         """Return the progress so far; records and notes are returned once."""
-        found = self._seen
-        self._seen = TrainingProgress(found.rows)
-        return found
+        progress = self._progress
+        self._progress = TrainingProgress(progress.rows)
+        return progress

@@ -87,57 +87,63 @@ class WorkDirRun:
     plan: StepPlan | None = None
 
 
-def find_run(state: str, decides: Mapping[str, Any], storage: Storage, *, restart: bool) -> WorkDirRun:
+def find_run(
+    work_dir: str, result_settings: Mapping[str, Any], storage: Storage, *, restart: bool
+) -> WorkDirRun:
     """Return the unfinished run of this command in the work directory, or a new run. Nothing is written.
 
     Args:
-        state: the work directory.
-        decides: all settings that determine the result, as JSON values.
+        work_dir: URI of the work directory.
+        result_settings: all settings that determine the result, as JSON values.
         storage: storage that holds the work directory.
         restart: ignore an unfinished run.
 
     Raises:
         InputError: the directory contains an unfinished run with other settings; the message lists them.
     """
-    values = _as_json(decides)
-    found = None if restart else _read(join(state, _RECORD), storage)
-    if found is None or found.finished:
+    new_settings = _as_json(result_settings)
+    record = None if restart else _read(join(work_dir, _RECORD), storage)
+    if record is None or record.finished:
         return WorkDirRun(new_run_id(), is_resumed=False)
     changed = sorted(
-        name for name in values.keys() | found.decides.keys() if values.get(name) != found.decides.get(name)
+        name
+        for name in new_settings.keys() | record.decides.keys()
+        if new_settings.get(name) != record.decides.get(name)
     )
     if changed:
         raise InputError(
-            f"{redact_uri(state)} holds the unfinished run {found.run_id}, which differs in "
-            f"{', '.join(changed)}; repeat its command to finish it, give --restart to forget it, or name another "
+            f"{redact_uri(work_dir)} contains the unfinished run {record.run_id}, which differs in "
+            f"{', '.join(changed)}; repeat its command to finish it, pass --restart to discard it, or choose another "
             "--output"
         )
-    return WorkDirRun(found.run_id, is_resumed=True, plan=found.plan)
+    return WorkDirRun(record.run_id, is_resumed=True, plan=record.plan)
 
 
 def record_run(
-    state: str, run: WorkDirRun, decides: Mapping[str, Any], plan: StepPlan, storage: Storage
+    work_dir: str, run: WorkDirRun, result_settings: Mapping[str, Any], plan: StepPlan, storage: Storage
 ) -> None:
     """Record that the work directory belongs to this run, with its step plan."""
-    record = TrainingRunRecord(run_id=run.run_id, finished=False, decides=_as_json(decides), plan=plan)
-    _write(join(state, _RECORD), record, storage)
+    record = TrainingRunRecord(
+        run_id=run.run_id, finished=False, decides=_as_json(result_settings), plan=plan
+    )
+    _write(join(work_dir, _RECORD), record, storage)
 
 
-def finish_run(state: str, storage: Storage) -> None:
+def finish_run(work_dir: str, storage: Storage) -> None:
     """Mark the recorded run, if any, as finished, so that the next command starts another one."""
-    uri = join(state, _RECORD)
+    uri = join(work_dir, _RECORD)
     record = _read(uri, storage)
     if record is not None:
         _write(uri, record.model_copy(update={"finished": True}), storage)
 
 
-def digest_of(decides: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits over all settings that determine the result."""
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+def digest_of(result_settings: Mapping[str, Any]) -> str:
+    """Return 12 hexadecimal digits that identify the settings that determine the result."""
+    return hashlib.sha256(json.dumps(result_settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _as_json(decides: Mapping[str, Any]) -> dict[str, JsonValue]:
-    values: dict[str, JsonValue] = json.loads(json.dumps(decides))
+def _as_json(result_settings: Mapping[str, Any]) -> dict[str, JsonValue]:
+    values: dict[str, JsonValue] = json.loads(json.dumps(result_settings))
     return values
 
 
@@ -153,7 +159,7 @@ def _read(uri: str, storage: Storage) -> TrainingRunRecord | None:
         raise InputError(f"{redact_uri(uri)}: {error}") from None
     except DocumentError as error:
         raise InputError(
-            f"{redact_uri(uri)} is damaged ({error}); give --restart to begin a new run"
+            f"{redact_uri(uri)} is damaged ({error}); pass --restart to start a new run"
         ) from error
 
 

@@ -24,7 +24,7 @@ from batchcls.models.sources import get_library
 from batchcls.storage.filesystem import Storage, is_remote, join, local_path
 from batchcls.training.loss import Divergence
 from batchcls.training.node_cache import NodeCache
-from batchcls.training.optimizer import WRAPPING, describe, set_training_mode
+from batchcls.training.optimizer import DDP_ARGUMENTS, describe, set_training_mode
 from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.train_config import (
     CHECKPOINT,
@@ -35,7 +35,7 @@ from batchcls.training.train_config import (
 )
 from batchcls.training.trainer import Hooks, State, Training
 
-_SHOWN = (
+_CURVES = (
     "learning_rate",
     "images_per_second",
     "loss",
@@ -47,38 +47,42 @@ _SHOWN = (
 
 
 class CurveWriter:
-    """One event file of TensorBoard, on disk or copied to a store after each epoch."""
+    """Writes a TensorBoard event file, on a local disk or copied to a remote store after each epoch."""
 
     def __init__(self, folder: str, storage: Storage) -> None:
         self._folder, self._storage = folder, storage
-        self._here = tempfile.mkdtemp(prefix="batchcls-curves-") if is_remote(folder) else local_path(folder)
+        self._local_folder = (
+            tempfile.mkdtemp(prefix="batchcls-curves-") if is_remote(folder) else local_path(folder)
+        )
         self._writer: SummaryWriter | None = None
 
     def add(self, record: Record) -> None:
-        """Add an epoch; of an earlier run of the same epoch the later one counts."""
+        """Add the record of an epoch. It replaces an earlier record of the same epoch."""
         epoch = record["epoch"]
         if self._writer is None:
-            self._writer = SummaryWriter(self._here, purge_step=epoch)
-        for name in _SHOWN:
+            self._writer = SummaryWriter(self._local_folder, purge_step=epoch)
+        for name in _CURVES:
             group, _, rest = name.rpartition("_") if name.startswith("validation") else ("training", "", name)
             self._writer.add_scalar(f"{group}/{rest}", record[name], epoch)
         self._writer.flush()
         if is_remote(self._folder):
-            for path in Path(self._here).iterdir():
+            for path in Path(self._local_folder).iterdir():
                 self._storage.write_atomic(join(self._folder, path.name), path.read_bytes())
 
 
-_TELL_SECONDS = 1.0
+_REPORT_SECONDS = 1.0
 
 _logger = logging.getLogger(__name__)
 
 
 def train_worker(config: dict[str, Assignment]) -> Divergence | None:
-    """Ray Train calls this in each process."""
+    """Train in one worker process; called by Ray Train."""
     assignment = config["assignment"]
     torch.set_num_threads(assignment.threads)
-    context = ray.train.get_context()
-    place = DistributedContext(context.get_world_rank(), context.get_world_size(), str(get_device()))
+    train_context = ray.train.get_context()
+    context = DistributedContext(
+        train_context.get_world_rank(), train_context.get_world_size(), str(get_device())
+    )
     settings = assignment.settings
     bundle: Bundle = ray.get(assignment.bundle)
     model = build_model(bundle)
@@ -89,85 +93,85 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
             PixelStore(uris, assignment.storage, str(cache.folder))
             for uris in (assignment.training, assignment.validation)
         ]
-        told = _Told(assignment, place)
-        training = Training(model, classifiers, settings, place, told.hooks())
-        _restore(training, told)
-        told.note(_description(model, settings, place))
+        reporter = _Reporter(assignment, context)
+        training = Training(model, classifiers, settings, context, reporter.hooks())
+        _restore(training, reporter)
+        reporter.note(_description(model, settings, context))
         return training.run(*stores)
 
 
-def _restore(training: Training, told: "_Told") -> None:
+def _restore(training: Training, reporter: "_Reporter") -> None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return
     with checkpoint.as_directory() as folder:
         state: State = torch.load(Path(folder) / CHECKPOINT, map_location="cpu", weights_only=True)
     training.restore(state)
-    part = state.get("part")
-    after = "" if part is None else f" and {part['steps']} steps"
-    told.note(f"going on from the checkpoint of epoch {state['epoch']}{after}")
+    partial_epoch = state.get("part")
+    steps_text = "" if partial_epoch is None else f" and {partial_epoch['steps']} steps"
+    reporter.note(f"resuming from the checkpoint of epoch {state['epoch']}{steps_text}")
 
 
-def _description(model: nn.Module, settings: TrainingSettings, place: DistributedContext) -> str:
+def _description(model: nn.Module, settings: TrainingSettings, context: DistributedContext) -> str:
     trainable = mark_trainable(model, settings.trainable)
     set_training_mode(model, settings.recipe.batch_norm)
-    what = describe(trainable, model, settings.recipe.batch_norm, place.workers)
-    where = f"the first of them process {os.getpid()} on {socket.gethostname()}"
-    return f"{what}; {place.workers} worker(s) on {place.device}, {settings.precision}, {where}"
+    parameters = describe(trainable, model, settings.recipe.batch_norm, context.workers)
+    location = f"the first of them is process {os.getpid()} on {socket.gethostname()}"
+    return f"{parameters}; {context.workers} worker(s) on {context.device}, {settings.precision}, {location}"
 
 
-class _Told:
-    """What one worker reports to Ray Train, and the first of them to people."""
+class _Reporter:
+    """Reports of a worker to Ray Train, and of the first worker to the driver."""
 
-    def __init__(self, assignment: Assignment, place: DistributedContext) -> None:
-        self._settings, self._place = assignment.settings, place
-        self._board = assignment.board
-        self._curves = CurveWriter(assignment.curves, assignment.storage) if place.rank == 0 else None
-        self._told_at = 0.0
-        self._checkpoint_seconds, self._kept_at = assignment.checkpoint_seconds, time.monotonic()
+    def __init__(self, assignment: Assignment, context: DistributedContext) -> None:
+        self._settings, self._context = assignment.settings, context
+        self._progress_actor = assignment.progress_actor
+        self._curves = CurveWriter(assignment.curves, assignment.storage) if context.rank == 0 else None
+        self._reported_at = 0.0
+        self._checkpoint_seconds, self._checkpoint_at = assignment.checkpoint_seconds, time.monotonic()
 
     def hooks(self) -> Hooks:
-        """For the loop."""
+        """Return the callbacks of the training loop."""
         return Hooks(
-            wrap=partial(prepare_model, parallel_strategy_kwargs=dict(WRAPPING)),
+            wrap=partial(prepare_model, parallel_strategy_kwargs=dict(DDP_ARGUMENTS)),
             step_done=self._step_done,
             epoch_done=self._epoch_done,
-            is_due=self._is_due,
+            is_checkpoint_due=self._is_checkpoint_due,
             checkpoint=self._report,
         )
 
     def note(self, text: str) -> None:
-        """A line for the driver's log, from the first worker only."""
-        if self._place.rank == 0:
-            self._board.note.remote(text)
+        """Send a line for the log of the driver. Only the first worker sends it."""
+        if self._context.rank == 0:
+            self._progress_actor.add_note.remote(text)
 
     def _step_done(self, epoch: int, images: int) -> None:
         now = time.monotonic()
-        if self._place.rank == 0 and now - self._told_at >= _TELL_SECONDS:
-            self._told_at = now
-            self._board.at.remote(epoch * len(self._settings.training.rows) + images)
+        if self._context.rank == 0 and now - self._reported_at >= _REPORT_SECONDS:
+            self._reported_at = now
+            self._progress_actor.set_rows.remote(epoch * len(self._settings.training.rows) + images)
 
-    def _is_due(self) -> bool:
-        """Whether the time is over by the first worker's clock, the same for all of them."""
+    def _is_checkpoint_due(self) -> bool:
+        """Whether a checkpoint is due by the clock of the first worker, with the same result in all workers."""
         now = time.monotonic()
-        over = torch.tensor(
-            [now - self._kept_at >= self._checkpoint_seconds], device=self._place.device
+        is_due = torch.tensor(
+            [now - self._checkpoint_at >= self._checkpoint_seconds], device=self._context.device
         ).int()
-        if self._place.workers > 1:
-            distributed.broadcast(over, 0)
-        return bool(over)
+        if self._context.workers > 1:
+            distributed.broadcast(is_due, 0)
+        return bool(is_due)
 
     def _epoch_done(self, record: Record, state: Callable[[], State]) -> None:
         self._report(record, state)
-        if self._place.rank == 0:
+        if self._context.rank == 0:
             assert self._curves is not None
             self._curves.add(record)
-            self._board.epoch.remote(record)
+            self._progress_actor.add_epoch.remote(record)
 
     def _report(self, record: Record, state: Callable[[], State]) -> None:
-        """A checkpoint from the first worker; every worker has to report, which Ray Train waits for."""
-        self._kept_at = time.monotonic()
-        if self._place.rank != 0:
+        """Report to Ray Train, which waits for all workers. The first worker includes a checkpoint."""
+        self._checkpoint_at = time.monotonic()
+        if self._context.rank != 0:
             ray.train.report(record)
             return
         with tempfile.TemporaryDirectory(prefix="batchcls-checkpoint-") as folder:

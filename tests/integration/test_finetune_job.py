@@ -191,7 +191,9 @@ def kill_first_worker(printed: io.StringIO, ended: threading.Event) -> set[bytes
     """Kill the first training worker after epoch 4; return the environment that it was started with."""
     while not re.search(r"epoch 4: ", printed.getvalue()):
         assert not ended.wait(0.05), printed.getvalue()
-    first = re.search(r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on", printed.getvalue())
+    first = re.search(
+        r"2 worker\(s\) on cpu, fp32, the first of them is process (\d+) on", printed.getvalue()
+    )
     assert first is not None, printed.getvalue()
     environment = Path(f"/proc/{first.group(1)}/environ").read_bytes().split(b"\0")
     os.kill(int(first.group(1)), signal.SIGKILL)
@@ -214,7 +216,7 @@ def test_two_workers_with_one_killed_train_the_same_bundle_as_one(
     # glibc and libgomp read these only when a process starts.
     assert {b"MALLOC_MMAP_MAX_=0", b"MALLOC_ARENA_MAX=1", b"GOMP_SPINCOUNT=10000"} <= killing.result()
     assert exit_code == 0, printed.getvalue()
-    assert "going on from the checkpoint of epoch" in printed.getvalue()
+    assert "resuming from the checkpoint of epoch" in printed.getvalue()
     assert_same_result(lineage(output), lineage(undisturbed[0]))
 
 
@@ -235,7 +237,7 @@ def test_run_of_killed_driver_is_resumed(
     exit_code, printed = run_here(cluster, finetune, *arguments)
     assert exit_code == 0, printed
     assert f"resuming run {run_id}" in printed
-    assert "going on from the checkpoint of epoch" in printed
+    assert "resuming from the checkpoint of epoch" in printed
     assert_same_result(lineage(output), lineage(undisturbed[0]))
 
 
@@ -265,7 +267,7 @@ def test_training_continues_without_a_lost_node(
         assert process.wait(timeout=400) == 0, log.read_text()
     finally:
         nodes.shutdown()
-    assert re.search(r"going on from the checkpoint of epoch", log.read_text())
+    assert re.search(r"resuming from the checkpoint of epoch", log.read_text())
     assert "1 worker(s) on cpu" in log.read_text()
     assert_same_result(lineage(output), lineage(undisturbed[0]))
 
@@ -300,7 +302,7 @@ def test_training_on_s3_with_two_nodes_survives_a_killed_worker(
         *("--checkpoint-minutes", "0.001"),
     )
     log = output.with_suffix(".log")
-    first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them process (\d+) on")
+    first = wait_for_line(process, log, r"2 worker\(s\) on cpu, fp32, the first of them is process (\d+) on")
     wait_for_line(process, log, r"epoch 4: ")
     copies = list(caches.glob("batchcls-pixels-*/*"))
     assert len(copies) == 2, "one folder per node"
@@ -310,7 +312,7 @@ def test_training_on_s3_with_two_nodes_survives_a_killed_worker(
     printed = log.read_text()
     assert "each of 2 node(s) copies the prepared pixels once" in printed
     assert re.search(r"training failed \(.*\) and resumes from the last checkpoint; failure 1 of", printed)
-    assert re.search(r"going on from the checkpoint of epoch \d+ and \d steps", printed)
+    assert re.search(r"resuming from the checkpoint of epoch \d+ and \d steps", printed)
     assert not list(caches.glob("*"))
     made = Bundle.load(f"{home}/made", storage)
     assert_same_result(made.config.lineage, lineage(undisturbed[0]))

@@ -45,9 +45,7 @@ def finetuned(arguments: list[str], *more: str) -> int:
     return run("finetune", finetune.COMMANDS, [*arguments, *more])
 
 
-def test_a_linear_probe_is_a_recipe_of_the_job(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_linear_probe_is_a_recipe(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert finetuned(arguments, "--recipe", "linear-probe") == 0
     made = Bundle.load(str(tmp_path / "made"), Storage())
     assert made.config.labels == CATEGORIES
@@ -61,7 +59,7 @@ def test_a_linear_probe_is_a_recipe_of_the_job(
     assert (tmp_path / "made" / "bundle.json").read_bytes() == before
 
 
-def test_too_many_broken_images_leave_no_probe(arguments: list[str], tmp_path: Path):
+def test_linear_probe_with_too_many_unreadable_images_fails(arguments: list[str], tmp_path: Path):
     for number in range(5):
         (tmp_path / "training" / f"{number:04d}.png").write_bytes(b"")
     assert finetuned(arguments, "--recipe", "linear-probe", "--max-failed-fraction", "0.05") == 4
@@ -73,14 +71,14 @@ def test_too_many_broken_images_leave_no_probe(arguments: list[str], tmp_path: P
     ("more", "said"),
     [
         (("--recipe", "best"), "there is no such recipe"),
-        (("--from-scratch", "--recipe", "linear-probe"), "random weights knows nothing"),
-        (("--num-workers", "4-2"), "begins with its smaller end"),
+        (("--from-scratch", "--recipe", "linear-probe"), "a linear probe needs trained weights"),
+        (("--num-workers", "4-2"), "must begin with its smaller end"),
         (("--recipe", "linear-probe", "--label-column", "kind"), "has no column kind"),
         (("--from-scratch", "--recipe", "fine-tune"), "random weights have none yet"),
         (("--recipe", "fine-tune", "--batch-size", "1"), "--batch-size"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(
+def test_invalid_configurations_are_rejected(
     arguments: list[str], tmp_path: Path, more: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
 ):
     assert finetuned(arguments, *more) == 2

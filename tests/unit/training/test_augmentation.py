@@ -51,17 +51,17 @@ def crops(recipe: Recipe, made: Bundle) -> list[tuple[int, int]]:
         ("timm:gmlp_ti16_224", "", (224, 224)),
     ],
 )
-def test_a_network_is_trained_on_crops_that_it_takes(
+def test_network_is_trained_on_supported_crop_sizes(
     name: str, arguments: str, expected: tuple[int, int], log: pytest.LogCaptureFixture
 ):
     made = start(name, arguments)
     found = adapt_crop_size(read_recipe("fine-tune"), build_model(made), made.config)
     assert crops(found, made)[0] == expected
-    lines = [line for line in log.messages if "takes no images of" in line]
+    lines = [line for line in log.messages if "does not support images of" in line]
     assert len(lines) == (1 if found != read_recipe("fine-tune") else 0)
 
 
-def test_a_size_below_what_a_network_takes_is_no_crop_either():
+def test_crop_size_below_the_minimum_of_the_network_is_not_used():
     made = start("torchvision:alexnet", input_size=64)
     found = adapt_crop_size(read_recipe("fine-tune"), build_model(made), made.config)
     assert crops(read_recipe("fine-tune"), made) == [(32, 32), (64, 64)]
@@ -72,7 +72,7 @@ def test_a_size_below_what_a_network_takes_is_no_crop_either():
     ("name", "more"),
     [("timm:vit_tiny_patch16_224", "dynamic_img_size=true"), ("timm:mixer_s32_224", "img_size=128")],
 )
-def test_an_input_size_that_a_network_does_not_take_is_refused_with_what_works(name: str, more: str):
+def test_unsupported_input_size_is_rejected_with_supported_alternatives(name: str, more: str):
     with pytest.raises(InputError, match=f"{name} does not accept images of 128 x 128 pixels") as refused:
         start(name, input_size=128)
     assert "omit --input-size to use the default of 224 x 224" in str(refused.value)
@@ -106,7 +106,7 @@ OF_PATCHES = (
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", OF_PATCHES)
-def test_two_steps_of_the_default_recipe_train_a_network_of_patches(name: str, tmp_path: Path):
+def test_default_recipe_trains_patch_based_networks(name: str, tmp_path: Path):
     made = start(name)
     model = build_model(made)
     preprocessing = made.config.preprocessing

@@ -32,7 +32,7 @@ def planned(
     return plan, limit_workers(chosen, found, plan, rows, needed)
 
 
-def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
+def test_every_worker_has_enough_images_in_every_step_of_small_catalogs():
     """1 to 40 rows, batches of 2 to 40, 1 to 40 workers, with and without a BatchNorm that needs two images."""
     shared = refused = 0
     recipes = {batch: recipe(batch) for batch in range(2, 41)}
@@ -47,9 +47,9 @@ def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
                 assert count * needed > min(rows, batch), (rows, batch, count, needed)
                 continue
             shared += 1
-            steps = count_steps(rows, batch, plan.least)
+            steps = count_steps(rows, batch, plan.min_step_size)
             smallest, largest = rows // steps, -(-rows // steps)
-            assert found.most == count
+            assert found.max_workers == count
             assert smallest // count >= needed, (rows, batch, count, needed)
             assert largest <= batch or largest // count < 2 * needed, (
                 "a step grows where shares are small only"
@@ -59,7 +59,7 @@ def test_every_worker_has_its_images_in_every_step_of_all_small_catalogs():
 
 
 @pytest.mark.parametrize("rows", range(1, 41))
-def test_steps_are_all_rows_once_and_passes_are_all_of_a_share(rows: int):
+def test_steps_partition_the_rows_and_micro_batches_partition_shares(rows: int):
     sampler = RowSampler(np.zeros(rows, np.int32), seed=3)
     for batch, least, micro_batch_size, needed in product((2, 3, 7, 32), (1, 2, 4), (None, 2, 3, 5), (1, 2)):
         steps = epoch_steps(sampler, 0, batch, min(least, rows))
@@ -75,9 +75,9 @@ def test_steps_are_all_rows_once_and_passes_are_all_of_a_share(rows: int):
                     assert max(map(len, cut)) <= micro_batch_size + (needed - 1)
 
 
-def test_21_rows_at_a_batch_of_2_leave_no_step_of_one_image():
+def test_21_rows_with_batch_size_2_have_no_step_of_one_image():
     plan, _ = planned(config(num_workers="2"), workers(2), 2, 21, 1)
-    steps = epoch_steps(RowSampler(np.zeros(21, np.int32), seed=0), 0, plan.batch_size, plan.least)
+    steps = epoch_steps(RowSampler(np.zeros(21, np.int32), seed=0), 0, plan.batch_size, plan.min_step_size)
     assert sorted(map(len, steps)) == [2] * 9 + [3]
     with pytest.raises(ValueError, match="a step of 1 images cannot be shared among 2 workers"):
         worker_share(np.arange(1), 0, 2)
@@ -91,7 +91,7 @@ def test_21_rows_at_a_batch_of_2_leave_no_step_of_one_image():
             workers(64),
             1000,
             1,
-            "--num-workers 64: .* at a batch of 32.*--num-workers 32 or",
+            "--num-workers 64: .* at a batch size of 32.*--num-workers 32 or",
         ),
         (
             {"num_workers": "16"},
@@ -106,31 +106,31 @@ def test_21_rows_at_a_batch_of_2_leave_no_step_of_one_image():
             workers(2),
             1000,
             2,
-            "--micro-batch-size 1: a pass needs 2 images",
+            "--micro-batch-size 1: a micro-batch needs 2 images",
         ),
         ({}, workers(1), 1, 2, "--num-workers auto: .*--batch-norm frozen, or train on more images"),
     ],
 )
-def test_workers_that_find_too_little_are_refused_with_a_remedy(chosen, found, rows, needed, said):
+def test_too_many_requested_workers_are_rejected_with_a_remedy(chosen, found, rows, needed, said):
     with pytest.raises(InputError, match=said):
         planned(config(**chosen), found, 32, rows, needed)
 
 
-def test_workers_whose_number_was_left_to_us_become_fewer_with_a_line(log: pytest.LogCaptureFixture):
+def test_automatic_number_of_workers_is_limited_and_logged(log: pytest.LogCaptureFixture):
     plan, found = planned(config(), workers(64), 32, 1000, 1)
-    assert (found.least, found.most, found.now) == (32, 32, 32)
+    assert (found.min_workers, found.max_workers, found.available) == (32, 32, 32)
     assert "32 worker(s) instead of 64: the smallest step has 32 images of 1000" in log.text
     assert plan.smallest_step_size(1000) == 32
     _, found = planned(config(num_workers="2-64"), workers(64, 2), 32, 1000, 1)
-    assert (found.least, found.most) == (2, 32)
+    assert (found.min_workers, found.max_workers) == (2, 32)
 
 
-def test_a_run_that_moves_to_a_larger_machine_keeps_its_steps():
+def test_run_resumed_on_a_larger_machine_keeps_its_steps():
     plan, _ = planned(config(), workers(1), 32, 60, 1)
     found = limit_workers(config(), workers(8), plan, 60, 1)
-    assert found.most == 8
+    assert found.max_workers == 8
     again = limit_workers(config(), workers(64), plan, 60, 1)
-    assert again.most == 30
+    assert again.max_workers == 30
 
 
 @pytest.mark.parametrize(
@@ -145,17 +145,17 @@ def test_a_run_that_moves_to_a_larger_machine_keeps_its_steps():
         ({"worker_batch_size": 128}, 8, 100_000, 1024, 32),
     ],
 )
-def test_a_step_grows_with_the_gpus_unless_a_flag_says_its_size(chosen, gpus, rows, batch, growth):
+def test_batch_size_scales_with_gpus_unless_set_by_a_flag(chosen, gpus, rows, batch, growth):
     plan = plan_steps(config(**chosen), recipe(32), workers(gpus, gpu=True), rows, 1)
     assert (plan.batch_size, plan.growth) == (batch, growth)
 
 
-def test_without_gpus_a_step_is_the_recipe_s():
+def test_batch_size_of_the_recipe_is_used_without_gpus():
     assert plan_steps(config(), recipe(32), workers(8), 100_000, 1).batch_size == 32
     assert plan_steps(config(worker_batch_size=8), recipe(32), workers(8), 100_000, 1).batch_size == 64
 
 
-def test_learning_rates_follow_the_batch():
+def test_learning_rates_scale_with_the_batch_size():
     plan = StepPlan(512, 8, 16.0)
     adam = plan.applied_to(recipe(32, learning_rate=1e-3, ema_decay=0.995), config())
     assert adam.batch_size == 512
@@ -168,6 +168,6 @@ def test_learning_rates_follow_the_batch():
     assert StepPlan(32, 1).applied_to(recipe(32), config()) == recipe(32)
 
 
-def test_two_sizes_exclude_each_other():
+def test_batch_size_flags_are_mutually_exclusive():
     with pytest.raises(ValueError, match="--batch-size and --worker-batch-size exclude each other"):
         config(batch_size=32, worker_batch_size=8)

@@ -48,13 +48,13 @@ def test_labels_are_read_from_all_files_and_row_groups_in_row_order(tmp_path):
     ],
     ids=["dictionary", "large", "view"],
 )
-def test_text_of_every_kind_is_taken(tmp_path, labels):
+def test_all_string_types_are_accepted(tmp_path, labels):
     path = write_manifest(tmp_path / "m.parquet", list("1234"), label=labels)
     column = read_label_column(open_labeled_manifest(str(path), Storage(), "label"), Storage())
     assert column.classes(pa.array(["a", "b"])).tolist() == [1, 0, UNLABELED_CLASS, 1]
 
 
-def test_a_manifest_without_labels_is_refused_with_the_remedy(tmp_path):
+def test_manifest_without_labels_is_rejected_with_a_remedy(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["1"], category=pa.array(["mug"]))
     with pytest.raises(InputError, match=r"no column label; it has item_id, uri, category.*--label-column"):
         open_labeled_manifest(str(path), Storage(), "label")
@@ -62,7 +62,7 @@ def test_a_manifest_without_labels_is_refused_with_the_remedy(tmp_path):
         open_labeled_manifest(str(path), Storage(), "uri")
 
 
-def test_labels_that_are_all_null_or_no_text_are_refused(tmp_path):
+def test_labels_that_are_all_null_or_not_text_are_rejected(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["1", "2"], label=pa.array([None, ""], pa.string()))
     with pytest.raises(InputError, match="all 2 rows are null or blank"):
         read_label_column(open_labeled_manifest(str(path), Storage(), "label"), Storage())
@@ -71,7 +71,7 @@ def test_labels_that_are_all_null_or_no_text_are_refused(tmp_path):
         read_label_column(open_labeled_manifest(str(path), Storage(), "label"), Storage())
 
 
-def test_the_order_is_sorted_unless_the_bundle_or_a_file_has_one():
+def test_order_is_sorted_unless_given_by_the_bundle_or_a_file():
     column = _column("vase", "mug", "Zebra", "étui", "mug")
     assert resolve_category_order(column, None, ["cat", "dog"]) == ("Zebra", "mug", "vase", "étui")
     known = ["vase", "étui", "Zebra", "mug", "plate"]
@@ -80,18 +80,18 @@ def test_the_order_is_sorted_unless_the_bundle_or_a_file_has_one():
     assert resolve_category_order(column, given, known) == tuple(given)
 
 
-def test_a_list_that_lacks_labels_is_refused_and_ten_are_named():
+def test_missing_labels_are_rejected_and_ten_are_named():
     column = _column(*(f"c{i:02d}" for i in range(30)))
     with pytest.raises(InputError, match=r"lacks 28 of the 30 .*: c02, .*, c11 and 18 more; add them"):
         resolve_category_order(column, ["c00", "c01"], [])
 
 
-def test_one_category_is_no_classifier():
+def test_single_category_is_rejected():
     with pytest.raises(InputError, match="only the category 'mug'"):
         resolve_category_order(_column("mug", "mug"), None, [])
 
 
-def test_what_is_odd_is_counted_and_named():
+def test_unusual_labels_cause_warnings():
     training = _column("mug", "mug", "plate", "Mug", "Mug", None)
     validation = _column("mug", "bowl", "bowl", "jug", " ")
     labels = ("Mug", "mug", "plate", "spoon")
@@ -99,28 +99,28 @@ def test_what_is_odd_is_counted_and_named():
     assert found.training.tolist() == [2, 2, 1, 0]
     assert found.validation is not None
     assert found.validation.tolist() == [0, 1, 0, 0]
-    assert list(found.notes) == [
+    assert list(found.warnings) == [
         "1 of 6 training rows have no label (null or blank) and are not trained on: rows 5",
         "1 category without a training row, which the network cannot learn: spoon",
-        "1 category with a single training row, of which none can be held out: plate",
-        "2 categories differ in pairs, in case or blanks only: 'Mug' and 'mug'",
-        "3 validation rows have 2 categories that training does not have, and count as answered wrongly: bowl, jug",
+        "1 category with a single training row, which cannot be held out: plate",
+        "2 categories differ in pairs only in case or whitespace: 'Mug' and 'mug'",
+        "3 validation rows have 2 categories that training does not have, and count as wrong predictions: bowl, jug",
         "1 of 5 validation rows have no label (null or blank) and are not counted: rows 4",
-        "2 categories without a validation row, of which nothing is measured: Mug, plate",
+        "2 categories without a validation row, whose accuracy is not measured: Mug, plate",
     ]
 
 
-def test_nothing_odd_is_no_note():
+def test_regular_labels_cause_no_warnings():
     column = _column("a", "a", "b", "b")
-    assert describe_categories(("a", "b"), column, column).notes == ()
+    assert describe_categories(("a", "b"), column, column).warnings == ()
 
 
-def test_a_validation_manifest_of_another_shop_is_refused():
+def test_validation_manifest_with_other_categories_is_rejected():
     with pytest.raises(InputError, match="none of the 1 validation rows has a category"):
         describe_categories(("a", "b"), _column("a", "b"), _column("c"))
 
 
-def test_ten_thousand_categories_and_a_million_rows_take_seconds_and_short_messages():
+def test_many_categories_and_rows_are_fast_and_have_short_messages():
     names = pa.array([f"category {i:05d}" for i in range(10_000)])
     rng = np.random.default_rng(0)
     picked = pa.DictionaryArray.from_arrays(pa.array(rng.integers(0, 9_000, 1_000_000)), names)
@@ -133,6 +133,6 @@ def test_ten_thousand_categories_and_a_million_rows_take_seconds_and_short_messa
     assert time.thread_time() - started < 5
     assert found.training.sum() == 1_000_000
     assert (found.training[9_000:] == 0).all()
-    assert len(found.notes) == 1
-    assert len(found.notes[0]) < 300
+    assert len(found.warnings) == 1
+    assert len(found.warnings[0]) < 300
     assert column.classes(pa.array(labels))[:5].tolist() == picked.indices[:5].to_pylist()

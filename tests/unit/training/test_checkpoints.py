@@ -18,7 +18,7 @@ def stores(tmp_path: Path) -> tuple[PixelStore, PixelStore]:
 
 
 @pytest.mark.parametrize("at", [(0, 1), (1, 2), (2, 3)])
-def test_a_checkpoint_within_an_epoch_goes_on_from_its_step_to_the_same_end(stores, at: tuple[int, int]):
+def test_checkpoint_within_an_epoch_resumes_to_the_same_result(stores, at: tuple[int, int]):
     """Same weights to the last bit, and the same figures of the epoch that was interrupted."""
     undisturbed, _, _ = train(settings(), stores)
     kept: dict[tuple[int, int], dict] = {}
@@ -26,7 +26,7 @@ def test_a_checkpoint_within_an_epoch_goes_on_from_its_step_to_the_same_end(stor
         wrap=lambda model: model,
         step_done=lambda *_: None,
         epoch_done=lambda *_: None,
-        is_due=lambda: True,
+        is_checkpoint_due=lambda: True,
         checkpoint=lambda record, state: kept.update(
             {(record["epoch"], record["steps"]): copy.deepcopy(state())}
         ),

@@ -19,7 +19,7 @@ def _put(store, rows) -> None:
     store.finish(np.array(rows))
 
 
-def test_rows_are_found_again_and_a_failed_fetch_is_to_do_again(tmp_path):
+def test_stored_rows_are_reused_and_failed_fetches_are_retried(tmp_path):
     with open_store(tmp_path, KEY, SHAPE) as store:
         _put(store, [0, 2])
         store.fail(1, "corrupt")
@@ -35,14 +35,14 @@ def test_rows_are_found_again_and_a_failed_fetch_is_to_do_again(tmp_path):
         assert store.remaining.all()
 
 
-def test_a_row_that_failed_in_one_view_is_not_good(tmp_path):
+def test_row_that_failed_in_one_view_is_not_good(tmp_path):
     with open_store(tmp_path, KEY, SHAPE) as store:
         store.fail(4, "non_finite")
         store.finish(np.array([4, 5]))
         assert np.flatnonzero(store.good).tolist() == [5]
 
 
-def test_a_killed_process_loses_no_more_than_what_it_had_not_flushed(tmp_path):
+def test_killed_process_loses_only_unflushed_rows(tmp_path):
     code = f"""
 import os, signal, sys
 from pathlib import Path
@@ -63,12 +63,12 @@ with open_store(Path({str(tmp_path)!r}), {KEY!r}, StoreShape(2, 10, 3, "float16"
         assert np.flatnonzero(store.good).tolist() == [0, 1, 2]
 
 
-def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+def test_values_too_large_for_float16_are_rejected(tmp_path):
     with open_store(tmp_path, KEY, SHAPE) as store, pytest.raises(InputError, match="too large for float16"):
         store.put(0, np.array([0]), np.full((1, 3), 1e6, np.float32))
 
 
-def test_damaged_files_are_named_with_the_remedy(tmp_path):
+def test_damaged_files_are_reported_with_a_remedy(tmp_path):
     with open_store(tmp_path, KEY, SHAPE) as store:
         folder = store.folder
     with (folder / "values.npy").open("r+b") as file:
@@ -80,7 +80,7 @@ def test_damaged_files_are_named_with_the_remedy(tmp_path):
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_folder_that_cannot_be_created_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--cache-dir"), open_store(tmp_path / "file", KEY, SHAPE):
         pass

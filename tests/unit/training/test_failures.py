@@ -56,23 +56,23 @@ PASSING = [
 
 
 @pytest.mark.parametrize("error", LASTING, ids=lambda error: f"{type(error).__name__}-{str(error)[:20]}")
-def test_what_the_code_refuses_comes_again(error: BaseException):
+def test_errors_raised_by_code_are_permanent(error: BaseException):
     assert permanent_failure([error]) is error
     # the others lose their connection to the one that failed
     assert permanent_failure([PASSING[6], error, PASSING[0]]) is error
 
 
 @pytest.mark.parametrize("error", PASSING, ids=lambda error: f"{type(error).__name__}-{str(error)[:20]}")
-def test_deaths_connections_and_stores_may_pass(error: BaseException):
+def test_process_connection_and_storage_failures_are_retryable(error: BaseException):
     assert permanent_failure([error]) is None
 
 
-def test_memory_that_is_used_up_is_known():
+def test_out_of_memory_errors_are_recognized():
     assert out_of_memory(PASSING) is PASSING[-2]
     assert out_of_memory(LASTING) is None
 
 
-def test_failures_are_in_the_order_of_the_ranks():
+def test_failures_are_ordered_by_rank():
     error = WorkerGroupError("two", {3: ValueError("b"), 1: TypeError("a")})
     assert [type(one) for one in worker_failures(error)] == [TypeError, ValueError]
     assert worker_failures(LASTING[0]) == [LASTING[0]]
@@ -101,34 +101,34 @@ def group(error: BaseException) -> WorkerGroupError:
 
 
 @pytest.mark.parametrize("error", LASTING[:4], ids=lambda error: type(error).__name__)
-def test_what_comes_again_ends_training_at_once_with_one_line(error, monkeypatch: pytest.MonkeyPatch):
+def test_permanent_failure_ends_training_with_a_one_line_message(error, monkeypatch: pytest.MonkeyPatch):
     begun, ended = attempts(monkeypatch, group(error))
     assert begun == 1
     assert isinstance(ended, BatchclsError)
     assert str(ended).startswith(f"training stopped: {type(error).__name__}: {str(error)[:30]}")
     assert "\n" not in str(ended)
-    assert str(ended).endswith("it would again")
+    assert str(ended).endswith("the failure would occur again")
     assert ended.exit_code == ExitCode.UNEXPECTED
 
 
-def test_what_a_worker_says_of_an_input_ends_training_with_its_exit_code(monkeypatch: pytest.MonkeyPatch):
+def test_input_error_of_a_worker_keeps_its_exit_code(monkeypatch: pytest.MonkeyPatch):
     _, ended = attempts(monkeypatch, group(InputError("the part is damaged")))
     assert (str(ended), ended.exit_code) == ("the part is damaged", ExitCode.BAD_INPUT)
 
 
-def test_deaths_are_survived_as_often_as_asked_for(monkeypatch: pytest.MonkeyPatch, log):
+def test_retryable_failures_are_retried_up_to_the_limit(monkeypatch: pytest.MonkeyPatch, log):
     assert attempts(monkeypatch, *[group(PASSING[0])] * 3) == (4, "done")
     assert "failure 3 of --max-failures 3" in log.text
     _, ended = attempts(monkeypatch, *[group(PASSING[0])] * 4)
-    assert "after 4 failure(s); the same command goes on from the last checkpoint" in str(ended)
+    assert "after 4 failure(s); the same command resumes from the last checkpoint" in str(ended)
 
 
-def test_memory_that_is_used_up_twice_in_a_row_ends_training(monkeypatch: pytest.MonkeyPatch):
+def test_two_consecutive_out_of_memory_errors_end_training(monkeypatch: pytest.MonkeyPatch):
     assert attempts(monkeypatch, group(PASSING[-2]), group(PASSING[0]), group(PASSING[-2])) == (4, "done")
     _, ended = attempts(monkeypatch, group(PASSING[-2]), group(PASSING[-2]))
-    assert "twice; lower --micro-batch-size" in str(ended)
+    assert "twice; reduce --micro-batch-size" in str(ended)
 
 
-def test_what_ray_train_itself_cannot_do_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+def test_controller_errors_of_ray_train_are_not_retried(monkeypatch: pytest.MonkeyPatch):
     _, ended = attempts(monkeypatch, ControllerError(ValueError("the snapshot is damaged")))
     assert "the snapshot is damaged" in str(ended)

@@ -34,7 +34,7 @@ def _right(head, examples: LabeledEmbeddings) -> float:
     return np.mean([(head.logits(x).argmax(1) == y).float().mean().item() for x, y in examples.chunks()])
 
 
-def test_a_probe_tells_clouds_apart_and_says_how_well_on_rows_it_had_not_seen():
+def test_probe_separates_clusters_and_estimates_its_accuracy():
     probe = train_linear_probe(_examples(4000, 5), LinearSettings(folds=2))
     unseen = _right(probe.head, _examples(4000, 5, seed=1))
     assert unseen > 0.75
@@ -43,7 +43,7 @@ def test_a_probe_tells_clouds_apart_and_says_how_well_on_rows_it_had_not_seen():
     assert probe.chosen.loss == min(one.loss for one in probe.candidates)
 
 
-def test_it_answers_as_well_as_the_best_that_is_possible():
+def test_accuracy_is_close_to_the_optimal_classifier():
     """The clouds are round, so that the nearest center is right as often as anything can be."""
     unseen = _examples(4000, 5, seed=1)
     centers = np.random.default_rng(7).normal(size=(5, 16)) * 2.5 / 4
@@ -53,7 +53,7 @@ def test_it_answers_as_well_as_the_best_that_is_possible():
     assert _right(probe.head, unseen) > best.mean() - 0.01
 
 
-def test_the_head_on_plain_embeddings_answers_as_in_its_space():
+def test_head_on_raw_embeddings_equals_head_in_its_space():
     examples = _examples(500, 3)
     space = fit_standardization(examples)
     (embeddings, _), *_ = examples.chunks()
@@ -67,7 +67,7 @@ def test_the_head_on_plain_embeddings_answers_as_in_its_space():
     )
 
 
-def test_the_same_seed_gives_the_same_head_and_leaves_the_callers_random_numbers_alone():
+def test_fit_is_reproducible_and_keeps_the_random_state_of_the_caller():
     examples = _examples(300, 3, views=2)
     torch.manual_seed(5)
     expected = torch.randn(3)
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_head_and_leaves_the_callers_random_numbers
     assert first.candidates == second.candidates
 
 
-def test_all_views_are_learnt_from():
+def test_all_views_are_used():
     """The second view has what tells the categories apart; the first is noise."""
     examples = _examples(600, 2, views=2, apart=6)
     values = examples.values.copy()
@@ -91,7 +91,7 @@ def test_all_views_are_learnt_from():
     assert _right(probe.head, mirrored) > 0.8
 
 
-def test_weights_lift_a_small_category():
+def test_class_weights_increase_the_recall_of_a_small_category():
     rng = np.random.default_rng(0)
     classes = np.repeat(np.array([0, 1], np.int32), [950, 50])
     values = (rng.normal(size=(1, 1000, 4)) + classes[None, :, None] * 0.8).astype(np.float32)
@@ -106,7 +106,7 @@ def test_weights_lift_a_small_category():
 
 @pytest.mark.parametrize("balance", ["loss", "sampling"])
 @pytest.mark.parametrize("passes", [None, MiniBatchConfig(20, 64, 3e-3)])
-def test_smoothed_labels_do_not_cost_the_largest_category_its_rows(
+def test_label_smoothing_with_class_weights_keeps_the_largest_category(
     balance: BalanceName, passes: MiniBatchConfig | None
 ):
     rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_smoothed_labels_do_not_cost_the_largest_category_its_rows(
     assert min((answers[classes == k] == k).mean() for k in range(3)) > 0.8
 
 
-def test_folds_keep_a_row_of_every_category_and_spread_the_rest():
+def test_folds_keep_one_row_of_every_category_and_are_stratified():
     classes = np.repeat(np.arange(4, dtype=np.int32), [1, 2, 11, 101])
     fold = split_folds(classes, 5, seed=0)
     assert all((fold[classes == k] == -1).sum() == 1 for k in range(4))
@@ -135,7 +135,7 @@ def test_folds_keep_a_row_of_every_category_and_spread_the_rest():
     assert (fold != split_folds(classes, 5, seed=1)).any()
 
 
-def test_categories_without_rows_and_with_one_row_are_no_obstacle():
+def test_categories_with_no_row_or_one_row_are_accepted():
     values = np.random.default_rng(0).normal(size=(1, 41, 4)).astype(np.float32)
     values[0, :20] += 4
     classes = np.array([1] * 20 + [3] * 20 + [4], np.int32)
@@ -150,14 +150,14 @@ def test_categories_without_rows_and_with_one_row_are_no_obstacle():
     ("classes", "message"),
     [([1, 1, 1], "have one category; at least two are needed"), ([0, 1, 2], "alone in its category")],
 )
-def test_rows_that_teach_nothing_are_refused(classes, message):
+def test_rows_without_training_signal_are_rejected(classes, message):
     values = np.zeros((1, 3, 4), np.float32)
     examples = LabeledEmbeddings.of(values, np.ones(3, bool), np.array(classes, np.int32), 3)
     with pytest.raises(InputError, match=message):
         train_linear_probe(examples, LinearSettings())
 
 
-def test_the_large_scale_method_is_as_good_and_reads_half_precision_from_disk(tmp_path):
+def test_large_scale_method_is_as_accurate_with_float16_from_disk(tmp_path):
     examples = _examples(6000, 40, views=2, apart=4)
     mapped = np.lib.format.open_memmap(tmp_path / "values.npy", "w+", np.float16, examples.values.shape)
     mapped[:] = examples.values
@@ -176,7 +176,7 @@ def test_the_large_scale_method_is_as_good_and_reads_half_precision_from_disk(tm
         assert _right(fitted.space.head(fitted.weight, fitted.bias), unseen) > by_small - 0.02
 
 
-def test_passes_start_from_the_closed_form_and_better_it_where_clouds_are_not_round():
+def test_mini_batches_improve_the_closed_form_on_heavy_tailed_data():
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 3, 6000).astype(np.int32)
     values = rng.standard_t(2, size=(1, 6000, 8)).astype(np.float32)
@@ -187,7 +187,7 @@ def test_passes_start_from_the_closed_form_and_better_it_where_clouds_are_not_ro
     assert trained.chosen.loss < closed.chosen.loss - 0.01
 
 
-def test_wrong_labels_stand_first_in_the_noise_report():
+def test_wrong_labels_are_first_in_the_noise_report():
     examples = _examples(1200, 4, apart=8)
     wrong = np.random.default_rng(3).choice(1200, 24, replace=False)
     classes = examples.classes.copy()

@@ -41,7 +41,7 @@ def start(chosen: FinetuneConfig, labels: tuple[str, ...] = LABELS) -> Bundle:
     return make_initial_bundle(chosen, open_initial_bundle(chosen, Storage()), labels, Storage())
 
 
-def test_named_weights_get_a_classifier_to_which_all_categories_are_alike(weights: str):
+def test_named_weights_get_a_zero_classifier(weights: str):
     made = start(config("timm:test_resnet", weights=weights))
     assert made.config.labels == LABELS
     assert made.config.untrained_head
@@ -54,7 +54,7 @@ def test_named_weights_get_a_classifier_to_which_all_categories_are_alike(weight
     assert torch.equal(model.conv1[0].weight, trained.conv1[0].weight)
 
 
-def test_a_bundle_keeps_its_classifier_where_its_categories_are_these(weights: str, tmp_path: Path):
+def test_bundle_keeps_its_classifier_if_the_categories_are_equal(weights: str, tmp_path: Path):
     made = start(config("timm:test_resnet", weights=weights))
     state = build_model(made).state_dict()
     moved = {k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()}
@@ -79,7 +79,7 @@ def test_from_scratch_keeps_the_initial_values_of_the_library():
     assert build_model(made).fc.weight.any()
 
 
-def test_what_a_bundle_brings_itself_cannot_be_said_about_it(weights: str, tmp_path: Path):
+def test_flags_that_contradict_a_bundle_are_rejected(weights: str, tmp_path: Path):
     folder = str(tmp_path / "bundle")
     start(config("timm:test_resnet", weights=weights)).save(folder, Storage())
     with pytest.raises(InputError, match="--from-scratch: --model is a bundle"):
@@ -124,7 +124,7 @@ def trained_on(bundle: Bundle) -> Bundle:
     ],
 )
 @pytest.mark.parametrize("probe", [False, True])
-def test_training_on_from_a_calibrated_bundle_drops_what_was_of_its_old_weights(
+def test_training_from_a_calibrated_bundle_drops_invalid_metadata(
     weights: str, tmp_path: Path, log: pytest.LogCaptureFixture, labels: tuple[str, ...], paths, probe: bool
 ):
     named = start(config("timm:test_resnet", weights=weights))
@@ -149,7 +149,7 @@ def test_training_on_from_a_calibrated_bundle_drops_what_was_of_its_old_weights(
     assert (after.publishable, found.weights.kind, found.weights.name) == (True, "trained", "run-1")
 
 
-def test_a_bundle_that_nobody_could_open_is_not_put_in_place(weights: str, tmp_path: Path):
+def test_invalid_bundle_is_not_saved(weights: str, tmp_path: Path):
     made = start(config("timm:test_resnet", weights=weights))
     made.save(str(tmp_path / "bundle"), Storage())
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "bundle").iterdir())

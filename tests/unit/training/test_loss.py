@@ -42,7 +42,7 @@ def recalls(model: nn.Module, store: PixelStore, targets: np.ndarray) -> list[fl
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.2])
-def test_no_category_is_given_up_at_940_10_10(tmp_path: Path, mixup: float):
+def test_rare_categories_are_learned_with_940_10_10_rows(tmp_path: Path, mixup: float):
     chosen, stores = uneven(tmp_path)
     how = recipe(
         epochs=4, head_epochs=0, learning_rate=0.02, head_learning_rate=0.02, batch_size=32, mixup=mixup,
@@ -54,9 +54,7 @@ def test_no_category_is_given_up_at_940_10_10(tmp_path: Path, mixup: float):
 
 
 @pytest.mark.parametrize(("micro_batch_size", "mixup"), [(None, 0.0), (4, 0.0), (None, 0.4)])
-def test_weighted_training_is_that_of_a_plain_loop(
-    tmp_path: Path, micro_batch_size: int | None, mixup: float
-):
+def test_weighted_training_equals_a_plain_loop(tmp_path: Path, micro_batch_size: int | None, mixup: float):
     """A step's loss is the mean of its rows' weighted losses, also where several passes add up to it."""
     chosen, stores = uneven(tmp_path)
     some = np.r_[0:20, 940:944, 950:953]

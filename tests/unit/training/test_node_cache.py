@@ -37,7 +37,7 @@ def copy_all(cache: NodeCache, notes: Path) -> None:
             assert cache.copy(f"s3://b/part-{number}", Counted(notes)).read_bytes() == b"x" * 1000
 
 
-def test_workers_of_a_node_fetch_each_part_once_and_other_nodes_fetch_their_own(tmp_path: Path):
+def test_each_node_fetches_every_part_once(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     for node in ("node-a", "node-b"):
         cache = NodeCache.of("run-1", node)
@@ -59,7 +59,7 @@ def hold(cache: NodeCache, ready: "multiprocessing.connection.Connection") -> No
         signal.pause()
 
 
-def test_copies_stay_while_a_worker_lives_and_go_when_it_was_killed(tmp_path: Path):
+def test_copies_are_kept_while_a_worker_runs_and_removed_after_it_was_killed(tmp_path: Path):
     cache = NodeCache.of("run-1", "node-a")
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
@@ -75,7 +75,7 @@ def test_copies_stay_while_a_worker_lives_and_go_when_it_was_killed(tmp_path: Pa
     assert cache.remove(wait=False)
 
 
-def test_a_store_that_fails_leaves_nothing_behind_and_may_be_asked_again(tmp_path: Path):
+def test_failed_copy_leaves_no_files_and_can_be_retried(tmp_path: Path):
     cache = NodeCache.of("run-1", "node-a")
     with pytest.raises(StorageStoppedError):
         cache.copy("memory://nothing/there", Storage())
@@ -84,7 +84,7 @@ def test_a_store_that_fails_leaves_nothing_behind_and_may_be_asked_again(tmp_pat
     assert cache.copy("memory://nothing/there", Storage()).read_bytes() == b"now"
 
 
-def test_a_node_says_its_room_and_whether_it_sees_the_state_folder(
+def test_node_view_reports_free_space_and_visibility_of_the_work_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "mark").touch()
@@ -95,7 +95,7 @@ def test_a_node_says_its_room_and_whether_it_sees_the_state_folder(
     assert not inspect_node("run-1", "node-a", str(tmp_path / "other")).sees_mark
 
 
-def test_copies_of_runs_that_nobody_came_back_to_are_removed_after_a_day(tmp_path: Path):
+def test_copies_of_abandoned_runs_are_removed_after_a_day(tmp_path: Path):
     for run in ("old", "young"):
         copy_all(NodeCache.of(run, "node-a"), tmp_path / "notes")
     old = NodeCache.of("old", "node-a").folder

@@ -25,7 +25,7 @@ def recipe(**changes: object) -> Recipe:
     return read_recipe("fine-tune").with_changes(**changes)
 
 
-def test_the_head_has_its_own_rate_and_the_body_a_falling_one():
+def test_head_has_its_own_learning_rate_and_the_body_a_decreasing_one():
     model = network()
     optimizer = make_optimizer(
         model, ["fc"], recipe(learning_rate=1e-4, head_learning_rate=1e-2, layer_decay=0.5)
@@ -48,7 +48,7 @@ def test_the_head_has_its_own_rate_and_the_body_a_falling_one():
     assert all(group["lr"] == group["peak"] / 2 for group in optimizer.param_groups)
 
 
-def test_the_head_alone_is_soon_at_its_peak_and_the_schedule_comes_after_it():
+def test_head_epochs_warm_up_quickly_and_precede_the_schedule():
     chosen = recipe(epochs=4, head_epochs=1, final_epochs=0, warmup_fraction=0.2)
     factors = [schedule_factor(chosen, step, 400) for step in range(400)]
     assert factors[0] == pytest.approx(0.1)
@@ -58,7 +58,7 @@ def test_the_head_alone_is_soon_at_its_peak_and_the_schedule_comes_after_it():
 
 
 @pytest.mark.parametrize("schedule", ["one-cycle", "cosine"])
-def test_a_schedule_rises_to_the_peak_and_falls_to_almost_nothing(schedule: str):
+def test_schedule_increases_to_the_peak_and_decays(schedule: str):
     chosen = recipe(schedule=schedule, warmup_fraction=0.2, head_epochs=0)
     factors = [schedule_factor(chosen, step, 100) for step in range(100)]
     assert factors[0] == pytest.approx(0.04)
@@ -68,7 +68,7 @@ def test_a_schedule_rises_to_the_peak_and_falls_to_almost_nothing(schedule: str)
     assert factors[-1] < 0.01
 
 
-def test_steps_divide_by_ten_at_each_milestone():
+def test_step_schedule_divides_by_ten_at_each_milestone():
     chosen = recipe(schedule="steps", warmup_fraction=0.0, milestones=(0.5, 0.75))
     assert [schedule_factor(chosen, step, 4) for step in range(4)] == pytest.approx([1, 1, 0.1, 0.01])
 
@@ -86,14 +86,14 @@ def test_parameters_and_statistics_are_frozen_separately():
     assert not torch.equal(model.bn1.running_mean, before)
     trainable = train_head_only(model, ["fc"], ["*"])
     assert set(trainable.names) == {"fc.weight", "fc.bias"}
-    assert describe(trainable, model, "trained", 1).endswith("BatchNorm layers gather new statistics")
+    assert describe(trainable, model, "trained", 1).endswith("BatchNorm layers update their statistics")
     assert describe(trainable, model, "trained", 2).endswith(
-        "gather new statistics: each of 2 workers from its own images, averaged after every epoch"
+        "update their statistics: each of 2 workers from its own images, averaged after every epoch"
     )
     assert "keep their statistics" in describe(trainable, model, "frozen", 2)
 
 
-def test_statistics_of_layers_that_are_no_batch_norm_are_frozen_and_gathered_too():
+def test_statistics_of_other_normalization_layers_are_frozen_and_updated():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), EvoNorm2dB0(8))
     images = torch.randn(4, 3, 16, 16)
     before = [layer.running_var.clone() for layer in batch_norms(model)]

@@ -45,7 +45,7 @@ def prepare(folder: Path, state: Path, preprocessing: Preprocessing):
     return [part.uri for part in parts], outcomes
 
 
-def test_pixels_are_those_of_the_classifying_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pixels_equal_those_of_classify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pixel_cache, "PART_ROWS", 4)
     write_images(tmp_path / "images", 10)
     (tmp_path / "images" / "0005.png").write_bytes(b"")
@@ -60,7 +60,7 @@ def test_pixels_are_those_of_the_classifying_job(tmp_path: Path, monkeypatch: py
         assert np.array_equal(store[row], Transform(PREPROCESSING)(decode(data, DecodeLimits()).pixels))
 
 
-def test_a_part_that_is_there_is_not_made_again(tmp_path: Path):
+def test_existing_part_is_not_prepared_again(tmp_path: Path):
     write_images(tmp_path / "images", 5)
     (tmp_path / "images" / "0001.png").write_bytes(b"x" * 100)
     uris, outcomes = prepare(tmp_path / "images", tmp_path / "state", PREPROCESSING)
@@ -71,7 +71,7 @@ def test_a_part_that_is_there_is_not_made_again(tmp_path: Path):
     assert found == outcomes
 
 
-def test_other_settings_of_pixels_lie_in_another_folder(tmp_path: Path):
+def test_other_pixel_settings_use_another_folder(tmp_path: Path):
     write_images(tmp_path / "images", 2)
     narrow, _ = prepare(tmp_path / "images", tmp_path / "state", PREPROCESSING)
     wide, _ = prepare(tmp_path / "images", tmp_path / "state", uncropped(PREPROCESSING))
@@ -83,12 +83,12 @@ def test_other_settings_of_pixels_lie_in_another_folder(tmp_path: Path):
     assert PixelStore(wide, Storage(), str(tmp_path))[0].shape == (36, 36, 3)
 
 
-def test_a_node_without_the_parts_says_what_is_needed(tmp_path: Path):
-    with pytest.raises(InputError, match="--work-dir has to be a folder that all of them share"):
+def test_node_without_the_parts_is_rejected_with_a_remedy(tmp_path: Path):
+    with pytest.raises(InputError, match="--work-dir must be a folder that all of them share"):
         PixelStore([str(tmp_path / "part-000000")], Storage(), str(tmp_path))
 
 
-def test_parts_of_a_store_are_copied_once(tmp_path: Path):
+def test_remote_parts_are_copied_once(tmp_path: Path):
     storage = Storage()
     array = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     np.save(tmp_path / "part.npy", array)
@@ -100,7 +100,7 @@ def test_parts_of_a_store_are_copied_once(tmp_path: Path):
             storage.remove(["memory://pixels/part.npy"])  # it is not asked for again
 
 
-def test_an_image_may_be_written_to(tmp_path: Path):
+def test_returned_image_is_a_writable_copy(tmp_path: Path):
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     np.save(tmp_path / "part.npy", np.zeros((1, 4, 4, 3), np.uint8))
     store = PixelStore([str(tmp_path / "part")], Storage(), str(tmp_path))
@@ -108,7 +108,7 @@ def test_an_image_may_be_written_to(tmp_path: Path):
     assert store[0].sum() == 0
 
 
-def test_many_parts_need_few_open_files(tmp_path: Path):
+def test_number_of_open_files_is_limited(tmp_path: Path):
     """1,200 parts under a limit of 1,024 open files, which is a usual one; in a process of its own for the limit."""
     for number in range(1200):
         np.save(tmp_path / f"part-{number:06d}.npy", np.full((2, 2, 2, 3), number % 256, np.uint8))
@@ -137,17 +137,17 @@ assert len(os.listdir("/proc/self/fd")) < before
 
 
 @pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00"])
-def test_a_part_that_is_no_array_is_named(tmp_path: Path, content: bytes):
+def test_part_that_is_not_an_array_is_reported(tmp_path: Path, content: bytes):
     (tmp_path / "part.npy").write_bytes(content)
-    with pytest.raises(InputError, match=r"part\.npy is damaged .*prepares it again"):
+    with pytest.raises(InputError, match=r"part\.npy is damaged .*run the same command again"):
         PixelStore([str(tmp_path / "part")], Storage(), "unused")
 
 
-def test_a_part_that_was_cut_off_is_named_when_it_is_read(tmp_path: Path):
+def test_truncated_part_is_reported_when_read(tmp_path: Path):
     np.save(tmp_path / "part.npy", np.zeros((3, 4, 4, 3), np.uint8))
     whole = (tmp_path / "part.npy").read_bytes()
     (tmp_path / "part.npy").write_bytes(whole[:-1])
     store = PixelStore([str(tmp_path / "part")], Storage(), "unused")
     assert store[1].shape == (4, 4, 3)
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match="truncated"):
         store[2]

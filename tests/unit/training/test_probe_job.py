@@ -96,7 +96,7 @@ def probed(bundle, tmp_path_factory) -> tuple[LinearProbeResult, Path]:
     return _probe(bundle, train, validation, _settings(folder)), folder
 
 
-def test_the_bundle_answers_with_the_new_head_under_the_engine_of_the_main_job(probed, bundle, tmp_path):
+def test_bundle_predicts_with_the_new_head_in_the_engine_of_classify(probed, bundle, tmp_path):
     found, _ = probed
     found.bundle.save(str(tmp_path / "b"), Storage())
     loaded = Bundle.load(str(tmp_path / "b"), Storage())
@@ -132,10 +132,10 @@ def test_every_row_is_counted_once(probed):
     assert validation["without_label"] == 1
     assert validation["top1"] == pytest.approx(30 / 31)
     assert found.bundle.config.lineage["metrics"] == metrics
-    assert any("purple" in note for note in found.categories.notes)
+    assert any("purple" in note for note in found.categories.warnings)
 
 
-def test_the_wrong_label_stands_first_in_the_noise_report(probed):
+def test_wrong_label_is_first_in_the_noise_report(probed):
     found, folder = probed
     assert found.noise.schema == NOISE_SCHEMA
     assert found.noise.num_rows == 5
@@ -146,7 +146,7 @@ def test_the_wrong_label_stands_first_in_the_noise_report(probed):
     assert (first["label"], first["suggested"], first["confident"]) == ("green", "red", True)
 
 
-def test_embeddings_are_found_again_and_only_what_was_fetched_in_vain_is_tried_again(probed, bundle):
+def test_embeddings_are_reused_and_only_failed_fetches_are_retried(probed, bundle):
     before, folder = probed
     for image in folder.glob("*.png"):
         image.unlink()
@@ -159,7 +159,7 @@ def test_embeddings_are_found_again_and_only_what_was_fetched_in_vain_is_tried_a
     assert torch.equal(again.probe.head.weight, before.probe.head.weight)
 
 
-def test_a_manifest_without_one_readable_image_is_refused(bundle, tmp_path):
+def test_manifest_without_readable_images_is_rejected(bundle, tmp_path):
     train = _manifest(tmp_path, "train", 6, 0)
     for image in tmp_path.glob("*.png"):
         image.unlink()
@@ -167,7 +167,7 @@ def test_a_manifest_without_one_readable_image_is_refused(bundle, tmp_path):
         _probe(bundle, train, None, _settings(tmp_path))
 
 
-def test_a_network_whose_head_is_not_linear_is_refused(tmp_path):
+def test_network_without_a_linear_head_is_rejected(tmp_path):
     squeezenet = resolve_model(
         "torchvision:squeezenet1_1",
         ModelChoices(allow_random=True, overrides=PreprocessingOverrides(input_size=64)),

@@ -8,20 +8,20 @@ from batchcls.errors import InputError
 from batchcls.training.recipe import read_recipe, recipe_names
 
 
-def test_every_recipe_of_the_package_can_be_read():
+def test_all_built_in_recipes_are_valid():
     assert {"fine-tune", "modern", "classic", "from-scratch"} <= set(recipe_names())
     for name in recipe_names():
         assert read_recipe(name).about
 
 
-def test_an_unknown_name_is_answered_with_those_that_there_are():
+def test_unknown_recipe_is_rejected_with_the_known_names():
     with pytest.raises(
-        InputError, match=r"there are linear-probe, classic, fine-tune, from-scratch.*or name a \.toml file"
+        InputError, match=r"choose linear-probe, classic, fine-tune, from-scratch.*or a \.toml file"
     ):
         read_recipe("fine-tuned")
 
 
-def test_a_file_with_a_wrong_line_is_refused_by_name(tmp_path: Path):
+def test_invalid_setting_in_a_recipe_file_is_named(tmp_path: Path):
     path = tmp_path / "mine.toml"
     path.write_text(
         'about = "x"\nepochs = 2\nbatch_size = 8\nlearning_rate = 1e-3\nhead_learning_rate = 1\nspeed = 3\n'
@@ -32,7 +32,7 @@ def test_a_file_with_a_wrong_line_is_refused_by_name(tmp_path: Path):
         read_recipe(str(tmp_path / "other.toml"))
 
 
-def test_fewer_epochs_shorten_the_ends_of_a_recipe():
+def test_fewer_epochs_reduce_head_and_final_epochs():
     recipe = read_recipe("fine-tune")
     assert recipe.with_changes() == recipe
     short = recipe.with_changes(epochs=2)
@@ -41,12 +41,12 @@ def test_fewer_epochs_shorten_the_ends_of_a_recipe():
     assert short.size_fraction_at(1) == recipe.final_size_fraction
 
 
-def test_crops_must_be_shares():
+def test_invalid_crop_scale_is_rejected():
     with pytest.raises(InputError, match="crop_scale"):
         read_recipe("fine-tune").with_changes(crop_scale=(0.9, 0.1))
 
 
-def test_none_is_a_value_as_any_other():
+def test_settings_can_be_changed_to_none():
     assert read_recipe("fine-tune").with_changes(ema_decay=None, clip_norm=None) == read_recipe(
         "fine-tune"
     ).model_copy(update={"ema_decay": None, "clip_norm": None})

@@ -100,12 +100,12 @@ def plain(stores: Stores) -> torch.Tensor:
     return end_of(BASE, stores)
 
 
-def test_every_field_is_tested():
+def test_changes_cover_all_fields():
     assert CHANGES.keys() | {"about"} == Recipe.model_fields.keys()
 
 
 @pytest.mark.parametrize("field", sorted(CHANGES.keys() - {"final_size_fraction"}))
-def test_every_field_of_a_recipe_changes_the_network(stores: Stores, plain: torch.Tensor, field: str):
+def test_every_recipe_field_changes_the_network(stores: Stores, plain: torch.Tensor, field: str):
     also, value = CHANGES[field]
     before = Recipe(**BASE, **also)
     assert getattr(before, field) != value
@@ -113,7 +113,7 @@ def test_every_field_of_a_recipe_changes_the_network(stores: Stores, plain: torc
     assert not torch.equal(expected, end_of(BASE | also | {field: value}, stores))
 
 
-def test_the_last_epochs_have_a_size_of_their_own():
+def test_final_epochs_have_their_own_crop_size():
     sizes = []
     for final in (0.75, 1.0):
         chosen = Recipe(**BASE, final_epochs=1, size_fraction=0.5, final_size_fraction=final)
@@ -130,13 +130,13 @@ def test_the_last_epochs_have_a_size_of_their_own():
         {"seed": 4}, {"balance": "loss"}, {"balance": "sampling"}, {"trainable": ("fc.*",)}, {"precision": "bf16"},
     ],
 )  # fmt: skip
-def test_settings_beside_the_recipe_change_the_network(
+def test_settings_outside_the_recipe_change_the_network(
     stores: Stores, plain: torch.Tensor, changes: dict[str, Any]
 ):
     assert not torch.equal(plain, end_of(BASE, stores, **changes))
 
 
-def test_settings_of_speed_change_nothing_but_rounding(tmp_path: Path):
+def test_performance_settings_change_only_rounding(tmp_path: Path):
     """In a process of its own: one with many runtimes in it does not survive loader processes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         plain, again, loaded, in_passes = map(torch.tensor, pool.submit(_ends_by_speed, tmp_path).result())
@@ -155,14 +155,14 @@ def _ends_by_speed(folder: Path) -> list[list[float]]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schedule": "steps", "milestones": (30.0, 60.0)}, r"milestones .* must be shares of the steps"),
-        ({"momentum": 0.5}, r'momentum has no effect without optimizer = "sgd"; leave it out'),
+        ({"schedule": "steps", "milestones": (30.0, 60.0)}, r"milestones .* must be fractions of the steps"),
+        ({"momentum": 0.5}, r'momentum has no effect without optimizer = "sgd"; omit it'),
         ({"milestones": (0.1,)}, r'milestones has no effect without schedule = "steps"'),
         ({"final_size_fraction": 0.5}, r"final_size_fraction has no effect without final_epochs"),
-        ({"final_epochs": 1}, r"final_epochs 1 changes nothing, since size_fraction .* are both 1"),
+        ({"final_epochs": 1}, r"final_epochs 1 changes nothing, because size_fraction .* are both 1"),
     ],
 )
-def test_what_would_be_ignored_is_refused(tmp_path: Path, changes: dict[str, Any], said: str):
+def test_settings_without_effect_are_rejected(tmp_path: Path, changes: dict[str, Any], said: str):
     lines = [
         f"{name} = {list(value) if isinstance(value, tuple) else value!r}"
         for name, value in (BASE | changes).items()
@@ -179,7 +179,7 @@ FLAGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", RECIPE_FLAGS)
-def test_flags_that_stand_for_a_recipe_s_setting_replace_it(name: str):
+def test_recipe_flags_override_the_recipe(name: str):
     plain = resolve_recipe(FinetuneConfig(**REQUIRED))
     changed = resolve_recipe(FinetuneConfig(**REQUIRED, **{name: FLAGS[name]}))
     assert getattr(changed, name) == FLAGS[name] != getattr(plain, name)
@@ -194,7 +194,7 @@ def test_flags_that_stand_for_a_recipe_s_setting_replace_it(name: str):
         ("keep_checkpoints", 2), ("keep_pixels", True), ("max_pixels_gib", 1.0),
     ],
 )  # fmt: skip
-def test_a_linear_probe_refuses_what_is_about_epochs_and_workers(name: str, value: object):
+def test_linear_probe_rejects_settings_for_epochs_and_workers(name: str, value: object):
     flag = f"--{name.replace('_', '-')}"
     with pytest.raises(ValidationError, match=f"with --recipe linear-probe {flag} would have no effect"):
         FinetuneConfig(**REQUIRED, recipe="linear-probe", **{name: value})

@@ -5,14 +5,14 @@ from batchcls.errors import InputError
 from batchcls.training.sampling import RowSampler, class_weights
 
 
-def test_inverse_weights_make_all_categories_count_alike():
+def test_inverse_weights_give_all_categories_equal_weight():
     counts = np.array([100, 10, 0, 1])
     weights = class_weights(counts)
     assert weights[2] == 0
     np.testing.assert_allclose((weights * counts)[[0, 1, 3]], 37, rtol=1e-6)
 
 
-def test_effective_number_weights_are_those_of_the_paper():
+def test_effective_number_weights_match_the_paper():
     counts, beta = np.array([5000, 500, 5]), 0.999
     published = (1 - beta) / (1 - np.power(beta, counts))
     weights = class_weights(counts, "effective", beta)
@@ -21,7 +21,7 @@ def test_effective_number_weights_are_those_of_the_paper():
     np.testing.assert_allclose(class_weights(counts, "effective", 0.0), 1, rtol=1e-6)
 
 
-def test_weights_that_make_no_sense_are_refused():
+def test_invalid_weights_are_rejected():
     with pytest.raises(InputError, match="below 1, got 1"):
         class_weights(np.array([1, 2]), "effective", 1.0)
     with pytest.raises(InputError, match="no category has a training row"):
@@ -29,7 +29,7 @@ def test_weights_that_make_no_sense_are_refused():
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_ranks_share_an_epoch_without_overlap_and_without_a_rest(ranks):
+def test_ranks_partition_an_epoch(ranks):
     classes = np.array([0, 1, -1, 1, 2, -2, 0, 0, 1, 2, 2], np.int32)
     sampler = RowSampler(classes, seed=3)
     parts = [sampler.for_rank(4, rank, ranks) for rank in range(ranks)]
@@ -42,7 +42,7 @@ def test_ranks_share_an_epoch_without_overlap_and_without_a_rest(ranks):
     assert woven.tolist() == sampler.order(4).tolist()
 
 
-def test_an_order_depends_on_seed_and_epoch_only():
+def test_order_depends_only_on_seed_and_epoch():
     classes = np.zeros(100, np.int32)
     order = RowSampler(classes, seed=1).order(0).tolist()
     assert order == RowSampler(classes, seed=1).order(0).tolist()
@@ -50,7 +50,7 @@ def test_an_order_depends_on_seed_and_epoch_only():
     assert order != RowSampler(classes, seed=1).order(1).tolist()
 
 
-def test_balanced_sampling_draws_small_categories_as_often_as_large_ones():
+def test_balanced_sampling_draws_all_categories_equally_often():
     classes = np.repeat(np.array([0, 1, 2], np.int32), [900, 90, 9])
     drawn = classes[RowSampler.balanced(classes, 4, seed=0).order(0)]
     assert len(drawn) == len(classes)
@@ -62,6 +62,6 @@ def test_balanced_sampling_draws_small_categories_as_often_as_large_ones():
     assert times[990:].tolist() == [37] * 9
 
 
-def test_a_rank_that_is_not_there_is_refused():
+def test_invalid_rank_is_rejected():
     with pytest.raises(ValueError, match="rank 2 of 2"):
         RowSampler(np.zeros(4, np.int32), seed=0).for_rank(0, 2, 2)

@@ -31,15 +31,15 @@ def workers(nodes: list[NodeResources], step_images: int = 32, **changes: object
         ([NodeResources(16, 1)], {"cpus_per_worker": 3, "loader_processes": 2}, (1, 1), 3, True, 2),
     ],
 )
-def test_workers_follow_the_nodes(nodes, changes, count, cpus, gpu, loaders):
+def test_workers_depend_on_the_nodes(nodes, changes, count, cpus, gpu, loaders):
     found = workers(nodes, **changes)
-    assert (found.least, found.most) == count
+    assert (found.min_workers, found.max_workers) == count
     assert (found.cpus, found.use_gpu, found.loader_processes) == (cpus, gpu, loaders)
     assert found.resources.get("GPU") == (1 if gpu else None)
 
 
-def test_what_does_not_fit_is_refused():
-    with pytest.raises(InputError, match=r"3 worker.* do not fit.*hold 2"):
+def test_workers_that_do_not_fit_are_rejected():
+    with pytest.raises(InputError, match=r"3 worker.* do not fit.*have capacity for 2"):
         workers([NodeResources(2, 0)], num_workers="3", cpus_per_worker=1)
     with pytest.raises(InputError, match="the cluster has no GPU"):
         workers([NodeResources(2, 0)], device="cuda")

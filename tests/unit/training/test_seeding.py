@@ -10,7 +10,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=[gpu, needs_cuda])])
-def test_dropout_follows_from_the_seed(device: str):
+def test_dropout_depends_on_the_seed(device: str):
     dropout = torch.nn.Dropout(0.5)
     ones = torch.ones(1000, device=device)
     found = []
@@ -21,7 +21,7 @@ def test_dropout_follows_from_the_seed(device: str):
     assert not torch.equal(found[0], found[1])
 
 
-def test_random_numbers_of_a_seed_leave_the_process_s_own_alone():
+def test_seeded_random_restores_the_random_state():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -32,7 +32,7 @@ def test_random_numbers_of_a_seed_leave_the_process_s_own_alone():
         assert torch.equal(torch.rand(3), first)
 
 
-def test_every_part_of_a_seed_counts():
+def test_every_part_of_a_seed_changes_it():
     seeds = {derive_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512
     assert all(0 <= seed < 2**63 for seed in seeds)

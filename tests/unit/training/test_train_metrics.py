@@ -19,7 +19,7 @@ def test_targets_are_counted_over_batches_of_different_sizes():
     assert found["loss"] == pytest.approx((2 * right + 2 * (right + 4)) / 4)
 
 
-def test_a_category_that_the_network_does_not_have_is_never_right():
+def test_unknown_category_is_counted_as_wrong():
     measures = TrainMetrics("cpu")
     measures.add(LOGITS, torch.tensor([0, -1, -1]))
     found = measures.result()
@@ -28,7 +28,7 @@ def test_a_category_that_the_network_does_not_have_is_never_right():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_mixed_image_is_right_where_its_larger_part_is_named(seed):
+def test_mixed_image_is_correct_if_its_main_class_is_predicted(seed):
     torch.manual_seed(seed)
     images = torch.eye(3).reshape(3, 3, 1, 1).expand(3, 3, 4, 4)
     mixed, shares = v2.MixUp(alpha=0.2, num_classes=3)(images, torch.arange(3))

@@ -37,14 +37,14 @@ def stores(tmp_path: Path) -> tuple[PixelStore, PixelStore]:
     return write_stores(tmp_path)
 
 
-def test_the_same_seed_gives_the_same_network_and_another_gives_another(stores):
+def test_result_depends_on_the_seed(stores):
     first, second = (train(settings(), stores)[0] for _ in range(2))
     assert torch.equal(weights_of(first), weights_of(second))
     other, _, _ = train(settings(seed=4), stores)
     assert not torch.equal(weights_of(first), weights_of(other))
 
 
-def test_the_head_learns_first_and_then_all(stores):
+def test_head_is_trained_first(stores):
     before = network().state_dict()
     training, _, states = train(settings(recipe=recipe(ema_decay=None)), stores)
     after_head = states[0]["model"]
@@ -55,14 +55,14 @@ def test_the_head_learns_first_and_then_all(stores):
     assert torch.equal(before["bn1.running_mean"], training.trained.state_dict()["bn1.running_mean"])
 
 
-def test_small_passes_add_up_to_the_same_step(stores):
+def test_micro_batches_accumulate_to_the_same_step(stores):
     whole, _, _ = train(settings(), stores)
     parts, _, _ = train(settings(micro_batch_size=3), stores)
     assert torch.allclose(weights_of(whole), weights_of(parts), atol=2e-4)
     assert parts.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=1e-3)
 
 
-def test_a_checkpoint_goes_on_to_the_same_end(stores):
+def test_checkpoint_resumes_to_the_same_result(stores):
     undisturbed, _, states = train(settings(), stores)
     resumed = Training(network(), ["fc"], settings(), DistributedContext(), hooks())
     resumed.restore(states[1])
@@ -71,16 +71,14 @@ def test_a_checkpoint_goes_on_to_the_same_end(stores):
     assert [record["epoch"] for record in resumed.history] == [1, 2, 3]
 
 
-def test_a_checkpoint_of_other_parameter_groups_is_refused(stores):
+def test_checkpoint_with_other_parameter_groups_is_rejected(stores):
     _, _, states = train(settings(recipe=recipe(epochs=1, head_epochs=0, layer_decay=1.0)), stores)
     other = Training(network(), ["fc"], settings(), DistributedContext(), hooks())
-    with pytest.raises(
-        InputError, match=r"checkpoint of epoch 1 is not one of this training .*give --restart"
-    ):
+    with pytest.raises(InputError, match=r"checkpoint of epoch 1 is not compatible .*pass --restart"):
         other.restore(states[0])
 
 
-def test_every_validation_row_is_counted_once_and_an_unknown_category_as_wrong(stores):
+def test_every_validation_row_is_counted_once_and_unknown_categories_as_wrong(stores):
     training, _, _ = train(settings(), stores)
     assert {record["validation_rows"] for record in training.history} == {VALIDATION_ROWS}
     assert {record["validation_top5"] for record in training.history} == {1.0}
@@ -90,7 +88,7 @@ def test_every_validation_row_is_counted_once_and_an_unknown_category_as_wrong(s
     assert training.history[-1]["validation_top1"] == 0
 
 
-def test_a_loss_that_is_no_number_stops_with_the_rows(stores, tmp_path: Path):
+def test_non_finite_loss_ends_training_and_names_the_rows(stores, tmp_path: Path):
     broken = network()
     with torch.no_grad():
         broken.fc.bias[1] = float("nan")
@@ -102,7 +100,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rows(stores, tmp_path: Path):
 
 
 @pytest.mark.parametrize("balance", ["sampling", "loss"])
-def test_rare_categories_weigh_more_when_asked_to(stores, balance: str):
+def test_class_balance_options_train(stores, balance: str):
     targets = np.zeros(ROWS, np.int32)
     targets[:2] = 1
     uneven = settings(training=LabeledRows(np.arange(ROWS), targets), balance=balance)
@@ -119,7 +117,7 @@ def test_modern_and_classic_recipes_train(stores):
         assert len(training.history) == 1
 
 
-def test_an_image_of_an_epoch_depends_on_its_row_alone(stores):
+def test_augmentation_depends_only_on_seed_epoch_and_row(stores):
     transform = image_transform(read_recipe("modern"), (32, 32), PREPROCESSING)
     images = AugmentedImages(stores[0], transform, (3, 0))
     torch.manual_seed(1)
@@ -133,7 +131,7 @@ def test_an_image_of_an_epoch_depends_on_its_row_alone(stores):
     assert not torch.equal(first, other_epoch[TrainingSample(4, 1)][0])
 
 
-def test_random_numbers_of_images_are_the_cpu_s_alone(stores, monkeypatch: pytest.MonkeyPatch):
+def test_augmentation_does_not_seed_gpus(stores, monkeypatch: pytest.MonkeyPatch):
     """Seeding GPUs for each image would change what dropout draws there."""
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
@@ -144,7 +142,7 @@ def test_random_numbers_of_images_are_the_cpu_s_alone(stores, monkeypatch: pytes
     assert seeded == []
 
 
-def test_mixing_turns_indices_into_shares():
+def test_mixing_converts_indices_to_probabilities():
     mixed, shares = Mixing(read_recipe("modern"), CLASSES)(
         torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), 1, 2
     )
@@ -154,9 +152,7 @@ def test_mixing_turns_indices_into_shares():
     assert Mixing(read_recipe("classic"), CLASSES)(images, targets, 1) == (images, targets)
 
 
-def test_what_is_reported_of_mixed_images_is_held_against_what_was_mixed(
-    stores, monkeypatch: pytest.MonkeyPatch
-):
+def test_metrics_of_mixed_images_use_the_mixed_targets(stores, monkeypatch: pytest.MonkeyPatch):
     """A mixing that leaves images alone and names the next category is training on the next category."""
     targets = ((np.arange(ROWS) + 1) % CLASSES).astype(np.int32)
     expected, _, _ = train(settings(training=LabeledRows(np.arange(ROWS), targets)), stores)
@@ -171,7 +167,7 @@ def test_what_is_reported_of_mixed_images_is_held_against_what_was_mixed(
         assert ours["top1"] == theirs["top1"]
 
 
-def test_crops_grow_at_the_end_in_multiples_of_32():
+def test_final_crops_are_larger_and_multiples_of_32():
     big = PREPROCESSING.model_copy(
         update={"input_height": 224, "input_width": 224, "resize_height": 256, "resize_width": 256}
     )
@@ -180,7 +176,7 @@ def test_crops_grow_at_the_end_in_multiples_of_32():
     assert sizes == [(160, 160), (224, 224)]
 
 
-def test_shares_of_a_step_are_all_of_it():
+def test_worker_shares_partition_a_step():
     step = np.arange(11)
     assert sorted(np.concatenate([worker_share(step, rank, 3) for rank in range(3)])) == list(range(11))
     assert [len(part) for part in micro_batches(step, 4)] == [4, 4, 3]
@@ -188,7 +184,7 @@ def test_shares_of_a_step_are_all_of_it():
 
 
 @pytest.mark.parametrize("balance", ["none", "sampling"])
-def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
+def test_repeated_rows_are_augmented_differently(stores, balance: str):
     """What is shown depends on seed, epoch, row and occurrence: the same for any number of workers and passes."""
     targets = np.zeros(ROWS, np.int32)
     targets[:2] = 1
@@ -201,7 +197,7 @@ def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
         return [
             (row, image.numpy().tobytes())
             for step in training._steps(1, stores[0], 0)
-            for images, _, rows in step.passes
+            for images, _, rows in step.batches
             for row, image in zip(rows.tolist(), images, strict=True)
         ]
 
@@ -212,13 +208,13 @@ def test_a_repeated_row_is_shown_in_another_way_each_time(stores, balance: str):
     assert sorted(part for rank in shared for part in rank) == sorted(alone)
 
 
-def test_recipes_that_mix_refuse_passes_of_a_single_image(stores):
-    with pytest.raises(InputError, match=r"each pass has a single one; raise --micro-batch-size"):
+def test_mixing_recipes_reject_micro_batches_of_one_image(stores):
+    with pytest.raises(InputError, match=r"each micro-batch has a single image; increase --micro-batch-size"):
         train(settings(recipe=recipe(mixup=0.2), micro_batch_size=1), stores)
 
 
-def test_the_head_alone_is_trained_as_far_as_it_is_trainable(stores):
-    with pytest.raises(InputError, match=r"classifier \(fc\) alone.*\(layer4\.\*\) leave it out"):
+def test_head_epochs_train_only_trainable_parameters(stores):
+    with pytest.raises(InputError, match=r"only the classifier \(fc\).*\(layer4\.\*\) exclude it"):
         train(settings(trainable=("layer4.*",)), stores)
     training, _, states = train(settings(trainable=("layer4.*", "fc.bias")), stores)
     assert torch.equal(states[0]["model"]["fc.weight"], network().state_dict()["fc.weight"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from batchcls.training.optimizer import WRAPPING, batch_norms
+from batchcls.training.optimizer import DDP_ARGUMENTS, batch_norms
 from batchcls.training.recipe import Recipe, read_recipe
 from batchcls.training.sampling import LabeledRows
 from batchcls.training.train_config import DistributedContext, TrainingSettings
@@ -75,12 +75,12 @@ def undisturbed_and_resumed(
     return [weights_of(straight), weights_of(resumed)]
 
 
-def test_a_killed_training_resumes_to_the_same_bits(tmp_path: Path):
+def test_killed_training_resumes_to_identical_weights(tmp_path: Path):
     straight, resumed = undisturbed_and_resumed(write_stores(tmp_path))
     assert torch.equal(straight, resumed)
 
 
-def test_the_process_s_own_random_numbers_decide_nothing(tmp_path: Path):
+def test_result_does_not_depend_on_the_random_state_of_the_process(tmp_path: Path):
     stores = write_stores(tmp_path)
     chosen = settings(recipe=random_recipe())
     found = []
@@ -131,7 +131,7 @@ def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     stores = write_stores(Path(folder) / str(rank))
-    wrap, place = partial(nn.parallel.DistributedDataParallel, **WRAPPING), DistributedContext(rank, 2)
+    wrap, place = partial(nn.parallel.DistributedDataParallel, **DDP_ARGUMENTS), DistributedContext(rank, 2)
     training, _, _ = train(settings(micro_batch_size=3), stores, place, wrap)
     found = {"weights": weights_of(training), "history": training.history}
     found["weighted"] = weights_of(train(uneven(), stores, place, wrap)[0])
@@ -152,7 +152,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.long
-def test_two_workers_take_the_steps_of_one(tmp_path: Path, both: list[dict]):
+def test_two_workers_train_like_one(tmp_path: Path, both: list[dict]):
     alone, _, _ = train(settings(), write_stores(tmp_path))
     assert torch.equal(both[0]["weights"], both[1]["weights"])
     assert torch.allclose(both[0]["weights"], weights_of(alone), atol=2e-4)
@@ -164,14 +164,14 @@ def test_two_workers_take_the_steps_of_one(tmp_path: Path, both: list[dict]):
 
 
 @pytest.mark.long
-def test_two_workers_weigh_rows_as_one_does(tmp_path: Path, both: list[dict]):
+def test_two_workers_weight_rows_like_one(tmp_path: Path, both: list[dict]):
     alone, _, _ = train(uneven(), write_stores(tmp_path))
     assert torch.equal(both[0]["weighted"], both[1]["weighted"])
     assert torch.allclose(both[0]["weighted"], weights_of(alone), atol=2e-4)
 
 
 @pytest.mark.long
-def test_statistics_of_both_workers_are_averaged_in_network_average_and_bundle(both: list[dict]):
+def test_batch_norm_statistics_are_averaged_over_workers(both: list[dict]):
     first, second = (found["statistics"] for found in both)
     for model in range(2):
         before = [found["before"][model] for found in (first, second)]
@@ -182,7 +182,7 @@ def test_statistics_of_both_workers_are_averaged_in_network_average_and_bundle(b
 
 
 @pytest.mark.long
-def test_two_killed_workers_resume_to_the_same_bits(both: list[dict]):
+def test_two_killed_workers_resume_to_identical_weights(both: list[dict]):
     for found in both:
         assert torch.equal(*found["both"])
     assert torch.equal(both[0]["both"][0], both[1]["both"][0])

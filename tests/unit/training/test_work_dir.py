@@ -28,7 +28,7 @@ def claim(folder: Path, decides: dict | None = None, *, restart: bool = False):
     return found
 
 
-def test_the_same_command_finds_its_run_again(tmp_path: Path):
+def test_same_command_resumes_its_run(tmp_path: Path):
     first = claim(tmp_path)
     again = claim(tmp_path)
     assert (first.is_resumed, again.is_resumed) == (False, True)
@@ -36,12 +36,12 @@ def test_the_same_command_finds_its_run_again(tmp_path: Path):
     assert again.plan == StepPlan(32, 1)
 
 
-def test_nothing_is_written_before_the_folder_is_taken(tmp_path: Path):
+def test_find_run_writes_nothing(tmp_path: Path):
     assert find_run(str(tmp_path / "state"), DECIDES, Storage(), restart=False).plan is None
     assert not (tmp_path / "state").exists()
 
 
-def test_a_finished_run_is_not_gone_on_with(tmp_path: Path):
+def test_finished_run_is_not_resumed(tmp_path: Path):
     first = claim(tmp_path)
     finish_run(str(tmp_path), Storage())
     second = claim(tmp_path)
@@ -49,12 +49,12 @@ def test_a_finished_run_is_not_gone_on_with(tmp_path: Path):
     assert second.run_id != first.run_id
 
 
-def test_a_state_folder_that_was_removed_has_no_run_to_finish(tmp_path: Path):
+def test_missing_work_directory_has_no_run_to_finish(tmp_path: Path):
     finish_run(str(tmp_path), Storage())
     assert not list(tmp_path.iterdir())
 
 
-def test_another_command_is_refused_and_told_the_difference(tmp_path: Path):
+def test_other_command_is_rejected_with_the_differences(tmp_path: Path):
     first = claim(tmp_path)
     with pytest.raises(InputError, match=f"unfinished run {first.run_id}, which differs in seed; "):
         claim(tmp_path, DECIDES | {"seed": 2})
@@ -64,13 +64,13 @@ def test_another_command_is_refused_and_told_the_difference(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "7"])
-def test_a_damaged_record_is_named(tmp_path: Path, content: str):
+def test_damaged_record_is_reported(tmp_path: Path, content: str):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run.json is damaged.*--restart"):
         claim(tmp_path)
 
 
-def test_the_digest_does_not_depend_on_the_order_of_names():
+def test_digest_does_not_depend_on_the_order_of_names():
     assert digest_of(DECIDES) == digest_of(dict(reversed(json.loads(json.dumps(DECIDES)).items())))
     assert digest_of(DECIDES) != digest_of(DECIDES | {"seed": 2})
 
