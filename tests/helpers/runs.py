@@ -1,4 +1,4 @@
-"""Run folders that tests write with the real writer and the real commit, small or large."""
+"""Runs that tests write with the real writer and the real commit."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ DIMENSION = 4
 
 @dataclass(frozen=True)
 class Item:
-    """One row: its answer, or the reason of its failure. `abstained`: not sure enough for a label."""
+    """One row: its prediction, or the reason of its failure. `abstained`: it has no label."""
 
     item_id: str | None
     label: str = "cat"
@@ -34,8 +34,8 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Night:
-    """What is written of a run beside its rows."""
+class RunDetails:
+    """Properties of a run besides its rows."""
 
     run_id: str
     model: str = "m" * 64
@@ -44,12 +44,12 @@ class Night:
 
 
 def items(count: int, **changes: Any) -> list[Item]:
-    """Items that differ in nothing but their names."""
+    """Items that only differ in their IDs."""
     return [Item(f"item-{i}", **changes) for i in range(count)]
 
 
 def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
-    """What the predictor gives for these rows."""
+    """The output of the predictor for these rows."""
     good = [row.reason is None for row in rows]
     text = pa.string()
     top_k = [
@@ -87,8 +87,8 @@ def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
     return pa.table(columns, schema=classified_schema((), pa.float32(), DIMENSION))
 
 
-def plan_of(night: Night, rows: int) -> Plan:
-    """The plan of such a run."""
+def plan_of(night: RunDetails, rows: int) -> Plan:
+    """The plan of a run with these properties."""
     return Plan(
         run_id=night.run_id,
         fingerprints=Fingerprints(manifest="f" * 64, model=night.model, settings={}),
@@ -99,7 +99,7 @@ def plan_of(night: Night, rows: int) -> Plan:
 
 
 def write_parts(folder: str, rows: Sequence[Item], storage: Storage, parts: int = 2) -> list[Receipt]:
-    """The rows in some parts, by the real writer."""
+    """Write the rows in several parts."""
     writer = PartWriter(folder, storage, (), pa.float32(), DIMENSION)
     bounds = np.linspace(0, len(rows), min(parts, len(rows)) + 1).astype(int).tolist()
     return [writer.write([block(rows[start:stop], start)]) for start, stop in itertools.pairwise(bounds)]
@@ -111,9 +111,9 @@ def findings_of(values: Mapping[str, Any]) -> Findings:
 
 
 def write_run(
-    output: str, night: Night, rows: Sequence[Item], storage: Storage | None = None, parts: int = 2
+    output: str, night: RunDetails, rows: Sequence[Item], storage: Storage | None = None, parts: int = 2
 ) -> str:
-    """A committed run; returns its folder."""
+    """Write a committed run; returns its folder."""
     storage = storage or Storage()
     plan = plan_of(night, len(rows))
     folder = create_plan(plan, output, storage)
@@ -123,18 +123,18 @@ def write_run(
     return folder
 
 
-def begin_run(output: str, night: Night, storage: Storage | None = None) -> str:
-    """A run that was begun and never committed; returns its folder."""
+def start_run(output: str, night: RunDetails, storage: Storage | None = None) -> str:
+    """Start a run without committing it; returns its folder."""
     return create_plan(plan_of(night, 1), output, storage or Storage())
 
 
-def begun_on(output: str, run_id: str, created: str, storage: Storage | None = None) -> None:
-    """Let a run have been begun at another time, an ISO time."""
+def set_created(output: str, run_id: str, created: str, storage: Storage | None = None) -> None:
+    """Change the start of a run to an ISO time."""
     storage, uri = storage or Storage(), join(output, "runs", run_id, "plan.json")
     plan = json.loads(storage.read_bytes(uri))
     storage.write_atomic(uri, json.dumps(plan | {"created": created}).encode())
 
 
 def record_uri(output: str, run_id: str) -> str:
-    """Where run.json lies."""
+    """URI of run.json."""
     return join(output, "runs", run_id, "run.json")

@@ -8,7 +8,7 @@ import batchcls
 from batchcls.errors import ExitCode
 from batchcls.runs.publish import publish
 from batchcls.storage.filesystem import Storage
-from tests.helpers.runs import Item, Night, items, write_run
+from tests.helpers.runs import Item, RunDetails, items, write_run
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def output(tmp_path: Path) -> Path:
     folder = tmp_path / "output"
     failed = Item("broken", reason="not_an_image")
     for name in ("first", "second", "third"):
-        write_run(str(folder), Night(name), [*items(3, label=name), failed])
+        write_run(str(folder), RunDetails(name), [*items(3, label=name), failed])
     for name in ("first", "second"):
         publish(str(folder), name, Storage())
     return folder

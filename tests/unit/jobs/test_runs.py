@@ -18,7 +18,7 @@ from batchcls.runs.lease import leased
 from batchcls.runs.publish import publish
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
-from tests.helpers.runs import Item, Night, begin_run, begun_on, items, record_uri, write_run
+from tests.helpers.runs import Item, RunDetails, items, record_uri, set_created, start_run, write_run
 
 REFUSED = {
     "baseline": "a",
@@ -54,12 +54,12 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 
 def night(output: str, name: str, *, days_old: float = 0.0, count: int = 4, **more: Any) -> Path:
     """A committed run, as old as it is to be."""
-    folder = write_run(output, Night(name, more=more), items(count))
+    folder = write_run(output, RunDetails(name, more=more), items(count))
     storage = Storage()
     record = json.loads(storage.read_bytes(record_uri(output, name)))
     record["committed"] = (datetime.now(UTC) - timedelta(days=days_old)).isoformat()
     storage.write_atomic(record_uri(output, name), json.dumps(record).encode())
-    begun_on(output, name, record["committed"])
+    set_created(output, name, record["committed"])
     return Path(folder)
 
 
@@ -76,7 +76,7 @@ def test_list_marks_the_published_and_the_previous_run(output: str, call):
     assert call("list", "--output", output)[1].startswith("no runs in")
     night(output, "a", days_old=2)
     night(output, "b", days_old=1, **REFUSED)
-    begin_run(output, Night("c"))
+    start_run(output, RunDetails("c"))
     publish(output, "a", Storage())
     publish(output, "b", Storage())
     code, said = call("list", "--output", output)
@@ -91,7 +91,7 @@ def test_list_marks_the_published_and_the_previous_run(output: str, call):
 
 def test_show_names_counts_gates_and_categories(tmp_path: Path, call):
     rows = [*items(3, label="<b>cat</b>[red]"), Item("x", reason="too_small")]
-    write_run(str(tmp_path), Night("a", more=REFUSED), rows)
+    write_run(str(tmp_path), RunDetails("a", more=REFUSED), rows)
     code, said = call("show", "latest", "--output", str(tmp_path))
     assert code == 0
     for word in (
@@ -106,8 +106,8 @@ def test_show_names_counts_gates_and_categories(tmp_path: Path, call):
 
 def test_diff_by_names_of_people(tmp_path: Path, call):
     output = str(tmp_path)
-    write_run(output, Night("20261123-a"), items(4))
-    write_run(output, Night("20261124-b"), [*items(3), Item("item-3", "dog\n\x1b[31m")])
+    write_run(output, RunDetails("20261123-a"), items(4))
+    write_run(output, RunDetails("20261124-b"), [*items(3), Item("item-3", "dog\n\x1b[31m")])
     publish(output, "20261123-a", Storage())
     publish(output, "20261124-b", Storage())
     code, said = call("diff", "previous", "published", "--output", output, "--to", join(output, "d"))
@@ -139,9 +139,9 @@ def test_by_hand_a_run_is_judged_again_where_another_one_is_published_than_it_wa
 ):
     """Categories swap from cats to dogs; each night was judged when nothing was published."""
     unjudged = {"baseline": None, "gates": []}
-    write_run(output, Night("cats", more=unjudged), items(200))
-    write_run(output, Night("dogs", more=unjudged), items(200, label="dog"))
-    write_run(output, Night("more-cats", more=unjudged), items(205))
+    write_run(output, RunDetails("cats", more=unjudged), items(200))
+    write_run(output, RunDetails("dogs", more=unjudged), items(200, label="dog"))
+    write_run(output, RunDetails("more-cats", more=unjudged), items(205))
     assert call("publish", "cats", "--output", output)[0] == 0
     code, said = call("publish", "dogs", "--output", output)
     assert (code, "gate changed_labels_fraction: 100.00% of the 200 items" in said) == (3, True)
@@ -153,7 +153,7 @@ def test_by_hand_a_run_is_judged_again_where_another_one_is_published_than_it_wa
 def test_an_older_run_is_published_by_force_or_by_a_rollback(output: str, call):
     for name, created in (("old", "2026-11-25T01:15:00+00:00"), ("new", "2026-11-26T01:15:00+00:00")):
         night(output, name)
-        begun_on(output, name, created)
+        set_created(output, name, created)
         assert call("publish", name, "--output", output)[0] == 0
     code, said = call("publish", "old", "--output", output)
     assert (code, "`runs rollback`, or `runs publish old --force`" in said) == (3, True)
@@ -164,7 +164,7 @@ def test_an_older_run_is_published_by_force_or_by_a_rollback(output: str, call):
 
 
 def test_a_trial_is_never_published(tmp_path: Path, call):
-    write_run(str(tmp_path), Night("a", unpublishable=["--limit 4"]), items(4))
+    write_run(str(tmp_path), RunDetails("a", unpublishable=["--limit 4"]), items(4))
     code, said = call("publish", "a", "--output", str(tmp_path), "--force")
     assert (code, "must not be published: --limit 4" in said) == (3, True)
 
@@ -221,7 +221,7 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
         night(output, name, days_old=10)
     for name in ("a", "b", "c", "d"):
         publish(output, name, Storage())
-    begin_run(output, Night("begun"))
+    start_run(output, RunDetails("begun"))
     night(output, "young", days_old=0.1)
     until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     Storage().write_atomic(
@@ -250,7 +250,7 @@ def test_prune_needs_a_measure(call):
 
 def test_verify_holds_a_whole_run(output: str, call):
     rows = [*items(50), Item("bad", reason="truncated"), Item(None, reason="null_id")]
-    write_run(output, Night("a"), [*rows, Item("item-1", reason="duplicate_id")], parts=3)
+    write_run(output, RunDetails("a"), [*rows, Item("item-1", reason="duplicate_id")], parts=3)
     code, said = call("verify", "a", "--output", output)
     assert (code, said.startswith("a is whole: 53 rows")) == (0, True)
 
@@ -296,7 +296,7 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
     ],
 )
 def test_verify_finds_each_kind_of_damage(tmp_path: Path, call, damage, words: str):
-    folder = Path(write_run(str(tmp_path), Night("a"), items(10)))
+    folder = Path(write_run(str(tmp_path), RunDetails("a"), items(10)))
     record = json.loads((folder / "run.json").read_text())
     damage(folder, record)
     (folder / "run.json").write_text(json.dumps(record))
@@ -308,7 +308,7 @@ def test_a_run_of_hostile_ids_goes_through_everything(tmp_path: Path, call):
     output = str(tmp_path)
     ids = ["<script>alert(1)</script>", "a\nb\r\x1b[2J\x00", "x" * 2**20, "'; DROP TABLE joined; --", "[red]"]
     for name, label in (("a", "cat"), ("b", "<img src=x>[/]\x07")):
-        write_run(output, Night(name), [Item(item_id, label) for item_id in ids])
+        write_run(output, RunDetails(name), [Item(item_id, label) for item_id in ids])
     for arguments in (["verify", "a"], ["diff", "a", "b", "--to", join(output, "d")], ["show", "b"]):
         code, said = call(*arguments, "--output", output)
         assert code == 0
@@ -329,7 +329,7 @@ def test_text_of_a_catalog_is_one_harmless_line(text: object, line: str):
 def test_a_page_is_drawn_again(tmp_path: Path, call: Callable[..., tuple[int, str]]):
     output = str(tmp_path / "output")
     night(output, "a")
-    write_run(output, Night("b"), items(4, label="dog"))
+    write_run(output, RunDetails("b"), items(4, label="dog"))
     assert call("report", "b", "--before", "a", "--output", output) == (
         0,
         f"report: {tmp_path}/output/runs/b/report.html\n",

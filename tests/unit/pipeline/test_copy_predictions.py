@@ -23,7 +23,7 @@ from batchcls.runs.receipts import read_receipts
 from batchcls.runs.reuse import open_reuse_source
 from batchcls.schema import Failure, Reason
 from batchcls.storage.filesystem import Storage
-from tests.helpers.runs import DIMENSION, Item, Night, write_run
+from tests.helpers.runs import DIMENSION, Item, RunDetails, write_run
 
 STORAGE = Storage()
 PREPROCESSING = Preprocessing(
@@ -103,7 +103,7 @@ def night(tmp_path: Path) -> list[Item]:
         rows.append(
             Item(f"i{number}", f"label {number}", content_hash=sha(data), source_version=state, reason=reason)
         )
-    write_run(str(tmp_path / "out"), Night("n1"), rows, STORAGE)
+    write_run(str(tmp_path / "out"), RunDetails("n1"), rows, STORAGE)
     return rows
 
 
@@ -130,7 +130,7 @@ def test_unchanged_files_are_copied_with_current_columns(tmp_path: Path, night: 
 
 def test_manifest_version_takes_precedence_over_store_version(tmp_path: Path):
     rows = [Item(f"i{n}", f"label {n}", content_hash=None, source_version=f"version:{n}") for n in range(3)]
-    write_run(str(tmp_path / "out"), Night("n1"), rows, STORAGE)
+    write_run(str(tmp_path / "out"), RunDetails("n1"), rows, STORAGE)
     put(tmp_path / "a.jpg", b"any content")
     manifest = write_manifest(
         tmp_path, item_id=["i0", "i1", "i2"], uri=["a.jpg"] * 3, version=["0", "9", "2"]

@@ -20,14 +20,14 @@ from batchcls.runs.catalog import read_record
 from batchcls.runs.publish import publish, read_published
 from batchcls.storage.filesystem import Storage
 from tests.helpers.drawing import draw, encode
-from tests.helpers.runs import Item, Night, write_run
+from tests.helpers.runs import Item, RunDetails, write_run
 from tests.unit.report.test_compare_page import Reader
 
 STORAGE = Storage()
 
 
-def night(run_id: str, **more: object) -> Night:
-    return Night(run_id, more=more)
+def night(run_id: str, **more: object) -> RunDetails:
+    return RunDetails(run_id, more=more)
 
 
 def images(folder: Path, count: int) -> list[str]:

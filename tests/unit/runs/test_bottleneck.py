@@ -38,7 +38,7 @@ runs = st.builds(
 
 
 def fused(**changes: object) -> StageUsage:
-    """2,000 images on two CPUs without a pause: 2 ms decoding, 17 ms network, 0.5 ms each for the rest."""
+    """2,000 images on two busy CPUs: 2 ms decoding, 17 ms inference, 0.5 ms for each other stage."""
     run = StageUsage(
         rows=2000,
         wall_seconds=24.0,
@@ -53,7 +53,7 @@ def fused(**changes: object) -> StageUsage:
 
 
 def on_gpus(**changes: object) -> StageUsage:
-    """100,000 images: 16 CPUs decode at 4 ms, the GPU needs 0.5 ms and waits half of the time."""
+    """100,000 images: 16 CPUs decode at 4 ms/image; the GPU needs 0.5 ms/image and is idle half of the time."""
     run = StageUsage(
         rows=100_000,
         wall_seconds=110.0,
@@ -67,7 +67,7 @@ def on_gpus(**changes: object) -> StageUsage:
 
 
 @given(runs)
-def test_the_ideal_is_the_lowest_rate_of_any_resource(run: StageUsage):
+def test_ideal_throughput_is_the_lowest_of_all_resources(run: StageUsage):
     found = find_bottleneck(run)
     assert found.ideal_images_per_second == min(resource.images_per_second for resource in found.resources)
     for resource in found.resources:
@@ -77,15 +77,15 @@ def test_the_ideal_is_the_lowest_rate_of_any_resource(run: StageUsage):
 
 
 @given(runs)
-def test_the_efficiency_is_how_busy_the_scarcest_resource_was(run: StageUsage):
+def test_efficiency_equals_the_utilization_of_the_bottleneck(run: StageUsage):
     found = find_bottleneck(run)
     assert found.efficiency == max(resource.utilization for resource in found.resources)
     assert found.limited_by in (*found.resources[0].stages, "nothing")
 
 
 @given(busies.filter(lambda busy: busy.decode + busy.predict > 1e-3), capacities, st.floats(0.0, 5.0))
-def test_a_perfect_schedule_has_efficiency_1(busy: Busy, capacity: Capacity, start: float):
-    """The run lasts exactly as long as its scarcest resource has to work."""
+def test_perfect_schedule_has_efficiency_1(busy: Busy, capacity: Capacity, start: float):
+    """The run takes exactly the busy time of its bottleneck resource."""
     on_cpus = busy.decode + busy.write + busy.other + (0 if capacity.gpus else busy.predict)
     needed = [busy.driver, on_cpus / capacity.cpus, (busy.fetch + busy.decode) / capacity.fetch_slots]
     if capacity.gpus:
@@ -94,14 +94,14 @@ def test_a_perfect_schedule_has_efficiency_1(busy: Busy, capacity: Capacity, sta
         needed.append(busy.predict / capacity.predict_threads)
     if capacity.decode_threads:
         needed.append(busy.decode / capacity.decode_threads)
-    # Less than a millisecond of work beside seconds of start-up would only test rounding.
+    # Less than a millisecond of work after seconds of startup would only test rounding.
     wall = start + max(*needed, 1e-3)
     found = find_bottleneck(StageUsage(1000, wall, start, "staged", busy, capacity))
     assert found.efficiency == pytest.approx(min(1.0, max(needed) / 1e-3), rel=1e-6)
 
 
 @given(busies.filter(lambda busy: busy.decode + busy.predict > 1e-3), st.floats(1.0, 512.0))
-def test_twice_the_cpus_are_twice_the_ideal_where_cpus_limit(busy: Busy, cpus: float):
+def test_ideal_throughput_doubles_with_the_cpus_if_they_are_the_bottleneck(busy: Busy, cpus: float):
     capacity = Capacity(cpus=cpus, loaders=10**6, fetch_threads=10**6)
     run = StageUsage(1000, 100.0, 1.0, "fused", replace(busy, driver=0.0), capacity)
     once = find_bottleneck(run)
@@ -112,7 +112,7 @@ def test_twice_the_cpus_are_twice_the_ideal_where_cpus_limit(busy: Busy, cpus: f
 
 
 @given(runs, st.sampled_from(STAGES), st.floats(1.0, 100.0))
-def test_a_dearer_stage_never_raises_the_ideal(run: StageUsage, stage: str, factor: float):
+def test_more_expensive_stage_never_raises_the_ideal_throughput(run: StageUsage, stage: str, factor: float):
     dearer = replace(run.busy, **{stage: getattr(run.busy, stage) * factor})
     assert (
         find_bottleneck(replace(run, busy=dearer)).ideal_images_per_second
@@ -121,8 +121,8 @@ def test_a_dearer_stage_never_raises_the_ideal(run: StageUsage, stage: str, fact
 
 
 @given(runs)
-def test_every_flag_in_an_advice_is_one_of_the_job(run: StageUsage):
-    """And the advice is one line, whatever the figures."""
+def test_advice_only_names_flags_of_the_job(run: StageUsage):
+    """The advice is one line for all measurements."""
     advice = find_bottleneck(run).advice
     assert advice
     assert "\n" not in advice
@@ -132,12 +132,12 @@ def test_every_flag_in_an_advice_is_one_of_the_job(run: StageUsage):
 
 
 @given(runs)
-def test_run_json_takes_it_as_strict_json(run: StageUsage):
+def test_bottleneck_is_strict_json(run: StageUsage):
     found = json.loads(find_bottleneck(run).model_dump_json(), parse_constant=pytest.fail)
     assert set(found["milliseconds_per_image"]) == set(STAGES)
 
 
-def test_a_fused_run_on_two_cpus():
+def test_fused_run_on_two_cpus():
     found = find_bottleneck(fused())
     assert found.limited_by == "predict"
     assert found.ideal_images_per_second == pytest.approx(100.0)  # 2 CPUs / 20 ms
@@ -150,7 +150,7 @@ def test_a_fused_run_on_two_cpus():
     )
 
 
-def test_decoding_for_a_gpu_asks_for_the_cpus_that_keep_it_busy():
+def test_advice_names_the_cpus_that_keep_a_gpu_busy():
     found = find_bottleneck(on_gpus())
     assert found.limited_by == "decode"
     assert found.ideal_images_per_second == pytest.approx(1000.0)  # 16 CPUs / 16 ms
@@ -204,48 +204,48 @@ def busy_with(stage: str) -> Busy:
         (fused(busy=Busy()), "nothing", ["no stage recorded any work"]),
     ],
 )
-def test_the_advice_follows_from_the_figures(run: StageUsage, limited_by: str, words: list[str]):
+def test_advice_follows_from_the_measurements(run: StageUsage, limited_by: str, words: list[str]):
     found = find_bottleneck(run)
     assert found.limited_by == limited_by
     for word in words:
         assert word in found.advice
 
 
-def test_more_fetch_threads_as_advised_move_the_limit():
-    """The number in the advice is enough: with it storage is not what limits any more."""
+def test_advised_number_of_fetch_threads_removes_the_bottleneck():
+    """With the advised number of threads, storage is no longer the bottleneck."""
     run = fused(busy=Busy(fetch=160.0, decode=2.0, predict=30.0))
     (threads,) = (int(n) for n in re.findall(r"--fetch-threads from \d+ to (\d+)", advice(run)))
-    mended = find_bottleneck(replace(run, capacity=replace(run.capacity, fetch_threads=threads)))
-    assert mended.limited_by == "predict"
+    improved = find_bottleneck(replace(run, capacity=replace(run.capacity, fetch_threads=threads)))
+    assert improved.limited_by == "predict"
 
 
-def test_more_cpus_as_advised_move_the_limit():
+def test_advised_number_of_cpus_removes_the_bottleneck():
     run = on_gpus()
     (more,) = (int(n) for n in re.findall(r"(\d+) more CPUs per GPU", advice(run)))
-    mended = find_bottleneck(replace(run, capacity=replace(run.capacity, cpus=16.0 + more)))
-    assert mended.resources[0].images_per_second == pytest.approx(
-        min(resource.images_per_second for resource in mended.resources if resource.name == "GPUs"), rel=0.1
+    improved = find_bottleneck(replace(run, capacity=replace(run.capacity, cpus=16.0 + more)))
+    assert improved.resources[0].images_per_second == pytest.approx(
+        min(resource.images_per_second for resource in improved.resources if resource.name == "GPUs"), rel=0.1
     )
 
 
-def test_a_run_of_one_block_is_all_start_up():
+def test_run_of_one_block_consists_of_startup():
     run = fused(start_seconds=24.0, start_rows=2000)
     assert run.images_per_second == pytest.approx(2000 / 24)
     assert "startup took 100%" in advice(run)
 
 
-def test_rows_answered_while_starting_do_not_count():
+def test_rows_predicted_during_startup_are_not_counted():
     assert fused(start_rows=200).images_per_second == pytest.approx(90.0)
 
 
-def test_rates_without_a_limit_are_null_in_run_json():
+def test_infinite_rates_are_null_in_json():
     found = find_bottleneck(fused(busy=Busy())).model_dump(mode="json")
     assert found["ideal_images_per_second"] is None
     assert found["efficiency"] == 0.0
     assert find_bottleneck(fused()).model_dump(mode="json")["ideal_images_per_second"] == 100.0
 
 
-def test_the_rest_of_the_cpu_time_is_never_negative():
+def test_remaining_cpu_time_is_never_negative():
     assert other_seconds(10.0, 4.0, 3.5) == pytest.approx(2.5)
     assert other_seconds(10.0, 6.0, 4.1) == 0.0
 
@@ -264,20 +264,20 @@ def test_the_rest_of_the_cpu_time_is_never_negative():
         lambda: fused(wall_seconds=0.0, start_seconds=0.0),
     ],
 )
-def test_figures_that_cannot_be_are_refused(make):
+def test_invalid_measurements_are_rejected(make):
     with pytest.raises(ValueError, match=r"invalid|not a finite|needs CPUs|below 0"):
         make()
 
 
-def said(found: Bottleneck) -> list[str]:
+def printed(found: Bottleneck) -> list[str]:
     console = Console(width=80)
     with console.capture() as captured:
         console.print(bottleneck_table(found))
     return captured.get().splitlines()
 
 
-def test_the_table_marks_the_stage_that_limits():
-    lines = said(find_bottleneck(fused()))
+def test_table_marks_the_bottleneck_stage():
+    lines = printed(find_bottleneck(fused()))
     (marked,) = (line for line in lines if "bottleneck" in line)
     assert marked.split() == ["predict", "17.00", "85%", "2", "CPUs", "117.6", "bottleneck"]
     combined = [line.split() for line in lines if line.startswith("combined")]
@@ -285,8 +285,8 @@ def test_the_table_marks_the_stage_that_limits():
     assert not any("…" in line for line in lines)
 
 
-def test_the_table_of_a_run_on_gpus_names_what_each_stage_works_on():
-    lines = {line.split()[0]: line for line in said(find_bottleneck(on_gpus()))}
+def test_table_of_a_gpu_run_names_the_resource_of_each_stage():
+    lines = {line.split()[0]: line for line in printed(find_bottleneck(on_gpus()))}
     assert "GPUs" in lines["predict"]
     assert "images in flight" in lines["fetch"]
     assert "bottleneck" in lines["decode"]

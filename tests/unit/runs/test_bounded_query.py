@@ -1,4 +1,4 @@
-"""Queries of DuckDB over what Arrow reads: what they raise when a file cannot be read."""
+"""Errors of DuckDB queries over Arrow data if a file cannot be read."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ SCHEMA = pa.schema([("row", pa.int64())])
 
 
 def batches() -> Iterator[pa.RecordBatch]:
-    """Rows from a store that is gone after the first few."""
+    """Rows from a store that fails after the first batches."""
     yield pa.record_batch({"row": list(range(5_000))}, SCHEMA)
     try:
         raise ConnectionError("the store is gone")
@@ -26,7 +26,7 @@ def count_rows() -> None:
         connection.execute("SELECT sum(row) FROM answers").fetchall()
 
 
-def test_a_file_that_fails_while_it_is_read_is_said_in_one_line():
+def test_error_while_reading_a_file_is_reported_in_one_line():
     with pytest.raises(InputError) as raised:
         count_rows()
     assert str(raised.value) == (

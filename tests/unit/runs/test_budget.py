@@ -1,4 +1,4 @@
-"""When a run is stopped early, and when it is not."""
+"""Error budget: when a run is stopped early."""
 
 from collections import Counter
 
@@ -12,7 +12,7 @@ def progress(rows: int, remaining: int, **failures: int) -> RunProgress:
     return RunProgress(rows, remaining, Counter(failures), Counter(failures))
 
 
-def test_a_run_stops_once_too_much_has_failed_for_certain():
+def test_run_stops_as_soon_as_the_budget_is_exceeded():
     budget = Budget(10_000, 0.01)
     budget.check_progress(progress(5_000, 10_000, not_found=100))
     with pytest.raises(
@@ -21,14 +21,14 @@ def test_a_run_stops_once_too_much_has_failed_for_certain():
         budget.check_progress(progress(5_000, 10_000, not_found=101))
 
 
-def test_a_broken_bucket_stops_a_long_run_soon():
+def test_unreadable_bucket_stops_a_long_run_early():
     budget = Budget(1_000_000, 0.01)
     budget.check_progress(progress(2_400, 1_000_000, access_denied=2_400))
     with pytest.raises(BudgetExceeded, match="at this rate 1000000 of 1000000 would"):
         budget.check_progress(progress(2_600, 1_000_000, access_denied=2_600))
 
 
-def test_a_bad_stretch_of_a_long_manifest_does_not_stop_it():
+def test_run_of_failures_in_a_long_manifest_does_not_stop_it():
     budget = Budget(1_000_000, 0.01)
     budget.check_progress(progress(1_000, 1_000_000, not_found=1_000))
     budget.check_progress(progress(20_000, 1_000_000, not_found=5_000))
@@ -51,16 +51,14 @@ def test_a_bad_stretch_of_a_long_manifest_does_not_stop_it():
         (1_000_000, False, 10_000),
     ],
 )
-def test_by_itself_a_small_catalog_may_have_a_few_failures_and_a_first_run_more(
-    rows: int, first: bool, most: int
-):
+def test_default_budget_of_small_catalogs_and_of_first_runs(rows: int, first: bool, most: int):
     budget = Budget(rows, allowed_fraction("auto", rows, first=first))
     budget.check(Counter(truncated=most))
     with pytest.raises(BudgetExceeded):
         budget.check(Counter(truncated=most + 1))
 
 
-def test_a_fraction_that_was_given_is_kept_and_the_message_says_what_to_type():
+def test_given_fraction_is_used_and_the_message_names_the_flag_to_accept_the_run():
     assert allowed_fraction(0.0, 299, first=True) == 0.0
     budget = Budget(299, 0.01, folder="out/runs/night")
     with pytest.raises(BudgetExceeded, match=r"out/runs/night/quarantine.*--max-failed-fraction 0\.011$"):
@@ -68,7 +66,7 @@ def test_a_fraction_that_was_given_is_kept_and_the_message_says_what_to_type():
     Budget(299, 0.011).check(Counter(truncated=3))
 
 
-def test_one_reason_may_have_a_budget_of_its_own():
+def test_a_reason_can_have_a_separate_budget():
     budget = Budget(1_000, 0.5, {"not_found": 0.001})
     budget.check(Counter(truncated=400, not_found=1))
     with pytest.raises(
@@ -77,7 +75,7 @@ def test_one_reason_may_have_a_budget_of_its_own():
         budget.check(Counter(truncated=400, not_found=2))
 
 
-def test_what_an_earlier_session_left_counts_for_certainty_and_not_for_the_rate():
+def test_failures_of_earlier_sessions_count_for_the_budget_but_not_for_the_rate():
     budget = Budget(10_000, 0.1)
     budget.check_progress(RunProgress(300, 5_000, Counter(truncated=900), Counter()))
     with pytest.raises(BudgetExceeded, match="--retry-quarantine retries all"):

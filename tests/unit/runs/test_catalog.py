@@ -1,4 +1,4 @@
-"""Reading run folders back: records, the listing, rows."""
+"""Reading runs from storage: records, listing, rows."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from batchcls.runs.publish import publish
 from batchcls.runs.records import Measurements
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
-from tests.helpers.runs import Item, Night, begin_run, items, write_run
+from tests.helpers.runs import Item, RunDetails, items, start_run, write_run
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -37,8 +37,8 @@ def rows() -> list[Item]:
     return [*items(5), Item("bad", reason="truncated"), Item("last", label="dog")]
 
 
-def test_a_run_is_read_back_as_it_was_committed(output: str):
-    write_run(output, Night("night-1"), rows())
+def test_committed_run_is_read_back(output: str):
+    write_run(output, RunDetails("night-1"), rows())
     record = read_record(output, "night-1", Storage())
     assert (record.run_id, record.model.fingerprint, record.unpublishable) == ("night-1", "m" * 64, ())
     assert (record.counts.rows, record.counts.predicted, record.counts.quarantined) == (7, 6, 1)
@@ -48,9 +48,9 @@ def test_a_run_is_read_back_as_it_was_committed(output: str):
     assert record.committed.tzinfo is not None
 
 
-def test_only_listed_files_are_rows_of_the_run(output: str, tmp_path: Path):
+def test_only_listed_files_are_part_of_the_run(output: str, tmp_path: Path):
     storage = Storage()
-    folder = write_run(output, Night("night-1"), rows())
+    folder = write_run(output, RunDetails("night-1"), rows())
     record = read_record(output, "night-1", storage)
     leftover = storage.read_bytes(join(folder, record.files[0].path))
     storage.write_atomic(join(folder, "predictions", "leftover.parquet"), leftover)
@@ -66,8 +66,8 @@ def test_only_listed_files_are_rows_of_the_run(output: str, tmp_path: Path):
     assert open_parts(record, "quarantine", storage).to_table().column("reason").to_pylist() == ["truncated"]
 
 
-def test_a_run_without_failures_has_an_empty_quarantine(tmp_path: Path):
-    write_run(str(tmp_path), Night("night-1"), items(3))
+def test_run_without_failures_has_an_empty_quarantine(tmp_path: Path):
+    write_run(str(tmp_path), RunDetails("night-1"), items(3))
     record = read_record(str(tmp_path), "night-1", Storage())
     quarantine = open_parts(record, "quarantine", Storage())
     assert read_columns(quarantine, ["item_id", "reason"]).read_all().num_rows == 0
@@ -78,10 +78,10 @@ def test_runs_are_listed_newest_first_with_their_state(output: str):
     assert list_runs(output, storage) == []
     assert read_current(output, storage) is None
     for name, committed in (("a", "2026-11-20T03:00:00+00:00"), ("b", "2026-11-22T03:00:00+00:00")):
-        folder = write_run(output, Night(name), rows())
+        folder = write_run(output, RunDetails(name), rows())
         record = json.loads(storage.read_bytes(join(folder, "run.json")))
         storage.write_atomic(join(folder, "run.json"), json.dumps(record | {"committed": committed}).encode())
-    begin_run(output, Night("c"))
+    start_run(output, RunDetails("c"))
     storage.write_atomic(join(output, "runs", "half", "run.json"), b'{"run_id": "half"')
     storage.write_atomic(join(output, "runs", "remnant", "predictions", "part.parquet"), b"x")
     found = {run.run_id: run.state for run in list_runs(output, storage)}
@@ -97,8 +97,8 @@ def test_runs_are_listed_newest_first_with_their_state(output: str):
     assert read_current(output, storage) == "b"
 
 
-def test_an_older_run_without_the_newer_keys_is_read(tmp_path: Path):
-    folder = Path(write_run(str(tmp_path), Night("night-1"), rows()))
+def test_run_without_optional_keys_is_read(tmp_path: Path):
+    folder = Path(write_run(str(tmp_path), RunDetails("night-1"), rows()))
     old = json.loads((folder / "run.json").read_text())
     for name in ("gates", "summary", "measurements", "unpublishable", "stage_seconds"):
         old.pop(name, None)
@@ -117,32 +117,32 @@ def test_an_older_run_without_the_newer_keys_is_read(tmp_path: Path):
         {"committed": "yesterday"},
     ],
 )
-def test_a_damaged_record_is_refused(tmp_path: Path, change: dict):
-    folder = Path(write_run(str(tmp_path), Night("night-1"), rows()))
+def test_damaged_record_is_rejected(tmp_path: Path, change: dict):
+    folder = Path(write_run(str(tmp_path), RunDetails("night-1"), rows()))
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | change))
     with pytest.raises(DamagedRunError, match=r"night-1"):
         read_record(str(tmp_path), "night-1", Storage())
 
 
-def test_a_run_that_is_not_there_or_not_committed_is_refused(tmp_path: Path):
-    begin_run(str(tmp_path), Night("begun"))
-    for name in ("begun", "never"):
+def test_missing_or_uncommitted_run_is_rejected(tmp_path: Path):
+    start_run(str(tmp_path), RunDetails("unfinished"))
+    for name in ("unfinished", "never"):
         with pytest.raises(InputError, match=f"{name}: there is no committed run"):
             read_record(str(tmp_path), name, Storage())
 
 
-def test_a_missing_file_is_said_when_it_is_opened(tmp_path: Path):
-    folder = Path(write_run(str(tmp_path), Night("night-1"), rows()))
+def test_missing_file_is_reported_when_it_is_opened(tmp_path: Path):
+    folder = Path(write_run(str(tmp_path), RunDetails("night-1"), rows()))
     record = read_record(str(tmp_path), "night-1", Storage())
     (folder / record.files[0].path).unlink()
     with pytest.raises(InputError, match="there is no such file"):
         open_parts(record, "predictions", Storage())
 
 
-def test_batches_are_small_whatever_the_run(tmp_path: Path):
+def test_size_of_batches_does_not_depend_on_the_run(tmp_path: Path):
     writer_rows = items(40_000)
-    write_run(str(tmp_path), Night("night-1"), writer_rows, parts=1)
+    write_run(str(tmp_path), RunDetails("night-1"), writer_rows, parts=1)
     record = read_record(str(tmp_path), "night-1", Storage())
     assert pq.ParquetFile(Path(record.folder) / record.files[0].path).num_row_groups > 1
     batches = list(read_columns(open_parts(record, "predictions", Storage()), ["row"]))

@@ -1,4 +1,4 @@
-"""One odd record among many is one damaged run: every command about runs works, and names it."""
+"""An invalid record damages only its own run: all `runs` commands still work and name it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from batchcls.runs.plan import Fingerprints, PlannedReuse, RecordedEngines
 from batchcls.runs.publish import publish, published_or_damage
 from batchcls.runs.resume import find_unfinished
 from batchcls.storage.filesystem import Storage
-from tests.helpers.runs import Item, Night, begin_run, items, plan_of, write_run
+from tests.helpers.runs import Item, RunDetails, items, plan_of, start_run, write_run
 
 Call = Callable[..., tuple[int, str]]
 
 ODD = [None, True, -1, 10**400, 1.5, float("nan"), "", "x", "\ud800", "a\0b", [5], {"x": 1}]
-"""A value of every JSON type, and those that some language cannot hold."""
+"""A value of every JSON type, and values that some languages cannot represent."""
 
 BYTES = {
     "nothing": b"",
@@ -39,17 +39,17 @@ BYTES = {
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     def call_job(*arguments: str) -> tuple[int, str]:
         code = run("runs", runs.COMMANDS, arguments)
-        said = capsys.readouterr()
-        assert "unexpected error" not in said.err
-        assert "Traceback" not in said.err
-        return code, said.out + said.err
+        printed = capsys.readouterr()
+        assert "unexpected error" not in printed.err
+        assert "Traceback" not in printed.err
+        return code, printed.out + printed.err
 
     return call_job
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """Three committed nights, of which the last is published, one begun, and the run `odd`."""
+    """Three committed runs, the last of them published, an unfinished run, and the run `odd`."""
     more = {
         "baseline": None,
         "gates": [{"gate": "g", "value": 0.5, "limit": None, "passed": True, "message": "s"}],
@@ -62,15 +62,15 @@ def output(tmp_path: Path) -> Path:
         },
     }
     for name in ("a", "b", "odd", "c"):
-        write_run(str(tmp_path), Night(name, more=more), [*items(4), Item("bad", reason="truncated")])
-    begin_run(str(tmp_path), Night("begun"))
+        write_run(str(tmp_path), RunDetails(name, more=more), [*items(4), Item("bad", reason="truncated")])
+    start_run(str(tmp_path), RunDetails("unfinished"))
     for name in ("b", "c"):
         publish(str(tmp_path), name, Storage())
     return tmp_path
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Where something can be replaced in a JSON value; of a list, in its first entry."""
+    """Positions of a JSON value that can be replaced; of a list, only its first entry."""
     if path:
         yield path
     entries = (
@@ -94,25 +94,25 @@ def replaced(value: Any, path: tuple[str | int, ...], odd: object) -> Any:
 
 
 def every_command(output: Path, call: Call, odd: str) -> None:
-    """Each says what it should of the sound runs, and ends with a code of its own for the odd one."""
+    """Every command works on the valid runs, and ends with a defined exit code for the odd one."""
     at = ("--output", str(output))
-    code, said = call("list", *at)
+    code, printed = call("list", *at)
     assert code == 0
-    for name in ("a", "b", "c", "begun", odd):
-        assert any(name in line.split()[:2] for line in said.splitlines()), said
+    for name in ("a", "b", "c", "unfinished", odd):
+        assert any(name in line.split()[:2] for line in printed.splitlines()), printed
     for command in (["show", "b"], ["diff", "a", "published"], ["verify", "c"], ["show", "previous"]):
         assert call(*command, *at)[0] == 0
-    code, said = call("prune", "--keep", "0", "--grace-hours", "0", *at)
-    assert (code, "runs would be removed" in said) == (0, True)
+    code, printed = call("prune", "--keep", "0", "--grace-hours", "0", *at)
+    assert (code, "runs would be removed" in printed) == (0, True)
     for command in (["show", odd], ["diff", odd, "c"], ["verify", odd], ["publish", odd], ["report", odd]):
-        code, said = call(*command, *at)
+        code, printed = call(*command, *at)
         assert code in (0, 1, 2, 3)
-        assert code == 0 or odd in said
+        assert code == 0 or odd in printed
 
 
 @pytest.mark.parametrize("document", ["run.json", "plan.json"])
 @pytest.mark.parametrize("kind", BYTES)
-def test_a_record_that_is_no_json_object_is_one_damaged_run(
+def test_record_that_is_not_a_json_object_is_one_damaged_run(
     output: Path, call: Call, document: str, kind: str
 ):
     (output / "runs" / "odd" / document).write_bytes(BYTES[kind])
@@ -121,8 +121,8 @@ def test_a_record_that_is_no_json_object_is_one_damaged_run(
         assert {one.run_id: one.state for one in list_runs(str(output), Storage())}["odd"] == State.DAMAGED
 
 
-def test_a_folder_or_a_loop_where_a_file_should_be_is_one_damaged_run(output: Path, call: Call):
-    for name, document in (("odd", "run.json"), ("begun", "plan.json")):
+def test_folder_or_link_loop_instead_of_a_file_is_one_damaged_run(output: Path, call: Call):
+    for name, document in (("odd", "run.json"), ("unfinished", "plan.json")):
         (output / "runs" / name / document).unlink()
         (output / "runs" / name / document).mkdir()
         every_command(output, call, name)
@@ -130,11 +130,11 @@ def test_a_folder_or_a_loop_where_a_file_should_be_is_one_damaged_run(output: Pa
         (output / "runs" / name / document).symlink_to(document)
         every_command(output, call, name)
     states = {one.run_id: one.state for one in list_runs(str(output), Storage())}
-    assert (states["odd"], states["begun"]) == (State.DAMAGED, State.DAMAGED)
+    assert (states["odd"], states["unfinished"]) == (State.DAMAGED, State.DAMAGED)
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
-def test_any_value_in_any_place_of_run_json_is_at_most_one_damaged_run(output: Path, call: Call, odd: object):
+def test_any_value_at_any_position_of_run_json_damages_at_most_one_run(output: Path, call: Call, odd: object):
     path = output / "runs" / "odd" / "run.json"
     sound = json.loads(path.read_text())
     found = list(places(sound))
@@ -143,53 +143,53 @@ def test_any_value_in_any_place_of_run_json_is_at_most_one_damaged_run(output: P
         path.write_text(json.dumps(replaced(sound, place, odd)))
         listed = {one.run_id: one for one in list_runs(str(output), Storage())}
         assert [listed[name].state for name in "abc"] == [State.COMMITTED] * 3
-        if listed["odd"].state is State.COMMITTED:  # then everything can be done with it
+        if listed["odd"].state is State.COMMITTED:  # then all commands work
             for command in (["list"], ["show", "odd"]):
-                code, said = call(*command, "--output", str(output))
-                assert code == 0 or (code == 2 and "odd" in said), (place, said)
+                code, printed = call(*command, "--output", str(output))
+                assert code == 0 or (code == 2 and "odd" in printed), (place, printed)
         else:
             assert "odd" in listed["odd"].detail
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
-def test_any_value_in_any_place_of_a_plan_keeps_nobody_from_beginning(output: Path, odd: object):
-    path = output / "runs" / "begun" / "plan.json"
+def test_any_value_at_any_position_of_a_plan_never_prevents_a_new_run(output: Path, odd: object):
+    path = output / "runs" / "unfinished" / "plan.json"
     sound = json.loads(path.read_text()) | {
         "fingerprints": {"manifest": "m", "model": "x", "settings": {"top_k": 5}}
     }
     sound["reuse"] = {"run_id": "a", "by_row": False}
     wanted = Fingerprints(manifest="m", model="x", settings={"top_k": 5})
     path.write_text(json.dumps(sound))
-    assert getattr(find_unfinished(str(output), None, wanted, Storage()), "run_id", None) == "begun"
+    assert getattr(find_unfinished(str(output), None, wanted, Storage()), "run_id", None) == "unfinished"
     for place in places(sound):
         path.write_text(json.dumps(replaced(sound, place, odd)))
-        begun = find_unfinished(str(output), None, wanted, Storage())
-        if begun is not None:
-            assert isinstance(begun.engines, RecordedEngines)
-            assert begun.reuse is None or isinstance(begun.reuse, PlannedReuse)
+        unfinished = find_unfinished(str(output), None, wanted, Storage())
+        if unfinished is not None:
+            assert isinstance(unfinished.engines, RecordedEngines)
+            assert unfinished.reuse is None or isinstance(unfinished.reuse, PlannedReuse)
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
-def test_any_value_in_any_place_of_current_json_is_told(output: Path, call: Call, odd: object):
+def test_any_value_at_any_position_of_current_json_is_handled(output: Path, call: Call, odd: object):
     path = output / "current.json"
     sound = json.loads(path.read_text())
     for place in places(sound):
         path.write_text(json.dumps(replaced(sound, place, odd)))
-        if published_or_damage(str(output), Storage())[1] is None:  # then everything can be done with it
+        if published_or_damage(str(output), Storage())[1] is None:  # then all commands work
             for command in (["list"], ["prune", "--keep", "9"], ["rollback", "--no-verify"]):
-                code, said = call(*command, "--output", str(output))
-                assert code in (0, 3), (place, said)
+                code, printed = call(*command, "--output", str(output))
+                assert code in (0, 3), (place, printed)
 
 
-def test_a_damaged_current_json_is_shown_and_replaced_by_force(output: Path, call: Call):
+def test_damaged_current_json_is_reported_and_replaced_by_force(output: Path, call: Call):
     (output / "current.json").write_text("{")
     at = ("--output", str(output))
     for command in (["list"], ["show", "a"]):
-        code, said = call(*command, *at)
-        assert (code, "current.json is damaged" in said.replace("\n", " ")) == (0, True)
+        code, printed = call(*command, *at)
+        assert (code, "current.json is damaged" in printed.replace("\n", " ")) == (0, True)
     for command in (["publish", "b"], ["rollback"], ["show"], ["prune", "--keep", "0"]):
-        code, said = call(*command, *at)
-        assert (code, "runs publish RUN --force" in said.replace("\n", " ")) == (2, True), said
+        code, printed = call(*command, *at)
+        assert (code, "runs publish RUN --force" in printed.replace("\n", " ")) == (2, True), printed
     assert call("publish", "b", *at, "--force")[0] == 0
     assert json.loads((output / "current.json").read_text())["run_id"] == "b"
 
@@ -212,11 +212,11 @@ def _part_cut(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_gone, _cut_record, _part_gone, _part_cut])
-def test_whose_published_neighbor_is_gone_or_cut_computes(
+def test_nothing_is_reused_if_the_published_run_is_missing_or_truncated(
     output: Path, damage: Callable[[Path], None], log: pytest.LogCaptureFixture
 ):
     config = ClassifyConfig(manifest="m", model="x", output=str(output))
-    plan = plan_of(Night("new"), 4)
+    plan = plan_of(RunDetails("new"), 4)
     assert choose_reuse_source(config, plan, Storage()) == PlannedReuse(run_id="c", by_row=False)
     damage(output / "runs" / "c")
     assert choose_reuse_source(config, plan, Storage()) is None

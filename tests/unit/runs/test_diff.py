@@ -1,4 +1,4 @@
-"""Two runs beside each other, held against what is known of them."""
+"""Differences of two runs with known contents."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from batchcls.runs.catalog import read_record
 from batchcls.runs.diff import CAUSES, STATUSES, RunDiff, diff_runs
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
-from tests.helpers.runs import Item, Night, write_run
+from tests.helpers.runs import Item, RunDetails, write_run
 
 OLD = [
     Item("same", "cat", content_hash="1"),
@@ -39,8 +39,8 @@ NEW = [
 
 
 def diff(output: str, *, model: str = "m" * 64, to: str | None = None) -> RunDiff:
-    write_run(output, Night("old"), OLD)
-    write_run(output, Night("new", model=model), NEW)
+    write_run(output, RunDetails("old"), OLD)
+    write_run(output, RunDetails("new", model=model), NEW)
     return diff_runs(*(read_record(output, name, Storage()) for name in ("old", "new")), Storage(), to=to)
 
 
@@ -66,7 +66,7 @@ def test_every_item_has_a_status(tmp_path: Path):
         ("n" * 64, {"image": 0, "neither": 0, "model": 1, "image_and_model": 1}),
     ],
 )
-def test_churn_is_split_by_cause(tmp_path: Path, model: str, causes: dict):
+def test_changed_labels_are_counted_by_cause(tmp_path: Path, model: str, causes: dict):
     found = diff(str(tmp_path), model=model)
     assert found.causes == causes
     assert set(causes) == set(CAUSES)
@@ -78,7 +78,7 @@ def test_churn_is_split_by_cause(tmp_path: Path, model: str, causes: dict):
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_it_is_written_as_parquet_and_json(where: str, tmp_path: Path, request: pytest.FixtureRequest):
+def test_diff_is_written_as_parquet_and_json(where: str, tmp_path: Path, request: pytest.FixtureRequest):
     output = str(tmp_path)
     if where == "s3":
         server: S3Server = request.getfixturevalue("s3")
@@ -103,20 +103,20 @@ def test_it_is_written_as_parquet_and_json(where: str, tmp_path: Path, request: 
     assert RunDiff.from_json(storage.read_bytes(join(to, "diff.json"))) == found
 
 
-def test_a_run_beside_itself_has_no_differences(tmp_path: Path):
-    write_run(str(tmp_path), Night("a"), OLD)
+def test_run_has_no_differences_from_itself(tmp_path: Path):
+    write_run(str(tmp_path), RunDetails("a"), OLD)
     record = read_record(str(tmp_path), "a", Storage())
     found = diff_runs(record, record, Storage())
     assert {name for name, count in found.statuses.items() if count} == {"unchanged", "still_failed"}
     assert (found.flows, found.category_shift, found.images_changed) == ((), 0.0, 0)
 
 
-def test_an_answer_without_a_label_is_an_answer(tmp_path: Path):
+def test_prediction_without_a_label_counts_as_a_prediction(tmp_path: Path):
     unsure = Item("unsure", "cat", abstained=True)
     old = [Item("sure, then not", "cat"), Item("not sure, then", abstained=True), unsure]
     new = [Item("sure, then not", "cat", abstained=True), Item("not sure, then", "dog"), unsure]
-    write_run(str(tmp_path), Night("old"), old)
-    write_run(str(tmp_path), Night("new"), new)
+    write_run(str(tmp_path), RunDetails("old"), old)
+    write_run(str(tmp_path), RunDetails("new"), new)
     found = diff_runs(*(read_record(str(tmp_path), name, Storage()) for name in ("old", "new")), Storage())
     assert (found.statuses["changed"], found.statuses["unchanged"], found.compared) == (2, 1, 3)
     assert {(flow.old_label, flow.new_label) for flow in found.flows} == {("cat", None), (None, "dog")}

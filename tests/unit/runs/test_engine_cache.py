@@ -55,7 +55,7 @@ def _load(output, fingerprint=FINGERPRINT, hardware=SERVER, request=EngineReques
     return load(output, fingerprint, hardware, request, Storage())
 
 
-def test_a_choice_comes_back_as_it_was(output):
+def test_selection_is_read_back(output):
     assert _load(output) is None
     measured = _measured()
     uri = save(output, measured, Storage())
@@ -64,7 +64,7 @@ def test_a_choice_comes_back_as_it_was(output):
     assert _load(output).choice == EngineChoice("openvino", "bf16")
 
 
-def test_it_holds_for_its_model_and_its_kind_of_node_only(output):
+def test_selection_is_only_used_for_its_model_and_kind_of_node(output):
     save(output, _measured(), Storage())
     assert _load(output, hardware=LAPTOP) is None
     assert _load(output, fingerprint="f" * 64) is None
@@ -83,7 +83,7 @@ def test_it_holds_for_its_model_and_its_kind_of_node_only(output):
         EngineRequest(tolerance=AccuracyTolerance(int8_min_agreement=0.97)),
     ],
 )
-def test_another_request_is_measured_again(output, other_request):
+def test_engines_are_measured_again_for_another_request(output, other_request):
     save(output, _measured(), Storage())
     assert _load(output, request=other_request) is None
     save(output, _measured(request=other_request), Storage())
@@ -92,13 +92,13 @@ def test_another_request_is_measured_again(output, other_request):
 
 
 @pytest.mark.parametrize("versions", [{"openvino": "2020.1"}, {"torch": "0.1"}, {}])
-def test_other_versions_are_measured_again(output, versions):
+def test_engines_are_measured_again_for_other_package_versions(output, versions):
     save(output, _measured(versions={**installed_versions(), **versions} if versions else {}), Storage())
     assert _load(output) is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "field", "format", "text"])
-def test_a_damaged_file_is_a_warning_and_measured_again(output, log, damage):
+def test_damaged_file_is_logged_and_engines_are_measured_again(output, log, damage):
     uri = save(output, _measured(), Storage())
     text = Storage().read_bytes(uri).decode()
     record = json.loads(text)
@@ -113,13 +113,13 @@ def test_a_damaged_file_is_a_warning_and_measured_again(output, log, damage):
     assert f"{uri_of(output, FINGERPRINT, SERVER.key)} is damaged or of another version" in log.text
 
 
-def test_a_store_that_cannot_be_written_to_is_named(tmp_path):
+def test_error_names_a_store_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file"):
         save(str(tmp_path / "file"), _measured(), Storage())
 
 
-def test_the_module_needs_no_torch(tmp_path):
+def test_module_does_not_import_torch(tmp_path):
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""A driver that is stopped by a signal and wakes up late never publishes over a newer run."""
+"""A driver that is stopped by a signal and resumed late never replaces a newer published run."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from batchcls.runs.catalog import list_run, read_current
 from batchcls.runs.publish import publish
 from batchcls.storage.filesystem import Storage
 from tests.conftest import REPOSITORY
-from tests.helpers.runs import Night, begin_run, begun_on, items, write_run
+from tests.helpers.runs import RunDetails, items, set_created, start_run, write_run
 
 DRIVER = """
 import os, signal, sys
@@ -24,7 +24,7 @@ from batchcls.runs.gate_evaluation import evaluate_gates, publish_if_passed
 from batchcls.runs.gates import Limits
 from batchcls.runs.records import Measurements
 from batchcls.storage.filesystem import Storage
-from tests.helpers.runs import Night, items, plan_of, write_parts
+from tests.helpers.runs import RunDetails, items, plan_of, write_parts
 
 output, stops = sys.argv[1:]
 storage = Storage()
@@ -41,7 +41,7 @@ def stopping_compare_and_swap(*arguments):
     real(*arguments)
 publish.compare_and_swap = stopping_compare_and_swap
 
-plan, folder = plan_of(Night("yesterday"), 200), f"{output}/runs/yesterday"
+plan, folder = plan_of(RunDetails("yesterday"), 200), f"{output}/runs/yesterday"
 receipts = write_parts(folder, items(100), storage, parts=1)
 at("before the last receipt")
 receipts = write_parts(folder, items(200), storage)
@@ -63,28 +63,28 @@ PLACES = ("before the last receipt", "before the commit", "before the publish", 
 @pytest.mark.parametrize(
     ("place", "is_newer"), [*((place, True) for place in PLACES), ("before the swap", False)]
 )
-def test_a_driver_that_wakes_up_late(tmp_path: Path, place: str, is_newer: bool):
-    """Tonight's run, or one that is older still, is published while yesterday's driver is stopped."""
+def test_driver_that_is_resumed_late_does_not_replace_a_newer_run(tmp_path: Path, place: str, is_newer: bool):
+    """A newer or an even older run is published while yesterday's driver is stopped."""
     output = str(tmp_path)
-    begin_run(output, Night("yesterday"))
-    begun_on(output, "yesterday", "2026-11-25T01:15:00+00:00")
+    start_run(output, RunDetails("yesterday"))
+    set_created(output, "yesterday", "2026-11-25T01:15:00+00:00")
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, output, place], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
     try:
         _, status = os.waitpid(driver.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status)
-        write_run(output, Night("other"), items(200))
-        begun_on(output, "other", f"2026-11-2{6 if is_newer else 4}T01:15:00+00:00")
+        write_run(output, RunDetails("other"), items(200))
+        set_created(output, "other", f"2026-11-2{6 if is_newer else 4}T01:15:00+00:00")
         publish(output, "other", Storage())
         driver.send_signal(signal.SIGCONT)
-        said, _ = driver.communicate(timeout=60)
+        printed, _ = driver.communicate(timeout=60)
     finally:
         driver.kill()
         driver.wait()
     assert list_run(output, "yesterday", Storage()).record is not None
     if is_newer:
-        assert (driver.returncode, "before run other, which is published" in said) == (3, True)
+        assert (driver.returncode, "before run other, which is published" in printed) == (3, True)
         assert read_current(output, Storage()) == "other"
     else:
-        assert (driver.returncode, read_current(output, Storage())) == (0, "yesterday"), said
+        assert (driver.returncode, read_current(output, Storage())) == (0, "yesterday"), printed

@@ -1,4 +1,4 @@
-"""Gates: the summary they judge by, each figure against a hand-made one, and the verdict on a run."""
+"""Gates: the summary, each value against one computed by hand, and the decision on a run."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from batchcls.runs.publish import publish, read_published
 from batchcls.runs.records import Counts, EmbeddingStatistics, GateResult, Measurements, Summary
 from batchcls.runs.summary import changed_labels, jensen_shannon, summarize, summary_of
 from batchcls.storage.filesystem import Storage
-from tests.helpers.runs import Item, Night, begun_on, items, plan_of, write_parts, write_run
+from tests.helpers.runs import Item, RunDetails, items, plan_of, set_created, write_parts, write_run
 
 
 def config_of(output: object, **settings: Any) -> ClassifyConfig:
@@ -30,9 +30,11 @@ def config_of(output: object, **settings: Any) -> ClassifyConfig:
     )
 
 
-def verdict_on(output: Path, rows: list[Item], night: Night | None = None, **settings: Any) -> GateDecision:
-    """What the gates say of these rows, before anything is committed."""
-    night = night or Night("new")
+def evaluate(
+    output: Path, rows: list[Item], night: RunDetails | None = None, **settings: Any
+) -> GateDecision:
+    """The gate decision for these rows before the commit."""
+    night = night or RunDetails("new")
     folder = create_plan(plan_of(night, len(rows)), str(output), Storage())
     receipts = write_parts(folder, rows, Storage())
     totals = reconcile(receipts, len(rows))
@@ -40,14 +42,14 @@ def verdict_on(output: Path, rows: list[Item], night: Night | None = None, **set
     return evaluate_gates(plan_of(night, len(rows)), receipts, totals, limits, str(output), Storage())
 
 
-def published(output: Path, rows: list[Item], night: Night | None = None) -> None:
-    night = night or Night("old")
+def published(output: Path, rows: list[Item], night: RunDetails | None = None) -> None:
+    night = night or RunDetails("old")
     write_run(str(output), night, rows)
     publish(str(output), night.run_id, Storage())
 
 
-def gate(verdict: GateDecision, name: str) -> GateResult:
-    (found,) = [entry for entry in verdict.gates if entry.gate == name]
+def gate(decision: GateDecision, name: str) -> GateResult:
+    (found,) = [entry for entry in decision.gates if entry.gate == name]
     return found
 
 
@@ -58,7 +60,7 @@ def mixed(cats: int, dogs: int, **changes: Any) -> list[Item]:
     ]
 
 
-def test_a_summary_is_what_numpy_says(tmp_path: Path):
+def test_summary_agrees_with_numpy(tmp_path: Path):
     draw = np.random.default_rng(7)
     rows = [
         Item(
@@ -69,7 +71,7 @@ def test_a_summary_is_what_numpy_says(tmp_path: Path):
         )
         for i in range(500)
     ]
-    write_run(str(tmp_path), Night("a"), [*rows, Item("bad", reason="corrupt")])
+    write_run(str(tmp_path), RunDetails("a"), [*rows, Item("bad", reason="corrupt")])
     record = read_record(str(tmp_path), "a", Storage())
     summary = summarize(record.folder, record.files, Storage())
     probabilities = np.array([row.probability for row in rows], np.float32)
@@ -87,15 +89,15 @@ def test_a_summary_is_what_numpy_says(tmp_path: Path):
 
 
 def test_confidence_one_is_in_the_last_bin_and_an_empty_run_has_no_mean(tmp_path: Path):
-    write_run(str(tmp_path), Night("a"), items(3, probability=1.0))
+    write_run(str(tmp_path), RunDetails("a"), items(3, probability=1.0))
     assert summary_of(read_record(str(tmp_path), "a", Storage()), Storage()).confidence_histogram[-1] == 3
-    write_run(str(tmp_path), Night("b"), items(3, reason="corrupt"))
+    write_run(str(tmp_path), RunDetails("b"), items(3, reason="corrupt"))
     empty = summary_of(read_record(str(tmp_path), "b", Storage()), Storage())
     assert (empty.predictions, empty.mean_confidence, empty.embeddings) == (0, None, None)
 
 
-def test_a_part_that_is_gone_is_bad_input_and_not_a_smaller_run(tmp_path: Path):
-    folder = Path(write_run(str(tmp_path), Night("a"), items(10)))
+def test_missing_part_is_an_error_and_not_a_smaller_run(tmp_path: Path):
+    folder = Path(write_run(str(tmp_path), RunDetails("a"), items(10)))
     record = read_record(str(tmp_path), "a", Storage())
     part = folder / record.files[-1].path
     part.write_bytes(part.read_bytes()[:100])
@@ -118,37 +120,35 @@ def test_jensen_shannon_distance(first: dict, second: dict, distance: float):
     assert jensen_shannon(first, second) == pytest.approx(distance, abs=1e-12)
 
 
-def test_a_first_run_meets_only_gates_without_baseline(tmp_path: Path):
-    verdict = verdict_on(tmp_path, mixed(100, 20))
-    assert {entry.gate for entry in verdict.gates} == {
+def test_first_run_only_has_gates_without_baseline(tmp_path: Path):
+    decision = evaluate(tmp_path, mixed(100, 20))
+    assert {entry.gate for entry in decision.gates} == {
         "failed_fraction",
         "coverage_fraction",
         "mean_confidence",
         "non_finite_embeddings",
     }
-    assert failed_gates(verdict.gates) == []
-    assert verdict.published.run_id is None
+    assert failed_gates(decision.gates) == []
+    assert decision.published.run_id is None
 
 
-def test_failures_are_judged_overall_and_by_reason(tmp_path: Path):
+def test_gates_on_failures_overall_and_by_reason(tmp_path: Path):
     rows = [*items(96), *(Item(f"b{i}", reason="not_found") for i in range(3)), Item("c", reason="corrupt")]
     limits = {"not_found": 0.02, "corrupt": 0.01, "timeout": 0.0}
-    verdict = verdict_on(
+    decision = evaluate(
         tmp_path, rows, gate_max_failed_fraction=0.04, gate_max_failed_fraction_by_reason=limits
     )
-    assert [entry.gate for entry in failed_gates(verdict.gates)] == ["failed_fraction_not_found"]
-    assert gate(verdict, "failed_fraction").value == pytest.approx(0.04)
-    found = gate(verdict, "failed_fraction_not_found")
+    assert [entry.gate for entry in failed_gates(decision.gates)] == ["failed_fraction_not_found"]
+    assert gate(decision, "failed_fraction").value == pytest.approx(0.04)
+    found = gate(decision, "failed_fraction_not_found")
     assert (found.value, found.limit) == (pytest.approx(0.03), pytest.approx(0.02))
     assert "3 of 100 rows failed with not_found (3.00%); the limit is at most 2.00%" in found.message
 
 
-def test_coverage_falls_back_on_the_failed_fraction(tmp_path: Path):
+def test_coverage_limit_defaults_to_the_failed_fraction(tmp_path: Path):
     rows = [*items(96), *(Item(f"b{i}", reason="not_found") for i in range(4))]
-    assert gate(verdict_on(tmp_path / "a", rows, gate_max_failed_fraction=0.04), "coverage_fraction").passed
-    assert not gate(
-        verdict_on(tmp_path / "b", rows, gate_max_failed_fraction=0.03), "coverage_fraction"
-    ).passed
+    assert gate(evaluate(tmp_path / "a", rows, gate_max_failed_fraction=0.04), "coverage_fraction").passed
+    assert not gate(evaluate(tmp_path / "b", rows, gate_max_failed_fraction=0.03), "coverage_fraction").passed
 
 
 @pytest.mark.parametrize(
@@ -176,46 +176,48 @@ def test_coverage_falls_back_on_the_failed_fraction(tmp_path: Path):
 )
 def test_gates_against_the_published_run(tmp_path: Path, name: str, old: list, new: list, figure: float):
     published(tmp_path, old)
-    found = gate(verdict_on(tmp_path, new), name)
+    found = gate(evaluate(tmp_path, new), name)
     assert found.value == pytest.approx(figure, rel=1e-6)
     assert found.passed == (figure == 0.0)
 
 
-def test_every_gate_can_be_opened(tmp_path: Path):
+def test_every_gate_can_be_disabled(tmp_path: Path):
     published(tmp_path, mixed(100, 100))
     wide = {name: 1.0 for name in GateSettings.model_fields if "max" in name and "by_reason" not in name}
     wide |= {"gate_max_non_finite_embeddings": 1000, "gate_min_mean_confidence": 0.0}
     wide |= {"gate_max_embedding_norm_shift_fraction": 10.0, "gate_max_row_count_change_fraction": 10.0}
     worse = items(900, label="bird", probability=0.05, embedding=(float("nan"), 0.0, 0.0, 0.0))
-    assert len(failed_gates(verdict_on(tmp_path / "absolute", worse).gates)) == 2
-    verdict = verdict_on(tmp_path, worse, **wide)
-    assert failed_gates(verdict.gates) == []
+    assert len(failed_gates(evaluate(tmp_path / "absolute", worse).gates)) == 2
+    decision = evaluate(tmp_path, worse, **wide)
+    assert failed_gates(decision.gates) == []
 
 
-def test_non_finite_embeddings_are_counted_and_left_out_of_the_norms(tmp_path: Path):
+def test_non_finite_embeddings_are_counted_and_excluded_from_the_norms(tmp_path: Path):
     rows = [*items(198), *items(1, embedding=(float("inf"), 0, 0, 0)), *items(1, embedding=(1e25, 0, 0, 0))]
-    verdict = verdict_on(tmp_path, rows)
-    found = gate(verdict, "non_finite_embeddings")
+    decision = evaluate(tmp_path, rows)
+    found = gate(decision, "non_finite_embeddings")
     assert (found.value, found.limit, found.passed) == (1.0, 0.0, False)
-    assert verdict.summary.embeddings is not None
-    assert verdict.summary.embeddings.rows == 199
+    assert decision.summary.embeddings is not None
+    assert decision.summary.embeddings.rows == 199
 
 
-def test_a_small_catalog_is_judged_by_limits_for_so_many_rows(tmp_path: Path):
-    """297 rows, each of a category of its own: eight other labels are 0.1 of distance, and no reason to refuse."""
+def test_limits_are_widened_for_a_small_catalog(tmp_path: Path):
+    """297 rows in 297 categories: eight changed labels are a distance of 0.1, which does not fail the gate."""
     rows = [Item(f"i{i}", f"label {i}", 0.5 + 0.4 * (i % 2)) for i in range(297)]
     swapped = [
         Item(f"i{i}", f"label {(i * 7 + 11) % 297}" if i < 8 else f"label {i}", 0.6) for i in range(297)
     ]
     published(tmp_path, rows)
-    verdict = verdict_on(tmp_path, swapped)
-    shift = gate(verdict, "category_shift")
+    decision = evaluate(tmp_path, swapped)
+    shift = gate(decision, "category_shift")
     assert shift.value > 0.1
     assert shift.passed
     assert "(0.1 plus the sampling error of 297 rows)" in shift.message
-    # The mean went from 0.7 to 0.6 and the rows of a night vary by 0.2: beyond 0.05 by more than chance.
-    assert not gate(verdict, "mean_confidence_shift").passed
-    collapsed = verdict_on(tmp_path, [Item(f"i{i}", "label 0", 0.7) for i in range(297)], Night("collapsed"))
+    # The mean changed from 0.7 to 0.6 with a deviation of 0.2: more than 0.05 plus the sampling error.
+    assert not gate(decision, "mean_confidence_shift").passed
+    collapsed = evaluate(
+        tmp_path, [Item(f"i{i}", "label 0", 0.7) for i in range(297)], RunDetails("collapsed")
+    )
     assert {found.gate for found in failed_gates(collapsed.gates)} == {
         "changed_labels_fraction",
         "category_shift",
@@ -223,8 +225,8 @@ def test_a_small_catalog_is_judged_by_limits_for_so_many_rows(tmp_path: Path):
 
 
 @pytest.mark.parametrize("rows", [120, 1_000, 20_000])
-def test_samples_of_one_catalog_are_refused_no_more_often_than_chance(rows: int):
-    """Two nights of other items with the same mix and confidence; shifts of twice the limit are found by 1,000 rows."""
+def test_samples_of_one_catalog_fail_no_more_often_than_by_chance(rows: int):
+    """Two samples with the same mix and confidence; 1,000 rows detect shifts of twice the limit."""
     random = np.random.default_rng(0)
     mix = random.dirichlet(np.ones(30))
 
@@ -260,7 +262,7 @@ def test_samples_of_one_catalog_are_refused_no_more_often_than_chance(rows: int)
             )
 
 
-def test_a_baseline_that_kept_no_deviation_is_taken_at_its_widest():
+def test_missing_standard_deviation_is_the_largest_possible_one():
     raw = {
         "predictions": 100,
         "categories": {"a": 100},
@@ -271,43 +273,43 @@ def test_a_baseline_that_kept_no_deviation_is_taken_at_its_widest():
     assert Summary.model_validate_json(json.dumps(raw)).std_confidence == pytest.approx(0.3)
 
 
-def test_few_rows_are_not_judged_against_each_other(tmp_path: Path):
+def test_relative_gates_are_not_evaluated_on_few_rows(tmp_path: Path):
     published(tmp_path, mixed(30, 0))
-    verdict = verdict_on(tmp_path, [Item(f"cat-{i}", "dog", 0.1) for i in range(50)])
-    assert failed_gates(verdict.gates) == []
-    assert gate(verdict, "changed_labels_fraction").value is None
-    assert "30 rows to compare" in gate(verdict, "changed_labels_fraction").message
+    decision = evaluate(tmp_path, [Item(f"cat-{i}", "dog", 0.1) for i in range(50)])
+    assert failed_gates(decision.gates) == []
+    assert gate(decision, "changed_labels_fraction").value is None
+    assert "30 rows to compare" in gate(decision, "changed_labels_fraction").message
 
 
-def test_another_model_is_judged_the_same_and_named(tmp_path: Path):
+def test_another_model_has_the_same_limits_and_is_mentioned(tmp_path: Path):
     published(tmp_path, mixed(200, 0))
     new = [Item(f"cat-{i}", "dog") for i in range(200)]
-    verdict = verdict_on(tmp_path, new, Night("new", model="n" * 64))
-    found = gate(verdict, "changed_labels_fraction")
+    decision = evaluate(tmp_path, new, RunDetails("new", model="n" * 64))
+    found = gate(decision, "changed_labels_fraction")
     assert not found.passed
     assert "the model is another one" in found.message
 
 
-def test_a_published_run_that_cannot_be_read_is_a_refusal_and_no_error(tmp_path: Path):
+def test_unreadable_published_run_fails_the_baseline_gate(tmp_path: Path):
     published(tmp_path, mixed(200, 0))
     (tmp_path / "runs" / "old" / "run.json").write_text("{}")
-    verdict = verdict_on(tmp_path, mixed(200, 0))
-    assert [entry.gate for entry in failed_gates(verdict.gates)] == ["baseline"]
+    decision = evaluate(tmp_path, mixed(200, 0))
+    assert [entry.gate for entry in failed_gates(decision.gates)] == ["baseline"]
 
 
-def test_a_current_json_that_cannot_be_read_stops_before_the_commit(tmp_path: Path):
+def test_damaged_current_json_stops_the_run_before_the_commit(tmp_path: Path):
     published(tmp_path, mixed(200, 0))
     (tmp_path / "current.json").write_text("{")
     with pytest.raises(StorageStoppedError, match=r"current\.json is damaged.*not committed") as caught:
-        verdict_on(tmp_path, mixed(200, 0))
+        evaluate(tmp_path, mixed(200, 0))
     assert caught.value.exit_code == 4
 
 
-def test_a_refused_publish_leaves_the_old_run_and_says_gate_figure_and_limit(tmp_path: Path):
+def test_failed_gate_keeps_the_published_run_and_names_value_and_limit(tmp_path: Path):
     published(tmp_path, mixed(200, 0))
-    verdict = verdict_on(tmp_path, mixed(150, 0))
+    decision = evaluate(tmp_path, mixed(150, 0))
     with pytest.raises(PublishRefused) as caught:
-        publish_if_passed(plan_of(Night("new"), 150), verdict, str(tmp_path), Storage())
+        publish_if_passed(plan_of(RunDetails("new"), 150), decision, str(tmp_path), Storage())
     for word in ("row_count_change_fraction", "150 rows, 200 in run old", "at most 10.00%"):
         assert word in str(caught.value)
     assert read_current(str(tmp_path), Storage()) == "old"
@@ -315,99 +317,99 @@ def test_a_refused_publish_leaves_the_old_run_and_says_gate_figure_and_limit(tmp
 
 
 def ready(output: Path, rows: list[Item], created: str = "2026-11-26T01:15:00+00:00") -> GateDecision:
-    """The run `ready`, committed and not published yet, and its verdict."""
-    night = Night("ready")
-    verdict = verdict_on(output, rows, night)
+    """Commit the run `ready` without publishing it; returns its decision."""
+    night = RunDetails("ready")
+    decision = evaluate(output, rows, night)
     receipts = write_parts(run_folder(str(output), "ready"), rows, Storage())
-    findings = verdict.findings(Measurements())
+    findings = decision.findings(Measurements())
     folder = run_folder(str(output), "ready")
     commit(plan_of(night, len(rows)), receipts, reconcile(receipts, len(rows)), findings, Storage(), folder)
-    begun_on(str(output), "ready", created)
-    return verdict
+    set_created(str(output), "ready", created)
+    return decision
 
 
-def publish_ready(output: Path, verdict: GateDecision, rows: int) -> GateDecision:
-    return publish_if_passed(plan_of(Night("ready"), rows), verdict, str(output), Storage())
+def publish_ready(output: Path, decision: GateDecision, rows: int) -> GateDecision:
+    return publish_if_passed(plan_of(RunDetails("ready"), rows), decision, str(output), Storage())
 
 
 def publish_meanwhile(output: Path, rows: list[Item], created: str) -> None:
-    write_run(str(output), Night("other"), rows)
-    begun_on(str(output), "other", created)
+    write_run(str(output), RunDetails("other"), rows)
+    set_created(str(output), "other", created)
     publish(str(output), "other", Storage(), force=True)
 
 
-def test_where_another_run_was_published_since_the_gates_judge_again(tmp_path: Path):
-    verdict = ready(tmp_path, mixed(200, 0))
-    assert verdict.published.run_id is None
+def test_gates_are_evaluated_again_if_another_run_was_published(tmp_path: Path):
+    decision = ready(tmp_path, mixed(200, 0))
+    assert decision.published.run_id is None
     publish_meanwhile(tmp_path, mixed(195, 0), "2026-11-25T01:15:00+00:00")
-    by = publish_ready(tmp_path, verdict, 200)
+    by = publish_ready(tmp_path, decision, 200)
     assert read_current(str(tmp_path), Storage()) == "ready"
     assert by.published.run_id == "other"
     assert "200 rows, 195 in run other" in gate(by, "row_count_change_fraction").message
 
 
-def test_what_is_judged_again_may_be_refused(tmp_path: Path):
-    verdict = ready(tmp_path, mixed(200, 0))
+def test_second_evaluation_of_the_gates_can_fail(tmp_path: Path):
+    decision = ready(tmp_path, mixed(200, 0))
     publish_meanwhile(tmp_path, mixed(100, 100), "2026-11-25T01:15:00+00:00")
     with pytest.raises(
         PublishRefused, match=r"gate changed_labels_fraction: 0.00%|gate category_shift"
     ) as caught:
-        publish_ready(tmp_path, verdict, 200)
+        publish_ready(tmp_path, decision, 200)
     assert caught.value.exit_code == 3
     assert read_current(str(tmp_path), Storage()) == "other"
 
 
-def test_a_run_of_a_newer_manifest_is_never_replaced_by_a_late_driver(tmp_path: Path):
-    verdict = ready(tmp_path, mixed(200, 0))
+def test_late_driver_never_replaces_a_run_of_a_newer_manifest(tmp_path: Path):
+    decision = ready(tmp_path, mixed(200, 0))
     publish_meanwhile(tmp_path, mixed(200, 0), "2026-11-27T01:15:00+00:00")
     before = read_published(str(tmp_path), Storage())
     with pytest.raises(PublishRefused, match="before run other, which is published") as caught:
-        publish_ready(tmp_path, verdict, 200)
+        publish_ready(tmp_path, decision, 200)
     assert caught.value.exit_code == 3
-    late = reevaluate_gates(read_record(str(tmp_path), "ready", Storage()), verdict.limits, Storage())
+    late = reevaluate_gates(read_record(str(tmp_path), "ready", Storage()), decision.limits, Storage())
     assert not failed_gates(late.gates)
     with pytest.raises(PublishRefused, match="before run other, which is published"):
         publish_ready(tmp_path, late, 200)
     assert read_published(str(tmp_path), Storage()) == before
 
 
-def test_a_store_that_fails_at_the_publish_stops_and_the_same_command_publishes(tmp_path: Path):
-    verdict = ready(tmp_path, mixed(200, 0))
+def test_same_command_publishes_after_a_storage_failure(tmp_path: Path):
+    decision = ready(tmp_path, mixed(200, 0))
     lock = tmp_path / ".current.json.lock"
     lock.mkdir()
     with pytest.raises(
         StorageStoppedError, match=r"ready is committed and not published: .*same command"
     ) as caught:
-        publish_ready(tmp_path, verdict, 200)
+        publish_ready(tmp_path, decision, 200)
     assert caught.value.exit_code == 4
     assert "nothing" not in str(caught.value)
     lock.rmdir()
-    publish_ready(tmp_path, verdict, 200)
+    publish_ready(tmp_path, decision, 200)
     assert read_current(str(tmp_path), Storage()) == "ready"
 
 
-def test_a_published_run_that_is_cut_is_a_refusal_and_no_error(tmp_path: Path):
+def test_truncated_published_run_fails_the_baseline_gate(tmp_path: Path):
     published(tmp_path, mixed(200, 0))
     part = next((tmp_path / "runs" / "old" / "predictions").iterdir())
     whole = part.read_bytes()
     for name, data in (("cut", whole[:100]), ("zeros", b"\0" * len(whole)), ("swapped", whole[::-1])):
         part.write_bytes(data)
-        verdict = verdict_on(tmp_path, mixed(200, 0), Night(name))
-        assert [entry.gate for entry in failed_gates(verdict.gates)] == ["baseline"]
+        decision = evaluate(tmp_path, mixed(200, 0), RunDetails(name))
+        assert [entry.gate for entry in failed_gates(decision.gates)] == ["baseline"]
 
 
 @pytest.mark.parametrize("entry", ["summary", "counts", "gates", "files", "model", "measurements"])
-def test_a_published_run_whose_record_is_odd_is_a_refusal_and_no_error(tmp_path: Path, entry: str):
+def test_invalid_record_of_the_published_run_fails_the_baseline_gate(tmp_path: Path, entry: str):
     published(tmp_path, mixed(200, 0))
     path = tmp_path / "runs" / "old" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {entry: [5]}))
-    assert [one.gate for one in failed_gates(verdict_on(tmp_path, mixed(200, 0)).gates)] == ["baseline"]
+    assert [one.gate for one in failed_gates(evaluate(tmp_path, mixed(200, 0)).gates)] == ["baseline"]
 
 
 def test_labels_are_compared_by_item_and_not_by_row(tmp_path: Path):
     new, old = mixed(50, 50), list(reversed(mixed(50, 50)))
-    write_run(str(tmp_path), Night("a"), old)
-    write_run(str(tmp_path), Night("b"), [*new, Item("more")])
+    write_run(str(tmp_path), RunDetails("a"), old)
+    write_run(str(tmp_path), RunDetails("b"), [*new, Item("more")])
     from batchcls.runs.catalog import open_parts
 
     parts = [
@@ -417,7 +419,7 @@ def test_labels_are_compared_by_item_and_not_by_row(tmp_path: Path):
     assert run_folder(str(tmp_path), "a") != run_folder(str(tmp_path), "b")
 
 
-def test_gates_stand_in_a_table_of_the_toml_file(tmp_path: Path):
+def test_gates_are_read_from_a_table_of_the_toml_file(tmp_path: Path):
     path = tmp_path / "job.toml"
     path.write_text(
         'manifest = "m"\nmodel = "x"\noutput = "o"\n[gates]\nmax-category-shift = 0.3\n'

@@ -1,4 +1,4 @@
-"""One driver a run: who is refused, who takes over, who notices."""
+"""Leases: one driver per run, resuming after a crash, and detection of a lost lease."""
 
 import json
 import signal
@@ -24,13 +24,13 @@ STORAGE = Storage()
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beats and patience a hundred times as short."""
+    """Heartbeats and timeouts that are a hundred times shorter."""
     monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(leases, "DEAD_SECONDS", 0.6)
 
 
 class Misbehaving(Storage):
-    """A real storage whose listings do something else first, once they are told to."""
+    """A real storage that calls `act` before each listing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Misbehaving(Storage):
 
 
 def wait_for(lease: leases.Lease, error: type[Exception]) -> Exception:
-    """What `check` raises, at the latest after half a minute."""
+    """Wait for the exception that `check` raises, at most half a minute."""
     ends_at = time.monotonic() + 30
     while time.monotonic() < ends_at:
         try:
@@ -68,7 +68,7 @@ def put(folder: Path, number: int, holder: Holder) -> None:
     (folder / "lease" / f"{number:06d}.json").write_bytes(holder.to_json())
 
 
-def test_a_second_job_is_refused_while_the_first_holds_the_run(tmp_path: Path):
+def test_second_job_is_rejected_while_the_first_holds_the_run(tmp_path: Path):
     with leased(str(tmp_path), STORAGE):
         with pytest.raises(InputError, match="works on this run"), leased(str(tmp_path), STORAGE):
             pass
@@ -79,7 +79,7 @@ def test_a_second_job_is_refused_while_the_first_holds_the_run(tmp_path: Path):
         assert live_holder(str(tmp_path), STORAGE) is not None
 
 
-def test_a_lease_created_between_the_look_and_the_creation_is_not_gone_past(tmp_path: Path):
+def test_lease_that_was_created_after_the_check_is_respected(tmp_path: Path):
     class Slow(Storage):
         def list_folders(self, uri: str) -> list[str]:
             first.enter_context(leased(str(tmp_path), STORAGE))
@@ -91,7 +91,7 @@ def test_a_lease_created_between_the_look_and_the_creation_is_not_gone_past(tmp_
         assert [path.name for path in (tmp_path / "lease").iterdir()] == ["000001.json"]
 
 
-def test_a_killed_process_is_taken_over_from_at_once(tmp_path: Path):
+def test_run_of_a_killed_process_is_resumed_immediately(tmp_path: Path):
     code = (
         "import sys, time\n"
         "from batchcls.runs.lease import leased\n"
@@ -118,7 +118,7 @@ def test_a_killed_process_is_taken_over_from_at_once(tmp_path: Path):
     assert len(list((tmp_path / "lease").iterdir())) == 2
 
 
-def test_a_process_number_given_to_another_process_is_no_life(tmp_path: Path):
+def test_reused_process_id_does_not_count_as_alive(tmp_path: Path):
     here = Holder.here()
     put(tmp_path, 1, changed(here, process_start=1))
     require_free(str(tmp_path), STORAGE)
@@ -127,7 +127,9 @@ def test_a_process_number_given_to_another_process_is_no_life(tmp_path: Path):
         require_free(str(tmp_path), STORAGE)
 
 
-def test_a_job_of_another_host_lives_as_long_as_it_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_job_on_another_host_is_alive_while_it_renews_its_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 0.1)
     other = changed(Holder.here(), pid_scope="elsewhere", host="elsewhere")
     put(tmp_path, 1, other)
@@ -140,10 +142,10 @@ def test_a_job_of_another_host_lives_as_long_as_it_beats(tmp_path: Path, monkeyp
     require_free(str(tmp_path), STORAGE)
 
 
-def test_a_driver_that_was_taken_over_from_notices_and_leaves_the_new_lease_alone(tmp_path: Path):
+def test_driver_that_lost_its_run_notices_and_keeps_the_new_lease(tmp_path: Path):
     with leased(str(tmp_path), STORAGE) as lease:
         put(tmp_path, 2, changed(Holder.here(), owner="other"))
-        lease.check()  # asks nobody
+        lease.check()  # does not access storage
         with pytest.raises(LeaseLostError, match="has resumed"):
             lease.confirm()
         with pytest.raises(LeaseLostError):
@@ -154,7 +156,7 @@ def test_a_driver_that_was_taken_over_from_notices_and_leaves_the_new_lease_alon
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", [ValueError, RecursionError, KeyError, MemoryError, SystemExit])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_whatever_ends_the_thread_ends_the_run(tmp_path: Path, kind: type[BaseException]):
+def test_any_exception_in_the_renewal_thread_ends_the_run(tmp_path: Path, kind: type[BaseException]):
     storage = Misbehaving()
 
     def fail() -> None:
@@ -172,7 +174,7 @@ def test_whatever_ends_the_thread_ends_the_run(tmp_path: Path, kind: type[BaseEx
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_store_that_fails_for_a_while_does_not_end_the_run(tmp_path: Path):
+def test_temporary_storage_failure_does_not_end_the_run(tmp_path: Path):
     storage = Misbehaving()
     failed = []
 
@@ -191,7 +193,7 @@ def test_a_store_that_fails_for_a_while_does_not_end_the_run(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_while_the_thread_hangs_in_its_store_the_driver_renews_the_lease_itself(tmp_path: Path):
+def test_driver_renews_the_lease_while_the_thread_hangs(tmp_path: Path):
     storage, hangs, go = Misbehaving(), threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -214,7 +216,7 @@ def test_while_the_thread_hangs_in_its_store_the_driver_renews_the_lease_itself(
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_lease_that_nobody_can_renew_ends_the_run(tmp_path: Path):
+def test_lease_that_cannot_be_renewed_ends_the_run(tmp_path: Path):
     storage = Misbehaving()
 
     def fail() -> None:
@@ -227,7 +229,7 @@ def test_a_lease_that_nobody_can_renew_ends_the_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("other_host", [False, True])
-def test_a_driver_that_was_stopped_for_long_asks_before_it_goes_on(tmp_path: Path, other_host: bool):
+def test_suspended_driver_checks_its_lease_before_it_continues(tmp_path: Path, other_host: bool):
     code = (
         "import sys\n"
         "from batchcls.runs import lease as leases\n"
@@ -255,14 +257,14 @@ def test_a_driver_that_was_stopped_for_long_asks_before_it_goes_on(tmp_path: Pat
     holder.send_signal(signal.SIGSTOP)
     if other_host:
         put(tmp_path, 2, changed(Holder.here(), pid_scope="elsewhere"))
-    threading.Event().wait(0.7)  # as long as it takes to be dead for others
+    threading.Event().wait(0.7)  # longer than DEAD_SECONDS of the driver
     holder.send_signal(signal.SIGCONT)
     out, _ = holder.communicate("go\n")
     assert out == ("lost\n" if other_host else "held\n")
 
 
 @pytest.mark.parametrize("ahead", [-3600.0, 3600.0, float("inf"), float("nan")])
-def test_clocks_that_differ_decide_nothing_as_long_as_the_other_host_beats(
+def test_clock_differences_do_not_matter_while_the_other_host_renews(
     tmp_path: Path, ahead: float, monkeypatch: pytest.MonkeyPatch
 ):
     other = changed(Holder.here(), pid_scope="elsewhere", host="elsewhere", heartbeat=time.time() + ahead)
@@ -307,7 +309,7 @@ def fill_with_what_is_no_lease(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_else_lies_in_the_folder_is_no_lease(tmp_path: Path):
+def test_other_files_in_the_folder_are_ignored(tmp_path: Path):
     fill_with_what_is_no_lease(tmp_path)
     require_free(str(tmp_path), STORAGE)
     with leased(str(tmp_path), STORAGE) as lease:
@@ -333,7 +335,7 @@ DAMAGED = {
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED.keys())
-def test_a_damaged_lease_is_nobodys(tmp_path: Path, data: bytes):
+def test_damaged_lease_has_no_holder(tmp_path: Path, data: bytes):
     (tmp_path / "lease").mkdir()
     (tmp_path / "lease" / "000003.json").write_bytes(data)
     require_free(str(tmp_path), STORAGE)
@@ -345,7 +347,7 @@ def test_a_damaged_lease_is_nobodys(tmp_path: Path, data: bytes):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_lease_of_a_later_version_is_read(tmp_path: Path):
+def test_lease_with_unknown_keys_is_read(tmp_path: Path):
     (tmp_path / "lease").mkdir()
     record = fields_of(Holder.here()) | {"cluster": "night"}
     (tmp_path / "lease" / "000001.json").write_text(json.dumps(record))
@@ -354,7 +356,7 @@ def test_a_lease_of_a_later_version_is_read(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_lease_in_a_newer_format_is_never_taken_over(tmp_path: Path):
+def test_lease_in_a_newer_format_is_never_replaced(tmp_path: Path):
     (tmp_path / "lease").mkdir()
     record = fields_of(Holder.here()) | {"version": 2}
     (tmp_path / "lease" / "000001.json").write_text(json.dumps(record))

@@ -15,12 +15,12 @@ def pairs(found: RowRanges) -> list[tuple[int, int]]:
     return list(zip(found.starts.tolist(), found.stops.tolist(), strict=True))
 
 
-def test_rows_become_the_fewest_ranges():
+def test_rows_are_stored_as_the_fewest_ranges():
     assert pairs(RowRanges.of(np.array([7, 3, 4, 5, 9, 8]))) == [(3, 6), (7, 10)]
     assert pairs(RowRanges.of(np.array([], np.int64))) == []
 
 
-def test_a_row_twice_in_one_part_is_an_error():
+def test_repeated_row_in_one_part_is_an_error():
     with pytest.raises(ValueError, match="row 4 twice"):
         RowRanges.of(np.array([4, 3, 4]))
 
@@ -31,7 +31,7 @@ def test_parts_in_any_order_that_cover_every_row_once_are_exact():
     assert str(found) == "every row once"
 
 
-def test_gaps_overlaps_and_strangers_are_told_apart():
+def test_missing_repeated_and_unknown_rows_are_distinguished():
     found = balance([ranges((0, 3)), ranges((2, 4)), ranges((6, 8)), ranges((11, 12))], 10)
     assert pairs(found.missing) == [(4, 6), (8, 10)]
     assert pairs(found.repeated) == [(2, 3)]
@@ -40,7 +40,7 @@ def test_gaps_overlaps_and_strangers_are_told_apart():
     assert not found.is_exact
 
 
-def test_nothing_written_leaves_everything_missing():
+def test_all_rows_are_missing_without_parts():
     assert pairs(balance([], 4).missing) == [(0, 4)]
 
 

@@ -1,4 +1,4 @@
-"""What write tasks put on storage, and how receipts are added up."""
+"""Files written by write tasks, and the sums of their receipts."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def writer(folder: Path) -> PartWriter:
     return PartWriter(str(folder), Storage(), KEPT, pa.float32(), 2)
 
 
-def test_a_part_is_two_whole_files_of_the_contract_s_types(tmp_path: Path):
+def test_part_has_two_complete_files_with_the_output_schema(tmp_path: Path):
     receipt = writer(tmp_path).write([classified([4, None], 6), classified([1, None, 3])])
     files = {file.kind: file for file in receipt.files}
     good = pq.read_table(tmp_path / files["predictions"].path)
@@ -52,7 +52,7 @@ def test_a_part_is_two_whole_files_of_the_contract_s_types(tmp_path: Path):
     assert bad.column("stage").to_pylist() == ["decode", "decode"]
 
 
-def test_a_receipt_says_what_is_in_the_files(tmp_path: Path):
+def test_receipt_describes_the_files(tmp_path: Path):
     receipt = writer(tmp_path).write([classified([1, None, 3]), classified([4], 7)])
     assert (receipt.predicted, receipt.failures) == (3, Counter(truncated=1))
     assert list(zip(receipt.ranges.starts, receipt.ranges.stops, strict=True)) == [(0, 3), (7, 8)]
@@ -62,14 +62,14 @@ def test_a_receipt_says_what_is_in_the_files(tmp_path: Path):
     assert set(receipt.seconds) == {"fetch", "decode", "predict", "write"}
 
 
-def test_a_repeated_write_leaves_the_first_file_alone(tmp_path: Path):
+def test_repeated_write_keeps_the_first_file(tmp_path: Path):
     blocks = [classified([1, 2])]
     first, second = writer(tmp_path).write(blocks), writer(tmp_path).write(blocks)
     assert first.files[0].path != second.files[0].path
     assert len(list((tmp_path / "predictions").iterdir())) == 2
 
 
-def test_a_part_without_failures_has_no_quarantine_file(tmp_path: Path):
+def test_part_without_failures_has_no_quarantine_file(tmp_path: Path):
     writer(tmp_path).write([classified([1, 2])])
     assert not (tmp_path / "quarantine").exists()
 
@@ -95,7 +95,7 @@ def test_receipts_of_every_row_are_reconciled(tmp_path: Path):
         (lambda found: [], "8 rows missing"),
     ],
 )
-def test_rows_that_do_not_add_up_are_an_error(tmp_path: Path, change, words: str):
+def test_inconsistent_row_counts_are_an_error(tmp_path: Path, change, words: str):
     with pytest.raises(ReconciliationError) as caught:
         reconcile(change(receipts(tmp_path)), 8)
     assert words in str(caught.value)
@@ -106,7 +106,7 @@ def test_unknown_rows_are_an_error(tmp_path: Path):
         reconcile(receipts(tmp_path), 7)
 
 
-def test_too_many_failures_name_figure_limit_and_reason(tmp_path: Path):
+def test_message_names_failed_fraction_limit_and_reason(tmp_path: Path):
     totals = reconcile(receipts(tmp_path), 8)
     check_budget(totals, Budget(8, 0.125))
     with pytest.raises(BudgetExceeded) as caught:
@@ -136,14 +136,14 @@ def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: P
     assert record["counts"]["quarantined_by_reason"] == {"truncated": 1}
 
 
-def test_a_run_id_is_given_once(tmp_path: Path):
+def test_run_id_is_unique(tmp_path: Path):
     create_plan(PLAN, str(tmp_path), Storage())
     with pytest.raises(InputError, match="night-1: another job has just started"):
         create_plan(PLAN, str(tmp_path), Storage())
 
 
-def test_a_full_disk_leaves_no_half_file(tmp_path: Path):
-    """A real one: a tmpfs of 64 KiB would need root, so the kernel's file size limit stands in."""
+def test_full_disk_leaves_no_incomplete_file(tmp_path: Path):
+    """A small tmpfs would need root, so the file size limit of the kernel is used instead."""
     import resource
     import signal
 

@@ -1,4 +1,4 @@
-"""What `runs prune` may remove, and what it leaves: foreign folders, links, runs in use, removals cut short."""
+"""`runs prune` keeps foreign folders, links and runs in use, and completes interrupted removals."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from batchcls.runs.publish import publish, read_published
 from batchcls.runs.resume import require_unfinished
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
-from tests.helpers.runs import Night, begin_run, begun_on, items, write_run
+from tests.helpers.runs import RunDetails, items, set_created, start_run, write_run
 
 LONG_AGO = "2026-01-01T00:00:00+00:00"
 Call = Callable[..., tuple[int, str]]
@@ -37,13 +37,13 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def prune(capsys: pytest.CaptureFixture[str]) -> Call:
-    """`runs prune` of all that may go."""
+    """Calls `runs prune` with the options that remove the most."""
 
     def call(output: str, *more: str) -> tuple[int, str]:
         everything = ("--keep", "0", "--grace-hours", "0", "--no-keep-previous")
         code = run("runs", runs.COMMANDS, ["prune", *everything, "--output", output, *(more or ("--yes",))])
-        said = capsys.readouterr()
-        return code, said.out + said.err
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
     return call
 
@@ -52,7 +52,7 @@ def names(output: str) -> list[str]:
     return Storage().list_folders(join(output, "runs"))
 
 
-def keeping() -> RetentionPolicy:
+def policy() -> RetentionPolicy:
     return RetentionPolicy(0, None, timedelta(0), False, datetime.now(UTC))
 
 
@@ -60,8 +60,8 @@ def put(output: str, path: str, data: bytes = b"x") -> None:
     Storage().write_atomic(join(output, "runs", path), data)
 
 
-def test_what_this_program_has_not_begun_is_named_and_left(output: str, prune: Call):
-    write_run(output, Night("night"), items(4))
+def test_folders_of_other_programs_are_named_and_kept(output: str, prune: Call):
+    write_run(output, RunDetails("night"), items(4))
     foreign = {
         "tensorboard": ("events.out.tfevents.1", b"x"),
         "detect": ("train/weights/best.pt", b"x"),
@@ -78,38 +78,36 @@ def test_what_this_program_has_not_begun_is_named_and_left(output: str, prune: C
     for name, (path, data) in foreign.items():
         put(output, f"{name}/{path}", data)
     before = {name: Storage().list_files(join(output, "runs", name)) for name in foreign}
-    code, said = prune(output)
+    code, printed = prune(output)
     assert (code, names(output)) == (0, sorted(foreign))
     assert {name: Storage().list_files(join(output, "runs", name)) for name in foreign} == before
     for name in foreign:
-        assert any(name in line and "not touched" in line for line in said.splitlines()), said
+        assert any(name in line and "not touched" in line for line in printed.splitlines()), printed
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format": "batchcls-plan"}', None])
-def test_a_run_whose_plan_is_damaged_or_gone_is_named_and_left(
-    output: str, prune: Call, damage: bytes | None
-):
+def test_run_with_a_damaged_or_missing_plan_is_named_and_kept(output: str, prune: Call, damage: bytes | None):
     for name in ("committed", "copied", "sound"):
-        write_run(output, Night(name), items(4))
-    begin_run(output, Night("begun"))
+        write_run(output, RunDetails(name), items(4))
+    start_run(output, RunDetails("unfinished"))
     plan = join(output, "runs", "copied", "plan.json")
     Storage().write_atomic(plan, Storage().read_bytes(join(output, "runs", "sound", "plan.json")))
-    for name in ("committed", "begun"):
+    for name in ("committed", "unfinished"):
         if damage is None:
             Storage().remove([join(output, "runs", name, "plan.json")])
             put(output, f"{name}/receipts/part.json")
         else:
             put(output, f"{name}/plan.json", damage)
-    code, said = prune(output)
-    assert (code, names(output)) == (0, ["begun", "committed", "copied"])
+    code, printed = prune(output)
+    assert (code, names(output)) == (0, ["unfinished", "committed", "copied"])
     for name in names(output):
-        assert any(line.split()[:1] == [name] and "keep" in line for line in said.splitlines()), said
+        assert any(line.split()[:1] == [name] and "keep" in line for line in printed.splitlines()), printed
 
 
 def test_nothing_is_removed_through_a_link(tmp_path: Path, prune: Call):
     output, outside = tmp_path / "output", tmp_path / "outside"
     for name in ("linked", "night"):
-        write_run(str(output), Night(name), items(4))
+        write_run(str(output), RunDetails(name), items(4))
     shutil.move(output / "runs" / "linked", outside)
     (output / "runs" / "linked").symlink_to(outside)
     precious = tmp_path / "precious"
@@ -120,26 +118,26 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path, prune: Call):
     (night / "report.html").symlink_to(precious / "below" / "file")
     (night / "dangling").symlink_to(tmp_path / "nowhere")
     before = sorted(outside.rglob("*"))
-    code, said = prune(str(output))
-    assert (code, [path.name for path in (output / "runs").iterdir()]) == (0, ["linked"]), said
-    assert "is a symbolic link" in said
+    code, printed = prune(str(output))
+    assert (code, [path.name for path in (output / "runs").iterdir()]) == (0, ["linked"]), printed
+    assert "is a symbolic link" in printed
     assert sorted(outside.rglob("*")) == before
     assert (precious / "below" / "file").read_text() == "1"
 
 
-def test_nothing_is_removed_behind_a_linked_folder_of_runs(tmp_path: Path, prune: Call):
+def test_nothing_is_removed_if_the_folder_runs_is_a_link(tmp_path: Path, prune: Call):
     output = tmp_path / "output"
-    write_run(str(output), Night("night"), items(4))
+    write_run(str(output), RunDetails("night"), items(4))
     shutil.move(output / "runs", tmp_path / "elsewhere")
     (output / "runs").symlink_to(tmp_path / "elsewhere")
     before = sorted((tmp_path / "elsewhere").rglob("*"))
-    code, said = prune(str(output))
-    assert (code, "runs is a symbolic link" in said) == (0, True), said
+    code, printed = prune(str(output))
+    assert (code, "runs is a symbolic link" in printed) == (0, True), printed
     assert sorted((tmp_path / "elsewhere").rglob("*")) == before
 
 
-def test_the_output_folder_itself_may_be_a_link(tmp_path: Path, prune: Call):
-    write_run(str(tmp_path / "disk"), Night("night"), items(4))
+def test_output_folder_can_be_a_link(tmp_path: Path, prune: Call):
+    write_run(str(tmp_path / "disk"), RunDetails("night"), items(4))
     (tmp_path / "output").symlink_to(tmp_path / "disk")
     assert prune(str(tmp_path / "output"))[0] == 0
     assert names(str(tmp_path / "disk")) == []
@@ -147,7 +145,7 @@ def test_the_output_folder_itself_may_be_a_link(tmp_path: Path, prune: Call):
 
 @pytest.fixture
 def plain_folder() -> Iterator[Path]:
-    """A folder in which this process has the rights of a plain user, who can be refused something."""
+    """A folder in which this process has the permissions of an unprivileged user."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)
@@ -161,14 +159,14 @@ def plain_folder() -> Iterator[Path]:
             os.seteuid(0)
 
 
-def test_a_removal_that_is_cut_short_leaves_no_run_and_is_ended_by_the_next(plain_folder: Path, prune: Call):
+def test_interrupted_removal_leaves_no_run_and_is_completed_by_the_next(plain_folder: Path, prune: Call):
     output = str(plain_folder)
-    folder = Path(write_run(output, Night("a"), items(4)))
-    write_run(output, Night("b"), items(4))
+    folder = Path(write_run(output, RunDetails("a"), items(4)))
+    write_run(output, RunDetails("b"), items(4))
     (folder / "predictions").chmod(0o500)
-    code, said = prune(output)
-    assert (code, "permission denied; check the permissions" in said) == (2, True)
-    assert names(output) == ["a"]  # b goes all the same
+    code, printed = prune(output)
+    assert (code, "permission denied; check the permissions" in printed) == (2, True)
+    assert names(output) == ["a"]  # b is removed nevertheless
     (folder / "predictions").chmod(0o700)
     assert any((folder / "predictions").iterdir())
     assert not (folder / "run.json").exists()
@@ -179,23 +177,23 @@ def test_a_removal_that_is_cut_short_leaves_no_run_and_is_ended_by_the_next(plai
 
 
 @pytest.mark.parametrize("unreadable", [".", "run.json", "plan.json", "lease", "predictions", "readers"])
-def test_a_run_that_this_user_may_not_read_is_named_and_keeps_no_other(
+def test_unreadable_run_is_named_and_does_not_protect_others(
     plain_folder: Path, prune: Call, unreadable: str
 ):
     output = str(plain_folder)
-    folder = Path(write_run(output, Night("odd"), items(4)))
+    folder = Path(write_run(output, RunDetails("odd"), items(4)))
     put(output, "odd/readers/search.json", b'{"until": "2020-01-01T00:00:00"}')
     with leased(str(folder), Storage()):
         pass
-    write_run(output, Night("a"), items(4))
+    write_run(output, RunDetails("a"), items(4))
     (folder / unreadable).chmod(0)
     try:
-        code, said = prune(output)
-        assert (names(output), "a" in said) == (["odd"], True)
-        if unreadable == "predictions":  # what has to be removed cannot be; the next prune goes on
-            assert (code, "permission denied; check the permissions" in said) == (2, True)
+        code, printed = prune(output)
+        assert (names(output), "a" in printed) == (["odd"], True)
+        if unreadable == "predictions":  # the files cannot be removed; the next prune continues
+            assert (code, "permission denied; check the permissions" in printed) == (2, True)
         else:
-            assert (code, "not touched" in said) == (0, True), said
+            assert (code, "not touched" in printed) == (0, True), printed
         assert [run.run_id for run in list_runs(output, Storage())] == ["odd"]
     finally:
         (folder / unreadable).chmod(0o700)
@@ -204,8 +202,8 @@ def test_a_run_that_this_user_may_not_read_is_named_and_keeps_no_other(
 @pytest.mark.parametrize(
     "left", [[REMOVAL], ["lease"], [REMOVAL, "plan.json", "predictions"], ["lease", "predictions"]]
 )
-def test_whatever_is_left_of_a_removal_is_known_and_removed(output: str, prune: Call, left: list[str]):
-    folder = write_run(output, Night("a"), items(4))
+def test_remains_of_a_removal_are_recognized_and_removed(output: str, prune: Call, left: list[str]):
+    folder = write_run(output, RunDetails("a"), items(4))
     with leased(folder, Storage()):
         pass
     put(output, f"a/{REMOVAL}", b'{"format": "batchcls-removal"}')
@@ -213,12 +211,12 @@ def test_whatever_is_left_of_a_removal_is_known_and_removed(output: str, prune: 
         if info.uri.removeprefix(f"{folder}/").partition("/")[0] not in left:
             Storage().remove([info.uri])
     assert list_run(output, "a", Storage()).is_leftover
-    code, said = prune(output)
-    assert (code, names(output)) == (0, []), said
+    code, printed = prune(output)
+    assert (code, names(output)) == (0, []), printed
 
 
-def test_a_published_run_keeps_its_files_whatever_a_dead_prune_has_written(output: str, prune: Call):
-    folder = write_run(output, Night("a"), items(4))
+def test_published_run_with_the_mark_of_a_dead_prune_is_kept(output: str, prune: Call):
+    folder = write_run(output, RunDetails("a"), items(4))
     publish(output, "a", Storage())
     before = Storage().list_files(folder)
     put(output, f"a/{REMOVAL}", b'{"format": "batchcls-removal"}')
@@ -228,7 +226,7 @@ def test_a_published_run_keeps_its_files_whatever_a_dead_prune_has_written(outpu
 
 
 class _Meanwhile(Storage):
-    """A store in which something happens just before the mark of a removal is written, or just after."""
+    """A storage that calls `happens` just before or just after the mark of a removal is written."""
 
     def __init__(self, happens: Callable[[], object], *, before: bool) -> None:
         super().__init__()
@@ -243,86 +241,86 @@ class _Meanwhile(Storage):
             self.happens()
 
 
-def test_a_run_that_is_published_before_its_removal_stays(output: str):
-    folder = write_run(output, Night("a"), items(4))
+def test_run_that_is_published_before_its_removal_is_kept(output: str):
+    folder = write_run(output, RunDetails("a"), items(4))
     chosen = list_run(output, "a", Storage())
     before = Storage().list_files(folder, ".parquet")
     storage = _Meanwhile(lambda: publish(output, "a", Storage()), before=True)
-    assert remove(output, chosen, keeping(), storage) == Removed(0, "published in the meantime")
+    assert remove(output, chosen, policy(), storage) == Removed(0, "published in the meantime")
     assert Storage().list_files(folder, ".parquet") == before
     assert list_run(output, "a", Storage()).record is not None
     assert read_current(output, Storage()) == "a"
 
 
-def test_a_run_whose_removal_has_begun_is_not_published(output: str):
-    write_run(output, Night("a"), items(4))
+def test_run_whose_removal_has_started_is_not_published(output: str):
+    write_run(output, RunDetails("a"), items(4))
     chosen = list_run(output, "a", Storage())
 
     def publish_now() -> None:
         with pytest.raises(PublishRefused, match="removal has started"):
             publish(output, "a", Storage(), force=True)
 
-    assert remove(output, chosen, keeping(), _Meanwhile(publish_now, before=False)).kept_because is None
+    assert remove(output, chosen, policy(), _Meanwhile(publish_now, before=False)).kept_because is None
     assert read_published(output, Storage()).run_id is None
     assert names(output) == []
 
 
-def test_a_reader_that_asks_before_the_last_look_is_heard(output: str):
-    write_run(output, Night("a"), items(4))
+def test_request_of_a_reader_before_the_last_check_is_respected(output: str):
+    write_run(output, RunDetails("a"), items(4))
     chosen = list_run(output, "a", Storage())
     until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     asks = _Meanwhile(
         lambda: put(output, "a/readers/search.json", json.dumps({"until": until}).encode()), before=False
     )
-    assert remove(output, chosen, keeping(), asks) == Removed(0, "read by search in the meantime")
+    assert remove(output, chosen, policy(), asks) == Removed(0, "read by search in the meantime")
     assert list_run(output, "a", Storage()).record is not None
 
 
 @pytest.mark.parametrize(
     "until", [b"{", b"[5]", b'{"until": 5}', b'{"until": "soon"}', b"[" * 100_000, b"\xff"]
 )
-def test_a_reader_that_nobody_understands_counts(output: str, prune: Call, until: bytes):
-    write_run(output, Night("a"), items(4))
+def test_damaged_request_of_a_reader_counts(output: str, prune: Call, until: bytes):
+    write_run(output, RunDetails("a"), items(4))
     put(output, "a/readers/search.json", until)
-    code, said = prune(output)
-    assert (code, "read by search" in said, names(output)) == (0, True, ["a"])
+    code, printed = prune(output)
+    assert (code, "read by search" in printed, names(output)) == (0, True, ["a"])
 
 
-def test_a_run_that_was_resumed_and_committed_since_it_was_chosen_stays(output: str):
-    begin_run(output, Night("a"))
-    begun_on(output, "a", LONG_AGO)
+def test_run_that_was_committed_since_the_decision_is_kept(output: str):
+    start_run(output, RunDetails("a"))
+    set_created(output, "a", LONG_AGO)
     chosen = list_run(output, "a", Storage())
     with leased(run_folder(output, "a"), Storage()):
-        assert "works on it" in str(remove(output, chosen, keeping(), Storage()).kept_because)
+        assert "works on it" in str(remove(output, chosen, policy(), Storage()).kept_because)
     Storage().remove([join(output, "runs", "a", "plan.json")])
-    write_run(output, Night("a"), items(4))
-    assert remove(output, chosen, keeping(), Storage()).kept_because == "it has changed in the meantime"
+    write_run(output, RunDetails("a"), items(4))
+    assert remove(output, chosen, policy(), Storage()).kept_because == "it has changed in the meantime"
     assert list_run(output, "a", Storage()).record is not None
 
 
-def test_a_job_whose_run_was_removed_before_it_took_the_lease_ends(output: str):
-    begin_run(output, Night("a"))
+def test_job_ends_if_its_run_was_removed_before_it_held_the_lease(output: str):
+    start_run(output, RunDetails("a"))
     require_unfinished(output, "a", Storage())
     chosen = list_run(output, "a", Storage())
-    assert remove(output, chosen, keeping(), Storage()).kept_because is None
+    assert remove(output, chosen, policy(), Storage()).kept_because is None
     with (
         leased(run_folder(output, "a"), Storage()),
         pytest.raises(LeaseLostError, match="was removed in the meantime"),
     ):
         require_unfinished(output, "a", Storage())
     assert list_run(output, "a", Storage()).is_leftover
-    write_run(output, Night("b"), items(4))
+    write_run(output, RunDetails("b"), items(4))
     with pytest.raises(LeaseLostError, match="was committed by another job"):
         require_unfinished(output, "b", Storage())
 
 
-def test_nothing_is_removed_while_nobody_knows_what_is_published(output: str, prune: Call):
-    write_run(output, Night("a"), items(4))
+def test_nothing_is_removed_if_current_json_is_damaged(output: str, prune: Call):
+    write_run(output, RunDetails("a"), items(4))
     Storage().write_atomic(join(output, "current.json"), b"{")
-    code, said = prune(output)
-    assert (code, "current.json is damaged" in said, names(output)) == (2, True, ["a"])
+    code, printed = prune(output)
+    assert (code, "current.json is damaged" in printed, names(output)) == (2, True, ["a"])
     with pytest.raises(InputError):
-        remove(output, list_run(output, "a", Storage()), keeping(), Storage())
+        remove(output, list_run(output, "a", Storage()), policy(), Storage())
     assert read_record_of(output) == "a"
 
 

@@ -1,4 +1,4 @@
-"""Publishing and rolling back: swapped whole, by one writer at a time, locally and on a real S3 server."""
+"""Publishing and rolling back: atomic replacement by one writer at a time, on local disk and a real S3 server."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ from batchcls.storage.compare_and_swap import (
 )
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
-from tests.helpers.runs import Night, begun_on, items, write_run
+from tests.helpers.runs import RunDetails, items, set_created, write_run
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -40,17 +40,17 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://{server.bucket}/{request.node.name.split('[')[0]}"
 
 
-def nights(output: str, *names: str) -> None:
+def write_runs(output: str, *names: str) -> None:
     for name in names:
-        write_run(output, Night(name), items(4), parts=1)
+        write_run(output, RunDetails(name), items(4), parts=1)
 
 
-def whole(_: object) -> list[str]:
+def no_faults(_: object) -> list[str]:
     return []
 
 
-def test_a_publish_takes_the_place_of_the_one_before(output: str):
-    nights(output, "a", "b")
+def test_publish_replaces_the_published_run(output: str):
+    write_runs(output, "a", "b")
     publish(output, "a", Storage())
     publish(output, "b", Storage())
     current = json.loads(Storage().read_bytes(join(output, "current.json")))
@@ -58,28 +58,28 @@ def test_a_publish_takes_the_place_of_the_one_before(output: str):
     assert read_published(output, Storage()).previous == ["a"]
 
 
-def test_of_two_publishers_who_decided_on_the_same_sight_the_second_is_refused(output: str):
-    nights(output, "a", "b", "c")
+def test_second_publisher_with_the_same_baseline_is_refused(output: str):
+    write_runs(output, "a", "b", "c")
     publish(output, "a", Storage())
-    sight = read_published(output, Storage())
-    publish(output, "b", Storage(), sight)
+    expected = read_published(output, Storage())
+    publish(output, "b", Storage(), expected)
     with pytest.raises(
         PublishRefused, match=r"run b was published in the meantime instead of a; run c is not"
     ):
-        publish(output, "c", Storage(), sight)
+        publish(output, "c", Storage(), expected)
     assert read_current(output, Storage()) == "b"
 
 
-def test_of_two_first_publishers_one_wins(output: str):
-    nights(output, "a", "b")
-    sight = read_published(output, Storage())
-    publish(output, "a", Storage(), sight)
+def test_second_of_two_first_publishers_is_refused(output: str):
+    write_runs(output, "a", "b")
+    expected = read_published(output, Storage())
+    publish(output, "a", Storage(), expected)
     with pytest.raises(PublishRefused, match="run a was published in the meantime"):
-        publish(output, "b", Storage(), sight)
+        publish(output, "b", Storage(), expected)
 
 
-def test_every_swap_of_many_threads_builds_on_the_one_before(output: str):
-    """A counter: without compare-and-swap, two writers would raise it to the same number."""
+def test_concurrent_compare_and_swap_loses_no_update(output: str):
+    """A counter: without compare-and-swap, two writers would set it to the same number."""
     uri, storage = join(output, "counter"), Storage()
 
     def raise_it(name: int) -> int:
@@ -101,7 +101,7 @@ def test_every_swap_of_many_threads_builds_on_the_one_before(output: str):
     assert lost > 0
 
 
-def test_a_store_without_conditions_is_swapped_with_a_last_look():
+def test_store_without_conditional_writes_is_checked_before_the_write():
     uri, storage = "memory://swap/file", Storage()
     compare_and_swap(uri, b"1", read_versioned(uri, storage), storage)
     versioned = read_versioned(uri, storage)
@@ -111,22 +111,22 @@ def test_a_store_without_conditions_is_swapped_with_a_last_look():
     assert storage.read_bytes(uri) == b"2"
 
 
-def test_rollback_goes_back_one_by_one_and_not_forth(output: str):
-    nights(output, "a", "b", "c")
+def test_repeated_rollbacks_go_further_back(output: str):
+    write_runs(output, "a", "b", "c")
     for name in ("a", "b", "c"):
         publish(output, name, Storage())
-    assert roll_back(output, Storage(), whole).run_id == "b"
-    assert roll_back(output, Storage(), whole).run_id == "a"
+    assert roll_back(output, Storage(), no_faults).run_id == "b"
+    assert roll_back(output, Storage(), no_faults).run_id == "a"
     with pytest.raises(PublishRefused, match="no complete run is left that was published before a"):
-        roll_back(output, Storage(), whole)
+        roll_back(output, Storage(), no_faults)
     assert read_current(output, Storage()) == "a"
     publish(output, "c", Storage())
-    assert roll_back(output, Storage(), whole).run_id == "a"
+    assert roll_back(output, Storage(), no_faults).run_id == "a"
 
 
-def test_rollback_passes_over_what_is_not_whole(tmp_path: Path):
+def test_rollback_skips_incomplete_runs(tmp_path: Path):
     output = str(tmp_path)
-    nights(output, "a", "b", "c", "d")
+    write_runs(output, "a", "b", "c", "d")
     for name in ("a", "b", "c", "d"):
         publish(output, name, Storage())
     (tmp_path / "runs" / "b" / "run.json").unlink()
@@ -136,13 +136,13 @@ def test_rollback_passes_over_what_is_not_whole(tmp_path: Path):
     assert "no committed run" in done.skipped["b"]
 
 
-def test_what_must_not_be_published_is_not(tmp_path: Path):
+def test_unpublishable_and_missing_runs_are_refused(tmp_path: Path):
     output = str(tmp_path)
     with pytest.raises(InputError, match="no run is published"):
-        roll_back(output, Storage(), whole)
+        roll_back(output, Storage(), no_faults)
     with pytest.raises(InputError, match="no committed run"):
         publish(output, "a", Storage())
-    write_run(output, Night("trial", unpublishable=["--limit 4: a part only"]), items(4))
+    write_run(output, RunDetails("trial", unpublishable=["--limit 4: a part only"]), items(4))
     with pytest.raises(PublishRefused, match="must not be published: --limit 4") as caught:
         publish(output, "trial", Storage())
     assert caught.value.exit_code == ExitCode.PUBLISH_REFUSED
@@ -151,10 +151,10 @@ def test_what_must_not_be_published_is_not(tmp_path: Path):
         read_published(output, Storage())
 
 
-def test_a_run_that_was_begun_before_the_published_one_needs_force(output: str):
-    nights(output, "yesterday", "tonight")
-    begun_on(output, "yesterday", "2026-11-25T01:15:00+00:00")
-    begun_on(output, "tonight", "2026-11-26T01:15:00+00:00")
+def test_older_run_is_only_published_by_force(output: str):
+    write_runs(output, "yesterday", "tonight")
+    set_created(output, "yesterday", "2026-11-25T01:15:00+00:00")
+    set_created(output, "tonight", "2026-11-26T01:15:00+00:00")
     publish(output, "yesterday", Storage())
     publish(output, "tonight", Storage())
     with pytest.raises(
@@ -166,25 +166,25 @@ def test_a_run_that_was_begun_before_the_published_one_needs_force(output: str):
     publish(output, "yesterday", Storage(), force=True)
     assert read_current(output, Storage()) == "yesterday"
     publish(output, "tonight", Storage())
-    assert roll_back(output, Storage(), whole).run_id == "yesterday"
+    assert roll_back(output, Storage(), no_faults).run_id == "yesterday"
 
 
 @pytest.mark.parametrize(
     ("published", "is_newer"),
     [
-        ({"created": "2026-11-26T01:15:00+02:00"}, False),  # 23:15 UTC of the day before
+        ({"created": "2026-11-26T01:15:00+02:00"}, False),  # 23:15 UTC of the previous day
         ({"created": "2026-11-26T01:15:00"}, True),
-        ({"created": "yesterday"}, True),  # damaged: the commit, which is now, counts
+        ({"created": "yesterday"}, True),  # damaged: the time of the commit, which is now, is used
         ({"run_id": "other"}, True),
     ],
 )
-def test_times_are_compared_in_utc_and_the_commit_counts_where_the_plan_is_damaged(
+def test_times_are_compared_in_utc_and_the_commit_time_replaces_a_damaged_plan(
     tmp_path: Path, published: dict, is_newer: bool
 ):
     output = str(tmp_path)
-    nights(output, "published", "ours")
+    write_runs(output, "published", "ours")
     publish(output, "published", Storage())
-    begun_on(output, "ours", "2026-11-26T00:00:00+00:00")
+    set_created(output, "ours", "2026-11-26T00:00:00+00:00")
     plan = tmp_path / "runs" / "published" / "plan.json"
     plan.write_text(json.dumps(json.loads(plan.read_text()) | published))
     if is_newer:
@@ -194,31 +194,31 @@ def test_times_are_compared_in_utc_and_the_commit_counts_where_the_plan_is_damag
         publish(output, "ours", Storage())
 
 
-def test_where_the_published_run_is_gone_nothing_is_known_to_be_newer(tmp_path: Path):
-    nights(str(tmp_path), "published", "ours")
+def test_missing_published_run_can_be_replaced(tmp_path: Path):
+    write_runs(str(tmp_path), "published", "ours")
     publish(str(tmp_path), "published", Storage())
     shutil.rmtree(tmp_path / "runs" / "published")
     publish(str(tmp_path), "ours", Storage())
     assert read_current(str(tmp_path), Storage()) == "ours"
 
 
-def test_a_pointer_that_went_away_and_came_back_is_not_what_was_seen(output: str):
-    nights(output, "a", "b", "c")
+def test_pointer_that_changed_and_changed_back_is_a_conflict(output: str):
+    write_runs(output, "a", "b", "c")
     publish(output, "a", Storage())
-    sight = read_published(output, Storage())
+    expected = read_published(output, Storage())
     publish(output, "b", Storage(), force=True)
     publish(output, "a", Storage(), force=True)
-    assert read_current(output, Storage()) == sight.run_id
+    assert read_current(output, Storage()) == expected.run_id
     with pytest.raises(PublishedMeanwhileError):
-        publish(output, "c", Storage(), sight)
+        publish(output, "c", Storage(), expected)
 
 
-def test_a_run_that_is_published_already_is_published(output: str):
-    nights(output, "a", "b")
-    sight = read_published(output, Storage())
-    publish(output, "a", Storage(), sight)
+def test_publishing_the_published_run_again_succeeds(output: str):
+    write_runs(output, "a", "b")
+    expected = read_published(output, Storage())
+    publish(output, "a", Storage(), expected)
     before = read_published(output, Storage())
-    publish(output, "a", Storage(), sight)  # somebody else was faster with this very run
+    publish(output, "a", Storage(), expected)  # another process has published the same run
     publish(output, "a", Storage(), before)
     assert read_published(output, Storage()) == before
     publish(output, "b", Storage())
@@ -227,11 +227,11 @@ def test_a_run_that_is_published_already_is_published(output: str):
 
 
 @pytest.mark.parametrize("has_published", [False, True])
-def test_files_that_go_while_a_run_is_published_undo_it(
+def test_publish_is_undone_if_files_disappear(
     output: str, has_published: bool, monkeypatch: pytest.MonkeyPatch
 ):
     storage = Storage()
-    nights(output, "old", "new")
+    write_runs(output, "old", "new")
     if has_published:
         publish(output, "old", storage)
     before = read_published(output, storage)
@@ -253,12 +253,12 @@ def test_files_that_go_while_a_run_is_published_undo_it(
 
 def write_again(output: str, run_id: str) -> None:
     Storage().remove_folder(join(output, "runs", run_id))
-    write_run(output, Night(run_id), items(4), parts=1)
+    write_run(output, RunDetails(run_id), items(4), parts=1)
 
 
-def test_a_run_without_all_its_files_is_neither_published_nor_rolled_back_to(output: str):
+def test_incomplete_run_is_neither_published_nor_rolled_back_to(output: str):
     storage = Storage()
-    nights(output, "a", "b", "c")
+    write_runs(output, "a", "b", "c")
     for name in ("a", "b", "c"):
         publish(output, name, storage)
     storage.write_atomic(join(output, "runs", "b", "removal.json"), b"{}")
@@ -268,10 +268,8 @@ def test_a_run_without_all_its_files_is_neither_published_nor_rolled_back_to(out
     assert (done.run_id, list(done.skipped)) == ("a", ["b"])
 
 
-def test_an_answer_that_is_lost_after_the_write_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    nights(str(tmp_path), "a")
+def test_lost_response_after_the_write_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_runs(str(tmp_path), "a")
     real = publishing.compare_and_swap
 
     def swap_and_fail(*arguments: object) -> None:
@@ -315,9 +313,9 @@ CURRENT = {
     ],
     ids=lambda data: str(data[:60]),
 )  # fmt: skip
-def test_a_damaged_current_json_is_named_and_replaced_only_by_force(tmp_path: Path, damaged: bytes):
+def test_damaged_current_json_is_named_and_only_replaced_by_force(tmp_path: Path, damaged: bytes):
     output = str(tmp_path)
-    nights(output, "a")
+    write_runs(output, "a")
     (tmp_path / "current.json").write_bytes(damaged)
     for read in (read_published, read_current):
         with pytest.raises(DamagedRunError, match=r"current\.json is damaged \(.*runs publish RUN --force"):
@@ -331,11 +329,11 @@ def test_a_damaged_current_json_is_named_and_replaced_only_by_force(tmp_path: Pa
     assert read_current(output, Storage()) == "a"
 
 
-def test_a_reader_sees_a_whole_run_at_any_moment(output: str):
-    """Readers open current.json over and over while runs are published and rolled back."""
+def test_readers_always_see_a_complete_run(output: str):
+    """Readers open current.json repeatedly while runs are published and rolled back."""
     sizes = {"a": 3, "b": 5, "c": 7}
     for name, count in sizes.items():
-        write_run(output, Night(name), items(count), parts=2)
+        write_run(output, RunDetails(name), items(count), parts=2)
     publish(output, "a", Storage())
     ended = threading.Event()
 
@@ -353,8 +351,8 @@ def test_a_reader_sees_a_whole_run_at_any_moment(output: str):
         for _ in range(8):
             publish(output, "b", Storage())
             publish(output, "c", Storage())
-            roll_back(output, Storage(), whole)
-            publish(output, "a", Storage(), force=True)  # it was begun before the others
+            roll_back(output, Storage(), no_faults)
+            publish(output, "a", Storage(), force=True)  # it was started before the others
 
     met = _beside(read, 3, write, ended)
     assert set.union(*met) == {"a", "b", "c"}

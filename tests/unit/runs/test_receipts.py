@@ -1,4 +1,4 @@
-"""The ledger on storage: what counts, what is done again, and how much is missing."""
+"""Receipts on storage: which of them are used, and which rows are missing."""
 
 from collections import Counter
 from pathlib import Path
@@ -26,7 +26,7 @@ def pairs(found: RowRanges) -> list[tuple[int, int]]:
     return list(zip(found.starts.tolist(), found.stops.tolist(), strict=True))
 
 
-def test_a_receipt_comes_back_from_storage_as_it_was(tmp_path: Path):
+def test_receipt_is_read_back(tmp_path: Path):
     kept = keep(tmp_path, classified([1, None, 3]), classified([4], 7))
     (read,) = read_receipts(str(tmp_path), STORAGE)
     assert read == kept
@@ -35,13 +35,13 @@ def test_a_receipt_comes_back_from_storage_as_it_was(tmp_path: Path):
     assert read.first_failed == ((1, "truncated"),)
 
 
-def test_files_without_a_receipt_count_for_nothing(tmp_path: Path):
+def test_files_without_a_receipt_are_ignored(tmp_path: Path):
     writer(tmp_path).write([classified([1, 2, 3])])
     keep(tmp_path, classified([4, 5], 3))
     assert pairs(missing_rows(read_receipts(str(tmp_path), STORAGE), 6)) == [(0, 3), (5, 6)]
 
 
-def test_of_two_receipts_for_the_same_rows_one_counts(tmp_path: Path):
+def test_one_of_several_receipts_for_the_same_rows_is_used(tmp_path: Path):
     for _ in range(3):
         keep(tmp_path, classified([1, None, 3]))
     keep(tmp_path, classified([4, 5], 3))
@@ -50,7 +50,7 @@ def test_of_two_receipts_for_the_same_rows_one_counts(tmp_path: Path):
     assert pairs(missing_rows(kept, 6)) == [(5, 6)]
 
 
-def test_a_damaged_receipt_is_named_and_its_rows_are_done_again(
+def test_damaged_receipt_is_named_and_its_rows_are_computed_again(
     tmp_path: Path, log: pytest.LogCaptureFixture
 ):
     first, _ = keep(tmp_path, classified([1, 2])), keep(tmp_path, classified([3], 2))
@@ -60,7 +60,7 @@ def test_a_damaged_receipt_is_named_and_its_rows_are_done_again(
     assert first.name in log.text
 
 
-def test_what_may_pass_has_a_file_of_its_own_and_is_done_again(tmp_path: Path):
+def test_retryable_failures_have_a_separate_file_and_are_computed_again(tmp_path: Path):
     from batchcls.runs.parts import PartWriter
     from tests.helpers.runs import DIMENSION
 
@@ -75,7 +75,7 @@ def test_what_may_pass_has_a_file_of_its_own_and_is_done_again(tmp_path: Path):
     assert pairs(missing_rows(kept, 5)) == [(2, 4)]
 
 
-def test_answers_win_over_an_older_quarantine_of_the_same_rows():
+def test_predictions_take_precedence_over_quarantine_of_the_same_rows():
     def file(kind: str, path: str, *ranges: tuple[int, int]) -> PartFile:
         starts, stops = (np.array(side, np.int64) for side in zip(*ranges, strict=True))
         found = RowRanges(starts, stops)
@@ -98,8 +98,8 @@ def test_answers_win_over_an_older_quarantine_of_the_same_rows():
     assert [file.path for one in kept for file in one.files] == ["p/b"]
 
 
-def test_a_full_disk_stops_and_leaves_no_receipt(tmp_path: Path):
-    """/dev/full answers every write as a full disk does."""
+def test_full_disk_stops_the_run_and_leaves_no_receipt(tmp_path: Path):
+    """/dev/full fails every write like a full disk."""
     receipt = writer(tmp_path).write([classified([1])])
     (tmp_path / "receipts").symlink_to("/dev/full/nowhere")
     with pytest.raises(StorageStoppedError, match="run the same command again to resume"):

@@ -1,4 +1,4 @@
-"""How rows of an earlier run are found: by state, by content, by number; and that they are the right ones."""
+"""Finding rows of an earlier run by version, content and row number."""
 
 import duckdb
 import numpy as np
@@ -9,7 +9,7 @@ from batchcls.runs.catalog import read_record
 from batchcls.runs.records import RunRecord
 from batchcls.runs.reuse import EarlierRows, Index, ReuseSource, hashes_of, open_reuse_source, state_keys
 from batchcls.storage.filesystem import Storage
-from tests.helpers.runs import Item, Night, write_run
+from tests.helpers.runs import Item, RunDetails, write_run
 
 STORAGE = Storage()
 
@@ -23,7 +23,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
         Item("c", reason="truncated"),
         Item("d", label="fox", content_hash="h3"),
     ]
-    write_run(output, Night("n1"), rows, STORAGE)
+    write_run(output, RunDetails("n1"), rows, STORAGE)
     return read_record(output, "n1", STORAGE)
 
 
@@ -36,7 +36,7 @@ def found(index: Index, *texts: str) -> list[int]:
         return index.find(hashes_of(pa.array(texts, pa.string()), connection)).tolist()
 
 
-def test_a_version_belongs_to_the_item_and_a_store_s_word_to_the_file():
+def test_manifest_version_belongs_to_the_item_and_store_version_to_the_file():
     keys = state_keys(
         pa.array(["a", "b", "c", "d"]),
         pa.array(["0.jpg", "1.jpg", "2.jpg", None]),
@@ -45,7 +45,7 @@ def test_a_version_belongs_to_the_item_and_a_store_s_word_to_the_file():
     assert keys.to_pylist() == ["0.jpg\0stat:1:2", "b\0version:7", None, None]
 
 
-def test_rows_are_found_by_state_and_by_content(record: RunRecord):
+def test_rows_are_found_by_version_and_by_content(record: RunRecord):
     earlier = opened(record)
     assert found(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7", "0.jpg\0stat:1:3", "d\0") == [
         0,
@@ -58,17 +58,17 @@ def test_rows_are_found_by_state_and_by_content(record: RunRecord):
     assert rows.to_pylist() == [{"item_id": "d", "label": "fox"}, {"item_id": "a", "label": "cat"}]
 
 
-def test_the_same_relative_uri_under_another_folder_is_another_file(record: RunRecord):
+def test_same_relative_uri_in_another_folder_is_another_file(record: RunRecord):
     earlier = opened(record, same_base=False)
     assert found(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7") == [-1, 1]
 
 
-def test_all_predictions_are_found_by_row_where_the_manifest_is_the_same(record: RunRecord):
+def test_all_predictions_are_found_by_row_for_the_same_manifest(record: RunRecord):
     earlier = opened(record, same_manifest=True)
     assert earlier.by_row is not None
     assert earlier.by_row.find(np.array([0, 1, 2, 3], np.uint64)).tolist() == [0, 1, -1, 2]
 
 
-def test_nothing_is_found_in_nothing():
+def test_empty_index_finds_nothing():
     empty = Index.of(np.empty(0, np.uint64), np.empty(0, np.int64))
     assert empty.find(np.array([1, 2], np.uint64)).tolist() == [-1, -1]

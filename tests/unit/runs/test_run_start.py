@@ -1,4 +1,4 @@
-"""One of many drivers begins a run, and one that must not go on leaves nothing behind."""
+"""Exactly one of many drivers starts a run, and a driver that stops leaves no files."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from batchcls.runs.plan import Fingerprints
 from batchcls.runs.run_start import exclusive_start, leased_run, removes_empty_folders
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import REPOSITORY, S3Server
-from tests.helpers.runs import Night, begin_run, items, plan_of, write_parts
+from tests.helpers.runs import RunDetails, items, plan_of, start_run, write_parts
 
 STORAGE = Storage()
 SAME = Fingerprints(manifest="m" * 64, model="b" * 64, settings={"top_k": 5})
@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Storage]:
-    """An output folder, and how it is reached."""
+    """An output folder and its storage."""
     if request.param == "local":
         return str(tmp_path / "new" / "out"), STORAGE
     s3: S3Server = request.getfixturevalue("s3")
@@ -40,7 +40,7 @@ def below(place: tuple[str, Storage]) -> list[str]:
     return [info.uri.removeprefix(output) for info in storage.list_files(output)]
 
 
-def test_of_four_drivers_at_once_one_begins_and_nothing_of_it_stays(place: tuple[str, Storage]):
+def test_exactly_one_of_four_concurrent_drivers_starts(place: tuple[str, Storage]):
     output, storage = place
     start, held, ended = threading.Barrier(4), threading.Event(), threading.Event()
     refused, began = [], []
@@ -72,7 +72,7 @@ def test_of_four_drivers_at_once_one_begins_and_nothing_of_it_stays(place: tuple
     assert below(place) == []
 
 
-def test_what_a_dead_driver_has_left_is_taken_over_or_swept(tmp_path: Path):
+def test_files_of_a_dead_driver_are_reused_or_removed(tmp_path: Path):
     code = (
         "import os, sys\n"
         "from batchcls.runs.run_start import exclusive_start\n"
@@ -93,7 +93,7 @@ def test_what_a_dead_driver_has_left_is_taken_over_or_swept(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_driver_whose_decision_was_taken_over_must_not_begin(tmp_path: Path):
+def test_driver_that_lost_the_start_lease_must_not_start(tmp_path: Path):
     with exclusive_start(str(tmp_path), SAME, STORAGE) as lease:
         (mine,) = tmp_path.rglob("000001.json")
         mine.unlink()
@@ -101,7 +101,7 @@ def test_a_driver_whose_decision_was_taken_over_must_not_begin(tmp_path: Path):
             lease.confirm()
 
 
-def test_what_else_lies_beside_decisions_is_left(tmp_path: Path):
+def test_other_files_beside_start_leases_are_kept(tmp_path: Path):
     for name in ("notes", "a" * 24 + "x", "A" * 24):
         (tmp_path / "starting" / name / "lease").mkdir(parents=True)
         (tmp_path / "starting" / name / "lease" / "000001.json").write_text("{}")
@@ -110,9 +110,9 @@ def test_what_else_lies_beside_decisions_is_left(tmp_path: Path):
     assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
-def test_bad_input_before_anything_is_written_leaves_nothing(place: tuple[str, Storage], tmp_path: Path):
+def test_input_error_before_any_write_leaves_no_files(place: tuple[str, Storage], tmp_path: Path):
     output, storage = place
-    plan = plan_of(Night("a"), 4)
+    plan = plan_of(RunDetails("a"), 4)
     with (
         pytest.raises(InputError, match="no such column"),
         removes_empty_folders(output, storage),
@@ -124,16 +124,16 @@ def test_bad_input_before_anything_is_written_leaves_nothing(place: tuple[str, S
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_were_there_before_stay(tmp_path: Path):
+def test_existing_folders_are_kept(tmp_path: Path):
     (tmp_path / "out" / "runs").mkdir(parents=True)
     with pytest.raises(InputError), removes_empty_folders(str(tmp_path / "out"), STORAGE):
         raise InputError("no")
     assert (tmp_path / "out" / "runs").is_dir()
 
 
-def test_bad_input_after_something_was_written_stops_a_run_that_can_go_on(place: tuple[str, Storage]):
+def test_input_error_after_a_write_leaves_a_resumable_run(place: tuple[str, Storage]):
     output, storage = place
-    plan = plan_of(Night("a"), 4)
+    plan = plan_of(RunDetails("a"), 4)
 
     def work() -> None:
         with leased_run(plan, output, storage, is_new=True):
@@ -146,14 +146,14 @@ def test_bad_input_after_something_was_written_stops_a_run_that_can_go_on(place:
     assert any(name.endswith("plan.json") for name in below(place))
 
 
-def test_bad_input_leaves_a_run_that_was_begun_before_as_it_was(place: tuple[str, Storage]):
+def test_input_error_does_not_change_a_run_that_was_started_before(place: tuple[str, Storage]):
     output, storage = place
-    begin_run(output, Night("a"), storage)
+    start_run(output, RunDetails("a"), storage)
     write_parts(join(output, "runs", "a"), items(4), storage)
     before = below(place)
     with (
         pytest.raises(InputError, match="no such engine"),
-        leased_run(plan_of(Night("a"), 4), output, storage, is_new=False),
+        leased_run(plan_of(RunDetails("a"), 4), output, storage, is_new=False),
     ):
         raise InputError("no such engine")
     assert below(place) == before

@@ -1,4 +1,4 @@
-"""Which committed run the same command publishes: one whose job ended between the commit and the publish."""
+"""The same command publishes a run whose job ended between the commit and the publish."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from batchcls.runs.plan import Fingerprints, create_plan
 from batchcls.runs.publish import publish, roll_back
 from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
-from tests.helpers.runs import Night, begun_on, findings_of, items, plan_of, write_parts, write_run
+from tests.helpers.runs import RunDetails, findings_of, items, plan_of, set_created, write_parts, write_run
 
 PASSED = {"gate": "coverage_fraction", "value": 1.0, "limit": 0.9, "passed": True, "message": "all"}
 
@@ -39,9 +39,9 @@ def about(config: ClassifyConfig) -> Fingerprints:
 def committed(
     output: str, name: str, *, gates: list[dict] | None = None, trial: bool = False, **changes: Any
 ) -> str:
-    """What a command with these settings has committed and not published; returns the run's folder."""
+    """Commit a run of a command with these settings without publishing it; returns its folder."""
     config, storage = config_of(output, **changes), Storage()
-    plan = plan_of(Night(name, unpublishable=["a trial"] if trial else []), 4)
+    plan = plan_of(RunDetails(name, unpublishable=["a trial"] if trial else []), 4)
     plan = plan.model_copy(update={"config": config.redacted(), "fingerprints": about(config)})
     folder = create_plan(plan, output, storage)
     receipts = write_parts(folder, items(4), storage)
@@ -57,13 +57,13 @@ def found(output: str, **changes: Any) -> str | None:
 
 
 def publish_again(config: ClassifyConfig, record: RunRecord) -> BatchclsError | None:
-    """Publish an unpublished run as the same command does; the error if that failed."""
+    """Publish an unpublished run as the same command does; returns the error if it fails."""
     publication = publish_run(config, reevaluate_run(config, record, Storage()))
     assert publication.published == (publication.error is None)
     return publication.error
 
 
-def test_a_run_whose_publish_was_interrupted_is_found_until_it_is_published(output: str):
+def test_run_with_an_interrupted_publish_is_found_until_it_is_published(output: str):
     assert found(output) is None
     committed(output, "night")
     assert found(output) == "night"
@@ -73,10 +73,10 @@ def test_a_run_whose_publish_was_interrupted_is_found_until_it_is_published(outp
     assert found(output) is None
 
 
-def test_the_newest_of_several_is_found(output: str):
+def test_newest_of_several_runs_is_found(output: str):
     for name, created in (("a", "2026-11-24"), ("c", "2026-11-26"), ("b", "2026-11-25")):
         committed(output, name)
-        begun_on(output, name, f"{created}T01:15:00+00:00")
+        set_created(output, name, f"{created}T01:15:00+00:00")
     assert found(output) == "c"
 
 
@@ -90,7 +90,7 @@ def test_the_newest_of_several_is_found(output: str):
         {"retry_quarantine": True},
     ],
 )
-def test_a_command_that_asks_for_something_else_finds_nothing(tmp_path: Path, command: dict):
+def test_command_with_other_settings_finds_no_run(tmp_path: Path, command: dict):
     output = str(tmp_path)
     committed(output, "night")
     assert found(output, **command) is None
@@ -100,16 +100,16 @@ def test_a_command_that_asks_for_something_else_finds_nothing(tmp_path: Path, co
     assert found(output) == "night"
 
 
-def test_what_was_never_to_be_published_or_was_refused_is_not_found(output: str):
+def test_unpublishable_and_refused_runs_are_not_found(output: str):
     committed(output, "no-publish", publish=False)
     committed(output, "trial", trial=True)
     committed(output, "refused", gates=[PASSED, PASSED | {"passed": False}])
     committed(output, "unjudged", gates=[])
-    write_run(output, Night("of-nobody-knows-what"), items(4))
+    write_run(output, RunDetails("of-nobody-knows-what"), items(4))
     assert found(output) is None
 
 
-def test_what_was_published_once_is_not_found_after_a_rollback(output: str):
+def test_run_that_was_rolled_back_is_not_found(output: str):
     for name in ("a", "b"):
         committed(output, name)
         publish(output, name, Storage())
@@ -117,18 +117,18 @@ def test_what_was_published_once_is_not_found_after_a_rollback(output: str):
     assert found(output) is None
 
 
-def test_what_is_older_than_the_published_run_is_not_found(output: str):
+def test_run_older_than_the_published_one_is_not_found(output: str):
     committed(output, "yesterday")
-    begun_on(output, "yesterday", "2026-11-25T01:15:00+00:00")
-    write_run(output, Night("tonight"), items(4))
+    set_created(output, "yesterday", "2026-11-25T01:15:00+00:00")
+    write_run(output, RunDetails("tonight"), items(4))
     publish(output, "tonight", Storage())
     assert found(output) is None
-    begun_on(output, "tonight", "2026-11-24T01:15:00+00:00")
+    set_created(output, "tonight", "2026-11-24T01:15:00+00:00")
     assert found(output) == "yesterday"
 
 
 @pytest.mark.parametrize("damage", ["run.json", "plan.json", "part", "removal.json", "current.json"])
-def test_what_is_damaged_or_being_removed_is_not_found_and_stops_nobody(tmp_path: Path, damage: str):
+def test_damaged_run_or_run_being_removed_is_not_found(tmp_path: Path, damage: str):
     output = str(tmp_path)
     folder = Path(committed(output, "night"))
     committed(output, "older", publish=False)
@@ -139,7 +139,7 @@ def test_what_is_damaged_or_being_removed_is_not_found_and_stops_nobody(tmp_path
     assert found(output) is None
 
 
-def test_another_version_s_plan_is_not_found(tmp_path: Path):
+def test_plan_with_invalid_fingerprints_is_not_found(tmp_path: Path):
     folder = Path(committed(str(tmp_path), "night"))
     plan = json.loads((folder / "plan.json").read_text())
     (folder / "plan.json").write_text(json.dumps(plan | {"fingerprints": {}, "config": {}}))
@@ -147,7 +147,7 @@ def test_another_version_s_plan_is_not_found(tmp_path: Path):
     assert Storage().exists(join(str(folder), "run.json"))
 
 
-def test_what_is_found_is_judged_again_and_published_and_nothing_is_computed(output: str):
+def test_found_run_is_evaluated_again_and_published_without_computation(output: str):
     folder = committed(output, "night")
     config = config_of(output, report=False)
     before = Storage().list_files(folder)
@@ -158,7 +158,7 @@ def test_what_is_found_is_judged_again_and_published_and_nothing_is_computed(out
     assert Storage().list_files(folder) == before
 
 
-def test_what_is_found_and_cannot_be_published_yet_stops_and_is_found_again(tmp_path: Path):
+def test_found_run_is_found_again_after_a_storage_failure(tmp_path: Path):
     output = str(tmp_path)
     committed(output, "night")
     config = config_of(output, report=False)
@@ -176,8 +176,8 @@ def test_what_is_found_and_cannot_be_published_yet_stops_and_is_found_again(tmp_
     assert found(output) is None
 
 
-def test_what_is_found_is_refused_where_its_answers_do_not_fit_what_is_published(output: str):
-    write_run(output, Night("before"), items(4, label="dog"))
+def test_found_run_is_refused_if_a_gate_fails(output: str):
+    write_run(output, RunDetails("before"), items(4, label="dog"))
     publish(output, "before", Storage())
     committed(output, "night")
     config = config_of(output, report=False, gate_min_rows=1, gate_min_mean_confidence=0)
