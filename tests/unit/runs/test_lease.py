@@ -224,7 +224,7 @@ def test_lease_that_cannot_be_renewed_ends_the_run(tmp_path: Path):
 
     with leased(str(tmp_path), storage) as lease:
         storage.act = fail
-        assert "same command goes on" in str(wait_for(lease, StorageStoppedError))
+        assert "run the same command again to resume" in str(wait_for(lease, StorageStoppedError))
         storage.act = lambda: None
 
 

@@ -21,7 +21,7 @@ def test_rows_are_stored_as_the_fewest_ranges():
 
 
 def test_repeated_row_in_one_part_is_an_error():
-    with pytest.raises(ValueError, match="row 4 twice"):
+    with pytest.raises(ValueError, match="row 4 occurs twice"):
         RowRanges.of(np.array([4, 3, 4]))
 
 

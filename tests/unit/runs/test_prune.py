@@ -99,7 +99,7 @@ def test_run_with_a_damaged_or_missing_plan_is_named_and_kept(output: str, prune
         else:
             put(output, f"{name}/plan.json", damage)
     code, printed = prune(output)
-    assert (code, names(output)) == (0, ["unfinished", "committed", "copied"])
+    assert (code, names(output)) == (0, ["committed", "copied", "unfinished"])
     for name in names(output):
         assert any(line.split()[:1] == [name] and "keep" in line for line in printed.splitlines()), printed
 
