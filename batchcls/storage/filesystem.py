@@ -53,7 +53,6 @@ __all__ = [
     "is_remote",
     "join",
     "local_path",
-    "parse_json",
     "redact_options",
     "redact_uri",
     "scheme",
@@ -416,14 +415,6 @@ def write_files(folder: str, files: Mapping[str, bytes], storage: Storage) -> li
             storage.write_atomic(uri, data)
         written.append(uri)
     return written
-
-
-def parse_json(data: bytes) -> Any:
-    """Parse JSON. Raises ValueError for invalid JSON and for excessive nesting."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def _etag(entry: Mapping[str, Any]) -> str | None:

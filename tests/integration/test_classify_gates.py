@@ -43,7 +43,7 @@ def test_run_with_failed_gate_is_committed_and_published_only_with_force(
 
     second = job("--manifest", half, *same, *budget, "--run-id", "night-2", output=output)
     assert second.exit_code == 3, second.log
-    assert "gate row_count_change_fraction: 20 rows after 40 in run night-1" in second.log
+    assert "gate row_count_change_fraction: 20 rows, 40 in run night-1" in second.log
     current = json.loads((tmp_path / "output/current.json").read_text())
     assert current["run_id"] == "night-1"
     record = json.loads((tmp_path / "output/runs/night-2/run.json").read_text())

@@ -64,7 +64,7 @@ def test_run_of_killed_driver_is_resumed(
 
     outcome = job(*arguments)
     assert outcome.exit_code == 0, outcome.log
-    assert "going on: " in outcome.log
+    assert "resuming: " in outcome.log
     assert before < receipts(tmp_path / "output")
     assert outcome.record["measurements"]["rows_pipeline"] < ROWS
     assert outcome.record["counts"]["quarantined_by_reason"] == {"truncated": 2}
@@ -216,7 +216,7 @@ def test_run_stopped_by_full_disk_is_resumed_with_free_space(
         subprocess.run(["mount", "-o", "remount,size=64m", str(output)], check=True)
         outcome = job(*arguments, output=output)
         assert outcome.exit_code == 0, outcome.log
-        assert "going on: " in outcome.log
+        assert "resuming: " in outcome.log
         assert published(output).num_rows == ROWS - len(BROKEN)
     finally:
         subprocess.run(["umount", str(output)], check=True)

@@ -224,3 +224,17 @@ def test_nothing_is_reused_if_the_published_run_is_missing_or_truncated(
     assert "reuse: nothing, the published run cannot be read" in log.text
     (output / "current.json").write_text("[]")
     assert choose_reuse_source(config, plan, Storage()) is None
+
+
+def test_newer_versions_are_refused_with_the_remedy(output: Path, call: Call):
+    path = output / "runs" / "odd" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    listed = {run.run_id: run for run in list_runs(str(output), Storage())}
+    assert (listed["odd"].state, "upgrade batchcls" in listed["odd"].detail) == (State.DAMAGED, True)
+    every_command(output, call, "odd")
+    current = output / "current.json"
+    current.write_text(json.dumps(json.loads(current.read_text()) | {"version": 2}))
+    for command in (["list"], ["publish", "b", "--force"], ["prune", "--keep", "0"]):
+        code, printed = call(*command, "--output", str(output))
+        assert (code, "upgrade batchcls" in printed.replace("\n", " ")) == (2, True)
+    assert json.loads(current.read_text())["run_id"] == "c"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.errors import BatchclsError, InputError, StorageStoppedError
-from batchcls.storage.filesystem import Storage, UnsupportedSchemeError, explain, parse_json, write_files
+from batchcls.storage.filesystem import Storage, UnsupportedSchemeError, explain, write_files
 
 
 def names(folder: Path) -> list[str]:
@@ -210,13 +210,6 @@ def test_write_files_raises_input_error_only_for_the_first_file(tmp_path: Path):
     (tmp_path / "later" / "record").mkdir(parents=True)
     with pytest.raises(StorageStoppedError):
         write_files(str(tmp_path / "later"), files, Storage())
-
-
-def test_invalid_or_deeply_nested_json_is_a_value_error():
-    assert parse_json(b'{"a": [1]}') == {"a": [1]}
-    for data in (b"", b"{", b"\xff", b"[" * 500_000, b'{"a":' * 500_000):
-        with pytest.raises(ValueError, match=r".*"):
-            parse_json(data)
 
 
 def test_list_direct_files(tmp_path: Path):
