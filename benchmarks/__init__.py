@@ -1,1 +1,1 @@
-"""This job beside others, on the same images, weights and machine: `make bench`."""
+"""Compares batchcls with other programs on the same images, weights and machine: `make bench`."""

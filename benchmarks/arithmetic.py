@@ -1,4 +1,4 @@
-"""What the rounds of a benchmark say: rates, ratios of the same round, agreement of answers. Arithmetic only."""
+"""Computes rates, ratios within a round and agreement of predictions from the rounds of a benchmark."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ between two classes may fall on the other side; a program that does other work m
 
 
 class DisagreementError(Exception):
-    """A program answers otherwise than this job: they do not do the same work, and are not compared."""
+    """The predictions of a program differ from those of the job, so their speeds are not comparable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Timing:
 
     @property
     def images_per_second(self) -> float:
-        """Start-up included."""
+        """Images per second, including startup."""
         return self.images / self.seconds
 
 

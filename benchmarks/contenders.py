@@ -1,4 +1,4 @@
-"""The programs of the benchmark: what each is called, who it is, and how it is started."""
+"""Defines the programs of the benchmark: name, description and command line."""
 
 import re
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ JOB = "job"
 CEILING = "bare"
 _JOB_MODULE = "batchcls.jobs.classify"
 _PEERS = "benchmarks.peers"
-_BATCH_SIZE = 16  # of a job that has measured no other
+_BATCH_SIZE = 16  # of a job without a measured batch size
 
 CONTENDERS: Mapping[str, Contender] = {
     one.name: one
@@ -91,7 +91,7 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class JobEngine:
-    """What this job chose to run the network with."""
+    """The engine that the job selected."""
 
     engine: str
     precision: str
@@ -149,7 +149,7 @@ def command(
 
 
 def best_labels(contender: Contender, output: Path) -> dict[str, str]:
-    """The best label of each photograph, by path, from what a program wrote."""
+    """Top-1 label of each photograph by path, read from the output of a program."""
     if contender.kind == "job":
         (folder,) = output.glob("runs/*/predictions")
         table = pq.read_table(folder, columns=["uri", "label"])

@@ -44,7 +44,7 @@ Way = Callable[[bytes], object]
 
 
 def ways(interpolation: Interpolation) -> dict[str, Way]:
-    """From a file's bytes to 224 x 224 pixels, by the name of the way."""
+    """Functions from the bytes of a file to 224 x 224 pixels, by name."""
     transform = Transform(
         Preprocessing(
             input_height=_CROP, input_width=_CROP, resize_height=_RESIZE, resize_width=_RESIZE,
@@ -69,7 +69,7 @@ def ways(interpolation: Interpolation) -> dict[str, Way]:
         return functional.center_crop(resized, [_CROP]).contiguous()
 
     def ours_whole(data: bytes) -> object:
-        hashlib.sha256(data).hexdigest()  # which the load path also has to do
+        hashlib.sha256(data).hexdigest()  # the load path also computes it
         decoded = decode(data, limits)
         return transform(decoded.pixels, decoded.extent)
 
@@ -87,7 +87,7 @@ def ways(interpolation: Interpolation) -> dict[str, Way]:
 
 
 def measure(files: Iterable[bytes], named: dict[str, Way], rounds: int) -> dict[str, dict[str, Any]]:
-    """Images per second of a core by way, and how many times that of Pillow: medians over the rounds."""
+    """Median images per second of one core for each function, and the speedup over Pillow."""
     contents = list(files)
     for way in named.values():
         way(contents[0])
@@ -114,7 +114,7 @@ def measure(files: Iterable[bytes], named: dict[str, Way], rounds: int) -> dict[
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The results in Markdown: a line a way, a column a kind of photograph."""
+    """Markdown table with one row per function and one column per kind of photograph."""
     kinds = list(results)
     lines = [
         "| images/s and core (times Pillow) | " + " | ".join(kinds) + " |",

@@ -23,7 +23,7 @@ _FILE_FRAGMENTS = 20
 
 
 class _Fragments(Datasource):  # type: ignore[misc]  # ray is not typed
-    """Read tasks that yield a few rows a block."""
+    """Read tasks that yield a few rows per block."""
 
     def __init__(self, fragments: int, blocks: int) -> None:
         self._fragments, self._blocks = fragments, blocks
@@ -63,11 +63,11 @@ class _Sink(Datasink[int]):  # type: ignore[misc]
 
 
 def staged(fragments: int, blocks: int) -> None:
-    """Load tasks, an actor and write tasks through Ray Data."""
+    """Run load tasks, an actor and write tasks with Ray Data."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1  # every yielded block stays one
+    context.target_max_block_size = 1  # keeps every yielded block separate
     read = ray.data.read_datasource(
         _Fragments(fragments, blocks), override_num_blocks=fragments, num_cpus=0.5
     )
@@ -116,7 +116,7 @@ def main() -> None:
     """Measure both shapes, a few rounds of each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fragments", type=int, default=400)
-    parser.add_argument("--blocks", type=int, default=8, help="blocks of a fragment")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks per fragment")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -57,7 +57,7 @@ class SleepingActor(FragmentActor):
 
 
 class SleepingRun(FragmentGraph):
-    """The pool with such actors."""
+    """The actor pool with stub actors."""
 
     actor_class = SleepingActor
 
@@ -77,7 +77,7 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
                 allow_random_weights=True,
                 batch_size=_BATCH,
                 fragment_rows=256,
-                cache_dir=str(rate),  # the one text that reaches the stub
+                cache_dir=str(rate),  # the only string setting that reaches the stub
             )
             inputs = open_inputs(config, check_inputs(config))
             shape = plan_resources(config, node_resources(), inputs.manifest.rows, remote_images=False)
@@ -138,10 +138,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--nodes", default="1,2,4", help="how many nodes, by commas")
+    parser.add_argument("--nodes", default="1,2,4", help="numbers of nodes, separated by commas")
     parser.add_argument("--rate", type=float, default=40.0, help="images per second of each stub")
-    parser.add_argument("--seconds", type=float, default=40.0, help="length of each run, start-up left out")
-    parser.add_argument("--name", default="growth", help="of the file with the results")
+    parser.add_argument("--seconds", type=float, default=40.0, help="duration of each run without startup")
+    parser.add_argument("--name", default="growth", help="name of the results file")
     arguments = parser.parse_args()
     points = []
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""The photographs of the benchmark: which ones, and larger ones made from them."""
+"""Selects the photographs of the benchmark and enlarges them."""
 
 import random
 from concurrent.futures import ProcessPoolExecutor

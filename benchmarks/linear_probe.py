@@ -38,7 +38,7 @@ def _anonymous_mib() -> float:
 
 @contextmanager
 def measured(name: str, into: dict[str, Any]) -> Iterator[None]:
-    """Seconds, CPU seconds and peak memory beyond what there was before, of a block."""
+    """Measures wall time, CPU time and additional peak memory of a `with` block."""
     before, peak, ended = _anonymous_mib(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -77,13 +77,15 @@ def write(
 
 
 def main() -> None:
-    """Make embeddings, fit, predict, measure, look for wrong labels."""
+    """Generate embeddings, fit, predict, measure, and search for wrong labels."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--validation-rows", type=int, default=20_000)
     parser.add_argument("--categories", type=int, default=10_000)
     parser.add_argument("--dimension", type=int, default=512)
-    parser.add_argument("--passes", type=float, default=1.0, help="over the rows, after the closed form")
+    parser.add_argument(
+        "--passes", type=float, default=1.0, help="passes over the rows after the closed-form solution"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -36,7 +36,7 @@ print(f"{manifest.rows} rows: footers {opened - started:.2f} s, ids {walked - op
 
 
 def write(path: Path, rows: int, width_bytes: int) -> None:
-    """A manifest with one repeated id and a column of `width_bytes` random bytes a row."""
+    """Write a manifest with one duplicate ID and a column of `width_bytes` random bytes per row."""
     random = np.random.default_rng(0)
     with pq.ParquetWriter(
         path, pa.schema([("item_id", pa.string()), ("uri", pa.string()), ("blob", pa.binary())])
@@ -64,7 +64,7 @@ def main() -> None:
             done = subprocess.run(
                 [sys.executable, "-c", _PLAN, str(path)], capture_output=True, text=True, check=True
             )
-            print(f"{width} more bytes a row: {done.stdout.strip()}", flush=True)
+            print(f"{width} additional bytes per row: {done.stdout.strip()}", flush=True)
 
 
 if __name__ == "__main__":

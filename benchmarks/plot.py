@@ -1,4 +1,4 @@
-"""The benchmark's result as an image for the README: a bar for each program, light background."""
+"""Draws the benchmark results for the README: one bar per program on a light background."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def _note(name: str, program: Mapping[str, Any]) -> str:
-    """The rate, and how many times as fast the job is as a peer."""
+    """Throughput of a program, and the speedup of the job over it."""
     rate = program["images_per_second"]
     text = f"{rate:.0f} images/s" if rate >= 100 else f"{rate:.1f} images/s"
     ratio = program.get("job_is_times_as_fast")

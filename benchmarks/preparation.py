@@ -1,4 +1,4 @@
-"""What the programs are given: photographs, weights, bundles, manifests; all of it made in one folder."""
+"""Prepares the inputs of the programs in one folder: photographs, weights, bundles and manifests."""
 
 import argparse
 import importlib.util
@@ -60,7 +60,7 @@ def list_images(paths: Iterable[Path], folder: Path, name: str) -> tuple[Path, P
 
 
 def shorter(files: Files, count: int) -> Files:
-    """The same of the first `count` photographs."""
+    """Write the same files for the first `count` photographs."""
     paths = [Path(line) for line in files.images.read_text(encoding="utf-8").splitlines()]
     if count >= len(paths):
         return files
@@ -69,7 +69,7 @@ def shorter(files: Files, count: int) -> Files:
 
 
 def prepare_model(model: str, images: Path, folder: Path) -> tuple[Path, Path, Path]:
-    """Weights, labels and bundle of an architecture; those of an earlier start are reused."""
+    """Create weights, labels and bundle of an architecture; existing ones are reused."""
     weights, labels, bundle = (folder / f"{model}{end}" for end in (".safetensors", ".labels.txt", ""))
     if not labels.exists():
         note(f"{model}: making weights")
@@ -86,7 +86,7 @@ def _named(**values: object) -> list[str]:
 
 
 def plan_suites(given: argparse.Namespace, folder: Path) -> list[Suite]:
-    """Choose photographs, make weights, enlarge; what is in the folder already is reused."""
+    """Select and enlarge photographs and create weights; existing files are reused."""
     data = Path(given.data)
     chosen = choose_images(data, max(given.images, given.large_images))
     images, manifest = list_images(chosen[: given.images], folder, "photographs")

@@ -1,4 +1,4 @@
-"""Running another Python, and saying what goes on."""
+"""Runs Python subprocesses and logs progress."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def note(text: str) -> None:
-    """A line of progress, on stderr."""
+    """Print a progress line to stderr."""
     print(f"{datetime.now(UTC):%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
@@ -22,7 +22,7 @@ def python(arguments: list[str], folder: Path) -> str:
     """
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
-        "BATCHCLS_CACHE_DIR": str(folder / "cache"),  # neither read nor filled with what others left
+        "BATCHCLS_CACHE_DIR": str(folder / "cache"),  # separate from the cache of other runs
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     done = subprocess.run(

@@ -82,7 +82,7 @@ def prepare(rows: int, folder: Path) -> None:
 
 
 def resume(rows: int, folder: Path) -> dict[str, float]:
-    """Read the ledger and cut what is missing."""
+    """Read the ledger and plan the remaining fragments."""
     steps: dict[str, float] = {}
     manifest = _timed(steps, "manifest", lambda: open_manifest(str(folder / "manifest"), _STORAGE))
     receipts = _timed(steps, "receipts", lambda: read_receipts(str(folder / "run"), _STORAGE))
@@ -96,7 +96,7 @@ def resume(rows: int, folder: Path) -> dict[str, float]:
 
 
 def reuse(rows: int, folder: Path) -> dict[str, float]:
-    """Build the index and search it for every row, as the tasks do."""
+    """Build the index and look up every row, as the tasks do."""
     steps: dict[str, float] = {}
     files = tuple(
         RunFile(
@@ -149,16 +149,16 @@ def _timed(steps: dict[str, float], name: str, step: Callable[[], T]) -> T:
 
 
 def _peak_mib() -> int:
-    """Most memory of this process; getrusage would count what its parent had when it was started."""
+    """Peak memory of this process; getrusage would include the memory of the parent at the fork."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) // 1024
 
 
 def main() -> None:
-    """Measure at each number of rows."""
+    """Run the measurement for each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", default="1000000,10000000", help="by commas")
+    parser.add_argument("--rows", default="1000000,10000000", help="numbers of rows, separated by commas")
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:

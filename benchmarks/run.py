@@ -50,7 +50,7 @@ _PACKAGES = ("ray", "torch", "torchvision", "timm", "openvino", "daft", "numpy",
 
 @dataclass(slots=True)
 class Found:
-    """What was seen of a suite so far."""
+    """Results of a suite so far."""
 
     timings: dict[str, list[Timing]] = field(default_factory=lambda: defaultdict(list))
     agreements: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -61,7 +61,7 @@ class Found:
 def run_once(
     suite: Suite, contender: Contender, count: int, found: Found, int8_min_agreement: float
 ) -> tuple[Timing, dict[str, str]]:
-    """One process: how long it took, and the best label of each photograph."""
+    """Run one process; returns its time and the top-1 label of each photograph."""
     output = _empty_output(suite, contender)
     arguments = command(
         contender,
@@ -133,7 +133,7 @@ def run_suite(suite: Suite, rounds: int, bound: float) -> dict[str, Any]:
         note(f"{suite.title}: first {name} took {first_seconds[name]} s, with {found.engines[name]}")
     found.job_records.clear()
     for number in range(rounds):
-        # A machine that slows down in the course of a round must not favor those in front.
+        # Reversing the order keeps a machine that slows down during a round from favoring the first programs.
         run_round(suite, suite.names if number % 2 == 0 else suite.names[::-1], ours, found, bound)
     programs = summarize({name: found.timings[name] for name in suite.names}, JOB)
     for name, shares in found.agreements.items():
@@ -156,29 +156,45 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", default="resnet50,mobilenetv3_large_100", help="timm architectures, by commas")
-    add("--images", type=int, default=2000, help="photographs of this job and of its ceiling")
-    add("--peer-images", type=int, default=400, help="of peers as documented; projected to --images")
-    add("--tuned-images", type=int, default=0, help="of tuned peers; 0: as many as --images")
-    add("--small-images", type=int, default=64, help="of the run that tells start-up from work")
-    add("--large-images", type=int, default=1000, help="photographs of 1,500 px; 0: none of them")
-    add("--large-model", default="mobilenetv3_large_100", help="what they are answered with")
+    add("--models", default="resnet50,mobilenetv3_large_100", help="timm architectures, separated by commas")
+    add("--images", type=int, default=2000, help="photographs for the job and the bare loop")
+    add(
+        "--peer-images",
+        type=int,
+        default=400,
+        help="photographs for documented programs; projected to --images",
+    )
+    add(
+        "--tuned-images", type=int, default=0, help="photographs for tuned programs; 0: the value of --images"
+    )
+    add(
+        "--small-images",
+        type=int,
+        default=64,
+        help="photographs of the run that separates startup from processing",
+    )
+    add("--large-images", type=int, default=1000, help="photographs of 1,500 px; 0 skips this suite")
+    add("--large-model", default="mobilenetv3_large_100", help="model for the photographs of 1,500 px")
     add("--rounds", type=int, default=3)
-    add("--only", help=f"programs beside this job, by commas: {', '.join(CONTENDERS)}")
-    add("--int8-min-agreement", type=float, default=0.9, help="what the job that may take int8 has to keep")
-    add("--data", default=str(REPOSITORY.parent / "shared" / "data"), help="holds imagenet/ and catalog/")
-    add("--folder", help="where weights, images and conversions are kept for another start; default: nowhere")
+    add("--only", help=f"other programs to run, separated by commas: {', '.join(CONTENDERS)}")
+    add("--int8-min-agreement", type=float, default=0.9, help="minimum agreement of the job with int8")
+    add(
+        "--data",
+        default=str(REPOSITORY.parent / "shared" / "data"),
+        help="folder with imagenet/ and catalog/",
+    )
+    add("--folder", help="folder that keeps weights, images and conversions; default: a temporary folder")
     add("--results", default=str(REPOSITORY / "benchmarks" / "results"), help="folder for DATE-peers.json")
     add(
         "--image",
         default=str(REPOSITORY / "docs" / "images" / "benchmarks.png"),
-        help="PNG or SVG; empty: none",
+        help="PNG or SVG file of the plot; empty: no plot",
     )
     return parser.parse_args(arguments)
 
 
 def _versions() -> dict[str, str | None]:
-    """Versions of what is compared; None: not installed."""
+    """Versions of the compared packages; None if not installed."""
     found: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -189,7 +205,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure everything, write the record and the image."""
+    """Run all suites and write the record and the plot."""
     given = _parse(arguments)
     if not Path(given.data).is_dir():
         raise SystemExit(f"--data {given.data}: the photographs are not there")

@@ -34,11 +34,11 @@ _DIMENSION = 1280
 
 
 def main() -> None:
-    """Write two runs, time every step, and print one line of JSON each."""
+    """Write two runs, time every step, and print the results as JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=int)
     parser.add_argument("--embedding", action="store_true")
-    parser.add_argument("--folder", default=None, help="Where the runs are written and removed again.")
+    parser.add_argument("--folder", default=None, help="folder for the runs, which are deleted afterwards")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as output:
         for name in ("old", "new"):

@@ -37,7 +37,7 @@ RESIZE, INPUT = 256, 224
 
 
 def write_catalog(folder: Path, count: int) -> Path:
-    """A manifest of `count` JPEGs of colored noise; what is in them changes no speed."""
+    """Write a manifest of `count` JPEG files with colored noise; the content does not affect speed."""
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
     rows = []
@@ -72,7 +72,7 @@ class CalibrationPixels(Dataset[tuple[Tensor, int]]):
 
 
 def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, threads: int) -> float:
-    """Images per second of the last epoch of a loop written by hand; the first warms up."""
+    """Images per second in the last epoch of a plain PyTorch loop; the first epoch is a warm-up."""
     torch.set_num_threads(threads)
     names = pq.read_table(folder / "manifest.parquet")["uri"].to_pylist()
     arrays = [np.asarray(Image.open(folder / name)) for name in names]
@@ -112,7 +112,7 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
 def job_rate(
     folder: Path, validation: Path, architecture: str, recipe: Path, output: Path, workers: str
 ) -> float:
-    """Images per second of the last epoch, as the job's own record has it."""
+    """Images per second in the last epoch, from the record of the job."""
     command = [
         *(sys.executable, "-m", "batchcls.jobs.finetune", "--manifest", str(folder / "manifest.parquet")),
         *("--validation", str(validation), "--model", f"timm:{architecture}", "--from-scratch"),
@@ -126,7 +126,7 @@ def job_rate(
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rounds, and the median of their ratios."""
+    """Run all rounds and compute the median of their ratios."""
     # Random weights have no statistics to keep, which the job insists on; the arithmetic is the same but
     # for the means of a batch, so both loops gather them.
     recipe = read_recipe("fine-tune").with_changes(
@@ -178,10 +178,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and print; with --output keep the record."""
+    """Measure and print the results; --output also writes them to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", default="mobilenetv2_100", help="a name of timm")
-    parser.add_argument("--images", type=int, default=320, help="images of an epoch")
+    parser.add_argument("--model", default="mobilenetv2_100", help="timm architecture")
+    parser.add_argument("--images", type=int, default=320, help="images per epoch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, help="JSON file for the record")

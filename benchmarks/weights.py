@@ -47,7 +47,7 @@ def make_network(model: str, paths: list[str]) -> nn.Module:
 
 
 def _fit_normalizations(network: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Take means and variances from the batches; leaves the network in evaluation mode."""
+    """Set batch norm statistics from the batches; leaves the network in evaluation mode."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", required=True, help="text file, a photograph's path a line")
-    parser.add_argument("--model", required=True, help="architecture, as timm calls it")
+    parser.add_argument("--images", required=True, help="text file with one photograph path per line")
+    parser.add_argument("--model", required=True, help="timm architecture")
     parser.add_argument("--output", required=True, help="safetensors file to write")
     given = parser.parse_args()
     network = make_network(given.model, read_lines(given.images))

@@ -1,1 +1,1 @@
-"""The programs that this job is measured beside, each a process of its own that says how long it took."""
+"""Programs to compare with; each runs in a separate process and reports its time."""

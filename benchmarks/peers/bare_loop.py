@@ -39,7 +39,7 @@ from batchcls.storage.filesystem import Storage
 from benchmarks.peers.task import TOP, read_lines, say
 
 Pixels = npt.NDArray[np.uint8]
-_AHEAD = 4  # blocks of decoded photographs that may wait for the engine
+_AHEAD = 4  # decoded blocks queued for the engine
 _CALIBRATION_IMAGES = 128
 _WITH_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -89,7 +89,7 @@ def _tables(paths: list[str], batch_size: int) -> Iterator[pa.Table]:
 def load_with_pillow(
     paths: list[str], preprocessing: Preprocessing, batch_size: int, threads: int
 ) -> Iterator[Pixels]:
-    """The same by Pillow alone, decoding in full."""
+    """The same batches, decoded in full with Pillow."""
     with ThreadPoolExecutor(threads) as pool:
         shrunk: deque[list[Future[Pixels]]] = deque()
         for start in range(0, len(paths), batch_size):
@@ -113,7 +113,7 @@ def _shrink_with_pillow(path: str, preprocessing: Preprocessing) -> Pixels:
 
 
 def ahead(batches: Iterable[Pixels]) -> Iterator[Pixels]:
-    """The batches, made by a thread of their own, a few ahead."""
+    """Prefetch a few batches in a separate thread."""
     queue: Queue[Pixels | BaseException | None] = Queue(_AHEAD)
 
     def fill() -> None:
@@ -132,7 +132,7 @@ def ahead(batches: Iterable[Pixels]) -> Iterator[Pixels]:
 
 
 def answer(engine: Engine, batches: Iterable[Pixels]) -> Iterator[EngineOutput]:
-    """Answers in order, while `in_flight` further batches are with the engine."""
+    """Yield outputs in order, with up to `in_flight` batches submitted to the engine."""
     pending: deque[PendingOutput] = deque()
     for pixels in batches:
         pending.append(engine.submit(pixels))
@@ -143,7 +143,7 @@ def answer(engine: Engine, batches: Iterable[Pixels]) -> Iterator[EngineOutput]:
 
 
 def top_five(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """N,K logits -> N,5 classes, the best first, and their probabilities."""
+    """Top-5 classes (N x 5) of N x K logits, in descending order, and their probabilities."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
     candidates = np.argpartition(-probabilities, TOP - 1, axis=1)[:, :TOP]
@@ -154,7 +154,7 @@ def top_five(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], np
 
 
 def write(paths: list[str], labels: tuple[str, ...], answers: list[EngineOutput], output: Path) -> None:
-    """The five best labels of each photograph as one Parquet file."""
+    """Write the top-5 labels of each photograph to a Parquet file."""
     classes, values = top_five(np.concatenate([one.logits for one in answers]))
     offsets = pa.array(np.arange(0, classes.size + 1, TOP, dtype=np.int32))
     names = pa.array(labels).take(pa.array(classes.reshape(-1)))
@@ -168,7 +168,7 @@ def write(paths: list[str], labels: tuple[str, ...], answers: list[EngineOutput]
 
 
 def main() -> None:
-    """EngineOutput all photographs once and say how long it took, imports excluded."""
+    """Predict all photographs once and report the time without imports."""
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--engine", default="torch", help="torch, compile or openvino")
     parser.add_argument("--precision", default="fp32", help="fp32, bf16 or int8")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=cores, help="of the engine")
+    parser.add_argument("--threads", type=int, default=cores, help="threads of the engine")
     parser.add_argument("--decode-threads", type=int, default=cores)
     parser.add_argument("--pillow", action="store_true", help="decode in full and resize with Pillow")
     given = parser.parse_args()

@@ -91,7 +91,7 @@ def tuned(paths: list[str], batch_size: int, threads: int) -> daft.DataFrame:
 
 
 def main() -> None:
-    """Run the example and say how long the query took."""
+    """Run the example and report the time of the query."""
     task = read_task(__doc__, batch_size=16, tuned_batch_size=32, threads=len(os.sched_getaffinity(0)))
     daft.set_runner_native()
     started = time.perf_counter()

@@ -85,7 +85,7 @@ def tuned(task: Task) -> Iterator[torch.Tensor]:
 
 
 def main() -> None:
-    """Run the script and say how long it took, the network's start included and imports excluded."""
+    """Run the script and report its time, with the startup of the network and without imports."""
     task = read_task(__doc__, batch_size=32, tuned_batch_size=32, threads=len(os.sched_getaffinity(0)))
     started = time.perf_counter()
     network = Network(task.model, task.weights, task.labels, tuned=task.tuned, threads=task.threads)

@@ -9,7 +9,7 @@ from benchmarks.peers.task import TOP
 
 
 class Network:
-    """A timm network that answers normalized images with their five best labels."""
+    """A timm network that predicts the top-5 labels of normalized images."""
 
     def __init__(self, model: str, weights: str, labels: list[str], *, tuned: bool, threads: int) -> None:
         """Build it.
@@ -32,7 +32,7 @@ class Network:
         self._tuned = tuned
 
     def __call__(self, images: torch.Tensor) -> tuple[list[list[str]], list[list[float]]]:
-        """N,3,H,W float32 -> five labels and probabilities for each, the best first."""
+        """Top-5 labels and probabilities of N x 3 x H x W float32 images, in descending order."""
         if self._tuned:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=self._tuned):

@@ -34,7 +34,7 @@ class Classifier:
         self._tuned = task.tuned
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Transformed images -> five labels and probabilities a row."""
+        """Predict the top-5 labels and probabilities of transformed images."""
         if self._tuned:
             from benchmarks.peers.pixels import normalize  # noqa: PLC0415 - the documented actor needs no torchvision
 
@@ -69,7 +69,7 @@ def tuned(paths: list[str]) -> Dataset:
 
 
 def main() -> None:
-    """Run the example and say how long the pipeline took, `ray.init` excluded."""
+    """Run the example and report the time of the pipeline without `ray.init`."""
     task = read_task(__doc__, batch_size=16, tuned_batch_size=32, threads=len(os.sched_getaffinity(0)))
     ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -43,10 +43,10 @@ def read_task(description: str | None, batch_size: int, tuned_batch_size: int, t
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", required=True, help="text file, a photograph's path a line")
-    parser.add_argument("--model", required=True, help="architecture, as timm calls it")
+    parser.add_argument("--images", required=True, help="text file with one photograph path per line")
+    parser.add_argument("--model", required=True, help="timm architecture")
     parser.add_argument("--weights", required=True, help="safetensors file")
-    parser.add_argument("--labels", required=True, help="text file, a class name a line")
+    parser.add_argument("--labels", required=True, help="text file with one class name per line")
     parser.add_argument("--output", required=True, help="folder for Parquet files")
     parser.add_argument("--tuned", action="store_true", help="bf16, channels last, the fastest decoder")
     parser.add_argument("--batch-size", type=int)
@@ -65,7 +65,7 @@ def read_task(description: str | None, batch_size: int, tuned_batch_size: int, t
 
 
 def read_lines(path: str) -> list[str]:
-    """The lines of a text file."""
+    """Read the lines of a text file."""
     return Path(path).read_text(encoding="utf-8").splitlines()
 
 
