@@ -23,6 +23,8 @@ FORBIDDEN = {
     r"anew": "again",
     r"(goes|go|gone|going) on with": "resume",
     r"leavings": "leftover files",
+    r"scarcest": "bottleneck resource",
+    r"(settle|keep)_receipts?|living_holder": "select_receipts, write_receipt, live_holder",
     r"living[_ ]nodes?": "alive nodes, worker_nodes",
     r"close[_ ]calls?": "sampling_warning, within the sampling error",
     r"cpu_lanes|cuda_ring": "thread_pool, cuda_pipeline",
