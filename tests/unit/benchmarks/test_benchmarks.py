@@ -92,7 +92,7 @@ def test_the_summary_has_medians_and_can_be_written_as_json():
 
 
 def test_the_engine_of_a_job_is_read_from_its_record():
-    measured = {"engines": {"openvino bf16 on cpu": 1}, "engine_choices": [{"batch_size": 32}]}
+    measured = {"engines": {"openvino bf16 on cpu": 1}, "engine_selections": [{"batch_size": 32}]}
     assert JobEngine.of(measured) == JobEngine("openvino", "bf16", 32)
     assert JobEngine.of({"engines": {"torch fp32 on cpu": 2}}) == JobEngine("torch", "fp32", 16)
     with pytest.raises(ValueError, match="names no engine"):
