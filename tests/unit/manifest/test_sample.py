@@ -90,7 +90,7 @@ def test_fingerprint_depends_on_images_and_labels(tmp_path):
 
 def test_labels_that_are_not_text_are_rejected(tmp_path):
     path = write_manifest(tmp_path / "m.parquet", ["a"], kind=pa.array([[1, 2]]))
-    with pytest.raises(InputError, match=r"--label-column kind: its values .* name a column of text"):
+    with pytest.raises(InputError, match=r"--label-column kind has type .* is required; name the column"):
         _sample(path, 1, keep=["kind"])
 
 
