@@ -1,4 +1,4 @@
-"""`batchcls finetune`: two labeled manifests -> a bundle that `classify` takes as it is."""
+"""`batchcls finetune`: trains a model bundle for `classify` from two labeled manifests."""
 
 import logging
 import os
@@ -61,21 +61,21 @@ _logger = logging.getLogger("batchcls.jobs.finetune")  # __name__ is __main__ un
 
 
 def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
-    """Train a classifier on embeddings, which are kept on disk for the next time."""
+    """Train a classifier on embeddings, which are cached on disk for later calls."""
     started = time.time()
     with explain(config.output):
-        taken = storage.exists(join(config.output, CONFIG_FILE))
-    if taken and not config.restart:
+        exists = storage.exists(join(config.output, CONFIG_FILE))
+    if exists and not config.restart:
         raise InputError(
-            f"--output {redact_uri(config.output)} holds a bundle already; name another folder, or give --restart to "
-            "replace it"
+            f"--output {redact_uri(config.output)} already contains a bundle; choose another folder, or pass --restart "
+            "to replace it"
         )
     training, validation = (
         open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     )
     bundle = open_frozen_bundle(config, storage)
-    _logger.info("frozen: %s", bundle_line(bundle))
+    _logger.info("frozen backbone: %s", bundle_line(bundle))
     cores = len(os.sched_getaffinity(0))
     settings = ProbeSettings(
         embedding=EmbeddingSettings(fetch=fetch_policy(config), limits=decode_limits(config), threads=cores),
@@ -83,43 +83,44 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
         name=new_run_id(),
         labels=read_labels(config.labels, storage) if config.labels is not None else None,
     )
-    probed = linear_probe_bundle(bundle, training, validation, settings, storage)
-    _require_budget(probed, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
-    probed.bundle.save(config.output, storage)
+    result = linear_probe_bundle(bundle, training, validation, settings, storage)
+    _require_budget(result, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
+    result.bundle.save(config.output, storage)
     sink = pa.BufferOutputStream()
-    pq.write_table(probed.noise, sink)
+    pq.write_table(result.noise, sink)
     with resumable_errors(config.work_folder):
         storage.write_atomic(join(config.work_folder, NOISE_FILE), sink.getvalue().to_pybytes())
-    _summarize_probe(config, probed, time.time() - started)
+    _summarize_probe(config, result, time.time() - started)
     return ExitCode.DONE
 
 
-def _require_budget(probed: LinearProbeResult, rows: int, most: float) -> None:
-    failed = probed.metrics["training_failed"]
+def _require_budget(result: LinearProbeResult, rows: int, max_fraction: float) -> None:
+    failed = result.metrics["training_failed"]
     count = sum(failed.values())
-    if count > most * rows:
+    if count > max_fraction * rows:
+        reasons = ", ".join(f"{reason}={number}" for reason, number in failed.items())
         raise BudgetExceeded(
-            f"{count} of {rows} training images cannot be used ({', '.join(f'{k}={v}' for k, v in failed.items())}); "
-            f"more than --max-failed-fraction {most:g} allows"
+            f"{count} of {rows} training images cannot be used ({reasons}), more than --max-failed-fraction "
+            f"{max_fraction:g} allows"
         )
 
 
-def _summarize_probe(config: FinetuneConfig, probed: LinearProbeResult, seconds: float) -> None:
+def _summarize_probe(config: FinetuneConfig, result: LinearProbeResult, seconds: float) -> None:
     out = results_console()
-    seen = probed.metrics["validation"]
+    validation = result.metrics["validation"]
     out.print(
-        f"{seen['top1']:.2%} top-1 on {seen['answered']} validation images (top-5 {seen['top5']:.1%}, loss "
-        f"{seen['loss']:.3f}) after {seconds:.0f} s"
+        f"{validation['top1']:.2%} top-1 on {validation['answered']} validation images "
+        f"(top-5 {validation['top5']:.1%}, loss {validation['loss']:.3f}) after {seconds:.0f} s"
     )
     out.print(
-        f"labels that look wrong: {probed.metrics['confidently_mislabeled']} of "
-        f"{probed.metrics['training_rows']}, the first {probed.noise.num_rows} in "
+        f"labels that may be wrong: {result.metrics['confidently_mislabeled']} of "
+        f"{result.metrics['training_rows']}, the first {result.noise.num_rows} in "
         f"{redact_uri(join(config.work_folder, NOISE_FILE))}"
     )
-    out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(probed.bundle)}")
+    out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(result.bundle)}")
 
 
-_NAMED = 10
+_MAX_LISTED_ITEMS = 10
 
 _EXAMPLES = """examples:
   batchcls finetune --manifest train.parquet --validation validation.parquet \\
@@ -132,12 +133,13 @@ _EXAMPLES = """examples:
       --model models/shop-v1 --output models/shop-probe --recipe linear-probe
 
 The same command resumes an unfinished run.
-exit codes: 0 done; 1 unexpected, resumable; 2 bad configuration or input; 4 too many images cannot be read
+exit codes: 0 success; 1 unexpected error, can be resumed; 2 invalid configuration or input;
+            4 too many images cannot be read
 """
 
 
 def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
-    """Train from manifests to a bundle; errors leave as `errors.BatchclsError`."""
+    """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
     storage = Storage(config.storage_options)
     with locked_work_dir(config.work_folder, storage) as lease:
         if config.recipe == LINEAR_PROBE:
@@ -188,7 +190,7 @@ def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
     needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both)
     if needed > config.max_pixels_gib * 2**30:
         raise InputError(
-            f"the prepared pixels would take {needed / 2**30:.0f} GiB of {redact_uri(config.work_folder)}, more than "
+            f"the prepared pixels need {needed / 2**30:.0f} GiB in {redact_uri(config.work_folder)}, more than "
             f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer images"
         )
     _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.work_folder))
@@ -208,30 +210,30 @@ def _begin(
     record_run(config.work_folder, work_dir_run, result_settings, plan, inputs.storage)
     verb = "resuming" if work_dir_run.is_resumed else "starting"
     _logger.info("%s run %s in %s", verb, work_dir_run.run_id, redact_uri(config.work_folder))
-    _logger.info("%s, start %s", workers, bundle_line(inputs.initial_bundle))
+    _logger.info("%s, initial weights: %s", workers, bundle_line(inputs.initial_bundle))
     return work_dir_run, plan, workers
 
 
 def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
-    """Whether the output holds what this command would train.
+    """Whether the output folder already contains the result of this command.
 
     Raises:
-        InputError: it holds another bundle.
+        InputError: it contains another bundle.
     """
     with explain(config.output):
-        taken = storage.exists(join(config.output, CONFIG_FILE))
-    if not taken or config.restart:
+        exists = storage.exists(join(config.output, CONFIG_FILE))
+    if not exists or config.restart:
         return False
-    found = Bundle.load(config.output, storage)
-    if found.config.lineage.get("digest") != digest:
+    bundle = Bundle.load(config.output, storage)
+    if bundle.config.lineage.get("digest") != digest:
         raise InputError(
-            f"--output {redact_uri(config.output)} holds another bundle already ({found.config.weights.name}); name "
-            "another folder, or give --restart to replace it"
+            f"--output {redact_uri(config.output)} already contains another bundle ({bundle.config.weights.name}); "
+            "choose another folder, or pass --restart to replace it"
         )
     _logger.info(
-        "finished already, as run %s: %s; pass --restart to train again",
-        found.config.lineage["run_id"],
-        bundle_line(found),
+        "already trained by run %s: %s; pass --restart to train again",
+        bundle.config.lineage["run_id"],
+        bundle_line(bundle),
     )
     finish_run(config.work_folder, storage)
     return True
@@ -256,13 +258,13 @@ def _prepare(
     with show_progress(lambda: progress, rows, console, config.log_interval_seconds, "prepare"):
         training = prepared(inputs.training, 0)
         validation = prepared(inputs.validation, inputs.training.manifest.rows)
-    given = config.max_failed_fraction
+    max_failed_fraction = config.max_failed_fraction
     for which, pixels, part in (
         ("training", training, inputs.training),
         ("validation", validation, inputs.validation),
     ):
         rows = part.manifest.rows
-        check_failures(which, pixels, rows, allowed_fraction(given, rows))
+        check_failures(which, pixels, rows, allowed_fraction(max_failed_fraction, rows))
     return training, validation
 
 
@@ -298,15 +300,17 @@ def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> L
     rows = labeled.labeled_rows()
     rows = rows[pixels.has_image(rows)]
     if len(rows) == 0:
-        raise InputError(
-            f"no {which} row has both a label and an image that can be read; look at the manifest"
-        )
+        raise InputError(f"no {which} row has both a label and a readable image; check the manifest")
     return LabeledRows(rows, labeled.classes[rows])
 
 
 def _divergence_error(divergence: Divergence, inputs: TrainingInputs) -> BatchclsError:
-    ids = _item_ids(inputs.training.manifest, divergence.rows[:_NAMED], inputs.storage)
-    more = f" and {len(divergence.rows) - _NAMED} more" if len(divergence.rows) > _NAMED else ""
+    ids = _item_ids(inputs.training.manifest, divergence.rows[:_MAX_LISTED_ITEMS], inputs.storage)
+    more = (
+        f" and {len(divergence.rows) - _MAX_LISTED_ITEMS} more"
+        if len(divergence.rows) > _MAX_LISTED_ITEMS
+        else ""
+    )
     what = (
         "the gradient is not finite, but all losses are"
         if divergence.loss_is_finite
@@ -365,7 +369,7 @@ def _summarize(config: FinetuneConfig, bundle: Bundle, trained: TrainingResult, 
     last = trained.history[-1]
     out.print(
         f"{last['validation_top1']:.2%} top-1 on {last['validation_rows']} validation images after {training:.0f} s "
-        f"of training ({seconds:.0f} s in all)"
+        f"of training ({seconds:.0f} s in total)"
     )
     out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(bundle)}")
     out.print(f"curves: tensorboard --logdir {redact_uri(join(config.work_folder, 'curves'))}")

@@ -1,4 +1,4 @@
-"""`batchcls manifest`: make a manifest from images, or validate one."""
+"""`batchcls manifest`: creates a manifest from a folder of images, or validates one."""
 
 import logging
 from pathlib import PurePosixPath
@@ -35,7 +35,7 @@ _CHECK_EXAMPLES = """examples:
 
 
 def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
-    """Write a manifest of every image below a folder: item_id is the path below it."""
+    """Write a manifest of all images in a folder; item_id is the path relative to the folder."""
     del console
     storage = Storage(config.storage_options)
     found = _find_images(config.folder, storage)
@@ -50,12 +50,12 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
 
 def _find_images(folder: str, storage: Storage) -> DataFiles:
     found = find_data_files(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), images=True)
-    told = "; ".join(filter(None, (found.skipped.unexpected, found.skipped.hidden))) if found else ""
+    skipped = "; ".join(filter(None, (found.skipped.unexpected, found.skipped.hidden))) if found else ""
     if found is None or not found.files:
-        but = f" but {told}" if told else ""
-        raise InputError(f"no images ({', '.join(_SUFFIXES)}) below {redact_uri(folder)}{but}")
-    if told:
-        _logger.warning("%s: left out: %s", redact_uri(folder), told)
+        but = f" but {skipped}" if skipped else ""
+        raise InputError(f"no images ({', '.join(_SUFFIXES)}) in {redact_uri(folder)}{but}")
+    if skipped:
+        _logger.warning("%s: skipped: %s", redact_uri(folder), skipped)
     return found
 
 
@@ -74,12 +74,12 @@ def _table(found: DataFiles, config: ManifestFromFolderConfig) -> pa.Table:
 
 
 def _require_readable_names(images: list[FileInfo], folder: str) -> None:
-    """Refuse names that are no UTF-8, which no column of text can hold."""
-    bad = [info.uri for info in images if not _is_utf8(info.uri)]
-    if bad:
+    """Reject names that are not valid UTF-8, which a text column cannot store."""
+    invalid = [info.uri for info in images if not _is_utf8(info.uri)]
+    if invalid:
         raise InputError(
-            f"{len(bad)} of {len(images)} images below {redact_uri(folder)} have names that are no valid UTF-8, the "
-            f"first is {redact_uri(bad[0])}; rename them"
+            f"{len(invalid)} of {len(images)} images in {redact_uri(folder)} have names that are not valid UTF-8, the "
+            f"first is {redact_uri(invalid[0])}; rename them"
         )
 
 
@@ -92,22 +92,22 @@ def _is_utf8(text: str) -> bool:
 
 
 def check(config: ManifestCheckConfig, console: Console) -> ExitCode:
-    """Validate a manifest as the main job would, and say what is in it."""
+    """Validate a manifest in the same way as `classify`, and summarize its contents."""
     del console
     storage = Storage(config.storage_options)
     manifest = open_manifest(
         config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
     )
-    bad = find_invalid_ids(manifest, storage)
+    invalid = find_invalid_ids(manifest, storage)
     largest = max(rows for file in manifest.files for rows in file.row_groups)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in (
         ("files", f"{len(manifest.files)}"),
         ("rows", f"{manifest.rows}"),
         ("images", " and ".join(name for name in (manifest.columns.uri, manifest.columns.image) if name)),
-        ("relative uris start at", redact_uri(manifest.base)),
-        ("null ids", f"{len(bad.null)}"),
-        ("repeated ids", f"{len(bad.duplicate)}"),
+        ("base of relative URIs", redact_uri(manifest.base)),
+        ("null ids", f"{len(invalid.null)}"),
+        ("repeated ids", f"{len(invalid.duplicate)}"),
         ("largest row group", f"{largest} rows"),
         ("fingerprint", manifest.fingerprint),
     ):
@@ -115,7 +115,7 @@ def check(config: ManifestCheckConfig, console: Console) -> ExitCode:
     out = results_console()
     out.print(table)
     if largest > _LARGE_ROW_GROUP_ROWS:
-        out.print(f"hint: row groups of at most {_ROW_GROUP_ROWS} rows are read faster by many tasks")
+        out.print(f"hint: row groups of at most {_ROW_GROUP_ROWS} rows are faster to read in parallel")
     return ExitCode.DONE
 
 

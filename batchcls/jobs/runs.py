@@ -48,11 +48,11 @@ from batchcls.storage.filesystem import Storage, redact_uri
 
 _logger = logging.getLogger("batchcls.jobs.runs")  # __name__ is __main__ here
 
-_CALL = "batchcls runs"
+_PROGRAM = "batchcls runs"
 
 
 def show_list(config: RunsListConfig, console: Console) -> ExitCode:
-    """All runs with their state; * is the published one, < the one that a rollback goes back to."""
+    """List all runs with their state; * marks the published run, < the run that a rollback restores."""
     del console
     storage = Storage(config.storage_options)
     published = _published(config, storage)
@@ -67,7 +67,7 @@ def show_list(config: RunsListConfig, console: Console) -> ExitCode:
 
 
 def show(config: RunsShowConfig, console: Console) -> ExitCode:
-    """One run: counts, gates, categories, confidence."""
+    """Show the counts, gates, categories and confidence of a run."""
     del console
     record, storage = _record(config, config.run)
     summary, counts = summary_of(record, storage), record.counts
@@ -76,35 +76,37 @@ def show(config: RunsShowConfig, console: Console) -> ExitCode:
     out.print()
     out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), reused=counts.reused))
     out.print()
-    out.print(gates_table(record.gates) if record.gates else "no gate has judged this run")
+    out.print(gates_table(record.gates) if record.gates else "no gates were evaluated for this run")
     out.print()
     out.print(categories_table(summary))
     out.print(confidence_line(record.run_id, summary))
-    if (found := summary.embeddings) is not None:
+    if (embeddings := summary.embeddings) is not None:
         out.print(
-            f"embeddings of {found.dimension}: mean length {found.mean_norm:.4g}, standard deviation "
-            f"{found.std_norm:.3g}, {found.non_finite} not finite"
+            f"embeddings of dimension {embeddings.dimension}: mean length {embeddings.mean_norm:.4g}, standard "
+            f"deviation {embeddings.std_norm:.3g}, {embeddings.non_finite} not finite"
         )
     return ExitCode.DONE
 
 
 def diff(config: RunsDiffConfig, console: Console) -> ExitCode:
-    """Two runs beside each other."""
+    """Compare two runs."""
     del console
     old, storage = _record(config, config.old)
     new, _ = _record(config, config.new)
-    found = diff_runs(old, new, storage, to=config.to, largest=config.largest)
+    comparison = diff_runs(old, new, storage, to=config.to, largest=config.largest)
     out = results_console()
-    out.print(f"from {old.run_id} to {new.run_id}, {'another' if found.model_changed else 'the same'} model")
-    out.print(statuses_table(found))
-    out.print(f"{found.images_changed} items of both runs have another image")
-    if found.flows:
+    out.print(
+        f"from {old.run_id} to {new.run_id}, {'different models' if comparison.model_changed else 'the same model'}"
+    )
+    out.print(statuses_table(comparison))
+    out.print(f"{comparison.images_changed} items of both runs have different images")
+    if comparison.flows:
         out.print()
-        out.print(flows_table(found))
+        out.print(flows_table(comparison))
     out.print()
-    out.print(categories_table(found.new_summary, found.old_summary))
-    out.print(f"category shift {found.category_shift:.4f} (Jensen-Shannon distance, 0 to 1)")
-    for name, summary in (("before", found.old_summary), ("now", found.new_summary)):
+    out.print(categories_table(comparison.new_summary, comparison.old_summary))
+    out.print(f"category shift {comparison.category_shift:.4f} (Jensen-Shannon distance, 0 to 1)")
+    for name, summary in (("before", comparison.old_summary), ("now", comparison.new_summary)):
         out.print(confidence_line(name, summary))
     if config.to is not None:
         out.print(f"results: {redact_uri(config.to)}")
@@ -124,10 +126,10 @@ def report(config: RunsReportConfig, console: Console) -> ExitCode:
 
 
 def publish_run(config: RunsPublishConfig, console: Console) -> ExitCode:
-    """Make a run the current one, if it is whole, the gates let it and none that is newer is published."""
+    """Publish a run if it is complete, its gates pass and no newer run is published."""
     del console
     storage = Storage(config.storage_options)
-    # What was published when the person decided is what may be replaced; nothing newer.
+    # Only the run that was published when the command started may be replaced, not a newer one.
     if config.force:
         expected, damage = published_or_damage(config.output, storage)
         if damage is not None:
@@ -143,36 +145,38 @@ def publish_run(config: RunsPublishConfig, console: Console) -> ExitCode:
 
 def _publish(config: RunsPublishConfig, record: RunRecord, expected: Published, storage: Storage) -> None:
     if config.force or record.unpublishable:
-        wrong = failed_gates(record.gates)
+        failed = failed_gates(record.gates)
     else:
-        wrong = failed_gates(current_gates(record, expected, storage))
-        if wrong:
-            refusals = "; ".join(f"gate {gate.gate}: {gate.message}" for gate in wrong)
+        failed = failed_gates(current_gates(record, expected, storage))
+        if failed:
+            reasons = "; ".join(f"gate {gate.gate}: {gate.message}" for gate in failed)
             raise PublishRefused(
-                f"run {record.run_id} is not published; {refusals}; --force publishes it nevertheless"
+                f"run {record.run_id} is not published; {reasons}; --force publishes it nevertheless"
             )
     faults = (verify if config.verify else presence_faults)(record, storage)
     if faults:
-        raise PublishRefused(f"run {record.run_id} is not whole and not published: {'; '.join(faults)}")
+        raise PublishRefused(
+            f"run {record.run_id} is not complete and was not published: {'; '.join(faults)}"
+        )
     publish(config.output, record.run_id, storage, expected, force=config.force)
-    for gate in wrong:
-        _logger.warning("published by --force against gate %s: %s", gate.gate, gate.message)
+    for gate in failed:
+        _logger.warning("published by --force despite the failed gate %s: %s", gate.gate, gate.message)
 
 
 def rollback(config: RunsRollbackConfig, console: Console) -> ExitCode:
-    """Publish again what was published before."""
+    """Restore the previously published run."""
     del console
     storage = Storage(config.storage_options)
     check = verify if config.verify else presence_faults
     done = roll_back(config.output, storage, lambda record: check(record, storage))
     for run_id, fault in done.skipped.items():
-        _logger.warning("passed over %s: %s", run_id, fault)
-    results_console().print(f"published: {done.run_id}, in place of {done.withdrawn}")
+        _logger.warning("skipped run %s: %s", run_id, fault)
+    results_console().print(f"published: {done.run_id}, instead of {done.withdrawn}")
     return ExitCode.DONE
 
 
 def prune(config: RunsPruneConfig, console: Console) -> ExitCode:
-    """Remove old runs, or say which would go."""
+    """List old runs, and remove them with --yes."""
     del console
     storage, now = Storage(config.storage_options), datetime.now(UTC)
     days = config.older_than_days
@@ -192,25 +196,25 @@ def prune(config: RunsPruneConfig, console: Console) -> ExitCode:
     )
     out = results_console()
     out.print(prune_table(decisions))
-    going = [decision.run for decision in decisions if decision.kept_because is None]
+    to_remove = [decision.run for decision in decisions if decision.kept_because is None]
     if not config.yes:
-        out.print(f"{len(going)} runs would be removed; --yes removes them")
+        out.print(f"{len(to_remove)} runs would be removed; pass --yes to remove them")
         return ExitCode.DONE
     if any(
         run.is_leftover and run.run_id == published.run_id for run in (decision.run for decision in decisions)
     ):
         withdraw_mark(config.output, str(published.run_id), storage)
-    _remove(config, going, policy, storage)
+    _remove(config, to_remove, policy, storage)
     return ExitCode.DONE
 
 
 def _remove(
-    config: RunsPruneConfig, going: Sequence[ListedRun], policy: RetentionPolicy, storage: Storage
+    config: RunsPruneConfig, runs: Sequence[ListedRun], policy: RetentionPolicy, storage: Storage
 ) -> None:
-    """Remove these runs; one that cannot be removed does not keep the others."""
+    """Remove the runs; those that cannot be removed are reported after the others were removed."""
     out = results_console()
     freed, failures = 0, []
-    for run in going:
+    for run in runs:
         try:
             removed = remove(config.output, run, policy, storage)
         except InputError as error:
@@ -223,11 +227,11 @@ def _remove(
             _logger.warning("kept %s: %s", cell_text(run.run_id), removed.kept_because)
     out.print(f"{freed / 2**20:.1f} MiB freed")
     if failures:
-        raise InputError(f"not removed whole, the next prune goes on: {'; '.join(failures)}")
+        raise InputError(f"not completely removed, run prune again: {'; '.join(failures)}")
 
 
 def verify_run(config: RunsVerifyConfig, console: Console) -> ExitCode:
-    """Read every file of a run again; exit code 1 where a promise of run.json does not hold."""
+    """Read every file of a run and compare it with run.json; exit code 1 if they differ."""
     del console
     record, storage = _record(config, config.run)
     faults = verify(record, storage)
@@ -239,26 +243,26 @@ def verify_run(config: RunsVerifyConfig, console: Console) -> ExitCode:
         return ExitCode.UNEXPECTED
     mebibytes = sum(file.bytes for file in record.files) / 2**20
     out.print(
-        f"{record.run_id} is whole: {record.counts.rows} rows in {len(record.files)} files, {mebibytes:.1f} MiB"
+        f"{record.run_id} is complete: {record.counts.rows} rows in {len(record.files)} files, {mebibytes:.1f} MiB"
     )
     return ExitCode.DONE
 
 
-def _record(config: RunsConfig, word: str) -> tuple[RunRecord, Storage]:
+def _record(config: RunsConfig, name: str) -> tuple[RunRecord, Storage]:
     storage = Storage(config.storage_options)
-    return read_record(config.output, resolve_run(word, config.output, storage), storage), storage
+    return read_record(config.output, resolve_run(name, config.output, storage), storage), storage
 
 
 def _published(config: RunsConfig, storage: Storage) -> Published:
-    """For what is only shown: of a damaged current.json it is said what is wrong."""
+    """The published run for commands that only display it; a damaged current.json is logged."""
     published, damage = published_or_damage(config.output, storage)
     if damage is not None:
-        _logger.warning("nothing counts as published: %s", damage)
+        _logger.warning("no run is considered published: %s", damage)
     return published
 
 
 def _examples(*lines: str) -> str:
-    return "examples:\n" + "".join(f"  {_CALL} {line}\n" for line in lines)
+    return "examples:\n" + "".join(f"  {_PROGRAM} {line}\n" for line in lines)
 
 
 COMMANDS = (

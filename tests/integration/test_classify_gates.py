@@ -53,7 +53,7 @@ def test_run_with_failed_gate_is_committed_and_published_only_with_force(
     assert runs_job("verify", "night-2", "--output", output)[0] == 0
     assert runs_job("publish", "night-2", "--output", output)[0] == 3
     assert runs_job("publish", "night-2", "--output", output, "--force") == (0, "published: night-2\n")
-    assert runs_job("rollback", "--output", output) == (0, "published: night-1, in place of night-2\n")
+    assert runs_job("rollback", "--output", output) == (0, "published: night-1, instead of night-2\n")
     code, printed = runs_job("diff", "night-1", "night-2", "--output", output)
     assert code == 0
     lines = [line.split() for line in printed.splitlines()]

@@ -180,10 +180,10 @@ def test_finished_run_is_neither_repeated_nor_overwritten(
     before = (output / "bundle.json").read_bytes()
     arguments = (*catalog.arguments, "--output", str(output), "--num-workers", "1")
     exit_code, printed = run_here(cluster, finetune, *arguments)
-    assert (exit_code, "finished already" in printed) == (0, True), printed
+    assert (exit_code, "already trained by run" in printed) == (0, True), printed
     exit_code, printed = run_here(cluster, finetune, *arguments, "--seed", "5")
     assert exit_code == 2
-    assert "holds another bundle already" in printed
+    assert "already contains another bundle" in printed
     assert (output / "bundle.json").read_bytes() == before
 
 

@@ -123,7 +123,7 @@ def test_images_that_are_left_out_are_counted_and_named(
     assert made["item_id"] == ["_DSC0001.jpg", "hats/3.webp", "shoes/2.JPEG", "shoes/red/1.jpg", "top.png"]
     (warning,) = [line for line in capfd.readouterr().err.splitlines() if "WARNING" in line]
     assert warning.endswith(
-        "left out: 1 link to a folder, which is not followed (more); 1 broken symbolic link (gone.jpg); "
+        "skipped: 1 link to a folder, which is not followed (more); 1 broken symbolic link (gone.jpg); "
         "3 hidden names (.Trash, @eaDir, shoes/._2.JPEG)"
     )
 

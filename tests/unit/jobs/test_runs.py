@@ -191,8 +191,8 @@ def test_rollback_reads_what_it_goes_back_to(tmp_path: Path, call):
     part.write_bytes(part.read_bytes()[::-1])
     code, said = call("rollback", "--output", output)
     assert code == 0
-    assert "passed over b" in said
-    assert "published: a, in place of c" in said
+    assert "skipped run b" in said
+    assert "published: a, instead of c" in said
     assert call("rollback", "--output", output)[0] == 3
 
 
@@ -252,7 +252,7 @@ def test_verify_holds_a_whole_run(output: str, call):
     rows = [*items(50), Item("bad", reason="truncated"), Item(None, reason="null_id")]
     write_run(output, RunDetails("a"), [*rows, Item("item-1", reason="duplicate_id")], parts=3)
     code, said = call("verify", "a", "--output", output)
-    assert (code, said.startswith("a is whole: 53 rows")) == (0, True)
+    assert (code, said.startswith("a is complete: 53 rows")) == (0, True)
 
 
 def _rewrite(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path, dict], None]:
