@@ -45,7 +45,7 @@ def test_check_says_what_is_in_a_manifest(tmp_path: Path, capsys: pytest.Capture
     path = write_manifest(tmp_path / "m.parquet", ["a", None, "a", "b"])
     assert run("manifest", manifest.COMMANDS, ["check", str(path)]) == 0
     said = capsys.readouterr().out
-    for line in ("rows                    4", "null ids                1", "repeated ids            1"):
+    for line in ("rows                   4", "null ids               1", "repeated ids           1"):
         assert line in said
 
 
