@@ -46,7 +46,7 @@ lint: $(STAMP)  ## style
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(STAMP)  ## mend the style
+format: $(STAMP)  ## fix the style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 

@@ -22,10 +22,10 @@ class Timing:
     """One run of one program.
 
     Attributes:
-        images: how many photographs it answered.
+        images: number of photographs that it predicted.
         seconds: of its pipeline, the start of workers and network included, at least 0.
         images_per_second_after_start: where the program says it.
-        measured_images: photographs that were really answered, fewer where `seconds` is projected.
+        measured_images: photographs that were actually predicted, fewer where `seconds` is projected.
     """
 
     images: int
@@ -83,12 +83,12 @@ def agreement(ours: Mapping[str, str], theirs: Mapping[str, str]) -> float:
     """Share of their photographs, by path, to which our best label is theirs, 0..1.
 
     Raises:
-        DisagreementError: they answered none, or one that we did not.
+        DisagreementError: they predicted none, or one that we did not.
     """
     unknown = theirs.keys() - ours.keys()
     if not theirs or unknown:
         raise DisagreementError(
-            f"{len(theirs)} photographs were answered, {len(unknown)} of them not by this job"
+            f"{len(theirs)} photographs were predicted, {len(unknown)} of them not by this job"
         )
     return sum(ours[path] == label for path, label in theirs.items()) / len(theirs)
 

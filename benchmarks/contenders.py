@@ -17,7 +17,7 @@ class Contender:
 
     Attributes:
         name: in commands and in the record.
-        title: for people.
+        title: human-readable name.
         kind: this job; its engine without a pipeline; a peer as its documentation writes it; the same
             peer as fast as its documentation allows.
         module: what Python runs.

@@ -33,7 +33,7 @@ class Suite:
     """One network on one set of photographs, and the programs that are compared on it.
 
     Attributes:
-        title: for people.
+        title: human-readable name.
         files: of all photographs.
         folder: to work in.
         names: the programs, this job among them.

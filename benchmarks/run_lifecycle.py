@@ -1,6 +1,6 @@
 """What summary, gates, diff and verify of a run cost by its size: `python -m benchmarks.run_lifecycle 1000000`.
 
-Two runs of so many rows are written with the real writer (1280 float16 values of embedding a row if
+Two runs with the given number of rows are written with the real writer (1280 float16 values of embedding a row if
 `--embedding` is given, else none), one label in fifty and one image in a hundred changed. Each step runs
 in a process of its own, whose peak memory is what the kernel says.
 """

@@ -29,8 +29,8 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_share_of_the_cores() -> None:
-    """Where several processes test at once, PyTorch's threads would wait for each other longer than they work."""
+def _limit_torch_threads() -> None:
+    """Divide the cores between test processes, because oversubscribed PyTorch threads mostly wait for each other."""
     at_once = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if at_once > 1:
         import torch
@@ -40,7 +40,7 @@ def _a_share_of_the_cores() -> None:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What batchcls logs, whatever a job that ran in this process before did with its loggers."""
+    """The log of batchcls, independent of logging set up by earlier jobs in this process."""
     logger = logging.getLogger("batchcls")
     before = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [caplog.handler], False
@@ -100,7 +100,7 @@ def s3(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> S3Server:
-    """The S3 server with its credentials in this test's environment and a bucket of the test's own."""
+    """The S3 server with its credentials in this test's environment and a separate bucket for the test."""
     for name, value in _s3_process.items():
         monkeypatch.setenv(name, value)
     bucket = "test-" + hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]

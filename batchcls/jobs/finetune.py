@@ -109,7 +109,7 @@ def _summarize_probe(config: FinetuneConfig, result: LinearProbeResult, seconds:
     out = results_console()
     validation = result.metrics["validation"]
     out.print(
-        f"{validation['top1']:.2%} top-1 on {validation['answered']} validation images "
+        f"{validation['top1']:.2%} top-1 on {validation['predicted']} validation images "
         f"(top-5 {validation['top5']:.1%}, loss {validation['loss']:.3f}) after {seconds:.0f} s"
     )
     out.print(

@@ -1,1 +1,1 @@
-"""Pages and images for people. Knows no Ray."""
+"""HTML reports and plots. Does not import Ray."""

@@ -47,7 +47,7 @@ def _tiff_tags(width: int, height: int, compression: int = 1) -> list[Tag]:
 
 
 def tiff_overlapping_tags(n_bytes: int = 1 << 20, tags: int = 500, compression: int = 1) -> bytes:
-    """One row of 1,000 pixels after the other, and so many tags that each claim the whole file."""
+    """An image of 1,000 x 1,000 pixels with `tags` tags, each of which refers to the whole file."""
     side = 1000
     rows = bytes(side * side) if compression == 1 else zlib.compress(bytes(side * side))
     body = rows.ljust(n_bytes, b"\0")
@@ -154,7 +154,7 @@ def jpeg_scans(side: int = 8000, scans: int = 88) -> bytes:
 
 
 def jpeg_many_segments(count: int = 700) -> bytes:
-    """EXIF in so many segments, which readers put together."""
+    """EXIF data in `count` segments, which readers concatenate."""
     data = saved(drawn(100, 80), "JPEG")
     part = exif_overlapping()
     return data[:2] + (b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part) * count + data[2:]

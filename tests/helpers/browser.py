@@ -47,7 +47,7 @@ class Browser:
         self.driver.get(page.as_uri())
 
     def emulate(self, *, dark: bool = False, media: str = "") -> None:
-        """Show the page to somebody who prefers this."""
+        """Emulate the user preferences and the media type."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.command("Emulation.setEmulatedMedia", media=media, features=features)
 
@@ -82,7 +82,7 @@ class Browser:
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own; the test is skipped where there is no Chromium."""
+    """A browser with its own profile; the test is skipped where there is no Chromium."""
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")

@@ -1,7 +1,7 @@
-"""A night of the main job in one process without Ray, which ends, stops or loses data at a write of its choice.
+"""Runs the classify job in one process without Ray, and kills, stops or snapshots it at a chosen write.
 
-The job is the real one, from its command line to the report; in place of Ray's actors and tasks one fragment
-after the other is done here, by the same worker. Imported by a fork server, so that a night takes a second.
+The job is the real one, from its command line to the report. Instead of Ray actors and tasks, the same worker
+processes the fragments sequentially in this process. A fork server imports this module, so that a run takes a second.
 """
 
 import hashlib
@@ -40,11 +40,11 @@ from batchcls.runs.reuse import ReuseSource
 from batchcls.storage import compare_and_swap
 
 Act = Literal["none", "kill", "stop", "keep"]
-"""What happens: nothing; the process is ended before a write, or stopped there; or what a disk would hold if the power
-went is kept at every write of the night."""
+"""What happens: nothing; the process is killed or stopped before a write; or the possible states of the disk after a
+power failure are saved at every write."""
 
 LOADED = (bundle, timm)
-"""Loaded before the server forks, so that no night waits for it."""
+"""Imported before the server forks, so that the runs need not import them."""
 
 ROWS_PER_PART = 3
 _MUTATING = frozenset(
@@ -55,17 +55,17 @@ _MUTATING = frozenset(
 
 @dataclass(frozen=True)
 class Spec:
-    """One start of the job.
+    """One execution of the job.
 
     Attributes:
-        arguments: of its command line.
-        output: its output folder.
-        log: file for what it says.
+        arguments: command-line arguments.
+        output: output folder.
+        log: file for standard output and standard error.
         act: what happens.
-        at: at which write that others can see, counted from 1.
-        kept: folder for what a disk would hold.
-        other_host: it takes itself for a process of another machine.
-        environment: variables that are set.
+        at: number of the visible write at which it happens, starting at 1.
+        kept: folder for the states of the disk.
+        other_host: whether the job behaves as if it ran on another machine.
+        environment: environment variables to set.
     """
 
     arguments: tuple[str, ...]
@@ -80,7 +80,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A change of a folder: how to take it back. `data`: of the file that was there before; None: there was none."""
+    """A change of a folder that can be undone. `data` is the content of the replaced file; None if there was none."""
 
     folder: str
     name: str
@@ -89,10 +89,10 @@ class _Entry:
 
 
 class Disk:
-    """What a power cut would leave of a folder: directory entries and contents count once they are synced.
+    """Simulates a power failure: directory entries and file contents are durable only after a sync.
 
-    Every state in which a process may die is kept once, three times over: as it is; without the entries that no
-    sync of their folder has made lasting; and with those, but with files cut in half that were not synced.
+    Each distinct state is saved in three variants: as it is (`died`); with unsynced files truncated to half (`torn`);
+    and also without the directory entries whose folder was not synced (`lost`).
     """
 
     def __init__(self, top: str, kept: str) -> None:
@@ -104,7 +104,7 @@ class Disk:
         self._seen: set[str] = set()
 
     def before(self, event: str, target: Path) -> None:
-        """Keep what is needed to take back an operation that is about to be done."""
+        """Save what is needed to undo an operation that is about to be executed."""
         folder, name = str(target.parent.relative_to(self._top)), target.name
         data = target.read_bytes() if target.is_file() else None
         if event == "os.rmdir":
@@ -114,7 +114,7 @@ class Disk:
             self._made.add(str(target.relative_to(self._top)))
 
     def sync(self, descriptor: int) -> None:
-        """A file's content, or a folder's entries, are on disk now."""
+        """Record that the content of a file or the entries of a folder are durable."""
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if not path.is_relative_to(self._top):
             return
@@ -125,7 +125,7 @@ class Disk:
             self._synced.add(os.fstat(descriptor).st_ino)
 
     def keep(self, what: str) -> None:
-        """Keep the states in which the process may die now, if they are new."""
+        """Save the current variants of the folder that were not saved before."""
         if not self._top.exists():
             return
         torn = [
@@ -133,13 +133,13 @@ class Disk:
             for name in self._made
             if (path := self._top / name).is_file() and path.stat().st_ino not in self._synced
         ]
-        for way in ("died", "torn", "lost"):
-            place = self._kept / f"{len(self._seen):04d}-{way}"
+        for variant in ("died", "torn", "lost"):
+            place = self._kept / f"{len(self._seen):04d}-{variant}"
             shutil.copytree(self._top, place)
-            if way == "lost":
+            if variant == "lost":
                 for entry in reversed(self._entries):
-                    _take_back(place, entry)
-            for name in torn if way != "died" else ():
+                    _undo(place, entry)
+            for name in torn if variant != "died" else ():
                 if (place / name).is_file():
                     os.truncate(place / name, (place / name).stat().st_size // 2)
             digest = _digest(place)
@@ -150,7 +150,7 @@ class Disk:
                 (self._kept / f"{place.name}.txt").write_text(what)
 
 
-def _take_back(root: Path, entry: _Entry) -> None:
+def _undo(root: Path, entry: _Entry) -> None:
     path = root / entry.folder / entry.name
     if entry.was_folder:
         path.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _take_back(root: Path, entry: _Entry) -> None:
 
 
 def _digest(root: Path) -> str:
-    """Of all files and folders but temporary files, which nobody reads."""
+    """Digest of all files and folders except temporary files, which have no readers."""
     found = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if not path.name.endswith(".tmp"):
@@ -174,20 +174,20 @@ def _digest(root: Path) -> str:
 
 
 class Writes:
-    """Sees what a process changes in its output folder, and acts."""
+    """Observes the changes that a process makes in its output folder, and acts at the chosen one."""
 
-    def __init__(self, spec: Spec, told: Connection) -> None:
+    def __init__(self, spec: Spec, connection: Connection) -> None:
         self._spec = spec
-        self._told = told
+        self._connection = connection
         self._lock = threading.RLock()
         self._busy = False
         self._disk = Disk(spec.output, spec.kept)
         self._sync = os.fsync
         self.seen: list[str] = []
-        """The writes that others can see."""
+        """The writes that other processes can observe."""
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Called by the interpreter before it does anything that is of interest to auditors."""
+        """Audit hook of the interpreter, called before each audited operation."""
         if event == "open":
             path, _, flags = arguments
             if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -203,19 +203,19 @@ class Writes:
         place = os.fsdecode(path)
         if place.startswith(f"{self._spec.output}/"):
             is_seen = event in ("os.link", "os.rename", "os.remove") and not place.endswith(".tmp")
-            self._come(f"{event} {place}", is_seen, lambda: self._disk.before(event, Path(place)))
+            self._before_write(f"{event} {place}", is_seen, lambda: self._disk.before(event, Path(place)))
 
     def fsync(self, descriptor: int) -> None:
-        """In place of `os.fsync`."""
+        """Replacement of `os.fsync`."""
         place = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         if place.startswith(self._spec.output):
-            self._come(f"fsync {place}", False, lambda: None)
+            self._before_write(f"fsync {place}", False, lambda: None)
         self._sync(descriptor)
         with self._lock:
             self._disk.sync(descriptor)
 
-    def _come(self, what: str, is_seen: bool, note: Callable[[], None]) -> None:
-        """A write is about to be done."""
+    def _before_write(self, what: str, is_seen: bool, note: Callable[[], None]) -> None:
+        """Handle a write that is about to be executed."""
         with self._lock:
             if self._busy:
                 return
@@ -232,17 +232,17 @@ class Writes:
                 self._busy = False
 
     def _act(self) -> None:
-        """End or stop this process, which is at the write that was chosen."""
+        """Kill or stop this process at the chosen write."""
         if self._spec.act == "stop":
-            self._told.send(os.getpid())
+            self._connection.send(os.getpid())
         os.kill(os.getpid(), signal.SIGSTOP if self._spec.act == "stop" else signal.SIGKILL)
 
     def request(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """In place of s3fs's own way to send a request."""
+        """Wrap the function with which s3fs sends a request."""
 
         async def sent(filesystem: Any, method: str, *more: Any, **named: Any) -> Any:
             if method in _MUTATING:
-                self._come(f"{method} {named.get('Key', '')}", True, lambda: None)
+                self._before_write(f"{method} {named.get('Key', '')}", True, lambda: None)
             return await call(filesystem, method, *more, **named)
 
         return sent
@@ -251,23 +251,23 @@ class Writes:
 def execute_here(
     spec: PipelineSpec, console: Console, interval: float, check: Callable[[Progress], None]
 ) -> PipelineResult:
-    """Do what `pipeline.executor.execute` does, one fragment after the other in this process."""
+    """Replacement of `pipeline.executor.execute` that processes the fragments sequentially in this process."""
     del console, interval
-    began = time.time()
+    started = time.time()
     worker = FragmentWorker(spec.worker)
     receipts: list[Receipt] = []
     for fragment in spec.manifest.fragments(repeat(ROWS_PER_PART), spec.rows):
         receipts.append(worker.process(fragment, spec.invalid_ids.between(fragment.first_row, fragment.stop)))
         failures = sum((receipt.failures for receipt in receipts), Counter[str]())
-        check(Progress(sum(receipt.rows for receipt in receipts), failures, Counter(), 0.0, began))
-    progress = Progress(len(spec.rows), Counter(), Counter([worker.describe()]), 1.0, began)
-    return PipelineResult(spec, receipts, progress, began, time.time(), 0.1, [NodeResources(1, 0)])
+        check(Progress(sum(receipt.rows for receipt in receipts), failures, Counter(), 0.0, started))
+    progress = Progress(len(spec.rows), Counter(), Counter([worker.describe()]), 1.0, started)
+    return PipelineResult(spec, receipts, progress, started, time.time(), 0.1, [NodeResources(1, 0)])
 
 
 def copy_predictions_here(
     spec: PipelineSpec, source: ReuseSource, check: Callable[[], None]
 ) -> list[Receipt]:
-    """Do what `pipeline.copy_predictions` does, in this process."""
+    """Replacement of `pipeline.copy_predictions.copy_predictions` that runs in this process."""
     copy_spec = CopySpec(spec.worker.load, spec.worker.writer, source)
     receipts = []
     for fragment in spec.manifest.fragments(repeat(ROWS_PER_PART), spec.rows):
@@ -285,14 +285,14 @@ def _no_cluster(address: str | None) -> Iterator[None]:
     yield
 
 
-def night(spec: Spec, told: Connection) -> None:
-    """Do a night and end this process with its exit code; how many writes there were is told."""
+def night(spec: Spec, connection: Connection) -> None:
+    """Run the job once, send the list of its writes, and end this process with the exit code of the job."""
     os.environ.update(spec.environment)
     log = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
-    writes = Writes(spec, told)
+    writes = Writes(spec, connection)
     if spec.other_host:
         lease._pid_scope = lambda: "elsewhere"
     lease.HEARTBEAT_SECONDS, lease.DEAD_SECONDS, compare_and_swap.LOCK_TIMEOUT_SECONDS = (
@@ -309,8 +309,8 @@ def night(spec: Spec, told: Connection) -> None:
         if not spec.output.startswith("s3://"):
             sys.addaudithook(writes.audit)
         code = run("classify", classify.COMMANDS, spec.arguments)
-    told.send(writes.seen)
-    told.close()
+    connection.send(writes.seen)
+    connection.close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

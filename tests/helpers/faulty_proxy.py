@@ -20,7 +20,7 @@ _ANSWERS = {
 
 
 class FaultyProxy:
-    """Runs in a thread of its own while the block lasts.
+    """A proxy that runs in a separate thread within a `with` block.
 
     Args:
         backend: URL of the server.

@@ -17,7 +17,7 @@ LIMITS = DecodeLimits(max_pixels=4_000_000)
 
 
 def outcome(data: bytes) -> str:
-    """ "image" or the reason why not; anything else is raised."""
+    """Return "image" or the reason of the failure; other exceptions are raised."""
     try:
         decoded = decode(data, LIMITS)
     except DecodeError as error:
@@ -31,7 +31,7 @@ def outcome(data: bytes) -> str:
 
 
 def decode_all(path: str) -> None:
-    """Decode the files of a pickled list in four threads, as a worker does, and print what became of them."""
+    """Decode the files of a pickled list in four threads, as a worker does, and print the outcomes."""
     files = pickle.loads(Path(path).read_bytes())
     outcome(files[0])
     before = _kib("VmRSS")
@@ -52,7 +52,7 @@ def decode_all(path: str) -> None:
 
 
 def _kib(name: str) -> int:
-    """A figure of this process's memory. Its own peak: that of `getrusage` holds the parent's before exec."""
+    """A memory statistic of this process. The peak of `getrusage` would include that of the parent before exec."""
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1])

@@ -1,4 +1,4 @@
-"""A head and more raylets of our own on loopback, each of one CPU; any but the head may die."""
+"""A cluster of raylets on loopback with one CPU each; tests kill any of them except the head."""
 
 import json
 import os
@@ -79,7 +79,7 @@ class ThreeNodes:
         return self._ours(title)
 
     def end(self) -> None:
-        """Kill what is ours, until nothing is left."""
+        """Kill all processes of this cluster."""
         while ours := self._ours():
             for pid in ours:
                 _kill(pid)

@@ -36,7 +36,7 @@ INTERRUPTIBLE = ("env", "--default-signal=INT")
 
 
 def start_job(cluster: Cluster, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The main job in a process of its own; it says often how far it is."""
+    """Start the classify job as a separate process with frequent progress lines."""
     environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
     command = [
         *INTERRUPTIBLE,
@@ -61,4 +61,4 @@ def until_line(process: subprocess.Popen[str], words: str) -> str:
         seen += line
         if words in line:
             return seen
-    raise AssertionError(f"the job ended before it said {words!r}:\n{seen}")
+    raise AssertionError(f"the job ended before it printed {words!r}:\n{seen}")

@@ -36,13 +36,13 @@ def write(path: Path, **columns: object) -> Path:
 
 
 def bad_text(*values: bytes | None, kind: pa.DataType | None = None) -> pa.Array:
-    """Text that may be no UTF-8, as a program in C or an old database driver writes it."""
+    """Text that may be invalid UTF-8, as a program in C or an old database driver writes it."""
     raw = pa.array(values, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()).cast(kind or pa.string())
 
 
 def refusal(path: Path, *keep: str) -> str:
-    """What is said of a manifest before anything is computed; the same by `check` and by `classify`."""
+    """The error message for a manifest, which is the same in `check` and in `classify`."""
     with pytest.raises(InputError) as caught:
         find_invalid_ids(open_manifest(str(path), STORAGE, keep=keep), STORAGE)
     return str(caught.value)

@@ -38,6 +38,17 @@ FORBIDDEN = {
     r"no room left": "no space left",
     r"bytes a pixel": "bytes per pixel",
     r"leads? nowhere": "broken link",
+    r"wished": "requested, target",
+    r"so many": "the number of",
+    r"begun": "started, unfinished",
+    r"told": "reported, message",
+    r"(?<!server )(?<!store )(?<!host )answered": "predicted, responded",
+    r"for people": "human-readable",
+    r"what became of": "the outcome of, the status of",
+    r"mend(s|ed|ing)?": "fix",
+    r"poison image": "crash-inducing image",
+    r"scarcest resource": "bottleneck resource",
+    r"ms an image": "ms/image, ms per image",
     r"catalogues?|judgement|artefacts?|grey|centre": "US spelling",
 }
 TEXT = ("", ".py", ".md", ".toml", ".html", ".yml", ".yaml", ".sh", ".svg")

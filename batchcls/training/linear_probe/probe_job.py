@@ -278,7 +278,7 @@ def evaluate_head(head: LinearHead, embeddings: ManifestEmbeddings, classes: Cla
         "top5": top5 / evaluated,
         "loss": loss / len(rows),
         "rows": len(classes),
-        "answered": evaluated,
+        "predicted": evaluated,
         "of_unseen_categories": unknown,
         "failed": embeddings.failures,
         "without_label": int((classes == UNLABELED_CLASS).sum()),

@@ -54,7 +54,7 @@ def test_check_says_what_is_in_a_manifest(tmp_path: Path, capsys: pytest.Capture
     [
         (["check", "nowhere.parquet"], "nowhere.parquet"),
         (["from-folder", ".", "--output", "x.parquet"], "no images"),
-        (["mend"], "mend"),
+        (["repair"], "repair"),
         ([], "a command is required: from-folder, check"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What needs no cluster is refused before one is asked for: the address in these commands answers nobody."""
+"""Errors that need no cluster are reported before connecting to one; no server responds at the given address."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 from batchcls.cli.app import run
 from batchcls.jobs import classify, compare
 
-NOBODY = "127.0.0.1:1"
+UNREACHABLE = "127.0.0.1:1"
 
 
 @pytest.fixture
@@ -42,29 +42,29 @@ def manifest(tmp_path: Path) -> str:
         (["--model", "resnet50", "--model-args", "drop"], ["--model-args", "key=value"]),
     ],
 )
-def test_classify_says_what_is_wrong_before_it_looks_for_a_cluster(
+def test_classify_reports_errors_before_connecting_to_a_cluster(
     manifest: str, tmp_path: Path, capsys, arguments: list[str], words: list[str]
 ):
-    given = ["--manifest", manifest, "--output", str(tmp_path / "out"), "--ray-address", NOBODY]
+    given = ["--manifest", manifest, "--output", str(tmp_path / "out"), "--ray-address", UNREACHABLE]
     assert run("classify", classify.COMMANDS, [*given, *arguments]) == 2
-    said = capsys.readouterr().err
-    assert "--ray-address" not in said
+    output = capsys.readouterr().err
+    assert "--ray-address" not in output
     for word in words:
-        assert word in said
+        assert word in output
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_extra_is_told_first(manifest: str, tmp_path: Path, capsys, monkeypatch):
+def test_missing_extra_is_reported_before_connecting(manifest: str, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
-    given = ["--manifest", manifest, "--output", str(tmp_path / "out"), "--ray-address", NOBODY]
+    given = ["--manifest", manifest, "--output", str(tmp_path / "out"), "--ray-address", UNREACHABLE]
     for more in (["--engine", "openvino"], ["--precision", "int8"]):
         assert run("classify", classify.COMMANDS, [*given, "--model", str(tmp_path), *more]) == 2
         assert "pip install 'batchcls[openvino]'" in capsys.readouterr().err
 
 
-def test_compare_knows_all_names_before_it_takes_a_sample(manifest: str, tmp_path: Path, capsys):
-    given = ["--manifest", manifest, "--output", str(tmp_path / "out"), "--ray-address", NOBODY]
+def test_compare_checks_all_names_before_sampling(manifest: str, tmp_path: Path, capsys):
+    given = ["--manifest", manifest, "--output", str(tmp_path / "out"), "--ray-address", UNREACHABLE]
     assert run("compare", compare.COMMANDS, [*given, "--models", "resnet50,resnet51"]) == 2
-    said = capsys.readouterr().err
-    assert "did you mean resnet50" in said
-    assert "sample" not in said
+    output = capsys.readouterr().err
+    assert "did you mean resnet50" in output
+    assert "sample" not in output

@@ -1,4 +1,4 @@
-"""The job about runs, as a person calls it: what it says, what it changes, and how it ends."""
+"""The commands of `batchcls runs`: their output, their effects and their exit codes."""
 
 import json
 from collections.abc import Callable
@@ -221,7 +221,7 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
         night(output, name, days_old=10)
     for name in ("a", "b", "c", "d"):
         publish(output, name, Storage())
-    start_run(output, RunDetails("begun"))
+    start_run(output, RunDetails("unfinished"))
     night(output, "young", days_old=0.1)
     until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     Storage().write_atomic(
@@ -234,11 +234,11 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
     assert "until recently" in said
     assert "not touched: " in said
     remaining = Storage().list_folders(join(output, "runs"))
-    assert remaining == ["a", "b", "begun", "c", "d", "damaged", "read", "young"]
-    with leased(join(output, "runs", "begun"), Storage()):
+    assert remaining == ["a", "b", "c", "d", "damaged", "read", "unfinished", "young"]
+    with leased(join(output, "runs", "unfinished"), Storage()):
         _, said = call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
     assert "works on it" in said
-    assert Storage().list_folders(join(output, "runs")) == ["begun", "c", "d", "damaged", "read"]
+    assert Storage().list_folders(join(output, "runs")) == ["c", "d", "damaged", "read", "unfinished"]
     call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
     assert Storage().list_folders(join(output, "runs")) == ["c", "d", "damaged", "read"]
 

@@ -79,13 +79,13 @@ def test_failures_are_ordered_by_rank():
 
 
 def attempts(monkeypatch: pytest.MonkeyPatch, *failures: BaseException, most: int = 3) -> tuple[int, object]:
-    """How often training is begun when it fails like this, and how it ends."""
-    begun: list[int] = []
+    """Number of times that training is started if it fails like this, and how it ends."""
+    starts: list[int] = []
 
     def fit(*_: object) -> str:
-        begun.append(1)
-        if len(begun) <= len(failures):
-            raise failures[len(begun) - 1]
+        starts.append(1)
+        if len(starts) <= len(failures):
+            raise failures[len(starts) - 1]
         return "done"
 
     monkeypatch.setattr(ray_train, "_fit", fit)
@@ -93,7 +93,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch, *failures: BaseException, most: in
         ended: object = ray_train.fit_until_done(lambda: None, most)
     except BatchclsError as error:
         ended = error
-    return len(begun), ended
+    return len(starts), ended
 
 
 def group(error: BaseException) -> WorkerGroupError:
@@ -102,8 +102,8 @@ def group(error: BaseException) -> WorkerGroupError:
 
 @pytest.mark.parametrize("error", LASTING[:4], ids=lambda error: type(error).__name__)
 def test_permanent_failure_ends_training_with_a_one_line_message(error, monkeypatch: pytest.MonkeyPatch):
-    begun, ended = attempts(monkeypatch, group(error))
-    assert begun == 1
+    starts, ended = attempts(monkeypatch, group(error))
+    assert starts == 1
     assert isinstance(ended, BatchclsError)
     assert str(ended).startswith(f"training stopped: {type(error).__name__}: {str(error)[:30]}")
     assert "\n" not in str(ended)

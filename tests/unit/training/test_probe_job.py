@@ -126,7 +126,7 @@ def test_every_row_is_counted_once(probed):
     assert metrics["training_failed"] == {"corrupt": 1} or list(metrics["training_failed"].values()) == [1]
     validation = metrics["validation"]
     assert validation["rows"] == 33
-    assert validation["answered"] == 31
+    assert validation["predicted"] == 31
     assert validation["of_unseen_categories"] == 1
     assert validation["failed"] == {"not_found": 1}
     assert validation["without_label"] == 1
@@ -155,7 +155,7 @@ def test_embeddings_are_reused_and_only_failed_fetches_are_retried(probed, bundl
         bundle, str(folder / "train.parquet"), str(folder / "validation.parquet"), _settings(folder)
     )
     assert again.metrics["validation"]["failed"] == {}
-    assert again.metrics["validation"]["answered"] == 32
+    assert again.metrics["validation"]["predicted"] == 32
     assert torch.equal(again.probe.head.weight, before.probe.head.weight)
 
 

@@ -1,4 +1,4 @@
-"""What Ray Train is told of a training: where its checkpoints lie."""
+"""The configuration of Ray Train: where its checkpoints are."""
 
 from pathlib import Path
 
