@@ -37,7 +37,7 @@ MAY_IMPORT_RAY = ("pipeline", "training", "ray_runtime", "jobs")
 
 
 def package_of(path: Path) -> str:
-    """The package of a module; the console script stands above the jobs, which it imports only to run them."""
+    """The package of a module; the console script is above the jobs, which it imports only to run them."""
     if path == PACKAGE / "cli" / "main.py":
         return "cli.main"
     relative = path.relative_to(PACKAGE)
@@ -50,7 +50,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def calls(path: Path) -> list[ast.expr]:
-    """What is called anywhere in a file: names, attributes and other expressions."""
+    """The called expressions in a file."""
     return [node.func for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
 
 
@@ -103,7 +103,7 @@ def test_every_file_has_a_docstring_and_a_bounded_length():
     assert [path for path, text in texts.items() if re.search(r"\b(TODO|FIXME|XXX)\b", text)] == []
 
 
-def test_a_broad_except_stands_only_where_it_has_a_reason():
+def test_broad_except_clauses_are_only_in_allowed_files():
     allowed = {"images/fetch.py", "images/decode.py", "cli/console.py", "cli/app.py", "report/run_report.py"}
     found = []
     for path in MODULES:
@@ -176,7 +176,7 @@ def test_every_command_has_help_with_examples():
             assert f"batchcls {module.__name__.rpartition('.')[2]} " in command.examples
 
 
-def test_text_leaves_in_one_place_where_it_is_made_harmless():
+def test_only_the_console_module_writes_to_the_terminal():
     handlers = {"Console", "RichHandler", "StreamHandler", "basicConfig", "print_exc"}
     found = []
     for path in MODULES:

@@ -1,4 +1,4 @@
-"""The dashboard for Grafana: every metric in it is one that the pipeline has, and its panels do not overlap."""
+"""The dashboard for Grafana: its metrics are those of the pipeline, and its panels do not overlap."""
 
 import json
 import re
@@ -16,11 +16,11 @@ def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it():
     exported = {f"ray_{name}_total" if kind == "Counter" else f"ray_{name}" for name, kind in kinds}
     assert len(exported) == 6
     assert set(re.findall(r"ray_batchcls_\w+", text)) == exported
-    readme = (REPOSITORY / "cluster" / "README.md").read_text()
-    assert set(re.findall(r"ray_batchcls_\w+", readme)) == exported
+    guide = (REPOSITORY / "docs" / "how-to" / "clusters.md").read_text()
+    assert set(re.findall(r"ray_batchcls_\w+", guide)) == exported
 
 
-def test_panels_stand_beside_each_other():
+def test_panels_do_not_overlap():
     dashboard = json.loads((REPOSITORY / "cluster" / "grafana" / "batchcls.json").read_text())
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
@@ -34,7 +34,7 @@ def test_panels_stand_beside_each_other():
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
 
 
-def test_the_declared_night_has_settings_that_exist():
+def test_nightly_configuration_has_valid_settings():
     declared = tomllib.loads((REPOSITORY / "jobs" / "nightly.toml").read_text())
     config = ClassifyConfig.model_validate(declared)
     assert config.publish

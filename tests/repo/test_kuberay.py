@@ -1,4 +1,4 @@
-"""The RayJob against KubeRay's own definition: unknown names and wrong types fail, as they would on `apply`."""
+"""Validates the RayJob against the definition of KubeRay: unknown names and wrong types are errors."""
 
 import importlib.util
 import re
@@ -17,7 +17,7 @@ Node = dict[str, Any]
 
 
 def closed(schema: Node) -> Node:
-    """The same schema, refusing names that it does not know; Kubernetes would drop them without a word.
+    """The same schema, but it rejects unknown names, which Kubernetes would silently drop.
 
     Rules in CEL (`x-kubernetes-validations`) are not evaluated. An object without any declared
     properties (metadata, which Kubernetes checks itself) stays open.
@@ -70,9 +70,7 @@ def _bytes(quantity: str) -> int:
     return int(number) * {"Mi": 2**20, "Gi": 2**30}[unit]
 
 
-def test_the_rayjob_satisfies_the_definition(
-    validator: jsonschema.Draft202012Validator, rayjob: Node
-) -> None:
+def test_rayjob_matches_the_definition(validator: jsonschema.Draft202012Validator, rayjob: Node) -> None:
     assert rayjob["apiVersion"] == "ray.io/v1"
     assert rayjob["kind"] == "RayJob"
     errors = [f"{error.json_path}: {error.message}" for error in validator.iter_errors(rayjob)]
@@ -126,7 +124,7 @@ def _no_template(rayjob: Node) -> None:
         (_no_template, "$.spec.rayClusterSpec.workerGroupSpecs[0]"),
     ],
 )
-def test_a_damaged_copy_is_refused_at_the_place_of_the_damage(
+def test_error_of_an_invalid_copy_contains_the_path(
     validator: jsonschema.Draft202012Validator, rayjob: Node, damage: Callable[[Node], None], path: str
 ) -> None:
     damage(rayjob)
@@ -161,12 +159,12 @@ def test_every_pod_has_the_same_image_the_stores_keys_and_a_bounded_shared_memor
         (volume,) = group["template"]["spec"]["volumes"]
         assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
         assert volume["emptyDir"]["medium"] == "Memory"
-        # It counts as the container's memory; under half leaves room for the work itself.
+        # It counts as the container's memory; less than half leaves memory for the processes.
         assert (
             _bytes(volume["emptyDir"]["sizeLimit"]) < _bytes(container["resources"]["limits"]["memory"]) / 2
         )
 
 
-def test_it_asks_for_the_ray_that_the_image_installs(rayjob: Node) -> None:
+def test_ray_version_is_that_of_the_image(rayjob: Node) -> None:
     constraints = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
     assert f"ray=={rayjob['spec']['rayClusterSpec']['rayVersion']}\n" in constraints

@@ -1,4 +1,4 @@
-"""A job's process ends with its exit code, whatever its threads still wait for."""
+"""The process of a job ends with its exit code even if threads are still waiting."""
 
 import subprocess
 import sys
@@ -14,15 +14,15 @@ class Nothing(BaseModel):
 
 def act(settings, console):
     threading.Thread(target=threading.Event().wait).start()
-    print("said", end="")
+    print("output", end="")
     return ExitCode.BUDGET_EXCEEDED
 
 main("nothing", [Command("nothing", Nothing, act, "")])
 """
 
 
-def test_a_thread_that_never_ends_does_not_hold_the_process():
+def test_process_exits_despite_a_blocked_thread():
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False
     )
-    assert (done.returncode, done.stdout) == (4, "said"), done.stderr
+    assert (done.returncode, done.stdout) == (4, "output"), done.stderr

@@ -19,7 +19,7 @@ def parse(arguments: list[str], settings: type[JobConfig] = ClassifyConfig) -> J
     return read_settings(settings, parser.parse_args(arguments))
 
 
-def test_every_setting_has_a_flag_a_unit_of_help_and_its_default_shown():
+def test_every_setting_has_a_flag_and_a_help_text():
     parser = parser_for("prog", "", "")
     add_settings(parser, ClassifyConfig)
     text = parser.format_help()
@@ -30,7 +30,7 @@ def test_every_setting_has_a_flag_a_unit_of_help_and_its_default_shown():
         assert field.description.endswith(".")
 
 
-def test_flags_win_over_the_file(tmp_path: Path):
+def test_flags_take_precedence_over_the_file(tmp_path: Path):
     file = tmp_path / "job.toml"
     file.write_text('manifest = "a"\noutput = "b"\nmodel = "timm:resnet18"\ntop-k = 3\nbatch_size = 8\n')
     config = parse(["--config", str(file), "--top-k", "7"])
@@ -76,7 +76,7 @@ def test_three_numbers_are_read_as_a_mean():
         ([*REQUIRED, "--embedding-dtype", "float64"], ["--embedding-dtype", "float16"]),
     ],
 )
-def test_a_wrong_setting_is_refused_by_name(arguments: list[str], words: list[str]):
+def test_error_of_an_invalid_setting_names_its_flag(arguments: list[str], words: list[str]):
     with pytest.raises(InputError) as caught:
         parse(arguments)
     for word in words:
@@ -90,7 +90,7 @@ def test_an_unknown_setting_in_a_file_suggests_the_right_one(tmp_path: Path):
         parse([*REQUIRED, "--config", str(file)])
 
 
-def test_secrets_do_not_reach_the_plan():
+def test_recorded_settings_contain_no_secrets():
     options = {"key": "AKIASECRET", "secret": "s3cr3t", "endpoint_url": "http://store:9000"}
     config = parse(
         [*REQUIRED, "--storage-options", json.dumps(options), "--weights", "s3://who:s3cr3t@bucket/w"]

@@ -71,7 +71,7 @@ def test_any_engine_and_precision_can_be_tested(create, capsys):
 
 
 @pytest.mark.skipif(missing_package("openvino") is not None, reason="needs OpenVINO")
-def test_openvino_is_tested_with_a_cache_of_its_own(create, tmp_path, capsys):
+def test_openvino_is_tested_with_a_separate_cache(create, tmp_path, capsys):
     made = str(create())
     given = ("--engine", "openvino", "--cache-dir", str(tmp_path / "cache"))
     assert bundle_command("test", made, *given) == 0
@@ -81,7 +81,7 @@ def test_openvino_is_tested_with_a_cache_of_its_own(create, tmp_path, capsys):
     assert bundle_command("test", made, *given, "--precision", "int8") == 2
 
 
-def test_an_edited_record_fails_its_test_and_says_so(create, capsys):
+def test_bundle_with_edited_preprocessing_fails_its_test(create, capsys):
     made = create()
     record = json.loads((made / "bundle.json").read_text())
     record["preprocessing"]["mean"] = [0.1, 0.2, 0.3]
@@ -130,7 +130,7 @@ def test_a_new_head_is_for_other_labels_and_never_published(create, tmp_path):
         (["--category-paths", "holes.txt"], "line 2"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_reason(
+def test_invalid_arguments_are_rejected_with_the_reason(
     weights, tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     assert not (tmp_path / "made").exists()
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path, capsys):
+def test_pickle_that_executes_code_is_rejected(tmp_path, capsys):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))

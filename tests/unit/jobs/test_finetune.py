@@ -68,7 +68,7 @@ def test_linear_probe_with_too_many_unreadable_images_fails(arguments: list[str]
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "printed"),
     [
         (("--recipe", "best"), "there is no such recipe"),
         (("--from-scratch", "--recipe", "linear-probe"), "a linear probe needs trained weights"),
@@ -79,10 +79,14 @@ def test_linear_probe_with_too_many_unreadable_images_fails(arguments: list[str]
     ],
 )
 def test_invalid_configurations_are_rejected(
-    arguments: list[str], tmp_path: Path, more: tuple[str, ...], said: str, capfd: pytest.CaptureFixture[str]
+    arguments: list[str],
+    tmp_path: Path,
+    more: tuple[str, ...],
+    printed: str,
+    capfd: pytest.CaptureFixture[str],
 ):
     assert finetuned(arguments, *more) == 2
-    assert said in capfd.readouterr().err
+    assert printed in capfd.readouterr().err
     assert not (tmp_path / "made").exists()
 
 

@@ -44,9 +44,9 @@ def test_labels_come_from_the_folders(photos: Path, tmp_path: Path):
 def test_check_says_what_is_in_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = write_manifest(tmp_path / "m.parquet", ["a", None, "a", "b"])
     assert run("manifest", manifest.COMMANDS, ["check", str(path)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in ("rows                   4", "null ids               1", "repeated ids           1"):
-        assert line in said
+        assert line in printed
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_mistakes_end_with_2_and_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     assert run("manifest", manifest.COMMANDS, arguments) == 2
-    said = capfd.readouterr().err
-    assert words in said
-    assert len(said.splitlines()) == 1
+    printed = capfd.readouterr().err
+    assert words in printed
+    assert len(printed.splitlines()) == 1
 
 
 def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]):
@@ -133,8 +133,8 @@ def test_check_warns_of_what_it_leaves_out(tmp_path: Path, capfd: pytest.Capture
     write_manifest(tmp_path / "other" / "b.parquet", ["b"])
     (tmp_path / "m" / "linked").symlink_to(tmp_path / "other")
     assert run("manifest", manifest.COMMANDS, ["check", str(tmp_path / "m")]) == 0
-    assert "WARNING" in (said := capfd.readouterr().err)
-    assert "1 link to a folder, which is not followed (linked)" in said
+    assert "WARNING" in (printed := capfd.readouterr().err)
+    assert "1 link to a folder, which is not followed (linked)" in printed
     (tmp_path / "m" / "a.parquet").unlink()
     assert run("manifest", manifest.COMMANDS, ["check", str(tmp_path / "m")]) == 2
     assert "(linked)" in capfd.readouterr().err

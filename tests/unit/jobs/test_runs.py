@@ -46,8 +46,8 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     def call_job(*arguments: str) -> tuple[int, str]:
         code = run("runs", runs.COMMANDS, arguments)
-        said = capsys.readouterr()
-        return code, said.out + said.err
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
 
     return call_job
 
@@ -79,8 +79,8 @@ def test_list_marks_the_published_and_the_previous_run(output: str, call):
     start_run(output, RunDetails("c"))
     publish(output, "a", Storage())
     publish(output, "b", Storage())
-    code, said = call("list", "--output", output)
-    lines = {line.split()[1 if line[0] in "*<" else 0]: line for line in said.splitlines() if line.split()}
+    code, printed = call("list", "--output", output)
+    lines = {line.split()[1 if line[0] in "*<" else 0]: line for line in printed.splitlines() if line.split()}
     assert code == 0
     assert lines["b"].startswith("*")
     assert "committed (gate failed)" in lines["b"]
@@ -92,7 +92,7 @@ def test_list_marks_the_published_and_the_previous_run(output: str, call):
 def test_show_names_counts_gates_and_categories(tmp_path: Path, call):
     rows = [*items(3, label="<b>cat</b>[red]"), Item("x", reason="too_small")]
     write_run(str(tmp_path), RunDetails("a", more=REFUSED), rows)
-    code, said = call("show", "latest", "--output", str(tmp_path))
+    code, printed = call("show", "latest", "--output", str(tmp_path))
     assert code == 0
     for word in (
         "4: 3 predicted, 0 reused, 1 failed",
@@ -101,23 +101,23 @@ def test_show_names_counts_gates_and_categories(tmp_path: Path, call):
         "failed",
         "<b>cat</b>[red]",
     ):
-        assert word in said
+        assert word in printed
 
 
-def test_diff_by_names_of_people(tmp_path: Path, call):
+def test_diff_accepts_aliases_of_runs(tmp_path: Path, call):
     output = str(tmp_path)
     write_run(output, RunDetails("20261123-a"), items(4))
     write_run(output, RunDetails("20261124-b"), [*items(3), Item("item-3", "dog\n\x1b[31m")])
     publish(output, "20261123-a", Storage())
     publish(output, "20261124-b", Storage())
-    code, said = call("diff", "previous", "published", "--output", output, "--to", join(output, "d"))
+    code, printed = call("diff", "previous", "published", "--output", output, "--to", join(output, "d"))
     assert code == 0
-    assert "dog\\n\\x1b[31m" in said
-    assert "\x1b" not in said
+    assert "dog\\n\\x1b[31m" in printed
+    assert "\x1b" not in printed
     assert (tmp_path / "d" / "diff-items.parquet").is_file()
     assert call("diff", "20261123", "latest", "--output", output) == (
         0,
-        said.replace(f"results: {join(output, 'd')}\n", ""),
+        printed.replace(f"results: {join(output, 'd')}\n", ""),
     )
     assert call("diff", "2026", "latest", "--output", output)[0] == 2
 
@@ -126,25 +126,23 @@ def test_publish_needs_force_against_a_gate(output: str, call):
     night(output, "a")
     night(output, "b", **REFUSED)
     assert call("publish", "a", "--output", output)[0] == 0
-    code, said = call("publish", "b", "--output", output)
+    code, printed = call("publish", "b", "--output", output)
     assert code == 3
-    assert "gate category_shift: the category mix is 0.4" in said
+    assert "gate category_shift: the category mix is 0.4" in printed
     assert read_current(output, Storage()) == "a"
     assert call("publish", "b", "--output", output, "--force")[0] == 0
     assert read_current(output, Storage()) == "b"
 
 
-def test_by_hand_a_run_is_judged_again_where_another_one_is_published_than_it_was_judged_against(
-    output: str, call
-):
+def test_publish_reevaluates_gates_if_another_run_was_published_since(output: str, call):
     """Categories swap from cats to dogs; each night was judged when nothing was published."""
     unjudged = {"baseline": None, "gates": []}
     write_run(output, RunDetails("cats", more=unjudged), items(200))
     write_run(output, RunDetails("dogs", more=unjudged), items(200, label="dog"))
     write_run(output, RunDetails("more-cats", more=unjudged), items(205))
     assert call("publish", "cats", "--output", output)[0] == 0
-    code, said = call("publish", "dogs", "--output", output)
-    assert (code, "gate changed_labels_fraction: 100.00% of the 200 items" in said) == (3, True)
+    code, printed = call("publish", "dogs", "--output", output)
+    assert (code, "gate changed_labels_fraction: 100.00% of the 200 items" in printed) == (3, True)
     assert call("publish", "more-cats", "--output", output)[0] == 0
     assert call("publish", "dogs", "--output", output, "--force")[0] == 0
     assert read_current(output, Storage()) == "dogs"
@@ -155,57 +153,57 @@ def test_an_older_run_is_published_by_force_or_by_a_rollback(output: str, call):
         night(output, name)
         set_created(output, name, created)
         assert call("publish", name, "--output", output)[0] == 0
-    code, said = call("publish", "old", "--output", output)
-    assert (code, "`runs rollback`, or `runs publish old --force`" in said) == (3, True)
+    code, printed = call("publish", "old", "--output", output)
+    assert (code, "`runs rollback`, or `runs publish old --force`" in printed) == (3, True)
     assert call("publish", "new", "--output", output) == (0, "published: new\n")
     assert call("publish", "old", "--output", output, "--force") == (0, "published: old\n")
     assert call("rollback", "--output", output)[0] == 0
     assert read_current(output, Storage()) == "new"
 
 
-def test_a_trial_is_never_published(tmp_path: Path, call):
+def test_dry_run_is_never_published(tmp_path: Path, call):
     write_run(str(tmp_path), RunDetails("a", unpublishable=["--limit 4"]), items(4))
-    code, said = call("publish", "a", "--output", str(tmp_path), "--force")
-    assert (code, "must not be published: --limit 4" in said) == (3, True)
+    code, printed = call("publish", "a", "--output", str(tmp_path), "--force")
+    assert (code, "must not be published: --limit 4" in printed) == (3, True)
 
 
-def test_a_run_with_a_hole_is_not_published(tmp_path: Path, call):
+def test_incomplete_run_is_not_published(tmp_path: Path, call):
     folder = night(str(tmp_path), "a")
     part = next((folder / "predictions").iterdir())
     whole = part.read_bytes()
     part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    code, said = call("publish", "a", "--output", str(tmp_path), "--verify")
-    assert (code, "has changed since the commit" in said) == (3, True)
+    code, printed = call("publish", "a", "--output", str(tmp_path), "--verify")
+    assert (code, "has changed since the commit" in printed) == (3, True)
     part.unlink()
-    code, said = call("publish", "a", "--output", str(tmp_path))
-    assert (code, "is missing" in said) == (3, True)
+    code, printed = call("publish", "a", "--output", str(tmp_path))
+    assert (code, "is missing" in printed) == (3, True)
     assert read_current(str(tmp_path), Storage()) is None
 
 
-def test_rollback_reads_what_it_goes_back_to(tmp_path: Path, call):
+def test_rollback_verifies_the_run_that_it_restores(tmp_path: Path, call):
     output = str(tmp_path)
     folders = {name: night(output, name) for name in "abc"}
     for name in "abc":
         publish(output, name, Storage())
     part = next((folders["b"] / "predictions").iterdir())
     part.write_bytes(part.read_bytes()[::-1])
-    code, said = call("rollback", "--output", output)
+    code, printed = call("rollback", "--output", output)
     assert code == 0
-    assert "skipped run b" in said
-    assert "published: a, instead of c" in said
+    assert "skipped run b" in printed
+    assert "published: a, instead of c" in printed
     assert call("rollback", "--output", output)[0] == 3
 
 
-def test_prune_says_first_and_removes_then(output: str, call):
+def test_prune_removes_only_with_yes(output: str, call):
     for number, name in enumerate("fedcba"):
         night(output, name, days_old=number + 3)
     for name in ("a", "b", "c"):
         publish(output, name, Storage())
     age_history(output)
     before = Storage().list_files(output)
-    code, said = call("prune", "--keep", "2", "--output", output)
+    code, printed = call("prune", "--keep", "2", "--output", output)
     assert code == 0
-    assert "2 runs would be removed" in said
+    assert "2 runs would be removed" in printed
     assert Storage().list_files(output) == before
     assert call("prune", "--keep", "2", "--output", output, "--yes")[0] == 0
     # f and e are the newest, c is published, b is what a rollback goes back to.
@@ -215,7 +213,7 @@ def test_prune_says_first_and_removes_then(output: str, call):
     assert read_record(output, "c", Storage()).run_id == "c"
 
 
-def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
+def test_prune_keeps_runs_that_may_be_in_use(tmp_path: Path, call):
     output = str(tmp_path)
     for name in ("a", "b", "c", "d", "read", "damaged"):
         night(output, name, days_old=10)
@@ -228,31 +226,31 @@ def test_prune_spares_what_may_be_in_use(tmp_path: Path, call):
         join(output, "runs", "read", "readers", "search.json"), json.dumps({"until": until}).encode()
     )
     (tmp_path / "runs" / "damaged" / "run.json").write_text("{")
-    code, said = call("prune", "--keep", "0", "--output", output, "--yes")
+    code, printed = call("prune", "--keep", "0", "--output", output, "--yes")
     assert code == 0
-    assert "read by search" in said
-    assert "until recently" in said
-    assert "not touched: " in said
+    assert "read by search" in printed
+    assert "until recently" in printed
+    assert "not touched: " in printed
     remaining = Storage().list_folders(join(output, "runs"))
     assert remaining == ["a", "b", "c", "d", "damaged", "read", "unfinished", "young"]
     with leased(join(output, "runs", "unfinished"), Storage()):
-        _, said = call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
-    assert "works on it" in said
+        _, printed = call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
+    assert "works on it" in printed
     assert Storage().list_folders(join(output, "runs")) == ["c", "d", "damaged", "read", "unfinished"]
     call("prune", "--keep", "0", "--grace-hours", "0", "--output", output, "--yes")
     assert Storage().list_folders(join(output, "runs")) == ["c", "d", "damaged", "read"]
 
 
-def test_prune_needs_a_measure(call):
-    code, said = call("prune", "--output", "out")
-    assert (code, "--keep N, --older-than-days D" in said) == (2, True)
+def test_prune_requires_a_limit(call):
+    code, printed = call("prune", "--output", "out")
+    assert (code, "--keep N, --older-than-days D" in printed) == (2, True)
 
 
-def test_verify_holds_a_whole_run(output: str, call):
+def test_verify_accepts_a_complete_run(output: str, call):
     rows = [*items(50), Item("bad", reason="truncated"), Item(None, reason="null_id")]
     write_run(output, RunDetails("a"), [*rows, Item("item-1", reason="duplicate_id")], parts=3)
-    code, said = call("verify", "a", "--output", output)
-    assert (code, said.startswith("a is complete: 53 rows")) == (0, True)
+    code, printed = call("verify", "a", "--output", output)
+    assert (code, printed.startswith("a is complete: 53 rows")) == (0, True)
 
 
 def _rewrite(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path, dict], None]:
@@ -300,8 +298,8 @@ def test_verify_finds_each_kind_of_damage(tmp_path: Path, call, damage, words: s
     record = json.loads((folder / "run.json").read_text())
     damage(folder, record)
     (folder / "run.json").write_text(json.dumps(record))
-    code, said = call("verify", "a", "--output", str(tmp_path))
-    assert (code, words in said) == (1, True), said
+    code, printed = call("verify", "a", "--output", str(tmp_path))
+    assert (code, words in printed) == (1, True), printed
 
 
 def test_a_run_of_hostile_ids_goes_through_everything(tmp_path: Path, call):
@@ -310,10 +308,10 @@ def test_a_run_of_hostile_ids_goes_through_everything(tmp_path: Path, call):
     for name, label in (("a", "cat"), ("b", "<img src=x>[/]\x07")):
         write_run(output, RunDetails(name), [Item(item_id, label) for item_id in ids])
     for arguments in (["verify", "a"], ["diff", "a", "b", "--to", join(output, "d")], ["show", "b"]):
-        code, said = call(*arguments, "--output", output)
+        code, printed = call(*arguments, "--output", output)
         assert code == 0
-        assert "\x07" not in said
-        assert len(said) < 10_000
+        assert "\x07" not in printed
+        assert len(printed) < 10_000
     found = pq.read_table(tmp_path / "d" / "diff-items.parquet").column("item_id").to_pylist()
     assert sorted(found) == sorted(ids)
 
@@ -326,7 +324,7 @@ def test_text_of_a_catalog_is_one_harmless_line(text: object, line: str):
     assert cell_text(text, 15 if text != "x" * 100 else 10).plain == line
 
 
-def test_a_page_is_drawn_again(tmp_path: Path, call: Callable[..., tuple[int, str]]):
+def test_report_is_written_again(tmp_path: Path, call: Callable[..., tuple[int, str]]):
     output = str(tmp_path / "output")
     night(output, "a")
     write_run(output, RunDetails("b"), items(4, label="dog"))
