@@ -59,13 +59,13 @@ class LabeledManifest:
     Attributes:
         manifest: the manifest, without its label column.
         labels: labels of all rows.
-        bad_ids: rows whose ID is null or a duplicate.
+        invalid_ids: rows whose ID is null or a duplicate.
         storage: storage that holds the manifest.
     """
 
     manifest: Manifest
     labels: LabelColumn
-    bad_ids: InvalidIds
+    invalid_ids: InvalidIds
     storage: Storage
 
     @classmethod
@@ -108,7 +108,7 @@ class LabeledManifest:
         stop = first + table.num_rows
         classes = classes[first:stop]
         reasons = [_REASONS.get(index) for index in classes.tolist()]
-        for row, failure in self.bad_ids.between(first, stop).items():
+        for row, failure in self.invalid_ids.between(first, stop).items():
             reasons[row - first] = failure.reason.value
         reason = pa.array(reasons, pa.string())
         included = reason.is_null()

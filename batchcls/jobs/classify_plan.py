@@ -38,7 +38,7 @@ class ClassifyInputs:
     """The opened manifest and model of a run, its views, and access to storage."""
 
     manifest: Manifest
-    bad_ids: InvalidIds
+    invalid_ids: InvalidIds
     bundle: Bundle
     views: Views
     storage: Storage
@@ -85,9 +85,11 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
         InputError: an input cannot be read or does not match the settings.
     """
     storage = Storage(config.storage_options)
-    bad_ids = find_invalid_ids(manifest, storage)
-    if len(bad_ids.null) or len(bad_ids.duplicate):
-        _logger.warning("manifest: %d null and %d repeated ids", len(bad_ids.null), len(bad_ids.duplicate))
+    invalid_ids = find_invalid_ids(manifest, storage)
+    if len(invalid_ids.null) or len(invalid_ids.duplicate):
+        _logger.warning(
+            "manifest: %d null and %d repeated ids", len(invalid_ids.null), len(invalid_ids.duplicate)
+        )
     bundle = resolve_model(config.model, _model_choices(config), storage)
     if bundle.config.golden is None:
         # Only a bundle that was just created from a name lacks them, and torch is imported for that anyway.
@@ -98,7 +100,7 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
     _require_fingerprint(config, bundle)
     _logger.info("embedding: %s", _embedding_line(config, bundle))
     return ClassifyInputs(
-        manifest, bad_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage
+        manifest, invalid_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage
     )
 
 
@@ -252,7 +254,7 @@ def pipeline_spec_of(
     return PipelineSpec(
         manifest=inputs.manifest,
         rows=RowRanges.all(inputs.manifest.rows),
-        invalid_ids=inputs.bad_ids,
+        invalid_ids=inputs.invalid_ids,
         worker=worker,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
     )

@@ -124,7 +124,7 @@ def png_profile_bomb(n_bytes: int = 1 << 28) -> bytes:
 
 
 def png_pixel_bomb(n_bytes: int = 1 << 28) -> bytes:
-    """A small image whose pixel data goes on for 256 MiB."""
+    """A small image with 256 MiB of pixel data."""
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(n_bytes >> 20)) + packer.flush()
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 100, 100, 8, 2, 0, 0, 0))
