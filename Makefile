@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo-output
 # Files of tests at once. Most of a test on Ray is waiting for processes to start; each of these has a cluster of its own.
-AT_ONCE ?= 2
+AT_ONCE ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test gpu long chaos lint format type bench docs dist clean

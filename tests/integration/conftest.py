@@ -4,9 +4,10 @@ import io
 import json
 import re
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -51,11 +52,12 @@ class OwnCluster(Cluster):
         """Return the name, tags and value of every metric that Prometheus would scrape now."""
         (found,) = json.loads((self.temporary / "prom_metrics_service_discovery.json").read_text())
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        lines = [
-            line
-            for target in found["targets"]
-            for line in opener.open(f"http://{target}/metrics", timeout=20).read().decode().splitlines()
-        ]
+        lines: list[str] = []
+        for target in found["targets"]:
+            # Ray's autoscaler and dashboard have fixed ports, so one cluster on a machine may not have got them, as
+            # Prometheus sees it, too.
+            with suppress(urllib.error.URLError):
+                lines += opener.open(f"http://{target}/metrics", timeout=20).read().decode().splitlines()
         matches = (re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line) for line in lines)
         return [
             (match[1], dict(re.findall(r'(\w+)="([^"]*)"', match[2])), float(match[3]))

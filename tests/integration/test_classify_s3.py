@@ -102,7 +102,7 @@ def test_run_on_s3_does_not_reveal_credentials(
         ("unknown key", ["InvalidAccessKeyId"]),
         ("no bucket for the manifest", ["no-such-bucket"]),
         ("no bucket for the output", ["no-such-bucket"]),
-        ("no server at the endpoint", ["does not answer", "endpoint"]),
+        ("no server at the endpoint", ["does not respond", "endpoint"]),
     ],
 )
 def test_unusable_store_exits_2_with_one_line(

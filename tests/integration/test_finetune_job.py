@@ -409,7 +409,7 @@ def test_too_small_batch_per_worker_is_rejected_before_preparation(
     )
     assert exit_code == 2
     assert (
-        "a worker needs 2 (for its BatchNorm, which gathers statistics); give --num-workers 1 or fewer"
+        "a worker needs 2 (for its BatchNorm, which updates statistics); set --num-workers 1 or fewer"
         in printed
     )
     assert list(tmp_path.iterdir()) == []

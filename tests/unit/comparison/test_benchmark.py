@@ -130,7 +130,7 @@ def test_custom_weights_have_no_published_accuracy(bundle, sample):
 
 
 def test_rejects_an_unavailable_engine(bundle, sample):
-    with pytest.raises(InputError, match="fp16 is for GPUs"):
+    with pytest.raises(InputError, match="fp16 requires a GPU"):
         measure(bundle, _candidate(bundle, "torch:fp16"), sample, None)
 
 
