@@ -54,7 +54,7 @@ def bundle_line(bundle: Bundle) -> str:
     )
 
 
-def bottleneck_table(found: Bottleneck) -> Table:
+def bottleneck_table(bottleneck: Bottleneck) -> Table:
     """Milliseconds per image of each stage, and the combined load of resources that several stages share.
 
     "utilization" is the busy share of the capacity after startup, "max images/s" the throughput that the
@@ -65,15 +65,15 @@ def bottleneck_table(found: Bottleneck) -> Table:
     for name in ("ms/image", "utilization", "capacity", "max images/s"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    for stage, milliseconds in found.milliseconds_per_image.items():
-        cells = _bottleneck_cells(milliseconds, found.resource_of(stage), found.images_per_second_after_start)
-        if stage == found.limited_by:
+    for stage, milliseconds in bottleneck.milliseconds_per_image.items():
+        cells = _bottleneck_cells(milliseconds, bottleneck.resource_of(stage), bottleneck.images_per_second_after_start)
+        if stage == bottleneck.limited_by:
             table.add_row(stage, *cells, "bottleneck", style="bold")
         else:
             table.add_row(stage, *cells, "")
-    for resource in found.resources:
+    for resource in bottleneck.resources:
         if len(resource.stages) > 1:
-            cells = _bottleneck_cells(resource.milliseconds, resource, found.images_per_second_after_start)
+            cells = _bottleneck_cells(resource.milliseconds, resource, bottleneck.images_per_second_after_start)
             table.add_row("combined", *cells, "")
     return table
 

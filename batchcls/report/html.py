@@ -157,5 +157,5 @@ def _rewrite(name: str, value: str, prefix: str) -> str:
     if name in ("href", "clip-path"):
         return _REFERENCE.sub(f"#{prefix}", value)
     if name == "style":
-        return _MARKER.sub(lambda found: CSS_VARIABLES[found.group()], _FONT_FAMILY.sub("", value))
+        return _MARKER.sub(lambda match: CSS_VARIABLES[match.group()], _FONT_FAMILY.sub("", value))
     return value

@@ -257,11 +257,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Round tick values between two positive limits: 1, 2, 5 times a power of ten, or finer if these are too few."""
     for steps in (_STEPS, range(1, 10), [step / 10 for step in range(10, 100)]):
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [
+        ticks = [
             step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high
         ]
-        if len(found) >= 3:
-            return found[:: math.ceil(len(found) / 8)]
+        if len(ticks) >= 3:
+            return ticks[:: math.ceil(len(ticks) / 8)]
     return [low, high]
 
 

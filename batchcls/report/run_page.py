@@ -230,27 +230,27 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
 
 def _headline_numbers(facts: RunFacts) -> list[_RunCard]:
     before, quarantined = facts.before, facts.quarantined
-    found = [
+    cards = [
         _RunCard("rows", f"{facts.rows:,}", f"{difference(facts.rows, before.rows)} rows" if before else ""),
         _RunCard("predicted", f"{facts.predicted:,}", share(facts.predicted, facts.rows)),
     ]
     if facts.reused:
-        found.append(_RunCard("reused", f"{facts.reused:,}", share(facts.reused, facts.rows)))
+        cards.append(_RunCard("reused", f"{facts.reused:,}", share(facts.reused, facts.rows)))
     previous = f", {share(before.quarantined, before.rows)} before" if before else ""
-    found.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + previous))
+    cards.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + previous))
     if facts.changes is not None:
         both = facts.changes.same + facts.changes.changed
         changed = facts.changes.changed
-        found.append(_RunCard("labels changed", f"{changed:,}", share(changed, both) if both else ""))
+        cards.append(_RunCard("labels changed", f"{changed:,}", share(changed, both) if both else ""))
     if facts.measurements.bottleneck is not None:
         previous = (
             ""
             if not before or before.images_per_second is None
             else f"{rate(before.images_per_second)} before"
         )
-        found.append(_RunCard("images/s", rate(facts.measurements.images_per_second or 0.0), previous))
-        found.append(_RunCard("total duration", duration(facts.measurements.seconds_total or 0.0)))
-    return found
+        cards.append(_RunCard("images/s", rate(facts.measurements.images_per_second or 0.0), previous))
+        cards.append(_RunCard("total duration", duration(facts.measurements.seconds_total or 0.0)))
+    return cards
 
 
 def _churn_numbers(facts: RunFacts) -> list[_RunCard]:
@@ -258,7 +258,7 @@ def _churn_numbers(facts: RunFacts) -> list[_RunCard]:
     if changes is None:
         return []
     both = changes.same + changes.changed
-    found = [
+    cards = [
         _RunCard("same label", f"{changes.same:,}", f"{share(changes.same, both)} of the items in both runs"),
         _RunCard(
             "changed label",
@@ -266,10 +266,10 @@ def _churn_numbers(facts: RunFacts) -> list[_RunCard]:
             f"{share(changes.changed, both)} of the items in both runs",
         ),
         _RunCard("new", f"{changes.new:,}", "predicted in this run only"),
-        _RunCard("removed", f"{changes.gone:,}", f"predicted in {changes.run_id} only"),
+        _RunCard("removed", f"{changes.removed:,}", f"predicted in {changes.run_id} only"),
     ]
     causes = [_RunCard("of these", f"{rows:,}", cause) for cause, rows in changes.causes]
-    return [*found[:2], *causes, *found[2:]]
+    return [*cards[:2], *causes, *cards[2:]]
 
 
 def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_MixRow]]]:
@@ -279,7 +279,7 @@ def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_MixRow]]]:
         return []
     now, before = categories.predictions, categories.predictions_before
 
-    def lines(entries: Sequence[Category]) -> list[_MixRow]:
+    def mix_rows(entries: Sequence[Category]) -> list[_MixRow]:
         shares = [_shares(entry, now, before) for entry in entries]
         longest = max((max(mine, old or 0.0) for mine, old in shares), default=0.0) or 1.0
         return [
@@ -297,10 +297,10 @@ def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_MixRow]]]:
         ]
 
     hidden = categories.count - len(categories.largest)
-    found = [("Largest categories", f"and {hidden:,} more" if hidden else "", lines(categories.largest))]
+    tables = [("Largest categories", f"and {hidden:,} more" if hidden else "", mix_rows(categories.largest))]
     if categories.moved:
-        found.append(("Largest shifts", "", lines(categories.moved)))
-    return found
+        tables.append(("Largest shifts", "", mix_rows(categories.moved)))
+    return tables
 
 
 def _shares(entry: Category, now: int, before: int | None) -> tuple[float, float | None]:

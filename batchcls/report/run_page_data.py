@@ -15,11 +15,11 @@ BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class PublishStatus:
-    """Whether the run is published, as a headline, and the explanation; `because` may be empty."""
+    """Whether the run is published, with a headline and an explanation, which may be empty."""
 
     published: bool
     headline: str
-    because: str = ""
+    explanation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class QuarantinedRow:
 
     Attributes:
         row: number in the manifest.
-        item_id, uri: as in `PredictedRow`; the id may be null.
+        item_id, uri: as in `PredictedRow`; the ID may be null.
         detail: error message of the stage that rejected the row.
         n_bytes: size of the file, None if unknown.
         attempts: number of fetch attempts.
@@ -151,7 +151,7 @@ class Changes:
     Attributes:
         run_id: ID of the baseline run.
         same, changed: items in both runs with the same and with a different label.
-        new, gone: items that only this run or only the baseline run has.
+        new, removed: items with a prediction in this run only and in the baseline run only.
         flows: the most frequent label changes, in descending order.
         flow_count: total number of distinct label changes.
         causes: description and item count of each cause of change; empty if unknown.
@@ -161,7 +161,7 @@ class Changes:
     same: int
     changed: int
     new: int
-    gone: int
+    removed: int
     flows: tuple[LabelFlow, ...]
     flow_count: int
     causes: tuple[tuple[str, int], ...] = ()
@@ -184,7 +184,7 @@ class RunFacts:
     Attributes:
         run_id: ID of the run.
         committed: commit time, with a time zone.
-        verdict: publish status.
+        publish_status: whether the run is published, and why.
         gates: gate results in evaluation order.
         rows, predicted, reused: rows of the manifest, rows predicted by this run, rows reused from an earlier run.
         quarantine_groups: quarantined rows by reason, the most frequent first.
@@ -198,7 +198,7 @@ class RunFacts:
 
     run_id: str
     committed: datetime
-    verdict: PublishStatus
+    publish_status: PublishStatus
     gates: tuple[GateResult, ...]
     rows: int
     predicted: int

@@ -53,7 +53,7 @@ def _item(entry: Mapping[str, Any]) -> PredictedRow:
         item_id=_text(entry["item_id"], _MAX_ID_LENGTH),
         label=entry["label"],
         probability=entry["probability"],
-        runner_up=next(((found["label"], found["probability"]) for found in candidates), None),
+        runner_up=next(((other["label"], other["probability"]) for other in candidates), None),
         uri=_text(entry["uri"], _MAX_URI_LENGTH),
         content_hash=entry["content_hash"],
     )
@@ -191,18 +191,18 @@ def read_statistics(predictions: ds.Dataset, before: tuple[str, ds.Dataset] | No
 
 
 def _one(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[Any, ...]:
-    found = connection.execute(query).fetchone()
-    assert found is not None
-    return tuple(found)
+    row = connection.execute(query).fetchone()
+    assert row is not None
+    return tuple(row)
 
 
 def _extreme_rows(connection: duckdb.DuckDBPyConnection, direction: str) -> list[int]:
     """The least (ASC) or most (DESC) confident rows."""
-    found = connection.execute(
+    rows = connection.execute(
         f"SELECT row FROM joined WHERE row IS NOT NULL ORDER BY probability {direction}, row "
         f"LIMIT {_CONFIDENCE_EXAMPLES}"
     )
-    return [row for (row,) in found.fetchall()]
+    return [row for (row,) in rows.fetchall()]
 
 
 def _confidence(
@@ -217,38 +217,38 @@ def _confidence(
 
 def _histogram(connection: duckdb.DuckDBPyConnection, column: str) -> tuple[tuple[int, ...], float]:
     """Row counts by bin and the mean, which is 0 without rows."""
-    found = connection.execute(
+    rows = connection.execute(
         f"SELECT greatest(0, least(floor({column} * {BINS}), {BINS - 1}))::INTEGER AS bin, count(*), "
         f"sum({column}) FROM joined WHERE {column} IS NOT NULL GROUP BY bin"
     ).fetchall()
     bins = [0] * BINS
-    for index, count, _ in found:
+    for index, count, _ in rows:
         bins[index] = count
-    return tuple(bins), sum(total for *_, total in found) / max(1, sum(bins))
+    return tuple(bins), sum(total for *_, total in rows) / max(1, sum(bins))
 
 
 def _mix(
     connection: duckdb.DuckDBPyConnection, order: str, limit: int, has_baseline: bool
 ) -> tuple[Category, ...]:
-    found = connection.execute(
+    rows = connection.execute(
         f"SELECT label, rows, rows_before, mean FROM mix ORDER BY {order}, label LIMIT {limit}"
     ).fetchall()
     return tuple(
-        Category(label, rows, old if has_baseline else None, mean) for label, rows, old, mean in found
+        Category(label, count, old if has_baseline else None, mean) for label, count, old, mean in rows
     )
 
 
 def _examples(connection: duckdb.DuckDBPyConnection, largest: Sequence[Category]) -> dict[str, list[int]]:
     """Rows of the largest categories by label, the most confident first."""
     labels = [entry.label for entry in largest if entry.rows][:_CATEGORIES_WITH_EXAMPLES]
-    found = connection.execute(
+    rows = connection.execute(
         f"SELECT label, arg_max(row, probability, {_EXAMPLES_PER_CATEGORY}), "
         f"arg_min(row, probability, {_EXAMPLES_PER_CATEGORY}) FROM joined "
         "WHERE label IN (SELECT unnest(?)) AND row IS NOT NULL GROUP BY label",
         [labels],
     ).fetchall()
-    rows = {label: list(dict.fromkeys([*most, *reversed(least)])) for label, most, least in found}
-    return {label: rows[label] for label in labels}
+    by_label = {label: list(dict.fromkeys([*most, *reversed(least)])) for label, most, least in rows}
+    return {label: by_label[label] for label in labels}
 
 
 def _categories(
@@ -292,7 +292,7 @@ def _changes(
     flows: Sequence[_FlowRow],
     items: Mapping[int, PredictedRow],
 ) -> Changes:
-    same, changed, new, gone, flow_count = _one(
+    same, changed, new, removed, flow_count = _one(
         connection,
         f"""SELECT count(*) FILTER ({_IN_BOTH_RUNS} AND label IS NOT DISTINCT FROM label_before),
                   count(*) FILTER ({_LABEL_CHANGED}),
@@ -304,7 +304,7 @@ def _changes(
         same=same,
         changed=changed,
         new=new,
-        gone=gone,
+        removed=removed,
         flows=tuple(
             LabelFlow(old, new_, count, tuple(items[row] for row in rows)) for old, new_, count, rows in flows
         ),

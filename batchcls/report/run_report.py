@@ -53,14 +53,14 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         quarantine_groups = read_quarantine(open_parts(record, "quarantine", storage))
         changes = statistics.changes
         if changes is not None and before is not None and changes.changed:
-            found = count_causes(before, record, storage)
+            causes = count_causes(before, record, storage)
             changes = replace(
-                changes, causes=tuple((CAUSES[name], rows) for name, rows in found.items() if rows)
+                changes, causes=tuple((CAUSES[name], rows) for name, rows in causes.items() if rows)
             )
     return RunFacts(
         run_id=record.run_id,
         committed=record.committed,
-        verdict=_verdict(record, read_current(record.output, storage)),
+        publish_status=_publish_status(record, read_current(record.output, storage)),
         gates=record.gates,
         rows=record.counts.rows,
         predicted=record.counts.predicted,
@@ -72,7 +72,7 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         changes=changes,
         facts=_about(record, read_plan(record, storage)),
         folder=redact_uri(record.folder),
-        before=None if before is None else _before(before),
+        before=None if before is None else _baseline_facts(before),
     )
 
 
@@ -88,7 +88,7 @@ def read_plan(record: RunRecord, storage: Storage) -> Plan:
     return plan
 
 
-def _verdict(record: RunRecord, current: str | None) -> PublishStatus:
+def _publish_status(record: RunRecord, current: str | None) -> PublishStatus:
     counts = record.counts
     summary = f"{counts.predicted + counts.reused:,} of {counts.rows:,} items have a prediction"
     failed = [f"{gate.message}." for gate in record.gates if not gate.passed]
@@ -108,7 +108,7 @@ def _join_sentences(sentences: list[str]) -> str:
     return " ".join(sentence[:1].upper() + sentence[1:] for sentence in sentences)
 
 
-def _before(record: RunRecord) -> BaselineFacts:
+def _baseline_facts(record: RunRecord) -> BaselineFacts:
     counts = record.counts
     rate = record.measurements.images_per_second
     return BaselineFacts(record.run_id, counts.rows, counts.quarantined, rate)

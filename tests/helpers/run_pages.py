@@ -56,7 +56,7 @@ def full_facts() -> RunFacts:
     return RunFacts(
         run_id="20261125-033000-4f2a",
         committed=datetime(2026, 11, 25, 3, 41, tzinfo=UTC),
-        verdict=PublishStatus(
+        publish_status=PublishStatus(
             False, "Not published: a gate failed", "12 % of the labels changed; 10 % are allowed."
         ),
         gates=(
@@ -127,7 +127,7 @@ def full_facts() -> RunFacts:
             same=790,
             changed=100,
             new=10,
-            gone=5,
+            removed=5,
             flows=tuple(
                 LabelFlow(old, new, 30 - i, tuple(item(50 + 4 * i + j, label=new) for j in range(4)))
                 for i, (old, new) in enumerate(pairwise(LABELS))

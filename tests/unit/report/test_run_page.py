@@ -66,8 +66,8 @@ def test_credentials_in_addresses_are_not_display_text(page: str):
 def test_sections_appear_in_order(page: str, facts: RunFacts):
     text = Reader(page).text
     order = [
-        facts.verdict.headline,
-        facts.verdict.because,
+        facts.publish_status.headline,
+        facts.publish_status.explanation,
         "1,000",
         "changed labels fraction",
         "another model",
@@ -97,7 +97,7 @@ def test_placeholder_states_why_the_image_is_missing(facts: RunFacts):
 def test_renders_first_run_without_predictions(facts: RunFacts):
     bare = replace(
         facts,
-        verdict=PublishStatus(True, "Published"),
+        publish_status=PublishStatus(True, "Published"),
         gates=(),
         quarantine_groups=(),
         measurements=Measurements(),

@@ -73,7 +73,7 @@ def test_statistics_match_the_rows(output: Path):
     assert changes is not None
     assert categories is not None
     assert confidence is not None
-    assert (changes.same, changes.changed, changes.new, changes.gone, changes.flow_count) == (6, 3, 0, 1, 2)
+    assert (changes.same, changes.changed, changes.new, changes.removed, changes.flow_count) == (6, 3, 0, 1, 2)
     assert [(flow.before, flow.after, flow.rows) for flow in changes.flows] == [
         ("mug", "cup", 2),
         ("shoe", "boot", 1),
@@ -106,7 +106,7 @@ def test_abstained_rows_show_the_top_1_class_as_runner_up(output: Path):
     write_run(str(output), night("unsure", baseline="sure"), unsure)
     facts = facts_of(output, "unsure", "sure")
     assert facts.changes is not None
-    assert (facts.changes.same, facts.changes.changed, facts.changes.gone) == (2, 1, 0)
+    assert (facts.changes.same, facts.changes.changed, facts.changes.removed) == (2, 1, 0)
     (flow,) = facts.changes.flows
     assert (flow.before, flow.after, flow.rows) == ("mug", None, 1)
     (item,) = flow.items
@@ -117,10 +117,10 @@ def test_abstained_rows_show_the_top_1_class_as_runner_up(output: Path):
 
 
 def test_publish_status_reflects_published_run_and_gates(output: Path):
-    assert facts_of(output).verdict.headline == "Not published; no run is published"
+    assert facts_of(output).publish_status.headline == "Not published; no run is published"
     publish(str(output), "two", STORAGE, read_published(str(output), STORAGE))
-    assert facts_of(output).verdict.published
-    assert facts_of(output, "one", None).verdict.headline == "Not published; run two is published"
+    assert facts_of(output).publish_status.published
+    assert facts_of(output, "one", None).publish_status.headline == "Not published; run two is published"
     gate = {
         "gate": "failed_fraction",
         "value": 0.1,
@@ -130,7 +130,7 @@ def test_publish_status_reflects_published_run_and_gates(output: Path):
     }
     write_run(str(output), night("three", gates=[gate]), items(["mug"], ["0" * 64]))
     facts = facts_of(output, "three", "one")
-    assert (facts.verdict.published, facts.verdict.because) == (False, "1 of 10 failed.")
+    assert (facts.publish_status.published, facts.publish_status.explanation) == (False, "1 of 10 failed.")
     text = Reader(run_page(facts, {}, "0.1.0")).text
     assert "failed fraction" in text
     assert "10.00%" in text
