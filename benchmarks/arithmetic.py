@@ -6,10 +6,10 @@ from statistics import median
 from typing import Any
 
 MIN_AGREEMENT = 0.97
-"""Share of the photographs that a program in fp32 has to answer as this job does.
+"""Minimum share of the photographs for which a program in fp32 predicts the same top-1 label as the job.
 
-All round differently on the way from a photograph to the network's input, so a photograph on the edge
-between two classes may fall on the other side; a program that does other work misses far more.
+The programs round differently when they preprocess a photograph, so the labels of photographs near a class
+boundary may differ. A program that computes something else agrees on far fewer.
 """
 
 
@@ -23,9 +23,9 @@ class Timing:
 
     Attributes:
         images: number of photographs that it predicted.
-        seconds: of its pipeline, the start of workers and network included, at least 0.
-        images_per_second_after_start: where the program says it.
-        measured_images: photographs that were actually predicted, fewer where `seconds` is projected.
+        seconds: duration of its pipeline, including the startup of workers and network, at least 0.
+        images_per_second_after_start: throughput after startup; None if the program does not report it.
+        measured_images: number of photographs of the measurement; less than `images` if `seconds` is projected.
     """
 
     images: int
@@ -39,30 +39,32 @@ class Timing:
         return self.images / self.seconds
 
 
-def projected(small: Timing, large: Timing, images: int) -> Timing:
-    """What `images` photographs would have taken, from runs of two sizes.
+def project(small: Timing, large: Timing, images: int) -> Timing:
+    """Project the time for `images` photographs from two runs of different sizes.
 
-    A slow program gets fewer photographs, over which its start-up weighs more than over all of them. So
-    what a photograph takes is the difference of the two runs; the rest is start-up and stays as it is.
-    Where the two make no sense beside each other, since other programs were busy, the larger run's own
-    rate holds for all.
+    A slow program processes fewer photographs, and its startup would weigh more than in a full run. The
+    difference of the two runs gives the time per photograph; the rest is startup and is counted once. If the
+    two runs contradict each other because of other load, the rate of the larger run is used.
 
     Args:
-        small: of fewer photographs than `large`.
-        large: the other run of the same program.
-        images: at least as many as in `large`.
+        small: run with fewer photographs than `large`.
+        large: other run of the same program.
+        images: number of photographs, at least that of `large`.
     """
-    of_all = large.seconds / large.images
-    of_more = (large.seconds - small.seconds) / (large.images - small.images)
-    seconds_an_image = of_more if 0 < of_more < of_all else of_all
-    seconds = large.seconds + seconds_an_image * (images - large.images)
+    average = large.seconds / large.images
+    marginal = (large.seconds - small.seconds) / (large.images - small.images)
+    seconds_per_image = marginal if 0 < marginal < average else average
+    seconds = large.seconds + seconds_per_image * (images - large.images)
     return Timing(images, seconds, large.images_per_second_after_start, large.images)
 
 
 def median_of_ratios(ours: Sequence[Timing], theirs: Sequence[Timing]) -> float:
-    """How many times as fast we are: the middle of the ratios within a round.
+    """Median of the speedups of the job over another program within each round.
 
-    Two runs of one round follow each other, so that both see the machine as fast as it was just then.
+    The runs of a round are consecutive, so variations of the speed of the machine affect both.
+
+    Raises:
+        ValueError: the numbers of rounds differ.
     """
     return median(
         our.images_per_second / their.images_per_second for our, their in zip(ours, theirs, strict=True)
@@ -70,7 +72,7 @@ def median_of_ratios(ours: Sequence[Timing], theirs: Sequence[Timing]) -> float:
 
 
 def efficiency(ours: Sequence[Timing], ceiling: Sequence[Timing]) -> float | None:
-    """Median of our share of the ceiling's rate, start-up excluded; None where one does not say it."""
+    """Median throughput of the job after startup relative to the ceiling; None if one of them does not report it."""
     shares = [
         our.images_per_second_after_start / bare.images_per_second_after_start
         for our, bare in zip(ours, ceiling, strict=True)
@@ -80,41 +82,49 @@ def efficiency(ours: Sequence[Timing], ceiling: Sequence[Timing]) -> float | Non
 
 
 def agreement(ours: Mapping[str, str], theirs: Mapping[str, str]) -> float:
-    """Share of their photographs, by path, to which our best label is theirs, 0..1.
+    """Share of the photographs of another program with the same top-1 label as in the job, 0..1.
+
+    Args:
+        ours: label of the job by path.
+        theirs: label of the other program by path.
 
     Raises:
-        DisagreementError: they predicted none, or one that we did not.
+        DisagreementError: the other program predicted no photograph, or one that the job did not predict.
     """
     unknown = theirs.keys() - ours.keys()
     if not theirs or unknown:
         raise DisagreementError(
-            f"{len(theirs)} photographs were predicted, {len(unknown)} of them not by this job"
+            f"{len(theirs)} photographs were predicted, {len(unknown)} of them not by the job"
         )
     return sum(ours[path] == label for path, label in theirs.items()) / len(theirs)
 
 
-def require_agreement(name: str, found: float) -> None:
-    """Refuse to compare a program in fp32 that answers otherwise.
+def require_agreement(name: str, share: float) -> None:
+    """Require that a program in fp32 agrees with the job.
+
+    Args:
+        name: program, for the error message.
+        share: agreement with the job, 0..1.
 
     Raises:
-        DisagreementError: fewer answers than MIN_AGREEMENT are ours.
+        DisagreementError: the share is below MIN_AGREEMENT or NaN.
     """
-    if not found >= MIN_AGREEMENT:  # so that a NaN is refused
+    if not share >= MIN_AGREEMENT:  # also true for NaN
         raise DisagreementError(
-            f"{name} gives {found:.1%} of this job's answers, {MIN_AGREEMENT:.0%} are needed"
+            f"{name} agrees with the job on {share:.1%} of the photographs; {MIN_AGREEMENT:.0%} are required"
         )
 
 
 def summarize(rounds: Mapping[str, Sequence[Timing]], job: str) -> dict[str, Any]:
-    """All programs of a suite for the record, each with its rounds, and how many times as fast the job is.
+    """Summarize the programs of a suite for the record: medians, rounds, and the speedup of the job.
 
     Args:
         rounds: timings of the rounds, in order, by program.
-        job: the program that the others are compared with.
+        job: name of the program that the others are compared with.
     """
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name, timings in rounds.items():
-        found[name] = {
+        summary[name] = {
             "images_per_second": round(median(timing.images_per_second for timing in timings), 2),
             "rounds": [asdict(timing) for timing in timings],
         }
@@ -122,7 +132,7 @@ def summarize(rounds: Mapping[str, Sequence[Timing]], job: str) -> dict[str, Any
             timing.images_per_second_after_start for timing in timings if timing.images_per_second_after_start
         ]
         if after:
-            found[name]["images_per_second_after_start"] = round(median(after), 2)
+            summary[name]["images_per_second_after_start"] = round(median(after), 2)
         if job in rounds and name != job:
-            found[name]["job_is_times_as_fast"] = round(median_of_ratios(rounds[job], timings), 2)
-    return found
+            summary[name]["job_is_times_as_fast"] = round(median_of_ratios(rounds[job], timings), 2)
+    return summary

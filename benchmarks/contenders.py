@@ -16,14 +16,14 @@ class Contender:
     """One program.
 
     Attributes:
-        name: in commands and in the record.
+        name: name in commands and in the record.
         title: human-readable name.
-        kind: this job; its engine without a pipeline; a peer as its documentation writes it; the same
-            peer as fast as its documentation allows.
-        module: what Python runs.
-        arguments: beside those that all of its kind get.
-        exact: it computes in fp32, so that its answers have to be this job's.
-        engine_of: the job whose engine the ceiling takes over.
+        kind: the job; its engine without a pipeline; another program as documented; the same program
+            with all optimizations that its documentation describes.
+        module: Python module to run.
+        arguments: arguments in addition to those of its kind.
+        exact: whether it computes in fp32, so that its predictions must agree with those of the job.
+        engine_of: name of the job whose engine the ceiling uses.
     """
 
     name: str
@@ -39,11 +39,11 @@ JOB = "job"
 CEILING = "bare"
 _JOB_MODULE = "batchcls.jobs.classify"
 _PEERS = "benchmarks.peers"
-_BATCH_SIZE = 16  # of a job without a measured batch size
+_BATCH_SIZE = 16  # for a job without a measured batch size
 
 CONTENDERS: Mapping[str, Contender] = {
-    one.name: one
-    for one in (
+    contender.name: contender
+    for contender in (
         Contender(JOB, "batchcls", "job", _JOB_MODULE),
         Contender("job-int8", "batchcls, int8 allowed", "job", _JOB_MODULE),
         Contender(CEILING, "same engine, bare loop", "ceiling", f"{_PEERS}.bare_loop"),
@@ -70,15 +70,15 @@ CONTENDERS_AT_1500_PIXELS = (JOB, CEILING, "bare-pillow", "dataloader", "dataloa
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What the programs of a suite are given.
+    """Input files of the programs of a suite.
 
     Attributes:
-        model: architecture, as timm calls it.
+        model: timm architecture.
         weights: safetensors file.
-        labels: text file, a class name a line.
-        bundle: the same as a bundle.
-        images: text file, a photograph's path a line.
-        manifest: the same as a manifest.
+        labels: text file with one class name per line.
+        bundle: bundle with the same model, weights and labels.
+        images: text file with one photograph path per line.
+        manifest: manifest with the same photographs.
     """
 
     model: str
@@ -98,17 +98,17 @@ class JobEngine:
     batch_size: int
 
     @classmethod
-    def of(cls, measured: Mapping[str, Any]) -> "JobEngine":
-        """From `measurements` of a run.json.
+    def of(cls, measurements: Mapping[str, Any]) -> "JobEngine":
+        """Read the engine from `measurements` of a run.json.
 
         Raises:
-            ValueError: it names no engine.
+            ValueError: no engine is recorded.
         """
-        found = re.search(r"\b(torch|compile|openvino) (fp32|bf16|fp16|int8)\b", str(measured["engines"]))
-        if found is None:
-            raise ValueError(f"run.json names no engine: {measured['engines']}")
-        sizes = [choice["batch_size"] for choice in measured.get("engine_selections", ())]
-        return cls(found.group(1), found.group(2), sizes[0] if sizes else _BATCH_SIZE)
+        match = re.search(r"\b(torch|compile|openvino) (fp32|bf16|fp16|int8)\b", str(measurements["engines"]))
+        if match is None:
+            raise ValueError(f"run.json names no engine: {measurements['engines']}")
+        sizes = [choice["batch_size"] for choice in measurements.get("engine_selections", ())]
+        return cls(match.group(1), match.group(2), sizes[0] if sizes else _BATCH_SIZE)
 
 
 def command(
@@ -119,14 +119,14 @@ def command(
     int8_min_agreement: float,
     engine: JobEngine | None,
 ) -> list[str]:
-    """Arguments for Python: the program, its input and where it writes.
+    """Arguments for the Python interpreter that run a program.
 
     Args:
-        contender: the program.
-        files: its input.
-        output: folder for what it writes, not there yet.
-        int8_min_agreement: what a job that may take int8 has to keep.
-        engine: for a ceiling, what the job chose.
+        contender: program.
+        files: input files.
+        output: output folder, which must not exist yet.
+        int8_min_agreement: minimum agreement with fp32 for a job that may use int8.
+        engine: engine that the job selected; required for a ceiling.
     """
     start = ["-m", contender.module, *contender.arguments, "--output", str(output)]
     if contender.kind == "job":

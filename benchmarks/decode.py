@@ -1,10 +1,9 @@
-"""A photograph from JPEG bytes to the network's input, four ways side by side: `python -m benchmarks.decode`.
+"""Compares four ways to decode and transform a JPEG for the network: `python -m benchmarks.decode`.
 
-Pillow as most scripts use it, torchvision's decoder and resize on bytes, and this project's load path
-with and without reduced-scale decoding, for photographs of about 500 pixels and the same enlarged.
-All resize the short side to 256 with one filter and crop 224 x 224. One thread; what counts is the
-time on a core, so that other programs on the machine disturb little, and the ways take turns image by
-image within a round.
+These are Pillow as most scripts use it, torchvision's decoder and resize on uint8, and the loader of
+batchcls with and without scaled decoding, for photographs of about 500 pixels and for enlarged ones. All
+resize the short side to 256 with the same filter and crop 224 x 224. They use one thread and alternate
+image by image within a round. CPU time is measured, so that other load on the machine has little effect.
 """
 
 import argparse
@@ -40,10 +39,10 @@ _MARGIN = 4.0
 _REFERENCE = "Pillow"
 _INTERPOLATIONS: tuple[Interpolation, ...] = ("bilinear", "bicubic")
 
-Way = Callable[[bytes], object]
+LoadFunction = Callable[[bytes], object]
 
 
-def ways(interpolation: Interpolation) -> dict[str, Way]:
+def load_functions(interpolation: Interpolation) -> dict[str, LoadFunction]:
     """Functions from the bytes of a file to 224 x 224 pixels, by name."""
     transform = Transform(
         Preprocessing(
@@ -68,12 +67,12 @@ def ways(interpolation: Interpolation) -> dict[str, Way]:
         resized = functional.resize(pixels, [_RESIZE], InterpolationMode(interpolation), antialias=True)
         return functional.center_crop(resized, [_CROP]).contiguous()
 
-    def ours_whole(data: bytes) -> object:
+    def batchcls_full(data: bytes) -> object:
         hashlib.sha256(data).hexdigest()  # the load path also computes it
         decoded = decode(data, limits)
         return transform(decoded.pixels, decoded.extent)
 
-    def ours_reduced(data: bytes) -> object:
+    def batchcls_scaled(data: bytes) -> object:
         hashlib.sha256(data).hexdigest()
         decoded = decode(data, limits, transform.min_decoded_size(_MARGIN))
         return transform(decoded.pixels, decoded.extent)
@@ -81,43 +80,46 @@ def ways(interpolation: Interpolation) -> dict[str, Way]:
     return {
         _REFERENCE: with_pillow,
         "torchvision": with_torchvision,
-        "batchcls, whole": ours_whole,
-        "batchcls, reduced": ours_reduced,
+        "batchcls, whole": batchcls_full,
+        "batchcls, reduced": batchcls_scaled,
     }
 
 
-def measure(files: Iterable[bytes], named: dict[str, Way], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(files: Iterable[bytes], functions: dict[str, LoadFunction], rounds: int) -> dict[str, dict[str, Any]]:
     """Median images per second of one core for each function, and the speedup over Pillow."""
     contents = list(files)
-    for way in named.values():
-        way(contents[0])
-    seconds: dict[str, list[float]] = {name: [] for name in named}
+    for function in functions.values():
+        function(contents[0])
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        spent = dict.fromkeys(named, 0.0)
+        spent = dict.fromkeys(functions, 0.0)
         for data in contents:
-            for name, way in named.items():
+            for name, function in functions.items():
                 started = time.thread_time()
-                way(data)
+                function(data)
                 spent[name] += time.thread_time() - started
         for name, total in spent.items():
             seconds[name].append(total / len(contents))
     return {
         name: {
-            "images_per_second_and_core": [round(1 / each, 1) for each in found],
-            "median": round(1 / statistics.median(found), 1),
+            "images_per_second_and_core": [round(1 / value, 1) for value in values],
+            "median": round(1 / statistics.median(values), 1),
             "times_pillow": round(
-                statistics.median(theirs / each for theirs, each in zip(seconds[_REFERENCE], found, strict=True)), 2
+                statistics.median(
+                    reference / value for reference, value in zip(seconds[_REFERENCE], values, strict=True)
+                ),
+                2,
             ),
         }
-        for name, found in seconds.items()
-    }  # fmt: skip
+        for name, values in seconds.items()
+    }
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown table with one row per function and one column per kind of photograph."""
     kinds = list(results)
     lines = [
-        "| images/s and core (times Pillow) | " + " | ".join(kinds) + " |",
+        "| images/s per core (relative to Pillow) | " + " | ".join(kinds) + " |",
         "|---" * (len(kinds) + 1) + "|",
     ]
     for name in next(iter(results.values())):
@@ -140,7 +142,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if not _DATA.is_dir():
-        raise SystemExit("the photographs of ../shared/data are needed")
+        raise SystemExit("the photographs in ../shared/data are required")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
     paths = choose_images(_DATA, arguments.images)
@@ -152,7 +154,7 @@ def main() -> None:
         for size, files in kinds.items():
             contents = [path.read_bytes() for path in files]
             for interpolation in _INTERPOLATIONS:
-                results[f"{size}, {interpolation}"] = measure(contents, ways(interpolation), arguments.rounds)
+                results[f"{size}, {interpolation}"] = measure(contents, load_functions(interpolation), arguments.rounds)
     record = {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": Hardware.detect().model_dump(),

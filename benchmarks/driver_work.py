@@ -1,8 +1,8 @@
-"""What a fragment and a block cost the driver, whatever is in them: `python -m benchmarks.driver_work`.
+"""Measures the driver overhead per fragment and block: `python -m benchmarks.driver_work`.
 
-Runs both shapes with empty work (no images, no network) on a Ray of its own and prints the CPU time of
-the driver and of Ray's head processes (GCS and raylet) for each fragment, taken as the difference
-between a short and a long run, so that the start is not in it.
+Runs both pipeline shapes without work (no images, no network) on a separate Ray instance and prints the
+CPU time per fragment of the driver and of Ray's head processes (GCS and raylet). It is computed from the
+difference of a long and a short run, which excludes the startup.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def _blocks(count: int) -> Iterator[pa.Table]:
         yield pa.table({"row": [number]})
 
 
-class _Answer:
+class _Identity:
     def __call__(self, table: pa.Table) -> pa.Table:
         return table
 
@@ -72,7 +72,7 @@ def staged(fragments: int, blocks: int) -> None:
         _Fragments(fragments, blocks), override_num_blocks=fragments, num_cpus=0.5
     )
     pool = ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4)
-    predicted = read.map_batches(_Answer, batch_size=None, batch_format="pyarrow", compute=pool, num_cpus=0.1)
+    predicted = read.map_batches(_Identity, batch_size=None, batch_format="pyarrow", compute=pool, num_cpus=0.1)
     predicted.write_datasink(_Sink(blocks * _FILE_FRAGMENTS), ray_remote_args={"num_cpus": 0})
 
 
@@ -82,7 +82,7 @@ class _Worker:
 
 
 def fused(fragments: int, blocks: int) -> None:
-    """Plain actors with two fragments each in flight and a receipt for each."""
+    """Run actors with up to two fragments in flight each; every fragment returns a receipt."""
     del blocks
     actor = ray.remote(num_cpus=0)(_Worker)
     workers = [actor.remote() for _ in range(2)]
@@ -131,8 +131,8 @@ def main() -> None:
                 spent.append((time.process_time() - before[0], _head_seconds() - before[1]))
             driver, head = ((spent[1][i] - spent[0][i]) / (many - few) * 1000 for i in range(2))
             print(
-                f"{shape.__name__}, {arguments.blocks} blocks a fragment: driver {driver:.2f} ms, GCS and raylet "
-                f"{head:.2f} ms a fragment",
+                f"{shape.__name__}, {arguments.blocks} blocks per fragment: driver {driver:.2f} ms, GCS and raylet "
+                f"{head:.2f} ms per fragment",
                 flush=True,
             )
     ray.shutdown()

@@ -1,12 +1,12 @@
-"""Simulated nodes on this machine, each with a stub that sleeps as a GPU would compute: does the pipeline scale?
+"""Measures whether the pipeline scales: simulated nodes on this machine, with a stub that sleeps instead of a GPU.
 
     python -m benchmarks.growth                      1, 2 and 4 nodes at 40 images/s each
     python -m benchmarks.growth --nodes 1,2 --rate 400 --seconds 25 --name growth-cores
-                                                     a stub faster than a core decodes: the report names it
+                                                     a stub that is faster than decoding on one core
 
-Everything but the network is real: Ray nodes with a daemon and an object store each, the manifest, fetching and
-decoding of the photographs beside the repository, Parquet files, the driver. Start-up is left out, since all nodes
-share this machine's cores for it. Writes benchmarks/results/DATE-NAME.json.
+Everything except the network is real: Ray nodes with their own raylet and object store, the manifest, fetching and
+decoding photographs, Parquet files and the driver. Startup is excluded, because all nodes share the cores of this
+machine for it. Writes benchmarks/results/DATE-NAME.json.
 """
 
 import argparse
@@ -42,12 +42,12 @@ from batchcls.runs.commit import reconcile
 from benchmarks.process import REPOSITORY
 
 _BATCH = 16
-# Of the bottleneck report, whose ideal is that of as many cores as the nodes have by name.
+# Fields of the bottleneck report. Its ideal assumes the nominal number of cores of the nodes.
 _REPORTED = ("limited_by", "ideal_images_per_second", "efficiency", "milliseconds_per_image")
 
 
 class SleepingActor(FragmentActor):
-    """The pool's actor with a stub in place of the network."""
+    """The actor of the pool with a stub instead of the network."""
 
     def create_worker(self, spec: WorkerSpec) -> FragmentWorker:
         """Create the worker with the stub."""
@@ -63,7 +63,7 @@ class SleepingRun(FragmentGraph):
 
 
 def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, Any]:
-    """Rate of `count` nodes whose stubs answer `rate` images per second each, over about `seconds` seconds."""
+    """Measure the throughput of `count` nodes with stubs of `rate` images/s each, for about `seconds` seconds."""
     manifest = _manifest(int(count * rate * seconds), folder)
     cluster = Cluster()
     for _ in range(count):
@@ -87,19 +87,19 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
                 no_progress_timeout_seconds=120.0,
             )
             run = SleepingRun(spec, lambda _: None)
-            began, cpu = time.time(), time.process_time()
+            started, cpu = time.time(), time.process_time()
             receipts = run.execute()
-            driver = time.process_time() - cpu
-            executed = PipelineResult(
-                spec, receipts, run.progress(), began, time.time(), driver, node_resources()
+            driver_seconds = time.process_time() - cpu
+            result = PipelineResult(
+                spec, receipts, run.progress(), started, time.time(), driver_seconds, node_resources()
             )
     finally:
         ray.shutdown()
         cluster.shutdown()
-    # The last actor to start decides from when on all nodes work.
+    # All nodes work from the start of the last actor on.
     totals = reconcile(receipts, inputs.manifest.rows)
-    found = find_bottleneck(executed.stage_usage(totals.stage_seconds, engine_was_measured=False))
-    report = found.model_dump(mode="json")
+    bottleneck = find_bottleneck(result.stage_usage(totals.stage_seconds, engine_was_measured=False))
+    report = bottleneck.model_dump(mode="json")
     steady = _steady_rate([(receipt.written_at, receipt.rows) for receipt in receipts])
     return {
         "nodes": count,
@@ -108,20 +108,24 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
         "stub_images_per_second": rate,
         "of_stubs": round(steady / (count * rate), 3),
         **{name: report[name] for name in _REPORTED},
-        "driver_peak_mib": executed.measurements().peak_memory_mib_of_the_driver,
+        "driver_peak_mib": result.measurements().peak_memory_mib_of_the_driver,
     }
 
 
 def _steady_rate(written: Sequence[tuple[float, int]]) -> float:
-    """Images per second between the first and the last fifth of what was written."""
+    """Images per second between 20% and 85% of the written rows.
+
+    Args:
+        written: time and number of rows of each write.
+    """
     ordered = sorted(written)
     total = sum(rows for _, rows in ordered)
-    passed, marks = 0, []
-    for when, rows in ordered:
-        passed += rows
-        marks.append((passed, when))
-    first = next(mark for mark in marks if mark[0] >= 0.2 * total)
-    last = next(mark for mark in marks if mark[0] >= 0.85 * total)
+    cumulative, points = 0, []
+    for written_at, rows in ordered:
+        cumulative += rows
+        points.append((cumulative, written_at))
+    first = next(point for point in points if point[0] >= 0.2 * total)
+    last = next(point for point in points if point[0] >= 0.85 * total)
     return (last[0] - first[0]) / (last[1] - first[1])
 
 
@@ -134,7 +138,7 @@ def _manifest(rows: int, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Measure 1, 2 and 4 nodes and write the points."""
+    """Measure each number of nodes and write the points."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,10 +1,10 @@
-"""The job on paper: nodes, GPUs and rates in, hours, the stage that saturates and the driver's share out.
+"""Models the throughput of a run: hours, bottleneck and driver load from nodes, GPUs and rates.
 
     python -m benchmarks.growth_model                       the tables of docs/explanation/scaling.md
-    python -m benchmarks.growth_model --check RESULTS.json  the model beside points that were measured
+    python -m benchmarks.growth_model --check RESULTS.json  the model compared with measured points
 
-Every figure that the model starts from is a field of one of the three records below with its source
-beside it; docs/explanation/scaling.md says what follows from them.
+Every input of the model is a field of one of the three classes below, with its source in a comment.
+docs/explanation/scaling.md discusses the results.
 """
 
 import argparse
@@ -19,45 +19,45 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalog:
-    """What is to be classified."""
+    """The catalog to classify."""
 
     rows: int = 100_000_000
     image_bytes: float = 110_000  # the photographs of ImageNet size here: 108 KB on average
     embedding_dimension: int = 2048  # ResNet-50, in float16
-    bytes_beside_embedding: float = 250  # ids, labels, top-5, digest, compressed: assumption
+    bytes_beside_embedding: float = 250  # IDs, labels, top-5, digest, compressed: assumption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """One machine of the cluster; every figure is for the whole node."""
+    """One node of the cluster; all values are for the whole node."""
 
     gpus: float = 8  # assumption, the common large GPU node
-    cpus: float = 96  # physical cores, assumption: 12 for each GPU
+    cpus: float = 96  # physical cores, assumption: 12 per GPU
     store_bytes_per_second: float = 3.0e9  # from the object store: 25 Gbit/s, assumption
-    fetch_threads_per_cpu: float = 32  # what placement.py sets for remote images
+    fetch_threads_per_cpu: float = 32  # as in resources.py for remote images
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What an image, a fragment and a file cost."""
+    """Costs of an image, a fragment and a file."""
 
     fetch_seconds: float = (
-        0.060  # one GET of 110 KB from S3: 30 ms to the first byte, the rest transfer; assumption
+        0.060  # one GET of 110 KB from S3, 30 ms of it to the first byte: assumption
     )
-    decode_seconds: float = 1 / 515  # of a core; simplejpeg and torchvision's resize, design.md
+    decode_seconds: float = 1 / 515  # of one core; simplejpeg and torchvision's resize, docs/measurements
     gpu_images_per_second: float = 2500  # one GPU, ResNet-50 in bf16: assumption, not measured
     write_seconds: float = 0.000_1  # CPU, Parquet with zstd: assumption
-    other_seconds: float = 0.000_5  # CPU: hashing, Arrow, the hop through the object store (0.17 ms) and Ray
+    other_seconds: float = 0.000_5  # CPU: hashing, Arrow, transfer through the object store (0.17 ms) and Ray
     fragment_rows: int = 1024
     block_rows: int = 128
     rows_per_file: int = 20_000
-    driver_seconds_per_fragment: float = 0.005  # CPU of the one driver, staged: benchmarks/driver_work.py
+    driver_seconds_per_fragment: float = 0.005  # CPU of the driver, staged: benchmarks/driver_work.py
     driver_seconds_per_block: float = 0.005
-    planning_seconds_per_million: float = 1.4  # docs/measurements at one million rows; 0.6 at four
-    planning_bytes_per_million: float = 240 * _MIB  # docs/measurements, until DuckDB's own limit
-    planning_bytes_limit: float = 1.0e9  # DuckDB spills beyond, batchcls/manifest/ids.py
+    planning_seconds_per_million: float = 1.4  # docs/measurements, at one million rows; 0.6 at four million
+    planning_bytes_per_million: float = 240 * _MIB  # docs/measurements, up to DuckDB's limit
+    planning_bytes_limit: float = 1.0e9  # above this DuckDB spills, batchcls/manifest/ids.py
     driver_base_bytes: float = 400 * _MIB  # Python, Ray, pyarrow: assumption
-    bytes_per_fragment: float = 2_000  # the record of a fragment and of its read task: assumption
+    bytes_per_fragment: float = 2_000  # record of a fragment and its read task: assumption
     bytes_per_receipt: float = 2_000  # ranges, paths, digests as Python objects: assumption
     run_json_bytes_per_file: float = 260  # an entry of `files`, indented
     start_seconds: float = 60.0  # workers, model, engine, first batch: assumption
@@ -65,26 +65,26 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of one cluster.
+    """Prediction of the model for one cluster.
 
     Attributes:
-        nodes: how many.
-        images_per_second: of the cluster, once it is started.
-        limited_by: the stage that saturates first.
-        rates: images per second that each stage alone would allow, of the cluster.
-        hours: from start to commit.
-        efficiency: the rate against that of as many clusters of one node.
-        gpu_busy: share of the GPUs' time, 0..1.
-        cpus_per_gpu: cores that each GPU needs to be fed.
-        fragments: pieces of the manifest.
-        files: Parquet files of predictions.
-        output_bytes: their size.
-        requests: GETs of images and PUTs of files.
-        requests_per_second: GETs, at the rate above.
-        store_bytes_per_second: what the images are, at the rate above.
+        nodes: number of nodes.
+        images_per_second: throughput of the cluster after startup.
+        limited_by: bottleneck stage.
+        rates: throughput of the cluster that each stage alone would allow, in images/s.
+        hours: duration from start to commit.
+        efficiency: throughput relative to `nodes` clusters of one node.
+        gpu_busy: utilization of the GPUs, 0..1.
+        cpus_per_gpu: number of cores needed to keep one GPU busy.
+        fragments: number of fragments of the manifest.
+        files: number of Parquet files with predictions.
+        output_bytes: size of these files.
+        requests: number of GETs of images and PUTs of files.
+        requests_per_second: GETs at this throughput.
+        store_bytes_per_second: image bytes read at this throughput.
         driver_bytes: memory of the driver.
-        run_json_bytes: size of the commit record.
-        planning_seconds: the walk over the ids, before the first image.
+        run_json_bytes: size of run.json.
+        planning_seconds: time for validating the IDs, before the first image.
     """
 
     nodes: int
@@ -109,7 +109,7 @@ class Prediction:
 def predict(
     nodes: int, catalog: Catalog | None = None, node: Node | None = None, costs: Costs | None = None
 ) -> Prediction:
-    """Hours, the stage that saturates, and what the driver carries, for a number of equal nodes."""
+    """Predict duration, bottleneck and driver load for a number of equal nodes."""
     catalog, node, costs = catalog or Catalog(), node or Node(), costs or Costs()
     rates = stage_rates(nodes, catalog, node, costs)
     limited_by = min(rates, key=lambda stage: rates[stage])
@@ -120,7 +120,7 @@ def predict(
         math.ceil(catalog.rows / costs.rows_per_file),
     )
     planning = catalog.rows / 1e6 * costs.planning_seconds_per_million
-    # The last fragment of a loader begins when the others end; on average half of one is waited for.
+    # The fragments of the loaders end at different times; the run waits for half a fragment on average.
     tail = costs.fragment_rows / (rate / (nodes * node.cpus)) / 2
     cpu_seconds = costs.decode_seconds + costs.write_seconds + costs.other_seconds
     gpus = nodes * node.gpus
@@ -149,7 +149,7 @@ def predict(
 
 
 def stage_rates(nodes: int, catalog: Catalog, node: Node, costs: Costs) -> dict[str, float]:
-    """Images per second that each stage alone would allow; all grow with the nodes but the driver's."""
+    """Throughput in images/s that each stage alone would allow; all except the driver scale with the nodes."""
     cpu_seconds = costs.decode_seconds + costs.write_seconds + costs.other_seconds
     blocks = costs.fragment_rows / costs.block_rows
     driver_seconds = costs.driver_seconds_per_fragment + blocks * costs.driver_seconds_per_block
@@ -169,14 +169,14 @@ def _per(capacity: float, cost: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A measurement: simulated nodes that share one machine, each with a stub that sleeps as a GPU would.
+    """A measurement with simulated nodes on one machine, each with a stub that sleeps instead of a GPU.
 
     Attributes:
-        nodes: simulated nodes.
-        images_per_second: of the job, after start-up.
-        stub_images_per_second: what one stub allows, by its sleep.
-        ideal_images_per_second: what the run's own bottleneck report calls ideal; None: not known. It
-            holds what simulated nodes share and real ones do not, the machine's cores.
+        nodes: number of simulated nodes.
+        images_per_second: throughput of the job after startup.
+        stub_images_per_second: throughput of one stub.
+        ideal_images_per_second: ideal throughput of the bottleneck report of the run; None if unknown. It
+            accounts for the cores, which simulated nodes share and real ones do not.
     """
 
     nodes: int
@@ -186,14 +186,17 @@ class Point:
 
 
 def read_points(path: Path) -> list[Point]:
-    """The points of a results file that benchmarks/growth.py has written: {"points": [{"nodes": 1, ...}]}."""
+    """Read the points of a results file of benchmarks/growth.py: {"points": [{"nodes": 1, ...}]}."""
     known = {"nodes", "images_per_second", "stub_images_per_second", "ideal_images_per_second"}
     record = json.loads(path.read_text(encoding="utf-8"))
     return [Point(**{name: point[name] for name in known & set(point)}) for point in record["points"]]
 
 
 def predicted_rate(point: Point) -> float:
-    """What the model says of a measured point: a node is its stub, a core for each is not there to be had."""
+    """Throughput that the model predicts for a measured point, in images/s.
+
+    A node is limited by its stub, because the cores are shared and accounted for in the ideal of the point.
+    """
     node = Node(gpus=1, cpus=math.inf, store_bytes_per_second=math.inf)
     costs = Costs(gpu_images_per_second=point.stub_images_per_second)
     shared = math.inf if point.ideal_images_per_second is None else point.ideal_images_per_second
@@ -201,25 +204,25 @@ def predicted_rate(point: Point) -> float:
 
 
 def _fused(fragment_rows: int, **costs: float) -> Costs:
-    """Costs of the fused shape: an actor call and a receipt a fragment, a file each, no hop, no blocks."""
+    """Costs of the fused shape: one actor call, receipt and file per fragment, without blocks or transfer."""
     return Costs(
         fragment_rows=fragment_rows,
         rows_per_file=fragment_rows,
         driver_seconds_per_fragment=0.000_5,  # benchmarks/driver_work.py
         driver_seconds_per_block=0.0,
-        **costs,  # type: ignore[arg-type]  # all of them are floats
+        **costs,  # type: ignore[arg-type]  # all values are floats
     )
 
 
 _LARGE = Catalog(image_bytes=400_000)
-_LARGE_DECODE_SECONDS = 1 / 172  # 1,500 px decoded whole; benchmarks/results/2026-11-24-decode.json
+_LARGE_DECODE_SECONDS = 1 / 172  # 1,500 px at full scale; benchmarks/results/2026-11-24-decode.json
 
 CLUSTERS = (
     ("1 GPU", 1, Node(gpus=1, cpus=12, store_bytes_per_second=1.2e9)),
     ("8 GPUs", 1, Node()),
     ("64 GPUs", 8, Node()),
 )
-"""Name, number of nodes, and what a node is."""
+"""Name, number of nodes and their resources."""
 
 CASES = (
     ("ResNet-50, staged, fragments of 1,024 rows in blocks of 128", Catalog(), Costs()),
@@ -244,22 +247,22 @@ CASES = (
 
 
 def table(predictions: Sequence[tuple[str, Prediction]]) -> str:
-    """Predictions side by side, as Markdown."""
+    """Predictions as a Markdown table."""
     lines = [
         "| | nodes | images/s | limited by | hours | of linear | GPUs busy | GET/s | store, GB/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in predictions:
+    for name, prediction in predictions:
         lines.append(
-            f"| {name} | {found.nodes} | {found.images_per_second:,.0f} | {found.limited_by} | {found.hours:.2f} | "
-            f"{found.efficiency:.0%} | {found.gpu_busy:.0%} | {found.requests_per_second:,.0f} | "
-            f"{found.store_bytes_per_second / 1e9:.2f} |"
+            f"| {name} | {prediction.nodes} | {prediction.images_per_second:,.0f} | {prediction.limited_by} | {prediction.hours:.2f} | "
+            f"{prediction.efficiency:.0%} | {prediction.gpu_busy:.0%} | {prediction.requests_per_second:,.0f} | "
+            f"{prediction.store_bytes_per_second / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
 
 def check_table(points: Sequence[Point]) -> str:
-    """Measured points beside the model, as Markdown; "of linear" is against the point with the fewest nodes."""
+    """Measured points and predictions as a Markdown table; "of linear" is relative to the fewest nodes."""
     first = min(points, key=lambda point: point.nodes)
     lines = [
         "| nodes | stub images/s | model images/s | measured | measured / model | of linear |",
@@ -276,16 +279,16 @@ def check_table(points: Sequence[Point]) -> str:
 
 
 def driver_table(cases: Sequence[tuple[str, Prediction]]) -> str:
-    """What a run leaves and what its driver carries, as Markdown; the same on any number of nodes."""
+    """Output and driver load of a run as a Markdown table; they do not depend on the number of nodes."""
     lines = [
         "| | fragments | files | output, GB | requests | run.json, MiB | driver, MiB | planning, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, found in cases:
+    for name, prediction in cases:
         lines.append(
-            f"| {name} | {found.fragments:,} | {found.files:,} | {found.output_bytes / 1e9:,.0f} | "
-            f"{found.requests:,} | {found.run_json_bytes / _MIB:.1f} | {found.driver_bytes / _MIB:,.0f} | "
-            f"{found.planning_seconds:.0f} |"
+            f"| {name} | {prediction.fragments:,} | {prediction.files:,} | {prediction.output_bytes / 1e9:,.0f} | "
+            f"{prediction.requests:,} | {prediction.run_json_bytes / _MIB:.1f} | {prediction.driver_bytes / _MIB:,.0f} | "
+            f"{prediction.planning_seconds:.0f} |"
         )
     return "\n".join(lines)
 
@@ -294,21 +297,21 @@ def report() -> str:
     """All tables of docs/explanation/scaling.md."""
     parts = []
     for title, catalog, costs in CASES:
-        found = [(name, predict(nodes, catalog, node, costs)) for name, nodes, node in CLUSTERS]
-        parts.append(f"**{title}**\n\n{table(found)}")
+        predictions = [(name, predict(nodes, catalog, node, costs)) for name, nodes, node in CLUSTERS]
+        parts.append(f"**{title}**\n\n{table(predictions)}")
     largest, node = CLUSTERS[-1][1:]
-    carried = [(title, predict(largest, catalog, node, costs)) for title, catalog, costs in CASES]
-    parts.append(f"**What the driver carries**\n\n{driver_table(carried)}")
+    cases = [(title, predict(largest, catalog, node, costs)) for title, catalog, costs in CASES]
+    parts.append(f"**Load of the driver**\n\n{driver_table(cases)}")
     return "\n\n".join(parts)
 
 
 def main() -> None:
-    """Print the tables of docs/explanation/scaling.md, or the model beside measured points."""
+    """Print the tables of docs/explanation/scaling.md, or compare the model with measured points."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", type=Path, metavar="RESULTS.json", help="what benchmarks/growth.py has written"
+        "--check", type=Path, metavar="RESULTS.json", help="results file of benchmarks/growth.py"
     )
     arguments = parser.parse_args()
     if arguments.check is not None:

@@ -1,4 +1,4 @@
-"""The worker of benchmarks/growth.py: all of a fragment's way, with a stub in place of the network."""
+"""Worker of benchmarks/growth.py, which processes fragments with a stub instead of the network."""
 
 import time
 from typing import Any
@@ -12,7 +12,12 @@ from batchcls.pipeline.pipeline_spec import WorkerSpec
 
 
 class SleepingEngine:
-    """Answers one batch after the other, each in as long as its images take at `rate` images per second."""
+    """Processes batches sequentially at `rate` images per second.
+
+    Args:
+        rate: images per second.
+        widths: number of classes and dimension of the embedding.
+    """
 
     name: EngineName = "torch"
     device: Device = "cpu"
@@ -24,34 +29,34 @@ class SleepingEngine:
         self._widths = widths
         self._free_at = 0.0
 
-    def submit(self, pixels: NDArray[Any]) -> "_Later":
-        """Begin after the batches that were submitted before."""
+    def submit(self, pixels: NDArray[Any]) -> "_PendingOutput":
+        """Start after the batches that were submitted before."""
         self._free_at = max(self._free_at, time.monotonic()) + len(pixels) * self._seconds
         classes, dimension = self._widths
-        answer = EngineOutput(
+        output = EngineOutput(
             np.zeros((len(pixels), classes), np.float32), np.zeros((len(pixels), dimension), np.float32)
         )
-        return _Later(answer, self._free_at)
+        return _PendingOutput(output, self._free_at)
 
     def predict(self, pixels: NDArray[Any]) -> EngineOutput:
-        """Wait for it."""
+        """Submit a batch and wait for its output."""
         return self.submit(pixels).result()
 
 
-class _Later:
-    def __init__(self, answer: EngineOutput, at: float) -> None:
-        self._answer, self._at = answer, at
+class _PendingOutput:
+    def __init__(self, output: EngineOutput, ready_at: float) -> None:
+        self._output, self._ready_at = output, ready_at
 
     def result(self) -> EngineOutput:
-        time.sleep(max(0.0, self._at - time.monotonic()))
-        return self._answer
+        time.sleep(max(0.0, self._ready_at - time.monotonic()))
+        return self._output
 
 
 class SleepingWorker(FragmentWorker):
-    """See the module."""
+    """A fragment worker with the stub engine."""
 
     def start_engine(self, spec: WorkerSpec) -> tuple[SleepingEngine, int]:
-        """The stub; its rate travels where the cache folder would."""
+        """Create the stub; its rate is passed in the cache folder setting."""
         config = spec.bundle.config
         rate = float(spec.engines.cache_folder or 0)
         return SleepingEngine(

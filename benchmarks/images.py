@@ -12,29 +12,29 @@ _QUALITY = 90
 
 
 def choose_images(data: Path, count: int) -> list[Path]:
-    """`count` photographs of about 500 pixels: all of data/imagenet, then a fixed sample of data/catalog.
+    """Select `count` photographs of about 500 pixels: all of data/imagenet, then a fixed sample of data/catalog.
 
-    They come in a mixed order that is the same every time, so that any number from the front is like
-    the whole. Only if there are not enough of them, the list begins again.
+    The order is random but reproducible, so that every prefix is a random sample. If there are fewer than
+    `count` photographs, they are repeated.
 
     Raises:
-        FileNotFoundError: there are no photographs.
+        FileNotFoundError: the folders contain no photographs.
     """
-    found: list[Path] = []
+    images: list[Path] = []
     for name in _FOLDERS:
         paths = sorted(path for path in (data / name).rglob("*") if path.suffix.lower() in _SUFFIXES)
         random.Random(0).shuffle(paths)
-        found += paths[: max(0, count - len(found))]
-    if not found:
-        raise FileNotFoundError(f"{data}: holds no photographs in {' or '.join(_FOLDERS)}")
-    random.Random(1).shuffle(found)
-    return [found[number % len(found)] for number in range(count)]
+        images += paths[: max(0, count - len(images))]
+    if not images:
+        raise FileNotFoundError(f"{data}: no photographs in {' or '.join(_FOLDERS)}")
+    random.Random(1).shuffle(images)
+    return [images[number % len(images)] for number in range(count)]
 
 
 def enlarge_images(paths: list[Path], folder: Path, side_pixels: int) -> list[Path]:
-    """The same photographs with a long side of `side_pixels`, as JPEGs of quality 90 in a new folder.
+    """Write copies with a long side of `side_pixels` as JPEGs of quality 90 to a new folder.
 
-    They are as large as the shops' own: 1,500 pixels make about 300 KB.
+    At 1,500 pixels, the files have about 300 KB, which is typical of product photographs.
     """
     folder.mkdir(parents=True)
     targets = [folder / f"{number:06d}.jpg" for number in range(len(paths))]

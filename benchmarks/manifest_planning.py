@@ -1,8 +1,8 @@
-"""How long a large manifest takes to plan, and whether the driver's memory follows its width.
+"""Measures the time and driver memory for planning a large manifest, by number of rows and width.
 
     python -m benchmarks.manifest_planning --rows 1000000
 
-Each measurement is a process of its own: footers, fragments, and the walk over the ids.
+Each measurement runs in a separate process: reading footers, validating IDs and planning fragments.
 """
 
 import argparse
@@ -27,10 +27,10 @@ started = time.perf_counter()
 manifest = open_manifest(sys.argv[1], Storage())
 opened = time.perf_counter()
 bad = find_invalid_ids(manifest, Storage())
-walked = time.perf_counter()
+validated = time.perf_counter()
 fragments = sum(1 for _ in manifest.fragments(repeat(1024)))
 after = peak_kib()
-print(f"{manifest.rows} rows: footers {opened - started:.2f} s, ids {walked - opened:.2f} s, "
+print(f"{manifest.rows} rows: footers {opened - started:.2f} s, ids {validated - opened:.2f} s, "
       f"{fragments} fragments, {len(bad.duplicate)} repeated, peak memory +{(after - before) / 1024:.0f} MiB")
 """
 
@@ -47,13 +47,13 @@ def write(path: Path, rows: int, width_bytes: int) -> None:
             if start + count == rows:
                 ids[-1] = "sku-000000000000"
             blob = random.bytes(width_bytes * count)
-            cut = [blob[n * width_bytes : (n + 1) * width_bytes] for n in range(count)]
+            blobs = [blob[n * width_bytes : (n + 1) * width_bytes] for n in range(count)]
             uris = [f"s3://shop/photos/{item}.jpg" for item in ids]
-            out.write_table(pa.table({"item_id": ids, "uri": uris, "blob": pa.array(cut, pa.binary())}))
+            out.write_table(pa.table({"item_id": ids, "uri": uris, "blob": pa.array(blobs, pa.binary())}))
 
 
 def main() -> None:
-    """Plan a narrow, a wide and, for the growth, a larger manifest."""
+    """Plan a narrow manifest, a wide one, and one with more rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     rows = parser.parse_args().rows

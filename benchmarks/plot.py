@@ -16,7 +16,7 @@ _DOTS_PER_INCH = 200  # twice the width at which a README shows it
 _BAR_INCHES = 0.3
 _HEAD_INCHES = 0.62
 _INK, _MUTED, _RULE = "#1c1e21", "#5d6470", "#dfe2e6"
-_COMPARED = [name for name, one in CONTENDERS.items() if one.kind in ("documented", "tuned")] + [
+_COMPARED = [name for name, contender in CONTENDERS.items() if contender.kind in ("documented", "tuned")] + [
     "bare-pillow"
 ]
 _COLORS = {"job": "#0f6fc5", "ceiling": "#b9d4ee", "documented": "#6b7280", "tuned": "#aab1bb"}
@@ -24,19 +24,19 @@ _COLORS = {"job": "#0f6fc5", "ceiling": "#b9d4ee", "documented": "#6b7280", "tun
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One suite: its title, and of each program, by name, its entry in the record."""
+    """One suite: its title, and the record entry of each program by name."""
 
     title: str
     programs: Mapping[str, Mapping[str, Any]]
 
 
 def draw(panels: Sequence[Panel], caption: str, path: Path) -> None:
-    """Write the image, a panel under the other.
+    """Write an image with one panel below the other.
 
     Args:
         panels: at least one, each with at least one program.
-        caption: hardware and date, under all of it.
-        path: file to write; its suffix says whether as PNG or SVG.
+        caption: hardware and date, shown at the bottom.
+        path: file to write; the suffix determines the format, PNG or SVG.
     """
     heights = [_HEAD_INCHES + _BAR_INCHES * len(panel.programs) for panel in panels]
     with rc_context({"font.size": 9.5, "svg.hashsalt": "benchmarks"}):
@@ -56,10 +56,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     rates = [panel.programs[name]["images_per_second"] for name in names]
     colors = [_COLORS[CONTENDERS[name].kind] for name in names]
     axes.barh(range(len(names)), rates, color=colors, height=0.72)
-    for place, (name, rate) in enumerate(zip(names, rates, strict=True)):
+    for position, (name, rate) in enumerate(zip(names, rates, strict=True)):
         axes.annotate(
             _note(name, panel.programs[name]),
-            (rate, place),
+            (rate, position),
             xytext=(5, 0),
             textcoords="offset points",
             verticalalignment="center",

@@ -34,11 +34,11 @@ class Suite:
 
     Attributes:
         title: human-readable name.
-        files: of all photographs.
-        folder: to work in.
-        names: the programs, this job among them.
-        counts: photographs of each kind of program; a count below that of the job is projected.
-        small: photographs of the run that tells a slow program's start-up from its work.
+        files: input files with all photographs.
+        folder: working folder.
+        names: programs, including the job.
+        counts: number of photographs by kind of program; results for fewer than the job are projected.
+        small: number of photographs of the run that separates startup from processing.
     """
 
     title: str
@@ -51,15 +51,15 @@ class Suite:
 
 def list_images(paths: Iterable[Path], folder: Path, name: str) -> tuple[Path, Path]:
     """Write photographs as a list and as a manifest; returns both files."""
-    texts = [str(path) for path in paths]
-    listed, manifest = folder / f"{name}.txt", folder / f"{name}.parquet"
-    listed.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-    ids = [f"{number:06d}" for number in range(len(texts))]
-    pq.write_table(pa.table({"item_id": ids, "uri": texts}), manifest)
-    return listed, manifest
+    uris = [str(path) for path in paths]
+    image_list, manifest = folder / f"{name}.txt", folder / f"{name}.parquet"
+    image_list.write_text("".join(f"{uri}\n" for uri in uris), encoding="utf-8")
+    ids = [f"{number:06d}" for number in range(len(uris))]
+    pq.write_table(pa.table({"item_id": ids, "uri": uris}), manifest)
+    return image_list, manifest
 
 
-def shorter(files: Files, count: int) -> Files:
+def limit_images(files: Files, count: int) -> Files:
     """Write the same files for the first `count` photographs."""
     paths = [Path(line) for line in files.images.read_text(encoding="utf-8").splitlines()]
     if count >= len(paths):
@@ -72,29 +72,29 @@ def prepare_model(model: str, images: Path, folder: Path) -> tuple[Path, Path, P
     """Create weights, labels and bundle of an architecture; existing ones are reused."""
     weights, labels, bundle = (folder / f"{model}{end}" for end in (".safetensors", ".labels.txt", ""))
     if not labels.exists():
-        note(f"{model}: making weights")
-        python(["-m", "benchmarks.weights", *_named(images=images, model=model, output=weights)], folder)
-        created = _named(model=f"timm:{model}", weights=weights, output=bundle)
-        python(["-m", "batchcls.jobs.bundle", "create", *created, *_PREPROCESSING], folder)
+        note(f"{model}: creating weights")
+        python(["-m", "benchmarks.weights", *_flags(images=images, model=model, output=weights)], folder)
+        flags = _flags(model=f"timm:{model}", weights=weights, output=bundle)
+        python(["-m", "batchcls.jobs.bundle", "create", *flags, *_PREPROCESSING], folder)
         record = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
         labels.write_text("".join(f"{label}\n" for label in record["labels"]), encoding="utf-8")
     return weights, labels, bundle
 
 
-def _named(**values: object) -> list[str]:
+def _flags(**values: object) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
-def plan_suites(given: argparse.Namespace, folder: Path) -> list[Suite]:
+def plan_suites(arguments: argparse.Namespace, folder: Path) -> list[Suite]:
     """Select and enlarge photographs and create weights; existing files are reused."""
-    data = Path(given.data)
-    chosen = choose_images(data, max(given.images, given.large_images))
-    images, manifest = list_images(chosen[: given.images], folder, "photographs")
-    only = given.only.split(",") if given.only else list(CONTENDERS)
+    data = Path(arguments.data)
+    chosen = choose_images(data, max(arguments.images, arguments.large_images))
+    images, manifest = list_images(chosen[: arguments.images], folder, "photographs")
+    only = arguments.only.split(",") if arguments.only else list(CONTENDERS)
     unknown = set(only) - set(CONTENDERS)
     if unknown:
         raise SystemExit(f"--only {', '.join(sorted(unknown))}: unknown; choose from {', '.join(CONTENDERS)}")
-    wanted = {JOB, *only, *(CONTENDERS[name].engine_of for name in only)} - _missing()
+    selected = {JOB, *only, *(CONTENDERS[name].engine_of for name in only)} - _missing()
 
     def suite(model: str, title: str, images: Path, manifest: Path, names: Iterable[str]) -> Suite:
         weights, labels, bundle = prepare_model(model, folder / "photographs.txt", folder)
@@ -103,27 +103,27 @@ def plan_suites(given: argparse.Namespace, folder: Path) -> list[Suite]:
         counts = {
             "job": full,
             "ceiling": full,
-            "documented": min(full, given.peer_images),
-            "tuned": min(full, given.tuned_images or full),
+            "documented": min(full, arguments.peer_images),
+            "tuned": min(full, arguments.tuned_images or full),
         }
-        small = max(1, min(given.small_images, min(counts.values()) // 2))
-        return Suite(title, files, folder, tuple(n for n in names if n in wanted), counts, small)
+        small = max(1, min(arguments.small_images, min(counts.values()) // 2))
+        return Suite(title, files, folder, tuple(name for name in names if name in selected), counts, small)
 
     suites = [
         suite(model, f"{model}, photographs of 500 px", images, manifest, CONTENDERS_AT_500_PIXELS)
-        for model in filter(None, given.models.split(","))
+        for model in filter(None, arguments.models.split(","))
     ]
-    if given.large_images:
-        larger = folder / f"large-{given.large_images}"
+    if arguments.large_images:
+        larger = folder / f"large-{arguments.large_images}"
         if not larger.exists():
-            note(f"enlarging {given.large_images} photographs to {_LARGE_SIDE_PIXELS} px")
+            note(f"enlarging {arguments.large_images} photographs to {_LARGE_SIDE_PIXELS} px")
             partial = folder / "large-partial"
             shutil.rmtree(partial, ignore_errors=True)
-            enlarge_images(chosen[: given.large_images], partial, _LARGE_SIDE_PIXELS)
+            enlarge_images(chosen[: arguments.large_images], partial, _LARGE_SIDE_PIXELS)
             partial.rename(larger)
         images, manifest = list_images(sorted(larger.iterdir()), folder, "large-photographs")
-        title = f"{given.large_model}, photographs of {_LARGE_SIDE_PIXELS:,} px"
-        suites.append(suite(given.large_model, title, images, manifest, CONTENDERS_AT_1500_PIXELS))
+        title = f"{arguments.large_model}, photographs of {_LARGE_SIDE_PIXELS:,} px"
+        suites.append(suite(arguments.large_model, title, images, manifest, CONTENDERS_AT_1500_PIXELS))
     return suites
 
 
@@ -131,5 +131,5 @@ def _missing() -> set[str]:
     """Programs whose package is not installed."""
     if importlib.util.find_spec("daft") is not None:
         return set()
-    note("daft is not installed and left out: pip install 'batchcls[bench]'")
+    note("daft is not installed and is skipped: pip install 'batchcls[bench]'")
     return {"daft", "daft-tuned"}

@@ -1,8 +1,8 @@
-"""What planning costs before a row is done, to go on and to reuse: `python -m benchmarks.resume_planning`.
+"""Measures planning for resume and reuse before the first row: `python -m benchmarks.resume_planning`.
 
-For each number of rows: half of the receipts of a run are read and what is missing is cut into fragments;
-the index of an earlier run's predictions is built and searched for all rows, one in a hundred of which has
-changed. Each in a process of its own, whose seconds and peak memory are printed.
+For each number of rows, `resume` reads the receipts of half a run and plans fragments for the missing rows.
+`reuse` builds the index of an earlier run and looks up all rows, 1% of which have changed. Each runs in a
+separate process, and its time and peak memory are printed.
 """
 
 import argparse
@@ -49,27 +49,27 @@ def _texts(start: int, stop: int) -> pa.Table:
 
 
 def prepare(rows: int, folder: Path) -> None:
-    """A manifest, the receipts of a run of which every second part is done, and an earlier run's files."""
+    """Write a manifest, the receipts of a run with every second part completed, and the files of an earlier run."""
     for start in range(0, rows, _ROW_GROUP):
         stop = min(rows, start + _ROW_GROUP)
         texts = _texts(start, stop)
         (folder / "manifest").mkdir(exist_ok=True)
         pq.write_table(texts.select(["item_id", "uri"]), folder / "manifest" / f"{start:012d}.parquet")
-        # Larger files than a run's, of the same rows: what is measured reads columns, not files.
+        # The files are larger than those of a real run, but only columns are read.
         predictions = folder / "runs" / "earlier" / "predictions"
         predictions.mkdir(parents=True, exist_ok=True)
         pq.write_table(texts, predictions / f"{start:012d}.parquet")
     for start in range(0, rows, 2 * _ROWS_PER_FILE):
-        # A failed row out of a part now and then, as in real runs.
+        # One missing row per part, as with failed rows in real runs.
         numbers = np.arange(start, min(rows, start + _ROWS_PER_FILE), dtype=np.int64)
-        found = RowRanges.of(np.delete(numbers, len(numbers) // 2))
+        ranges = RowRanges.of(np.delete(numbers, len(numbers) // 2))
         file = PartFile(
             path=f"predictions/{start}.parquet",
             kind="predictions",
-            rows=len(found),
+            rows=len(ranges),
             bytes=1,
             digest="0" * 64,
-            ranges=found,
+            ranges=ranges,
         )
         receipt = Receipt(
             name=f"part-{start:012d}.json",
@@ -86,17 +86,17 @@ def resume(rows: int, folder: Path) -> dict[str, float]:
     steps: dict[str, float] = {}
     manifest = _timed(steps, "manifest", lambda: open_manifest(str(folder / "manifest"), _STORAGE))
     receipts = _timed(steps, "receipts", lambda: read_receipts(str(folder / "run"), _STORAGE))
-    kept = _timed(steps, "settle", lambda: select_receipts(receipts, rows, lambda file: file.is_retryable))
-    todo = _timed(steps, "missing", lambda: missing_rows(kept, rows))
-    cut = _timed(
-        steps, "fragments", lambda: sum(len(f.row_numbers()) for f in manifest.fragments(repeat(2048), todo))
+    selected = _timed(steps, "select", lambda: select_receipts(receipts, rows, lambda file: file.is_retryable))
+    remaining = _timed(steps, "missing", lambda: missing_rows(selected, rows))
+    planned = _timed(
+        steps, "fragments", lambda: sum(len(fragment.row_numbers()) for fragment in manifest.fragments(repeat(2048), remaining))
     )
-    assert cut == len(todo)
+    assert planned == len(remaining)
     return steps
 
 
 def reuse(rows: int, folder: Path) -> dict[str, float]:
-    """Build the index and look up every row, as the tasks do."""
+    """Build the index and look up every row as the tasks of a job do."""
     steps: dict[str, float] = {}
     files = tuple(
         RunFile(
@@ -123,7 +123,7 @@ def reuse(rows: int, folder: Path) -> dict[str, float]:
     )
 
     def search() -> int:
-        found = 0
+        hits = 0
         with duckdb.connect() as connection:
             for start in range(0, rows, 16_384 * 8):
                 texts = _texts(start, min(rows, start + 16_384 * 8))
@@ -132,11 +132,11 @@ def reuse(rows: int, folder: Path) -> dict[str, float]:
                 )
                 states = pc.if_else(changed, "etag:changed", texts["source_version"])
                 keys = state_keys(texts["item_id"], texts["uri"], states)
-                found += int((earlier.by_state.find(hashes_of(keys, connection)) >= 0).sum())
-        return found
+                hits += int((earlier.by_state.find(hashes_of(keys, connection)) >= 0).sum())
+        return hits
 
-    found = _timed(steps, "search, with making its texts", search)
-    assert 0.98 * rows < found <= 0.99 * rows + 1000
+    hits = _timed(steps, "search, including the creation of keys", search)
+    assert 0.98 * rows < hits <= 0.99 * rows + 1000
     return steps
 
 

@@ -1,11 +1,11 @@
-"""Runs this job and its peers in turn on the same photographs and weights: `make bench`.
+"""Runs the job and other programs alternately on the same photographs and weights: `make bench`.
 
     python -m benchmarks.run --models resnet50,mobilenetv3_large_100 --images 2000 --peer-images 400 --rounds 3
 
-Every program is a process of its own and says how long its pipeline took: the start of workers and of
-the network included, `ray.init` and the imports of the driver excluded. Programs of a round follow each
-other, and what counts is the median over the rounds of the ratio within a round, since machines drift.
-benchmarks/README.md says what is compared and why it is fair.
+Every program runs in a separate process and reports the duration of its pipeline, including the startup of
+workers and network, but excluding `ray.init` and the imports of the driver. The programs of a round run
+consecutively, and the result is the median of the ratios within the rounds, because the speed of a machine
+varies. benchmarks/README.md describes what is compared and why the comparison is fair.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.arithmetic import (
     Timing,
     agreement,
     efficiency,
-    projected,
+    project,
     require_agreement,
     summarize,
 )
@@ -42,14 +42,14 @@ from benchmarks.contenders import (
     command,
 )
 from benchmarks.plot import Panel, draw
-from benchmarks.preparation import Suite, plan_suites, shorter
+from benchmarks.preparation import Suite, limit_images, plan_suites
 from benchmarks.process import REPOSITORY, note, python
 
 _PACKAGES = ("ray", "torch", "torchvision", "timm", "openvino", "daft", "numpy", "pillow", "simplejpeg")
 
 
 @dataclass(slots=True)
-class Found:
+class SuiteResults:
     """Results of a suite so far."""
 
     timings: dict[str, list[Timing]] = field(default_factory=lambda: defaultdict(list))
@@ -59,32 +59,32 @@ class Found:
 
 
 def run_once(
-    suite: Suite, contender: Contender, count: int, found: Found, int8_min_agreement: float
+    suite: Suite, contender: Contender, count: int, results: SuiteResults, int8_min_agreement: float
 ) -> tuple[Timing, dict[str, str]]:
     """Run one process; returns its time and the top-1 label of each photograph."""
     output = _empty_output(suite, contender)
     arguments = command(
         contender,
-        shorter(suite.files, count),
+        limit_images(suite.files, count),
         output,
         int8_min_agreement=int8_min_agreement,
-        engine=found.engines.get(contender.engine_of),
+        engine=results.engines.get(contender.engine_of),
     )
-    said = python(arguments, suite.folder)
-    answers = best_labels(contender, output)
+    stdout = python(arguments, suite.folder)
+    labels = best_labels(contender, output)
     if contender.kind != "job":
-        last = json.loads(said.splitlines()[-1])
-        return Timing(count, last["seconds"], last.get("images_per_second_after_start")), answers
+        report = json.loads(stdout.splitlines()[-1])
+        return Timing(count, report["seconds"], report.get("images_per_second_after_start")), labels
     (path,) = output.glob("runs/*/run.json")
-    measured = json.loads(path.read_text(encoding="utf-8"))["measurements"]
-    found.engines[contender.name] = JobEngine.of(measured)
-    found.job_records[contender.name].append(measured)
-    after = (measured.get("bottleneck") or {}).get("images_per_second_after_start")
-    return Timing(count, count / measured["images_per_second"], after), answers
+    measurements = json.loads(path.read_text(encoding="utf-8"))["measurements"]
+    results.engines[contender.name] = JobEngine.of(measurements)
+    results.job_records[contender.name].append(measurements)
+    after = (measurements.get("bottleneck") or {}).get("images_per_second_after_start")
+    return Timing(count, count / measurements["images_per_second"], after), labels
 
 
 def _empty_output(suite: Suite, contender: Contender) -> Path:
-    """A folder without answers. A job's keeps the choice of its engine, as it does from night to night."""
+    """An output folder without predictions; that of a job keeps the selected engine, as in nightly runs."""
     if contender.kind != "job":
         output = suite.folder / "out"
         shutil.rmtree(output, ignore_errors=True)
@@ -95,59 +95,59 @@ def _empty_output(suite: Suite, contender: Contender) -> Path:
     return output
 
 
-def run_round(suite: Suite, order: Iterable[str], ours: dict[str, str], found: Found, bound: float) -> None:
-    """Every program once, slow ones twice, each held against this job's answers.
+def run_round(suite: Suite, order: Iterable[str], ours: dict[str, str], results: SuiteResults, bound: float) -> None:
+    """Run every program once, slow ones twice, and compare their predictions with those of the job.
 
     Raises:
-        DisagreementError: a program in fp32 answers otherwise.
+        DisagreementError: the predictions of a program in fp32 differ.
     """
     for name in order:
         contender = CONTENDERS[name]
         count = suite.counts[contender.kind]
         full = suite.counts["job"]
-        timing, answers = run_once(suite, contender, count, found, bound)
-        share = agreement(ours, answers)
-        found.agreements[name].append(share)
+        timing, labels = run_once(suite, contender, count, results, bound)
+        share = agreement(ours, labels)
+        results.agreements[name].append(share)
         if contender.exact:
             require_agreement(contender.title, share)
         if count < full:
-            small, _ = run_once(suite, contender, suite.small, found, bound)
-            timing = projected(small, timing, full)
-        found.timings[name].append(timing)
+            small, _ = run_once(suite, contender, suite.small, results, bound)
+            timing = project(small, timing, full)
+        results.timings[name].append(timing)
         note(
             f"{suite.title}: {contender.title} {timing.images_per_second:.1f} images/s over {full}"
-            f"{f' (from {count} and {suite.small})' if count < full else ''}, {share:.1%} of our answers"
+            f"{f' (from {count} and {suite.small})' if count < full else ''}, {share:.1%} agreement"
         )
 
 
 def run_suite(suite: Suite, rounds: int, bound: float) -> dict[str, Any]:
-    """All rounds of a suite, after a first run of each job that measures and converts its engines."""
-    found = Found()
+    """Run all rounds of a suite, after a first run of each job that measures and converts its engines."""
+    results = SuiteResults()
     ours: dict[str, str] = {}
     first_seconds: dict[str, float] = {}
     for name in (name for name in suite.names if CONTENDERS[name].kind == "job"):
         started = time.perf_counter()
-        _, answers = run_once(suite, CONTENDERS[name], suite.counts["job"], found, bound)
+        _, labels = run_once(suite, CONTENDERS[name], suite.counts["job"], results, bound)
         first_seconds[name] = round(time.perf_counter() - started, 1)
-        ours = ours or answers
-        note(f"{suite.title}: first {name} took {first_seconds[name]} s, with {found.engines[name]}")
-    found.job_records.clear()
+        ours = ours or labels
+        note(f"{suite.title}: first {name} took {first_seconds[name]} s, with {results.engines[name]}")
+    results.job_records.clear()
     for number in range(rounds):
         # Reversing the order keeps a machine that slows down during a round from favoring the first programs.
-        run_round(suite, suite.names if number % 2 == 0 else suite.names[::-1], ours, found, bound)
-    programs = summarize({name: found.timings[name] for name in suite.names}, JOB)
-    for name, shares in found.agreements.items():
+        run_round(suite, suite.names if number % 2 == 0 else suite.names[::-1], ours, results, bound)
+    programs = summarize({name: results.timings[name] for name in suite.names}, JOB)
+    for name, shares in results.agreements.items():
         programs[name]["agreement_with_job"] = [round(share, 4) for share in shares]
     record: dict[str, Any] = {
         "title": suite.title,
         "images": suite.counts["job"],
-        "engines": {name: asdict(engine) for name, engine in found.engines.items()},
+        "engines": {name: asdict(engine) for name, engine in results.engines.items()},
         "seconds_of_the_first_run": first_seconds,
         "programs": programs,
-        "job_measured": dict(found.job_records),
+        "job_measured": dict(results.job_records),
     }
     if CEILING in suite.names:
-        record["efficiency"] = efficiency(found.timings[JOB], found.timings[CEILING])
+        record["efficiency"] = efficiency(results.timings[JOB], results.timings[CEILING])
     return record
 
 
@@ -195,28 +195,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _versions() -> dict[str, str | None]:
     """Versions of the compared packages; None if not installed."""
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run all suites and write the record and the plot."""
-    given = _parse(arguments)
-    if not Path(given.data).is_dir():
-        raise SystemExit(f"--data {given.data}: the photographs are not there")
+    settings = _parse(arguments)
+    if not Path(settings.data).is_dir():
+        raise SystemExit(f"--data {settings.data}: no such folder")
     with tempfile.TemporaryDirectory(prefix="batchcls-bench-") as temporary:
-        folder = Path(given.folder or temporary)
+        folder = Path(settings.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            suites = plan_suites(given, folder)
-            records = [run_suite(suite, given.rounds, given.int8_min_agreement) for suite in suites]
+            suites = plan_suites(settings, folder)
+            records = [run_suite(suite, settings.rounds, settings.int8_min_agreement) for suite in suites]
         except DisagreementError as error:
-            raise SystemExit(f"nothing is reported: {error}") from error
+            raise SystemExit(f"no results: {error}") from error
     hardware = Hardware.detect()
     date = datetime.now(UTC).date().isoformat()
     record = {
@@ -225,19 +225,19 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": _versions(),
         "settings": {
             name: value
-            for name, value in vars(given).items()
+            for name, value in vars(settings).items()
             if name not in ("data", "folder", "results", "image")
         },
         "suites": records,
     }
-    target = Path(given.results) / f"{date}-peers.json"
+    target = Path(settings.results) / f"{date}-peers.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(target)
-    if given.image:
-        caption = f"medians of {given.rounds} rounds, {date}, {hardware.cores} cores of {hardware.processor}"
-        draw([Panel(one["title"], one["programs"]) for one in records], caption, Path(given.image))
-        print(given.image)
+    if settings.image:
+        caption = f"medians of {settings.rounds} rounds, {date}, {hardware.cores} cores of {hardware.processor}"
+        draw([Panel(suite["title"], suite["programs"]) for suite in records], caption, Path(settings.image))
+        print(settings.image)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What summary, gates, diff and verify of a run cost by its size: `python -m benchmarks.run_lifecycle 1000000`.
+"""Measures summary, changed labels, diff and verify of a run: `python -m benchmarks.run_lifecycle 1000000`.
 
-Two runs with the given number of rows are written with the real writer (1280 float16 values of embedding a row if
-`--embedding` is given, else none), one label in fifty and one image in a hundred changed. Each step runs
-in a process of its own, whose peak memory is what the kernel says.
+Writes two runs with the given number of rows with the real writer, optionally with embeddings of 1280 float16
+values per row (`--embedding`). 2% of the labels and 1% of the images differ between them. Each step runs in a
+separate process, whose peak memory is reported by the kernel.
 """
 
 import argparse
@@ -39,15 +39,15 @@ def main() -> None:
     parser.add_argument("rows", type=int)
     parser.add_argument("--embedding", action="store_true")
     parser.add_argument("--folder", default=None, help="folder for the runs, which are deleted afterwards")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.folder) as output:
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as output:
         for name in ("old", "new"):
-            _measured(f"write {name}", _write, output, name, given.rows, given.embedding)
+            _run_step(f"write {name}", _write, output, name, arguments.rows, arguments.embedding)
         for step in (_summary, _changed, _diff, _verify):
-            _measured(step.__name__.strip("_"), step, output)
+            _run_step(step.__name__.strip("_"), step, output)
 
 
-def _measured(name: str, step: Callable[..., None], *arguments: object) -> None:
+def _run_step(name: str, step: Callable[..., None], *arguments: object) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_timed, args=(name, step, *arguments))
     process.start()
     process.join()
@@ -59,14 +59,14 @@ def _timed(name: str, step: Callable[..., None], *arguments: object) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, cpu = time.perf_counter(), time.process_time()
     step(*arguments)
-    figures = {
+    result = {
         "step": name,
         "seconds": round(time.perf_counter() - started, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "mib_before": before // 1024,
     }
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(result), flush=True)
 
 
 def _write(output: str, name: str, rows: int, embedding: bool) -> None:
@@ -138,8 +138,8 @@ def _changed(output: str) -> None:
 
 def _diff(output: str) -> None:
     old, new = (read_record(output, name, Storage()) for name in ("old", "new"))
-    found = diff_runs(old, new, Storage(), to=str(Path(output, "diff")))
-    assert found.statuses["changed"] == -(-found.compared // 50)
+    diff = diff_runs(old, new, Storage(), to=str(Path(output, "diff")))
+    assert diff.statuses["changed"] == -(-diff.compared // 50)
 
 
 def _verify(output: str) -> None:

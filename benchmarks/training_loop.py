@@ -1,9 +1,9 @@
-"""The training job beside a bare PyTorch loop with the same recipe: `python -m benchmarks.training_loop`.
+"""Compares the training job with a bare PyTorch loop and the same recipe: `python -m benchmarks.training_loop`.
 
-The bare loop is what one writes by hand: pixels in memory, torchvision's transforms, MixUp, a DataLoader, AdamW
-with two learning rates, OneCycleLR, timm's average of weights. The job runs as it is on Ray Train, with
-one worker and with as many as it takes by itself, and its own record says how fast its epochs were. All
-train the same network on the same images with the same crops, and take turns; ratios are of one round.
+The bare loop is a typical hand-written loop: pixels in memory, torchvision's transforms, MixUp, a DataLoader,
+AdamW with two learning rates, OneCycleLR, and timm's EMA of the weights. The job runs unmodified on Ray Train,
+with one worker and with its default number, and reports the throughput of its epochs in its record. All train
+the same network on the same images with the same crops and alternate; ratios are computed within a round.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def write_catalog(folder: Path, count: int) -> Path:
     return folder / "manifest.parquet"
 
 
-class CalibrationPixels(Dataset[tuple[Tensor, int]]):
+class TrainingPixels(Dataset[tuple[Tensor, int]]):
     """Pixels in memory and torchvision's transforms, as in its own training reference."""
 
     def __init__(self, pixels: Tensor, recipe: Recipe, side: int) -> None:
@@ -79,13 +79,13 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     model: Any = timm.create_model(architecture, num_classes=CATEGORIES)
     model = model.to(memory_format=torch.channels_last)
-    average = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+    ema = ModelEmaV3(model, decay=recipe.ema_decay) if recipe.ema_decay else None
     mixing = v2.MixUp(alpha=recipe.mixup, num_classes=CATEGORIES) if recipe.mixup else v2.Identity()
     head = list(model.get_classifier().parameters())
-    known = {id(value) for value in head}
-    body = [value for value in model.parameters() if id(value) not in known]
+    head_ids = {id(parameter) for parameter in head}
+    body = [parameter for parameter in model.parameters() if id(parameter) not in head_ids]
     optimizer = torch.optim.AdamW([{"params": body, "lr": 2e-4}, {"params": head, "lr": 2e-3}])
-    loader = DataLoader(CalibrationPixels(pixels, recipe, side), recipe.batch_size, shuffle=True)
+    loader = DataLoader(TrainingPixels(pixels, recipe, side), recipe.batch_size, shuffle=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [2e-4, 2e-3], epochs=recipe.epochs, steps_per_epoch=len(loader)
     )
@@ -103,8 +103,8 @@ def bare_rate(folder: Path, architecture: str, recipe: Recipe, side: int, thread
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            if average is not None:
-                average.update(model)
+            if ema is not None:
+                ema.update(model)
         rate = len(pixels) / (time.perf_counter() - started)
     return rate
 
@@ -127,8 +127,8 @@ def job_rate(
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds and compute the median of their ratios."""
-    # Random weights have no statistics to keep, which the job insists on; the arithmetic is the same but
-    # for the means of a batch, so both loops gather them.
+    # The job requires statistics for frozen BatchNorm, which random weights do not have. Both loops therefore
+    # train BatchNorm, which only adds the means of a batch to the computation.
     recipe = read_recipe("fine-tune").with_changes(
         epochs=2, head_epochs=0, final_epochs=0, batch_norm="trained"
     )
@@ -146,7 +146,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         (folder / "recipe.toml").write_text("\n".join(lines), encoding="utf-8")
         for number in range(arguments.rounds):
             bare = bare_rate(folder / "training", arguments.model, recipe, side, arguments.threads)
-            found = {"bare": bare}
+            rates = {"bare": bare}
             for workers in ("1", "auto"):
                 rate = job_rate(
                     folder / "training",
@@ -156,11 +156,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     folder / f"out-{number}-{workers}",
                     workers,
                 )
-                found |= {f"job, {workers}": rate, f"ratio, {workers}": rate / bare}
-            rounds.append(found)
+                rates |= {f"job, {workers}": rate, f"ratio, {workers}": rate / bare}
+            rounds.append(rates)
             print(
-                f"round {number + 1}: bare {bare:.1f} images/s, job with one worker {found['job, 1']:.1f}, ratio "
-                f"{found['ratio, 1']:.3f}, as it is {found['job, auto']:.1f}, ratio {found['ratio, auto']:.3f}",
+                f"round {number + 1}: bare {bare:.1f} images/s, job with one worker {rates['job, 1']:.1f}, ratio "
+                f"{rates['ratio, 1']:.3f}, default {rates['job, auto']:.1f}, ratio {rates['ratio, auto']:.3f}",
                 flush=True,
             )
     return {
@@ -171,7 +171,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "crop_pixels": side,
         "rounds": rounds,
         "median_ratio": {
-            workers: statistics.median(found[f"ratio, {workers}"] for found in rounds)
+            workers: statistics.median(rates[f"ratio, {workers}"] for rates in rounds)
             for workers in ("1", "auto")
         },
     }
@@ -186,12 +186,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, help="JSON file for the record")
     arguments = parser.parse_args()
-    found = measure(arguments)
+    record = measure(arguments)
     print(
-        "median ratios: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in found["median_ratio"].items())
+        "median ratios: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in record["median_ratio"].items())
     )
     if arguments.output:
-        arguments.output.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        arguments.output.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Weights for a benchmark without a network: drawn from a seed, then fitted to photographs.
+"""Creates weights for the benchmark without a download: random weights that are fitted to photographs.
 
     python -m benchmarks.weights --images LIST --model resnet50 --output resnet50.safetensors
 
-How fast a network is does not depend on its weights, but what is measured here does: the job takes
-bf16 and int8 only where they keep the answers of fp32, and answers are compared between programs. In a
-network fresh from its initialization activations shrink to nothing and all photographs get one answer;
-with drawn weights of full size rounding grows from block to block. So the statistics of the
-normalizations are taken from photographs, each residual block adds a fifth, as trained ones add a
-part, and the classifier tells ten groups of photographs apart, to which the first ten classes belong.
+The speed of a network does not depend on its weights, but the benchmark does: the job uses bf16 and int8 only
+if they preserve the predictions of fp32, and predictions are compared between programs. In a newly initialized
+network, activations shrink toward zero and all photographs get the same prediction; with larger random weights,
+rounding errors grow from block to block. The statistics of the normalizations are therefore computed from
+photographs, each residual block contributes a fifth, similar to trained ones, and the classifier distinguishes
+ten clusters of photographs, which are the first ten classes.
 """
 
 import argparse
@@ -26,13 +26,13 @@ _PHOTOGRAPHS = 128
 _BATCH = 32
 _RESIDUAL = 0.2
 _DIRECTIONS = 8
-_GROUPS = 10
+_CLUSTERS = 10
 _SHARPNESS = 0.5
-_OUT_OF_REACH = -20.0
+_UNUSED_CLASS_LOGIT = -20.0
 
 
 def make_network(model: str, paths: list[str]) -> nn.Module:
-    """The timm network with weights of seed 0, fitted to the first 128 photographs."""
+    """Create a timm network with weights of seed 0, fitted to the first 128 photographs."""
     torch.manual_seed(0)
     network: nn.Module = timm.create_model(model, pretrained=False)
     images = torch.stack([read_fast(path) for path in paths[:_PHOTOGRAPHS]])
@@ -51,7 +51,7 @@ def _fit_normalizations(network: nn.Module, batches: list[torch.Tensor]) -> None
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
-            module.momentum = None  # a mean over the batches
+            module.momentum = None  # cumulative average over the batches
         if isinstance(module, Bottleneck) or (isinstance(module, InvertedResidual) and module.has_skip):
             nn.init.constant_(module.bn3.weight, _RESIDUAL)  # type: ignore[arg-type]
     network.train()
@@ -62,37 +62,37 @@ def _fit_normalizations(network: nn.Module, batches: list[torch.Tensor]) -> None
 
 
 def _fit_classifier(classifier: nn.Linear, features: torch.Tensor) -> None:
-    """Make the first ten classes the groups that N,D features fall into by k-means.
+    """Set the first ten classes to the k-means clusters of N x D features.
 
-    A logit is minus the squared distance to the middle of its group, along the strongest directions
-    of the standardized features, less what all logits have in common, so it is linear.
+    A logit is the negative squared distance to the center of its cluster along the first principal directions
+    of the standardized features. The terms that all logits share are dropped, which makes it linear.
     """
     mean, deviation = features.mean(dim=0), features.std(dim=0) + 1e-3
     standard = (features - mean) / deviation
     directions = torch.linalg.svd(standard, full_matrices=False).Vh[:_DIRECTIONS]
     points = standard @ directions.T
-    middles = _group(points)
+    centers = _cluster_centers(points)
     spread = points.var(dim=0).sum()
     with torch.no_grad():
         nn.init.zeros_(classifier.weight)
-        nn.init.constant_(classifier.bias, _OUT_OF_REACH)
-        weight = _SHARPNESS * _DIRECTIONS * 2 / spread * (middles @ directions) / deviation
-        offset = -_SHARPNESS * _DIRECTIONS / spread * middles.square().sum(dim=1)
-        classifier.weight[:_GROUPS] = weight
-        classifier.bias[:_GROUPS] = offset - weight @ mean
+        nn.init.constant_(classifier.bias, _UNUSED_CLASS_LOGIT)
+        weight = _SHARPNESS * _DIRECTIONS * 2 / spread * (centers @ directions) / deviation
+        offset = -_SHARPNESS * _DIRECTIONS / spread * centers.square().sum(dim=1)
+        classifier.weight[:_CLUSTERS] = weight
+        classifier.bias[:_CLUSTERS] = offset - weight @ mean
 
 
-def _group(points: torch.Tensor) -> torch.Tensor:
-    """Middles of ten groups of N,P points, by k-means from ten points far from each other."""
+def _cluster_centers(points: torch.Tensor) -> torch.Tensor:
+    """Centers (10 x P) of the k-means clusters of N x P points, initialized with ten distant points."""
     chosen = [0]
-    while len(chosen) < _GROUPS:
+    while len(chosen) < _CLUSTERS:
         chosen.append(int(torch.cdist(points, points[chosen]).amin(dim=1).argmax()))
-    middles = points[chosen].clone()
+    centers = points[chosen].clone()
     for _ in range(30):
-        nearest = torch.cdist(points, middles).argmin(dim=1)
-        for group in torch.unique(nearest).tolist():
-            middles[group] = points[nearest == group].mean(dim=0)
-    return middles
+        nearest = torch.cdist(points, centers).argmin(dim=1)
+        for cluster in torch.unique(nearest).tolist():
+            centers[cluster] = points[nearest == cluster].mean(dim=0)
+    return centers
 
 
 def main() -> None:
@@ -103,10 +103,10 @@ def main() -> None:
     parser.add_argument("--images", required=True, help="text file with one photograph path per line")
     parser.add_argument("--model", required=True, help="timm architecture")
     parser.add_argument("--output", required=True, help="safetensors file to write")
-    given = parser.parse_args()
-    network = make_network(given.model, read_lines(given.images))
+    arguments = parser.parse_args()
+    network = make_network(arguments.model, read_lines(arguments.images))
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    save_file(weights, given.output)
+    save_file(weights, arguments.output)
 
 
 if __name__ == "__main__":

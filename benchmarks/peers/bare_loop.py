@@ -1,12 +1,13 @@
-"""The ceiling: this project's own engine and loader in one process, without Ray and without a run to commit.
+"""Upper bound: the engine and loader of batchcls in one process, without Ray and without committing a run.
 
     python -m benchmarks.peers.bare_loop --images LIST --bundle FOLDER --output DIR --engine openvino --precision bf16
 
-Threads decode ahead while the engine has as many batches as keep it busy. It says two times: from the
-start of the engine, and from its first batch, which the job's efficiency is measured against.
+Threads prefetch decoded batches, and the engine has enough batches in flight to stay busy. The program reports
+the time from the start of the engine, and the throughput from its first batch on, which is the reference for the
+efficiency of the job.
 
-With `--pillow` photographs are decoded in full and resized by Pillow: what most programs do, at the
-same engine.
+With `--pillow`, photographs are decoded at full scale and resized by Pillow, as in most programs, with the same
+engine.
 """
 
 import argparse
@@ -36,18 +37,19 @@ from batchcls.models.model_bundle import Bundle
 from batchcls.preprocessing import Preprocessing, Views
 from batchcls.schema import IMAGE, ITEM_ID, PIXELS, ROW, URI
 from batchcls.storage.filesystem import Storage
-from benchmarks.peers.task import TOP, read_lines, say
+from benchmarks.peers.task import TOP, print_result, read_lines
 
 Pixels = npt.NDArray[np.uint8]
-_AHEAD = 4  # decoded blocks queued for the engine
+_PREFETCH = 4  # decoded blocks queued for the engine
 _CALIBRATION_IMAGES = 128
-_WITH_PILLOW = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 def load(paths: list[str], preprocessing: Preprocessing, batch_size: int, threads: int) -> Iterator[Pixels]:
-    """Batches of N,H,W,3 pixels by this project's loader, in order.
+    """Load batches of N x H x W x 3 pixels with the loader of batchcls, in order.
 
-    The loader is made at once, since it takes torch's threads for itself: an engine comes after it.
+    The loader is created immediately, because it sets the number of torch threads; the engine must be created
+    after it.
     """
     settings = LoadSettings(
         run_id="bare",
@@ -69,7 +71,7 @@ def load(paths: list[str], preprocessing: Preprocessing, batch_size: int, thread
 def _pixels(block: pa.Table, preprocessing: Preprocessing) -> Pixels:
     column = block.column(PIXELS).combine_chunks()
     if column.null_count:
-        raise SystemExit(f"{column.null_count} photographs cannot be read: {block.column('detail')}")
+        raise SystemExit(f"{column.null_count} unreadable photographs: {block.column('detail')}")
     return np.frombuffer(column.buffers()[2], np.uint8).reshape(-1, *preprocessing.shape)
 
 
@@ -91,37 +93,37 @@ def load_with_pillow(
 ) -> Iterator[Pixels]:
     """The same batches, decoded in full with Pillow."""
     with ThreadPoolExecutor(threads) as pool:
-        shrunk: deque[list[Future[Pixels]]] = deque()
+        pending: deque[list[Future[Pixels]]] = deque()
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
-            shrunk.append([pool.submit(_shrink_with_pillow, path, preprocessing) for path in batch])
-            if len(shrunk) > _AHEAD:
-                yield np.stack([future.result() for future in shrunk.popleft()])
-        while shrunk:
-            yield np.stack([future.result() for future in shrunk.popleft()])
+            pending.append([pool.submit(_load_with_pillow, path, preprocessing) for path in batch])
+            if len(pending) > _PREFETCH:
+                yield np.stack([future.result() for future in pending.popleft()])
+        while pending:
+            yield np.stack([future.result() for future in pending.popleft()])
 
 
-def _shrink_with_pillow(path: str, preprocessing: Preprocessing) -> Pixels:
+def _load_with_pillow(path: str, preprocessing: Preprocessing) -> Pixels:
     short, crop = preprocessing.resize_height, preprocessing.input_height
     with Image.open(path) as file:
         image = file.convert("RGB")
     shorter_side = min(image.size)
     size = (short * image.width // shorter_side, short * image.height // shorter_side)
-    image = image.resize(size, _WITH_PILLOW[preprocessing.interpolation])
+    image = image.resize(size, _PILLOW_FILTERS[preprocessing.interpolation])
     left, top = round((image.width - crop) / 2), round((image.height - crop) / 2)
     return np.asarray(image.crop((left, top, left + crop, top + crop)))
 
 
-def ahead(batches: Iterable[Pixels]) -> Iterator[Pixels]:
+def prefetch(batches: Iterable[Pixels]) -> Iterator[Pixels]:
     """Prefetch a few batches in a separate thread."""
-    queue: Queue[Pixels | BaseException | None] = Queue(_AHEAD)
+    queue: Queue[Pixels | BaseException | None] = Queue(_PREFETCH)
 
     def fill() -> None:
         try:
             for batch in batches:
                 queue.put(batch)
             queue.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised where the batches are read
+        except BaseException as error:  # noqa: BLE001 - raised in the consumer
             queue.put(error)
 
     threading.Thread(target=fill, daemon=True).start()
@@ -131,7 +133,7 @@ def ahead(batches: Iterable[Pixels]) -> Iterator[Pixels]:
         yield batch
 
 
-def answer(engine: Engine, batches: Iterable[Pixels]) -> Iterator[EngineOutput]:
+def predict(engine: Engine, batches: Iterable[Pixels]) -> Iterator[EngineOutput]:
     """Yield outputs in order, with up to `in_flight` batches submitted to the engine."""
     pending: deque[PendingOutput] = deque()
     for pixels in batches:
@@ -153,9 +155,9 @@ def top_five(logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int64], np
     return classes.astype(np.int64), np.take_along_axis(values, order, axis=1)
 
 
-def write(paths: list[str], labels: tuple[str, ...], answers: list[EngineOutput], output: Path) -> None:
+def write(paths: list[str], labels: tuple[str, ...], outputs: list[EngineOutput], output: Path) -> None:
     """Write the top-5 labels of each photograph to a Parquet file."""
-    classes, values = top_five(np.concatenate([one.logits for one in answers]))
+    classes, values = top_five(np.concatenate([entry.logits for entry in outputs]))
     offsets = pa.array(np.arange(0, classes.size + 1, TOP, dtype=np.int32))
     names = pa.array(labels).take(pa.array(classes.reshape(-1)))
     columns = {
@@ -164,7 +166,7 @@ def write(paths: list[str], labels: tuple[str, ...], answers: list[EngineOutput]
         "probabilities": pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), pa.float32())),
     }
     output.mkdir(parents=True)
-    pq.write_table(pa.table(columns), output / "answers.parquet")
+    pq.write_table(pa.table(columns), output / "predictions.parquet")
 
 
 def main() -> None:
@@ -181,15 +183,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=cores, help="threads of the engine")
     parser.add_argument("--decode-threads", type=int, default=cores)
     parser.add_argument("--pillow", action="store_true", help="decode in full and resize with Pillow")
-    given = parser.parse_args()
-    paths = read_lines(given.images)
-    bundle = Bundle.load(given.bundle, Storage())
-    read = load_with_pillow if given.pillow else load
+    arguments = parser.parse_args()
+    paths = read_lines(arguments.images)
+    bundle = Bundle.load(arguments.bundle, Storage())
+    read = load_with_pillow if arguments.pillow else load
     batches: Callable[[list[str]], Iterator[Pixels]] = partial(
         read,
         preprocessing=bundle.config.preprocessing,
-        batch_size=given.batch_size,
-        threads=given.decode_threads,
+        batch_size=arguments.batch_size,
+        threads=arguments.decode_threads,
     )
 
     def calibration() -> Pixels:
@@ -197,17 +199,17 @@ def main() -> None:
 
     started = time.perf_counter()
     loading = batches(paths)
-    choice = EngineChoice.parse(f"{given.engine}:{given.precision}")
-    place = EngineConfig(
-        "cpu", given.threads, given.batch_size, CompileCache.from_cache_dir(None), calibration
+    choice = EngineChoice.parse(f"{arguments.engine}:{arguments.precision}")
+    config = EngineConfig(
+        "cpu", arguments.threads, arguments.batch_size, CompileCache.from_cache_dir(None), calibration
     )
-    engine, _ = start_tested_engine(bundle, choice, place)
-    running = time.perf_counter()
-    answers = list(answer(engine, ahead(loading)))
-    write(paths, bundle.config.labels, answers, Path(given.output))
+    engine, _ = start_tested_engine(bundle, choice, config)
+    engine_ready = time.perf_counter()
+    outputs = list(predict(engine, prefetch(loading)))
+    write(paths, bundle.config.labels, outputs, Path(arguments.output))
     ended = time.perf_counter()
-    rate = len(paths) / (ended - running)
-    say(len(paths), ended - started, images_per_second_after_start=round(rate, 2))
+    rate = len(paths) / (ended - engine_ready)
+    print_result(len(paths), ended - started, images_per_second_after_start=round(rate, 2))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Image classification as Daft's documentation shows it: download, decode, transform, a class with the model.
+"""Image classification as in Daft's documentation: download, decode, transform, and a class with the model.
 
     python -m benchmarks.peers.daft_example --images LIST --model resnet50 --weights FILE --labels FILE --output DIR
 
-Daft's guide of stateful classes and its own benchmark of image classification, on its native runner.
-Changed only where it must be: the network and its preprocessing, one instance of the model without a
-GPU, batches of 16 instead of 100, and top-5 instead of the label alone.
+Based on Daft's guide on stateful classes and its benchmark of image classification, on the native runner, with
+only the necessary changes: the network and its preprocessing, one instance of the model without a GPU, a batch
+size of 16 instead of 100, and top-5 instead of the label only.
 
-Tuned: Daft downloads, which it does well, and a class decodes and shrinks as bytes with a
-thread for each core; that of the model normalizes whole batches, in bf16, channels last.
+Tuned: Daft downloads the files, and a class decodes and resizes them as uint8 with one thread per core. The class
+with the model normalizes whole batches and runs in bf16 and channels last.
 """
 
 import os
@@ -26,16 +26,16 @@ from daft import DataType, Series, col
 
 from benchmarks.peers.network import Network
 from benchmarks.peers.pixels import CROP, decode_fast, documented_transform, normalize
-from benchmarks.peers.task import Task, read_task, say
+from benchmarks.peers.task import Task, print_result, read_task
 
 _SHAPE = (3, CROP, CROP)
-_ANSWER = DataType.struct(
+_PREDICTION = DataType.struct(
     {"labels": DataType.list(DataType.string()), "probabilities": DataType.list(DataType.float32())}
 )
 
 
 def classifier(task: Task) -> Any:
-    """The class of the example, for this task."""
+    """Create the model class of the example for a task."""
 
     @daft.cls(max_concurrency=1)
     class Classifier:
@@ -45,7 +45,7 @@ def classifier(task: Task) -> Any:
             )
             self._tuned = task.tuned
 
-        @daft.method.batch(return_dtype=_ANSWER, batch_size=task.batch_size)
+        @daft.method.batch(return_dtype=_PREDICTION, batch_size=task.batch_size)
         def __call__(self, images: Series) -> list[dict[str, Any]]:
             if len(images) == 0:
                 return []
@@ -60,7 +60,7 @@ def classifier(task: Task) -> Any:
 
 
 def documented(paths: list[str]) -> daft.DataFrame:
-    """Photographs as normalized float32 in a column `images`, image by image."""
+    """Photographs as normalized float32 in a column `images`, transformed individually."""
     transform = documented_transform()
     frame = daft.from_pydict({"path": paths})
     frame = frame.with_column("decoded", col("path").download().decode_image(on_error="null", mode="RGB"))
@@ -68,11 +68,11 @@ def documented(paths: list[str]) -> daft.DataFrame:
     return frame.with_column("images", col("decoded").apply(transform, tensor))
 
 
-def shrinker(batch_size: int, threads: int) -> Any:
-    """A class that decodes and shrinks files."""
+def decoder(batch_size: int, threads: int) -> Any:
+    """Create a class that decodes and resizes files."""
 
     @daft.cls(max_concurrency=1)
-    class Shrinker:
+    class Decoder:
         def __init__(self) -> None:
             self._pool = ThreadPoolExecutor(threads)
 
@@ -80,14 +80,14 @@ def shrinker(batch_size: int, threads: int) -> Any:
         def __call__(self, files: Series) -> list[np.ndarray]:
             return [pixels.numpy() for pixels in self._pool.map(decode_fast, files.to_pylist())]
 
-    return Shrinker()
+    return Decoder()
 
 
 def tuned(paths: list[str], batch_size: int, threads: int) -> daft.DataFrame:
-    """Photographs as bytes, of the network's size, in a column `images`."""
+    """Photographs as uint8 with the input size of the network in a column `images`."""
     files = col("path").download()
     frame = daft.from_pydict({"path": paths})
-    return frame.with_column("images", shrinker(batch_size, threads)(files))
+    return frame.with_column("images", decoder(batch_size, threads)(files))
 
 
 def main() -> None:
@@ -96,14 +96,14 @@ def main() -> None:
     daft.set_runner_native()
     started = time.perf_counter()
     frame = tuned(task.images, task.batch_size, task.threads) if task.tuned else documented(task.images)
-    frame = frame.with_column("answer", classifier(task)(col("images")))
-    answer = col("answer")
+    frame = frame.with_column("prediction", classifier(task)(col("images")))
+    prediction = col("prediction")
     frame.select(
         col("path"),
-        answer["labels"].alias("labels"),
-        answer["probabilities"].alias("probabilities"),
+        prediction["labels"].alias("labels"),
+        prediction["probabilities"].alias("probabilities"),
     ).write_parquet(str(task.output))
-    say(len(task.images), time.perf_counter() - started)
+    print_result(len(task.images), time.perf_counter() - started)
 
 
 if __name__ == "__main__":

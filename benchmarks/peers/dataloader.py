@@ -1,13 +1,13 @@
-"""A plain DataLoader script, as timm's `inference.py` is: its loader, its transforms, eager PyTorch.
+"""A DataLoader script like timm's `inference.py`: its loader, its transforms, eager PyTorch.
 
     python -m benchmarks.peers.dataloader --images LIST --model resnet50 --weights FILE --labels FILE --output DIR
 
-timm's ImageDataset decodes with Pillow, its transforms resize with Pillow, two workers load (its
-default, and a core each here) and the main process answers. Changed only where it must be: no GPU, a
-list of files instead of a folder, batches of 32, since 256 is meant for GPUs, and top-5 to Parquet.
+timm's ImageDataset decodes with Pillow, and its transforms resize with Pillow. Two workers load images (its
+default), and the main process predicts. With only the necessary changes: no GPU, a list of files instead of a
+folder, a batch size of 32, because 256 is meant for GPUs, and top-5 written to Parquet.
 
-Tuned: what `--amp --amp-dtype bfloat16 --channels-last` do there; files are decoded by torchvision and
-shrunk as bytes, and the main process normalizes whole batches.
+Tuned: equivalent to `--amp --amp-dtype bfloat16 --channels-last`; files are decoded and resized as uint8 by
+torchvision, and the main process normalizes whole batches.
 """
 
 import os
@@ -24,20 +24,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.peers.network import Network
 from benchmarks.peers.pixels import CROP, MEAN, RESIZE, STD, normalize, read_fast
-from benchmarks.peers.task import Task, read_task, say
+from benchmarks.peers.task import Task, print_result, read_task
 
 _WORKERS = 2
 
 
-class _Listed(Reader):
-    """timm's reader of a folder, for a list of files."""
+class _ListReader(Reader):
+    """A timm reader for a list of files instead of a folder."""
 
     def __init__(self, paths: list[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._paths = paths
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        return open(self._paths[index], "rb"), 0  # noqa: PTH123 - as timm's own reader does
+        return open(self._paths[index], "rb"), 0  # noqa: PTH123 - as in timm's reader
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -47,8 +47,8 @@ class _Listed(Reader):
         return self._paths[index]
 
 
-class _Shrunk(Dataset[torch.Tensor]):
-    """Photographs as bytes, of the network's size."""
+class _ResizedImages(Dataset[torch.Tensor]):
+    """Photographs as uint8 with the input size of the network."""
 
     def __init__(self, paths: list[str]) -> None:
         self._paths = paths
@@ -61,12 +61,12 @@ class _Shrunk(Dataset[torch.Tensor]):
 
 
 def documented(task: Task) -> Iterator[torch.Tensor]:
-    """Batches of normalized float32, by timm's loader."""
+    """Batches of normalized float32 from timm's loader."""
     loader = create_loader(
-        ImageDataset("", reader=_Listed(task.images)),  # type: ignore[no-untyped-call]
+        ImageDataset("", reader=_ListReader(task.images)),  # type: ignore[no-untyped-call]
         input_size=(3, CROP, CROP),
         batch_size=task.batch_size,
-        use_prefetcher=False,  # it is for GPUs; without it timm's transforms normalize
+        use_prefetcher=False,  # the prefetcher is for GPUs; without it, timm's transforms normalize
         interpolation="bilinear",
         mean=tuple(MEAN),
         std=tuple(STD),
@@ -79,8 +79,8 @@ def documented(task: Task) -> Iterator[torch.Tensor]:
 
 
 def tuned(task: Task) -> Iterator[torch.Tensor]:
-    """Batches of normalized float32, by PyTorch's own loader and the faster decoder."""
-    loader = DataLoader(_Shrunk(task.images), batch_size=task.batch_size, num_workers=_WORKERS)
+    """Batches of normalized float32 from PyTorch's loader and the faster decoder."""
+    loader = DataLoader(_ResizedImages(task.images), batch_size=task.batch_size, num_workers=_WORKERS)
     return (normalize(pixels) for pixels in loader)
 
 
@@ -101,8 +101,8 @@ def main() -> None:
         "probabilities": pa.array(probabilities, pa.list_(pa.float32())),
     }
     task.output.mkdir(parents=True)
-    pq.write_table(pa.table(columns), task.output / "answers.parquet")
-    say(len(task.images), time.perf_counter() - started)
+    pq.write_table(pa.table(columns), task.output / "predictions.parquet")
+    print_result(len(task.images), time.perf_counter() - started)
 
 
 if __name__ == "__main__":

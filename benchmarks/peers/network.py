@@ -1,4 +1,7 @@
-"""The network of a peer, in plain eager PyTorch. Imports timm, so only what holds the network imports it."""
+"""The network of the programs to compare with, in eager PyTorch.
+
+This module imports timm, so only the process with the network should import it.
+"""
 
 import timm
 import torch
@@ -12,15 +15,15 @@ class Network:
     """A timm network that predicts the top-5 labels of normalized images."""
 
     def __init__(self, model: str, weights: str, labels: list[str], *, tuned: bool, threads: int) -> None:
-        """Build it.
+        """Create the network and load its weights.
 
         Args:
-            model: architecture, as timm calls it.
+            model: timm architecture.
             weights: safetensors file.
             labels: class names in order.
-            tuned: channels last and bf16 by autocast, and `threads` CPU threads; otherwise fp32 with the
-                threads that its process has.
-            threads: see above.
+            tuned: use channels last, bf16 autocast and `threads` CPU threads; otherwise use fp32 and the
+                default number of threads of the process.
+            threads: number of CPU threads if `tuned`.
         """
         if tuned:
             torch.set_num_threads(threads)

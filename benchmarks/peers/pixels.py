@@ -1,7 +1,8 @@
-"""The preprocessing of the benchmark's weights, once as documentation shows it and once as fast as it goes.
+"""Preprocessing of the benchmark, in a documented and in a fast implementation.
 
-All peers and this job do the same: short side to 256 (bilinear, antialiased), center 224 x 224, mean
-and standard deviation of ImageNet. They differ in rounding: on floats here, on bytes there.
+All programs compute the same: resize the short side to 256 (bilinear, antialiased), crop the center 224 x 224,
+and normalize with the mean and standard deviation of ImageNet. They differ in rounding, because some of them
+resize float and some resize uint8.
 """
 
 import warnings
@@ -18,7 +19,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def documented_transform() -> transforms.Compose:
-    """What the examples of Ray and Daft compose: an image or H,W,3 bytes -> 3,224,224 float32, normalized."""
+    """Transform of the examples of Ray and Daft: an image or H x W x 3 uint8 -> normalized 3 x 224 x 224 float32."""
     return transforms.Compose(
         [
             transforms.ToTensor(),
@@ -30,23 +31,23 @@ def documented_transform() -> transforms.Compose:
 
 
 def read_fast(path: str) -> torch.Tensor:
-    """A photograph's 3,224,224 bytes by torchvision's decoder and its resize on bytes."""
+    """Read and decode a photograph to 3 x 224 x 224 uint8 with torchvision's decoder and uint8 resize."""
     return decode_fast(Path(path).read_bytes())
 
 
 def decode_fast(data: bytes) -> torch.Tensor:
-    """The same, of a file's bytes."""
+    """Decode the bytes of a file to 3 x 224 x 224 uint8."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # decode_image is announced to move out of torchvision
-        # What comes is H x W x 3 memory seen as 3,H,W, which the vectorized resize reads best.
+        warnings.simplefilter("ignore")  # decode_image will be removed from torchvision
+        # The result is a 3 x H x W view of H x W x 3 memory, the fastest layout for the vectorized resize.
         pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-    shrunk: torch.Tensor = functional.resize(pixels, [RESIZE], antialias=True)
-    cropped: torch.Tensor = functional.center_crop(shrunk, [CROP])
+    resized: torch.Tensor = functional.resize(pixels, [RESIZE], antialias=True)
+    cropped: torch.Tensor = functional.center_crop(resized, [CROP])
     return cropped
 
 
 def normalize(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """N,3,224,224 bytes -> float32, normalized, for a whole batch at once."""
+    """Normalize a batch: N x 3 x 224 x 224 uint8 -> float32."""
     images = torch.as_tensor(pixels).to(torch.float32)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return images.sub_(255 * mean).div_(255 * std)

@@ -1,15 +1,15 @@
-"""Image classification as Ray's documentation shows it: read_images -> map(transform) -> map_batches(model).
+"""Image classification as in Ray's documentation: read_images -> map(transform) -> map_batches(model).
 
     python -m benchmarks.peers.ray_example --images LIST --model resnet50 --weights FILE --labels FILE --output DIR
 
-Working with Images and the end-to-end example of batch inference, changed only where it must be: the
-network and its preprocessing, one actor (an actor takes one of Ray's CPUs, and reading needs one,
-too), batches of 16 (the guide has 4, Ray's own benchmark on GPUs has 100), and top-5 written to
-Parquet instead of the label alone.
+Based on the guide "Working with Images" and the end-to-end example of batch inference, with only the necessary
+changes: the network and its preprocessing, one actor (an actor takes one of Ray's CPUs, and reading also needs
+one), a batch size of 16 (4 in the guide, 100 in Ray's benchmark on GPUs), and top-5 written to Parquet instead
+of the label only.
 
-Tuned: files are read as bytes, decoded and shrunk as bytes, so that a quarter of the data travels, and
-the actor normalizes whole batches, in bf16, channels last, with a thread for each core, where Ray
-would give it one.
+Tuned: files are read as bytes and decoded and resized as uint8, which transfers a quarter of the data. The actor
+normalizes whole batches and runs in bf16 and channels last, with one thread per core instead of Ray's default of
+one thread.
 """
 
 import logging
@@ -23,7 +23,7 @@ import torch
 from ray.data import ActorPoolStrategy, Dataset
 
 from benchmarks.peers.network import Network
-from benchmarks.peers.task import Task, read_task, say
+from benchmarks.peers.task import Task, print_result, read_task
 
 
 class Classifier:
@@ -46,7 +46,7 @@ class Classifier:
 
 
 def documented(paths: list[str]) -> Dataset:
-    """Photographs as normalized float32, image by image."""
+    """Photographs as normalized float32, transformed individually."""
     from benchmarks.peers.pixels import documented_transform  # noqa: PLC0415 - the actor needs no torchvision
 
     transform = documented_transform()
@@ -58,14 +58,14 @@ def documented(paths: list[str]) -> Dataset:
 
 
 def tuned(paths: list[str]) -> Dataset:
-    """Photographs as bytes, of the network's size."""
+    """Photographs as uint8 with the input size of the network."""
     from benchmarks.peers.pixels import decode_fast  # noqa: PLC0415 - the actor needs no torchvision
 
-    def shrink(row: dict[str, Any]) -> dict[str, Any]:
+    def load(row: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(1)
         return {"path": row["path"], "pixels": decode_fast(row["bytes"]).numpy()}
 
-    return ray.data.read_binary_files(paths, include_paths=True).map(shrink)
+    return ray.data.read_binary_files(paths, include_paths=True).map(load)
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
         compute=ActorPoolStrategy(size=1),
         batch_size=task.batch_size,
     ).write_parquet(str(task.output))
-    say(len(task.images), time.perf_counter() - started)
+    print_result(len(task.images), time.perf_counter() - started)
 
 
 if __name__ == "__main__":

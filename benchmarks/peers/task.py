@@ -1,7 +1,7 @@
-"""What every peer is asked to do, and how it says what it took. Needs no torch.
+"""Command line and result line of every program to compare with. Does not import torch.
 
-All of them get the same photographs, weights and labels, and write the five best labels of each
-photograph with their probabilities to Parquet: columns path, labels and probabilities.
+All programs get the same photographs, weights and labels, and write the top-5 labels of each photograph with
+their probabilities to Parquet, in the columns path, labels and probabilities.
 """
 
 import argparse
@@ -15,17 +15,17 @@ TOP = 5
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The command line of a peer.
+    """Arguments of a program.
 
     Attributes:
-        images: photographs, in order.
-        model: architecture, as timm calls it.
-        weights: its safetensors file.
+        images: paths of the photographs, in order.
+        model: timm architecture.
+        weights: safetensors file.
         labels: class names in order.
-        output: folder for the Parquet files; not there yet.
-        tuned: as fast as the peer's own documentation allows, instead of as it is first shown.
-        batch_size: images of a forward pass.
-        threads: CPU threads of the network where the program sets them itself.
+        output: folder for the Parquet files, which must not exist yet.
+        tuned: whether to use all optimizations of the program's documentation instead of its first example.
+        batch_size: images per forward pass.
+        threads: CPU threads of the network, if the program sets them.
     """
 
     images: list[str]
@@ -39,7 +39,14 @@ class Task:
 
 
 def read_task(description: str | None, batch_size: int, tuned_batch_size: int, threads: int) -> Task:
-    """The task of this process's command line; batch sizes and threads are what it has by default."""
+    """Parse the command line.
+
+    Args:
+        description: description for `--help`.
+        batch_size: default batch size.
+        tuned_batch_size: default batch size with `--tuned`.
+        threads: default number of threads.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,16 +58,16 @@ def read_task(description: str | None, batch_size: int, tuned_batch_size: int, t
     parser.add_argument("--tuned", action="store_true", help="bf16, channels last, the fastest decoder")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--threads", type=int, default=threads)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     return Task(
-        images=read_lines(given.images),
-        model=given.model,
-        weights=given.weights,
-        labels=read_lines(given.labels),
-        output=Path(given.output),
-        tuned=given.tuned,
-        batch_size=given.batch_size or (tuned_batch_size if given.tuned else batch_size),
-        threads=given.threads,
+        images=read_lines(arguments.images),
+        model=arguments.model,
+        weights=arguments.weights,
+        labels=read_lines(arguments.labels),
+        output=Path(arguments.output),
+        tuned=arguments.tuned,
+        batch_size=arguments.batch_size or (tuned_batch_size if arguments.tuned else batch_size),
+        threads=arguments.threads,
     )
 
 
@@ -69,6 +76,6 @@ def read_lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines()
 
 
-def say(images: int, seconds: float, **more: Any) -> None:
+def print_result(images: int, seconds: float, **more: Any) -> None:
     """Print the result as the last line of stdout, one JSON object."""
     print(json.dumps({"images": images, "seconds": round(seconds, 3)} | more), flush=True)
