@@ -1,8 +1,8 @@
-"""Product-like images, drawn from random numbers: ten kinds of things on varied backgrounds.
+"""Draws synthetic product images of ten categories.
 
 Every object is drawn in coordinates 0..100 (x to the right, y down) on a transparent square and then
-turned, scaled and placed on a background. Colors are drawn from one palette for all categories, so
-that only the shape tells them apart.
+rotated, scaled and placed on a background (`scenes`). All categories use the same palette, so they differ
+only in shape.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ Box = tuple[float, float, float, float]
 
 CANVAS_PIXELS = 256
 OUTLINE_PIXELS = 2
-CLEAR = (255, 255, 255, 0)  # white under the transparency, so that soft edges do not darken
+CLEAR = (255, 255, 255, 0)  # transparent white, so that soft edges do not become darker
 
 PALETTE: dict[str, Color] = {
     "red": (200, 45, 50),
@@ -38,7 +38,7 @@ PALETTE: dict[str, Color] = {
 
 @dataclass(frozen=True, slots=True)
 class Paint:
-    """The colors of one image: the object's main color, its second one, lines, background."""
+    """The colors of one image: body and trim of the object, outline and background."""
 
     name: str
     body: Color
@@ -48,13 +48,13 @@ class Paint:
 
 
 def mix(first: Color, second: Color, share: float) -> Color:
-    """`first` with `share` (0..1) of `second` in it."""
+    """Interpolate linearly from `first` (share 0) to `second` (share 1)."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 def choose_paint(rng: np.random.Generator) -> Paint:
-    """Three different colors of the palette; the background paler or darker than the object."""
+    """Choose three different palette colors and make the background lighter or darker."""
     body, trim, ground = rng.choice(sorted(PALETTE), size=3, replace=False)
     ground_end = (255, 255, 255) if rng.random() < 0.7 else (20, 20, 28)
     return Paint(
@@ -67,7 +67,7 @@ def choose_paint(rng: np.random.Generator) -> Paint:
 
 
 class Pen:
-    """Draws filled, outlined shapes on a transparent square, in coordinates 0..100."""
+    """Draws filled shapes with an outline on a transparent square, in coordinates 0..100."""
 
     def __init__(self, ink: Color) -> None:
         self.image = Image.new("RGBA", (CANVAS_PIXELS, CANVAS_PIXELS), CLEAR)
@@ -75,40 +75,40 @@ class Pen:
         self._ink = ink
 
     def polygon(self, points: Sequence[Point], fill: Color) -> None:
-        """A filled polygon."""
+        """Draw a filled polygon."""
         self._draw.polygon(
-            [self._place(point) for point in points], fill=fill, outline=self._ink, width=OUTLINE_PIXELS
+            [self._to_pixels(point) for point in points], fill=fill, outline=self._ink, width=OUTLINE_PIXELS
         )
 
     def ellipse(self, box: Box, fill: Color) -> None:
-        """A filled ellipse inside left, top, right, bottom."""
+        """Draw a filled ellipse inside the box (left, top, right, bottom)."""
         self._draw.ellipse(self._corners(box), fill=fill, outline=self._ink, width=OUTLINE_PIXELS)
 
     def box(self, box: Box, fill: Color, radius: float = 2) -> None:
-        """A filled rectangle with round corners."""
+        """Draw a filled rectangle with rounded corners."""
         corners = self._corners(box)
         self._draw.rounded_rectangle(
             corners, radius * CANVAS_PIXELS / 100, fill=fill, outline=self._ink, width=OUTLINE_PIXELS
         )
 
     def line(self, points: Sequence[Point], color: Color, width: float) -> None:
-        """A stroke through the points, `width` in the same 0..100."""
-        placed = [self._place(point) for point in points]
-        self._draw.line(placed, fill=color, width=round(width * CANVAS_PIXELS / 100), joint="curve")
+        """Draw a line through the points; `width` has the same unit as the coordinates."""
+        pixels = [self._to_pixels(point) for point in points]
+        self._draw.line(pixels, fill=color, width=round(width * CANVAS_PIXELS / 100), joint="curve")
 
     def arc(self, box: Box, degrees: tuple[float, float], color: Color, width: float) -> None:
-        """A part of an ellipse's line, from one angle to another, clockwise from three o'clock."""
+        """Draw an arc of an ellipse between two angles in degrees, clockwise from three o'clock."""
         self._draw.arc(self._corners(box), *degrees, fill=color, width=round(width * CANVAS_PIXELS / 100))
 
-    def _place(self, point: Point) -> Point:
+    def _to_pixels(self, point: Point) -> Point:
         return point[0] * CANVAS_PIXELS / 100, point[1] * CANVAS_PIXELS / 100
 
     def _corners(self, box: Box) -> list[Point]:
-        return [self._place(box[:2]), self._place(box[2:])]
+        return [self._to_pixels(box[:2]), self._to_pixels(box[2:])]
 
 
 def draw_mug(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
-    """A cup with an ear."""
+    """A cup with a handle."""
     top, right = rng.uniform(18, 32), rng.uniform(60, 70)
     pen.arc((right - 18, top + 14, right + 24, 78), (-100, 100), paint.ink, 9)
     pen.arc((right - 16, top + 16, right + 22, 76), (-100, 100), paint.body, 5)
@@ -119,7 +119,7 @@ def draw_mug(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
 
 
 def draw_lamp(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
-    """A shade on a stem on a foot."""
+    """A lamp shade on a stem with a foot."""
     shade_bottom, half_top, half_bottom = rng.uniform(40, 52), rng.uniform(10, 18), rng.uniform(28, 38)
     pen.box((47, shade_bottom, 53, 90), paint.trim, radius=0)
     foot = rng.uniform(16, 26)
@@ -191,7 +191,7 @@ def draw_book(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
 
 
 def draw_backpack(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
-    """A round-shouldered bag with a grip, a pocket and two side straps."""
+    """A bag with rounded shoulders, a handle, a pocket and two side straps."""
     top, pocket = rng.uniform(16, 22), rng.uniform(54, 62)
     pen.arc((38, 4, 62, 30), (180, 360), paint.ink, 4)
     for left in (9, 77):
@@ -204,7 +204,7 @@ def draw_backpack(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
 
 
 def draw_clock(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
-    """A round face with marks and two hands, on feet or on the wall."""
+    """A round face with hour marks and two hands, with or without feet."""
     if rng.random() < 0.5:
         pen.line([(30, 78), (20, 95)], paint.ink, 5)
         pen.line([(70, 78), (80, 95)], paint.ink, 5)
@@ -220,7 +220,7 @@ def draw_clock(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
 
 
 def draw_plant(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
-    """Leaves on stalks above a flower pot."""
+    """Leaves on stems above a flower pot."""
     leaf = mix(paint.trim, (40, 140, 60), rng.uniform(0.2, 0.8))
     for angle in np.linspace(-1.1, 1.1, int(rng.integers(4, 8))):
         reach = rng.uniform(34, 48)
@@ -235,7 +235,7 @@ def draw_plant(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
 
 
 def draw_sneaker(pen: Pen, paint: Paint, rng: np.random.Generator) -> None:
-    """A low shoe from the side: upper, sole, laces."""
+    """A low shoe from the side with upper, sole and laces."""
     collar, toe = rng.uniform(28, 38), rng.uniform(50, 58)
     pen.polygon(
         [(8, 72), (9, collar), (22, collar + 6), (36, collar - 2), (58, toe), (82, toe + 5), (93, 72)],

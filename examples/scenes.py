@@ -1,4 +1,4 @@
-"""One image: an object of `drawings` turned, scaled and placed in front of a background."""
+"""Composes an image: an object of `drawings`, rotated and scaled, in front of a background."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from drawings import CATEGORIES, Color, Paint, Pen, choose_paint, mix
 from PIL import Image, ImageChops, ImageDraw, ImageOps
 
 SHORTEST_PIXELS, LONGEST_PIXELS = 160, 640
-TURN_DEGREES = 20.0
+MAX_ROTATION_DEGREES = 20.0
 NOISE_TILE_PIXELS = 160
 
 
@@ -20,26 +20,26 @@ class Scene:
 
 
 def draw_scene(category: str, rng: np.random.Generator, transparent: bool) -> Scene:
-    """An RGB image of `category`, or an RGBA one without a background where `transparent`."""
+    """Draw an RGB image of `category`, or an RGBA image without a background if `transparent`."""
     paint = choose_paint(rng)
     size = _choose_size(rng)
-    thing = _draw_object(category, paint, rng)
-    scale = rng.uniform(0.6, 0.92) * min(size) / max(thing.size)
-    thing = thing.resize((round(thing.width * scale), round(thing.height * scale)), Image.Resampling.BILINEAR)
-    corner = _place_near_the_center(size, thing.size, rng)
+    cutout = _draw_object(category, paint, rng)
+    scale = rng.uniform(0.6, 0.92) * min(size) / max(cutout.size)
+    cutout = cutout.resize((round(cutout.width * scale), round(cutout.height * scale)), Image.Resampling.BILINEAR)
+    corner = _place_near_the_center(size, cutout.size, rng)
     if transparent:
         image = Image.new("RGBA", size, (255, 255, 255, 0))
-        image.alpha_composite(thing, corner)
+        image.alpha_composite(cutout, corner)
         return Scene(image, paint.name)
     image = _draw_background(size, paint, rng)
-    image.paste(thing, corner, thing)
+    image.paste(cutout, corner, cutout)
     return Scene(_add_noise(image, rng), paint.name)
 
 
 def _choose_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height, as many small images as large ones by ratio.
+    """Choose width and height from a log-uniform distribution.
 
-    At most 4:3, or the center crop of any network would miss the object.
+    The aspect ratio is at most 4:3, because otherwise the center crop could miss the object.
     """
     width, height = (
         np.exp(rng.uniform(np.log(SHORTEST_PIXELS), np.log(LONGEST_PIXELS), 2)).astype(int).tolist()
@@ -50,27 +50,27 @@ def _choose_size(rng: np.random.Generator) -> tuple[int, int]:
 def _draw_object(category: str, paint: Paint, rng: np.random.Generator) -> Image.Image:
     pen = Pen(paint.ink)
     CATEGORIES[category](pen, paint, rng)
-    drawn = pen.image.crop(pen.image.getbbox())  # turning is the dearest step, so turn no empty margin
-    turned = drawn if rng.random() < 0.5 else ImageOps.mirror(drawn)
-    degrees = float(rng.uniform(-TURN_DEGREES, TURN_DEGREES))
-    turned = turned.rotate(degrees, Image.Resampling.BILINEAR, expand=True, fillcolor=(255, 255, 255, 0))
-    return turned.crop(turned.getbbox())
+    drawn = pen.image.crop(pen.image.getbbox())  # rotation is the most expensive step, so remove empty margins first
+    rotated = drawn if rng.random() < 0.5 else ImageOps.mirror(drawn)
+    degrees = float(rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES))
+    rotated = rotated.rotate(degrees, Image.Resampling.BILINEAR, expand=True, fillcolor=(255, 255, 255, 0))
+    return rotated.crop(rotated.getbbox())
 
 
 def _place_near_the_center(
-    size: tuple[int, int], thing: tuple[int, int], rng: np.random.Generator
+    size: tuple[int, int], cutout: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Top left corner of the object: inside the image, and mostly inside its central square."""
+    """Top left corner of the object, inside the image and near the center."""
     reach = 0.06 * min(size)
     corner = [
         int(np.clip((outer - inner) / 2 + rng.uniform(-reach, reach), 0, outer - inner))
-        for outer, inner in zip(size, thing, strict=True)
+        for outer, inner in zip(size, cutout, strict=True)
     ]
     return corner[0], corner[1]
 
 
 def _draw_background(size: tuple[int, int], paint: Paint, rng: np.random.Generator) -> Image.Image:
-    """A gradient between two shades, and on some images stripes, spots or a floor."""
+    """Draw a gradient, with stripes, spots or a floor on some images."""
     far = mix(paint.ground, (255, 255, 255) if rng.random() < 0.5 else (30, 30, 40), rng.uniform(0.1, 0.5))
     corners = np.array([[paint.ground, far], [paint.ground, far] if rng.random() < 0.5 else [far, far]])
     image = Image.fromarray(corners.astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
@@ -103,7 +103,7 @@ def _draw_spots(
 
 
 def _add_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Grain of one random tile, repeated: drawing a normal number for every pixel would cost the most."""
+    """Add noise from one repeated random tile, because random numbers for every pixel would be expensive."""
     strength = rng.uniform(0, 14)
     noise = rng.standard_normal((NOISE_TILE_PIXELS, NOISE_TILE_PIXELS), dtype=np.float32) * strength
     tile = Image.fromarray((128 + noise).clip(0, 255).astype(np.uint8)).convert("RGB")

@@ -144,10 +144,10 @@ def _draw_photographs(folder, count):
 def test_selected_photographs_are_distinct_if_possible_and_reproducible(tmp_path):
     _draw_photographs(tmp_path / "imagenet", 3)
     _draw_photographs(tmp_path / "catalog" / "train", 6)
-    found = choose_images(tmp_path, 7)
-    assert len(set(found)) == 7
-    assert found == choose_images(tmp_path, 7)
-    assert sum("imagenet" in path.parts for path in arguments) == 3
+    images = choose_images(tmp_path, 7)
+    assert len(set(images)) == 7
+    assert images == choose_images(tmp_path, 7)
+    assert sum("imagenet" in path.parts for path in images) == 3
     assert len(set(choose_images(tmp_path, 12))) == 9
     with pytest.raises(FileNotFoundError, match="no photographs"):
         choose_images(tmp_path / "nothing", 1)

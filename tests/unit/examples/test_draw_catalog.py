@@ -1,4 +1,4 @@
-"""The demo's catalog: drawn from a seed, in many encodings, with broken files that stay broken."""
+"""Tests for the catalog of the demo: reproducible drawings, encodings and broken files."""
 
 import importlib
 from collections import Counter
@@ -45,13 +45,13 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_same_seed_draws_the_same_bytes(draw_catalog: ModuleType, tmp_path: Path) -> None:
+def test_same_seed_draws_identical_files(draw_catalog: ModuleType, tmp_path: Path) -> None:
     for name in ("first", "again"):
         draw_catalog.draw_catalog(tmp_path / name, seed=3, images=20, training_images=4)
     assert _files(tmp_path / "first") == _files(tmp_path / "again")
 
 
-def test_another_seed_draws_other_images(draw_catalog: ModuleType, tmp_path: Path) -> None:
+def test_different_seeds_draw_different_images(draw_catalog: ModuleType, tmp_path: Path) -> None:
     for seed in (3, 4):
         draw_catalog.draw_catalog(tmp_path / str(seed), seed=seed, images=20, training_images=4)
     first, second = (set(_files(tmp_path / seed / "catalog").values()) for seed in ("3", "4"))
@@ -59,7 +59,7 @@ def test_another_seed_draws_other_images(draw_catalog: ModuleType, tmp_path: Pat
     assert not same
 
 
-def test_an_image_does_not_depend_on_how_many_there_are(
+def test_image_does_not_depend_on_the_number_of_images(
     draw_catalog: ModuleType, drawn: Path, tmp_path: Path
 ) -> None:
     draw_catalog.draw_catalog(tmp_path, seed=7, images=20, training_images=4)
@@ -69,7 +69,7 @@ def test_an_image_does_not_depend_on_how_many_there_are(
 
 
 @pytest.mark.parametrize("part", ["train", "validation", "catalog"])
-def test_every_labeled_row_names_an_image_of_its_category(drawn: Path, part: str) -> None:
+def test_every_labeled_row_refers_to_an_image_of_its_category(drawn: Path, part: str) -> None:
     rows = _labeled(drawn, part)
     for row in rows:
         assert row["uri"].startswith(f"{part}/{row['label']}/")
@@ -81,7 +81,7 @@ def test_every_labeled_row_names_an_image_of_its_category(drawn: Path, part: str
     assert max(counts.values()) == min(counts.values())
 
 
-def test_no_image_of_the_catalog_is_trained_on(drawn: Path) -> None:
+def test_training_validation_and_catalog_images_are_disjoint(drawn: Path) -> None:
     train, validation, catalog = (
         {(drawn / row["uri"]).read_bytes() for row in _labeled(drawn, part)}
         for part in ("train", "validation", "catalog")
@@ -93,7 +93,7 @@ def test_no_image_of_the_catalog_is_trained_on(drawn: Path) -> None:
     assert not validation & (train | catalog)
 
 
-def test_jpeg_is_the_most_common_and_every_encoding_occurs(drawn: Path) -> None:
+def test_most_images_are_jpeg_and_every_encoding_occurs(drawn: Path) -> None:
     kinds: Counter[str] = Counter()
     for row in _labeled(drawn):
         with Image.open(drawn / row["uri"]) as image:
@@ -101,28 +101,28 @@ def test_jpeg_is_the_most_common_and_every_encoding_occurs(drawn: Path) -> None:
             kinds["alpha"] += image.mode == "RGBA"
             kinds["cmyk"] += image.mode == "CMYK"
             kinds["progressive"] += "progressive" in image.info
-            kinds["turned"] += image.getexif().get(0x0112, 1) != 1
+            kinds["rotated"] += image.getexif().get(0x0112, 1) != 1
     assert kinds["JPEG"] > IMAGES / 2
-    assert set(kinds) == {"JPEG", "PNG", "WEBP", "GIF", "BMP", "alpha", "cmyk", "progressive", "turned"}
+    assert set(kinds) == {"JPEG", "PNG", "WEBP", "GIF", "BMP", "alpha", "cmyk", "progressive", "rotated"}
     assert min(kinds.values()) >= IMAGES // 20
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_turned_image_is_upright_for_a_reader_who_obeys_its_tag(
+def test_rotated_image_is_upright_after_applying_its_orientation(
     draw_catalog: ModuleType, tmp_path: Path, number: int
 ) -> None:
     upright = Image.radial_gradient("L").crop((0, 0, 200, 120)).convert("RGB")
-    stored = tmp_path / "turned.jpg"
-    stored.write_bytes(draw_catalog.ENCODINGS["turned"].encode(upright, number))
+    stored = tmp_path / "rotated.jpg"
+    stored.write_bytes(draw_catalog.ENCODINGS["rotated"].encode(upright, number))
     with Image.open(stored) as image:
-        as_stored, as_seen = image.convert("RGB"), ImageOps.exif_transpose(image).convert("RGB")
-    assert as_seen.size == upright.size
-    difference = np.asarray(as_seen, dtype=int) - np.asarray(upright, dtype=int)
+        as_stored, transposed = image.convert("RGB"), ImageOps.exif_transpose(image).convert("RGB")
+    assert transposed.size == upright.size
+    difference = np.asarray(transposed, dtype=int) - np.asarray(upright, dtype=int)
     assert np.abs(difference).mean() < 2
-    assert as_stored.tobytes() != as_seen.tobytes()
+    assert as_stored.tobytes() != transposed.tobytes()
 
 
-def test_the_broken_files_are_broken_each_in_its_own_way(drawn: Path) -> None:
+def test_broken_files_fail_with_the_expected_errors(drawn: Path) -> None:
     folder = drawn / "catalog" / "broken"
     assert (folder / "zero-bytes.jpg").stat().st_size == 0
     assert not (folder / "no-such-file.jpg").exists()
@@ -131,10 +131,10 @@ def test_the_broken_files_are_broken_each_in_its_own_way(drawn: Path) -> None:
     with Image.open(folder / "cut-short.jpg") as image, pytest.raises(OSError, match="truncated"):
         image.load()
     with pytest.raises(Image.DecompressionBombError, match="1200000000 pixels"):
-        Image.open(folder / "promises-30000x40000.png")
+        Image.open(folder / "huge-30000x40000.png")
 
 
-def test_the_last_seven_rows_are_those_for_quarantine(drawn: Path) -> None:
+def test_last_seven_rows_cannot_be_classified(drawn: Path) -> None:
     rows = _rows(drawn)
     assert len(rows) == IMAGES + 7
     assert all(row["label"] is None for row in rows[-7:])
@@ -144,8 +144,8 @@ def test_the_last_seven_rows_are_those_for_quarantine(drawn: Path) -> None:
     assert [name for name, count in counts.items() if count > 1] == [rows[0]["item_id"]]
 
 
-def test_color_alone_does_not_tell_the_categories(drawn: Path) -> None:
-    """The nearest mean color of a category, with its own images among those averaged, is a poor guess."""
+def test_color_alone_does_not_determine_the_category(drawn: Path) -> None:
+    """The category with the nearest mean color is rarely correct, even on the images of the means."""
     rows = _labeled(drawn)
     colors = np.stack([_mean_color(drawn / row["uri"]) for row in rows])
     labels = np.array([row["label"] for row in rows])
