@@ -31,8 +31,8 @@ def test_loads_without_console_errors_and_requests(browser: Browser, page: Path)
     browser.open(page, width=DESK)
     assert browser.console() == []
     assert browser.requests() == [page.as_uri()]
-    assert browser.ask("document.title") == "Comparison of backbones"
-    assert browser.ask("document.compatMode") == "CSS1Compat"
+    assert browser.evaluate("document.title") == "Comparison of backbones"
+    assert browser.evaluate("document.compatMode") == "CSS1Compat"
 
 
 def test_detects_console_errors_and_requests(browser: Browser, tmp_path: Path):
@@ -47,9 +47,9 @@ def test_detects_console_errors_and_requests(browser: Browser, tmp_path: Path):
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_content_fits_the_viewport(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
-    assert browser.ask("innerWidth") == width
-    assert browser.ask("document.documentElement.scrollWidth") <= width
-    assert browser.ask(
+    assert browser.evaluate("innerWidth") == width
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(
         "[...document.querySelectorAll('.scroll')].every(box => box.getBoundingClientRect().right <= innerWidth)"
     )
 
@@ -57,7 +57,7 @@ def test_content_fits_the_viewport(browser: Browser, page: Path, width: int):
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_both_plots_have_readable_labels(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
-    sizes = browser.ask(
+    sizes = browser.evaluate(
         "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect())"
         ".map(box => [box.width, box.height])"
     )
@@ -65,12 +65,12 @@ def test_both_plots_have_readable_labels(browser: Browser, page: Path, width: in
     for drawn_width, height in sizes:
         assert drawn_width > 300
         assert height > 250
-    labels = browser.ask(
+    labels = browser.evaluate(
         "[...document.querySelectorAll('figure svg [id*=label-]')].map(label => label.textContent)"
     )
     assert len(labels) == 2 * 13
     assert all(labels)
-    heights = browser.ask(
+    heights = browser.evaluate(
         "[...document.querySelectorAll('figure svg text')].map(text => text.getBoundingClientRect().height)"
     )
     assert min(heights) > 8
@@ -78,7 +78,7 @@ def test_both_plots_have_readable_labels(browser: Browser, page: Path, width: in
 
 def test_labels_do_not_overlap_in_the_font_of_the_browser(browser: Browser, page: Path):
     browser.open(page, width=DESK)
-    boxes = browser.ask(
+    boxes = browser.evaluate(
         "[...document.querySelectorAll('figure:first-child svg [id*=label-]')].map(label => "
         "label.getBoundingClientRect()).map(box => [box.left, box.top, box.right, box.bottom])"
     )
@@ -94,9 +94,9 @@ def test_labels_do_not_overlap_in_the_font_of_the_browser(browser: Browser, page
 def colors(browser: Browser) -> tuple[object, object, object]:
     style = "getComputedStyle(document.querySelector('{}')).{}"
     return (
-        browser.ask(style.format("body", "backgroundColor")),
-        browser.ask(style.format("body", "color")),
-        browser.ask(style.format("figure svg [id*=front-measured] path", "stroke")),
+        browser.evaluate(style.format("body", "backgroundColor")),
+        browser.evaluate(style.format("body", "color")),
+        browser.evaluate(style.format("figure svg [id*=front-measured] path", "stroke")),
     )
 
 
@@ -115,7 +115,7 @@ def test_print_is_light_in_dark_mode_and_fits_all_tables(browser: Browser, page:
     light = colors(browser)
     browser.emulate(dark=True, media="print")
     assert colors(browser) == light
-    overhang = browser.ask(
+    overhang = browser.evaluate(
         "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right - innerWidth)"
     )
     assert len(overhang) == 5

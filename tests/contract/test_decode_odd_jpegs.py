@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 
 from batchcls.images.decode import decode
 from batchcls.schema import Reason
-from tests.helpers.drawing import cut_behind_end_marker, draw, encode, exif
+from tests.helpers.drawing import truncate_before_end_marker, draw, encode, exif
 from tests.helpers.pillow_reference import LIMITS, pillow_pixels, pixels_of, reason_of
 
 BASES = {
@@ -167,7 +167,7 @@ def test_unusual_jpegs_are_decoded_at_a_reduced_scale(options: dict, oddity: str
 def test_cut_unusual_jpegs_are_truncated(mode: str, oddity: str, fraction: float):
     data = AS_PILLOW[oddity](encode(draw(9, 300, 200).convert(mode), "JPEG"))
     assert reason_of(data[: int(len(data) * fraction)]) == Reason.TRUNCATED
-    assert reason_of(cut_behind_end_marker(data, fraction)) == Reason.TRUNCATED
+    assert reason_of(truncate_before_end_marker(data, fraction)) == Reason.TRUNCATED
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from batchcls.schema import Reason
 from tests.helpers.drawing import (
     bombs,
     chunk,
-    cut_behind_end_marker,
+    truncate_before_end_marker,
     draw,
     encode,
     samples,
@@ -50,7 +50,7 @@ def test_zero_padded_jpeg_is_truncated(name):
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"restart_marker_rows": 1}, {"orientation": 6}])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_cut_sequential_jpeg_with_an_added_end_marker_is_truncated(mode, options, fraction):
-    data = cut_behind_end_marker(encode(draw(9, 300, 200).convert(mode), "JPEG", **options), fraction)
+    data = truncate_before_end_marker(encode(draw(9, 300, 200).convert(mode), "JPEG", **options), fraction)
     assert pillow_pixels(data).size, "Pillow decodes it without a word"
     assert reason_of(data) == Reason.TRUNCATED
 
@@ -58,7 +58,7 @@ def test_cut_sequential_jpeg_with_an_added_end_marker_is_truncated(mode, options
 @pytest.mark.parametrize("fraction", [0.4, 0.5, 0.6])
 def test_progressive_jpeg_without_its_last_scans_is_truncated(fraction):
     data = encode(draw(9, 300, 200), "JPEG", progressive=True)
-    assert reason_of(cut_behind_end_marker(data, fraction)) == Reason.TRUNCATED
+    assert reason_of(truncate_before_end_marker(data, fraction)) == Reason.TRUNCATED
 
 
 def test_jpeg_interrupted_by_a_stray_marker_is_corrupt():

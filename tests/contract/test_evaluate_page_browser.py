@@ -29,8 +29,8 @@ def test_fits_the_viewport_without_console_errors_and_requests(browser: Browser,
     # The images of this test are not valid JPEG files, which Chromium does not report.
     assert browser.console() == []
     assert browser.requests() == [page.as_uri()]
-    assert browser.ask("document.documentElement.scrollWidth") <= width
-    sizes = browser.ask(
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = browser.evaluate(
         "[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().width)"
     )
     assert len(sizes) == 3
@@ -42,9 +42,9 @@ def test_dark_mode_changes_colors_and_print_stays_light(browser: Browser, page: 
     def colors() -> list[object]:
         style = "getComputedStyle(document.querySelector('{}')).{}"
         return [
-            browser.ask(style.format("body", "backgroundColor")),
-            browser.ask(style.format("figure svg [id$=line-before] path", "stroke")),
-            browser.ask(style.format(".matrix td.diagonal", "backgroundColor")),
+            browser.evaluate(style.format("body", "backgroundColor")),
+            browser.evaluate(style.format("figure svg [id$=line-before] path", "stroke")),
+            browser.evaluate(style.format(".matrix td.diagonal", "backgroundColor")),
         ]
 
     browser.open(page, width=PAPER)
@@ -53,7 +53,7 @@ def test_dark_mode_changes_colors_and_print_stays_light(browser: Browser, page: 
     assert all(one != other for one, other in zip(light, colors(), strict=True))
     browser.emulate(dark=True, media="print")
     assert colors() == light
-    overhang = browser.ask(
+    overhang = browser.evaluate(
         "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right - innerWidth)"
     )
     assert len(overhang) == 3

@@ -12,7 +12,7 @@ from batchcls.images.decode import Decoded, DecodeError, decode, reduction_facto
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import Reason
-from tests.helpers.drawing import bombs, cut_behind_end_marker, draw, encode, samples
+from tests.helpers.drawing import bombs, truncate_before_end_marker, draw, encode, samples
 from tests.helpers.pillow_reference import LIMITS, reason_of
 
 MARGIN = 4.0
@@ -91,7 +91,7 @@ def test_minimum_size_is_computed_for_the_upright_image():
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_cut_jpeg_is_rejected_at_a_reduced_scale(mode, options, fraction):
     data = encode(draw(9, 300, 200).convert(mode), "JPEG", **options)
-    for damaged in (cut_behind_end_marker(data, fraction), data[: int(len(data) * fraction)]):
+    for damaged in (truncate_before_end_marker(data, fraction), data[: int(len(data) * fraction)]):
         with pytest.raises(DecodeError) as raised:
             reduced(damaged)
         assert raised.value.failure.reason == Reason.TRUNCATED == reason_of(damaged)

@@ -38,25 +38,25 @@ def test_loads_without_console_errors_and_requests(browser: Browser, page: Path)
     browser.open(page, width=DESK)
     assert browser.console() == []
     assert browser.requests() == [page.as_uri()]
-    assert browser.ask("document.compatMode") == "CSS1Compat"
+    assert browser.evaluate("document.compatMode") == "CSS1Compat"
 
 
 def test_hostile_strings_are_inert(browser: Browser, page: Path):
     browser.open(page, width=DESK)
-    assert browser.ask("document.title") == "Run 20261125-033000-4f2a"
-    assert browser.ask("document.querySelectorAll('script, .card b b, img[onerror], [onclick]').length") == 0
-    assert "<script>document.title" in str(browser.ask("document.body.innerText"))
+    assert browser.evaluate("document.title") == "Run 20261125-033000-4f2a"
+    assert browser.evaluate("document.querySelectorAll('script, .card b b, img[onerror], [onclick]').length") == 0
+    assert "<script>document.title" in str(browser.evaluate("document.body.innerText"))
 
 
 def test_shows_every_image(browser: Browser, page: Path):
     browser.open(page, width=DESK)
-    sizes = browser.ask(
+    sizes = browser.evaluate(
         "[...document.images].map(one => [one.complete, one.naturalWidth, one.naturalHeight])"
     )
     assert len(sizes) > 40
     assert all(complete and 0 < max(width, height) <= 96 for complete, width, height in sizes)
-    assert "image changed since the run" in str(browser.ask("document.body.innerText"))
-    bars = browser.ask(
+    assert "image changed since the run" in str(browser.evaluate("document.body.innerText"))
+    bars = browser.evaluate(
         "[...document.querySelectorAll('.histogram rect')].map(bar => bar.getBoundingClientRect().height)"
     )
     assert len(bars) == 20
@@ -66,9 +66,9 @@ def test_shows_every_image(browser: Browser, page: Path):
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_content_fits_the_viewport(browser: Browser, page: Path, width: int):
     browser.open(page, width=width)
-    assert browser.ask("innerWidth") == width
-    assert browser.ask("document.documentElement.scrollWidth") <= width
-    outside = browser.ask(
+    assert browser.evaluate("innerWidth") == width
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    outside = browser.evaluate(
         "[...document.querySelectorAll('main *')].filter(one => !one.closest('.scroll, svg') && "
         "one.getBoundingClientRect().right > innerWidth + 1).map(one => one.outerHTML.slice(0, 100))"
     )
@@ -77,7 +77,7 @@ def test_content_fits_the_viewport(browser: Browser, page: Path, width: int):
 
 def test_cards_do_not_overflow(browser: Browser, page: Path):
     browser.open(page, width=PHONE)
-    covered = browser.ask(
+    covered = browser.evaluate(
         "[...document.querySelectorAll('.cards')].flatMap(box => [...box.children].map(card => "
         "card.scrollWidth - card.clientWidth)).filter(over => over > 0).length"
     )
@@ -87,7 +87,7 @@ def test_cards_do_not_overflow(browser: Browser, page: Path):
 def colors(browser: Browser) -> list[object]:
     style = "getComputedStyle(document.querySelector('{}')).{}"
     return [
-        browser.ask(style.format(*target))
+        browser.evaluate(style.format(*target))
         for target in (
             ("body", "backgroundColor"),
             ("body", "color"),
@@ -109,7 +109,7 @@ def test_dark_mode_changes_colors_and_print_stays_light(browser: Browser, page: 
 def test_prints_all_pages(browser: Browser, page: Path):
     browser.open(page, width=PAPER)
     browser.emulate(media="print")
-    overhang = browser.ask(
+    overhang = browser.evaluate(
         "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right - innerWidth)"
     )
     assert len(overhang) == 4

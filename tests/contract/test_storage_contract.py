@@ -80,18 +80,18 @@ def test_retry_after_a_lost_response_recognizes_its_own_file(s3: S3Server) -> No
     uri = f"s3://{s3.bucket}/lost/plan.json"
     with FaultyProxy(s3.endpoint_url) as proxy:
         storage = Storage({"endpoint_url": proxy.url})
-        proxy.lose_answers_to = {"/plan.json"}
+        proxy.lose_responses_to = {"/plan.json"}
         storage.create_exclusive(uri, b"mine")
-        assert proxy.seen["lost answer"] == 1
+        assert proxy.seen["lost response"] == 1
         with pytest.raises(FileExistsError):
             storage.create_exclusive(uri, b"another's")
         assert storage.read_bytes(uri) == b"mine"
-        proxy.lose_answers_to = {"/current.json"}
+        proxy.lose_responses_to = {"/current.json"}
         pointer = f"s3://{s3.bucket}/lost/current.json"
         compare_and_swap(pointer, b"first", None, storage)
-        proxy.lose_answers_to = {"/current.json"}
+        proxy.lose_responses_to = {"/current.json"}
         compare_and_swap(pointer, b"second", read_versioned(pointer, storage), storage)
-        assert proxy.seen["lost answer"] == 3
+        assert proxy.seen["lost response"] == 3
         assert storage.read_bytes(pointer) == b"second"
 
 

@@ -1,4 +1,4 @@
-"""Image files that cost far more to read than their size tells, made by code; all are within the usual limits."""
+"""Synthetic image files that are far more expensive to decode than their size suggests, all within the usual limits."""
 
 import io
 import struct
@@ -10,11 +10,11 @@ import numpy as np
 from PIL import Image
 
 Tag = tuple[int, int, int, bytes | int]
-"""Tag, type, count, and four bytes of value or the offset of the values."""
+"""Tag, type, count, and either the four bytes of the value or the offset of the values."""
 
 
 def drawn(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """An image that is no single color and compresses well."""
+    """An image that compresses well but has more than one color."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x % 256, y % 256, (x + y) % 256], -1).astype(np.uint8)).convert(mode)
 
@@ -26,7 +26,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def tiff(tags: Iterable[Tag], body: bytes) -> bytes:
-    """A TIFF of one directory behind `body`, which begins at offset 8."""
+    """A TIFF with one directory after `body`, which starts at offset 8."""
     tags = sorted(tags, key=lambda tag: tag[0])
     head = b"II*\0" + struct.pack("<I", 8 + len(body)) + body
     entries = [
@@ -57,7 +57,7 @@ def tiff_overlapping_tags(n_bytes: int = 1 << 20, tags: int = 500, compression: 
 
 
 def tiff_overlapping_strips(side: int = 4000, n_bytes: int = 1 << 20) -> bytes:
-    """A strip for each row, of which each is the whole file."""
+    """A TIFF with one strip per row, each of which covers the whole file."""
     row = zlib.compress(bytes(side))
     body = row.ljust(n_bytes, b"\0") + _long(8) * side + _long(n_bytes) * side
     tags: list[Tag] = [
@@ -69,14 +69,14 @@ def tiff_overlapping_strips(side: int = 4000, n_bytes: int = 1 << 20) -> bytes:
 
 
 def tiff_many_strips(strips: int = 2_000_000) -> bytes:
-    """A small image whose directory names millions of strips."""
+    """A small image whose directory lists millions of strips."""
     body = bytes(100 * 100) + _long(8) * strips
     tags: list[Tag] = [(273, 4, strips, 8 + 10_000), (278, 4, 1, _long(1)), (279, 4, 1, _long(100))]
     return tiff([*_tiff_tags(100, 100), *tags], body)
 
 
 def tiff_loop() -> bytes:
-    """A directory that is its own next one and its own EXIF and GPS directory."""
+    """A directory that refers to itself as the next directory and as the EXIF and GPS directory."""
     body = bytes(100 * 100)
     here = 8 + len(body)
     one = [(273, 4, 1, _long(8)), (278, 4, 1, _long(100)), (279, 4, 1, _long(10_000))]
@@ -85,7 +85,7 @@ def tiff_loop() -> bytes:
 
 
 def exif_overlapping(n_bytes: int = 60_000) -> bytes:
-    """An EXIF block of entries that each claim the whole of it."""
+    """An EXIF block whose entries each cover the whole block."""
     count = min((n_bytes - 14) // 12, 65535)
     entries = b"".join(struct.pack("<HHII", 40000 + i % 20000, 1, n_bytes - 8, 8) for i in range(count))
     return b"Exif\0\0" + (b"II*\0" + _long(8) + struct.pack("<H", count) + entries).ljust(n_bytes, b"\0")
@@ -96,18 +96,18 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_with(chunks: bytes, image: Image.Image | None = None) -> bytes:
-    """A PNG with more chunks before its pixels."""
+    """A PNG with additional chunks before the pixel data."""
     data = saved(image or drawn(100, 80), "PNG")
-    place = data.index(b"IDAT") - 4
-    return data[:place] + chunks + data[place:]
+    offset = data.index(b"IDAT") - 4
+    return data[:offset] + chunks + data[offset:]
 
 
 def png_tiny_chunks(count: int = 1_000_000) -> bytes:
     return png_with(b"".join(repeat(png_chunk(b"prVt", b""), count)))
 
 
-def png_pieces(side: int = 300, count: int = 1_000_000) -> bytes:
-    """Pixels in pieces of no bytes."""
+def png_empty_data_chunks(side: int = 300, count: int = 1_000_000) -> bytes:
+    """A PNG with many empty IDAT chunks."""
     return png_with(b"".join(repeat(png_chunk(b"IDAT", b""), count)), drawn(side, side))
 
 
@@ -132,10 +132,10 @@ def png_pixel_bomb(n_bytes: int = 1 << 28) -> bytes:
 
 
 def gif_small_blocks(blocks: int = 4_000_000, kind: int = 0xFE) -> bytes:
-    """A comment, or a frame's data, in blocks of one byte."""
+    """A GIF with an extension in blocks of one byte."""
     data = saved(drawn(100, 80, "P"), "GIF")
-    place = data.index(b"\x2c", 13)
-    return data[:place] + bytes((0x21, kind)) + b"\1x" * blocks + b"\0" + data[place:]
+    offset = data.index(b"\x2c", 13)
+    return data[:offset] + bytes((0x21, kind)) + b"\1x" * blocks + b"\0" + data[offset:]
 
 
 def gif_many_frames(frames: int = 200_000) -> bytes:
@@ -145,9 +145,9 @@ def gif_many_frames(frames: int = 200_000) -> bytes:
 
 
 def jpeg_scans(side: int = 8000, scans: int = 88) -> bytes:
-    """A progressive JPEG with empty refinements: every scan is a pass over the whole image."""
+    """A progressive JPEG with empty refinement scans, each of which processes the whole image."""
     data = saved(Image.new("L", (side, side), 128), "JPEG", progressive=True)
-    # The last scan, its table and its coded data, once more and once more.
+    # Repeat the last scan with its table and coded data.
     last = data.rindex(b"\xff\xda")
     table = data.rindex(b"\xff\xc4", 0, last)
     return data[:-2] + data[table:-2] * scans + b"\xff\xd9"
@@ -161,7 +161,7 @@ def jpeg_many_segments(count: int = 700) -> bytes:
 
 
 def bmp_runs(side: int = 9000, bits: int = 4) -> bytes:
-    """Run-length coded with runs of a single pixel: more steps than any other BMP."""
+    """A run-length coded BMP with runs of one pixel, the slowest kind of BMP."""
     body = b"\1\0" * (side * side) if bits == 8 else (b"\xff\x12" * -(-side // 255) + b"\0\0") * side
     palette = bytes(4 << bits)
     head = struct.pack("<IiiHHIIiiII", 40, side, side, 1, bits, 1 if bits == 8 else 2, 0, 0, 0, 1 << bits, 0)

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests that look at pages."""
+"""A headless Chromium for tests of report pages."""
 
 import base64
 import json
@@ -24,17 +24,17 @@ _FLAGS = (
 )
 
 
-PHONE, DESK, PAPER = 390, 1280, 1032  # CSS pixels; the last is A4 across, without its margins
+PHONE, DESK, PAPER = 390, 1280, 1032  # CSS pixels; PAPER is the width of A4 landscape without margins
 
 
 class Browser:
-    """One window. Console messages and requests are kept by the browser until they are asked for."""
+    """A browser window. The browser stores console messages and requests until they are read."""
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self.driver = driver
 
     def open(self, page: Path, *, width: int, height: int = 900) -> None:
-        """Load a file into a window of that many CSS pixels."""
+        """Load a file into a window of `width` x `height` CSS pixels."""
         self.command(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -51,8 +51,8 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.command("Emulation.setEmulatedMedia", media=media, features=features)
 
-    def ask(self, script: str) -> object:
-        """The value of a JavaScript expression."""
+    def evaluate(self, script: str) -> object:
+        """Evaluate a JavaScript expression."""
         return self.driver.execute_script(f"return {script}")
 
     def console(self) -> list[str]:
@@ -60,29 +60,29 @@ class Browser:
         return [f"{entry['level']}: {entry['message']}" for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses that were asked for since the last call, those inside the page (data:) left out."""
+        """Requested URLs since the last call, without data: URLs."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
         return [url for entry in sent if not (url := entry["request"]["url"]).startswith("data:")]
 
     def screenshot(self) -> bytes:
-        """The whole page as PNG."""
-        found = self.command("Page.captureScreenshot", captureBeyondViewport=True, format="png")
-        return base64.b64decode(found["data"])
+        """Screenshot of the whole page as PNG."""
+        result = self.command("Page.captureScreenshot", captureBeyondViewport=True, format="png")
+        return base64.b64decode(result["data"])
 
     def print_pdf(self) -> bytes:
-        """The page as it is printed, on the paper that its style asks for."""
-        found = self.command("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
-        return base64.b64decode(found["data"])
+        """The printed page as PDF, with the page size of its style sheet."""
+        result = self.command("Page.printToPDF", preferCSSPageSize=True, printBackground=False)
+        return base64.b64decode(result["data"])
 
     def command(self, name: str, **arguments: object) -> dict[str, str]:
-        """A command of the Chrome DevTools Protocol."""
+        """Execute a command of the Chrome DevTools Protocol."""
         return self.driver.execute_cdp_cmd(name, arguments)
 
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Browser]:
-    """A browser with its own profile; the test is skipped where there is no Chromium."""
+    """Open a browser with its own profile; skips the test if Chromium is not installed."""
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")

@@ -134,20 +134,20 @@ class Disk:
             if (path := self._top / name).is_file() and path.stat().st_ino not in self._synced
         ]
         for variant in ("died", "torn", "lost"):
-            place = self._kept / f"{len(self._seen):04d}-{variant}"
-            shutil.copytree(self._top, place)
+            target = self._kept / f"{len(self._seen):04d}-{variant}"
+            shutil.copytree(self._top, target)
             if variant == "lost":
                 for entry in reversed(self._entries):
-                    _undo(place, entry)
+                    _undo(target, entry)
             for name in torn if variant != "died" else ():
-                if (place / name).is_file():
-                    os.truncate(place / name, (place / name).stat().st_size // 2)
-            digest = _digest(place)
+                if (target / name).is_file():
+                    os.truncate(target / name, (target / name).stat().st_size // 2)
+            digest = _digest(target)
             if digest in self._seen:
-                shutil.rmtree(place)
+                shutil.rmtree(target)
             else:
                 self._seen.add(digest)
-                (self._kept / f"{place.name}.txt").write_text(what)
+                (self._kept / f"{target.name}.txt").write_text(what)
 
 
 def _undo(root: Path, entry: _Entry) -> None:
@@ -165,12 +165,12 @@ def _undo(root: Path, entry: _Entry) -> None:
 
 def _digest(root: Path) -> str:
     """Digest of all files and folders except temporary files, which have no readers."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if not path.name.endswith(".tmp"):
-            found.update(f"{path.relative_to(root)}\n".encode())
-            found.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"")
-    return found.hexdigest()
+            digest.update(f"{path.relative_to(root)}\n".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"")
+    return digest.hexdigest()
 
 
 class Writes:
@@ -200,16 +200,16 @@ class Writes:
             return
         if not isinstance(path, str | bytes | os.PathLike):
             return
-        place = os.fsdecode(path)
-        if place.startswith(f"{self._spec.output}/"):
-            is_seen = event in ("os.link", "os.rename", "os.remove") and not place.endswith(".tmp")
-            self._before_write(f"{event} {place}", is_seen, lambda: self._disk.before(event, Path(place)))
+        name = os.fsdecode(path)
+        if name.startswith(f"{self._spec.output}/"):
+            is_seen = event in ("os.link", "os.rename", "os.remove") and not name.endswith(".tmp")
+            self._before_write(f"{event} {name}", is_seen, lambda: self._disk.before(event, Path(name)))
 
     def fsync(self, descriptor: int) -> None:
         """Replacement of `os.fsync`."""
-        place = str(Path(f"/proc/self/fd/{descriptor}").readlink())
-        if place.startswith(self._spec.output):
-            self._before_write(f"fsync {place}", False, lambda: None)
+        path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        if path.startswith(self._spec.output):
+            self._before_write(f"fsync {path}", False, lambda: None)
         self._sync(descriptor)
         with self._lock:
             self._disk.sync(descriptor)
@@ -272,10 +272,10 @@ def copy_predictions_here(
     receipts = []
     for fragment in spec.manifest.fragments(repeat(ROWS_PER_PART), spec.rows):
         check()
-        found = copy_fragment(
+        copied = copy_fragment(
             copy_spec, fragment, spec.invalid_ids.between(fragment.first_row, fragment.stop)
         )
-        receipts += [] if found.receipt is None else [found.receipt]
+        receipts += [] if copied.receipt is None else [copied.receipt]
     return receipts
 
 

@@ -1,4 +1,4 @@
-"""Real images made unusable in ways that real catalogs have, each with the reason that it should get."""
+"""Damages real images in ways that occur in catalogs, with the expected reason for each."""
 
 import io
 from collections.abc import Callable
@@ -26,8 +26,8 @@ def _tiny(data: bytes, random: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
-def _promise(data: bytes, random: np.random.Generator) -> bytes:
-    """The JPEG's own header, saying 65,000 x 65,000."""
+def _huge_header(data: bytes, random: np.random.Generator) -> bytes:
+    """The JPEG with a header that declares 65,000 x 65,000 pixels."""
     start = next(i for i in range(len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC2))
     return data[: start + 5] + (65_000).to_bytes(2, "big") * 2 + data[start + 9 :]
 
@@ -44,20 +44,20 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "noise": ("not_an_image", lambda data, random: b"\x01" + random.bytes(5000)),
     "a PDF": ("unsupported_format", lambda data, random: b"%PDF-1.7\n" + random.bytes(500)),
     "a tracking pixel": ("too_small", _tiny),
-    "a bomb": ("too_many_pixels", _promise),
+    "a bomb": ("too_many_pixels", _huge_header),
     "a missing file": ("not_found", lambda data, random: b""),
 }
 
 
 def make(originals: list[Path], folder: Path, seed: int) -> list[tuple[Path, str]]:
-    """One damaged file an original, the kinds in turn; gives paths and expected reasons."""
+    """Write one damaged file per original, cycling through the kinds; returns paths and expected reasons."""
     folder.mkdir()
     random = np.random.default_rng(seed)
-    made = []
+    damaged = []
     for number, original in enumerate(originals):
         name, (reason, damage) = list(DAMAGES.items())[number % len(DAMAGES)]
         path = folder / f"{number:04d}.jpg"
         if name != "a missing file":
             path.write_bytes(damage(original.read_bytes(), random))
-        made.append((path, reason))
-    return made
+        damaged.append((path, reason))
+    return damaged

@@ -1,7 +1,6 @@
-"""Images drawn from a seed, encoded in every way that the decode contract speaks of.
+"""Synthetic images in all encodings of the decode contract.
 
-Nothing here comes from a camera or a file. What Pillow cannot write (16-bit color, YCCK, headers
-that promise too much) is put together by hand.
+Files that Pillow cannot write (16-bit color, YCCK, headers with a huge size) are assembled manually.
 """
 
 import functools
@@ -18,7 +17,7 @@ ORIENTATION_TAG = 0x0112
 
 
 def draw(seed: int = 0, width: int = 61, height: int = 47) -> Image.Image:
-    """An RGB image without symmetry: smooth waves of color, a bright disc and a little noise."""
+    """An asymmetric RGB image: smooth color waves, a bright disc and slight noise."""
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
     waves = np.empty((height, width, 3))
@@ -35,12 +34,12 @@ def draw(seed: int = 0, width: int = 61, height: int = 47) -> Image.Image:
 
 
 def alpha(width: int = 61, height: int = 47) -> Image.Image:
-    """A mask from clear on the left to opaque on the right."""
+    """A mask from transparent on the left to opaque on the right."""
     return Image.fromarray(np.tile(np.linspace(0, 255, width).astype(np.uint8), (height, 1)))
 
 
 def encode(image: Image.Image, kind: str, orientation: int | None = None, **options: Any) -> bytes:
-    """The bytes of a file of format `kind` (Pillow's name), with an EXIF orientation if given."""
+    """Encode an image in the Pillow format `kind`, with an EXIF orientation if given."""
     if kind == "HEIF":
         pillow_heif.register_heif_opener()
     if orientation is not None:
@@ -51,26 +50,26 @@ def encode(image: Image.Image, kind: str, orientation: int | None = None, **opti
 
 
 def exif(orientation: int) -> bytes:
-    """An EXIF block that holds an orientation and nothing else."""
+    """An EXIF block that contains only an orientation."""
     block = Image.Exif()
     block[ORIENTATION_TAG] = orientation
     return block.tobytes()
 
 
 def transparent(seed: int = 0) -> Image.Image:
-    """RGBA with a gradient of transparency."""
+    """An RGBA image with a transparency gradient."""
     image = draw(seed).convert("RGBA")
     image.putalpha(alpha())
     return image
 
 
 def ramp16(width: int = 61, height: int = 47) -> np.ndarray:
-    """uint16 gray H x W over the whole range, dark at the top left."""
+    """A gray ramp over the full range, uint16 H x W, dark at the top left."""
     return np.linspace(0, 65535, width * height).astype(np.uint16).reshape(height, width)
 
 
 def png(samples: np.ndarray, color_type: int, *extra: tuple[bytes, bytes]) -> bytes:
-    """A PNG of uint8 or uint16 samples (H x W or H x W x C), with extra chunks before its pixels."""
+    """A PNG of uint8 or uint16 samples (H x W or H x W x C), with extra chunks before the pixel data."""
     height, width = samples.shape[:2]
     depth = samples.dtype.itemsize * 8
     rows = samples.astype(samples.dtype.newbyteorder(">")).reshape(height, -1)
@@ -86,7 +85,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def tiff(samples: np.ndarray, endian: str = "<", **tags: int) -> bytes:
-    """An uncompressed TIFF in one strip; `tags` replaces a field by its number, as in t256=40000."""
+    """An uncompressed TIFF in one strip; `tags` replaces fields by number, as in t256=40000."""
     height, width = samples.shape[:2]
     channels = 1 if samples.ndim == 2 else samples.shape[2]
     body = samples.astype(samples.dtype.newbyteorder(endian)).tobytes()
@@ -115,7 +114,7 @@ def tiff(samples: np.ndarray, endian: str = "<", **tags: int) -> bytes:
 
 
 def heic_10_bit(samples: np.ndarray) -> bytes:
-    """A HEIC of 10 bits a sample from uint16 H x W x 3."""
+    """A 10-bit HEIC from uint16 H x W x 3."""
     height, width = samples.shape[:2]
     file = pillow_heif.from_bytes("RGB;16", (width, height), samples.astype("<u2").tobytes())
     buffer = io.BytesIO()
@@ -124,20 +123,20 @@ def heic_10_bit(samples: np.ndarray) -> bytes:
 
 
 def ycck(seed: int = 0) -> bytes:
-    """A four-component JPEG whose Adobe segment says YCCK."""
+    """A four-component JPEG whose Adobe segment declares YCCK."""
     data = bytearray(encode(draw(seed).convert("CMYK"), "JPEG", quality=90))
     data[data.index(b"Adobe") + 11] = 2
     return bytes(data)
 
 
-def cut_behind_end_marker(jpeg: bytes, fraction: float) -> bytes:
-    """A JPEG with the end of its data taken out, and its end marker kept."""
+def truncate_before_end_marker(jpeg: bytes, fraction: float) -> bytes:
+    """A JPEG with truncated data followed by an end marker."""
     kept = jpeg[: int(len(jpeg) * fraction)]
     return kept.rstrip(b"\xff") + b"\xff\xd9"
 
 
 def bombs(width: int = 40_000, height: int = 40_000) -> dict[str, bytes]:
-    """Small files of every format whose header promises width x height pixels."""
+    """Small files of every format whose header declares width x height pixels."""
     image = draw()
     jpeg = bytearray(encode(image, "JPEG"))
     frame = jpeg.index(b"\xff\xc0") + 5
@@ -149,7 +148,7 @@ def bombs(width: int = 40_000, height: int = 40_000) -> dict[str, bytes]:
     gif_frame[descriptor : descriptor + 4] = struct.pack("<HH", width, height)
     bmp = bytearray(encode(image, "BMP"))
     bmp[18:26] = struct.pack("<ii", width, height)
-    bmp[30:34] = struct.pack("<I", 1)  # run-length coded, so that a short file is no contradiction
+    bmp[30:34] = struct.pack("<I", 1)  # run-length coded, so that a short file is valid
     bmp[28:30] = struct.pack("<H", 8)
     signature = b"\x89PNG\r\n\x1a\n"
     png_header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -180,32 +179,32 @@ def bombs(width: int = 40_000, height: int = 40_000) -> dict[str, bytes]:
 
 
 def with_extents(data: bytes, width: int, height: int, number: int = 0) -> bytes:
-    """An AVIF or HEIC in which one of the ispe boxes says another size."""
-    changed, place = bytearray(data), -1
+    """An AVIF or HEIC in which one of the ispe boxes declares another size."""
+    changed, offset = bytearray(data), -1
     for _ in range(number + 1):
-        place = data.index(b"ispe", place + 1)
-    changed[place + 8 : place + 16] = struct.pack(">II", width, height)
+        offset = data.index(b"ispe", offset + 1)
+    changed[offset + 8 : offset + 16] = struct.pack(">II", width, height)
     return bytes(changed)
 
 
 def with_canvas(data: bytes, width: int, height: int) -> bytes:
-    """A HEIC of tiles whose grid says another size than the boxes."""
+    """A tiled HEIC whose grid declares another size than the boxes."""
     changed = bytearray(data)
-    place = data.index(b"idat") + 4
-    assert changed[place] == changed[place + 1] == 0, "version 0, sides of 16 bits"
-    changed[place + 4 : place + 8] = struct.pack(">HH", width, height)
+    offset = data.index(b"idat") + 4
+    assert changed[offset] == changed[offset + 1] == 0, "version 0, 16-bit sizes"
+    changed[offset + 4 : offset + 8] = struct.pack(">HH", width, height)
     return bytes(changed)
 
 
 def animation(kind: str, **options: Any) -> bytes:
-    """Three frames of different images."""
+    """An animation of three different frames."""
     first, *others = (draw(seed) for seed in (1, 2, 3))
     return encode(first, kind, save_all=True, append_images=others, duration=80, **options)
 
 
 @functools.cache
 def samples() -> dict[str, bytes]:
-    """One good file for each format and mode of the decode contract, by a name that says which."""
+    """One valid file for each format and mode of the decode contract, by a descriptive name."""
     image = draw(7)
     colors = np.asarray(image).astype(np.uint16) * 257
     return {

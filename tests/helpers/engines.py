@@ -1,4 +1,4 @@
-"""Engines as if only some of them were installed."""
+"""Simulates that only some engines are installed."""
 
 import pytest
 
@@ -6,9 +6,9 @@ from batchcls.inference import engine_record
 
 
 def only_installed(monkeypatch: pytest.MonkeyPatch, *engines: str) -> None:
-    """Until the end of the test, all other engines are missing."""
+    """Make all other engines unavailable for the duration of the test."""
     monkeypatch.setattr(
         engine_record,
         "missing_package",
-        lambda engine: None if engine in engines else f"{engine} is not here",
+        lambda engine: None if engine in engines else f"{engine} is not installed",
     )

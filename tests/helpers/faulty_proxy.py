@@ -1,6 +1,6 @@
-"""A proxy in front of an S3 server that fails as networks and stores do: 500, 503, resets, stalls, cut bodies.
+"""A proxy for an S3 server that simulates failures: 500, 503, connection resets, stalls and truncated bodies.
 
-It passes requests on byte for byte, the Host header included, so signatures stay right.
+It forwards requests unchanged, including the Host header, so signatures stay valid.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 FAULTS = ("500", "503", "reset", "stall", "cut")
-_ANSWERS = {
+_RESPONSES = {
     "500": ("500 Internal Server Error", "InternalError"),
     "503": ("503 Slow Down", "SlowDown"),
     "expired": ("403 Forbidden", "ExpiredToken"),
@@ -24,9 +24,9 @@ class FaultyProxy:
 
     Args:
         backend: URL of the server.
-        share: of requests that meet each of the faults; 0.1 means that half of all fail.
-        seed: of the choice.
-        stall_seconds: how long a stalled request gets no answer.
+        share: fraction of requests with each fault; 0.1 means that half of all requests fail.
+        seed: seed of the random selection.
+        stall_seconds: duration for which a stalled request gets no response.
     """
 
     def __init__(self, backend: str, share: float = 0.0, seed: int = 0, stall_seconds: float = 30.0) -> None:
@@ -36,9 +36,9 @@ class FaultyProxy:
         self._chance = random.Random(seed)
         self._stall_seconds = stall_seconds
         self.expire_after: int | None = None
-        """Requests until every answer is that the credentials have expired; None: never."""
-        self.lose_answers_to: set[str] = set()
-        """Ends of paths; the answer to the first PUT of each is lost after the server has done it."""
+        """Number of requests after which all responses report expired credentials; None: never."""
+        self.lose_responses_to: set[str] = set()
+        """Path suffixes; the response to the first PUT of each is lost after the server has executed it."""
         self.seen: Counter[str] = Counter()
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -79,14 +79,14 @@ class FaultyProxy:
             while await self._request(reader, writer):
                 pass
         except (OSError, asyncio.IncompleteReadError):
-            self.seen["broken off by the client"] += 1
+            self.seen["closed by the client"] += 1
         except asyncio.CancelledError:
             self.seen["open at the end"] += 1
         finally:
             writer.close()
 
     async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """One request and its answer; False if the connection is over."""
+        """Handle one request; returns False if the connection is closed."""
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
@@ -102,8 +102,8 @@ class FaultyProxy:
         if fault == "reset":
             writer.transport.abort()
             return False
-        if fault in _ANSWERS:
-            status, code = _ANSWERS[fault]
+        if fault in _RESPONSES:
+            status, code = _RESPONSES[fault]
             text = f"<?xml version='1.0'?><Error><Code>{code}</Code></Error>".encode()
             writer.write(
                 f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\nConnection: close\r\n\r\n".encode()
@@ -112,50 +112,50 @@ class FaultyProxy:
             await writer.drain()
             return False
         if self._is_lost(head):
-            self.seen["lost answer"] += 1
-            await self._answer(head, body)
+            self.seen["lost response"] += 1
+            await self._forward(head, body)
             writer.transport.abort()
             return False
-        return await self._pass_on(head, body, writer, cut=fault == "cut")
+        return await self._relay(head, body, writer, cut=fault == "cut")
 
     def _is_lost(self, head: bytes) -> bool:
         method, path, _ = head.split(b" ", 2)
-        ends = {end for end in self.lose_answers_to if path.decode().partition("?")[0].endswith(end)}
+        ends = {end for end in self.lose_responses_to if path.decode().partition("?")[0].endswith(end)}
         if method != b"PUT":
             return False
-        self.lose_answers_to -= ends
+        self.lose_responses_to -= ends
         return bool(ends)
 
-    async def _answer(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
-        """What the server answers: its head and its body."""
-        above, below = await asyncio.open_connection(*self._backend)
+    async def _forward(self, head: bytes, body: bytes) -> tuple[bytes, bytes]:
+        """Forward a request to the server; returns the head and the body of the response."""
+        server_reader, server_writer = await asyncio.open_connection(*self._backend)
         try:
-            below.write(_without_expect(head) + body)
-            await below.drain()
-            answer = await above.readuntil(b"\r\n\r\n")
-            while answer.startswith(b"HTTP/1.1 100"):
-                answer = await above.readuntil(b"\r\n\r\n")
+            server_writer.write(_without_expect(head) + body)
+            await server_writer.drain()
+            response = await server_reader.readuntil(b"\r\n\r\n")
+            while response.startswith(b"HTTP/1.1 100"):
+                response = await server_reader.readuntil(b"\r\n\r\n")
             has_body = (
-                not head.startswith(b"HEAD") and b" 204 " not in answer[:20] and b" 304 " not in answer[:20]
+                not head.startswith(b"HEAD") and b" 204 " not in response[:20] and b" 304 " not in response[:20]
             )
-            chunked = b"transfer-encoding: chunked" in answer.lower()
+            chunked = b"transfer-encoding: chunked" in response.lower()
             content = b""
             if has_body:
-                content = await (_chunks(above) if chunked else above.readexactly(_length(answer)))
+                content = await (_chunks(server_reader) if chunked else server_reader.readexactly(_length(response)))
         finally:
-            below.close()
-        return answer, content
+            server_writer.close()
+        return response, content
 
-    async def _pass_on(self, head: bytes, body: bytes, writer: asyncio.StreamWriter, cut: bool) -> bool:
-        answer, content = await self._answer(head, body)
+    async def _relay(self, head: bytes, body: bytes, writer: asyncio.StreamWriter, cut: bool) -> bool:
+        response, content = await self._forward(head, body)
         if cut:
-            writer.write(answer + content[: len(content) // 2])
+            writer.write(response + content[: len(content) // 2])
             await writer.drain()
             writer.transport.abort()
             return False
-        writer.write(answer + content)
+        writer.write(response + content)
         await writer.drain()
-        return b"connection: close" not in answer.lower()
+        return b"connection: close" not in response.lower()
 
 
 def _length(head: bytes) -> int:
@@ -171,11 +171,11 @@ def _without_expect(head: bytes) -> bytes:
 
 
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
-    """A chunked body as it stands, lengths included."""
-    found = b""
+    """Read a chunked body unchanged, including the chunk lengths."""
+    body = b""
     while True:
         line = await reader.readuntil(b"\r\n")
         data = await reader.readexactly(int(line.split(b";")[0], 16) + 2)
-        found += line + data
+        body += line + data
         if len(data) == 2:
-            return found
+            return body

@@ -1,4 +1,4 @@
-"""Damaged files through the decoder, in a process that does nothing else."""
+"""Decodes damaged files in a separate process and reports outcomes, time and memory."""
 
 import json
 import pickle
@@ -38,11 +38,11 @@ def decode_all(path: str) -> None:
     cpu_seconds, seconds = [], []
 
     def timed(data: bytes) -> str:
-        started, started_on_core = time.perf_counter(), time.thread_time()
-        found = outcome(data)
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        result = outcome(data)
         seconds.append(time.perf_counter() - started)
-        cpu_seconds.append(time.thread_time() - started_on_core)
-        return found
+        cpu_seconds.append(time.thread_time() - cpu_started)
+        return result
 
     with ThreadPoolExecutor(4) as pool:
         outcomes = Counter(pool.map(timed, files))
@@ -53,6 +53,6 @@ def decode_all(path: str) -> None:
 
 def _kib(name: str) -> int:
     """A memory statistic of this process. The peak of `getrusage` would include that of the parent before exec."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1])
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert match is not None
+    return int(match[1])

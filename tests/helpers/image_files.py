@@ -1,4 +1,4 @@
-"""Labeled images that a tiny network tells apart within seconds."""
+"""Labeled images that a tiny network learns within seconds."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ CATEGORIES = ("bag", "cap", "mug")
 
 
 def write_images(folder: Path, count: int, seed: int = 0, size: int = 48) -> Path:
-    """A manifest of `count` drawn images, one tinted channel a category; gives its path."""
+    """Write `count` images, each with the color channel of its category brightened, and their manifest; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Manifests that tests write."""
+"""Writes manifests for tests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ def write_manifest(
     row_group_size: int | None = None,
     **columns: Any,
 ) -> Path:
-    """A manifest with these ids; uris are made up where none are given."""
+    """Write a manifest with the given IDs and, by default, generated URIs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {
         "item_id": pa.array(item_ids, pa.string()),

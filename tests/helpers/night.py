@@ -1,4 +1,4 @@
-"""The main job as a process, and what it has published."""
+"""The classify job as a subprocess, and its published results."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from tests.helpers.nodes import ThreeNodes
 
 
 class Night:
-    """One start of the job; its log is read as it comes."""
+    """A subprocess of the job whose log is read continuously."""
 
     def __init__(self, nodes: ThreeNodes, output: Path, *arguments: str) -> None:
         self.output = output
@@ -31,19 +31,19 @@ class Night:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._said = threading.Condition()
+        self._log_changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            with self._said:
+            with self._log_changed:
                 self.log.append(line)
-                self._said.notify_all()
-        with self._said:
+                self._log_changed.notify_all()
+        with self._log_changed:
             self.log.append("(end)")
-            self._said.notify_all()
+            self._log_changed.notify_all()
 
     def has_started(self, seconds: float = 120) -> bool:
         """Wait until the log names the run; return False if the job ended before."""
@@ -51,12 +51,12 @@ class Night:
         def known() -> bool:
             return any(" run " in line or line == "(end)" for line in self.log)
 
-        with self._said:
-            assert self._said.wait_for(known, seconds), "".join(self.log)
+        with self._log_changed:
+            assert self._log_changed.wait_for(known, seconds), "".join(self.log)
             return any(" run " in line for line in self.log)
 
     def ends_within(self, seconds: float) -> bool:
-        """Whether it ends by itself in that time."""
+        """Whether the job ends by itself within `seconds`."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -64,24 +64,24 @@ class Night:
         return True
 
     def kill(self) -> None:
-        """SIGKILL for the driver."""
+        """Kill the driver with SIGKILL."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def exit_code(self, seconds: float = 240) -> int:
-        """Wait for the end."""
+        """Wait for the job to end and return its exit code."""
         self.process.wait(seconds)
         self._reader.join()
         return self.process.returncode
 
     @property
     def text(self) -> str:
-        """All of the log."""
+        """The whole log."""
         return "".join(self.log)
 
 
 def published(output: Path) -> pa.Table:
-    """What a reader finds through current.json: rows of the listed files only, in the order of the manifest."""
+    """The rows that a reader finds through current.json, in the order of the manifest."""
     folder = output / json.loads((output / "current.json").read_text())["path"]
     record = json.loads((folder / "run.json").read_text())
     files = [folder / file["path"] for file in record["files"] if file["kind"] == "predictions"]
@@ -92,8 +92,8 @@ def published(output: Path) -> pa.Table:
 def record(output: Path) -> dict[str, object]:
     """run.json of the published run."""
     folder = output / json.loads((output / "current.json").read_text())["path"]
-    found: dict[str, object] = json.loads((folder / "run.json").read_text())
-    return found
+    content: dict[str, object] = json.loads((folder / "run.json").read_text())
+    return content
 
 
 def receipts(output: Path) -> set[str]:
@@ -106,4 +106,4 @@ LENIENT = (
     *("--gate-max-mean-confidence-shift", "1", "--gate-max-row-count-change-fraction", "1000"),
     *("--gate-max-embedding-norm-shift-fraction", "1000"),
 )
-"""Flags with which no gate refuses a night that is meant to differ from the last."""
+"""Gate limits that accept a run whose results intentionally differ from those of the previous run."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.helpers.processes import processes_with, title_of
 
-# A dead node is noticed within seconds instead of most of a minute.
+# A dead node is detected within seconds instead of up to a minute.
 _SYSTEM = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 1000,
@@ -23,21 +23,27 @@ _SYSTEM = {
 
 @dataclass
 class Node:
-    """One raylet, and what was started beside it."""
+    """A node: the PID of its raylet and of its log monitors."""
 
     raylet: int
-    beside: set[int]
+    log_monitors: set[int]
 
 
 class ThreeNodes:
-    """A cluster of processes that we started, found by their folders and ended by pid."""
+    """A cluster whose processes are found by an environment variable and killed by PID."""
 
     def __init__(self, environment: dict[str, str], others: int = 2, within: tuple[str, ...] = ()) -> None:
-        """Start a head and `others`, these by way of a command `within`, such as one that hides a folder."""
+        """Start a head and `others` more nodes.
+
+        Args:
+            environment: environment variables of the nodes.
+            others: number of nodes besides the head.
+            within: command that runs `ray start` of these nodes, for example to hide a folder.
+        """
         self._within, self._count = within, others
         self.environment = environment | {"RAY_AUTH_MODE": "disabled"}
         self.port = _free_port()
-        self._folder = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))  # short: sockets live below it
+        self._folder = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))  # short, because it contains sockets
         self._started = 0
         self._start(
             "--head",
@@ -52,42 +58,42 @@ class ThreeNodes:
 
     @property
     def address(self) -> str:
-        """For --ray-address."""
+        """Address for --ray-address."""
         return f"127.0.0.1:{self.port}"
 
     def add(self) -> Node:
-        """One more node."""
+        """Start another node."""
         return self._start("--address", self.address)
 
     def kill(self, node: Node) -> None:
-        """SIGKILL for its raylet; its workers end when they miss it.
+        """Kill the raylet of a node with SIGKILL; its workers then end by themselves.
 
-        What reads its logs does not, and would read on for as long as there is a cluster.
+        The log monitor would keep running as long as the cluster, so it is killed, too.
         """
         os.kill(node.raylet, signal.SIGKILL)
-        for pid in node.beside:
+        for pid in node.log_monitors:
             _kill(pid)
         self.others.remove(node)
 
     def replace_dead(self) -> None:
-        """Start nodes until there are as many as at first."""
+        """Start nodes until the original number is reached."""
         while len(self.others) < self._count:
             self.others.append(self.add())
 
     def workers(self, title: str) -> list[int]:
-        """Processes of this cluster with these words in their title."""
-        return self._ours(title)
+        """PIDs of the processes of this cluster with `title` in their title."""
+        return self._pids(title)
 
     def end(self) -> None:
         """Kill all processes of this cluster."""
-        while ours := self._ours():
-            for pid in ours:
+        while pids := self._pids():
+            for pid in pids:
                 _kill(pid)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, *arguments: str) -> Node:
         self._started += 1
-        before = set(self._ours())
+        before = set(self._pids())
         folder = self._folder / str(self._started)
         head = ("--temp-dir", str(folder)) if "--head" in arguments else ()
         subprocess.run(
@@ -103,10 +109,10 @@ class ThreeNodes:
             capture_output=True,
             timeout=120,
         )
-        (raylet,) = set(self._ours("raylet/raylet")) - before
-        return Node(raylet, set(self._ours("ray/_private/log_monitor.py")) - before)
+        (raylet,) = set(self._pids("raylet/raylet")) - before
+        return Node(raylet, set(self._pids("ray/_private/log_monitor.py")) - before)
 
-    def _ours(self, title: str = "") -> list[int]:
+    def _pids(self, title: str = "") -> list[int]:
         return [pid for pid in processes_with(f"BATCHCLS_CHAOS={self._folder}") if title in title_of(pid)]
 
 

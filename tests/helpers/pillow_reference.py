@@ -1,4 +1,4 @@
-"""What the decode tests compare with: Pillow's own functions, and the bound for JPEG."""
+"""Reference for decode tests: Pillow's own functions, and the tolerance for JPEG."""
 
 import io
 
@@ -12,8 +12,8 @@ from batchcls.schema import Reason
 from tests.helpers.drawing import samples
 
 LIMITS = DecodeLimits()
-# Levels of 255 between this JPEG pixels and Pillow's, over a whole image. Both hold
-# libjpeg-turbo, with the same defaults; measured 0. Another build may round colors otherwise.
+# Maximum and mean difference of JPEG pixels from Pillow's, in levels of 255. Both use libjpeg-turbo with the same
+# defaults, and the measured difference is 0. Other builds may round colors differently.
 JPEG_LARGEST, JPEG_MEAN = 2, 0.1
 PLAIN_JPEG = [
     name for name in samples() if name.startswith("jpeg") and "cmyk" not in name and "ycck" not in name
@@ -22,12 +22,12 @@ THROUGH_PILLOW = [name for name in samples() if name not in PLAIN_JPEG]
 
 
 def pixels_of(data: bytes) -> np.ndarray:
-    """H x W x 3 as decoded here, as int."""
+    """Pixels as decoded by batchcls, int H x W x 3."""
     return decode(data, LIMITS).pixels.astype(int)
 
 
 def pillow_pixels(data: bytes) -> np.ndarray:
-    """H x W x 3 as Pillow's own functions give it: turned, composed on white, RGB."""
+    """Pixels as decoded by Pillow, upright and composited on white, int H x W x 3."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.has_transparency_data:
         image = image.convert("RGBA")

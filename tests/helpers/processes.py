@@ -1,34 +1,34 @@
-"""The processes of one cluster, found by a mark in their environment, so that tests kill none but their own."""
+"""Finds the processes of a cluster by a variable in their environment, so that tests only kill their own."""
 
 import os
 from pathlib import Path
 
 
 def processes_with(mark: str) -> list[int]:
-    """Living processes whose environment holds this `NAME=value`, and all that descend from them.
+    """PIDs of running processes with `NAME=value` in their environment, and of all their descendants.
 
     Ray's workers overwrite their environment with their title; the raylet that started them does not.
     """
-    found, parents = set(), {}
+    pids, parents = set(), {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             status = (entry / "stat").read_text().rpartition(")")[2].split()
             environment = (entry / "environ").read_bytes()
-        except OSError:  # it ended, or is not ours to read
+        except OSError:  # ended, or not readable
             continue
         if status[0] != "Z":
             parents[int(entry.name)] = int(status[1])
             if mark.encode() in environment.split(b"\0"):
-                found.add(int(entry.name))
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return sorted(found - {os.getpid()})
+                pids.add(int(entry.name))
+    while more := {pid for pid, parent in parents.items() if parent in pids} - pids:
+        pids |= more
+    return sorted(pids - {os.getpid()})
 
 
 def title_of(pid: int) -> str:
-    """Its command line, as Ray sets it for workers; empty when it has ended."""
+    """Command line of a process, which Ray sets for workers; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""The plain way: one image at a time, Pillow and torch, no batch, no Ray. What the job is held against."""
+"""Reference implementation for the job: one image at a time with Pillow and torch, without batches and Ray."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +43,6 @@ def preprocess(path: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> t
 def top5(
     model: nn.Module, paths: Iterable[Path], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> np.ndarray:
-    """Class indices, N x 5, best first."""
+    """Top-5 class indices (N x 5) in descending order of the logits."""
     rows = [model(preprocess(path, mean, std)[None]).topk(5).indices[0].numpy() for path in paths]
     return np.stack(rows)

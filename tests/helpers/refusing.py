@@ -1,4 +1,4 @@
-"""A file system that lacks calls: the kernel itself refuses them to this process, by a seccomp filter."""
+"""Simulates a file system without some system calls, which a seccomp filter rejects."""
 
 import ctypes
 import platform
@@ -13,7 +13,7 @@ CALLS = {
     "linkat": (265, 37),
     "renameat2": (316, 276),
 }
-"""Numbers of system calls on x86_64 and on arm64."""
+"""Numbers of the system calls on x86_64 and arm64; None if the call does not exist."""
 
 _MACHINES = {"x86_64": 0, "aarch64": 1}
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
@@ -22,20 +22,23 @@ _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 
 
 def can_refuse() -> bool:
-    """Whether this machine is one whose calls are known here."""
+    """Whether the system call numbers of this machine are known."""
     return sys.platform == "linux" and platform.machine() in _MACHINES
 
 
 def refuse(calls: Mapping[str, int]) -> None:
-    """From now on each of these calls fails in this process and its children with the error number given.
+    """Make system calls fail in this process and its children.
+
+    Args:
+        calls: error number by name of the call.
 
     Raises:
-        OSError: the kernel allows no filter here.
+        OSError: the kernel does not allow the filter.
     """
-    place = _MACHINES[platform.machine()]
-    program = [(_LOAD, 0, 0, 0)]  # the number of the call
+    column = _MACHINES[platform.machine()]
+    program = [(_LOAD, 0, 0, 0)]  # load the number of the call
     for name, code in calls.items():
-        number = CALLS[name][place]
+        number = CALLS[name][column]
         if number is not None:
             program += [(_JUMP_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _REFUSE | code)]
     program.append((_RETURN, 0, 0, _ALLOW))
@@ -45,4 +48,4 @@ def refuse(calls: Mapping[str, int]) -> None:
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
         _PR_SET_SECCOMP, _MODE_FILTER, header, 0, 0
     ):
-        raise OSError(ctypes.get_errno(), "no seccomp filter can be set")
+        raise OSError(ctypes.get_errno(), "cannot set a seccomp filter")

@@ -1,4 +1,4 @@
-"""Runs that tests write with the real writer and the real commit."""
+"""Writes runs for tests with the real writer and commit."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ DIMENSION = 4
 
 @dataclass(frozen=True)
 class Item:
-    """One row: its prediction, or the reason of its failure. `abstained`: it has no label."""
+    """A row with its prediction or the reason of its failure. If `abstained`, it has no label."""
 
     item_id: str | None
     label: str = "cat"

@@ -1,4 +1,4 @@
-"""A catalog to classify, and the main job as a process that can be watched and killed."""
+"""Writes a catalog and starts the classify job as a subprocess that tests can observe and kill."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from tests.integration.conftest import Cluster
 
 
 def write_catalog(folder: Path, images: int, broken: tuple[int, ...] = (), inline: bool = False) -> str:
-    """A manifest of drawn images; those in `broken` are cut."""
+    """Write a manifest of drawn images; those in `broken` are truncated."""
     folder.mkdir(exist_ok=True)
     files = []
     for number in range(images):
@@ -54,7 +54,7 @@ def start_job(cluster: Cluster, output: Path, *arguments: str) -> subprocess.Pop
 
 
 def until_line(process: subprocess.Popen[str], words: str) -> str:
-    """Read the job's log up to the first line with these words."""
+    """Read the log of the job up to the first line that contains `words`."""
     assert process.stderr is not None
     seen = ""
     for line in process.stderr:

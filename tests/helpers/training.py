@@ -1,4 +1,4 @@
-"""Small trainings for tests of the loop: drawn images, a tiny network, settings, and a run from start to end."""
+"""Small training runs for tests: synthetic images, a tiny network and settings."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ PREPROCESSING = Preprocessing(
 
 
 def recipe(**changes: object) -> Recipe:
-    """Without mixing, whose partners depend on how a step is shared among workers and passes."""
+    """A recipe without MixUp, because its pairs depend on the distribution of a step over workers and micro-batches."""
     values = {"epochs": 3, "head_epochs": 1, "batch_size": 10, "final_epochs": 0}
     values |= {"size_fraction": 1.0, "mixup": 0.0}
     return read_recipe("fine-tune").with_changes(**(values | changes))
@@ -34,7 +34,7 @@ def recipe(**changes: object) -> Recipe:
 
 def settings(**changes: object) -> TrainingSettings:
     targets = (np.arange(ROWS) % CLASSES).astype(np.int32)
-    known = TrainingSettings(
+    defaults = TrainingSettings(
         recipe=recipe(),
         preprocessing=PREPROCESSING,
         classes=CLASSES,
@@ -49,7 +49,7 @@ def settings(**changes: object) -> TrainingSettings:
         precision="fp32",
         loader_processes=0,
     )
-    return replace(known, **changes)
+    return replace(defaults, **changes)
 
 
 Stores = tuple[PixelStore, PixelStore]
@@ -58,33 +58,33 @@ Stores = tuple[PixelStore, PixelStore]
 def write_stores(
     folder: Path, targets: np.ndarray | None = None, held_out: np.ndarray | None = None
 ) -> Stores:
-    """Training and validation images, each a little brighter in the color channel of its category.
+    """Write training and validation images, each brighter in the color channel of its category.
 
     Args:
-        folder: where the files go.
-        targets: categories of the training images; None: the three in turn.
-        held_out: those of the validation images.
+        folder: folder for the files.
+        targets: categories of the training images; None: cycle through the three.
+        held_out: categories of the validation images; None: cycle through the three.
     """
     random = np.random.default_rng(0)
     targets = np.arange(ROWS) % CLASSES if targets is None else targets
     held_out = np.arange(VALIDATION_ROWS) % CLASSES if held_out is None else held_out
-    found = []
+    stores = []
     for name, categories, side in (("training", targets, 36), ("validation", held_out, 32)):
         pixels = random.integers(0, 120, (len(categories), side, side, 3), np.uint8)
         pixels[np.arange(len(categories)), :, :, categories] += 100
         np.save(folder / f"{name}.npy", pixels)
-        found.append(PixelStore([str(folder / name)], Storage(), str(folder)))
-    return found[0], found[1]
+        stores.append(PixelStore([str(folder / name)], Storage(), str(folder)))
+    return stores[0], stores[1]
 
 
 def network(**arguments: object) -> nn.Module:
-    """The smallest network of timm with residual blocks and BatchNorm, always with the same weights."""
+    """The smallest timm network with residual blocks and BatchNorm, with reproducible weights."""
     torch.manual_seed(0)
     return timm.create_model("test_resnet", num_classes=CLASSES, **arguments)
 
 
 class Tiny(nn.Module):
-    """Nothing but a convolution and a classifier: milliseconds an epoch."""
+    """A convolution and a classifier; an epoch takes milliseconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,25 +93,25 @@ class Tiny(nn.Module):
         self.fc = nn.Linear(16, CLASSES)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of N images: N,3,H,W -> N,3."""
+        """Logits (N x 3) of N x 3 x H x W images."""
         return self.fc(self.conv(images).relu().mean((2, 3)))
 
 
-def as_it_is(model: nn.Module) -> nn.Module:
-    """For one process, which needs nothing around its network."""
+def identity(model: nn.Module) -> nn.Module:
+    """Return the network unchanged, for a single process."""
     return model
 
 
-def nothing(*_: object) -> None:
-    """For hooks that a test does not look at."""
+def no_op(*_: object) -> None:
+    """A hook that does nothing."""
 
 
 def hooks(
-    wrap: Callable[[nn.Module], nn.Module] = as_it_is,
-    step_done: Callable[[int, int], None] = nothing,
+    wrap: Callable[[nn.Module], nn.Module] = identity,
+    step_done: Callable[[int, int], None] = no_op,
     states: list[State] | None = None,
 ) -> Hooks:
-    """Hooks that append what checkpoints would hold to `states`."""
+    """Hooks that append the state of each checkpoint to `states`."""
 
     def keep(_: object, state: Callable[[], State]) -> None:
         if states is not None:
@@ -123,18 +123,18 @@ def hooks(
 def train(
     chosen: TrainingSettings,
     stores: Stores,
-    place: DistributedContext = DistributedContext(),  # noqa: B008
-    wrap: Callable[[nn.Module], nn.Module] = as_it_is,
+    context: DistributedContext = DistributedContext(),  # noqa: B008
+    wrap: Callable[[nn.Module], nn.Module] = identity,
     model: nn.Module | None = None,
 ) -> tuple[Training, Divergence | None, list[State]]:
-    """Train from start to end: the training, how it ended, and the states after each epoch."""
+    """Run a training; returns it, its divergence or None, and the states after each epoch."""
     states: list[State] = []
-    training = Training(model or network(), ["fc"], chosen, place, hooks(wrap, states=states))
+    training = Training(model or network(), ["fc"], chosen, context, hooks(wrap, states=states))
     return training, training.run(*stores), states
 
 
 def weights_of(training: Training) -> torch.Tensor:
-    """All floating-point numbers of the trained network in one vector."""
+    """All floating-point parameters and buffers of the trained network in one vector."""
     return torch.cat(
         [value.flatten() for value in training.trained.state_dict().values() if value.is_floating_point()]
     )

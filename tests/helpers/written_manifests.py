@@ -1,4 +1,4 @@
-"""Manifests written with chosen columns, and how they are read or refused."""
+"""Writes manifests with custom columns, and reads them or returns their error message."""
 
 from itertools import repeat
 from pathlib import Path

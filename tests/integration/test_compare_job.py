@@ -122,9 +122,9 @@ def test_measurements_table_is_consistent_in_duckdb(compared, models):
 def test_report_and_recommendation_name_a_measured_model(compared, models):
     first, _, _ = compared
     record = json.loads((first.output / "recommendation.json").read_text())
-    (found,) = record["recommendations"].values()
-    assert found["model"] in models
-    assert all(sentence in first.printed for sentence in found["sentences"])
+    (recommendation,) = record["recommendations"].values()
+    assert recommendation["model"] in models
+    assert all(sentence in first.printed for sentence in recommendation["sentences"])
     page = (first.output / "compare.html").read_text()
     assert page.lower().startswith("<!doctype html>")
     assert all(model in page for model in models)
@@ -152,6 +152,6 @@ def test_accuracy_equals_that_of_classify(
     table = f"'{first.output}/measurements.parquet'"
     query = f"select distinct top1, top5 from {table} where model = '{models[0]}' and engine = 'torch fp32'"
     ((top1, top5),) = duckdb.sql(query).fetchall()
-    in_top1 = [label in found[:1] for label, found in zip(truth, top5_labels, strict=True)]
-    in_top5 = [label in found for label, found in zip(truth, top5_labels, strict=True)]
+    in_top1 = [label in labels[:1] for label, labels in zip(truth, top5_labels, strict=True)]
+    in_top5 = [label in labels for label, labels in zip(truth, top5_labels, strict=True)]
     assert (top1, top5) == (sum(in_top1) / len(known), sum(in_top5) / len(known))

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.helpers.drawing import draw, encode
 from tests.helpers.started import start_job, until_line, write_catalog
 from tests.integration.conftest import Cluster, Outcome
-from tests.poison.sitecustomize import DEADLY
+from tests.crashing_decoder.sitecustomize import CRASH
 
 Job = Callable[..., Outcome]
 ROWS = 900
@@ -230,9 +230,9 @@ def test_only_crash_inducing_images_are_quarantined(
     manifest = write_catalog(tmp_path / "catalog", 300)
     for number in (40, 260):
         with (tmp_path / "catalog" / f"{number}.jpg").open("ab") as file:
-            file.write(DEADLY)
+            file.write(CRASH)
     environment = clean_environment | {"RAY_AUTH_MODE": "disabled"}
-    environment["PYTHONPATH"] = f"{REPOSITORY / 'tests' / 'poison'}:{REPOSITORY}"
+    environment["PYTHONPATH"] = f"{REPOSITORY / 'tests' / 'crashing_decoder'}:{REPOSITORY}"
     command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", manifest, "--model", tiny_bundle]
     command += ["--output", str(tmp_path / "out"), "--ray-address", "local", "--shape", shape]
     command += ["--fragment-rows", "50", "--num-actors", "1", "--cpus-per-actor", "1"]

@@ -16,7 +16,7 @@ from batchcls.schema import Reason
 from tests.conftest import REPOSITORY
 from tests.helpers.bombs import bmp_runs, png_chunk
 from tests.helpers.drawing import draw, encode
-from tests.poison.sitecustomize import DEADLY, ENDLESS, GREEDY
+from tests.crashing_decoder.sitecustomize import CRASH, HANG, EXHAUST_MEMORY
 
 
 @pytest.fixture
@@ -47,16 +47,16 @@ def settings() -> LoadSettings:
 @pytest.mark.parametrize(
     ("mark", "word", "reason"),
     [
-        (DEADLY, "SIGSEGV", Reason.DECODER_CRASH),
-        (ENDLESS, "does not return", Reason.DECODE_TIMEOUT),
-        pytest.param(GREEDY, "memory", Reason.DECODER_CRASH, marks=pytest.mark.long),
+        (CRASH, "SIGSEGV", Reason.DECODER_CRASH),
+        (HANG, "does not return", Reason.DECODE_TIMEOUT),
+        pytest.param(EXHAUST_MEMORY, "memory", Reason.DECODER_CRASH, marks=pytest.mark.long),
     ],
 )
 def test_only_rows_that_crash_a_process_are_found(
     settings: LoadSettings, monkeypatch: pytest.MonkeyPatch, mark: bytes, word: str, reason: Reason
 ):
-    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "poison"), str(REPOSITORY), *sys.path])
-    if mark == GREEDY:  # Memory must be exhausted before the time limit.
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "crashing_decoder"), str(REPOSITORY), *sys.path])
+    if mark == EXHAUST_MEMORY:  # Memory must be exhausted before the time limit.
         settings = replace(settings, limits=replace(settings.limits, seconds=60))
     image = encode(draw(0, 90, 70), "JPEG")
     images = [image, image[:50], b"", image + mark, image]

@@ -20,7 +20,7 @@ from tests.helpers.training import (
     ROWS,
     VALIDATION_ROWS,
     Stores,
-    as_it_is,
+    identity,
     hooks,
     network,
     recipe,
@@ -51,7 +51,7 @@ def forgetful() -> nn.Module:
 
 
 def undisturbed_and_resumed(
-    stores: Stores, place: DistributedContext = ALONE, wrap=as_it_is
+    stores: Stores, place: DistributedContext = ALONE, wrap=identity
 ) -> list[torch.Tensor]:
     """The weights of a training from start to end, and of one that is killed in the second step of epoch 3."""
     chosen = settings(recipe=random_recipe(), micro_batch_size=4)

@@ -1,4 +1,4 @@
-"""On the PYTHONPATH of tests: files that contain one of the marks crash or hang the process that decodes them."""
+"""Makes the decoder crash or hang on files with certain markers; tests put this folder on PYTHONPATH."""
 
 import ctypes
 import hashlib
@@ -8,26 +8,26 @@ import sys
 from types import ModuleType
 from typing import Any
 
-DEADLY = b"ends its decoder"
-GREEDY = b"takes all memory"
-ENDLESS = b"never comes back"
-HOLDING = []
+CRASH = b"ends its decoder"
+EXHAUST_MEMORY = b"takes all memory"
+HANG = b"never comes back"
+ALLOCATED = []
 
 
-def _break(module: ModuleType) -> None:
+def _patch(module: ModuleType) -> None:
     decode = module.decode
 
-    def deadly(data: bytes, *arguments: Any) -> Any:
-        if DEADLY in data:
+    def patched(data: bytes, *arguments: Any) -> Any:
+        if CRASH in data:
             ctypes.string_at(0)
-        if GREEDY in data:
+        if EXHAUST_MEMORY in data:
             while True:
-                HOLDING.append(bytearray(64 << 20))
-        if ENDLESS in data:
+                ALLOCATED.append(bytearray(64 << 20))
+        if HANG in data:
             hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
         return decode(data, *arguments)
 
-    module.decode = deadly  # type: ignore[attr-defined]
+    module.decode = patched  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -43,7 +43,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _break(module)
+            _patch(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
