@@ -181,7 +181,7 @@ def test_auto_selects_the_engines_of_the_device_without_int8(monkeypatch):
     assert found == ["torch fp32", "openvino bf16", "openvino fp32", "torch bf16"]
     assert parse_engines(["auto", "torch:bf16"], "cpu") == parse_engines(["auto"], "cpu")
     monkeypatch.setattr(
-        engine_record, "missing_package", lambda engine: "is not here" if engine == "openvino" else None
+        engine_record, "missing_package", lambda engine: "is not installed" if engine == "openvino" else None
     )
     found = [str(choice) for choice in parse_engines(["auto"], "cpu")]
     assert found == ["torch fp32", "compile bf16", "compile fp32", "torch bf16"]

@@ -26,7 +26,7 @@ def test_auto_on_cpu_includes_compile_without_openvino(monkeypatch):
     only_installed(monkeypatch, "torch", "compile")
     found = candidates(EngineRequest(), "cpu")
     assert _names(found) == ["compile bf16", "compile fp32", "torch bf16", "torch fp32"]
-    assert found.notes == ("openvino is not here",)
+    assert found.notes == ("openvino is not installed",)
 
 
 def test_auto_on_gpu_includes_all_floating_point_precisions(monkeypatch):
@@ -66,10 +66,10 @@ def test_emulated_bf16_is_skipped_unless_requested(monkeypatch):
 
 def test_unavailable_request_is_rejected(monkeypatch):
     only_installed(monkeypatch, "torch", "compile")
-    with pytest.raises(InputError, match="--engine openvino: openvino is not here"):
+    with pytest.raises(InputError, match="--engine openvino: openvino is not installed"):
         candidates(EngineRequest(engine="openvino"), "cpu")
     with pytest.raises(
-        InputError, match="no engine supports this on a CPU; openvino is not here; choose another"
+        InputError, match="no engine supports this on a CPU; openvino is not installed; choose another"
     ):
         candidates(EngineRequest(precision="int8"), "cpu")
     with pytest.raises(InputError, match="no engine supports this on a GPU"):

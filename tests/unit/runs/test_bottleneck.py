@@ -68,19 +68,19 @@ def on_gpus(**changes: object) -> StageUsage:
 
 @given(runs)
 def test_ideal_throughput_is_the_lowest_of_all_resources(run: StageUsage):
-    found = find_bottleneck(run)
-    assert found.ideal_images_per_second == min(resource.images_per_second for resource in found.resources)
-    for resource in found.resources:
+    bottleneck = find_bottleneck(run)
+    assert bottleneck.ideal_images_per_second == min(resource.images_per_second for resource in bottleneck.resources)
+    for resource in bottleneck.resources:
         held = sum(getattr(run.busy, stage) for stage in resource.stages)
         if held > 1e-6:
-            assert found.ideal_images_per_second * held / run.rows <= resource.capacity * (1 + 1e-9)
+            assert bottleneck.ideal_images_per_second * held / run.rows <= resource.capacity * (1 + 1e-9)
 
 
 @given(runs)
 def test_efficiency_equals_the_utilization_of_the_bottleneck(run: StageUsage):
-    found = find_bottleneck(run)
-    assert found.efficiency == max(resource.utilization for resource in found.resources)
-    assert found.limited_by in (*found.resources[0].stages, "nothing")
+    bottleneck = find_bottleneck(run)
+    assert bottleneck.efficiency == max(resource.utilization for resource in bottleneck.resources)
+    assert bottleneck.limited_by in (*bottleneck.resources[0].stages, "nothing")
 
 
 @given(busies.filter(lambda busy: busy.decode + busy.predict > 1e-3), capacities, st.floats(0.0, 5.0))
@@ -96,8 +96,8 @@ def test_perfect_schedule_has_efficiency_1(busy: Busy, capacity: Capacity, start
         needed.append(busy.decode / capacity.decode_threads)
     # Less than a millisecond of work after seconds of startup would only test rounding.
     wall = start + max(*needed, 1e-3)
-    found = find_bottleneck(StageUsage(1000, wall, start, "staged", busy, capacity))
-    assert found.efficiency == pytest.approx(min(1.0, max(needed) / 1e-3), rel=1e-6)
+    bottleneck = find_bottleneck(StageUsage(1000, wall, start, "staged", busy, capacity))
+    assert bottleneck.efficiency == pytest.approx(min(1.0, max(needed) / 1e-3), rel=1e-6)
 
 
 @given(busies.filter(lambda busy: busy.decode + busy.predict > 1e-3), st.floats(1.0, 512.0))
@@ -133,29 +133,29 @@ def test_advice_only_names_flags_of_the_job(run: StageUsage):
 
 @given(runs)
 def test_bottleneck_is_strict_json(run: StageUsage):
-    found = json.loads(find_bottleneck(run).model_dump_json(), parse_constant=pytest.fail)
-    assert set(found["milliseconds_per_image"]) == set(STAGES)
+    document = json.loads(find_bottleneck(run).model_dump_json(), parse_constant=pytest.fail)
+    assert set(document["milliseconds_per_image"]) == set(STAGES)
 
 
 def test_fused_run_on_two_cpus():
-    found = find_bottleneck(fused())
-    assert found.limited_by == "predict"
-    assert found.ideal_images_per_second == pytest.approx(100.0)  # 2 CPUs / 20 ms
-    assert found.images_per_second_after_start == pytest.approx(100.0)
-    assert found.efficiency == pytest.approx(1.0)
-    assert "inference takes 85% of the CPU time" in found.advice
-    assert "--engine auto" in found.advice
+    bottleneck = find_bottleneck(fused())
+    assert bottleneck.limited_by == "predict"
+    assert bottleneck.ideal_images_per_second == pytest.approx(100.0)  # 2 CPUs / 20 ms
+    assert bottleneck.images_per_second_after_start == pytest.approx(100.0)
+    assert bottleneck.efficiency == pytest.approx(1.0)
+    assert "inference takes 85% of the CPU time" in bottleneck.advice
+    assert "--engine auto" in bottleneck.advice
     assert (
-        found.line() == "100.0 images/s after startup of 4.0 s, 100% of the ideal 100.0, limited by predict"
+        bottleneck.line() == "100.0 images/s after startup of 4.0 s, 100% of the ideal 100.0, limited by predict"
     )
 
 
 def test_advice_names_the_cpus_that_keep_a_gpu_busy():
-    found = find_bottleneck(on_gpus())
-    assert found.limited_by == "decode"
-    assert found.ideal_images_per_second == pytest.approx(1000.0)  # 16 CPUs / 16 ms
-    assert "GPUs are busy 50% of the time" in found.advice
-    assert "16 more CPUs per GPU than the current 16" in found.advice
+    bottleneck = find_bottleneck(on_gpus())
+    assert bottleneck.limited_by == "decode"
+    assert bottleneck.ideal_images_per_second == pytest.approx(1000.0)  # 16 CPUs / 16 ms
+    assert "GPUs are busy 50% of the time" in bottleneck.advice
+    assert "16 more CPUs per GPU than the current 16" in bottleneck.advice
 
 
 def advice(run: StageUsage) -> str:
@@ -205,10 +205,10 @@ def busy_with(stage: str) -> Busy:
     ],
 )
 def test_advice_follows_from_the_measurements(run: StageUsage, limited_by: str, words: list[str]):
-    found = find_bottleneck(run)
-    assert found.limited_by == limited_by
+    bottleneck = find_bottleneck(run)
+    assert bottleneck.limited_by == limited_by
     for word in words:
-        assert word in found.advice
+        assert word in bottleneck.advice
 
 
 def test_advised_number_of_fetch_threads_removes_the_bottleneck():
@@ -239,9 +239,9 @@ def test_rows_predicted_during_startup_are_not_counted():
 
 
 def test_infinite_rates_are_null_in_json():
-    found = find_bottleneck(fused(busy=Busy())).model_dump(mode="json")
-    assert found["ideal_images_per_second"] is None
-    assert found["efficiency"] == 0.0
+    document = find_bottleneck(fused(busy=Busy())).model_dump(mode="json")
+    assert document["ideal_images_per_second"] is None
+    assert document["efficiency"] == 0.0
     assert find_bottleneck(fused()).model_dump(mode="json")["ideal_images_per_second"] == 100.0
 
 
@@ -269,10 +269,10 @@ def test_invalid_measurements_are_rejected(make):
         make()
 
 
-def printed(found: Bottleneck) -> list[str]:
+def printed(bottleneck: Bottleneck) -> list[str]:
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(bottleneck_table(found))
+        console.print(bottleneck_table(bottleneck))
     return captured.get().splitlines()
 
 

@@ -59,10 +59,10 @@ def test_only_listed_files_are_part_of_the_run(output: str, tmp_path: Path):
     assert read.column("row").to_pylist() == [0, 1, 2, 3, 4, 6]
     with duckdb.connect() as connection:
         connection.register("predictions", predictions)
-        found = connection.execute(
+        counts = connection.execute(
             "SELECT label, count(*) FROM predictions GROUP BY ALL ORDER BY 1"
         ).fetchall()
-    assert found == [("cat", 5), ("dog", 1)]
+    assert counts == [("cat", 5), ("dog", 1)]
     assert open_parts(record, "quarantine", storage).to_table().column("reason").to_pylist() == ["truncated"]
 
 
@@ -84,9 +84,9 @@ def test_runs_are_listed_newest_first_with_their_state(output: str):
     start_run(output, RunDetails("c"))
     storage.write_atomic(join(output, "runs", "half", "run.json"), b'{"run_id": "half"')
     storage.write_atomic(join(output, "runs", "remnant", "predictions", "part.parquet"), b"x")
-    found = {run.run_id: run.state for run in list_runs(output, storage)}
-    assert list(found)[:3] == ["c", "b", "a"]
-    assert found == {
+    states = {run.run_id: run.state for run in list_runs(output, storage)}
+    assert list(states)[:3] == ["c", "b", "a"]
+    assert states == {
         "a": State.COMMITTED,
         "b": State.COMMITTED,
         "c": State.UNFINISHED,

@@ -20,16 +20,16 @@ from tests.helpers.runs import Item, RunDetails, items, plan_of, start_run, writ
 
 Call = Callable[..., tuple[int, str]]
 
-ODD = [None, True, -1, 10**400, 1.5, float("nan"), "", "x", "\ud800", "a\0b", [5], {"x": 1}]
+VALUES = [None, True, -1, 10**400, 1.5, float("nan"), "", "x", "\ud800", "a\0b", [5], {"x": 1}]
 """A value of every JSON type, and values that some languages cannot represent."""
 
 BYTES = {
-    "nothing": b"",
-    "cut": b'{"run_id": "odd"',
-    "no UTF-8": b'{"run_id": "\xff"}',
-    "UTF-16": '{"run_id": "odd"}'.encode("utf-16"),
-    "deep": b"[" * 100_000,
-    "deep inside": b'{"run_id": "odd", "committed": ' + b"[" * 900 + b"]" * 900 + b"}",
+    "empty": b"",
+    "truncated": b'{"run_id": "run-d"',
+    "invalid UTF-8": b'{"run_id": "\xff"}',
+    "UTF-16": '{"run_id": "run-d"}'.encode("utf-16"),
+    "deeply nested": b"[" * 100_000,
+    "deeply nested value": b'{"run_id": "run-d", "committed": ' + b"[" * 900 + b"]" * 900 + b"}",
     "long number": b"1" * 5000,
     "zeros": b"\0" * 100,
 }
@@ -49,7 +49,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """Three committed runs, the last of them published, an unfinished run, and the run `odd`."""
+    """Three committed runs, the last of them published, an unfinished run, and the run `run-d`."""
     more = {
         "baseline": None,
         "gates": [{"gate": "g", "value": 0.5, "limit": None, "passed": True, "message": "s"}],
@@ -61,7 +61,7 @@ def output(tmp_path: Path) -> Path:
             "embeddings": {"dimension": 4, "rows": 4, "mean_norm": 5.0, "std_norm": 0.0, "non_finite": 0},
         },
     }
-    for name in ("a", "b", "odd", "c"):
+    for name in ("a", "b", "run-d", "c"):
         write_run(str(tmp_path), RunDetails(name, more=more), [*items(4), Item("bad", reason="truncated")])
     start_run(str(tmp_path), RunDetails("unfinished"))
     for name in ("b", "c"):
@@ -69,7 +69,7 @@ def output(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+def paths_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     """Positions of a JSON value that can be replaced; of a list, only its first entry."""
     if path:
         yield path
@@ -81,33 +81,38 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
         else ()
     )
     for key, inner in entries:
-        yield from places(inner, (*path, key))
+        yield from paths_of(inner, (*path, key))
 
 
-def replaced(value: Any, path: tuple[str | int, ...], odd: object) -> Any:
-    copy = json.loads(json.dumps(value))
+def replaced(document: Any, path: tuple[str | int, ...], value: object) -> Any:
+    copy = json.loads(json.dumps(document))
     inner = copy
     for key in path[:-1]:
         inner = inner[key]
-    inner[path[-1]] = odd
+    inner[path[-1]] = value
     return copy
 
 
-def every_command(output: Path, call: Call, odd: str) -> None:
-    """Every command works on the valid runs, and ends with a defined exit code for the odd one."""
+def every_command(output: Path, call: Call, damaged: str) -> None:
+    """Every command works on the valid runs, and ends with a defined exit code for the damaged one."""
     at = ("--output", str(output))
     code, printed = call("list", *at)
     assert code == 0
-    for name in ("a", "b", "c", "unfinished", odd):
+    for name in ("a", "b", "c", "unfinished", damaged):
         assert any(name in line.split()[:2] for line in printed.splitlines()), printed
     for command in (["show", "b"], ["diff", "a", "published"], ["verify", "c"], ["show", "previous"]):
         assert call(*command, *at)[0] == 0
     code, printed = call("prune", "--keep", "0", "--grace-hours", "0", *at)
     assert (code, "runs would be removed" in printed) == (0, True)
-    for command in (["show", odd], ["diff", odd, "c"], ["verify", odd], ["publish", odd], ["report", odd]):
+    for command in (["show", damaged],
+        ["diff", damaged, "c"],
+        ["verify", damaged],
+        ["publish", damaged],
+        ["report", damaged],
+    ):
         code, printed = call(*command, *at)
         assert code in (0, 1, 2, 3)
-        assert code == 0 or odd in printed
+        assert code == 0 or damaged in printed
 
 
 @pytest.mark.parametrize("document", ["run.json", "plan.json"])
@@ -115,14 +120,14 @@ def every_command(output: Path, call: Call, odd: str) -> None:
 def test_record_that_is_not_a_json_object_is_one_damaged_run(
     output: Path, call: Call, document: str, kind: str
 ):
-    (output / "runs" / "odd" / document).write_bytes(BYTES[kind])
-    every_command(output, call, "odd")
+    (output / "runs" / "run-d" / document).write_bytes(BYTES[kind])
+    every_command(output, call, "run-d")
     if document == "run.json":
-        assert {one.run_id: one.state for one in list_runs(str(output), Storage())}["odd"] == State.DAMAGED
+        assert {one.run_id: one.state for one in list_runs(str(output), Storage())}["run-d"] == State.DAMAGED
 
 
 def test_folder_or_link_loop_instead_of_a_file_is_one_damaged_run(output: Path, call: Call):
-    for name, document in (("odd", "run.json"), ("unfinished", "plan.json")):
+    for name, document in (("run-d", "run.json"), ("unfinished", "plan.json")):
         (output / "runs" / name / document).unlink()
         (output / "runs" / name / document).mkdir()
         every_command(output, call, name)
@@ -130,55 +135,55 @@ def test_folder_or_link_loop_instead_of_a_file_is_one_damaged_run(output: Path, 
         (output / "runs" / name / document).symlink_to(document)
         every_command(output, call, name)
     states = {one.run_id: one.state for one in list_runs(str(output), Storage())}
-    assert (states["odd"], states["unfinished"]) == (State.DAMAGED, State.DAMAGED)
+    assert (states["run-d"], states["unfinished"]) == (State.DAMAGED, State.DAMAGED)
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
-def test_any_value_at_any_position_of_run_json_damages_at_most_one_run(output: Path, call: Call, odd: object):
-    path = output / "runs" / "odd" / "run.json"
-    sound = json.loads(path.read_text())
-    found = list(places(sound))
-    assert len(found) > 50
-    for place in found:
-        path.write_text(json.dumps(replaced(sound, place, odd)))
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:12])
+def test_any_value_at_any_position_of_run_json_damages_at_most_one_run(output: Path, call: Call, value: object):
+    path = output / "runs" / "run-d" / "run.json"
+    valid = json.loads(path.read_text())
+    paths = list(paths_of(valid))
+    assert len(paths) > 50
+    for position in paths:
+        path.write_text(json.dumps(replaced(valid, position, value)))
         listed = {one.run_id: one for one in list_runs(str(output), Storage())}
         assert [listed[name].state for name in "abc"] == [State.COMMITTED] * 3
-        if listed["odd"].state is State.COMMITTED:  # then all commands work
-            for command in (["list"], ["show", "odd"]):
+        if listed["run-d"].state is State.COMMITTED:  # then all commands work
+            for command in (["list"], ["show", "run-d"]):
                 code, printed = call(*command, "--output", str(output))
-                assert code == 0 or (code == 2 and "odd" in printed), (place, printed)
+                assert code == 0 or (code == 2 and "run-d" in printed), (position, printed)
         else:
-            assert "odd" in listed["odd"].detail
+            assert "run-d" in listed["run-d"].detail
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
-def test_any_value_at_any_position_of_a_plan_never_prevents_a_new_run(output: Path, odd: object):
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:12])
+def test_any_value_at_any_position_of_a_plan_never_prevents_a_new_run(output: Path, value: object):
     path = output / "runs" / "unfinished" / "plan.json"
-    sound = json.loads(path.read_text()) | {
+    valid = json.loads(path.read_text()) | {
         "fingerprints": {"manifest": "m", "model": "x", "settings": {"top_k": 5}}
     }
-    sound["reuse"] = {"run_id": "a", "by_row": False}
-    wanted = Fingerprints(manifest="m", model="x", settings={"top_k": 5})
-    path.write_text(json.dumps(sound))
-    assert getattr(find_unfinished(str(output), None, wanted, Storage()), "run_id", None) == "unfinished"
-    for place in places(sound):
-        path.write_text(json.dumps(replaced(sound, place, odd)))
-        unfinished = find_unfinished(str(output), None, wanted, Storage())
+    valid["reuse"] = {"run_id": "a", "by_row": False}
+    fingerprints = Fingerprints(manifest="m", model="x", settings={"top_k": 5})
+    path.write_text(json.dumps(valid))
+    assert getattr(find_unfinished(str(output), None, fingerprints, Storage()), "run_id", None) == "unfinished"
+    for position in paths_of(valid):
+        path.write_text(json.dumps(replaced(valid, position, value)))
+        unfinished = find_unfinished(str(output), None, fingerprints, Storage())
         if unfinished is not None:
             assert isinstance(unfinished.engines, RecordedEngines)
             assert unfinished.reuse is None or isinstance(unfinished.reuse, PlannedReuse)
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda value: repr(value)[:12])
-def test_any_value_at_any_position_of_current_json_is_handled(output: Path, call: Call, odd: object):
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:12])
+def test_any_value_at_any_position_of_current_json_is_handled(output: Path, call: Call, value: object):
     path = output / "current.json"
-    sound = json.loads(path.read_text())
-    for place in places(sound):
-        path.write_text(json.dumps(replaced(sound, place, odd)))
+    valid = json.loads(path.read_text())
+    for position in paths_of(valid):
+        path.write_text(json.dumps(replaced(valid, position, value)))
         if published_or_damage(str(output), Storage())[1] is None:  # then all commands work
             for command in (["list"], ["prune", "--keep", "9"], ["rollback", "--no-verify"]):
                 code, printed = call(*command, "--output", str(output))
-                assert code in (0, 3), (place, printed)
+                assert code in (0, 3), (position, printed)
 
 
 def test_damaged_current_json_is_reported_and_replaced_by_force(output: Path, call: Call):
@@ -194,24 +199,24 @@ def test_damaged_current_json_is_reported_and_replaced_by_force(output: Path, ca
     assert json.loads((output / "current.json").read_text())["run_id"] == "b"
 
 
-def _gone(folder: Path) -> None:
+def _remove_record(folder: Path) -> None:
     (folder / "run.json").unlink()
 
 
-def _cut_record(folder: Path) -> None:
+def _truncate_record(folder: Path) -> None:
     (folder / "run.json").write_bytes((folder / "run.json").read_bytes()[:100])
 
 
-def _part_gone(folder: Path) -> None:
+def _remove_part(folder: Path) -> None:
     next((folder / "predictions").iterdir()).unlink()
 
 
-def _part_cut(folder: Path) -> None:
+def _truncate_part(folder: Path) -> None:
     part = next((folder / "predictions").iterdir())
     part.write_bytes(part.read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("damage", [_gone, _cut_record, _part_gone, _part_cut])
+@pytest.mark.parametrize("damage", [_remove_record, _truncate_record, _remove_part, _truncate_part])
 def test_nothing_is_reused_if_the_published_run_is_missing_or_truncated(
     output: Path, damage: Callable[[Path], None], log: pytest.LogCaptureFixture
 ):
@@ -227,11 +232,11 @@ def test_nothing_is_reused_if_the_published_run_is_missing_or_truncated(
 
 
 def test_newer_versions_are_refused_with_the_remedy(output: Path, call: Call):
-    path = output / "runs" / "odd" / "run.json"
+    path = output / "runs" / "run-d" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
     listed = {run.run_id: run for run in list_runs(str(output), Storage())}
-    assert (listed["odd"].state, "upgrade batchcls" in listed["odd"].detail) == (State.DAMAGED, True)
-    every_command(output, call, "odd")
+    assert (listed["run-d"].state, "upgrade batchcls" in listed["run-d"].detail) == (State.DAMAGED, True)
+    every_command(output, call, "run-d")
     current = output / "current.json"
     current.write_text(json.dumps(json.loads(current.read_text()) | {"version": 2}))
     for command in (["list"], ["publish", "b", "--force"], ["prune", "--keep", "0"]):

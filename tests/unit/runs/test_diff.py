@@ -45,8 +45,8 @@ def diff(output: str, *, model: str = "m" * 64, to: str | None = None) -> RunDif
 
 
 def test_every_item_has_a_status(tmp_path: Path):
-    found = diff(str(tmp_path))
-    assert found.statuses == {
+    result = diff(str(tmp_path))
+    assert result.statuses == {
         "unchanged": 2,
         "changed": 2,
         "new": 1,
@@ -55,8 +55,8 @@ def test_every_item_has_a_status(tmp_path: Path):
         "recovered": 1,
         "still_failed": 1,
     }
-    assert set(found.statuses) == set(STATUSES)
-    assert (found.images_changed, found.compared, found.model_changed) == (2, 4, False)
+    assert set(result.statuses) == set(STATUSES)
+    assert (result.images_changed, result.compared, result.model_changed) == (2, 4, False)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_every_item_has_a_status(tmp_path: Path):
     ],
 )
 def test_changed_labels_are_counted_by_cause(tmp_path: Path, model: str, causes: dict):
-    found = diff(str(tmp_path), model=model)
-    assert found.causes == causes
+    result = diff(str(tmp_path), model=model)
+    assert result.causes == causes
     assert set(causes) == set(CAUSES)
-    (flow,) = found.flows
+    (flow,) = result.flows
     assert (flow.old_label, flow.new_label, flow.items) == ("cat", "dog", 2)
     assert flow.by_image + flow.by_model + flow.by_image_and_model + flow.by_neither == 2
     assert flow.example_rows == (4, 5)  # the most confident first
@@ -84,7 +84,7 @@ def test_diff_is_written_as_parquet_and_json(where: str, tmp_path: Path, request
         server: S3Server = request.getfixturevalue("s3")
         output = f"s3://{server.bucket}/output"
     to, storage = join(output, "diffs", "new"), Storage()
-    found = diff(output, to=to)
+    result = diff(output, to=to)
     tables = {}
     for name in ("diff-items", "flows"):
         filesystem, path = storage.arrow_filesystem(join(to, f"{name}.parquet"))
@@ -100,15 +100,15 @@ def test_diff_is_written_as_parquet_and_json(where: str, tmp_path: Path, request
         ("cat", "cat", 2),
         ("cat", "dog", 2),
     ]
-    assert RunDiff.from_json(storage.read_bytes(join(to, "diff.json"))) == found
+    assert RunDiff.from_json(storage.read_bytes(join(to, "diff.json"))) == result
 
 
 def test_run_has_no_differences_from_itself(tmp_path: Path):
     write_run(str(tmp_path), RunDetails("a"), OLD)
     record = read_record(str(tmp_path), "a", Storage())
-    found = diff_runs(record, record, Storage())
-    assert {name for name, count in found.statuses.items() if count} == {"unchanged", "still_failed"}
-    assert (found.flows, found.category_shift, found.images_changed) == ((), 0.0, 0)
+    result = diff_runs(record, record, Storage())
+    assert {name for name, count in result.statuses.items() if count} == {"unchanged", "still_failed"}
+    assert (result.flows, result.category_shift, result.images_changed) == ((), 0.0, 0)
 
 
 def test_prediction_without_a_label_counts_as_a_prediction(tmp_path: Path):
@@ -117,10 +117,10 @@ def test_prediction_without_a_label_counts_as_a_prediction(tmp_path: Path):
     new = [Item("sure, then not", "cat", abstained=True), Item("not sure, then", "dog"), unsure]
     write_run(str(tmp_path), RunDetails("old"), old)
     write_run(str(tmp_path), RunDetails("new"), new)
-    found = diff_runs(*(read_record(str(tmp_path), name, Storage()) for name in ("old", "new")), Storage())
-    assert (found.statuses["changed"], found.statuses["unchanged"], found.compared) == (2, 1, 3)
-    assert {(flow.old_label, flow.new_label) for flow in found.flows} == {("cat", None), (None, "dog")}
-    assert found.new_summary.categories == {"": 2, "dog": 1}
+    result = diff_runs(*(read_record(str(tmp_path), name, Storage()) for name in ("old", "new")), Storage())
+    assert (result.statuses["changed"], result.statuses["unchanged"], result.compared) == (2, 1, 3)
+    assert {(flow.old_label, flow.new_label) for flow in result.flows} == {("cat", None), (None, "dog")}
+    assert result.new_summary.categories == {"": 2, "dog": 1}
     text = Console(width=200, record=True)
-    text.print(flows_table(found))
+    text.print(flows_table(result))
     assert "(no label)" in text.export_text()

@@ -49,8 +49,8 @@ def published(output: Path, rows: list[Item], night: RunDetails | None = None) -
 
 
 def gate(decision: GateDecision, name: str) -> GateResult:
-    (found,) = [entry for entry in decision.gates if entry.gate == name]
-    return found
+    (result,) = [entry for entry in decision.gates if entry.gate == name]
+    return result
 
 
 def mixed(cats: int, dogs: int, **changes: Any) -> list[Item]:
@@ -140,9 +140,9 @@ def test_gates_on_failures_overall_and_by_reason(tmp_path: Path):
     )
     assert [entry.gate for entry in failed_gates(decision.gates)] == ["failed_fraction_not_found"]
     assert gate(decision, "failed_fraction").value == pytest.approx(0.04)
-    found = gate(decision, "failed_fraction_not_found")
-    assert (found.value, found.limit) == (pytest.approx(0.03), pytest.approx(0.02))
-    assert "3 of 100 rows failed with not_found (3.00%); the limit is at most 2.00%" in found.message
+    result = gate(decision, "failed_fraction_not_found")
+    assert (result.value, result.limit) == (pytest.approx(0.03), pytest.approx(0.02))
+    assert "3 of 100 rows failed with not_found (3.00%); the limit is at most 2.00%" in result.message
 
 
 def test_coverage_limit_defaults_to_the_failed_fraction(tmp_path: Path):
@@ -176,9 +176,9 @@ def test_coverage_limit_defaults_to_the_failed_fraction(tmp_path: Path):
 )
 def test_gates_against_the_published_run(tmp_path: Path, name: str, old: list, new: list, figure: float):
     published(tmp_path, old)
-    found = gate(evaluate(tmp_path, new), name)
-    assert found.value == pytest.approx(figure, rel=1e-6)
-    assert found.passed == (figure == 0.0)
+    result = gate(evaluate(tmp_path, new), name)
+    assert result.value == pytest.approx(figure, rel=1e-6)
+    assert result.passed == (figure == 0.0)
 
 
 def test_every_gate_can_be_disabled(tmp_path: Path):
@@ -195,8 +195,8 @@ def test_every_gate_can_be_disabled(tmp_path: Path):
 def test_non_finite_embeddings_are_counted_and_excluded_from_the_norms(tmp_path: Path):
     rows = [*items(198), *items(1, embedding=(float("inf"), 0, 0, 0)), *items(1, embedding=(1e25, 0, 0, 0))]
     decision = evaluate(tmp_path, rows)
-    found = gate(decision, "non_finite_embeddings")
-    assert (found.value, found.limit, found.passed) == (1.0, 0.0, False)
+    result = gate(decision, "non_finite_embeddings")
+    assert (result.value, result.limit, result.passed) == (1.0, 0.0, False)
     assert decision.summary.embeddings is not None
     assert decision.summary.embeddings.rows == 199
 
@@ -218,7 +218,7 @@ def test_limits_are_widened_for_a_small_catalog(tmp_path: Path):
     collapsed = evaluate(
         tmp_path, [Item(f"i{i}", "label 0", 0.7) for i in range(297)], RunDetails("collapsed")
     )
-    assert {found.gate for found in failed_gates(collapsed.gates)} == {
+    assert {result.gate for result in failed_gates(collapsed.gates)} == {
         "changed_labels_fraction",
         "category_shift",
     }
@@ -233,14 +233,14 @@ def test_samples_of_one_catalog_fail_no_more_often_than_by_chance(rows: int):
     def summary(shift: float) -> Summary:
         counts = random.multinomial(rows, mix)
         confidence = np.clip(random.beta(5, 2, rows) - shift, 0, 1)
-        found = {f"label {i}": int(count) for i, count in enumerate(counts)}
+        categories = {f"label {i}": int(count) for i, count in enumerate(counts)}
         norms = 10 * (1 + 2 * shift) + random.normal(0, 2, rows)
         embeddings = EmbeddingStatistics(
             dimension=8, rows=rows, mean_norm=float(norms.mean()), std_norm=float(norms.std()), non_finite=0
         )
         return Summary(
             predictions=rows,
-            categories=found,
+            categories=categories,
             mean_confidence=float(confidence.mean()),
             std_confidence=float(confidence.std()),
             confidence_histogram=(0,) * 20,
@@ -251,7 +251,7 @@ def test_samples_of_one_catalog_fail_no_more_often_than_by_chance(rows: int):
         counts = Counts(rows=rows, predicted=rows, quarantined=0)
         baseline = Baseline("old", False, rows, summary(0.0), rows, int(random.binomial(rows, 0.1 + shift)))
         subject = CandidateRun(counts, summary(shift), 30, baseline)
-        return {found.gate for found in failed_gates(apply_gates(subject, Limits(GateSettings(), 0.01)))}
+        return {result.gate for result in failed_gates(apply_gates(subject, Limits(GateSettings(), 0.01)))}
 
     refusals = [name for _ in range(40) for name in refused_by(0.0)]
     assert all(refusals.count(name) <= 6 for name in set(refusals)), refusals
@@ -285,9 +285,9 @@ def test_another_model_has_the_same_limits_and_is_mentioned(tmp_path: Path):
     published(tmp_path, mixed(200, 0))
     new = [Item(f"cat-{i}", "dog") for i in range(200)]
     decision = evaluate(tmp_path, new, RunDetails("new", model="n" * 64))
-    found = gate(decision, "changed_labels_fraction")
-    assert not found.passed
-    assert "the model is another one" in found.message
+    result = gate(decision, "changed_labels_fraction")
+    assert not result.passed
+    assert "the model is another one" in result.message
 
 
 def test_unreadable_published_run_fails_the_baseline_gate(tmp_path: Path):

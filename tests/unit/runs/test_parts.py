@@ -90,9 +90,9 @@ def test_receipts_of_every_row_are_reconciled(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda found: found[:1], "5 rows missing (first: 3)"),
-        (lambda found: [*found, found[0]], "3 rows twice (first: 0)"),
-        (lambda found: [], "8 rows missing"),
+        (lambda receipts: receipts[:1], "5 rows missing (first: 3)"),
+        (lambda receipts: [*receipts, receipts[0]], "3 rows twice (first: 0)"),
+        (lambda receipts: [], "8 rows missing"),
     ],
 )
 def test_inconsistent_row_counts_are_an_error(tmp_path: Path, change, words: str):
@@ -118,11 +118,11 @@ def test_message_names_failed_fraction_limit_and_reason(tmp_path: Path):
 def test_run_json_lists_every_file_and_is_found_through_current_json(tmp_path: Path):
     output = str(tmp_path)
     folder = create_plan(PLAN, output, Storage())
-    found = receipts(Path(folder))
+    written = receipts(Path(folder))
     commit(
         PLAN,
-        found,
-        reconcile(found, 8),
+        written,
+        reconcile(written, 8),
         Findings(measurements=Measurements(images_per_second=3.0)),
         Storage(),
         folder,

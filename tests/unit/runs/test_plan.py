@@ -36,17 +36,17 @@ CONFIG = ClassifyConfig(manifest="catalog.parquet", model="m", output="out")
 
 def test_fingerprints_hold_all_settings_that_change_results():
     """A setting that is missing here would let a run resume with other results; an extra one would block it."""
-    found = Fingerprints.of(CONFIG, "f", "m").settings
-    assert json.dumps(found, sort_keys=True) == json.dumps(PER_IMAGE | OTHERS, sort_keys=True)
+    settings = Fingerprints.of(CONFIG, "f", "m").settings
+    assert json.dumps(settings, sort_keys=True) == json.dumps(PER_IMAGE | OTHERS, sort_keys=True)
 
 
 def test_predictions_are_reused_by_settings_that_act_on_single_images():
-    found = prediction_settings(CONFIG, "m", ["fp32", "bf16", "fp32"], 1.5)
+    settings = prediction_settings(CONFIG, "m", ["fp32", "bf16", "fp32"], 1.5)
     identity = {"model": "m", "precisions": ["bf16", "fp32"], "decode_margin": 1.5}
-    assert json.dumps(found, sort_keys=True) == json.dumps(PER_IMAGE | identity, sort_keys=True)
+    assert json.dumps(settings, sort_keys=True) == json.dumps(PER_IMAGE | identity, sort_keys=True)
 
 
 def test_differences_name_the_changed_flags():
     changed = ClassifyConfig(manifest="catalog.parquet", model="m", output="out", top_k=3, fetch_attempts=2)
-    found = Fingerprints.of(CONFIG, "f", "m").differences(Fingerprints.of(changed, "f", "m"))
-    assert found == ["--top-k (it was 5 and is 3)"]
+    differences = Fingerprints.of(CONFIG, "f", "m").differences(Fingerprints.of(changed, "f", "m"))
+    assert differences == ["--top-k (it was 5 and is 3)"]

@@ -181,20 +181,20 @@ def test_unreadable_run_is_named_and_does_not_protect_others(
     plain_folder: Path, prune: Call, unreadable: str
 ):
     output = str(plain_folder)
-    folder = Path(write_run(output, RunDetails("odd"), items(4)))
-    put(output, "odd/readers/search.json", b'{"until": "2020-01-01T00:00:00"}')
+    folder = Path(write_run(output, RunDetails("denied"), items(4)))
+    put(output, "denied/readers/search.json", b'{"until": "2020-01-01T00:00:00"}')
     with leased(str(folder), Storage()):
         pass
     write_run(output, RunDetails("a"), items(4))
     (folder / unreadable).chmod(0)
     try:
         code, printed = prune(output)
-        assert (names(output), "a" in printed) == (["odd"], True)
+        assert (names(output), "a" in printed) == (["denied"], True)
         if unreadable == "predictions":  # the files cannot be removed; the next prune continues
             assert (code, "permission denied; check the permissions" in printed) == (2, True)
         else:
             assert (code, "not touched" in printed) == (0, True), printed
-        assert [run.run_id for run in list_runs(output, Storage())] == ["odd"]
+        assert [run.run_id for run in list_runs(output, Storage())] == ["denied"]
     finally:
         (folder / unreadable).chmod(0o700)
 

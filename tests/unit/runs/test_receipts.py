@@ -22,8 +22,8 @@ def keep(folder: Path, *blocks: pa.Table) -> Receipt:
     return write_receipt(writer(folder).write(list(blocks)), str(folder), STORAGE)
 
 
-def pairs(found: RowRanges) -> list[tuple[int, int]]:
-    return list(zip(found.starts.tolist(), found.stops.tolist(), strict=True))
+def pairs(row_ranges: RowRanges) -> list[tuple[int, int]]:
+    return list(zip(row_ranges.starts.tolist(), row_ranges.stops.tolist(), strict=True))
 
 
 def test_receipt_is_read_back(tmp_path: Path):
@@ -78,15 +78,15 @@ def test_retryable_failures_have_a_separate_file_and_are_computed_again(tmp_path
 def test_predictions_take_precedence_over_quarantine_of_the_same_rows():
     def file(kind: str, path: str, *ranges: tuple[int, int]) -> PartFile:
         starts, stops = (np.array(side, np.int64) for side in zip(*ranges, strict=True))
-        found = RowRanges(starts, stops)
+        row_ranges = RowRanges(starts, stops)
         return PartFile(
             path=path,
             kind=kind,
-            rows=len(found),
+            rows=len(row_ranges),
             bytes=1,
             digest="",
-            ranges=found,
-            failures=Counter(truncated=len(found)),
+            ranges=row_ranges,
+            failures=Counter(truncated=len(row_ranges)),
         )
 
     def receipt(name: str, part: PartFile) -> Receipt:

@@ -31,7 +31,7 @@ def opened(record: RunRecord, *, same_base: bool = True, same_manifest: bool = F
     return open_reuse_source(record, STORAGE, same_base=same_base, same_manifest=same_manifest)
 
 
-def found(index: Index, *texts: str) -> list[int]:
+def lookup(index: Index, *texts: str) -> list[int]:
     with duckdb.connect() as connection:
         return index.find(hashes_of(pa.array(texts, pa.string()), connection)).tolist()
 
@@ -47,20 +47,20 @@ def test_manifest_version_belongs_to_the_item_and_store_version_to_the_file():
 
 def test_rows_are_found_by_version_and_by_content(record: RunRecord):
     earlier = opened(record)
-    assert found(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7", "0.jpg\0stat:1:3", "d\0") == [
+    assert lookup(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7", "0.jpg\0stat:1:3", "d\0") == [
         0,
         1,
         -1,
         -1,
     ]
-    assert found(earlier.by_content, "h1", "h3", "h2") == [1, 2, -1]
+    assert lookup(earlier.by_content, "h1", "h3", "h2") == [1, 2, -1]
     rows = EarlierRows(earlier, STORAGE).take(np.array([2, 0]), ["item_id", "label"])
     assert rows.to_pylist() == [{"item_id": "d", "label": "fox"}, {"item_id": "a", "label": "cat"}]
 
 
 def test_same_relative_uri_in_another_folder_is_another_file(record: RunRecord):
     earlier = opened(record, same_base=False)
-    assert found(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7") == [-1, 1]
+    assert lookup(earlier.by_state, "0.jpg\0stat:1:2", "b\0version:7") == [-1, 1]
 
 
 def test_all_predictions_are_found_by_row_for_the_same_manifest(record: RunRecord):

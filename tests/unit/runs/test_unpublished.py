@@ -50,7 +50,7 @@ def committed(
     return folder
 
 
-def found(output: str, **changes: Any) -> str | None:
+def find(output: str, **changes: Any) -> str | None:
     config = config_of(output, **changes)
     record = find_unpublished_run(config, about(config), Storage())
     return None if record is None else record.run_id
@@ -64,20 +64,20 @@ def publish_again(config: ClassifyConfig, record: RunRecord) -> BatchclsError | 
 
 
 def test_run_with_an_interrupted_publish_is_found_until_it_is_published(output: str):
-    assert found(output) is None
+    assert find(output) is None
     committed(output, "night")
-    assert found(output) == "night"
-    assert found(output, run_id="night") == "night"
-    assert found(output, run_id="other") is None
+    assert find(output) == "night"
+    assert find(output, run_id="night") == "night"
+    assert find(output, run_id="other") is None
     publish(output, "night", Storage())
-    assert found(output) is None
+    assert find(output) is None
 
 
 def test_newest_of_several_runs_is_found(output: str):
     for name, created in (("a", "2026-11-24"), ("c", "2026-11-26"), ("b", "2026-11-25")):
         committed(output, name)
         set_created(output, name, f"{created}T01:15:00+00:00")
-    assert found(output) == "c"
+    assert find(output) == "c"
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_newest_of_several_runs_is_found(output: str):
 def test_command_with_other_settings_finds_no_run(tmp_path: Path, command: dict):
     output = str(tmp_path)
     committed(output, "night")
-    assert found(output, **command) is None
+    assert find(output, **command) is None
     if command != {"publish": False}:
         committed(output, "other", **command)
-        assert found(output, **command) == "other"
-    assert found(output) == "night"
+        assert find(output, **command) == "other"
+    assert find(output) == "night"
 
 
 def test_unpublishable_and_refused_runs_are_not_found(output: str):
@@ -106,7 +106,7 @@ def test_unpublishable_and_refused_runs_are_not_found(output: str):
     committed(output, "refused", gates=[PASSED, PASSED | {"passed": False}])
     committed(output, "unjudged", gates=[])
     write_run(output, RunDetails("of-nobody-knows-what"), items(4))
-    assert found(output) is None
+    assert find(output) is None
 
 
 def test_run_that_was_rolled_back_is_not_found(output: str):
@@ -114,7 +114,7 @@ def test_run_that_was_rolled_back_is_not_found(output: str):
         committed(output, name)
         publish(output, name, Storage())
     roll_back(output, Storage(), lambda record: [])
-    assert found(output) is None
+    assert find(output) is None
 
 
 def test_run_older_than_the_published_one_is_not_found(output: str):
@@ -122,9 +122,9 @@ def test_run_older_than_the_published_one_is_not_found(output: str):
     set_created(output, "yesterday", "2026-11-25T01:15:00+00:00")
     write_run(output, RunDetails("tonight"), items(4))
     publish(output, "tonight", Storage())
-    assert found(output) is None
+    assert find(output) is None
     set_created(output, "tonight", "2026-11-24T01:15:00+00:00")
-    assert found(output) == "yesterday"
+    assert find(output) == "yesterday"
 
 
 @pytest.mark.parametrize("damage", ["run.json", "plan.json", "part", "removal.json", "current.json"])
@@ -136,14 +136,14 @@ def test_damaged_run_or_run_being_removed_is_not_found(tmp_path: Path, damage: s
         next((folder / "predictions").iterdir()).unlink()
     else:
         ((tmp_path if damage == "current.json" else folder) / damage).write_text("[")
-    assert found(output) is None
+    assert find(output) is None
 
 
 def test_plan_with_invalid_fingerprints_is_not_found(tmp_path: Path):
     folder = Path(committed(str(tmp_path), "night"))
     plan = json.loads((folder / "plan.json").read_text())
     (folder / "plan.json").write_text(json.dumps(plan | {"fingerprints": {}, "config": {}}))
-    assert found(str(tmp_path)) is None
+    assert find(str(tmp_path)) is None
     assert Storage().exists(join(str(folder), "run.json"))
 
 
@@ -173,7 +173,7 @@ def test_found_run_is_found_again_after_a_storage_failure(tmp_path: Path):
         assert error.exit_code == ExitCode.BUDGET_EXCEEDED
     lock.rmdir()
     assert publish_again(config, record) is None
-    assert found(output) is None
+    assert find(output) is None
 
 
 def test_found_run_is_refused_if_a_gate_fails(output: str):
