@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo-output
-# Files of tests at once. Most of a test on Ray is waiting for processes to start; each of these has a cluster of its own.
+# Files of tests at once. Most of a test on Ray is waiting for processes to start; each of these has its own cluster.
 AT_ONCE ?= 3
 
 .DEFAULT_GOAL := help
@@ -17,7 +17,7 @@ help:  ## show this list
 setup: $(STAMP)  ## create .venv with everything in it
 
 # uv is several times faster than pip; where it cannot reach what pip is set up for, pip does it. Compiled at once,
-# as pip does: where Python may not write beside its packages, every process would compile torch and Ray again.
+# as pip does: where Python may not write next to its packages, every process would compile torch and Ray again.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; make PYTHON=python3.12 ..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,7 +53,7 @@ format: $(STAMP)  ## fix the style
 type: $(STAMP)  ## types
 	@$(BIN)/mypy
 
-bench: $(STAMP)  ## this job beside Ray's and Daft's examples, a DataLoader script and a bare loop; 40 minutes
+bench: $(STAMP)  ## compare with Ray's and Daft's examples, a DataLoader script and a bare loop; 40 minutes
 	@$(BIN)/python -c 'import daft' 2>/dev/null \
 		|| $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m benchmarks.run

@@ -225,7 +225,7 @@ class _ActorResources:
 
 
 def _max_free_cpus(nodes: Sequence[NodeResources], actors: _ActorResources) -> float:
-    """Return the most CPUs that one node has free beside its actors, if actors are spread evenly.
+    """Return the most CPUs that one node has free in addition to its actors, if actors are spread evenly.
 
     The maximum of a node and not the sum, because a task runs on one node.
     """

@@ -215,7 +215,7 @@ def decisions_page() -> str:
             GENERATED,
             "",
             "A decision record states the context, the decision, its consequences and the alternatives that were "
-            "rejected. A record is amended when a decision changes, and says so.",
+            "rejected. When a decision changes, its record is amended with a note.",
             "",
             *_table(["Number", "Decision"], rows),
             "",

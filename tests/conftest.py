@@ -21,10 +21,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real photographs, weights and the S3 server, beside the repository."""
+    """The folder with real photographs, weights and the S3 server, next to the repository."""
     folder = REPOSITORY.parent / "shared"
     if not (folder / "data").is_dir():
-        pytest.skip("the folder ../shared with real images and weights is not here")
+        pytest.skip("the folder ../shared with real images and weights does not exist")
     return folder
 
 

@@ -72,7 +72,7 @@ def main(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | 
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # also where nobody reads the output any more
+    finally:  # also if standard output is closed
         os._exit(exit_code)
 
 

@@ -1,7 +1,7 @@
 """The `batchcls` command: runs the job that the first argument names.
 
 Only the module of the selected job is imported, because torch and Ray take seconds to import: `batchcls --help` and
-`batchcls --version` answer immediately. `python -m batchcls.jobs.NAME` is the same command as
+`batchcls --version` respond immediately. `python -m batchcls.jobs.NAME` is the same command as
 `batchcls NAME`.
 """
 

@@ -41,7 +41,7 @@ class SamplePixels:
 
 
 def pixels_key(preprocessing: Preprocessing) -> Preprocessing:
-    """Key of the pixels: equal for preprocessings whose pixels are equal.
+    """Key of the pixels, equal for preprocessing settings that give equal pixels.
 
     Mean and std are applied later by the engine and only determine the border color of the crop mode `border`.
     """

@@ -104,7 +104,7 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
         data=record
         | {"labels": f"{len(bundle.config.labels)} labels"}
         | {"category_paths": f"{len(bundle.config.category_paths or ())} paths"}
-        | {"golden": f"outputs for {len(golden.answers) if golden else 0} golden images"}
+        | {"golden": f"outputs for {len(golden.outputs) if golden else 0} golden images"}
     )
     return ExitCode.DONE
 

@@ -34,15 +34,16 @@ class GoldenOutput(BaseModel):
 class Golden(BaseModel):
     """The predictions for all golden images."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, serialize_by_alias=True)
 
     drawing: int = Field(description="Version of the golden images.")
     labels_sha256: str = Field(
         pattern=r"^[0-9a-f]{64}$",
         description="Digest of all labels in order, which detects swapped labels.",
     )
-    answers: tuple[GoldenOutput, ...] = Field(
-        min_length=2, description="One prediction per golden image, in order."
+    # The stored key is part of the fingerprint of existing bundles.
+    outputs: tuple[GoldenOutput, ...] = Field(
+        alias="answers", min_length=2, description="Outputs for each golden image, in order."
     )
 
 
@@ -86,7 +87,7 @@ class Deviation:
 def create_golden(probabilities: Floats, embedding: Floats, labels: Sequence[str], drawing: int) -> Golden:
     """Create golden outputs from N x K probabilities and N x D embeddings of the golden images."""
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
-    answers = tuple(
+    outputs = tuple(
         GoldenOutput(
             labels=tuple(labels[index] for index in indices),
             class_indices=tuple(map(int, indices)),
@@ -95,7 +96,7 @@ def create_golden(probabilities: Floats, embedding: Floats, labels: Sequence[str
         )
         for row, vector, indices in zip(probabilities, embedding, best, strict=True)
     )
-    return Golden(drawing=drawing, labels_sha256=labels_digest(labels), answers=answers)
+    return Golden(drawing=drawing, labels_sha256=labels_digest(labels), answers=outputs)
 
 
 def check_golden(
@@ -109,7 +110,7 @@ def check_golden(
     Raises:
         GoldenMismatch: labels, probabilities or embeddings differ from the golden outputs; the message says which.
     """
-    expected = np.stack([_decode_embedding(prediction) for prediction in golden.answers])
+    expected = np.stack([_decode_embedding(output) for output in golden.outputs])
     if embedding.shape != expected.shape:
         raise GoldenMismatch(
             f"embeddings have {embedding.shape[1]} values instead of {expected.shape[1]}: the embedding tap differs"
@@ -137,11 +138,11 @@ def check_golden(
 
 
 def _check_labels(golden: Golden, labels: Sequence[str]) -> None:
-    for number, prediction in enumerate(golden.answers):
-        current = tuple(labels[index] for index in prediction.class_indices if index < len(labels))
-        if current != prediction.labels:
+    for number, output in enumerate(golden.outputs):
+        current = tuple(labels[index] for index in output.class_indices if index < len(labels))
+        if current != output.labels:
             raise GoldenMismatch(
-                f"golden image {number}: the labels of classes {prediction.class_indices} were {prediction.labels} "
+                f"golden image {number}: the labels of classes {output.class_indices} were {output.labels} "
                 f"and are now {current}: the labels were swapped or renamed"
             )
     if labels_digest(labels) != golden.labels_sha256:
@@ -150,8 +151,8 @@ def _check_labels(golden: Golden, labels: Sequence[str]) -> None:
 
 def _max_probability_difference(golden: Golden, probabilities: Floats) -> float:
     differences = [
-        np.abs(row[list(prediction.class_indices)] - np.array(prediction.probabilities)).max()
-        for prediction, row in zip(golden.answers, probabilities, strict=True)
+        np.abs(row[list(output.class_indices)] - np.array(output.probabilities)).max()
+        for output, row in zip(golden.outputs, probabilities, strict=True)
     ]
     return float(np.max(differences))
 

@@ -75,7 +75,7 @@ class FragmentGraph:
 
     def progress(self) -> Progress:
         """Return the progress that the driver knows of."""
-        # A report may be older than a receipt, so only fragments that are still running count beside the receipts.
+        # A report may be older than a receipt, so only fragments that are still running are added to the receipts.
         # The thread that displays progress calls this too, hence the copy.
         partial = [
             actor.progress.fragments.get(attempt.fragment.first_row, _NOT_STARTED)

@@ -35,7 +35,7 @@ def rejected_rows(
 
 
 class CrashIsolator:
-    """Finds the rows that crash worker processes, in tasks that run beside the pipeline.
+    """Finds the rows that crash worker processes, in tasks that run in parallel with the pipeline.
 
     A process works on two fragments, so a crash hits a harmless fragment together with the one that caused it.
     Fragments without crashing rows are therefore held back until all isolation tasks have finished: if none of

@@ -1,4 +1,4 @@
-"""Documents of a run on storage: run.json, current.json, and the markers beside them.
+"""Documents of a run on storage: run.json, current.json, and the markers next to them.
 
 plan.json is in `plan`, a receipt in `parts`, the holder of a lease in `lease`.
 """

@@ -119,7 +119,7 @@ def _undo(folder: str, before: set[str], written: list[str], storage: Storage) -
 
 
 def _with_locks(uris: list[str]) -> list[str]:
-    """The files, and the lock files that `local_files.create_local` may create beside them."""
+    """The files, and the lock files that `local_files.create_local` may create next to them."""
     names = [uri.rpartition("/") for uri in uris]
     return [f"{folder}/{name}" for folder, _, last in names for name in (last, f".{last}.lock")]
 

@@ -61,7 +61,7 @@ def presence_faults(record: RunRecord, storage: Storage) -> list[str]:
         if size is None:
             faults.append(f"{file.path} is missing")
         elif size != file.bytes:
-            faults.append(f"{file.path} has {size} bytes, run.json says {file.bytes}")
+            faults.append(f"{file.path} has {size} bytes instead of the {file.bytes} in run.json")
     return _first(faults)
 
 
@@ -110,7 +110,7 @@ def _check(record: RunRecord, file: RunFile, storage: Storage) -> _CheckedFile:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         return _bad(f"{file.path} cannot be read: {one_line(error)}")
     if rows.num_rows != file.rows:
-        return _bad(f"{file.path} has {rows.num_rows} rows, run.json says {file.rows}")
+        return _bad(f"{file.path} has {rows.num_rows} rows instead of the {file.rows} in run.json")
     if rows.column_names != ["row", _counted_column(file)] or not pa.types.is_int64(
         rows.schema.field(0).type
     ):
@@ -167,7 +167,7 @@ def _count_faults(record: RunRecord, checked: Sequence[_CheckedFile]) -> list[st
         ("in all", counts.rows, counts.predicted + counts.reused + counts.quarantined),
     ]
     return [
-        f"rows {name}: {found}, run.json says {recorded}"
+        f"rows {name}: {found} instead of the {recorded} in run.json"
         for name, recorded, found in pairs
         if recorded != found
     ]

@@ -283,7 +283,7 @@ def _reject_tables(data: DataFiles, listing: PathListing, storage: Storage) -> N
     """Reject data in a table with a log: in the base folder, below it or above it.
 
     Raises:
-        InputError: there is such a table; the message says how to export its rows.
+        InputError: there is such a table; the message explains how to export its rows.
     """
     folders = {""} | {
         folder for info in data.files for folder in _parent_folders(relative_path(info.uri, data.base))

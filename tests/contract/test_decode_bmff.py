@@ -252,7 +252,7 @@ print(most[0] - before - 1)
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    # libde265 decodes in one thread of its own while the caller waits.
+    # libde265 decodes in a separate thread while the caller waits.
     assert int(done.stdout) <= (0 if kind == "AVIF" else 1)
 
 

@@ -200,7 +200,7 @@ def test_reported_cases_equal_pillow(shared, tmp_path):
 
     maker = shared / "cases" / "images.py"
     if not maker.is_file():
-        pytest.skip("../shared/cases/images.py is not here")
+        pytest.skip("../shared/cases/images.py does not exist")
     subprocess.run([sys.executable, maker, tmp_path], check=True)
     paths = sorted(tmp_path.glob("*.jpg"))
     assert len(paths) >= 9

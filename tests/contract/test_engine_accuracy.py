@@ -74,13 +74,13 @@ def run_engine(bundle: Bundle, choice: str, engine_config: EngineConfig, pixels:
     engine = start_engine(bundle, EngineChoice.parse(choice), engine_config)
     started = time.perf_counter()
     pending = [engine.submit(pixels[first : first + BATCH]) for first in range(0, len(pixels), BATCH)]
-    answers = [batch.result() for batch in pending]
+    outputs = [batch.result() for batch in pending]
     print(
         f"\n{bundle.config.architecture} {choice}: {len(pixels) / (time.perf_counter() - started):.0f}/s",
         end="",
     )
     logits, embedding = (
-        np.concatenate([getattr(batch, part) for batch in answers]) for part in ("logits", "embedding")
+        np.concatenate([getattr(batch, part) for batch in outputs]) for part in ("logits", "embedding")
     )
     return EngineOutput(logits, embedding)
 

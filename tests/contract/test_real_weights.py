@@ -142,8 +142,8 @@ def test_split_backbone_predicts_like_the_original_on_photographs(shared, photog
     assert abs(right - model.top1) < _three_standard_errors(model.top1, len(truth))
 
     engine = TorchEager(backbone, preprocessing, "cpu", "fp32", 1)
-    answers = np.concatenate([engine.predict(pixels[i : i + 15]).logits for i in range(0, len(pixels), 15)])
-    np.testing.assert_array_equal(answers.argmax(1), expected.argmax(1).numpy())
+    predicted = np.concatenate([engine.predict(pixels[i : i + 15]).logits for i in range(0, len(pixels), 15)])
+    np.testing.assert_array_equal(predicted.argmax(1), expected.argmax(1).numpy())
 
 
 def test_wrong_normalization_and_a_missing_argument_change_predictions(shared, photographs):

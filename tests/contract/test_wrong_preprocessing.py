@@ -73,9 +73,9 @@ def top1(rows: tuple[pa.Table, np.ndarray]) -> Callable[[Bundle], float]:
             config.labels, 1, None, config.embedding_dimension, False, Views(), shape, "engine", 25, ()
         )
         slices: Iterator[pa.Table] = (table.slice(start, 50) for start in range(0, table.num_rows, 50))
-        answers = [Predictor(engine, settings)(block) for block in Loader(load).load(slices, {})]
-        found = pa.concat_tables(answers).column("top_k").to_pylist()
-        return 100 * float(np.mean([row[0]["class_index"] for row in found] == truth))
+        tables = [Predictor(engine, settings)(block) for block in Loader(load).load(slices, {})]
+        predictions = pa.concat_tables(tables).column("top_k").to_pylist()
+        return 100 * float(np.mean([row[0]["class_index"] for row in predictions] == truth))
 
     return measure
 

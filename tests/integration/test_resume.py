@@ -1,4 +1,4 @@
-"""Repeated commands: after SIGKILL, after failed storage, beside a running job, with changed settings or images."""
+"""Repeated commands: after SIGKILL, after failed storage, next to a running job, with changed settings or images."""
 
 import json
 import signal

@@ -25,9 +25,9 @@ def test_panels_do_not_overlap():
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for one, other in combinations([panel["gridPos"] for panel in panels], 2):
-        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        horizontal = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
         below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
-        assert beside or below
+        assert horizontal or below
         assert one["x"] + one["w"] <= 24
     for panel in panels:
         assert panel["targets"]

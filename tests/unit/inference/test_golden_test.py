@@ -116,7 +116,7 @@ def test_swapped_channels_are_detected(bundle):
 
 def test_swapped_labels_are_detected_at_any_index(bundle):
     labels = list(bundle.config.labels)
-    in_golden = {index for output in bundle.config.golden.answers for index in output.class_indices}
+    in_golden = {index for output in bundle.config.golden.outputs for index in output.class_indices}
     others = [index for index in range(len(labels)) if index not in in_golden]
     for first, second in ((min(in_golden), others[0]), (others[0], others[1])):
         swapped = labels.copy()

@@ -135,7 +135,7 @@ def test_publish_needs_force_against_a_gate(output: str, call):
 
 
 def test_publish_reevaluates_gates_if_another_run_was_published_since(output: str, call):
-    """Categories swap from cats to dogs; each night was judged when nothing was published."""
+    """Categories swap from cats to dogs; each run was evaluated while no run was published."""
     unjudged = {"baseline": None, "gates": []}
     write_run(output, RunDetails("cats", more=unjudged), items(200))
     write_run(output, RunDetails("dogs", more=unjudged), items(200, label="dog"))
@@ -288,9 +288,9 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
             _rewrite(lambda table: _set(table, "item_id", ["item-7", "b", "c", "d", "e"])),
             "1 item IDs occur",
         ),
-        (_rewrite(lambda table: _set(table, "origin", ["reused"] * 5)), "rows reused: 5, run.json says 0"),
+        (_rewrite(lambda table: _set(table, "origin", ["reused"] * 5)), "rows reused: 5 instead of the 0 in run.json"),
         (_rewrite(lambda table: table.drop_columns(["embedding"])), "another schema"),
-        (lambda folder, record: record["counts"].update(predicted=9), "rows predicted: 10, run.json says 9"),
+        (lambda folder, record: record["counts"].update(predicted=9), "rows predicted: 10 instead of the 9 in run.json"),
     ],
 )
 def test_verify_finds_each_kind_of_damage(tmp_path: Path, call, damage, words: str):

@@ -86,9 +86,9 @@ def test_normalized_pixels_have_the_same_outputs(bundle, engine, reference):
 
 
 def test_empty_batch_has_empty_output(bundle, engine):
-    answer = engine.predict(pixels(0))
-    assert answer.logits.shape == (0, len(bundle.config.labels))
-    assert answer.embedding.shape == (0, bundle.config.embedding_dimension)
+    output = engine.predict(pixels(0))
+    assert output.logits.shape == (0, len(bundle.config.labels))
+    assert output.embedding.shape == (0, bundle.config.embedding_dimension)
 
 
 @needs_bf16
@@ -150,9 +150,9 @@ def test_pixels_of_other_shape_or_dtype_are_rejected(engine, wrong):
 def test_results_can_be_read_in_any_order_after_many_submissions(engine, reference):
     images = [pixels(2, seed) for seed in range(4 * engine.in_flight)]
     pending = [engine.submit(batch) for batch in images]
-    for batch, answer in reversed(list(zip(images, pending, strict=True))):
-        require_close(answer.result(), reference.predict(batch))
-        assert answer.result() is answer.result()
+    for batch, submitted in reversed(list(zip(images, pending, strict=True))):
+        require_close(submitted.result(), reference.predict(batch))
+        assert submitted.result() is submitted.result()
 
 
 def test_unread_results_do_not_block_later_batches(engine, reference):
@@ -163,20 +163,20 @@ def test_unread_results_do_not_block_later_batches(engine, reference):
 
 def test_each_thread_gets_its_own_outputs(engine, reference):
     batches = [pixels(1 + seed % 4, seed) for seed in range(40)]
-    found: list[EngineOutput | None] = [None] * len(batches)
+    outputs: list[EngineOutput | None] = [None] * len(batches)
 
     def work(first: int) -> None:
         pending = [(number, engine.submit(batches[number])) for number in range(first, len(batches), 4)]
-        for number, answer in pending:
-            found[number] = answer.result()
+        for number, submitted in pending:
+            outputs[number] = submitted.result()
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for batch, answer in zip(batches, found, strict=True):
-        require_close(answer, reference.predict(batch))
+    for batch, output in zip(batches, outputs, strict=True):
+        require_close(output, reference.predict(batch))
 
 
 def test_runtime_failure_is_raised_by_result_only():

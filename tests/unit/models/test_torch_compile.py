@@ -72,8 +72,8 @@ def test_outputs_match_the_eager_engine_for_any_batch_size(engine, eager, count)
 
 def test_output_is_independent_of_other_images_in_the_batch(engine):
     alone = engine.predict(pixels(1))
-    beside = engine.predict(np.concatenate([pixels(1), pixels(6, seed=9)]))
-    np.testing.assert_allclose(beside.logits[:1], alone.logits, rtol=0, atol=1e-5 * abs(alone.logits).max())
+    batched = engine.predict(np.concatenate([pixels(1), pixels(6, seed=9)]))
+    np.testing.assert_allclose(batched.logits[:1], alone.logits, rtol=0, atol=1e-5 * abs(alone.logits).max())
 
 
 def test_concurrent_batches_get_their_own_outputs(engine, eager):

@@ -22,8 +22,8 @@ def batches() -> Iterator[pa.RecordBatch]:
 
 def count_rows() -> None:
     with connect() as connection:
-        connection.register("answers", pa.RecordBatchReader.from_batches(SCHEMA, batches()))
-        connection.execute("SELECT sum(row) FROM answers").fetchall()
+        connection.register("predictions", pa.RecordBatchReader.from_batches(SCHEMA, batches()))
+        connection.execute("SELECT sum(row) FROM predictions").fetchall()
 
 
 def test_error_while_reading_a_file_is_reported_in_one_line():

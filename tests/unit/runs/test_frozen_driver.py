@@ -29,9 +29,9 @@ from tests.helpers.runs import RunDetails, items, plan_of, write_parts
 output, stops = sys.argv[1:]
 storage = Storage()
 
-def at(place):
+def at(step):
     global stops
-    if place == stops:
+    if step == stops:
         stops = None
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -57,19 +57,19 @@ except BatchclsError as error:
     sys.exit(error.exit_code)
 """
 
-PLACES = ("before the last receipt", "before the commit", "before the publish", "before the swap")
+STEPS = ("before the last receipt", "before the commit", "before the publish", "before the swap")
 
 
 @pytest.mark.parametrize(
-    ("place", "is_newer"), [*((place, True) for place in PLACES), ("before the swap", False)]
+    ("step", "is_newer"), [*((step, True) for step in STEPS), ("before the swap", False)]
 )
-def test_driver_that_is_resumed_late_does_not_replace_a_newer_run(tmp_path: Path, place: str, is_newer: bool):
+def test_driver_that_is_resumed_late_does_not_replace_a_newer_run(tmp_path: Path, step: str, is_newer: bool):
     """A newer or an even older run is published while yesterday's driver is stopped."""
     output = str(tmp_path)
     start_run(output, RunDetails("yesterday"))
     set_created(output, "yesterday", "2026-11-25T01:15:00+00:00")
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, output, place], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", DRIVER, output, step], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
     try:
         _, status = os.waitpid(driver.pid, os.WUNTRACED)

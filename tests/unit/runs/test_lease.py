@@ -321,7 +321,7 @@ def test_other_files_in_the_folder_are_ignored(tmp_path: Path):
 DAMAGED = {
     "empty": b"",
     "half": Holder.here().to_json()[:40],
-    "no UTF-8": b'{"owner": "\xff\xfe"}',
+    "invalid UTF-8": b'{"owner": "\xff\xfe"}',
     "nested": b"[" * 200_000,
     "a list": b"[1, 2]",
     "a number": b"7",

@@ -26,7 +26,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Storage]:
+def output_and_storage(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Storage]:
     """An output folder and its storage."""
     if request.param == "local":
         return str(tmp_path / "new" / "out"), STORAGE
@@ -34,22 +34,22 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Storage]
     return f"s3://{s3.bucket}/out", Storage({"endpoint_url": s3.endpoint_url})
 
 
-def below(place: tuple[str, Storage]) -> list[str]:
+def files_in(output_and_storage: tuple[str, Storage]) -> list[str]:
     """Names of all files of an output folder."""
-    output, storage = place
+    output, storage = output_and_storage
     return [info.uri.removeprefix(output) for info in storage.list_files(output)]
 
 
-def test_exactly_one_of_four_concurrent_drivers_starts(place: tuple[str, Storage]):
-    output, storage = place
+def test_exactly_one_of_four_concurrent_drivers_starts(output_and_storage: tuple[str, Storage]):
+    output, storage = output_and_storage
     start, held, ended = threading.Barrier(4), threading.Event(), threading.Event()
-    refused, began = [], []
+    refused, started = [], []
 
     def drive() -> None:
         start.wait()
         try:
             with exclusive_start(output, SAME, storage) as lease:
-                began.append(1)
+                started.append(1)
                 held.set()
                 assert ended.wait(60)
                 lease.confirm()
@@ -63,13 +63,13 @@ def test_exactly_one_of_four_concurrent_drivers_starts(place: tuple[str, Storage
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(began) == 1
+    assert len(started) == 1
     assert len(refused) == 3
     assert all("is about to start a run of this manifest" in text and "--run-id" in text for text in refused)
-    assert below(place) == []
+    assert files_in(output_and_storage) == []
     with exclusive_start(output, SAME, storage), exclusive_start(output, OTHER, storage):
-        assert len(below(place)) == 2
-    assert below(place) == []
+        assert len(files_in(output_and_storage)) == 2
+    assert files_in(output_and_storage) == []
 
 
 def test_files_of_a_dead_driver_are_reused_or_removed(tmp_path: Path):
@@ -110,8 +110,8 @@ def test_other_files_beside_start_leases_are_kept(tmp_path: Path):
     assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
-def test_input_error_before_any_write_leaves_no_files(place: tuple[str, Storage], tmp_path: Path):
-    output, storage = place
+def test_input_error_before_any_write_leaves_no_files(output_and_storage: tuple[str, Storage], tmp_path: Path):
+    output, storage = output_and_storage
     plan = plan_of(RunDetails("a"), 4)
     with (
         pytest.raises(InputError, match="no such column"),
@@ -120,7 +120,7 @@ def test_input_error_before_any_write_leaves_no_files(place: tuple[str, Storage]
         leased_run(plan, output, storage, is_new=True),
     ):
         raise InputError("no such column")
-    assert below(place) == []
+    assert files_in(output_and_storage) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -131,8 +131,8 @@ def test_existing_folders_are_kept(tmp_path: Path):
     assert (tmp_path / "out" / "runs").is_dir()
 
 
-def test_input_error_after_a_write_leaves_a_resumable_run(place: tuple[str, Storage]):
-    output, storage = place
+def test_input_error_after_a_write_leaves_a_resumable_run(output_and_storage: tuple[str, Storage]):
+    output, storage = output_and_storage
     plan = plan_of(RunDetails("a"), 4)
 
     def work() -> None:
@@ -143,17 +143,17 @@ def test_input_error_after_a_write_leaves_a_resumable_run(place: tuple[str, Stor
     with pytest.raises(RunStoppedError, match="gone; not committed; the same command resumes"):
         work()
     assert RunStoppedError.exit_code == ExitCode.BUDGET_EXCEEDED
-    assert any(name.endswith("plan.json") for name in below(place))
+    assert any(name.endswith("plan.json") for name in files_in(output_and_storage))
 
 
-def test_input_error_does_not_change_a_run_that_was_started_before(place: tuple[str, Storage]):
-    output, storage = place
+def test_input_error_does_not_change_a_run_that_was_started_before(output_and_storage: tuple[str, Storage]):
+    output, storage = output_and_storage
     start_run(output, RunDetails("a"), storage)
     write_parts(join(output, "runs", "a"), items(4), storage)
-    before = below(place)
+    before = files_in(output_and_storage)
     with (
         pytest.raises(InputError, match="no such engine"),
         leased_run(plan_of(RunDetails("a"), 4), output, storage, is_new=False),
     ):
         raise InputError("no such engine")
-    assert below(place) == before
+    assert files_in(output_and_storage) == before

@@ -105,7 +105,7 @@ def test_unpublishable_and_refused_runs_are_not_found(output: str):
     committed(output, "trial", trial=True)
     committed(output, "refused", gates=[PASSED, PASSED | {"passed": False}])
     committed(output, "unjudged", gates=[])
-    write_run(output, RunDetails("of-nobody-knows-what"), items(4))
+    write_run(output, RunDetails("without-settings"), items(4))
     assert find(output) is None
 
 

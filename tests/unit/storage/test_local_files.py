@@ -17,9 +17,9 @@ LINKS = {"link": errno.EPERM, "linkat": errno.EPERM}
 RENAME = {"renameat2": errno.EINVAL}
 LACKING = {
     "nothing": {},
-    "links, as FAT and SMB say it": LINKS,
-    "links, as some FUSE mounts say it": {"link": errno.ENOSYS, "linkat": errno.ENOSYS},
-    "links, as others say it": {"link": errno.EOPNOTSUPP, "linkat": errno.EOPNOTSUPP},
+    "links, errors of FAT and SMB": LINKS,
+    "links, errors of some FUSE mounts": {"link": errno.ENOSYS, "linkat": errno.ENOSYS},
+    "links, other errors": {"link": errno.EOPNOTSUPP, "linkat": errno.EOPNOTSUPP},
     "links, as missing rights": {"link": errno.EACCES, "linkat": errno.EACCES},
     "links, too many": {"link": errno.EMLINK, "linkat": errno.EMLINK},
     "links and renames": LINKS | RENAME,

@@ -84,7 +84,7 @@ def test_21_rows_with_batch_size_2_have_no_step_of_one_image():
 
 
 @pytest.mark.parametrize(
-    ("chosen", "found", "rows", "needed", "said"),
+    ("chosen", "found", "rows", "needed", "message"),
     [
         (
             {"num_workers": "64"},
@@ -111,8 +111,8 @@ def test_21_rows_with_batch_size_2_have_no_step_of_one_image():
         ({}, workers(1), 1, 2, "--num-workers auto: .*--batch-norm frozen, or train on more images"),
     ],
 )
-def test_too_many_requested_workers_are_rejected_with_a_remedy(chosen, found, rows, needed, said):
-    with pytest.raises(InputError, match=said):
+def test_too_many_requested_workers_are_rejected_with_a_remedy(chosen, found, rows, needed, message):
+    with pytest.raises(InputError, match=message):
         planned(config(**chosen), found, 32, rows, needed)
 
 

@@ -42,8 +42,8 @@ PASSING = [
     ray.exceptions.ActorDiedError(),
     ray.exceptions.NodeDiedError("gone"),
     ConnectionResetError(errno.ECONNRESET, "reset"),
-    TimeoutError("no answer"),
-    StorageStoppedError("s3://b/x: the store does not answer"),
+    TimeoutError("no response"),
+    StorageStoppedError("s3://b/x: the store does not respond"),
     RuntimeError(
         "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
     ),

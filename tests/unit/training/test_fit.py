@@ -121,8 +121,8 @@ def test_label_smoothing_with_class_weights_keeps_the_largest_category(
     else:
         fitted = fit_large_scale(examples, Objective(None, 0.1, class_weights(examples.counts), 0), passes)
         head = fitted.space.head(fitted.weight, fitted.bias)
-    answers = head.logits(torch.from_numpy(values[0])).argmax(1).numpy()
-    assert min((answers[classes == k] == k).mean() for k in range(3)) > 0.8
+    predictions = head.logits(torch.from_numpy(values[0])).argmax(1).numpy()
+    assert min((predictions[classes == k] == k).mean() for k in range(3)) > 0.8
 
 
 def test_folds_keep_one_row_of_every_category_and_are_stratified():
@@ -141,9 +141,9 @@ def test_categories_with_no_row_or_one_row_are_accepted():
     classes = np.array([1] * 20 + [3] * 20 + [4], np.int32)
     examples = LabeledEmbeddings.of(values, np.ones(41, bool), classes, 6)
     probe = train_linear_probe(examples, LinearSettings(folds=2))
-    answers = probe.head.logits(torch.from_numpy(values[0])).argmax(1)
-    assert (answers[:20] == 1).float().mean() > 0.9
-    assert not set(answers.tolist()) & {0, 2, 5}
+    predictions = probe.head.logits(torch.from_numpy(values[0])).argmax(1)
+    assert (predictions[:20] == 1).float().mean() > 0.9
+    assert not set(predictions.tolist()) & {0, 2, 5}
 
 
 @pytest.mark.parametrize(
@@ -194,12 +194,12 @@ def test_wrong_labels_are_first_in_the_noise_report():
     classes[wrong] = (classes[wrong] + 1) % 4
     noisy = LabeledEmbeddings(examples.values, examples.rows, classes, 4)
     probe = train_linear_probe(noisy, LinearSettings(folds=3))
-    judged = LabelNoise.of([(torch.from_numpy(probe.held_out), torch.from_numpy(classes.astype(np.int64)))])
-    seen = np.isfinite(judged.loss)
+    noise = LabelNoise.of([(torch.from_numpy(probe.held_out), torch.from_numpy(classes.astype(np.int64)))])
+    seen = np.isfinite(noise.loss)
     assert (~seen).sum() == 4
-    first = np.argsort(-np.where(seen, judged.loss, -np.inf))[:24]
+    first = np.argsort(-np.where(seen, noise.loss, -np.inf))[:24]
     assert len(set(first) & set(wrong)) >= 20
-    assert (judged.suggested[first] == examples.classes[first]).mean() > 0.8
-    confident = np.flatnonzero(judged.confident)
+    assert (noise.suggested[first] == examples.classes[first]).mean() > 0.8
+    confident = np.flatnonzero(noise.confident)
     assert len(set(confident) & set(wrong)) >= 20
     assert len(confident) < 60

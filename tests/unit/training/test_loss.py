@@ -37,8 +37,8 @@ def recalls(model: nn.Module, store: PixelStore, targets: np.ndarray) -> list[fl
     images = torch.from_numpy(np.stack([store[row] for row in range(len(targets))])).permute(0, 3, 1, 2)
     half = torch.full((1, 3, 1, 1), 0.5)
     with torch.inference_mode():
-        answers = model.eval()(normalized(images, half, half)).argmax(1).numpy()
-    return [float((answers[targets == k] == k).mean()) for k in range(CLASSES)]
+        predictions = model.eval()(normalized(images, half, half)).argmax(1).numpy()
+    return [float((predictions[targets == k] == k).mean()) for k in range(CLASSES)]
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.2])

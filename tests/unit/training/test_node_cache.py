@@ -19,7 +19,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Counted(Storage):
-    """Notes each file that is read by a line in a file of its own."""
+    """Records each read by a line in a separate file."""
 
     def __init__(self, notes: Path) -> None:
         super().__init__()

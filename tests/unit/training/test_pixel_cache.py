@@ -109,7 +109,7 @@ def test_returned_image_is_a_writable_copy(tmp_path: Path):
 
 
 def test_number_of_open_files_is_limited(tmp_path: Path):
-    """1,200 parts under a limit of 1,024 open files, which is a usual one; in a process of its own for the limit."""
+    """1,200 parts with the common limit of 1,024 open files, in a separate process because of the limit."""
     for number in range(1200):
         np.save(tmp_path / f"part-{number:06d}.npy", np.full((2, 2, 2, 3), number % 256, np.uint8))
     code = f"""

@@ -39,7 +39,7 @@ PIXELS = 32
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Bundle:
-    """A small network that tells nothing apart by itself, with its embedding taken in the middle."""
+    """A small network with random weights and an embedding tap in the middle."""
     labels = tmp_path_factory.mktemp("labels") / "labels.txt"
     labels.write_text("mug\nplate\n")
     choices = ModelChoices(
@@ -106,16 +106,16 @@ def test_bundle_predicts_with_the_new_head_in_the_engine_of_classify(probed, bun
     assert config.preprocessing == bundle.config.preprocessing
     assert (config.embedding_tap, config.embedding_dimension) == ("stage2", bundle.config.embedding_dimension)
     assert (config.weights.kind, config.weights.name) == ("trained", "run-1")
-    place = EngineConfig("cpu", 1, 4, CompileCache(tmp_path / "engines"))
-    engine, _ = start_tested_engine(loaded, REFERENCE, place)
+    engine_config = EngineConfig("cpu", 1, 4, CompileCache(tmp_path / "engines"))
+    engine, _ = start_tested_engine(loaded, REFERENCE, engine_config)
     rng = np.random.default_rng(9)
     pixels = np.stack([rng.normal(COLORS[label], 25, (PIXELS, PIXELS, 3)) for label in config.labels])
-    answer = engine.predict(pixels.clip(0, 255).astype(np.uint8))
-    assert answer.logits.argmax(1).tolist() == [0, 1, 2]
-    other, _ = start_tested_engine(with_pooled_embedding(bundle), REFERENCE, place)
+    output = engine.predict(pixels.clip(0, 255).astype(np.uint8))
+    assert output.logits.argmax(1).tolist() == [0, 1, 2]
+    other, _ = start_tested_engine(with_pooled_embedding(bundle), REFERENCE, engine_config)
     embedding = torch.from_numpy(other.predict(pixels.clip(0, 255).astype(np.uint8)).embedding)
     np.testing.assert_allclose(
-        answer.logits, found.probe.head.logits(embedding).numpy(), rtol=1e-3, atol=1e-3
+        output.logits, found.probe.head.logits(embedding).numpy(), rtol=1e-3, atol=1e-3
     )
 
 

@@ -137,7 +137,7 @@ def test_settings_outside_the_recipe_change_the_network(
 
 
 def test_performance_settings_change_only_rounding(tmp_path: Path):
-    """In a process of its own: one with many runtimes in it does not survive loader processes."""
+    """Runs in a separate process, because loader processes crash in a process with many runtimes."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         plain, again, loaded, in_passes = map(torch.tensor, pool.submit(_ends_by_speed, tmp_path).result())
     assert torch.equal(plain, again)
@@ -153,7 +153,7 @@ def _ends_by_speed(folder: Path) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"schedule": "steps", "milestones": (30.0, 60.0)}, r"milestones .* must be fractions of the steps"),
         ({"momentum": 0.5}, r'momentum has no effect without optimizer = "sgd"; omit it'),
@@ -162,13 +162,13 @@ def _ends_by_speed(folder: Path) -> list[list[float]]:
         ({"final_epochs": 1}, r"final_epochs 1 changes nothing, because size_fraction .* are both 1"),
     ],
 )
-def test_settings_without_effect_are_rejected(tmp_path: Path, changes: dict[str, Any], said: str):
+def test_settings_without_effect_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str):
     lines = [
         f"{name} = {list(value) if isinstance(value, tuple) else value!r}"
         for name, value in (BASE | changes).items()
     ]
     (tmp_path / "mine.toml").write_text("\n".join(lines))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         read_recipe(str(tmp_path / "mine.toml"))
 
 

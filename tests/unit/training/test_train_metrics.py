@@ -1,4 +1,4 @@
-"""Loss and accuracy of training: every row counts once, and mixed images are judged by what they mostly are."""
+"""Training loss and accuracy: every row counts once, and a mixed image has the label with the larger share."""
 
 import pytest
 import torch

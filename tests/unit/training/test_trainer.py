@@ -185,14 +185,14 @@ def test_worker_shares_partition_a_step():
 
 @pytest.mark.parametrize("balance", ["none", "sampling"])
 def test_repeated_rows_are_augmented_differently(stores, balance: str):
-    """What is shown depends on seed, epoch, row and occurrence: the same for any number of workers and passes."""
+    """Augmentation depends on seed, epoch, row and occurrence, and not on the number of workers and micro-batches."""
     targets = np.zeros(ROWS, np.int32)
     targets[:2] = 1
     chosen = settings(training=LabeledRows(np.arange(ROWS), targets), balance=balance)
 
-    def shown(place: DistributedContext, micro_batch_size: int | None) -> list[tuple[int, bytes]]:
+    def augmented(context: DistributedContext, micro_batch_size: int | None) -> list[tuple[int, bytes]]:
         training = Training(
-            network(), ["fc"], replace(chosen, micro_batch_size=micro_batch_size), place, hooks()
+            network(), ["fc"], replace(chosen, micro_batch_size=micro_batch_size), context, hooks()
         )
         return [
             (row, image.numpy().tobytes())
@@ -201,10 +201,10 @@ def test_repeated_rows_are_augmented_differently(stores, balance: str):
             for row, image in zip(rows.tolist(), images, strict=True)
         ]
 
-    alone = shown(DistributedContext(), None)
+    alone = augmented(DistributedContext(), None)
     assert len(set(alone)) == len(alone) == ROWS
     assert (Counter(row for row, _ in alone).most_common(1)[0][1] > 4) == (balance == "sampling")
-    shared = [shown(DistributedContext(rank, 3), 2) for rank in range(3)]
+    shared = [augmented(DistributedContext(rank, 3), 2) for rank in range(3)]
     assert sorted(part for rank in shared for part in rank) == sorted(alone)
 
 

@@ -51,25 +51,25 @@ def forgetful() -> nn.Module:
 
 
 def undisturbed_and_resumed(
-    stores: Stores, place: DistributedContext = ALONE, wrap=identity
+    stores: Stores, context: DistributedContext = ALONE, wrap=identity
 ) -> list[torch.Tensor]:
     """The weights of a training from start to end, and of one that is killed in the second step of epoch 3."""
     chosen = settings(recipe=random_recipe(), micro_batch_size=4)
-    straight, _, _ = train(chosen, stores, place, wrap, forgetful())
+    straight, _, _ = train(chosen, stores, context, wrap, forgetful())
 
     def die(epoch: int, images: int) -> None:
         if epoch == 2 and images > 10:
             raise Killed
 
     states: list[State] = []
-    killed = Training(forgetful(), ["fc"], chosen, place, hooks(wrap, die, states))
+    killed = Training(forgetful(), ["fc"], chosen, context, hooks(wrap, die, states))
     with pytest.raises(Killed):
         killed.run(*stores)
     kept = io.BytesIO()
     torch.save(states[-1], kept)
     kept.seek(0)
-    torch.manual_seed(99 + place.rank)  # whatever another process has drawn before
-    resumed = Training(forgetful(), ["fc"], chosen, place, hooks(wrap))
+    torch.manual_seed(99 + context.rank)  # whatever another process has drawn before
+    resumed = Training(forgetful(), ["fc"], chosen, context, hooks(wrap))
     resumed.restore(torch.load(kept, weights_only=True))
     assert resumed.run(*stores) is None
     return [weights_of(straight), weights_of(resumed)]
@@ -106,7 +106,7 @@ def statistics(model: nn.Module) -> torch.Tensor:
     )
 
 
-def gathered(stores: Stores, place: DistributedContext, wrap) -> dict[str, object]:
+def gathered(stores: Stores, context: DistributedContext, wrap) -> dict[str, object]:
     """Statistics of each worker before they are averaged, and of network and average in the checkpoint."""
     chosen = settings(recipe=recipe(epochs=1, head_epochs=0, batch_norm="trained", layer_decay=1.0))
     seen: list[torch.Tensor] = []
@@ -117,7 +117,7 @@ def gathered(stores: Stores, place: DistributedContext, wrap) -> dict[str, objec
             seen.extend(copy.deepcopy(statistics(model)) for model in (training._model, training.trained))
 
     states: list[State] = []
-    training = Training(network(), ["fc"], chosen, place, hooks(wrap, look, states))
+    training = Training(network(), ["fc"], chosen, context, hooks(wrap, look, states))
     assert training.run(*stores) is None
     kept = io.BytesIO()
     torch.save(states[-1], kept)
@@ -131,12 +131,12 @@ def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     stores = write_stores(Path(folder) / str(rank))
-    wrap, place = partial(nn.parallel.DistributedDataParallel, **DDP_ARGUMENTS), DistributedContext(rank, 2)
-    training, _, _ = train(settings(micro_batch_size=3), stores, place, wrap)
+    wrap, context = partial(nn.parallel.DistributedDataParallel, **DDP_ARGUMENTS), DistributedContext(rank, 2)
+    training, _, _ = train(settings(micro_batch_size=3), stores, context, wrap)
     found = {"weights": weights_of(training), "history": training.history}
-    found["weighted"] = weights_of(train(uneven(), stores, place, wrap)[0])
-    found["statistics"] = gathered(stores, place, wrap)
-    found["both"] = undisturbed_and_resumed(stores, place, wrap)
+    found["weighted"] = weights_of(train(uneven(), stores, context, wrap)[0])
+    found["statistics"] = gathered(stores, context, wrap)
+    found["both"] = undisturbed_and_resumed(stores, context, wrap)
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
