@@ -309,7 +309,7 @@ def _require_schedulable(plan: ResourcePlan, nodes: Sequence[NodeResources]) -> 
 
 
 def _actor_capacity(node: NodeResources, plan: ResourcePlan) -> int:
-    """Return how many actors fit on a node."""
+    """Return the number of actors that fit on a node."""
     limits = [
         int(available / required)
         for available, required in ((node.cpus, plan.cpus_per_actor), (node.gpus, plan.gpus_per_actor))

@@ -108,7 +108,7 @@ def essential(group: Marker) -> Marker:
 
 
 class JobConfig(BaseModel):
-    """Base class of all settings: frozen, and undeclared names are refused."""
+    """Base class of all settings: frozen, and undeclared names are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

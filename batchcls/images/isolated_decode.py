@@ -1,7 +1,7 @@
 """Find images that crash the process that decodes them, by decoding rows sequentially in a separate process.
 
 `find_crashing_rows` starts `python -m batchcls.images.isolated_decode`, which reports the start and the end of each
-row. If the process dies, the row that was being decoded is retried alone. If it crashes a second process, the image
+row. If the process crashes, the row that was being decoded is retried alone. If it crashes a second process, the image
 is the cause. No bisection is needed.
 """
 

@@ -208,8 +208,8 @@ def _start_or_resume(
 def publish_run(config: ClassifyConfig, run: CommittedRun) -> Publication:
     """Publish a committed run if its gates pass and the settings ask for it, and write its report.
 
-    The report is written in either case, because a run that failed a gate is one that users want to look at.
-    A refusal is returned, not raised, so that the caller can show the gates and the report first.
+    The report is written in either case, because users want to inspect a run that failed a gate.
+    An error is returned, not raised, so that the caller can show the gates and the report first.
     """
     record, storage = run.record, run.storage
     decision, published, error = run.decision, False, None
@@ -217,8 +217,8 @@ def publish_run(config: ClassifyConfig, run: CommittedRun) -> Publication:
         try:
             decision = publish_if_passed(record, decision, config.output, storage)
             published = True
-        except BatchclsError as refusal:
-            error = refusal
+        except BatchclsError as publish_error:
+            error = publish_error
     report = None
     if config.report:
         report = report_after_run(

@@ -36,7 +36,7 @@ _ACTOR_CRASHES = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailable
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A fragment to process, and how many worker processes crashed on it."""
+    """A fragment to process, and the number of worker processes that crashed on it."""
 
     fragment: Fragment
     crashes: int = 0

@@ -88,7 +88,7 @@ class Rectangle:
         return max(0.0, width) * max(0.0, height)
 
     def contains(self, other: "Rectangle") -> bool:
-        """Whether `other` lies inside."""
+        """Whether `other` is inside."""
         return (
             self.left <= other.left
             and self.bottom <= other.bottom

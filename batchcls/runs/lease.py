@@ -1,14 +1,14 @@
 """Lock a run with a lease that its driver renews, so that two drivers never work on it at the same time.
 
-`lease/000001.json` in the folder of a run names the holder. A driver that takes a run over from a dead holder creates
-the file with the next number, which only one of several drivers can do. Nothing is deleted or replaced, so local disks
+`lease/000001.json` in the folder of a run names the holder. A driver that replaces a dead holder creates the file
+with the next number, which only one of several drivers can do. Nothing is deleted or replaced, so local disks
 and object stores only need exclusive creation of a file. A holder that finds a higher number than its own has lost the
 run. Other files in the folder are ignored.
 
 The lease avoids duplicate work. That two drivers never both commit depends neither on it nor on any clock: parts have
 unique names, and run.json is created exclusively. A driver measures the time since its own last heartbeat with a clock
 that is never adjusted and that keeps running during suspend. For a holder on another host only its last heartbeat is
-known, which depends on the clocks of both hosts. If it looks dead, or lies in the future, the holder is watched for a
+known, which depends on the clocks of both hosts. If it looks dead, or is in the future, the holder is watched for a
 while before another driver resumes its run.
 """
 

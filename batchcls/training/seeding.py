@@ -22,7 +22,7 @@ def derive_seed(*parts: int) -> int:
 def seeded_random(seed: int) -> Iterator[None]:
     """Seed the CPU generator, which transforms use, inside the block, and restore its state afterwards.
 
-    `torch.manual_seed` would also seed GPUs and thereby affect dropout. Without a GPU it records its caller, which
+    `torch.manual_seed` would also seed GPUs, which affects dropout. Without a GPU it records its caller, which
     takes 2.5 % of a training on CPUs (docs/measurements).
     """
     with torch.random.fork_rng(devices=[]):

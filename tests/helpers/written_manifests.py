@@ -41,7 +41,7 @@ def bad_text(*values: bytes | None, kind: pa.DataType | None = None) -> pa.Array
     return pa.Array.from_buffers(pa.string(), len(raw), raw.buffers()).cast(kind or pa.string())
 
 
-def refusal(path: Path, *keep: str) -> str:
+def error_message(path: Path, *keep: str) -> str:
     """The error message for a manifest, which is the same in `check` and in `classify`."""
     with pytest.raises(InputError) as caught:
         find_invalid_ids(open_manifest(str(path), STORAGE, keep=keep), STORAGE)

@@ -51,11 +51,11 @@ def test_a_connected_process_classifies_resumes_and_is_refused(
             report=False,
             show_progress=False,
         )
-    refused = caught.value.run
-    assert refused is not None
-    assert not refused.published
-    assert refused.counts == run.counts
-    assert "mean_confidence" in {gate.gate for gate in refused.gates if not gate.passed}
+    rejected = caught.value.run
+    assert rejected is not None
+    assert not rejected.published
+    assert rejected.counts == run.counts
+    assert "mean_confidence" in {gate.gate for gate in rejected.gates if not gate.passed}
     assert batchcls.open_run(output).run_id == run.run_id
 
     with pytest.raises(batchcls.InputError, match="already connected to Ray"):

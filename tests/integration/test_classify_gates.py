@@ -47,8 +47,8 @@ def test_run_with_failed_gate_is_committed_and_published_only_with_force(
     current = json.loads((tmp_path / "output/current.json").read_text())
     assert current["run_id"] == "night-1"
     record = json.loads((tmp_path / "output/runs/night-2/run.json").read_text())
-    refused = [gate["gate"] for gate in record["gates"] if not gate["passed"]]
-    assert (record["baseline"], refused) == ("night-1", ["row_count_change_fraction"])
+    failed_gates = [gate["gate"] for gate in record["gates"] if not gate["passed"]]
+    assert (record["baseline"], failed_gates) == ("night-1", ["row_count_change_fraction"])
 
     assert runs_job("verify", "night-2", "--output", output)[0] == 0
     assert runs_job("publish", "night-2", "--output", output)[0] == 3

@@ -109,16 +109,16 @@ def test_driver_outside_a_job_connects_through_ray_address(cluster: Cluster) -> 
 def test_client_with_wrong_token_is_rejected(cluster: Cluster, tmp_path: Path) -> None:
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
-    refused = cluster.client("ray", "job", "submit", "--", "true", RAY_AUTH_TOKEN_PATH=str(wrong))
-    assert refused.returncode != 0
-    assert "Authentication failed" in refused.stdout + refused.stderr
+    failed = cluster.client("ray", "job", "submit", "--", "true", RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert failed.returncode != 0
+    assert "Authentication failed" in failed.stdout + failed.stderr
 
 
 def test_request_without_token_is_rejected(cluster: Cluster) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with pytest.raises(urllib.error.HTTPError) as refused:
+    with pytest.raises(urllib.error.HTTPError) as failed:
         opener.open(cluster.exports["RAY_API_SERVER_ADDRESS"] + "/api/jobs/", timeout=20)
-    assert refused.value.code in (401, 403)
+    assert failed.value.code in (401, 403)
 
 
 def test_up_rejects_dashboard_port_in_use_and_leaves_no_state(
@@ -129,17 +129,17 @@ def test_up_rejects_dashboard_port_in_use_and_leaves_no_state(
         taken.listen()
         port = str(taken.getsockname()[1])
         changes = {"BATCHCLS_CLUSTER_DIR": str(tmp_path / "state"), "BATCHCLS_CLUSTER_DASHBOARD_PORT": port}
-        refused = _script("up", clean_environment | changes)
-    assert refused.returncode == 1
-    assert f"{port} is taken" in refused.stderr
-    assert refused.stdout == ""
+        failed = _script("up", clean_environment | changes)
+    assert failed.returncode == 1
+    assert f"{port} is taken" in failed.stderr
+    assert failed.stdout == ""
     assert list((tmp_path / "state").iterdir()) == []
 
 
 def test_unknown_command_prints_usage(clean_environment: dict[str, str]) -> None:
-    refused = _script("stop", clean_environment)
-    assert refused.returncode == 2
-    assert "usage: local.sh up|down|status" in refused.stderr
+    failed = _script("stop", clean_environment)
+    assert failed.returncode == 2
+    assert "usage: local.sh up|down|status" in failed.stderr
 
 
 def _processes() -> dict[int, tuple[int, str, str]]:

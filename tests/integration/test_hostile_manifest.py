@@ -65,16 +65,16 @@ def test_forbidden_uris_are_quarantined_and_ids_are_unchanged(
     )
     assert outcome.exit_code == 0, outcome.log
     assert outcome.predictions.column("item_id").to_pylist() == list(IDS)
-    refused = dict(
+    reasons = dict(
         zip(
             *(outcome.quarantine.column(name).to_pylist() for name in ("uri", "reason")),
             strict=True,
         )
     )
-    assert refused.keys() == {*FORBIDDEN, None}
-    assert refused[None] == "forbidden_uri"
+    assert reasons.keys() == {*FORBIDDEN, None}
+    assert reasons[None] == "forbidden_uri"
     assert outcome.predictions.column("shop").to_pylist() == [f"shop {item[:9]!r}" for item in IDS]
-    assert set(refused.values()) <= {"forbidden_uri", "unsupported_scheme"}, refused
+    assert set(reasons.values()) <= {"forbidden_uri", "unsupported_scheme"}, reasons
     assert outcome.quarantine.column("content_hash").null_count == len(FORBIDDEN) + 1
     assert "root:" not in outcome.log
     assert "\x1b[31m" not in outcome.log

@@ -158,7 +158,7 @@ def test_no_file_names_a_registry_or_a_machine():
     )
     if tracked.returncode != 0:
         pytest.skip("not a git checkout")
-    # Documents may name the system's folder for temporary files, in which a checkout may lie, too.
+    # Documents may name the temporary folder of the system, which may also contain the checkout.
     is_temporary = REPOSITORY.parent == Path(tempfile.gettempdir())
     folder = REPOSITORY if is_temporary else REPOSITORY.parent
     bad = re.compile(r"index-url|find-links|https?://[^\s\"']*(/simple\b|\.whl)|" + re.escape(f"{folder}/"))

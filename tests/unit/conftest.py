@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def cheap_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks of hundreds of megabytes whose random weights are copied from a few, instead of drawn one by one."""
+    """Fills large networks with copies of a few random values, because drawing hundreds of megabytes takes long."""
     import torch
     from torch.nn import init
 

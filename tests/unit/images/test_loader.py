@@ -188,9 +188,9 @@ def test_cpu_seconds_exclude_waiting(tmp_path: Path):
     (tmp_path / "a.jpg").write_bytes(data)
     loader = Loader(settings(tmp_path, fetch_threads=8, decode_threads=1))
     assert loader.cpu_seconds == 0
-    began = time.process_time()
+    started = time.process_time()
     blocks = list(loader.load(tables(["a.jpg"] * 24), {}))
-    spent = time.process_time() - began
+    spent = time.process_time() - started
     decoding = sum(sum(block.column("decode_seconds").to_pylist()) for block in blocks)
     assert 0 < decoding <= loader.cpu_seconds * 1.001 <= spent * 1.01
     before = loader.cpu_seconds

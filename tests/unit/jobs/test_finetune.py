@@ -1,4 +1,4 @@
-"""The training job where it needs no cluster: the linear probe, and commands that are refused."""
+"""Tests for the training job that need no cluster: the linear probe and rejected commands."""
 
 import os
 from pathlib import Path

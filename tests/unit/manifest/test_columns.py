@@ -23,7 +23,7 @@ from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.filesystem import Storage
-from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusal, write
+from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, error_message, write
 
 # Unused columns
 
@@ -82,7 +82,7 @@ def test_manifest_with_five_thousand_columns(tmp_path: Path):
     many = {f"attribute_{n}": pa.array([n] * 4) for n in range(5_000)}
     path = write(tmp_path / "m.parquet", **many)
     assert read(open_manifest(str(path), STORAGE)).column("item_id").to_pylist() == IDS
-    message = refusal(path, "price")
+    message = error_message(path, "price")
     assert "column price is missing" in message
     assert "and 4982 more" in message
     assert len(message) < 1_000
@@ -125,17 +125,17 @@ def test_encrypted_columns_are_an_error_only_if_used(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert read(open_manifest(str(path), STORAGE)).column("item_id").to_pylist() == IDS
-    assert "column secret is encrypted" in refusal(path, "secret")
+    assert "column secret is encrypted" in error_message(path, "secret")
     for column in ("uri", "item_id"):
-        assert f"column {column} is encrypted" in refusal(encrypted(path, column, plain_footer=True))
+        assert f"column {column} is encrypted" in error_message(encrypted(path, column, plain_footer=True))
 
 
 def test_encrypted_and_damaged_footers_are_reported_in_one_line(tmp_path: Path):
     path = encrypted(tmp_path / "m.parquet", "secret", plain_footer=False)
-    assert "is encrypted, including its footer" in refusal(path)
+    assert "is encrypted, including its footer" in error_message(path)
     whole = write(tmp_path / "n.parquet", x=pa.array(IDS)).read_bytes()
     path.write_bytes(b"")
-    assert "m.parquet is empty (0 bytes" in refusal(path)
+    assert "m.parquet is empty (0 bytes" in error_message(path)
     for data in (
         b"PAR1",
         whole[:-4],
@@ -143,7 +143,7 @@ def test_encrypted_and_damaged_footers_are_reported_in_one_line(tmp_path: Path):
         whole[:-8] + b"\0\0\0\0PAR1",
     ):
         path.write_bytes(data)
-        message = refusal(path)
+        message = error_message(path)
         assert "m.parquet is not a readable Parquet file" in message
         assert "\n" not in message.strip()
 
@@ -154,7 +154,7 @@ def test_damaged_arrow_schema_is_reported_in_one_line(tmp_path: Path, junk: byte
     data = path.read_bytes()
     start = data.find(b"ARROW:schema") + len(b"ARROW:schema") + 4
     path.write_bytes(data[:start] + junk * 4 + data[start + 16 :])
-    assert "m.parquet is not a readable Parquet file" in refusal(path)
+    assert "m.parquet is not a readable Parquet file" in error_message(path)
 
 
 def test_pandas_metadata_is_ignored(tmp_path: Path):
@@ -173,7 +173,7 @@ def test_duplicate_column_names_are_rejected(tmp_path: Path, name: str):
     names = ["item_id", "uri", "shop", name]
     pq.write_table(pa.Table.from_arrays([pa.array(IDS)] * 4, names), tmp_path / "m.parquet")
     for keep in ((), ("shop",)):
-        message = refusal(tmp_path / "m.parquet", *keep)
+        message = error_message(tmp_path / "m.parquet", *keep)
         assert f"m.parquet: column {name} occurs 2 times" in message
 
 
@@ -217,7 +217,7 @@ def test_all_text_types_are_read_as_strings(tmp_path: Path, inline: bool):
 def test_ids_of_all_text_types_are_checked(tmp_path: Path, name: str):
     path = write(tmp_path / "m" / "a.parquet", item_id=TEXTS[name])
     if name == "null":
-        assert "all 4 rows of the manifest have null or duplicate ids" in refusal(path)
+        assert "all 4 rows of the manifest have null or duplicate ids" in error_message(path)
     write(tmp_path / "m" / "b.parquet", item_id=pa.array(["a", None, "x", "y"]))
     bad = find_invalid_ids(open_manifest(str(tmp_path / "m"), STORAGE), STORAGE)
     assert bad.null.tolist() == ([0, 1, 2, 3, 5] if name == "null" else [5])
@@ -274,7 +274,7 @@ def test_kept_columns_are_read_as_plain_types(tmp_path: Path, written: pa.Array,
     ],
 )
 def test_unsupported_types_of_kept_columns_are_rejected(tmp_path: Path, values: pa.Array, reason: str):
-    message = refusal(write(tmp_path / "m.parquet", odd=values), "odd")
+    message = error_message(write(tmp_path / "m.parquet", odd=values), "odd")
     assert "m.parquet: column odd has type" in message
     assert reason in message
 
@@ -307,7 +307,7 @@ def test_types_of_two_files_are_merged_or_rejected(
         for name, kind in zip("ab", order, strict=True):
             write(tmp_path / "m" / f"{name}.parquet", odd=pa.nulls(2, kind))
         if one is None:
-            assert "column odd is" in refusal(tmp_path / "m", "odd")
+            assert "column odd is" in error_message(tmp_path / "m", "odd")
         else:
             manifest = open_manifest(str(tmp_path / "m"), STORAGE, keep=["odd"])
             assert manifest.columns.kept[0].type == one
@@ -319,7 +319,7 @@ def test_kept_column_missing_in_some_files_is_rejected(tmp_path: Path):
     write(tmp_path / "b.parquet", other=pa.array(IDS))
     with pytest.raises(InputError, match=r"column label exists in only one of .*a\.parquet and .*b\.parquet"):
         open_labeled_manifest(str(tmp_path), STORAGE, "label", optional=True)
-    assert "column label is missing" in refusal(tmp_path, "label")
+    assert "column label is missing" in error_message(tmp_path, "label")
 
 
 @pytest.mark.parametrize("keep", ["label", "Label", "ROW", "uri_fault", "shop,SHOP"])

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.manifest.snapshot import open_manifest
-from tests.helpers.written_manifests import IDS, STORAGE, read, refusal, write
+from tests.helpers.written_manifests import IDS, STORAGE, read, error_message, write
 
 
 def images_of(*values: object, kind: pa.DataType) -> pa.Array:
@@ -81,7 +81,7 @@ def test_hugging_face_images_without_bytes_use_their_path(tmp_path: Path):
     ids=lambda values: str(values.type),
 )
 def test_unsupported_image_types_are_rejected(tmp_path: Path, values: pa.Array):
-    message = refusal(write(tmp_path / "m.parquet", image=values))
+    message = error_message(write(tmp_path / "m.parquet", image=values))
     assert (
         f"column image has type {values.type}, but binary or struct<bytes: binary, path: string> is required"
         in message

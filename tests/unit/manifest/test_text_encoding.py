@@ -17,7 +17,7 @@ from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import open_manifest
 from tests.helpers.drawing import draw, encode
-from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, refusal, write
+from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, error_message, write
 from tests.unit.images.test_loader import settings
 
 
@@ -35,7 +35,7 @@ def test_invalid_utf8_in_ids_versions_and_kept_text_is_rejected_with_its_row(
         write(
             tmp_path / "m" / "b.parquet", **{"shop": pa.array(IDS), "version": pa.array(IDS), column: texts}
         )
-        message = refusal(tmp_path / "m", "shop")
+        message = error_message(tmp_path / "m", "shop")
         assert f"b.parquet: column {column}, row 6: the text is not valid UTF-8" in message
         # Load tasks, whose manifest may have changed, and comparisons raise the same error.
         with pytest.raises(InputError, match=f"column {column}, row 6: the text is not valid UTF-8"):
@@ -46,7 +46,7 @@ def test_text_in_nested_kept_values_is_checked(tmp_path: Path):
     inside = bad_text(*[b"x"] * 7, b"\xff", *[b"y"] * 4)
     lists = pa.ListArray.from_arrays(pa.array([0, 3, 6, 9, 12], pa.int32()), inside)
     path = write(tmp_path / "m.parquet", tags=lists)
-    assert "column tags, row 2: the text is not valid UTF-8" in refusal(path, "tags")
+    assert "column tags, row 2: the text is not valid UTF-8" in error_message(path, "tags")
     assert len(find_invalid_ids(open_manifest(str(path), STORAGE, limit=2, keep=["tags"]), STORAGE).null) == 0
 
 
@@ -153,4 +153,4 @@ def test_manifest_name_with_invalid_utf8_is_rejected(tmp_path: Path):
     buffer = io.BytesIO()
     pq.write_table(pa.table({"item_id": IDS, "uri": IDS}), buffer)
     path.write_bytes(buffer.getvalue())
-    assert "the name of this file is not valid UTF-8; rename it" in refusal(tmp_path)
+    assert "the name of this file is not valid UTF-8; rename it" in error_message(tmp_path)

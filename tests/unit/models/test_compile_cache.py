@@ -41,7 +41,7 @@ def write(folder: Path) -> None:
     (folder / "inner" / "weights").write_bytes(bytes(range(256)))
 
 
-def refuse(folder: Path) -> None:
+def fail_build(folder: Path) -> None:
     raise AssertionError("created again")
 
 
@@ -62,8 +62,8 @@ def visible(cache: CompileCache) -> list[str]:
 def test_entry_is_created_once_and_found_again(cache):
     folder = cache.get(KEY, write)
     assert (folder / "network").read_text() == "whole"
-    assert cache.get(dict(reversed(KEY.items())), refuse) == folder
-    assert pickle.loads(pickle.dumps(cache)).get(KEY, refuse) == folder
+    assert cache.get(dict(reversed(KEY.items())), fail_build) == folder
+    assert pickle.loads(pickle.dumps(cache)).get(KEY, fail_build) == folder
 
 
 def test_folder_name_is_readable_and_unique_per_key(cache):
@@ -79,7 +79,7 @@ def test_second_process_waits_and_uses_the_same_entry(cache, clean_environment):
     assert first.stdout.readline() == "started\n"
     second = start_creator(cache, clean_environment)
     found = []
-    thread = threading.Thread(target=lambda: found.append(cache.get(KEY, refuse)))
+    thread = threading.Thread(target=lambda: found.append(cache.get(KEY, fail_build)))
     thread.start()
     out, _ = first.communicate("go\n")
     other, _ = second.communicate("go\n")
@@ -129,7 +129,7 @@ def test_damaged_entry_is_created_again(cache, damage):
     assert cache.get(KEY, write) == folder
     assert (folder / "network").read_text() == "whole"
     assert (folder / "inner" / "weights").stat().st_size == 256
-    cache.get(KEY, refuse)
+    cache.get(KEY, fail_build)
 
 
 def test_unwritable_folder_is_rejected_with_a_remedy(tmp_path):

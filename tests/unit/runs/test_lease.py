@@ -35,11 +35,11 @@ class Misbehaving(Storage):
     def __init__(self) -> None:
         super().__init__()
         self.act: Callable[[], None] = lambda: None
-        self.asked = threading.Event()
+        self.listed = threading.Event()
 
     def list_direct_files(self, uri: str) -> list[FileInfo]:
         self.act()
-        self.asked.set()
+        self.listed.set()
         return super().list_direct_files(uri)
 
 
@@ -187,8 +187,8 @@ def test_temporary_storage_failure_does_not_end_the_run(tmp_path: Path):
         storage.act = fail
         while len(failed) < 3:
             lease.check()
-            assert storage.asked.wait(10)
-            storage.asked.clear()
+            assert storage.listed.wait(10)
+            storage.listed.clear()
         lease.confirm()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from batchcls.storage.local_files import create_local, file_lock, write_local
 from tests.conftest import REPOSITORY
-from tests.helpers.refusing import can_refuse
+from tests.helpers.blocked_calls import can_block_calls
 
 LINKS = {"link": errno.EPERM, "linkat": errno.EPERM}
 RENAME = {"renameat2": errno.EINVAL}
@@ -31,9 +31,9 @@ LACKING = {
 _BEGIN = """
 import json, sys, threading
 from pathlib import Path
-from tests.helpers.refusing import refuse
+from tests.helpers.blocked_calls import block_calls
 try:
-    refuse(json.loads(sys.argv[1]))
+    block_calls(json.loads(sys.argv[1]))
 except OSError as error:
     print(error)
     sys.exit(77)
@@ -78,7 +78,7 @@ except VersionConflictError:
 
 
 def start(code: str, lacking: dict[str, int], *arguments: str) -> subprocess.Popen[str]:
-    if not can_refuse():
+    if not can_block_calls():
         pytest.skip("no filter of system calls for this machine")
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(lacking), *arguments],

@@ -37,11 +37,11 @@ def test_every_worker_has_enough_images_in_every_step_of_small_catalogs():
     shared = refused = 0
     recipes = {batch: recipe(batch) for batch in range(2, 41)}
     for count, needed in product(range(1, 41), (1, 2)):
-        chosen, asked = config(num_workers=str(count)), workers(count)
+        chosen, requested = config(num_workers=str(count)), workers(count)
         for rows, batch in product(range(1, 41), recipes):
-            plan = plan_steps(chosen, recipes[batch], asked, rows, needed)
+            plan = plan_steps(chosen, recipes[batch], requested, rows, needed)
             try:
-                found = limit_workers(chosen, asked, plan, rows, needed)
+                found = limit_workers(chosen, requested, plan, rows, needed)
             except InputError:
                 refused += 1
                 assert count * needed > min(rows, batch), (rows, batch, count, needed)

@@ -80,7 +80,7 @@ def test_fit_is_reproducible_and_keeps_the_random_state_of_the_caller():
 
 
 def test_all_views_are_used():
-    """The second view has what tells the categories apart; the first is noise."""
+    """Only the second view distinguishes the categories; the first is noise."""
     examples = _examples(600, 2, views=2, apart=6)
     values = examples.values.copy()
     values[0] = np.random.default_rng(0).normal(size=values[0].shape)

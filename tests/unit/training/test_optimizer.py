@@ -1,4 +1,4 @@
-"""Parameter groups, schedules, and what is frozen."""
+"""Tests for parameter groups, schedules and frozen parameters."""
 
 import pytest
 import timm

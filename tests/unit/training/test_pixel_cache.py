@@ -97,7 +97,7 @@ def test_remote_parts_are_copied_once(tmp_path: Path):
         store = PixelStore(["memory://pixels/part"], storage, str(tmp_path / "copies"))
         assert np.array_equal(store[1], array[1])
         if storage.exists("memory://pixels/part.npy"):
-            storage.remove(["memory://pixels/part.npy"])  # it is not asked for again
+            storage.remove(["memory://pixels/part.npy"])  # it is not read again
 
 
 def test_returned_image_is_a_writable_copy(tmp_path: Path):

@@ -23,7 +23,7 @@ from tests.helpers.training import CLASSES, PREPROCESSING, Stores, hooks, settin
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BASE: dict[str, Any] = {
-    "about": "Without anything that is off unless it is asked for.",
+    "about": "Without all settings that are off by default.",
     "epochs": 2,
     "batch_size": 10,
     "learning_rate": 0.01,

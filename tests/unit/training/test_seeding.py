@@ -1,4 +1,4 @@
-"""Seeds: what a network draws in a pass follows from the seed alone, on the device where it draws."""
+"""Seeds: the random numbers of a forward pass depend only on the seed, on every device."""
 
 import pytest
 import torch

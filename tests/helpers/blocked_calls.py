@@ -18,15 +18,15 @@ CALLS = {
 _MACHINES = {"x86_64": 0, "aarch64": 1}
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
+_ALLOW, _FAIL = 0x7FFF0000, 0x00050000
 
 
-def can_refuse() -> bool:
+def can_block_calls() -> bool:
     """Whether the system call numbers of this machine are known."""
     return sys.platform == "linux" and platform.machine() in _MACHINES
 
 
-def refuse(calls: Mapping[str, int]) -> None:
+def block_calls(calls: Mapping[str, int]) -> None:
     """Make system calls fail in this process and its children.
 
     Args:
@@ -40,7 +40,7 @@ def refuse(calls: Mapping[str, int]) -> None:
     for name, code in calls.items():
         number = CALLS[name][column]
         if number is not None:
-            program += [(_JUMP_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _REFUSE | code)]
+            program += [(_JUMP_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, _FAIL | code)]
     program.append((_RETURN, 0, 0, _ALLOW))
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(filters)))
