@@ -434,8 +434,8 @@ def test_work_dir_that_nodes_do_not_share_is_rejected_before_preparation(
         assert process.wait(timeout=300) == 2, tail(log)
     finally:
         nodes.end()
-    assert "bundle.training is not there on 1 of the nodes" in log.read_text()
-    assert "it has to be a folder that all of them share, or on a store such as s3://" in log.read_text()
+    assert "bundle.training does not exist on 1 of the nodes" in log.read_text()
+    assert "it must be a folder that all of them share, or a remote store such as s3://" in log.read_text()
     assert sorted(path.name for path in output.parent.iterdir()) == ["bundle.log"]
 
 

@@ -240,10 +240,10 @@ from batchcls.models.engines.engine import EngineChoice, EngineConfig
 from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.factory import start_engine
 from batchcls.storage.filesystem import Storage
-def reject_imports(event, arguments):
+def reject_connections(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise AssertionError(arguments)
-sys.addaudithook(reject_imports)
+sys.addaudithook(reject_connections)
 bundle = Bundle.load({str(tmp_path / "bundle")!r}, Storage())
 pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
 engine_config = EngineConfig("cpu", 1, 4, CompileCache(Path({str(tmp_path / "cache")!r})), lambda: pixels)

@@ -120,14 +120,14 @@ def test_torchvision_preprocessing_matches_the_preset(name, resize):
 @pytest.mark.parametrize("source", sorted(LIBRARIES))
 def test_every_architecture_has_preprocessing(source):
     library = LIBRARIES[source]
-    refused = set()
+    rejected = set()
     for name in sorted(library_names(source)):
         try:
             library.preprocessing(library.complete(ModelSpec(source, name)), NO_OVERRIDES)
         except InputError:
-            refused.add(name)
+            rejected.add(name)
     # Their crop is larger than the resized image, so the image would be padded with black.
-    assert refused <= {"volo_d4_448", "volo_d5_448", "volo_d5_512"}
+    assert rejected <= {"volo_d4_448", "volo_d5_448", "volo_d5_512"}
 
 
 def test_names_from_source_files_match_the_libraries():
