@@ -12,7 +12,7 @@ from batchcls.config.pipeline_config import PipelineSettings
 from batchcls.errors import InputError
 from batchcls.models.engines.engine import Device
 
-# Measurements behind the defaults: docs/measurements, "Where the defaults come from".
+# docs/measurements/engines.md contains the measurements for the defaults on CPUs.
 _CPU_BATCH = 8
 _GPU_BATCH = 128
 _GPU_BATCHES_PER_BLOCK = 4
@@ -112,7 +112,7 @@ def fragment_sizes(rows: int, plan: ResourcePlan) -> Iterator[int]:
     """Yield the numbers of rows of the fragments in the fused shape, without an end.
 
     Fragments start small, so that the first rows are written early. They double up to the maximum, and shrink
-    towards the end, so that all actors finish at the same time.
+    toward the end, so that all actors finish at the same time.
     """
     actors, min_rows = plan.num_actors, min(_MIN_FRAGMENT_ROWS, plan.fragment_rows)
     fragments, remaining = 0, rows

@@ -65,7 +65,7 @@ def agreement(
 ) -> AccuracyResult:
     """Compare predictions with the top-1 classes of the fp32 reference and with the labels of the manifest.
 
-    An image whose label is null or unknown to the model counts towards the agreement but not the accuracy.
+    An image whose label is null or unknown to the model counts toward the agreement but not the accuracy.
 
     Args:
         predictions: Predictions for N images.

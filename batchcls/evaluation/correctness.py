@@ -1,7 +1,7 @@
 """Estimates the probability that a prediction is correct from its probability and its category.
 
 The model is a logistic regression with a curve that all categories share and one intercept per category,
-which is shrunk towards zero: a category with many predictions has its own intercept, a category with few
+which is shrunk toward zero: a category with many predictions has its own intercept, a category with few
 predictions follows the shared curve (a random-intercept model; Gelman and Hill, Data Analysis Using Regression
 and Multilevel Models, 2007, chapter 12). The shared curve is beta calibration (Kull, Silva Filho and Flach,
 2017).

@@ -267,4 +267,4 @@ def _not_evaluated(gate: str, rows: int, limits: Limits) -> GateResult:
 
 
 def _model_note(baseline: Baseline) -> str:
-    return "; the model is another one" if baseline.model_changed else ""
+    return "; the model differs" if baseline.model_changed else ""

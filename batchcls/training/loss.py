@@ -14,7 +14,7 @@ def row_losses(logits: Tensor, targets: Tensor, label_smoothing: float, row_weig
     """Return the weighted cross-entropies of N rows with label smoothing.
 
     Weights are per row. `torch.nn.functional.cross_entropy(weight=...)` weights each class of a target instead, so
-    that with label smoothing, rows of a large category are mostly trained towards the rare categories: with 940, 10
+    that with label smoothing, rows of a large category are mostly trained toward the rare categories: with 940, 10
     and 10 rows, the smoothed part has ten times the weight of the label.
 
     Args:

@@ -27,7 +27,7 @@ def make_optimizer(model: nn.Module, classifiers: Sequence[str], recipe: Recipe)
     """Create the optimizer of all trainable parameters.
 
     Each parameter group has its peak learning rate as `peak`: that of the recipe for the classifier, and for the body
-    a rate that decreases by `layer_decay` per layer towards the input. Biases, norms and parameters that the network
+    a rate that decreases by `layer_decay` per layer toward the input. Biases, norms and parameters that the network
     excludes have no weight decay (see `models.layers`).
 
     Raises:

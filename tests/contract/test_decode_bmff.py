@@ -193,13 +193,13 @@ HOSTILE = {
     ),
     "4,294,967,295 items": item_boxes(iloc=b"\2\0\0\0\0\0\xff\xff\xff\xff"),
     "a million boxes": item_boxes(iprp=box(b"ipco", box(b"free", b"") * 1_000_000)),
-    "parts without end": item_boxes(
+    "endless parts": item_boxes(
         pitm=b"\0\0\0\0\0\1",
         iinf=b"\0\0\0\0\0\1" + box(b"infe", b"\2\0\0\0\0\1\0\0grid\0"),
         iref=bytes(4)
         + b"".join(box(b"dimg", struct.pack(">HH", n, 500) + bytes(range(250)) * 4) for n in range(2_000)),
     ),
-    "a part of itself": item_boxes(
+    "an item that contains itself": item_boxes(
         pitm=b"\0\0\0\0\0\1",
         iinf=b"\0\0\0\0\0\1" + box(b"infe", b"\2\0\0\0\0\1\0\0grid\0"),
         iref=bytes(4) + box(b"dimg", struct.pack(">HHH", 1, 1, 1)),
@@ -207,7 +207,7 @@ HOSTILE = {
     "no image": item_boxes(),
     "a box of 2^63 bytes": item_boxes() + struct.pack(">I4sQ", 1, b"mdat", 1 << 63),
     "a box inside its own header": item_boxes() + struct.pack(">I4s", 4, b"mdat"),
-    "brands without end": struct.pack(">I4s", 8192, b"ftyp") + b"avif" * 2000,
+    "endless brands": struct.pack(">I4s", 8192, b"ftyp") + b"avif" * 2000,
 }
 
 

@@ -16,21 +16,21 @@ from tests.helpers import bombs
 from tests.unit.images.test_loader import settings
 
 _QUICK: dict[str, tuple[Callable[[], bytes], Reason | None]] = {
-    "TIFF, 500 tags over each other": (bombs.tiff_overlapping_tags, Reason.CORRUPT),
-    "TIFF, the same, deflated": (lambda: bombs.tiff_overlapping_tags(compression=8), Reason.CORRUPT),
-    "TIFF, 4,000 strips over each other": (bombs.tiff_overlapping_strips, Reason.CORRUPT),
+    "TIFF, 500 overlapping tags": (bombs.tiff_overlapping_tags, Reason.CORRUPT),
+    "TIFF, 500 overlapping tags, deflated": (lambda: bombs.tiff_overlapping_tags(compression=8), Reason.CORRUPT),
+    "TIFF, 4,000 overlapping strips": (bombs.tiff_overlapping_strips, Reason.CORRUPT),
     "TIFF, two million strips": (bombs.tiff_many_strips, Reason.CORRUPT),
-    "TIFF, directories in a circle": (bombs.tiff_loop, None),
+    "TIFF, circular directories": (bombs.tiff_loop, None),
     "PNG, 256 MiB of text": (bombs.png_text_bomb, None),  # decoded without its text
     "PNG, 256 MiB of profile": (bombs.png_profile_bomb, None),
     "PNG, 256 MiB of pixels": (bombs.png_pixel_bomb, None),
-    "PNG, EXIF over itself": (
+    "PNG, overlapping EXIF entries": (
         lambda: bombs.png_with(bombs.png_chunk(b"eXIf", bombs.exif_overlapping(1 << 20)[6:])),
         None,
     ),
-    "WebP, EXIF over itself": (bombs.webp_exif, None),
+    "WebP, overlapping EXIF entries": (bombs.webp_exif, None),
     "WebP, 300 frames": (bombs.webp_frames, None),
-    "JPEG, EXIF over itself": (lambda: bombs.jpeg_many_segments(20), None),
+    "JPEG, overlapping EXIF entries": (lambda: bombs.jpeg_many_segments(20), None),
     "GIF, tens of thousands of frames": (lambda: bombs.gif_many_frames(50_000), None),
 }
 

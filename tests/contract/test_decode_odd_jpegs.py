@@ -72,7 +72,7 @@ AS_PILLOW: dict[str, Callable[[bytes], bytes]] = {
     "part 0 of 0 of a profile": first(segment(0xE2, PROFILE + b"\0\0" + bytes(64))),
     "parts of a profile missing": first(segment(0xE2, PROFILE + b"\1\3" + bytes(64))),
     "a part of a profile twice": first(segment(0xE2, PROFILE + b"\1\1" + bytes(64)) * 2),
-    "a profile behind the frame header": before_scan(segment(0xE2, PROFILE + b"\3\1" + bytes(64))),
+    "a profile after the frame header": before_scan(segment(0xE2, PROFILE + b"\3\1" + bytes(64))),
     "bytes before the frame header": before_frame(b"\0\x11\x22\x33"),
     "thousands of bytes before the frame header": before_frame(bytes(5000)),
     "bytes before the scan": before_scan(b"\0\x11\x22\x33"),
@@ -84,7 +84,7 @@ AS_PILLOW: dict[str, Callable[[bytes], bytes]] = {
     "a comment of length 0": first(b"\xff\xfe\0\0"),
     "empty application segments": first(*(segment(0xE0 + number, b"") for number in range(16))),
     "an unknown JFXX thumbnail": first(segment(0xE0, b"JFXX\0\x77abc")),
-    "a JFIF thumbnail that is not there": first(segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\xff\xff")),
+    "a missing JFIF thumbnail": first(segment(0xE0, b"JFIF\0\1\1\0\0\1\0\1\xff\xff")),
     "a damaged Photoshop block": first(segment(0xED, b"Photoshop 3.0\x008BIM\x04\x04\0\0\xff\xff\xff\xff")),
     "a damaged index of images": first(segment(0xE2, b"MPF\0garbage")),
     "EXIF that is garbage": first(segment(0xE1, b"Exif\0\0garbage")),
@@ -93,7 +93,7 @@ AS_PILLOW: dict[str, Callable[[bytes], bytes]] = {
     "EXIF that points to itself": first(
         segment(0xE1, TIFF + struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8))
     ),
-    "EXIF of 65,535 tags that are not there": first(segment(0xE1, TIFF + b"\xff\xff" + bytes(40))),
+    "EXIF with 65,535 missing tags": first(segment(0xE1, TIFF + b"\xff\xff" + bytes(40))),
     "an orientation that is a string": first(segment(0xE1, entry(2, 2, b"6"))),
     "an orientation of 32 bits": first(segment(0xE1, entry(4, 1, b"\6"))),
     "two orientations": first(segment(0xE1, entry(3, 2, b"\6\0\6\0"))),
@@ -101,15 +101,15 @@ AS_PILLOW: dict[str, Callable[[bytes], bytes]] = {
     "EXIF twice": first(segment(0xE1, exif(6)), segment(0xE1, exif(3))),
     "empty EXIF before a good one": first(segment(0xE1, b"Exif\0\0"), segment(0xE1, exif(3))),
     "XMP that ends early": first(segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta")),
-    "XMP with an orientation that there is not": first(
+    "XMP with an invalid orientation": first(
         segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0<rdf tiff:Orientation="9"/>')
     ),
     "two images": lambda data: data + data,
-    "zeros behind the end": lambda data: data + bytes(4096),
-    "a page behind the end": lambda data: data + b"<html>",
+    "zeros after the end": lambda data: data + bytes(4096),
+    "HTML after the end": lambda data: data + b"<html>",
     "a byte too many in the scan": lambda data: data[:-2] + b"\0" + data[-2:],
     "a height given a second time": lambda data: data[:-2] + segment(0xDC, b"\0\x78") + data[-2:],
-    "a density in a unit that there is not": lambda data: data.replace(b"JFIF\0\1\1", b"JFIF\0\1\7", 1),
+    "a density with an invalid unit": lambda data: data.replace(b"JFIF\0\1\1", b"JFIF\0\1\7", 1),
 }
 BEYOND_PILLOW: dict[str, Callable[[bytes], bytes]] = {
     "an Adobe segment of a name": first(segment(0xEE, b"Adobe")),

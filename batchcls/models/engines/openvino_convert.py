@@ -1,7 +1,7 @@
 """Converts a bundle to a program of OpenVINO, through two kinds of entries in the compile cache.
 
 The *network* is OpenVINO's file format of the model, in float32 or quantized to int8: N,3,H,W normalized images ->
-logits and embedding. The *program* is the network behind a normalization step, for one dtype of the pixels and one
+logits and embedding. The *program* is the network after a normalization step, for one dtype of the pixels and one
 precision, compiled for this kind of processor; loading it takes a fraction of a second. PyTorch is required only to
 convert a network.
 """

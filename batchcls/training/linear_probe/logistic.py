@@ -29,7 +29,7 @@ class FitCandidate:
     """One combination of hyperparameters, evaluated on held-out rows.
 
     Attributes:
-        shrinkage: shrinkage of the covariance within categories towards a multiple of the identity, 0..1.
+        shrinkage: shrinkage of the covariance within categories toward a multiple of the identity, 0..1.
         strength: strength of the penalty on the weights.
         top1: top-1 accuracy, 0..1.
         loss: mean cross-entropy with the logits multiplied by `scale`.

@@ -171,7 +171,7 @@ def test_unsupported_image_size_is_rejected():
 
 
 class _Squared(nn.Module):
-    """A classifier with an operation behind its last layer, which the split cannot reproduce."""
+    """A classifier with an operation after its last layer, which the split cannot reproduce."""
 
     def __init__(self) -> None:
         super().__init__()
