@@ -252,11 +252,11 @@ def table(predictions: Sequence[tuple[str, Prediction]]) -> str:
         "| | nodes | images/s | limited by | hours | of linear | GPUs busy | GET/s | store, GB/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, prediction in predictions:
+    for name, result in predictions:
         lines.append(
-            f"| {name} | {prediction.nodes} | {prediction.images_per_second:,.0f} | {prediction.limited_by} | {prediction.hours:.2f} | "
-            f"{prediction.efficiency:.0%} | {prediction.gpu_busy:.0%} | {prediction.requests_per_second:,.0f} | "
-            f"{prediction.store_bytes_per_second / 1e9:.2f} |"
+            f"| {name} | {result.nodes} | {result.images_per_second:,.0f} | {result.limited_by} | {result.hours:.2f} | "
+            f"{result.efficiency:.0%} | {result.gpu_busy:.0%} | {result.requests_per_second:,.0f} | "
+            f"{result.store_bytes_per_second / 1e9:.2f} |"
         )
     return "\n".join(lines)
 
@@ -284,11 +284,11 @@ def driver_table(cases: Sequence[tuple[str, Prediction]]) -> str:
         "| | fragments | files | output, GB | requests | run.json, MiB | driver, MiB | planning, s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, prediction in cases:
+    for name, result in cases:
         lines.append(
-            f"| {name} | {prediction.fragments:,} | {prediction.files:,} | {prediction.output_bytes / 1e9:,.0f} | "
-            f"{prediction.requests:,} | {prediction.run_json_bytes / _MIB:.1f} | {prediction.driver_bytes / _MIB:,.0f} | "
-            f"{prediction.planning_seconds:.0f} |"
+            f"| {name} | {result.fragments:,} | {result.files:,} | {result.output_bytes / 1e9:,.0f} | "
+            f"{result.requests:,} | {result.run_json_bytes / _MIB:.1f} | {result.driver_bytes / _MIB:,.0f} | "
+            f"{result.planning_seconds:.0f} |"
         )
     return "\n".join(lines)
 

@@ -89,7 +89,9 @@ def resume(rows: int, folder: Path) -> dict[str, float]:
     selected = _timed(steps, "select", lambda: select_receipts(receipts, rows, lambda file: file.is_retryable))
     remaining = _timed(steps, "missing", lambda: missing_rows(selected, rows))
     planned = _timed(
-        steps, "fragments", lambda: sum(len(fragment.row_numbers()) for fragment in manifest.fragments(repeat(2048), remaining))
+        steps,
+        "fragments",
+        lambda: sum(len(fragment.row_numbers()) for fragment in manifest.fragments(repeat(2048), remaining)),
     )
     assert planned == len(remaining)
     return steps

@@ -12,7 +12,7 @@ CATEGORIES = ("bag", "cap", "mug")
 
 
 def write_images(folder: Path, count: int, seed: int = 0, size: int = 48) -> Path:
-    """Write `count` images, each with the color channel of its category brightened, and their manifest; returns its path."""
+    """Write `count` images, each brighter in the color channel of its category; returns the path of their manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):

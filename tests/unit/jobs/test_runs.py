@@ -290,7 +290,10 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
         ),
         (_rewrite(lambda table: _set(table, "origin", ["reused"] * 5)), "rows reused: 5 instead of the 0 in run.json"),
         (_rewrite(lambda table: table.drop_columns(["embedding"])), "another schema"),
-        (lambda folder, record: record["counts"].update(predicted=9), "rows predicted: 10 instead of the 9 in run.json"),
+        (
+            lambda folder, record: record["counts"].update(predicted=9),
+            "rows predicted: 10 instead of the 9 in run.json",
+        ),
     ],
 )
 def test_verify_finds_each_kind_of_damage(tmp_path: Path, call, damage, words: str):
