@@ -24,7 +24,7 @@ class Catalog:
     rows: int = 100_000_000
     image_bytes: float = 110_000  # the photographs of ImageNet size here: 108 KB on average
     embedding_dimension: int = 2048  # ResNet-50, in float16
-    bytes_beside_embedding: float = 250  # IDs, labels, top-5, digest, compressed: assumption
+    bytes_without_embedding: float = 250  # IDs, labels, top-5, digest, compressed: assumption
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ def predict(
         cpus_per_gpu=cpu_seconds * costs.gpu_images_per_second,
         fragments=fragments,
         files=files,
-        output_bytes=catalog.rows * (catalog.bytes_beside_embedding + 2 * catalog.embedding_dimension),
+        output_bytes=catalog.rows * (catalog.bytes_without_embedding + 2 * catalog.embedding_dimension),
         requests=catalog.rows + files,
         requests_per_second=rate,
         store_bytes_per_second=rate * catalog.image_bytes,

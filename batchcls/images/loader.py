@@ -67,7 +67,7 @@ class Loader:
     """Loads rows with a thread pool; there is one per worker process.
 
     `load` is thread-safe: concurrent calls share the pool and the limit of decoding threads, and each yields the
-    blocks of its own tables.
+    blocks of its tables.
     """
 
     def __init__(self, settings: LoadSettings) -> None:

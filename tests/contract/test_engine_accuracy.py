@@ -1,4 +1,4 @@
-"""Accuracy of all engines and precisions relative to fp32, with real weights on photographs (`-s` prints it)."""
+"""Accuracy of all engines and precisions relative to fp32, with pretrained weights on photographs (`-s` prints it)."""
 
 import csv
 import math

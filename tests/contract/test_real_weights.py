@@ -1,4 +1,4 @@
-"""Models with real weights predict real photographs as published, and as without batchcls."""
+"""Models with pretrained weights predict real photographs as published, and as without batchcls."""
 
 import csv
 from collections.abc import Callable, Iterator, Sequence

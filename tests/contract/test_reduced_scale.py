@@ -1,4 +1,4 @@
-"""The scale of reduced decoding is determined with images of the catalog and real weights."""
+"""The scale of reduced decoding is determined with images of the catalog and pretrained weights."""
 
 import io
 from dataclasses import replace

@@ -44,9 +44,9 @@ class Recorder:
             except OSError:
                 return
             with connection, contextlib.suppress(ConnectionError):
-                self._answer(connection)
+                self._respond(connection)
 
-    def _answer(self, connection: socket.socket) -> None:
+    def _respond(self, connection: socket.socket) -> None:
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             piece = connection.recv(65536)

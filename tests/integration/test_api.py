@@ -25,7 +25,7 @@ def connected(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     ray.shutdown()
 
 
-def test_a_connected_process_classifies_resumes_and_is_refused(
+def test_connected_process_classifies_resumes_and_fails_gates(
     connected: None, tiny_bundle: str, tmp_path: Path
 ):
     catalog = write_catalog(tmp_path, 20, broken=(3,))

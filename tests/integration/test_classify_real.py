@@ -1,4 +1,4 @@
-"""`classify` on real photographs with real weights."""
+"""`classify` on real photographs with pretrained weights."""
 
 import csv
 from collections import Counter

@@ -69,7 +69,7 @@ def test_staged_shape_leaves_cpus_for_loading(
     fragment_rows=st.one_of(st.none(), st.integers(32, 10_000)),
 )
 @settings(deadline=None, max_examples=50)
-def test_fragments_start_small_stay_bounded_and_shrink_towards_the_end(
+def test_fragments_start_small_stay_bounded_and_shrink_toward_the_end(
     rows: int, cpus: int, nodes: int, fragment_rows: int | None
 ):
     settings = {} if fragment_rows is None else {"fragment_rows": fragment_rows}
@@ -161,7 +161,7 @@ def test_reasons_explain_the_numbers():
         [NodeResources(0, 0), NodeResources(1, 0), NodeResources(1, 0)],
     ],
 )
-def test_load_task_fits_on_one_node_beside_the_actors(nodes: list[NodeResources]):
+def test_load_task_fits_on_one_node_with_the_actors(nodes: list[NodeResources]):
     """Actors on three nodes with one CPU each leave more than one CPU in total, but no node with a whole free CPU."""
     found = plan(nodes, shape="staged")
     with_cpus = [node for node in nodes if node.cpus]

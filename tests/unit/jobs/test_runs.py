@@ -20,7 +20,7 @@ from batchcls.storage.filesystem import Storage, join
 from tests.conftest import S3Server
 from tests.helpers.runs import Item, RunDetails, items, record_uri, set_created, start_run, write_run
 
-REFUSED = {
+FAILED_GATE = {
     "baseline": "a",
     "gates": [
         {
@@ -53,7 +53,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 
 
 def night(output: str, name: str, *, days_old: float = 0.0, count: int = 4, **more: Any) -> Path:
-    """A committed run, as old as it is to be."""
+    """Write a committed run with the given age."""
     folder = write_run(output, RunDetails(name, more=more), items(count))
     storage = Storage()
     record = json.loads(storage.read_bytes(record_uri(output, name)))
@@ -75,7 +75,7 @@ def age_history(output: str) -> None:
 def test_list_marks_the_published_and_the_previous_run(output: str, call):
     assert call("list", "--output", output)[1].startswith("no runs in")
     night(output, "a", days_old=2)
-    night(output, "b", days_old=1, **REFUSED)
+    night(output, "b", days_old=1, **FAILED_GATE)
     start_run(output, RunDetails("c"))
     publish(output, "a", Storage())
     publish(output, "b", Storage())
@@ -91,7 +91,7 @@ def test_list_marks_the_published_and_the_previous_run(output: str, call):
 
 def test_show_names_counts_gates_and_categories(tmp_path: Path, call):
     rows = [*items(3, label="<b>cat</b>[red]"), Item("x", reason="too_small")]
-    write_run(str(tmp_path), RunDetails("a", more=REFUSED), rows)
+    write_run(str(tmp_path), RunDetails("a", more=FAILED_GATE), rows)
     code, printed = call("show", "latest", "--output", str(tmp_path))
     assert code == 0
     for word in (
@@ -124,7 +124,7 @@ def test_diff_accepts_aliases_of_runs(tmp_path: Path, call):
 
 def test_publish_needs_force_against_a_gate(output: str, call):
     night(output, "a")
-    night(output, "b", **REFUSED)
+    night(output, "b", **FAILED_GATE)
     assert call("publish", "a", "--output", output)[0] == 0
     code, printed = call("publish", "b", "--output", output)
     assert code == 3

@@ -133,9 +133,9 @@ def test_strict_loading_lists_differences():
         state[name] = torch.zeros(1)
     del state["0.bias"]
     state["3.weight"] = torch.zeros(5, 4)
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError) as caught:
         load_strictly(_network(), state, "mug.safetensors")
-    message = str(refusal.value)
+    message = str(caught.value)
     assert "1 missing: 0.bias" in message
     assert "7 unexpected: extra.0, extra.1, extra.2, extra.3, extra.4 and 2 more" in message
     assert "3.weight is (5, 4) and should be (2, 4)" in message

@@ -257,7 +257,7 @@ def test_labels_do_not_overlap_labels_or_points():
     assert place_labels(labels, bounds, [obstacle]) == boxes
 
 
-def test_places_a_single_label_beside_its_point():
+def test_single_label_is_placed_next_to_its_point():
     [box] = place_labels([Label(100, 100, 60, 12)], Rectangle(0, 0, 300, 200), [])
     assert 4 < box.distance(100, 100) <= 6
 

@@ -113,9 +113,9 @@ def test_ideal_throughput_doubles_with_the_cpus_if_they_are_the_bottleneck(busy:
 
 @given(runs, st.sampled_from(STAGES), st.floats(1.0, 100.0))
 def test_more_expensive_stage_never_raises_the_ideal_throughput(run: StageUsage, stage: str, factor: float):
-    dearer = replace(run.busy, **{stage: getattr(run.busy, stage) * factor})
+    slower = replace(run.busy, **{stage: getattr(run.busy, stage) * factor})
     assert (
-        find_bottleneck(replace(run, busy=dearer)).ideal_images_per_second
+        find_bottleneck(replace(run, busy=slower)).ideal_images_per_second
         <= find_bottleneck(run).ideal_images_per_second
     )
 

@@ -83,7 +83,7 @@ def test_runs_are_listed_newest_first_with_their_state(output: str):
         storage.write_atomic(join(folder, "run.json"), json.dumps(record | {"committed": committed}).encode())
     start_run(output, RunDetails("c"))
     storage.write_atomic(join(output, "runs", "half", "run.json"), b'{"run_id": "half"')
-    storage.write_atomic(join(output, "runs", "remnant", "predictions", "part.parquet"), b"x")
+    storage.write_atomic(join(output, "runs", "leftover", "predictions", "part.parquet"), b"x")
     states = {run.run_id: run.state for run in list_runs(output, storage)}
     assert list(states)[:3] == ["c", "b", "a"]
     assert states == {
@@ -91,7 +91,7 @@ def test_runs_are_listed_newest_first_with_their_state(output: str):
         "b": State.COMMITTED,
         "c": State.UNFINISHED,
         "half": State.DAMAGED,
-        "remnant": State.DAMAGED,
+        "leftover": State.DAMAGED,
     }
     publish(output, "b", storage)
     assert read_current(output, storage) == "b"

@@ -231,7 +231,7 @@ def test_nothing_is_reused_if_the_published_run_is_missing_or_truncated(
     assert choose_reuse_source(config, plan, Storage()) is None
 
 
-def test_newer_versions_are_refused_with_the_remedy(output: Path, call: Call):
+def test_newer_versions_are_rejected_with_the_remedy(output: Path, call: Call):
     path = output / "runs" / "run-d" / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
     listed = {run.run_id: run for run in list_runs(str(output), Storage())}

@@ -354,11 +354,11 @@ def test_readers_always_see_a_complete_run(output: str):
             roll_back(output, Storage(), no_faults)
             publish(output, "a", Storage(), force=True)  # it was started before the others
 
-    met = _beside(read, 3, write, ended)
+    met = _concurrently(read, 3, write, ended)
     assert set.union(*met) == {"a", "b", "c"}
 
 
-def _beside(
+def _concurrently(
     read: Callable[[], set[str]], readers: int, write: Callable[[], None], ended: threading.Event
 ) -> list[set[str]]:
     with ThreadPoolExecutor(readers) as pool:

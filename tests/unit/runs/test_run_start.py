@@ -101,7 +101,7 @@ def test_driver_that_lost_the_start_lease_must_not_start(tmp_path: Path):
             lease.confirm()
 
 
-def test_other_files_beside_start_leases_are_kept(tmp_path: Path):
+def test_other_files_next_to_start_leases_are_kept(tmp_path: Path):
     for name in ("notes", "a" * 24 + "x", "A" * 24):
         (tmp_path / "starting" / name / "lease").mkdir(parents=True)
         (tmp_path / "starting" / name / "lease" / "000001.json").write_text("{}")

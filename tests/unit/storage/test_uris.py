@@ -117,7 +117,7 @@ def test_normalized_path_refers_to_the_same_file(here: Path):
         ("gs:///key", "no bucket"),
         ("file://relative/m.parquet", "host"),
         ("a\0b", "null byte"),
-        ("~nobody-of-this-name/x", "no home"),
+        ("~no-such-user/x", "no home"),
     ],
 )
 def test_invalid_uris_are_rejected_with_a_remedy(here: Path, spelling: str, message: str):
