@@ -1,4 +1,4 @@
-"""Fixtures that every tier of tests shares: images drawn by code, the shared folder, a real S3 server."""
+"""Fixtures that every tier of tests shares: synthetic images, the shared folder, a real S3 server."""
 
 import hashlib
 import logging

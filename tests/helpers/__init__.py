@@ -1,1 +1,1 @@
-"""What tests share: builders of inputs, servers, measurements."""
+"""Shared code of the tests: builders of inputs, servers, measurements."""

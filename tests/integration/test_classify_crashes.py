@@ -23,7 +23,7 @@ def long_catalog(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def kill_one(cluster: OwnCluster, title: str) -> None:
-    """Send SIGKILL to a worker of the cluster with this title, as soon as there is one."""
+    """Send SIGKILL to a worker of the cluster with this title as soon as one exists."""
     deadline = time.monotonic() + 60
     while not (found := cluster.workers(title)):
         assert time.monotonic() < deadline, f"no process named {title}"

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 
 def spin(seconds: float) -> str:
-    """Use this much CPU time in Python code."""
+    """Use the given CPU time in Python code."""
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass

@@ -64,7 +64,7 @@ def night(output: str, name: str, *, days_old: float = 0.0, count: int = 4, **mo
 
 
 def age_history(output: str) -> None:
-    """What was published before was replaced a week ago."""
+    """Make the publish history look as if the previous run was replaced a week ago."""
     storage, uri = Storage(), join(output, "current.json")
     current = json.loads(storage.read_bytes(uri))
     for entry in current["history"]:
@@ -254,7 +254,7 @@ def test_verify_accepts_a_complete_run(output: str, call):
 
 
 def _rewrite(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path, dict], None]:
-    """Change a file's rows and make size and digest in run.json fit: only its content is wrong."""
+    """Change the rows of a file and update its size and digest in run.json, so that only its content is wrong."""
     import hashlib
 
     def damage(folder: Path, record: dict) -> None:

@@ -41,7 +41,7 @@ def images(folder: Path, count: int) -> list[str]:
 
 
 def items(labels: Sequence[str | None], hashes: Sequence[str]) -> list[Item]:
-    """One row a label; None is a truncated image."""
+    """One row per label; None is a truncated image."""
     return [
         Item(f"SKU-{i}", reason="truncated", content_hash=hashes[i])
         if label is None

@@ -1,4 +1,4 @@
-"""Training crops of a size that the network takes; and an input size that it does not take, refused with a remedy."""
+"""Tests for the sizes of training crops, and for input sizes that a network does not support."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Images of a step: every worker finds enough in each of them, whatever rows, batch and workers there are."""
+"""Tests for the batch plan: every worker gets enough images in every step, for any rows, batch and workers."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Checkpoints within an epoch: training resumes from the step, as if nothing had happened."""
+"""Checkpoints within an epoch: training resumes from the step with identical results."""
 
 import copy
 from pathlib import Path
@@ -19,7 +19,7 @@ def stores(tmp_path: Path) -> tuple[PixelStore, PixelStore]:
 
 @pytest.mark.parametrize("at", [(0, 1), (1, 2), (2, 3)])
 def test_checkpoint_within_an_epoch_resumes_to_the_same_result(stores, at: tuple[int, int]):
-    """Same weights to the last bit, and the same figures of the epoch that was interrupted."""
+    """The weights are bit-identical, and so are the metrics of the interrupted epoch."""
     undisturbed, _, _ = train(settings(), stores)
     kept: dict[tuple[int, int], dict] = {}
     hooks = Hooks(

@@ -1,4 +1,4 @@
-"""Which failures of training are tried again: those that may pass, and no other."""
+"""Tests for retries: only transient failures of training are retried."""
 
 import errno
 
@@ -79,7 +79,7 @@ def test_failures_are_ordered_by_rank():
 
 
 def attempts(monkeypatch: pytest.MonkeyPatch, *failures: BaseException, most: int = 3) -> tuple[int, object]:
-    """Number of times that training is started if it fails like this, and how it ends."""
+    """Number of attempts if training fails with this error, and the final exception."""
     starts: list[int] = []
 
     def fit(*_: object) -> str:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def _examples(
     rows: int, categories: int, *, views: int = 1, apart: float = 2.5, seed: int = 0
 ) -> LabeledEmbeddings:
-    """Clouds around random centers; values of very different size, one that is always the same, one that is noise."""
+    """Clusters around random centers; features have different scales, one is constant, and one is noise."""
     rng = np.random.default_rng(seed)
     centers = np.random.default_rng(7).normal(size=(categories, 16)) * apart / 4
     classes = rng.integers(0, categories, rows).astype(np.int32)
@@ -44,7 +44,7 @@ def test_probe_separates_clusters_and_estimates_its_accuracy():
 
 
 def test_accuracy_is_close_to_the_optimal_classifier():
-    """The clouds are round, so that the nearest center is right as often as anything can be."""
+    """The clusters are spherical, so that the nearest center is the optimal classifier."""
     unseen = _examples(4000, 5, seed=1)
     centers = np.random.default_rng(7).normal(size=(5, 16)) * 2.5 / 4
     plain = (unseen.values[0, :, :16] - 3) / np.geomspace(0.01, 100, 16)

@@ -1,4 +1,4 @@
-"""What training starts from: the categories' own classifier on a trained body."""
+"""Tests for the initial bundle: a new classifier for the categories on a pretrained backbone."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ PATHS = (("wear", "bag"), ("wear", "cap"), ("home", "mug"))
 
 
 def calibrated(bundle: Bundle, **changes: object) -> Bundle:
-    """The bundle as `evaluate --write-bundle` leaves it, with the shop's tree."""
+    """A bundle as written by `evaluate --write-bundle`, with a category tree."""
     found = Calibration(
         temperature=1.7,
         ece_before=0.1,

@@ -1,4 +1,4 @@
-"""Categories of unequal size in the loss: the row has the weight, not the classes that smoothing gives a share to."""
+"""Class weights in the loss: the weight applies to the row, not to the classes of label smoothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ COUNTS = (940, 10, 10)
 
 
 def uneven(folder: Path, held_out: int = 60) -> tuple[TrainingSettings, tuple[PixelStore, PixelStore]]:
-    """940, 10 and 10 rows to train on, and the same number of each category to measure with."""
+    """940, 10 and 10 training rows, and equally many validation rows per category."""
     targets = np.repeat(np.arange(CLASSES), COUNTS).astype(np.int32)
     others = (np.arange(held_out) % CLASSES).astype(np.int32)
     chosen = settings(
@@ -55,7 +55,7 @@ def test_rare_categories_are_learned_with_940_10_10_rows(tmp_path: Path, mixup: 
 
 @pytest.mark.parametrize(("micro_batch_size", "mixup"), [(None, 0.0), (4, 0.0), (None, 0.4)])
 def test_weighted_training_equals_a_plain_loop(tmp_path: Path, micro_batch_size: int | None, mixup: float):
-    """A step's loss is the mean of its rows' weighted losses, also where several passes add up to it."""
+    """The loss of a step is the mean of the weighted losses of its rows, also over several micro-batches."""
     chosen, stores = uneven(tmp_path)
     some = np.r_[0:20, 940:944, 950:953]
     how = recipe(
@@ -73,7 +73,7 @@ def test_weighted_training_equals_a_plain_loop(tmp_path: Path, micro_batch_size:
 
 
 def plain_loop(chosen: TrainingSettings, store: PixelStore) -> nn.Module:
-    """The same training in a dozen lines."""
+    """Reference implementation of the training loop."""
     model, how, labeled = Tiny(), chosen.recipe, chosen.training
     solver = torch.optim.SGD(model.parameters(), lr=how.learning_rate, momentum=how.momentum, nesterov=True)
     weights = torch.from_numpy(class_weights(np.bincount(labeled.targets)))

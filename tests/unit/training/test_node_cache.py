@@ -1,4 +1,4 @@
-"""A node's copies of prepared images: fetched once for all workers, held while in use, removed at the end."""
+"""Copies of prepared images on a node: fetched once for all workers, kept while in use, removed at the end."""
 
 import multiprocessing
 import os

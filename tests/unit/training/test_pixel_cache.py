@@ -1,4 +1,4 @@
-"""Prepared pixels: the classifying job's own, in parts, failures noted, found again."""
+"""Prepared pixels: equal to those of classification, stored in parts with failures, and reused."""
 
 import subprocess
 import sys

@@ -61,7 +61,7 @@ def _draw(folder: Path, name: str, color: str, seed: int) -> str:
 
 
 def _manifest(folder: Path, name: str, rows: int, seed: int, **odd: str | None) -> str:
-    """`rows` drawings of all colors in turn, and rows with other labels: name of the file -> label."""
+    """Write `rows` drawings with alternating colors, and further rows with other labels (file name -> label)."""
     colors = [sorted(COLORS)[n % 3] for n in range(rows)]
     uris = [_draw(folder, f"{name}-{n}.png", color, seed + n) for n, color in enumerate(colors)]
     uris += [_draw(folder, f"{name}-{stem}.png", "red", seed) for stem in odd]

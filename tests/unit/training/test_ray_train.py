@@ -1,4 +1,4 @@
-"""The configuration of Ray Train: where its checkpoints are."""
+"""Tests for the configuration of Ray Train: the location of its checkpoints."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Recipes: the package's own, files, and what does not fit together."""
+"""Tests for recipes: those of the package, files, and inconsistent settings."""
 
 from pathlib import Path
 

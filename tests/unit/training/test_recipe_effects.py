@@ -1,4 +1,4 @@
-"""No setting is ignored in silence: each field of a recipe changes the trained network, or is refused."""
+"""No setting is ignored silently: every field of a recipe changes the trained network or is rejected."""
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -84,7 +84,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
 
 
 def end_of(values: dict[str, Any], stores: Stores, **changes: object) -> torch.Tensor:
-    """The trained weights and statistics of 64-pixel crops, so that halves of them are multiples of 32."""
+    """Weights and statistics after training on 64-pixel crops, whose half is a multiple of 32."""
     large = PREPROCESSING.model_copy(
         update={"input_height": 64, "input_width": 64, "resize_height": 64, "resize_width": 64}
     )
@@ -96,7 +96,7 @@ def end_of(values: dict[str, Any], stores: Stores, **changes: object) -> torch.T
 
 @pytest.fixture(scope="module")
 def plain(stores: Stores) -> torch.Tensor:
-    """What the base recipe ends in."""
+    """The result of the base recipe."""
     return end_of(BASE, stores)
 
 

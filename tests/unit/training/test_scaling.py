@@ -1,4 +1,4 @@
-"""How many training processes fit where."""
+"""Tests for the number of training processes per node."""
 
 import pytest
 

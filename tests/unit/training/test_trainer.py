@@ -1,4 +1,4 @@
-"""The loop in one process, and among two of gloo: the same images, the same gradient, every row once."""
+"""The training loop with one process and with two gloo workers: equal gradients, every row once."""
 
 from collections import Counter
 from dataclasses import replace
@@ -132,7 +132,7 @@ def test_augmentation_depends_only_on_seed_epoch_and_row(stores):
 
 
 def test_augmentation_does_not_seed_gpus(stores, monkeypatch: pytest.MonkeyPatch):
-    """Seeding GPUs for each image would change what dropout draws there."""
+    """Seeding GPUs for each image would change dropout."""
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     transform = image_transform(read_recipe("modern"), (32, 32), PREPROCESSING)
@@ -153,7 +153,7 @@ def test_mixing_converts_indices_to_probabilities():
 
 
 def test_metrics_of_mixed_images_use_the_mixed_targets(stores, monkeypatch: pytest.MonkeyPatch):
-    """A mixing that leaves images alone and names the next category is training on the next category."""
+    """Mixing that keeps the images and only changes the label equals training with the changed labels."""
     targets = ((np.arange(ROWS) + 1) % CLASSES).astype(np.int32)
     expected, _, _ = train(settings(training=LabeledRows(np.arange(ROWS), targets)), stores)
 

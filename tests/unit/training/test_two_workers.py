@@ -1,4 +1,4 @@
-"""The loop among two processes of gloo, and training that is killed: the same end, to the last bit."""
+"""Training with two gloo workers, and resumed training, give bit-identical results."""
 
 import copy
 import io
@@ -33,19 +33,19 @@ from tests.helpers.training import (
 ALONE = DistributedContext()
 
 
-class Killed(Exception):  # noqa: N818 - what happens to the process
-    """Instead of the death of this process."""
+class Killed(Exception):  # noqa: N818 - not an error
+    """Simulates a killed process."""
 
 
 def random_recipe() -> Recipe:
-    """Everything that draws random numbers."""
+    """A recipe with all settings that use random numbers."""
     return read_recipe("modern").with_changes(
         epochs=3, head_epochs=1, final_epochs=0, batch_size=10, batch_norm="trained", size_fraction=1.0,
         final_size_fraction=1.0,
     )  # fmt: skip
 
 
-def forgetful() -> nn.Module:
+def stochastic_network() -> nn.Module:
     """A network with dropout and stochastic depth."""
     return network(drop_rate=0.4, drop_path_rate=0.3)
 
@@ -53,23 +53,23 @@ def forgetful() -> nn.Module:
 def undisturbed_and_resumed(
     stores: Stores, context: DistributedContext = ALONE, wrap=identity
 ) -> list[torch.Tensor]:
-    """The weights of a training from start to end, and of one that is killed in the second step of epoch 3."""
+    """The weights of an undisturbed training, and of one that is killed in the second step of epoch 3 and resumed."""
     chosen = settings(recipe=random_recipe(), micro_batch_size=4)
-    straight, _, _ = train(chosen, stores, context, wrap, forgetful())
+    straight, _, _ = train(chosen, stores, context, wrap, stochastic_network())
 
     def die(epoch: int, images: int) -> None:
         if epoch == 2 and images > 10:
             raise Killed
 
     states: list[State] = []
-    killed = Training(forgetful(), ["fc"], chosen, context, hooks(wrap, die, states))
+    killed = Training(stochastic_network(), ["fc"], chosen, context, hooks(wrap, die, states))
     with pytest.raises(Killed):
         killed.run(*stores)
     kept = io.BytesIO()
     torch.save(states[-1], kept)
     kept.seek(0)
-    torch.manual_seed(99 + context.rank)  # whatever another process has drawn before
-    resumed = Training(forgetful(), ["fc"], chosen, context, hooks(wrap))
+    torch.manual_seed(99 + context.rank)  # another random state than in the killed process
+    resumed = Training(stochastic_network(), ["fc"], chosen, context, hooks(wrap))
     resumed.restore(torch.load(kept, weights_only=True))
     assert resumed.run(*stores) is None
     return [weights_of(straight), weights_of(resumed)]
@@ -85,7 +85,7 @@ def test_result_does_not_depend_on_the_random_state_of_the_process(tmp_path: Pat
     chosen = settings(recipe=random_recipe())
     found = []
     for seed in (1, 2):
-        model = forgetful()
+        model = stochastic_network()
         torch.manual_seed(seed)
         found.append(weights_of(train(chosen, stores, model=model)[0]))
     assert torch.equal(*found)
@@ -94,7 +94,7 @@ def test_result_does_not_depend_on_the_random_state_of_the_process(tmp_path: Pat
 
 
 def uneven() -> TrainingSettings:
-    """Rows of which a few are of rare categories, so that workers and passes have shares of other weights."""
+    """Rows with a few of rare categories, so that workers and micro-batches have different weights."""
     targets = np.zeros(ROWS, np.int32)
     targets[:3] = (1, 2, 2)
     return settings(training=LabeledRows(np.arange(ROWS), targets), balance="loss", micro_batch_size=3)
@@ -107,7 +107,7 @@ def statistics(model: nn.Module) -> torch.Tensor:
 
 
 def gathered(stores: Stores, context: DistributedContext, wrap) -> dict[str, object]:
-    """Statistics of each worker before they are averaged, and of network and average in the checkpoint."""
+    """Statistics of each worker before averaging, and of the network and its EMA in the checkpoint."""
     chosen = settings(recipe=recipe(epochs=1, head_epochs=0, batch_norm="trained", layer_decay=1.0))
     seen: list[torch.Tensor] = []
 
@@ -143,7 +143,7 @@ def _worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each of two real processes found."""
+    """The results of two real worker processes."""
     folder = tmp_path_factory.mktemp("workers")
     for rank in range(2):
         (folder / str(rank)).mkdir()

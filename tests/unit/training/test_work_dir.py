@@ -1,4 +1,4 @@
-"""The state folder belongs to one run at a time."""
+"""A work directory belongs to one run at a time."""
 
 import json
 import subprocess
