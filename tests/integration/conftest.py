@@ -66,7 +66,7 @@ class OwnCluster(Cluster):
         ]
 
 
-# Of a package, not of a session: its daemons and its dashboard would take a tenth of a core until the last unit test.
+# Scope package instead of session, because its daemons would use a tenth of a core until the last unit test.
 @pytest.fixture(scope="package")
 def cluster(
     tmp_path_factory: pytest.TempPathFactory, clean_environment: dict[str, str]

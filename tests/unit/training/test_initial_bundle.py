@@ -153,7 +153,7 @@ def test_invalid_bundle_is_not_saved(weights: str, tmp_path: Path):
     made = start(config("timm:test_resnet", weights=weights))
     made.save(str(tmp_path / "bundle"), Storage())
     before = sorted((path.name, path.read_bytes()) for path in (tmp_path / "bundle").iterdir())
-    # model_copy checks nothing, which is how such a record comes about
+    # model_copy does not validate, so it can create such a record
     broken = Bundle(
         made.config.model_copy(update={"labels": ("bag",), "category_paths": PATHS}), made.weights
     )

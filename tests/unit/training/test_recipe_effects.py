@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "head_learning_rate": 0.02,
 }
 
-# Field -> what else the base recipe needs, and another value of the field.
+# Field -> further changes of the base recipe, and another value of the field.
 CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "epochs": ({}, 3),
     "head_epochs": ({}, 1),

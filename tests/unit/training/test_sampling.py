@@ -54,7 +54,7 @@ def test_balanced_sampling_draws_all_categories_equally_often():
     classes = np.repeat(np.array([0, 1, 2], np.int32), [900, 90, 9])
     drawn = classes[RowSampler.balanced(classes, 4, seed=0).order(0)]
     assert len(drawn) == len(classes)
-    # Systematic: each row is drawn floor or ceil of its share, so the counts are off by less than the rows.
+    # Systematic sampling draws each row floor or ceil of its expected number of times.
     assert np.abs(np.bincount(drawn) - 333).max() <= 10
     times = np.bincount(RowSampler.balanced(classes, 4, seed=0).order(0), minlength=len(classes))
     assert times[:900].max() == 1

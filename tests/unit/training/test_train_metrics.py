@@ -33,6 +33,6 @@ def test_mixed_image_is_correct_if_its_main_class_is_predicted(seed):
     images = torch.eye(3).reshape(3, 3, 1, 1).expand(3, 3, 4, 4)
     mixed, shares = v2.MixUp(alpha=0.2, num_classes=3)(images, torch.arange(3))
     measures = TrainMetrics("cpu")
-    # What an image holds of each category is its brightness in a color here, so this network is perfect.
+    # The share of each category in an image is its brightness in one color, so this network is always correct.
     measures.add(20 * mixed.mean(dim=(2, 3)), shares)
     assert measures.result()["top1"] == 1
