@@ -85,7 +85,9 @@ def load_functions(interpolation: Interpolation) -> dict[str, LoadFunction]:
     }
 
 
-def measure(files: Iterable[bytes], functions: dict[str, LoadFunction], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(
+    files: Iterable[bytes], functions: dict[str, LoadFunction], rounds: int
+) -> dict[str, dict[str, Any]]:
     """Median images per second of one core for each function, and the speedup over Pillow."""
     contents = list(files)
     for function in functions.values():
@@ -154,7 +156,9 @@ def main() -> None:
         for size, files in kinds.items():
             contents = [path.read_bytes() for path in files]
             for interpolation in _INTERPOLATIONS:
-                results[f"{size}, {interpolation}"] = measure(contents, load_functions(interpolation), arguments.rounds)
+                results[f"{size}, {interpolation}"] = measure(
+                    contents, load_functions(interpolation), arguments.rounds
+                )
     record = {
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": Hardware.detect().model_dump(),

@@ -72,7 +72,9 @@ def staged(fragments: int, blocks: int) -> None:
         _Fragments(fragments, blocks), override_num_blocks=fragments, num_cpus=0.5
     )
     pool = ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=4)
-    predicted = read.map_batches(_Identity, batch_size=None, batch_format="pyarrow", compute=pool, num_cpus=0.1)
+    predicted = read.map_batches(
+        _Identity, batch_size=None, batch_format="pyarrow", compute=pool, num_cpus=0.1
+    )
     predicted.write_datasink(_Sink(blocks * _FILE_FRAGMENTS), ray_remote_args={"num_cpus": 0})
 
 

@@ -41,9 +41,7 @@ class Node:
 class Costs:
     """Costs of an image, a fragment and a file."""
 
-    fetch_seconds: float = (
-        0.060  # one GET of 110 KB from S3, 30 ms of it to the first byte: assumption
-    )
+    fetch_seconds: float = 0.060  # one GET of 110 KB from S3, 30 ms of it to the first byte: assumption
     decode_seconds: float = 1 / 515  # of one core; simplejpeg and torchvision's resize, docs/measurements
     gpu_images_per_second: float = 2500  # one GPU, ResNet-50 in bf16: assumption, not measured
     write_seconds: float = 0.000_1  # CPU, Parquet with zstd: assumption

@@ -86,7 +86,9 @@ def resume(rows: int, folder: Path) -> dict[str, float]:
     steps: dict[str, float] = {}
     manifest = _timed(steps, "manifest", lambda: open_manifest(str(folder / "manifest"), _STORAGE))
     receipts = _timed(steps, "receipts", lambda: read_receipts(str(folder / "run"), _STORAGE))
-    selected = _timed(steps, "select", lambda: select_receipts(receipts, rows, lambda file: file.is_retryable))
+    selected = _timed(
+        steps, "select", lambda: select_receipts(receipts, rows, lambda file: file.is_retryable)
+    )
     remaining = _timed(steps, "missing", lambda: missing_rows(selected, rows))
     planned = _timed(
         steps,

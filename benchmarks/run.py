@@ -95,7 +95,9 @@ def _empty_output(suite: Suite, contender: Contender) -> Path:
     return output
 
 
-def run_round(suite: Suite, order: Iterable[str], ours: dict[str, str], results: SuiteResults, bound: float) -> None:
+def run_round(
+    suite: Suite, order: Iterable[str], ours: dict[str, str], results: SuiteResults, bound: float
+) -> None:
     """Run every program once, slow ones twice, and compare their predictions with those of the job.
 
     Raises:
@@ -235,7 +237,9 @@ def main(arguments: list[str] | None = None) -> None:
     target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(target)
     if settings.image:
-        caption = f"medians of {settings.rounds} rounds, {date}, {hardware.cores} cores of {hardware.processor}"
+        caption = (
+            f"medians of {settings.rounds} rounds, {date}, {hardware.cores} cores of {hardware.processor}"
+        )
         draw([Panel(suite["title"], suite["programs"]) for suite in records], caption, Path(settings.image))
         print(settings.image)
 

@@ -25,7 +25,9 @@ def draw_scene(category: str, rng: np.random.Generator, transparent: bool) -> Sc
     size = _choose_size(rng)
     cutout = _draw_object(category, paint, rng)
     scale = rng.uniform(0.6, 0.92) * min(size) / max(cutout.size)
-    cutout = cutout.resize((round(cutout.width * scale), round(cutout.height * scale)), Image.Resampling.BILINEAR)
+    cutout = cutout.resize(
+        (round(cutout.width * scale), round(cutout.height * scale)), Image.Resampling.BILINEAR
+    )
     corner = _place_near_the_center(size, cutout.size, rng)
     if transparent:
         image = Image.new("RGBA", size, (255, 255, 255, 0))
@@ -50,7 +52,9 @@ def _choose_size(rng: np.random.Generator) -> tuple[int, int]:
 def _draw_object(category: str, paint: Paint, rng: np.random.Generator) -> Image.Image:
     pen = Pen(paint.ink)
     CATEGORIES[category](pen, paint, rng)
-    drawn = pen.image.crop(pen.image.getbbox())  # rotation is the most expensive step, so remove empty margins first
+    drawn = pen.image.crop(
+        pen.image.getbbox()
+    )  # rotation is the most expensive step, so remove empty margins first
     rotated = drawn if rng.random() < 0.5 else ImageOps.mirror(drawn)
     degrees = float(rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES))
     rotated = rotated.rotate(degrees, Image.Resampling.BILINEAR, expand=True, fillcolor=(255, 255, 255, 0))

@@ -66,14 +66,18 @@ def bottleneck_table(bottleneck: Bottleneck) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for stage, milliseconds in bottleneck.milliseconds_per_image.items():
-        cells = _bottleneck_cells(milliseconds, bottleneck.resource_of(stage), bottleneck.images_per_second_after_start)
+        cells = _bottleneck_cells(
+            milliseconds, bottleneck.resource_of(stage), bottleneck.images_per_second_after_start
+        )
         if stage == bottleneck.limited_by:
             table.add_row(stage, *cells, "bottleneck", style="bold")
         else:
             table.add_row(stage, *cells, "")
     for resource in bottleneck.resources:
         if len(resource.stages) > 1:
-            cells = _bottleneck_cells(resource.milliseconds, resource, bottleneck.images_per_second_after_start)
+            cells = _bottleneck_cells(
+                resource.milliseconds, resource, bottleneck.images_per_second_after_start
+            )
             table.add_row("combined", *cells, "")
     return table
 

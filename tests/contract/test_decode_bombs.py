@@ -17,7 +17,10 @@ from tests.unit.images.test_loader import settings
 
 _QUICK: dict[str, tuple[Callable[[], bytes], Reason | None]] = {
     "TIFF, 500 overlapping tags": (bombs.tiff_overlapping_tags, Reason.CORRUPT),
-    "TIFF, 500 overlapping tags, deflated": (lambda: bombs.tiff_overlapping_tags(compression=8), Reason.CORRUPT),
+    "TIFF, 500 overlapping tags, deflated": (
+        lambda: bombs.tiff_overlapping_tags(compression=8),
+        Reason.CORRUPT,
+    ),
     "TIFF, 4,000 overlapping strips": (bombs.tiff_overlapping_strips, Reason.CORRUPT),
     "TIFF, two million strips": (bombs.tiff_many_strips, Reason.CORRUPT),
     "TIFF, circular directories": (bombs.tiff_loop, None),

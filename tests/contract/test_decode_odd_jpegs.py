@@ -14,7 +14,7 @@ from PIL import UnidentifiedImageError
 
 from batchcls.images.decode import decode
 from batchcls.schema import Reason
-from tests.helpers.drawing import truncate_before_end_marker, draw, encode, exif
+from tests.helpers.drawing import draw, encode, exif, truncate_before_end_marker
 from tests.helpers.pillow_reference import LIMITS, pillow_pixels, pixels_of, reason_of
 
 BASES = {

@@ -18,11 +18,11 @@ from batchcls.schema import Reason
 from tests.helpers.drawing import (
     bombs,
     chunk,
-    truncate_before_end_marker,
     draw,
     encode,
     samples,
     tiff,
+    truncate_before_end_marker,
 )
 from tests.helpers.pillow_reference import (
     LIMITS,

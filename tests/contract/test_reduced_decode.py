@@ -12,7 +12,7 @@ from batchcls.images.decode import Decoded, DecodeError, decode, reduction_facto
 from batchcls.images.transform import Transform
 from batchcls.preprocessing import Preprocessing
 from batchcls.schema import Reason
-from tests.helpers.drawing import bombs, truncate_before_end_marker, draw, encode, samples
+from tests.helpers.drawing import bombs, draw, encode, samples, truncate_before_end_marker
 from tests.helpers.pillow_reference import LIMITS, reason_of
 
 MARGIN = 4.0

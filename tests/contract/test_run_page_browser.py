@@ -44,7 +44,10 @@ def test_loads_without_console_errors_and_requests(browser: Browser, page: Path)
 def test_hostile_strings_are_inert(browser: Browser, page: Path):
     browser.open(page, width=DESK)
     assert browser.evaluate("document.title") == "Run 20261125-033000-4f2a"
-    assert browser.evaluate("document.querySelectorAll('script, .card b b, img[onerror], [onclick]').length") == 0
+    assert (
+        browser.evaluate("document.querySelectorAll('script, .card b b, img[onerror], [onclick]').length")
+        == 0
+    )
     assert "<script>document.title" in str(browser.evaluate("document.body.innerText"))
 
 

@@ -136,12 +136,16 @@ class FaultyProxy:
             while response.startswith(b"HTTP/1.1 100"):
                 response = await server_reader.readuntil(b"\r\n\r\n")
             has_body = (
-                not head.startswith(b"HEAD") and b" 204 " not in response[:20] and b" 304 " not in response[:20]
+                not head.startswith(b"HEAD")
+                and b" 204 " not in response[:20]
+                and b" 304 " not in response[:20]
             )
             chunked = b"transfer-encoding: chunked" in response.lower()
             content = b""
             if has_body:
-                content = await (_chunks(server_reader) if chunked else server_reader.readexactly(_length(response)))
+                content = await (
+                    _chunks(server_reader) if chunked else server_reader.readexactly(_length(response))
+                )
         finally:
             server_writer.close()
         return response, content

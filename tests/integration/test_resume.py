@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.crashing_decoder.sitecustomize import CRASH
 from tests.helpers.drawing import draw, encode
 from tests.helpers.started import start_job, until_line, write_catalog
 from tests.integration.conftest import Cluster, Outcome
-from tests.crashing_decoder.sitecustomize import CRASH
 
 Job = Callable[..., Outcome]
 ROWS = 900

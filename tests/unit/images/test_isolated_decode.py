@@ -14,9 +14,9 @@ from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.preprocessing import Preprocessing, Views
 from batchcls.schema import Reason
 from tests.conftest import REPOSITORY
+from tests.crashing_decoder.sitecustomize import CRASH, EXHAUST_MEMORY, HANG
 from tests.helpers.bombs import bmp_runs, png_chunk
 from tests.helpers.drawing import draw, encode
-from tests.crashing_decoder.sitecustomize import CRASH, HANG, EXHAUST_MEMORY
 
 
 @pytest.fixture
@@ -55,7 +55,9 @@ def settings() -> LoadSettings:
 def test_only_rows_that_crash_a_process_are_found(
     settings: LoadSettings, monkeypatch: pytest.MonkeyPatch, mark: bytes, word: str, reason: Reason
 ):
-    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "tests" / "crashing_decoder"), str(REPOSITORY), *sys.path])
+    monkeypatch.setattr(
+        sys, "path", [str(REPOSITORY / "tests" / "crashing_decoder"), str(REPOSITORY), *sys.path]
+    )
     if mark == EXHAUST_MEMORY:  # Memory must be exhausted before the time limit.
         settings = replace(settings, limits=replace(settings.limits, seconds=60))
     image = encode(draw(0, 90, 70), "JPEG")

@@ -288,7 +288,10 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
             _rewrite(lambda table: _set(table, "item_id", ["item-7", "b", "c", "d", "e"])),
             "1 item IDs occur",
         ),
-        (_rewrite(lambda table: _set(table, "origin", ["reused"] * 5)), "rows reused: 5 instead of the 0 in run.json"),
+        (
+            _rewrite(lambda table: _set(table, "origin", ["reused"] * 5)),
+            "rows reused: 5 instead of the 0 in run.json",
+        ),
         (_rewrite(lambda table: table.drop_columns(["embedding"])), "another schema"),
         (
             lambda folder, record: record["counts"].update(predicted=9),

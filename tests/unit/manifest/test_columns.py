@@ -23,7 +23,7 @@ from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.filesystem import Storage
-from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, error_message, write
+from tests.helpers.written_manifests import IDS, STORAGE, bad_text, error_message, read, write
 
 # Unused columns
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchcls.manifest.snapshot import open_manifest
-from tests.helpers.written_manifests import IDS, STORAGE, read, error_message, write
+from tests.helpers.written_manifests import IDS, STORAGE, error_message, read, write
 
 
 def images_of(*values: object, kind: pa.DataType) -> pa.Array:

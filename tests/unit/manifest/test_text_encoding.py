@@ -17,7 +17,7 @@ from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import open_manifest
 from tests.helpers.drawing import draw, encode
-from tests.helpers.written_manifests import IDS, STORAGE, bad_text, read, error_message, write
+from tests.helpers.written_manifests import IDS, STORAGE, bad_text, error_message, read, write
 from tests.unit.images.test_loader import settings
 
 

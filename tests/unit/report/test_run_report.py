@@ -73,7 +73,13 @@ def test_statistics_match_the_rows(output: Path):
     assert changes is not None
     assert categories is not None
     assert confidence is not None
-    assert (changes.same, changes.changed, changes.new, changes.removed, changes.flow_count) == (6, 3, 0, 1, 2)
+    assert (changes.same, changes.changed, changes.new, changes.removed, changes.flow_count) == (
+        6,
+        3,
+        0,
+        1,
+        2,
+    )
     assert [(flow.before, flow.after, flow.rows) for flow in changes.flows] == [
         ("mug", "cup", 2),
         ("shoe", "boot", 1),

@@ -69,7 +69,9 @@ def on_gpus(**changes: object) -> StageUsage:
 @given(runs)
 def test_ideal_throughput_is_the_lowest_of_all_resources(run: StageUsage):
     bottleneck = find_bottleneck(run)
-    assert bottleneck.ideal_images_per_second == min(resource.images_per_second for resource in bottleneck.resources)
+    assert bottleneck.ideal_images_per_second == min(
+        resource.images_per_second for resource in bottleneck.resources
+    )
     for resource in bottleneck.resources:
         held = sum(getattr(run.busy, stage) for stage in resource.stages)
         if held > 1e-6:
@@ -146,7 +148,8 @@ def test_fused_run_on_two_cpus():
     assert "inference takes 85% of the CPU time" in bottleneck.advice
     assert "--engine auto" in bottleneck.advice
     assert (
-        bottleneck.line() == "100.0 images/s after startup of 4.0 s, 100% of the ideal 100.0, limited by predict"
+        bottleneck.line()
+        == "100.0 images/s after startup of 4.0 s, 100% of the ideal 100.0, limited by predict"
     )
 
 

@@ -104,7 +104,8 @@ def every_command(output: Path, call: Call, damaged: str) -> None:
         assert call(*command, *at)[0] == 0
     code, printed = call("prune", "--keep", "0", "--grace-hours", "0", *at)
     assert (code, "runs would be removed" in printed) == (0, True)
-    for command in (["show", damaged],
+    for command in (
+        ["show", damaged],
         ["diff", damaged, "c"],
         ["verify", damaged],
         ["publish", damaged],
@@ -139,7 +140,9 @@ def test_folder_or_link_loop_instead_of_a_file_is_one_damaged_run(output: Path, 
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:12])
-def test_any_value_at_any_position_of_run_json_damages_at_most_one_run(output: Path, call: Call, value: object):
+def test_any_value_at_any_position_of_run_json_damages_at_most_one_run(
+    output: Path, call: Call, value: object
+):
     path = output / "runs" / "run-d" / "run.json"
     valid = json.loads(path.read_text())
     paths = list(paths_of(valid))
@@ -165,7 +168,9 @@ def test_any_value_at_any_position_of_a_plan_never_prevents_a_new_run(output: Pa
     valid["reuse"] = {"run_id": "a", "by_row": False}
     fingerprints = Fingerprints(manifest="m", model="x", settings={"top_k": 5})
     path.write_text(json.dumps(valid))
-    assert getattr(find_unfinished(str(output), None, fingerprints, Storage()), "run_id", None) == "unfinished"
+    assert (
+        getattr(find_unfinished(str(output), None, fingerprints, Storage()), "run_id", None) == "unfinished"
+    )
     for position in paths_of(valid):
         path.write_text(json.dumps(replaced(valid, position, value)))
         unfinished = find_unfinished(str(output), None, fingerprints, Storage())

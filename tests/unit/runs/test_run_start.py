@@ -110,7 +110,9 @@ def test_other_files_next_to_start_leases_are_kept(tmp_path: Path):
     assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
-def test_input_error_before_any_write_leaves_no_files(output_and_storage: tuple[str, Storage], tmp_path: Path):
+def test_input_error_before_any_write_leaves_no_files(
+    output_and_storage: tuple[str, Storage], tmp_path: Path
+):
     output, storage = output_and_storage
     plan = plan_of(RunDetails("a"), 4)
     with (
