@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from batchcls.images.decode import reduction_factor
-from batchcls.images.formats import Format, Header
+from batchcls.images.formats import Format, Header, JpegFrame
 from batchcls.images.jpeg_header import has_several_scans
 from batchcls.images.load_config import DecodeLimits, MinDecodedSize
 
 _BYTES_PER_PIXEL: dict[Format, int] = {
     Format.JPEG: 17,  # if decoded by Pillow; plain JPEG needs less, see `_plain_jpeg_bytes`
-    Format.PNG: 24,
+    Format.PNG: 28,
     Format.WEBP: 33,
-    Format.GIF: 21,
+    Format.GIF: 24,
     Format.BMP: 17,
     Format.TIFF: 25,
     Format.AVIF: 28,
     Format.HEIC: 24,
 }
-_OPAQUE_PNG, _OPAQUE_WEBP = 17, 25
+_OPAQUE_PNG, _OPAQUE_WEBP = 18, 25
 _MAX_BYTES_PER_PIXEL = 40  # of formats that are not listed
 _FILE_COPIES = 2
 # JPEGs with several scans keep the coefficients of all components until the last scan.
@@ -41,7 +41,7 @@ def estimate_decode_bytes(data: bytes, header: Header, min_size: MinDecodedSize 
     if header.jpeg is not None and header.jpeg.is_plain:
         pixels = _plain_jpeg_bytes(data, header, min_size)
     else:
-        pixels = header.allocated_pixels * _bytes_per_pixel(data, header.format)
+        pixels = header.allocated_pixels * _bytes_per_pixel(data, header)
     return _MIN_BYTES + pixels + header.overhead_bytes + _FILE_COPIES * len(data)
 
 
@@ -63,17 +63,22 @@ def _plain_jpeg_bytes(data: bytes, header: Header, min_size: MinDecodedSize | No
         )
     copies = 2 if frame.app1_segments else 1
     pixels = 3 * copies * header.allocated_pixels // factor**2
-    if has_several_scans(data, frame):
-        pixels += _COEFFICIENT_BYTES * len(frame.component_ids) * header.allocated_pixels
-    return pixels
+    return pixels + _coefficient_bytes(data, frame) * header.allocated_pixels
 
 
-def _bytes_per_pixel(data: bytes, kind: Format) -> int:
+def _coefficient_bytes(data: bytes, frame: JpegFrame) -> int:
+    """Bytes per pixel of the coefficients of a JPEG."""
+    return _COEFFICIENT_BYTES * len(frame.component_ids) if has_several_scans(data, frame) else 0
+
+
+def _bytes_per_pixel(data: bytes, header: Header) -> int:
+    kind = header.format
     if kind == Format.PNG and data[25] in (0, 2) and data.find(b"tRNS", 0, data.find(b"IDAT")) < 0:
         return _OPAQUE_PNG
     if kind == Format.WEBP and data[12:16] == b"VP8 ":
         return _OPAQUE_WEBP
-    return _BYTES_PER_PIXEL.get(kind, _MAX_BYTES_PER_PIXEL)
+    coefficients = 0 if header.jpeg is None else _coefficient_bytes(data, header.jpeg)
+    return _BYTES_PER_PIXEL.get(kind, _MAX_BYTES_PER_PIXEL) + coefficients
 
 
 class MemoryBudget:

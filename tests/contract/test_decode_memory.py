@@ -110,7 +110,8 @@ def test_memory_of_decoding_is_within_the_estimate():
     wrong = {}
     for name, data in images.items():
         estimate = estimate_decode_bytes(data, read_checked_header(data, limits))
-        peak = peak_bytes(lambda data=data: work(data))  # type: ignore[misc]
+        # The least of three, since pages that the kernel reclaimed meanwhile count when they are used again.
+        peak = min(peak_bytes(lambda data=data: work(data)) for _ in range(3))  # type: ignore[misc]
         if not 0.3 * estimate < peak + NOISE_BYTES or peak > estimate + NOISE_BYTES:
             wrong[name] = (peak, estimate)
     assert not wrong
