@@ -52,5 +52,5 @@ def test_zoo_backbone_classifies(name, job, manifest, results):
     assert not (outcome.output / "current.json").exists()
     forward = record["stage_seconds"]["predict"] / ROWS
     results.append(
-        f"| {name} | {seconds:.0f} | {forward:.3f} | {record['measured']['peak_memory_mib_of_an_actor']:.0f} |"
+        f"| {name} | {seconds:.0f} | {forward:.3f} | {record['measurements']['peak_memory_mib_of_an_actor']:.0f} |"
     )
