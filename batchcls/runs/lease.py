@@ -165,11 +165,15 @@ class Lease:
         """Start the thread that renews the lease."""
         self._thread.start()
 
-    def end(self, *, is_kept: bool = True) -> None:
-        """Stop renewing the lease, and either mark it as released or remove it with all earlier ones."""
+    def stop(self) -> bool:
+        """Stop renewing the lease; return whether no heartbeat is in progress, which could restore a removed lease."""
         self._ended.set()
         self._thread.join(timeout=_END_SECONDS)
-        if self._thread.is_alive():
+        return not self._thread.is_alive()
+
+    def end(self, *, is_kept: bool = True) -> None:
+        """Stop renewing the lease, and either mark it as released or remove it with all earlier ones."""
+        if not self.stop():
             _logger.warning(
                 "the lease of the run could not be released because its store does not respond; drivers on other "
                 "hosts wait for it for %g s",

@@ -99,7 +99,8 @@ def leased_run(plan: Plan, output: str, storage: Storage, *, is_new: bool) -> It
         try:
             yield lease
         except InputError as error:
-            if not _undo(folder, before, _with_locks([*plan_file, lease.uri]), storage):
+            is_undone = lease.stop() and _undo(folder, before, _with_locks([*plan_file, lease.uri]), storage)
+            if not is_undone:
                 raise RunStoppedError(f"{error}; not committed; the same command resumes the run") from error
             raise
 

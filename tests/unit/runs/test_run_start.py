@@ -126,6 +126,39 @@ def test_input_error_before_any_write_leaves_no_files(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_heartbeat_in_progress_does_not_restore_a_removed_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The heartbeat found its lease, and writes it after the driver removed it, unless the driver waits for it."""
+    writing, removed = threading.Event(), threading.Event()
+    write, remove = Storage.write_atomic, Storage.remove
+
+    def slow_write(self: Storage, uri: str, data: bytes) -> None:
+        if "/lease/" in uri and not writing.is_set():
+            writing.set()
+            removed.wait(2)
+        write(self, uri, data)
+
+    def noticed_remove(self: Storage, uris: list[str]) -> None:
+        remove(self, uris)
+        if any("/lease/" in uri for uri in uris):
+            removed.set()
+
+    monkeypatch.setattr(Storage, "write_atomic", slow_write)
+    monkeypatch.setattr(Storage, "remove", noticed_remove)
+    plan = plan_of(RunDetails("a"), 4)
+
+    def fail_during_a_heartbeat() -> None:
+        with leased_run(plan, str(tmp_path), STORAGE, is_new=True):
+            assert writing.wait(60)
+            raise InputError("no such column")
+
+    with pytest.raises(InputError, match="no such column"):
+        fail_during_a_heartbeat()
+    assert removed.is_set()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_existing_folders_are_kept(tmp_path: Path):
     (tmp_path / "out" / "runs").mkdir(parents=True)
     with pytest.raises(InputError), removes_empty_folders(str(tmp_path / "out"), STORAGE):
