@@ -16,8 +16,9 @@ from batchcls.cli.arguments import validate_settings
 from batchcls.cli.console import PlainConsole, messages_console
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.config.common_config import FetchSettings
-from batchcls.errors import BatchclsError, PublishRefused
+from batchcls.errors import BatchclsError, InputError, PublishRefused
 from batchcls.runs.catalog import open_parts, read_current, read_record
+from batchcls.runs.paths import REPORT
 from batchcls.runs.records import Counts, GateResult, Kind, RunRecord
 from batchcls.runs.run_refs import PUBLISHED, resolve_run
 from batchcls.storage.filesystem import Storage, join
@@ -44,7 +45,7 @@ class Run:
         unpublishable: reasons why the run can never be published, such as random weights; empty if it can be.
         prediction_files: URIs of the Parquet files with one row per predicted item.
         quarantine_files: URIs of the Parquet files with one row per item that could not be predicted.
-        report: URI of report.html; None if `classify` did not write one in this call.
+        report: URI of report.html; None if there is none.
         error: why the run was not published although this was requested; None otherwise.
     """
 
@@ -53,11 +54,11 @@ class Run:
     folder: str
     committed: datetime
     counts: Counts
-    gates: tuple[GateResult, ...]
+    gates: tuple[GateResult, ...] = field(repr=False)
     published: bool
     unpublishable: tuple[str, ...]
-    prediction_files: tuple[str, ...]
-    quarantine_files: tuple[str, ...]
+    prediction_files: tuple[str, ...] = field(repr=False)
+    quarantine_files: tuple[str, ...] = field(repr=False)
     report: str | None = None
     error: BatchclsError | None = None
     _record: RunRecord = field(kw_only=True, repr=False)
@@ -78,7 +79,7 @@ class Run:
         return open_parts(self._record, "predictions", self._storage)
 
     def quarantine(self) -> "ds.Dataset":
-        """The quarantined items with `reason` and `message`, as a PyArrow dataset.
+        """The quarantined items with `reason` and `detail`, as a PyArrow dataset.
 
         Raises:
             InputError: a file of the run is missing or cannot be read.
@@ -119,7 +120,7 @@ def classify(
     """
     paths = {"manifest": manifest, "model": model, "output": output}
     config = validate_settings(
-        ClassifyConfig, {name: os.fspath(path) for name, path in paths.items()} | settings, name=str
+        ClassifyConfig, {name: _text(name, path) for name, path in paths.items()} | settings, name=str
     )
     run = run_classify(config, messages_console() if show_progress else PlainConsole(quiet=True))
     if isinstance(run.error, PublishRefused):
@@ -179,14 +180,23 @@ def open_run(
         InputError: there is no such run, it is damaged, or storage denies access.
     """
     settings = validate_settings(FetchSettings, {"storage_options": dict(storage_options or {})}, name=str)
-    folder, storage = normalize_uri(os.fspath(output)), Storage(settings.storage_options)
+    folder, storage = normalize_uri(_text("output", output)), Storage(settings.storage_options)
     record = read_record(folder, resolve_run(run, folder, storage), storage)
+    report = join(record.folder, REPORT)
     return _run(
         record,
         storage,
         gates=record.gates,
         published=read_current(folder, storage) == record.run_id,
+        report=report if storage.exists(report) else None,
     )
+
+
+def _text(name: str, path: object) -> str:
+    """A path as text. Raises InputError if it is none."""
+    if isinstance(path, str | os.PathLike):
+        return str(os.fspath(path))
+    raise InputError(f"{name}: a path or URI is required, not {type(path).__name__}")
 
 
 def _run(

@@ -26,7 +26,7 @@ from batchcls.resources import NodeResources
 from batchcls.runs.catalog import open_parts, read_current, read_record
 from batchcls.runs.catalog import read_plan as read_plan_record
 from batchcls.runs.diff import CAUSES, count_causes
-from batchcls.runs.paths import PLAN
+from batchcls.runs.paths import PLAN, REPORT
 from batchcls.runs.plan import Plan
 from batchcls.runs.records import RunRecord
 from batchcls.schema import REASONS, Reason, Stage
@@ -145,7 +145,6 @@ def _node(node: NodeResources) -> str:
     return f"node of {node.cpus:g} CPUs{gpus}"
 
 
-REPORT = "report.html"
 THUMBNAIL_SECONDS = 20.0
 
 _logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import duckdb
 import pytest
 
 import batchcls
@@ -28,6 +29,7 @@ def output(tmp_path: Path) -> Path:
         ({"topk": 3}, "unknown setting topk; did you mean top_k?"),
         ({"top_k": 0}, "top_k: should be greater than or equal to 1"),
         ({"manifest": ""}, "manifest: "),
+        ({"manifest": None}, "manifest: a path or URI is required, not NoneType"),
         ({"manifest": "nowhere.parquet"}, "nowhere.parquet"),
     ],
 )
@@ -47,6 +49,8 @@ def test_the_published_run_is_opened_by_default(output: Path):
     assert run.folder == str(output / "runs" / "second")
     for uri in (*run.prediction_files, *run.quarantine_files):
         assert Path(uri).is_file()
+    (output / "runs" / "second" / "report.html").write_text("")
+    assert batchcls.open_run(output).report == str(output / "runs" / "second" / "report.html")
     assert run.prediction_files
     assert run.quarantine_files
 
@@ -65,8 +69,13 @@ def test_the_readers_return_every_row_of_a_run(output: Path):
         "item_id": ["item-0", "item-1", "item-2"],
         "label": ["second", "second", "second"],
     }
-    quarantine = run.quarantine().to_table(columns=["item_id", "reason"])
-    assert quarantine.to_pylist() == [{"item_id": "broken", "reason": "not_an_image"}]
+    quarantine = run.quarantine().to_table(columns=["item_id", "reason", "detail"])
+    assert quarantine.select(["item_id", "reason"]).to_pylist() == [
+        {"item_id": "broken", "reason": "not_an_image"}
+    ]
+    rows = duckdb.read_parquet(list(run.prediction_files)).count("*").fetchall()
+    assert rows == [(3,)]
+    assert len(repr(run)) < 1000
 
 
 def test_a_missing_run_is_an_input_error(tmp_path: Path, output: Path):
