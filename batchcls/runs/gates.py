@@ -238,11 +238,20 @@ def _standard_error(deviation: float, rows: int) -> float:
 def _estimated(
     gate: str, value: float, bound: Bound, widened: _Widened, text: str, *, percent: bool = False
 ) -> GateResult:
-    """The result of a gate whose value is an estimate from rows."""
-    found = _result(gate, value, bound, widened.limit, text, percent=percent)
-    configured = f"{widened.configured:.2%}" if percent else f"{widened.configured:.4g}"
-    message = f"{found.message} ({configured} plus the sampling error of {widened.rows} rows)"
-    return found.model_copy(update={"message": message})
+    """The result of a gate whose value is an estimate from rows; its limit allows for the sampling error."""
+    result = _result(gate, value, bound, widened.limit, text, percent=percent)
+    error = abs(widened.limit - widened.configured)
+    configured, allowance = (
+        (f"{widened.configured:.2%}", f"{error:.2%}")
+        if percent
+        else (f"{widened.configured:.4g}", f"{error:.2g}")
+    )
+    sign = "plus" if bound == "at most" else "less"
+    message = (
+        f"{text}; the limit is {bound} {configured}, {sign} a sampling error of {allowance} with "
+        f"{widened.rows} rows"
+    )
+    return result.model_copy(update={"message": message})
 
 
 def _result(

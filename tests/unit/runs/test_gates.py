@@ -212,7 +212,7 @@ def test_limits_are_widened_for_a_small_catalog(tmp_path: Path):
     shift = gate(decision, "category_shift")
     assert shift.value > 0.1
     assert shift.passed
-    assert "(0.1 plus the sampling error of 297 rows)" in shift.message
+    assert f"at most 0.1, plus a sampling error of {shift.limit - 0.1:.2g} with 297 rows" in shift.message
     # The mean changed from 0.7 to 0.6 with a deviation of 0.2: more than 0.05 plus the sampling error.
     assert not gate(decision, "mean_confidence_shift").passed
     collapsed = evaluate(
@@ -222,6 +222,24 @@ def test_limits_are_widened_for_a_small_catalog(tmp_path: Path):
         "changed_labels_fraction",
         "category_shift",
     }
+
+
+def test_messages_name_the_configured_limit_and_the_direction_of_the_sampling_error(tmp_path: Path):
+    published(tmp_path, mixed(120, 0, probability=0.9))
+    rows = [Item(f"cat-{i}", "cat", 0.5 + 0.4 * (i % 2)) for i in range(120)]
+    decision = evaluate(tmp_path, rows, gate_min_mean_confidence=0.99)
+    result = gate(decision, "mean_confidence")
+    assert result.limit < 0.99
+    assert result.message == (
+        "the mean confidence is 0.7000; the limit is at least 0.99, less a sampling error of "
+        f"{0.99 - result.limit:.2g} with 120 rows"
+    )
+    shift = gate(decision, "mean_confidence_shift")
+    assert shift.limit > 0.05
+    assert "the limit is at most 0.05, plus a sampling error of " in shift.message
+    changed = gate(decision, "changed_labels_fraction")
+    assert "the limit is at most 10.00%, plus a sampling error of " in changed.message
+    assert "% with 120 rows" in changed.message
 
 
 @pytest.mark.parametrize("rows", [120, 1_000, 20_000])
