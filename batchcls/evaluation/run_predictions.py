@@ -75,10 +75,25 @@ def read_run_predictions(
     in_run = positions.is_valid().to_numpy()
     notes = with_failures(notes, dict.fromkeys(rows[~in_run].tolist(), NOT_IN_RUN))
     if not in_run.any():
+        if len(rows):
+            raise InputError(_no_common_ids_message(run, labeled_notes, predictions))
         raise InputError(no_rows_message(notes))
     truth = labeled_notes.column("label").filter(pa.array(in_run))
     outcomes, ranked_categories = _outcomes(truth, predictions.take(positions.drop_null()))
     return notes, rows[in_run], outcomes, ranked_categories
+
+
+def _no_common_ids_message(run: EvaluatedRun, labeled_notes: pa.Table, predictions: pa.Table) -> str:
+    """Error message for labeled rows of which the run has predicted none."""
+    folder, ids = redact_uri(run.folder), predictions.column(ITEM_ID)
+    if len(ids) == 0:
+        return f"--run {folder}: the run has no predictions"
+    return (
+        f"--run {folder}: no item_id of the {labeled_notes.num_rows} labeled rows of the manifest occurs in the "
+        f"predictions of the run: the manifest has IDs such as {labeled_notes.column(ITEM_ID)[0].as_py()!r}, the run "
+        f"such as {ids[0].as_py()!r}; specify the run of this manifest, or the column with the IDs of the run with "
+        "--id-column"
+    )
 
 
 def _read_predictions(run: EvaluatedRun, storage: Storage) -> pa.Table:

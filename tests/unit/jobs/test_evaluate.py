@@ -273,6 +273,25 @@ def test_evaluating_a_run_gives_the_same_metrics_as_the_bundle(
         assert run_predictions.column("rank").drop_null().to_pylist() == [0 if hit else 1 for hit in correct]
 
 
+def test_manifest_and_run_without_a_common_id_are_reported_with_an_id_of_each(
+    evaluated: Path, folder: Path, tmp_path: Path, capsys
+):
+    table = pq.read_table(folder / "relabeled.parquet")
+    known = table.column("item_id").to_pylist()
+    other = pa.array([f"validation/{number}.jpg" for number in range(len(known))])
+    table = table.set_column(table.column_names.index("item_id"), "item_id", other)
+    manifest, output = tmp_path / "other.parquet", tmp_path / "output"
+    pq.write_table(table, manifest)
+    run_folder = write_run(tmp_path, read(evaluated)[1], 2)
+    assert job("--manifest", str(manifest), "--run", str(run_folder), "--output", str(output)) == 2
+    message = capsys.readouterr().err
+    assert "no item_id of the " in message
+    assert "the manifest has IDs such as 'validation/" in message
+    assert any(f"the run such as {item_id!r}" in message for item_id in known)
+    assert "class names" not in message
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
