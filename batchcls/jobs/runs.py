@@ -45,6 +45,7 @@ from batchcls.runs.run_refs import resolve_run
 from batchcls.runs.summary import summary_of
 from batchcls.runs.verify import presence_faults, verify
 from batchcls.storage.filesystem import Storage, redact_uri
+from batchcls.storage.missing_paths import missing_path_message
 
 _logger = logging.getLogger("batchcls.jobs.runs")  # __name__ is __main__ here
 
@@ -59,7 +60,8 @@ def show_list(config: RunsListConfig, console: Console) -> ExitCode:
     runs = list_runs(config.output, storage)
     out = results_console()
     if not runs:
-        out.print(f"no runs in {redact_uri(config.output)}")
+        missing = missing_path_message(config.output, storage)
+        out.print(f"no runs: {missing}" if missing else f"no runs in {redact_uri(config.output)}")
         return ExitCode.DONE
     out.print(runs_table(runs, published.run_id, next(iter(published.previous), None)))
     out.print("* published   < previous")

@@ -21,6 +21,7 @@ from batchcls.manifest.row_ranges import RowRanges, Rows
 from batchcls.schema import ITEM_ID
 from batchcls.storage.data_files import DataFiles, find_data_files
 from batchcls.storage.filesystem import FileInfo, Storage, explain, local_path, redact_uri
+from batchcls.storage.missing_paths import missing_path_message
 from batchcls.storage.uris import is_remote, normalize_uri, relative_path
 
 __all__ = [
@@ -194,6 +195,11 @@ def _find_files(uri: str, storage: Storage) -> DataFiles:
     found = find_data_files(uri, storage, _is_parquet)
     location = redact_uri(uri)
     skipped = found.skipped.unexpected if found else ""
+    if found is None and (missing := missing_path_message(uri, storage)) is not None:
+        raise InputError(
+            f"{missing}; correct the path, or create one from images with `python -m "
+            "batchcls.jobs.manifest from-folder`"
+        )
     if found is None or not found.files:
         others = (
             f"; it contains {', '.join(found.others)}, ...: use a glob to select them"

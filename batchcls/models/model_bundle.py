@@ -22,6 +22,7 @@ from batchcls.models.labels import CategoryPaths, check_labels, labels_digest
 from batchcls.models.model_spec import ArgumentValue, ModelSpec, SourceName
 from batchcls.preprocessing import AugmentationName, Preprocessing
 from batchcls.storage.filesystem import Storage, error_code, explain, join, redact_uri, write_files
+from batchcls.storage.missing_paths import missing_path_message
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -275,6 +276,12 @@ class Bundle:
             except FileNotFoundError as error:
                 if error_code(error) == "NoSuchBucket":
                     raise
+                missing = missing_path_message(uri, storage)
+                if missing is not None:
+                    raise InputError(
+                        f"{missing}; --model is a folder created by `python -m batchcls.jobs.bundle create`, timm:NAME "
+                        "or torchvision:NAME"
+                    ) from None
                 raise InputError(
                     f"{redact_uri(uri)} is not a bundle: it contains no {CONFIG_FILE}; --model is a folder created "
                     "by `python -m batchcls.jobs.bundle create`, timm:NAME or torchvision:NAME"

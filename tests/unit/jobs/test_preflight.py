@@ -25,7 +25,7 @@ def manifest(tmp_path: Path) -> str:
         (["--model", "resnet51"], ["resnet51", "did you mean resnet50"]),
         (["--model", "timm:mobilenetv2_99"], ["did you mean", "timm:mobilenetv2_100"]),
         (["--model", "resnet51.tag"], ["did you mean resnet50"]),
-        (["--model", "./no/bundle"], ["is not a bundle"]),
+        (["--model", "./no/bundle"], ["no/bundle does not exist", "bundle create"]),
         (["--model", "s3:/typo"], ["s3://typo", "too few slashes"]),
         (
             ["--model", "resnet50", "--weights", "nowhere.st"],
@@ -37,7 +37,7 @@ def manifest(tmp_path: Path) -> str:
         ),
         (["--model", "resnet50", "--id-column", "sku"], ["column sku is missing", "--id-column"]),
         (["--model", "resnet50", "--keep", "price"], ["column price is missing"]),
-        (["--model", "resnet50", "--manifest", "nowhere.parquet"], ["nowhere.parquet"]),
+        (["--model", "resnet50", "--manifest", "nowhere.parquet"], ["nowhere.parquet does not exist"]),
         (["--model", "resnet50", "--abstain"], ["--abstain", "evaluate"]),
         (["--model", "resnet50", "--model-args", "drop"], ["--model-args", "key=value"]),
     ],

@@ -72,8 +72,19 @@ def age_history(output: str) -> None:
     storage.write_atomic(uri, json.dumps(current).encode())
 
 
+def test_list_distinguishes_an_empty_folder_from_a_missing_one(tmp_path: Path, call):
+    (tmp_path / "output").mkdir()
+    assert call("list", "--output", str(tmp_path / "output")) == (0, f"no runs in {tmp_path}/output\n")
+    code, printed = call("list", "--output", str(tmp_path / "outputs"))
+    assert (code, printed) == (
+        0,
+        f"no runs: {tmp_path}/outputs does not exist; did you mean output?\n",
+    )
+
+
 def test_list_marks_the_published_and_the_previous_run(output: str, call):
-    assert call("list", "--output", output)[1].startswith("no runs in")
+    expected = "no runs in" if output.startswith("s3://") else f"no runs: {output} does not exist"
+    assert call("list", "--output", output)[1].startswith(expected)
     night(output, "a", days_old=2)
     night(output, "b", days_old=1, **FAILED_GATE)
     start_run(output, RunDetails("c"))

@@ -194,6 +194,12 @@ def test_folder_without_record_is_rejected_with_a_remedy(tmp_path):
         Bundle.load(str(tmp_path), Storage())
 
 
+def test_missing_folder_is_rejected_with_a_similar_name(bundle, tmp_path):
+    bundle.save(str(tmp_path / "shop-v8"), Storage())
+    with pytest.raises(InputError, match=r"shop-v9 does not exist; did you mean shop-v8\?.*timm:NAME"):
+        Bundle.load(str(tmp_path / "shop-v9"), Storage())
+
+
 def test_bundle_without_weights_is_rejected(bundle, tmp_path):
     bundle.save(str(tmp_path / "b"), Storage())
     (tmp_path / "b" / WEIGHTS_FILE).unlink()
