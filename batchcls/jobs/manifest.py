@@ -4,6 +4,7 @@ import logging
 from pathlib import PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
@@ -16,11 +17,25 @@ from batchcls.manifest.ids import find_invalid_ids
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.storage.data_files import DataFiles, find_data_files
 from batchcls.storage.filesystem import FileInfo, Storage, explain, redact_uri
+from batchcls.storage.missing_paths import missing_path_message
 from batchcls.storage.uris import relative_path
 
 _logger = logging.getLogger("batchcls.jobs.manifest")  # __name__ is __main__ here
 
-_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 _ROW_GROUP_ROWS = 65_536
 _LARGE_ROW_GROUP_ROWS = 262_144
 
@@ -44,13 +59,16 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
     with explain(config.output):
         storage.write_atomic(config.output, sink.getvalue().to_pybytes())
-    _logger.info("%s: %d images", redact_uri(config.output), table.num_rows)
+    labels = f", {pc.count_distinct(table['label']).as_py()} labels" if config.labels_from_folders else ""
+    _logger.info("%s: %d images%s", redact_uri(config.output), table.num_rows, labels)
     return ExitCode.DONE
 
 
 def _find_images(folder: str, storage: Storage) -> DataFiles:
     found = find_data_files(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), images=True)
     skipped = "; ".join(filter(None, (found.skipped.unexpected, found.skipped.hidden))) if found else ""
+    if found is None and (missing := missing_path_message(folder, storage)) is not None:
+        raise InputError(missing)
     if found is None or not found.files:
         but = f" but {skipped}" if skipped else ""
         raise InputError(f"no images ({', '.join(_SUFFIXES)}) in {redact_uri(folder)}{but}")
@@ -69,6 +87,11 @@ def _table(found: DataFiles, config: ManifestFromFolderConfig) -> pa.Table:
     }
     if config.labels_from_folders:
         parents = [str(PurePosixPath(name).parent) for name in names]
+        if all(parent == "." for parent in parents):
+            raise InputError(
+                f"--labels-from-folders: no image is in a subfolder of {redact_uri(found.base)}, so there are no "
+                "labels; specify the folder that contains one folder per label, or omit the flag"
+            )
         columns["label"] = pa.array([None if parent == "." else parent for parent in parents], pa.string())
     return pa.table(columns)
 

@@ -34,11 +34,43 @@ def test_a_folder_becomes_a_manifest_that_the_job_accepts(photos: Path, tmp_path
     assert run("manifest", manifest.COMMANDS, ["check", str(output)]) == 0
 
 
-def test_labels_come_from_the_folders(photos: Path, tmp_path: Path):
+def test_labels_come_from_the_folders(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     output = tmp_path / "catalog.parquet"
     arguments = ["from-folder", str(photos), "--output", str(output), "--labels-from-folders"]
     assert run("manifest", manifest.COMMANDS, arguments) == 0
     assert pq.read_table(output).column("label").to_pylist() == ["hats", "shoes", "shoes/red", None]
+    assert "4 images, 3 labels" in capfd.readouterr().err
+
+
+def test_labels_from_a_flat_folder_are_an_error(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "catalog.parquet"
+    arguments = ["from-folder", str(photos / "hats"), "--output", str(output), "--labels-from-folders"]
+    assert run("manifest", manifest.COMMANDS, arguments) == 2
+    assert "--labels-from-folders: no image is in a subfolder of" in capfd.readouterr().err
+    assert not output.exists()
+
+
+def test_all_readable_formats_are_found(tmp_path: Path):
+    names = ["a.avif", "b.HEIC", "c.heif", "d.jpg"]
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    made = _made(str(tmp_path / "photos"), tmp_path / "catalog.parquet", labels=False)
+    assert made["item_id"] == names
+
+
+def test_missing_folder_and_manifest_are_reported_with_a_similar_name(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    arguments = ["from-folder", str(tmp_path / "photo"), "--output", str(tmp_path / "x.parquet")]
+    assert run("manifest", manifest.COMMANDS, arguments) == 2
+    assert f"{tmp_path}/photo does not exist; did you mean {photos.name}?" in capfd.readouterr().err
+    write_manifest(tmp_path / "catalog.parquet", ["a"])
+    assert run("manifest", manifest.COMMANDS, ["check", str(tmp_path / "catalogs.parquet")]) == 2
+    printed = capfd.readouterr().err
+    assert f"{tmp_path}/catalogs.parquet does not exist; did you mean catalog.parquet?" in printed
 
 
 def test_check_says_what_is_in_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -52,7 +84,8 @@ def test_check_says_what_is_in_a_manifest(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["check", "nowhere.parquet"], "nowhere.parquet"),
+        (["check", "nowhere.parquet"], "nowhere.parquet does not exist"),
+        (["from-folder", "nothere", "--output", "x.parquet"], "nothere does not exist"),
         (["from-folder", ".", "--output", "x.parquet"], "no images"),
         (["repair"], "repair"),
         ([], "a command is required: from-folder, check"),
@@ -79,8 +112,14 @@ def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]):
     assert "examples:" in capsys.readouterr().out
 
 
-def _made(folder: str, output: Path) -> dict[str, list[str]]:
-    arguments = ["from-folder", folder, "--output", str(output), "--labels-from-folders"]
+def _made(folder: str, output: Path, *, labels: bool = True) -> dict[str, list[str]]:
+    arguments = [
+        "from-folder",
+        folder,
+        "--output",
+        str(output),
+        *(["--labels-from-folders"] if labels else []),
+    ]
     assert run("manifest", manifest.COMMANDS, arguments) == 0
     return pq.read_table(output).to_pydict()
 
@@ -107,7 +146,7 @@ def test_a_folder_with_brackets_and_a_glob_of_images(photos: Path, tmp_path: Pat
     assert _made(str(odd), tmp_path / "a.parquet")["item_id"][0] == "hats/3.webp"
     made = _made(f"{odd}/shoes/**/*", tmp_path / "b.parquet")
     assert (made["item_id"], made["label"]) == (["2.JPEG", "red/1.jpg"], [None, "red"])
-    assert _made(str(odd / "top.png"), tmp_path / "c.parquet")["item_id"] == ["top.png"]
+    assert _made(str(odd / "top.png"), tmp_path / "c.parquet", labels=False)["item_id"] == ["top.png"]
 
 
 def test_images_that_are_left_out_are_counted_and_named(
