@@ -29,12 +29,12 @@ from batchcls.config.classify_config import ClassifyConfig
 from batchcls.hardware import Hardware
 from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of
 from batchcls.models.engines.engine import REFERENCE
-from batchcls.pipeline.actor_pool import FragmentGraph
 from batchcls.pipeline.executor import PipelineResult
-from batchcls.pipeline.fragment_actor import FragmentActor
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine, WorkerSpec
+from batchcls.pipeline.ray_data.fragment_actor import FragmentActor
+from batchcls.pipeline.ray_data.fused_graph import FusedGraph
 from batchcls.ray_runtime import node_resources, ray_session
 from batchcls.resources import plan_resources
 from batchcls.runs.bottleneck import find_bottleneck
@@ -56,8 +56,8 @@ class SleepingActor(FragmentActor):
         return SleepingWorker(spec)
 
 
-class SleepingRun(FragmentGraph):
-    """The actor pool with stub actors."""
+class SleepingRun(FusedGraph):
+    """The fused graph with stub actors."""
 
     actor_class = SleepingActor
 

@@ -129,10 +129,11 @@ def execute(
 
 
 def _create_graph(spec: PipelineSpec, check: Callable[[Progress], None]) -> _Graph:
+    # Ray Data takes a second to import.
     if spec.worker.resources.shape == "fused":
-        from batchcls.pipeline.actor_pool import FragmentGraph  # noqa: PLC0415
+        from batchcls.pipeline.ray_data.fused_graph import FusedGraph  # noqa: PLC0415
 
-        return FragmentGraph(spec, check)
-    from batchcls.pipeline.ray_data.graph import RayDataGraph  # noqa: PLC0415 - Ray Data takes seconds to import
+        return FusedGraph(spec, check)
+    from batchcls.pipeline.ray_data.staged_graph import StagedGraph  # noqa: PLC0415
 
-    return RayDataGraph(spec, check)
+    return StagedGraph(spec, check)

@@ -4,11 +4,9 @@ Two fragments may be in progress concurrently. While the predictions of one are 
 the other are already decoded, so that the engine is never idle between them.
 """
 
-import resource
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from queue import SimpleQueue
 
@@ -21,24 +19,21 @@ from batchcls.manifest.snapshot import Fragment
 from batchcls.models.engines.engine import Engine
 from batchcls.models.engines.factory import describe_engine
 from batchcls.pipeline.actor_engine import start_for_node
-from batchcls.pipeline.fragment_actor import FRAGMENTS_IN_FLIGHT, PartialFragment, WorkerProgress
 from batchcls.pipeline.pipeline_spec import WorkerSpec
+from batchcls.pipeline.ray_data.fragment_actor import CONCURRENT_FRAGMENTS
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import write_receipt
 from batchcls.schema import Failure
 
 
-class _FragmentCall:
-    """The CPU time of a thread that processes a fragment, and its finished rows so far."""
+class _CpuClock:
+    """The CPU seconds of the current thread since this object was created; read it only from the same thread."""
 
-    def __init__(self, first_row: int) -> None:
-        self.first_row = first_row
+    def __init__(self) -> None:
         self._started = time.thread_time()
-        self.rows = 0
-        self.failures: Counter[str] = Counter()
 
-    def cpu_seconds(self) -> float:
-        """Return the CPU seconds of this thread since the call started; call it only from the same thread."""
+    def seconds(self) -> float:
+        """Return the CPU seconds."""
         return time.thread_time() - self._started
 
 
@@ -53,10 +48,9 @@ class FragmentWorker:
         self._loader = Loader(spec.load.settings)
         self._writer = spec.writer
         self._readers: SimpleQueue[FragmentReader] = SimpleQueue()
-        for _ in range(FRAGMENTS_IN_FLIGHT):
+        for _ in range(CONCURRENT_FRAGMENTS):
             self._readers.put(FragmentReader(spec.load.columns, spec.load.storage))
         self._engine_lock = threading.Lock()
-        self._calls: set[_FragmentCall] = set()
         self._calls_cpu_seconds = 0.0
 
     def start_engine(self, spec: WorkerSpec) -> tuple[Engine, int]:
@@ -67,49 +61,43 @@ class FragmentWorker:
         """Return the description of the engine."""
         return describe_engine(self._engine)
 
-    def progress(self) -> WorkerProgress:
-        """Return the progress of the unfinished fragments."""
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        fragments = {
-            call.first_row: PartialFragment(call.rows, Counter(call.failures)) for call in list(self._calls)
-        }
-        return WorkerProgress(fragments, peak_mib)
-
-    def process(self, fragment: Fragment, rejected: Mapping[int, Failure]) -> Receipt:
+    def process(
+        self, fragment: Fragment, rejected: Mapping[int, Failure], on_block: Callable[[pa.Table], None]
+    ) -> Receipt:
         """Classify a fragment and write its rows as one part.
 
         Args:
             fragment: rows of the manifest.
             rejected: rows that failed before they are fetched, by row number.
+            on_block: called with every predicted block; what it raises ends the fragment.
 
         Raises:
             StorageStoppedError: storage failed.
         """
-        call = _FragmentCall(fragment.first_row)
-        self._calls.add(call)
+        clock = _CpuClock()
         reader = self._readers.get()
         try:
             loaded = self._loader.load(reader.read(fragment, self._block_rows), rejected)
             first = list(islice(loaded, 1))  # decoded while another fragment uses the engine
             with self._engine_lock:
-                predicted = list(self._predict(chain(first, loaded), call))
+                predicted = list(self._predict(chain(first, loaded), clock, on_block))
             receipt = self._writer.write(predicted)
-            receipt = receipt.with_seconds("other", call.cpu_seconds() - receipt.seconds["write"])
+            receipt = receipt.with_seconds("other", clock.seconds() - receipt.seconds["write"])
             return write_receipt(receipt, self._writer.folder, self._writer.storage)
         finally:
             self._readers.put(reader)
-            self._calls.discard(call)
-            self._calls_cpu_seconds += call.cpu_seconds()
+            self._calls_cpu_seconds += clock.seconds()
 
-    def _predict(self, blocks: Iterator[pa.Table], call: _FragmentCall) -> Iterator[pa.Table]:
-        """Yield the blocks with their predictions, and count them."""
+    def _predict(
+        self, blocks: Iterator[pa.Table], clock: _CpuClock, on_block: Callable[[pa.Table], None]
+    ) -> Iterator[pa.Table]:
+        """Yield the blocks with their predictions."""
 
         def engine_seconds() -> float:
             # All CPU time of this process except that of decoding and of the threads that process fragments.
-            python = self._loader.cpu_seconds + self._calls_cpu_seconds + call.cpu_seconds()
+            python = self._loader.cpu_seconds + self._calls_cpu_seconds + clock.seconds()
             return time.process_time() - python
 
         for block in Predictor(self._engine, self._settings, engine_seconds).stream(blocks):
-            call.rows += block.num_rows
-            call.failures.update(block.column("reason").drop_null().to_pylist())
+            on_block(block)
             yield block

@@ -4,6 +4,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
+from batchcls.runs.parts import Receipt
+
+
+class StopRequestedError(Exception):
+    """The driver requested that the actors stop; the driver knows the cause."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -35,24 +41,36 @@ class ProgressActor:
         self._peak_memory_mib = 0.0
         self._ready_at: float | None = None
         self._is_stop_requested = False
-        self._unfinished_fragments: set[int] = set()
+        self._starts: dict[int, list[str]] = {}
 
     def report_ready(self, engine: str) -> None:
         """Count an actor that is ready, by the description of its engine."""
         self._engines[engine] += 1
         self._ready_at = self._ready_at or time.time()
 
-    def start_fragment(self, first_row: int) -> None:
-        """Record that a load task started the fragment that begins at `first_row`."""
-        self._unfinished_fragments.add(first_row)
+    def start_fragment(self, first_row: int, node: str) -> None:
+        """Record that a process on a node started the fragment that begins at `first_row`."""
+        self._starts.setdefault(first_row, []).append(node)
 
     def finish_fragment(self, first_row: int) -> None:
-        """Record that a load task yielded all blocks of a fragment."""
-        self._unfinished_fragments.discard(first_row)
+        """Record that the process finished the fragment."""
+        self._starts.pop(first_row, None)
 
-    def unfinished_fragments(self) -> list[int]:
-        """Return the first rows of fragments that are being loaded, or whose process crashed."""
-        return sorted(self._unfinished_fragments)
+    def suspect_fragments(self) -> list[int]:
+        """Return the first rows of the unfinished fragments that were started most often.
+
+        An image that crashes its process has its fragment started again and again, while most of the other
+        fragments that are in progress at the time were started once.
+        """
+        most = max((len(nodes) for nodes in self._starts.values()), default=0)
+        return sorted(row for row, nodes in self._starts.items() if len(nodes) == most)
+
+    def restart(self, receipts: list[Receipt]) -> None:
+        """Count from the parts on storage again, because the remaining rows are divided into new fragments."""
+        self._starts.clear()
+        self._blocks.clear()
+        self._rows = sum(receipt.rows for receipt in receipts)
+        self._failures = sum((receipt.failures for receipt in receipts), Counter())
 
     def request_stop(self) -> None:
         """Stop every actor at its next report."""

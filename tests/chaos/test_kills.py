@@ -71,7 +71,7 @@ def kill_between_two_files(nodes: ThreeNodes, night: Night) -> bool:
     while not night.ends_within(0):
         if not partly_written():
             continue
-        actors = nodes.workers("ray::FragmentActor")
+        actors = nodes.workers("MapBatches(FragmentActor)")
         for pid in actors:
             os.kill(pid, signal.SIGSTOP)
         is_hit = bool(partly_written())
@@ -90,7 +90,7 @@ def kill_target(nodes: ThreeNodes, night: Night, target: str, chance: random.Ran
     if target == "driver":
         night.kill()
     elif target == "actor":
-        kill_worker(nodes, night, "ray::FragmentActor", chance)
+        kill_worker(nodes, night, "MapBatches(FragmentActor)", chance)
     elif target == "load worker":
         kill_worker(nodes, night, "ray::ReadImages", chance)
     elif target == "raylet":

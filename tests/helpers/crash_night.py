@@ -257,7 +257,11 @@ def execute_here(
     worker = FragmentWorker(spec.worker)
     receipts: list[Receipt] = []
     for fragment in spec.manifest.fragments(repeat(ROWS_PER_PART), spec.rows):
-        receipts.append(worker.process(fragment, spec.invalid_ids.between(fragment.first_row, fragment.stop)))
+        receipts.append(
+            worker.process(
+                fragment, spec.invalid_ids.between(fragment.first_row, fragment.stop), lambda _: None
+            )
+        )
         failures = sum((receipt.failures for receipt in receipts), Counter[str]())
         check(Progress(sum(receipt.rows for receipt in receipts), failures, Counter(), 0.0, started))
     progress = Progress(len(spec.rows), Counter(), Counter([worker.describe()]), 1.0, started)

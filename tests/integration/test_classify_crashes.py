@@ -49,7 +49,7 @@ def test_interrupt_exits_130_without_commit(
 @pytest.mark.parametrize(
     ("shape", "killed"),
     [
-        ("fused", ("ray::FragmentActor", "ray::FragmentActor")),
+        ("fused", ("MapBatches(FragmentActor)", "MapBatches(FragmentActor)")),
         # A load task and an actor. That both exist shows that Ray did not fuse the two stages.
         pytest.param("staged", ("ray::ReadImages", "ray::MapWorker"), marks=pytest.mark.long),
     ],
@@ -92,7 +92,7 @@ def test_error_names_rows_on_which_all_workers_crashed(
     reader = threading.Thread(target=lambda: outputs.append(process.communicate()[1]))
     reader.start()
     while reader.is_alive():
-        for pid in cluster.workers("ray::FragmentActor.process"):
+        for pid in cluster.workers("MapBatches(FragmentActor)"):
             os.kill(pid, signal.SIGKILL)
         reader.join(0.05)
     assert process.returncode == 1

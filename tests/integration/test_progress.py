@@ -1,10 +1,11 @@
-"""Progress of the fragment graph while it runs: no row counts twice, however late a report arrives."""
+"""Progress of the fused graph while it runs: no row counts twice, however often its fragment is processed."""
 
 import os
 import sys
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 import ray.cloudpickle
@@ -13,36 +14,35 @@ from ray._private.authentication_test_utils import reset_auth_token_state
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of
 from batchcls.models.engines.engine import REFERENCE
-from batchcls.pipeline.actor_pool import FragmentGraph
-from batchcls.pipeline.fragment_actor import FragmentActor, PartialFragment, WorkerProgress
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
 from batchcls.pipeline.progress import Progress
+from batchcls.pipeline.ray_data.fragment_actor import FragmentActor
+from batchcls.pipeline.ray_data.fused_graph import FusedGraph
 from batchcls.ray_runtime import MALLOC_VARIABLES, node_resources, ray_session
 from batchcls.resources import plan_resources
 from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
 
-ROWS, FRAGMENT_ROWS = 300, 50
+ROWS, FRAGMENT_ROWS, BROKEN = 300, 50, (7, 200)
 
 
-class LateActor(FragmentActor):
-    """An actor with outdated reports: all rows of every fragment have failed, and none has a receipt."""
+class RepeatingActor(FragmentActor):
+    """An actor whose process crashes after every fragment, as it seems: each is processed twice."""
 
-    @ray.method(concurrency_group="progress")
-    def progress(self) -> WorkerProgress:
-        """Report all fragments of the manifest."""
-        part = PartialFragment(FRAGMENT_ROWS, Counter(truncated=FRAGMENT_ROWS))
-        return WorkerProgress(dict.fromkeys(range(0, ROWS, FRAGMENT_ROWS), part), 1.0)
-
-
-class LateGraph(FragmentGraph):
-    """A fragment graph with late actors."""
-
-    actor_class = LateActor
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Process the fragment twice and return the second receipt."""
+        super().__call__(batch)
+        return super().__call__(batch)
 
 
-def test_finished_fragments_are_counted_from_receipts(
+class RepeatingGraph(FusedGraph):
+    """A fused graph with such actors."""
+
+    actor_class = RepeatingActor
+
+
+def test_rows_of_a_repeated_fragment_count_once(
     cluster: Cluster, tiny_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for variable in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
@@ -51,7 +51,7 @@ def test_finished_fragments_are_counted_from_receipts(
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     seen: list[Progress] = []
     config = ClassifyConfig(
-        manifest=write_catalog(tmp_path / "catalog", ROWS),
+        manifest=write_catalog(tmp_path / "catalog", ROWS, broken=BROKEN),
         model=tiny_bundle,
         output=str(tmp_path / "out"),
         shape="fused",
@@ -65,14 +65,15 @@ def test_finished_fragments_are_counted_from_receipts(
         inputs = open_inputs(config, check_inputs(config))
         resources = plan_resources(config, node_resources(), remote_images=False, rows=ROWS)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
-        graph = LateGraph(
-            pipeline_spec_of(config, inputs, resources, EngineSelection(engines, None, ()), "late"),
+        graph = RepeatingGraph(
+            pipeline_spec_of(config, inputs, resources, EngineSelection(engines, None, ()), "repeating"),
             seen.append,
         )
         receipts = graph.execute()
         last = graph.progress()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert max(progress.failures["truncated"] for progress in seen) > 0  # late reports did arrive
+    assert any(0 < progress.rows < ROWS for progress in seen)
     assert all(progress.rows <= ROWS for progress in seen)
     assert (last.rows, last.failures) == (ROWS, sum((receipt.failures for receipt in receipts), Counter()))
-    assert not last.failures
+    assert last.failures["truncated"] == len(BROKEN)
+    assert len(list((tmp_path / "out").rglob("receipts/*.json"))) == 2 * len(receipts)

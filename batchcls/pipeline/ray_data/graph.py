@@ -1,16 +1,14 @@
-"""The Ray Data graph: load tasks, predict actors and write tasks, with a limit on every retry."""
+"""What both Ray Data graphs share: bounded retries, progress, crash isolation and the end of a run on an error."""
 
 import logging
 import threading
-import warnings
-from collections.abc import Callable
-from itertools import repeat
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import DataContext
 from ray.data.exceptions import SystemException
-from ray.util.annotations import RayDeprecationWarning
 
 from batchcls.errors import BatchclsError
 from batchcls.manifest.row_ranges import RowRanges
@@ -18,21 +16,24 @@ from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.crash_isolation import isolate_fragments, rejected_rows
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, MAX_RETRIES, PipelineSpec
 from batchcls.pipeline.progress import Progress, ProgressActor
-from batchcls.pipeline.ray_data.load_task import Images
-from batchcls.pipeline.ray_data.predict_actor import PredictActor
-from batchcls.pipeline.ray_data.write_task import PartSink
 from batchcls.pipeline.ray_errors import is_process_crash, to_batchcls_error
-from batchcls.ray_runtime import WORKER_RUNTIME_ENV
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import read_receipts, select_receipts
 from batchcls.schema import Failure
 
-_TASKS_IN_FLIGHT_PER_ACTOR = 4
+TASKS_IN_FLIGHT_PER_ACTOR = 4
+"""Tasks that Ray Data submits to an actor in advance; with two concurrent calls, a pool of busy actors can grow."""
+
 _CHECK_SECONDS = 0.5
 
 
-class RayDataGraph:
-    """One execution of the Ray Data graph; its progress can be read from another thread."""
+class RayDataGraph(ABC):
+    """One execution of a graph; its progress can be read from another thread.
+
+    Ray Data schedules the tasks, restarts crashed processes and scales the pool of actors. A graph adds what Ray Data
+    does not have: it knows which fragments are in progress, so that an image that crashes every process which decodes
+    it is found and quarantined, and only the remaining rows are processed again.
+    """
 
     def __init__(self, spec: PipelineSpec, check: Callable[[Progress], None]) -> None:
         self._spec = spec
@@ -40,10 +41,20 @@ class RayDataGraph:
         self._progress_actor = ray.remote(num_cpus=0, max_restarts=MAX_ACTOR_RESTARTS, max_task_retries=-1)(
             ProgressActor
         ).remote()
+        # The reference is held for the whole run: the restarted process of a crashed actor reads it again.
+        self._worker_spec = ray.put(spec.worker)
         self._rows = spec.rows
         self._fragments: list[Fragment] = []
         self._crashing_rows: dict[int, Failure] = {}
         self._receipts: list[Receipt] = []
+
+    @abstractmethod
+    def _fragment_sizes(self) -> Iterator[int]:
+        """Yield the numbers of rows of the fragments, without an end."""
+
+    @abstractmethod
+    def _run(self, fragments: Sequence[tuple[Fragment, dict[int, Failure]]]) -> None:
+        """Process fragments, each with its rows that failed before they are fetched, and call `_add_receipt`."""
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
         """Return the progress. Raises Ray's errors when the cluster does not respond in time."""
@@ -60,82 +71,49 @@ class RayDataGraph:
         known = {receipt.name for receipt in self._stored_receipts()}
         while len(self._rows):
             try:
-                self._run_graph()
+                self._run_once()
             except _ProcessCrashError as error:
                 # Parts on storage are kept; the other rows are processed again, without those that crash.
                 self._crashing_rows |= self._isolate_crashes(error)
-                rows = self._spec.manifest.rows
                 new = [receipt for receipt in self._stored_receipts() if receipt.name not in known]
-                self._receipts = select_receipts(new, rows, lambda _: False)
+                self._receipts = select_receipts(new, self._spec.manifest.rows, lambda _: False)
                 finished = RowRanges.joined(receipt.ranges for receipt in self._receipts)
                 self._rows = self._spec.rows.without(finished)
+                ray.get(self._progress_actor.restart.remote(self._receipts))
             else:
                 break
         return self._receipts
 
-    def _run_graph(self) -> None:
-        worker = self._spec.worker
-        sink = PartSink(worker.load.settings.run_id, worker.writer, worker.resources.rows_per_file)
-        dataset = self._predict(self._load())
+    @property
+    def max_retries(self) -> int:
+        """Retries of a task whose process crashed: one once a crashing image was found in this run."""
+        return 1 if self._crashing_rows else MAX_RETRIES
+
+    def _run_once(self) -> None:
+        self._fragments = list(self._spec.manifest.fragments(self._fragment_sizes(), self._rows))
+        fragments = [
+            (fragment, rejected_rows(self._spec, self._crashing_rows, fragment))
+            for fragment in self._fragments
+        ]
         with _CheckThread(self.progress, self._check, self._progress_actor.request_stop.remote) as check:
             try:
-                dataset.write_datasink(sink, ray_remote_args={"num_cpus": 0, "max_retries": MAX_RETRIES})
+                self._run(fragments)
             except (ray.exceptions.RayError, SystemException) as error:
                 if check.error is None and is_process_crash(error):
                     raise _ProcessCrashError from error
                 raise (check.error or to_batchcls_error(error)) from error
-        self._receipts += sink.receipts
 
     def _stored_receipts(self) -> list[Receipt]:
         writer = self._spec.worker.writer
         return read_receipts(writer.folder, writer.storage)
 
     def _isolate_crashes(self, error: "_ProcessCrashError") -> dict[int, Failure]:
-        """Find the crashing rows of the fragments that were being loaded."""
-        unfinished = set(ray.get(self._progress_actor.unfinished_fragments.remote()))
-        fragments = [fragment for fragment in self._fragments if fragment.first_row in unfinished]
+        """Find the crashing rows of the fragments on which processes crashed."""
+        suspects = set(ray.get(self._progress_actor.suspect_fragments.remote()))
+        fragments = [fragment for fragment in self._fragments if fragment.first_row in suspects]
         if not fragments:
             raise to_batchcls_error(error.__cause__ or error) from error.__cause__
-        for fragment in fragments:
-            self._progress_actor.finish_fragment.remote(fragment.first_row)
         return isolate_fragments(self._spec, fragments, lambda: self._check(self.progress()))
-
-    def _load(self) -> Dataset:
-        spec, plan = self._spec, self._spec.worker.resources
-        self._fragments = list(spec.manifest.fragments(repeat(plan.fragment_rows), self._rows))
-        fragments = [
-            (fragment, rejected_rows(spec, self._crashing_rows, fragment)) for fragment in self._fragments
-        ]
-        with warnings.catch_warnings():
-            # The only way to bound retries before Ray 2.64, where the range of pyproject.toml ends.
-            warnings.simplefilter("ignore", RayDeprecationWarning)
-            return ray.data.read_datasource(
-                Images(fragments, spec.worker.load, self._progress_actor),
-                num_cpus=plan.cpus_per_load_task,
-                ray_remote_args={"max_retries": MAX_RETRIES},
-                concurrency=plan.load_tasks,
-                override_num_blocks=len(self._fragments),
-            )
-
-    def _predict(self, loaded: Dataset) -> Dataset:
-        worker, plan = self._spec.worker, self._spec.worker.resources
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RayDeprecationWarning)
-            return loaded.map_batches(
-                PredictActor,
-                fn_constructor_args=(ray.put(worker), self._progress_actor),
-                # Whole blocks. For actors with a GPU Ray requires a number, so it is the size of a block.
-                batch_size=plan.block_rows if plan.gpus_per_actor else None,
-                batch_format="pyarrow",
-                compute=ActorPoolStrategy(
-                    size=plan.num_actors, max_tasks_in_flight_per_actor=_TASKS_IN_FLIGHT_PER_ACTOR
-                ),
-                num_cpus=plan.cpus_per_actor,
-                num_gpus=plan.gpus_per_actor,
-                runtime_env=WORKER_RUNTIME_ENV,
-                max_restarts=MAX_ACTOR_RESTARTS,
-                max_task_retries=MAX_RETRIES,
-            )
 
     def _configure(self) -> None:
         context = DataContext.get_current()

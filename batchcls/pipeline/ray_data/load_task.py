@@ -80,6 +80,6 @@ def _load_fragment(
         )
     worker = _workers[run_id]
     # Wait for the acknowledgement: a process that crashes on the fragment must have registered it before.
-    ray.get(progress_actor.start_fragment.remote(fragment.first_row))
+    ray.get(progress_actor.start_fragment.remote(fragment.first_row, ray.get_runtime_context().get_node_id()))
     yield from worker.loader.load(worker.reader.read(fragment, worker.block_rows), rejected)
     progress_actor.finish_fragment.remote(fragment.first_row)

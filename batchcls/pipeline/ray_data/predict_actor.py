@@ -11,11 +11,8 @@ from batchcls.inference.predictor import Predictor
 from batchcls.models.engines.factory import describe_engine
 from batchcls.pipeline.actor_engine import engine_clock, start_for_node
 from batchcls.pipeline.pipeline_spec import WorkerSpec
+from batchcls.pipeline.progress import StopRequestedError
 from batchcls.schema import ROW
-
-
-class StopRequestedError(Exception):
-    """The driver requested that the actors stop; the driver knows the cause."""
 
 
 class PredictActor:

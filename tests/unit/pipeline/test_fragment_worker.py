@@ -30,6 +30,10 @@ ROWS = 90
 BROKEN = (3, 64, 89)
 
 
+def ignore(block: pa.Table) -> None:
+    """Ignore a block."""
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     folder = tmp_path_factory.mktemp("catalog")
@@ -83,8 +87,11 @@ def test_concurrent_fragments_write_each_row_once_with_stage_seconds(
 ):
     rejected = {5: Failure(Reason.DUPLICATE_ID, "row 2 has the same item id")}
     fragments = list(manifest.fragments(itertools.repeat(30)))
+    reported: list[pa.Table] = []
     with ThreadPoolExecutor(2) as pool:
-        receipts = list(pool.map(lambda fragment: worker.process(fragment, rejected), fragments))
+        receipts = list(
+            pool.map(lambda fragment: worker.process(fragment, rejected, reported.append), fragments)
+        )
     good = pa.concat_tables(
         pq.read_table(tmp_path / file.path)
         for receipt in receipts
@@ -100,14 +107,14 @@ def test_concurrent_fragments_write_each_row_once_with_stage_seconds(
         assert set(receipt.seconds) == {"fetch", "decode", "predict", "write", "other"}
         assert all(seconds >= 0 for seconds in receipt.seconds.values())
         assert receipt.seconds["decode"] > 0
-    assert worker.progress().fragments == {}
+    assert sorted(pa.concat_tables(reported).column("row").to_pylist()) == list(range(ROWS))
     assert worker.describe() == "torch fp32 on cpu"
 
 
 def test_labels_do_not_depend_on_fragment_sizes(worker: FragmentWorker, manifest: Manifest, tmp_path: Path):
     def labels(fragment_rows: int) -> list[str]:
         fragments = manifest.fragments(itertools.repeat(fragment_rows))
-        receipts = [worker.process(fragment, {}) for fragment in fragments]
+        receipts = [worker.process(fragment, {}, ignore) for fragment in fragments]
         files = [file.path for receipt in receipts for file in receipt.files if file.kind == "predictions"]
         return pa.concat_tables(pq.read_table(tmp_path / path) for path in files).column("label").to_pylist()
 
@@ -117,7 +124,6 @@ def test_labels_do_not_depend_on_fragment_sizes(worker: FragmentWorker, manifest
 def test_worker_processes_fragments_after_a_failed_one(worker: FragmentWorker, manifest: Manifest):
     missing = Fragment(manifest.files[0].uri + ".gone", 0, 0, 10, 0)
     with pytest.raises(Exception, match="gone"):
-        worker.process(missing, {})
-    assert worker.progress().fragments == {}
+        worker.process(missing, {}, ignore)
     for fragment in manifest.fragments(itertools.repeat(45)):
-        assert len(worker.process(fragment, {}).ranges) == 45
+        assert len(worker.process(fragment, {}, ignore).ranges) == 45

@@ -1,0 +1,44 @@
+"""The progress actor without Ray: what counts, and which fragments are suspected of crashing their process."""
+
+from collections import Counter
+
+from batchcls.pipeline.progress import ProgressActor
+from batchcls.runs.parts import PartFile, Receipt
+
+
+def test_a_block_counts_once_and_a_stop_request_is_answered():
+    actor = ProgressActor()
+    assert actor.add_block(0, 10, Counter(truncated=1), 100.0)
+    assert actor.add_block(0, 10, Counter(truncated=1), 300.0)
+    actor.request_stop()
+    assert not actor.add_block(10, 5, Counter(), 200.0)
+    progress = actor.progress()
+    assert (progress.rows, progress.failures, progress.peak_memory_mib) == (15, Counter(truncated=1), 300.0)
+
+
+def test_fragments_that_were_started_most_often_are_suspects():
+    actor = ProgressActor()
+    assert actor.suspect_fragments() == []
+    for first_row in (0, 64, 128):
+        actor.start_fragment(first_row, "node")
+    assert actor.suspect_fragments() == [0, 64, 128]
+    actor.start_fragment(64, "node")
+    assert actor.suspect_fragments() == [64]
+    actor.finish_fragment(64)
+    assert actor.suspect_fragments() == [0, 128]
+
+
+def test_a_restart_counts_from_the_receipts():
+    actor = ProgressActor()
+    actor.start_fragment(0, "node")
+    actor.add_block(0, 10, Counter(), 1.0)
+    files = (
+        PartFile("predictions/a.parquet", "predictions", 20, 1, "d"),
+        PartFile("quarantine/a.parquet", "quarantine", 2, 1, "d", failures=Counter(truncated=2)),
+    )
+    actor.restart([Receipt("a.json", files, {}, 0, 0.0)])
+    assert actor.suspect_fragments() == []
+    progress = actor.progress()
+    assert (progress.rows, progress.failures) == (22, Counter(truncated=2))
+    actor.add_block(0, 10, Counter(), 1.0)
+    assert actor.progress().rows == 32
