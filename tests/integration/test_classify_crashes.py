@@ -92,7 +92,7 @@ def test_error_names_rows_on_which_all_workers_crashed(
     reader = threading.Thread(target=lambda: outputs.append(process.communicate()[1]))
     reader.start()
     while reader.is_alive():
-        for pid in cluster.workers("MapBatches(FragmentActor)"):
+        for pid in cluster.workers("MapBatches(FragmentActor)).submit"):
             os.kill(pid, signal.SIGKILL)
         reader.join(0.05)
     assert process.returncode == 1

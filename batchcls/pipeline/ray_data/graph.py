@@ -16,7 +16,7 @@ from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.crash_isolation import isolate_fragments, rejected_rows
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, MAX_RETRIES, PipelineSpec
 from batchcls.pipeline.progress import Progress, ProgressActor
-from batchcls.pipeline.ray_errors import is_process_crash, to_batchcls_error
+from batchcls.pipeline.ray_errors import is_process_crash, root_cause, to_batchcls_error
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import read_receipts, select_receipts
 from batchcls.schema import Failure
@@ -112,7 +112,10 @@ class RayDataGraph(ABC):
         suspects = set(ray.get(self._progress_actor.suspect_fragments.remote()))
         fragments = [fragment for fragment in self._fragments if fragment.first_row in suspects]
         if not fragments:
-            raise to_batchcls_error(error.__cause__ or error) from error.__cause__
+            raise BatchclsError(
+                "the pipeline failed: worker processes crashed before they processed a row "
+                f"({root_cause(error.__cause__ or error)}); the node may be out of memory, or something kills them"
+            ) from error.__cause__
         return isolate_fragments(self._spec, fragments, lambda: self._check(self.progress()))
 
     def _configure(self) -> None:
