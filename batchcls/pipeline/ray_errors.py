@@ -11,6 +11,7 @@ _PROCESS_CRASHES = (
     ray.exceptions.WorkerCrashedError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ActorDiedError,
+    ray.exceptions.ActorUnavailableError,
     ray.exceptions.NodeDiedError,
 )
 
