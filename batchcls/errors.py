@@ -18,7 +18,7 @@ names what was wrong and the remedy. A failing *row* raises nothing outside its 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
@@ -47,6 +47,19 @@ class InputError(BatchclsError):
     """The configuration or an input is invalid; the message names it and the remedy."""
 
     exit_code = ExitCode.BAD_INPUT
+
+
+class InsufficientResourcesError(InputError):
+    """The cluster has no capacity for the job; nodes that join may change that.
+
+    Attributes:
+        bundle: CPUs and GPUs of one actor, in the names of Ray's resources.
+        count: number of such bundles that are needed.
+    """
+
+    def __init__(self, message: str, bundle: Mapping[str, float], count: int = 1) -> None:
+        super().__init__(message)
+        self.bundle, self.count = bundle, count
 
 
 class PublishRefused(BatchclsError):  # noqa: N818 - an expected outcome

@@ -6,7 +6,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from batchcls.errors import BatchclsError, ClusterStartError, InputError
+from batchcls.errors import BatchclsError, ClusterStartError, InputError, InsufficientResourcesError
 from batchcls.hardware import Hardware
 from batchcls.resources import NodeResources
 
@@ -250,21 +250,44 @@ def _result(node: NodeInfo, task: Any, timeout_seconds: float | None) -> Any:
 def wait_for_cluster(attempt: Callable[[], T], timeout_seconds: float) -> T:
     """Call `attempt` until it returns, which it does once the cluster has enough nodes, or until the timeout.
 
+    While it waits, the cluster's autoscaler is asked for the missing resources. A cluster that this process started
+    does not grow, so that the error is raised at once.
+
     Raises:
-        InputError: the last error of `attempt`.
+        InsufficientResourcesError: the last error of `attempt`.
     """
-    deadline = time.monotonic() + timeout_seconds
-    is_logged = False
-    while True:
-        try:
-            return attempt()
-        except InputError as error:
-            if time.monotonic() >= deadline:
-                raise
-            if not is_logged:
-                _logger.info("waiting up to %.0f s for nodes: %s", timeout_seconds, error)
-                is_logged = True
-            time.sleep(1.0)
+    deadline = time.monotonic() + (0.0 if _is_started_here() else timeout_seconds)
+    demand: list[Any] = []
+    try:
+        while True:
+            try:
+                return attempt()
+            except InsufficientResourcesError as error:
+                if time.monotonic() >= deadline:
+                    raise
+                if not demand:
+                    _logger.info("waiting up to %.0f s for nodes to join: %s", timeout_seconds, error)
+                demand += _request(error.bundle, error.count - len(demand))
+                time.sleep(1.0)
+    finally:
+        for task in demand:
+            ray.cancel(task, force=True)
+
+
+def _is_started_here() -> bool:
+    """Return whether this process started the cluster, so that no node will join it."""
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.head)
+
+
+def _request(bundle: Mapping[str, float], count: int) -> list[Any]:
+    """Submit tasks that need these resources and do nothing.
+
+    A cluster's autoscaler adds nodes for pending tasks. Ray drops the tasks when the job ends, also when the driver is
+    killed; demand by `ray.autoscaler.sdk.request_resources` would outlive it.
+    """
+    task = ray.remote(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), max_retries=0)(_call)
+    return [task.options(name="capacity request").remote(dict) for _ in range(count)]
 
 
 _NATIVE_LOG_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] .*\.cc:\d+:.*\n")

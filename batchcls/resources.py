@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from batchcls.config.pipeline_config import PipelineSettings
-from batchcls.errors import InputError
+from batchcls.errors import InputError, InsufficientResourcesError
 from batchcls.models.engines.engine import Device
 
 # docs/measurements/engines.md contains the measurements for the defaults on CPUs.
@@ -50,7 +50,8 @@ class ResourcePlan:
     Attributes:
         shape: graph of the run; see `--shape`.
         device: device of the network.
-        num_actors: actors that run the network.
+        num_actors: actors that start at once; those beyond the capacity of the cluster wait for nodes to join.
+        max_actors: actors up to which the pool grows when nodes join.
         cpus_per_actor: CPUs that Ray reserves for an actor.
         gpus_per_actor: GPUs that Ray reserves for an actor.
         threads_per_actor: threads of the network in an actor.
@@ -68,6 +69,7 @@ class ResourcePlan:
     shape: Shape
     device: Device
     num_actors: int
+    max_actors: int
     cpus_per_actor: float
     gpus_per_actor: float
     threads_per_actor: int
@@ -101,10 +103,10 @@ def plan_resources(
     shape: Shape = ("staged" if device == "cuda" else "fused") if config.shape == "auto" else config.shape
     in_flight = 32 if remote_images else 4
     if shape == "fused":
-        plan = _plan_fused(config, nodes, device, in_flight)
+        plan = _plan_fused(config, nodes, rows, device, in_flight)
     else:
         plan = _plan_staged(config, nodes, rows, device, in_flight)
-    _require_schedulable(plan, nodes)
+    _require_schedulable(plan, nodes, config)
     return plan
 
 
@@ -125,7 +127,7 @@ def fragment_sizes(rows: int, plan: ResourcePlan) -> Iterator[int]:
 
 
 def _plan_fused(
-    config: PipelineSettings, nodes: Sequence[NodeResources], device: Device, fetch_threads: int
+    config: PipelineSettings, nodes: Sequence[NodeResources], rows: int, device: Device, fetch_threads: int
 ) -> ResourcePlan:
     """Plan actors that together hold all CPUs of the nodes and perform all stages."""
     if device == "cuda":
@@ -137,8 +139,8 @@ def _plan_fused(
         cpus_per_actor = (
             float(int(share)) if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
         )
-        num_actors = _resolve(config.num_actors, sum(int(node.cpus / cpus_per_actor) for node in nodes))
-        actors = _ActorResources(num_actors, cpus_per_actor, gpus=0.0)
+        capacity = sum(int(node.cpus / cpus_per_actor) for node in nodes)
+        actors = _ActorResources(_actor_count(config, capacity), cpus_per_actor, gpus=0.0)
         threads = max(1, int(cpus_per_actor))
     batch = _resolve(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
     block = max(batch, _CPU_BLOCK_ROWS // batch * batch)
@@ -155,6 +157,7 @@ def _plan_fused(
         shape="fused",
         device=device,
         num_actors=actors.count,
+        max_actors=_max_actors(config, actors.count, -(-rows // fragment_rows)),
         cpus_per_actor=actors.cpus,
         gpus_per_actor=actors.gpus,
         threads_per_actor=threads,
@@ -200,6 +203,7 @@ def _plan_staged(
         shape="staged",
         device=device,
         num_actors=actors.count,
+        max_actors=_max_actors(config, actors.count, -(-rows // fragment)),
         cpus_per_actor=actors.cpus,
         gpus_per_actor=actors.gpus,
         threads_per_actor=threads,
@@ -238,7 +242,9 @@ def _device(config: PipelineSettings, gpus: float) -> Device:
     if config.device == "auto":
         return "cuda" if gpus > 0 and config.gpus_per_actor != 0 else "cpu"
     if config.device == "cuda" and gpus == 0:
-        raise InputError("--device cuda: the cluster has no GPU; use --device auto or cpu, or add a GPU node")
+        raise InsufficientResourcesError(
+            "--device cuda: the cluster has no GPU; use --device auto or cpu, or add a GPU node", {"GPU": 1}
+        )
     return config.device
 
 
@@ -254,7 +260,7 @@ def _plan_actors(config: PipelineSettings, nodes: Sequence[NodeResources], devic
             raise InputError("--gpus-per-actor 0 with --device cuda: an actor needs a share of a GPU")
         per_node = [int(node.gpus / share) for node in nodes]
         cpus = 0.0 if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
-        return _ActorResources(_resolve(config.num_actors, max(1, sum(per_node))), cpus, share)
+        return _ActorResources(_actor_count(config, max(1, sum(per_node))), cpus, share)
     smallest = _min_cpus(nodes)
     remaining = smallest - max(1.0, smallest // _CPUS_PER_LOADING_CPU)
     cpus = max(0.4, float(remaining)) if config.cpus_per_actor == "auto" else float(config.cpus_per_actor)
@@ -264,15 +270,28 @@ def _plan_actors(config: PipelineSettings, nodes: Sequence[NodeResources], devic
         int(node.cpus // cpus) if config.cpus_per_actor != "auto" else 1 for node in nodes if node.cpus >= 1
     ]
     fitting = max(1, sum(per_node) - (1 if sum(per_node) * cpus >= sum(n.cpus for n in nodes) else 0))
-    return _ActorResources(_resolve(config.num_actors, fitting), cpus, gpus=0.0)
+    return _ActorResources(_actor_count(config, fitting), cpus, gpus=0.0)
+
+
+def _actor_count(config: PipelineSettings, capacity: int) -> int:
+    """Return the number of actors that start at once, for nodes with capacity for `capacity` of them."""
+    if config.max_actors != "auto":
+        # Actors that the cluster has no capacity for are pending, which the autoscaler takes as demand.
+        return config.max_actors if config.min_actors == "auto" else min(config.min_actors, config.max_actors)
+    return _resolve(config.min_actors, capacity)
+
+
+def _max_actors(config: PipelineSettings, num_actors: int, fragments: int) -> int:
+    """Return the number of actors up to which the pool grows; more than one for two fragments would not help."""
+    return max(num_actors, _resolve(config.max_actors, fragments // 2))
 
 
 def _min_cpus(nodes: Sequence[NodeResources]) -> float:
     """Return the smallest number of CPUs of a node that has at least one. Raises InputError if no node has one."""
     smallest = min((node.cpus for node in nodes if node.cpus >= 1), default=0.0)
     if smallest == 0:
-        raise InputError(
-            "the cluster has no node with a CPU for tasks; start nodes with --num-cpus 1 or more"
+        raise InsufficientResourcesError(
+            "the cluster has no node with a CPU for tasks; start nodes with --num-cpus 1 or more", {"CPU": 1}
         )
     return smallest
 
@@ -289,22 +308,26 @@ def _threads(nodes: Sequence[NodeResources], actors: int, device: str) -> int:
     return max(1, min(_MAX_THREADS_PER_ACTOR, int(min(node.cpus for node in with_cpus) // per_node)))
 
 
-def _require_schedulable(plan: ResourcePlan, nodes: Sequence[NodeResources]) -> None:
+def _require_schedulable(
+    plan: ResourcePlan, nodes: Sequence[NodeResources], config: PipelineSettings
+) -> None:
     """Raise InputError if the actors do not fit, or leave no CPU for load tasks, which Ray schedules after them."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    reserved = plan.num_actors * plan.cpus_per_actor
     capacity = sum(_actor_capacity(node, plan) for node in nodes)
-    if capacity < plan.num_actors:
-        raise InputError(
-            f"{plan.num_actors} actor(s) of {plan.cpus_per_actor:g} CPU and {plan.gpus_per_actor:g} GPU do not fit: "
+    required = _resolve(config.min_actors, 1)
+    reserved = min(plan.num_actors, capacity) * plan.cpus_per_actor
+    if capacity < required:
+        raise InsufficientResourcesError(
+            f"{required} actor(s) of {plan.cpus_per_actor:g} CPU and {plan.gpus_per_actor:g} GPU do not fit: "
             f"the {len(nodes)} node(s) of the cluster, with {cpus:g} CPUs and {gpus:g} GPUs, have capacity for "
-            f"{capacity}; lower --num-actors, --cpus-per-actor or --gpus-per-actor, or add nodes"
+            f"{capacity}; lower --min-actors, --cpus-per-actor or --gpus-per-actor, or add nodes",
+            {"CPU": plan.cpus_per_actor, "GPU": plan.gpus_per_actor},
+            required,
         )
     if plan.shape == "staged" and cpus - reserved < plan.cpus_per_load_task:
         raise InputError(
-            f"{plan.num_actors} actor(s) x {plan.cpus_per_actor:g} CPU would hold {reserved:g} of {cpus:g} CPUs and "
-            f"leave none for loading images, which needs {plan.cpus_per_load_task:g}; lower --num-actors or "
-            "--cpus-per-actor"
+            f"the actors of {plan.cpus_per_actor:g} CPU would hold {reserved:g} of {cpus:g} CPUs and leave none for "
+            f"loading images, which needs {plan.cpus_per_load_task:g}; lower --max-actors or --cpus-per-actor"
         )
 
 

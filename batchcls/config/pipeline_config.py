@@ -52,8 +52,17 @@ class PipelineSettings(FetchSettings, EngineSettings):
     batch_size: AutoOrCount = Field(
         json_schema_extra=essential(ENGINE), default="auto", description="Images per forward pass."
     )
-    num_actors: AutoOrCount = Field(
-        json_schema_extra=RESOURCES, default="auto", description="Number of actors that run the network."
+    min_actors: AutoOrCount = Field(
+        json_schema_extra=RESOURCES,
+        default="auto",
+        description="Actors that run the network at the start; the job waits for nodes that have capacity for them. "
+        "auto: as many as the cluster has capacity for.",
+    )
+    max_actors: AutoOrCount = Field(
+        json_schema_extra=RESOURCES,
+        default="auto",
+        description="Number of actors up to which the pool grows. A number above the capacity of the cluster is "
+        "requested from its autoscaler. auto: actors start on nodes that join, up to one for every two fragments.",
     )
     cpus_per_actor: AutoOrCount | Annotated[float, Field(gt=0)] = Field(
         json_schema_extra=RESOURCES, default="auto", description="CPUs that Ray reserves per actor."

@@ -75,9 +75,10 @@ class PipelineResult:
         plan = self.spec.worker.resources
         ready_at = self.progress.ready_at or self.started_at
         start = min(max(0.0, ready_at - self.started_at), 0.999 * self.seconds)
-        gpus = plan.num_actors * plan.gpus_per_actor
-        loaders = plan.num_actors if plan.shape == "fused" else plan.load_tasks
-        cpus = plan.num_actors * plan.cpus_per_actor + plan.load_tasks * plan.cpus_per_load_task
+        actors = max(1, self.progress.engines.total())
+        gpus = actors * plan.gpus_per_actor
+        loaders = actors if plan.shape == "fused" else plan.load_tasks
+        cpus = actors * plan.cpus_per_actor + plan.load_tasks * plan.cpus_per_load_task
         return StageUsage(
             rows=len(self.spec.rows),
             wall_seconds=self.seconds,
@@ -90,7 +91,7 @@ class PipelineResult:
                 fetch_threads=plan.fetch_threads,
                 gpus=gpus,
                 decode_threads=loaders * plan.decode_threads,
-                predict_threads=plan.num_actors * plan.threads_per_actor,
+                predict_threads=actors * plan.threads_per_actor,
             ),
             fragment_rows=plan.fragment_rows,
             engine=", ".join(self.progress.engines) or "network",

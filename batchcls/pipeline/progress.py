@@ -37,15 +37,15 @@ class ProgressActor:
         self._rows = 0
         self._blocks: set[int] = set()
         self._failures: Counter[str] = Counter()
-        self._engines: Counter[str] = Counter()
+        self._engines: dict[str, str] = {}
         self._peak_memory_mib = 0.0
         self._ready_at: float | None = None
         self._is_stop_requested = False
         self._starts: dict[int, list[str]] = {}
 
-    def report_ready(self, engine: str) -> None:
-        """Count an actor that is ready, by the description of its engine."""
-        self._engines[engine] += 1
+    def report_ready(self, actor: str, engine: str) -> None:
+        """Count an actor that is ready, by the description of its engine; a restarted actor counts once."""
+        self._engines[actor] = engine
         self._ready_at = self._ready_at or time.time()
 
     def start_fragment(self, first_row: int, node: str) -> None:
@@ -91,4 +91,6 @@ class ProgressActor:
 
     def progress(self) -> Progress:
         """Return the totals so far."""
-        return Progress(self._rows, self._failures, self._engines, self._peak_memory_mib, self._ready_at)
+        return Progress(
+            self._rows, self._failures, Counter(self._engines.values()), self._peak_memory_mib, self._ready_at
+        )

@@ -208,9 +208,9 @@ def _advise_on_limit(usage: StageUsage, bottleneck: Resource, next_rate: float) 
     if bottleneck.name == "network threads":
         return (
             f"inference is the bottleneck with {bottleneck.capacity:g} threads while CPUs are free: raise "
-            "--num-actors or --cpus-per-actor"
+            "--max-actors or --cpus-per-actor"
         )
-    flag = "--load-tasks" if usage.shape == "staged" else "--num-actors"
+    flag = "--load-tasks" if usage.shape == "staged" else "--max-actors"
     return (
         f"decoding is the bottleneck with {bottleneck.capacity:g} threads while CPUs are free: raise {flag} from "
         f"{loaders} to {max(loaders + 1, math.ceil(loaders * factor))}"

@@ -85,7 +85,7 @@ def test_error_names_rows_on_which_all_workers_crashed(
     cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
 ):
     process = start_job(
-        cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle, "--num-actors", "1"
+        cluster, tmp_path / "out", "--manifest", long_catalog, "--model", tiny_bundle, "--max-actors", "1"
     )
     until_line(process, "INFO run ")
     outputs: list[str] = []

@@ -232,7 +232,7 @@ def test_actor_with_golden_mismatch_fails_the_run(job: Job, tiny_bundle: str, ca
         (["--id-column", "sku"], ["sku", "missing"]),
         (
             [
-                *("--shape", "staged", "--num-actors", "2", "--cpus-per-actor", "1"),
+                *("--shape", "staged", "--max-actors", "2", "--cpus-per-actor", "1"),
                 *("--wait-for-cluster-seconds", "0"),
             ],
             ["leave none for loading"],

@@ -55,7 +55,7 @@ def test_rows_of_a_repeated_fragment_count_once(
         model=tiny_bundle,
         output=str(tmp_path / "out"),
         shape="fused",
-        num_actors=1,
+        max_actors=1,
         fragment_rows=FRAGMENT_ROWS,
     )
     with ray_session(cluster.address):

@@ -47,7 +47,7 @@ def test_run_of_killed_driver_is_resumed(
 ):
     arguments = [
         *("--manifest", catalog, "--model", tiny_bundle, "--rows-per-file", "100", "--shape", shape),
-        *("--fragment-rows", "100", "--log-interval-seconds", "0.1", "--num-actors", "1"),
+        *("--fragment-rows", "100", "--log-interval-seconds", "0.1", "--max-actors", "1"),
     ]
     process = start_job(cluster, tmp_path / "output", *arguments)
     until_line(process, "INFO run ")
@@ -235,7 +235,7 @@ def test_only_crash_inducing_images_are_quarantined(
     environment["PYTHONPATH"] = f"{REPOSITORY / 'tests' / 'crashing_decoder'}:{REPOSITORY}"
     command = [sys.executable, "-m", "batchcls.jobs.classify", "--manifest", manifest, "--model", tiny_bundle]
     command += ["--output", str(tmp_path / "out"), "--ray-address", "local", "--shape", shape]
-    command += ["--fragment-rows", "50", "--num-actors", "1", "--cpus-per-actor", "1"]
+    command += ["--fragment-rows", "50", "--max-actors", "1", "--cpus-per-actor", "1"]
     command += ["--no-retune", "--precision", "fp32", "--engine", "torch"]
     done = subprocess.run(
         command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False

@@ -121,12 +121,12 @@ def test_small_manifest_is_divided_among_all_load_tasks():
     [
         (
             [NodeResources(2, 0)],
-            {"shape": "staged", "num_actors": 2, "cpus_per_actor": 1},
-            ["hold 2 of 2 CPUs", "leave none for loading", "--num-actors"],
+            {"shape": "staged", "max_actors": 2, "cpus_per_actor": 1},
+            ["hold 2 of 2 CPUs", "leave none for loading", "--max-actors"],
         ),
-        ([NodeResources(2, 0)], {"num_actors": 1, "cpus_per_actor": 4}, ["do not fit", "--cpus-per-actor"]),
+        ([NodeResources(2, 0)], {"min_actors": 1, "cpus_per_actor": 4}, ["do not fit", "--cpus-per-actor"]),
         ([NodeResources(4, 0)], {"device": "cuda"}, ["no GPU", "--device"]),
-        ([NodeResources(4, 1)], {"num_actors": 2}, ["do not fit", "--gpus-per-actor"]),
+        ([NodeResources(4, 1)], {"min_actors": 2}, ["do not fit", "--gpus-per-actor"]),
         ([NodeResources(0, 0)], {}, ["no node with a CPU"]),
     ],
 )

@@ -32,8 +32,9 @@ class FragmentActor:
         # The object store of a node holds one copy of the weights, however many actors the node has.
         self._worker = self.create_worker(ray.get(spec_ref))
         self._progress_actor = progress_actor
-        self._node = ray.get_runtime_context().get_node_id()
-        progress_actor.report_ready.remote(self._worker.describe())
+        context = ray.get_runtime_context()
+        self._node = context.get_node_id()
+        progress_actor.report_ready.remote(context.get_actor_id(), self._worker.describe())
 
     def create_worker(self, spec: WorkerSpec) -> "FragmentWorker":
         """Create the worker of this process."""

@@ -41,7 +41,8 @@ class FusedGraph(RayDataGraph):
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(
-                    size=resources.num_actors,
+                    min_size=resources.num_actors,
+                    max_size=resources.max_actors,
                     max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR,
                     max_concurrent_calls_per_actor=CONCURRENT_FRAGMENTS,
                     enable_true_multi_threading=True,

@@ -16,7 +16,7 @@ from batchcls.schema import ROW
 
 
 class PredictActor:
-    """Predicts blocks of decoded images; the pool holds `num_actors` of them."""
+    """Predicts blocks of decoded images; the pool holds as many as the resource plan has."""
 
     def __init__(self, spec_ref: "ray.ObjectRef[WorkerSpec]", progress_actor: Any) -> None:
         # The object store of a node holds one copy of the weights, however many actors the node has.
@@ -25,7 +25,7 @@ class PredictActor:
         self._predictor = Predictor(engine, spec.predict.with_batch_size(batch_size), engine_clock(engine))
         self._progress_actor = progress_actor
         self._last_report: Any = None
-        progress_actor.report_ready.remote(describe_engine(engine))
+        progress_actor.report_ready.remote(ray.get_runtime_context().get_actor_id(), describe_engine(engine))
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return a block of `schema.classified_schema` for a block of `schema.loaded_schema`."""

@@ -53,7 +53,9 @@ class StagedGraph(RayDataGraph):
             batch_size=resources.block_rows if resources.gpus_per_actor else None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
-                size=resources.num_actors, max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR
+                min_size=resources.num_actors,
+                max_size=resources.max_actors,
+                max_tasks_in_flight_per_actor=TASKS_IN_FLIGHT_PER_ACTOR,
             ),
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.gpus_per_actor,

@@ -42,12 +42,12 @@ def test_values_are_typed(tmp_path: Path):
     config = parse(
         [
             *REQUIRED,
-            *("--batch-size", "auto", "--num-actors", "3", "--keep", "price,shop", "--keep", "size"),
+            *("--batch-size", "auto", "--max-actors", "3", "--keep", "price,shop", "--keep", "size"),
             *("--storage-options", '{"anon": true}', "--no-publish", "--cpus-per-actor", "0.5"),
         ]
     )
     assert isinstance(config, ClassifyConfig)
-    assert (config.batch_size, config.num_actors, config.cpus_per_actor) == ("auto", 3, 0.5)
+    assert (config.batch_size, config.max_actors, config.cpus_per_actor) == ("auto", 3, 0.5)
     assert config.keep == ["price", "shop", "size"]
     assert config.storage_options == {"anon": True}
     assert config.publish is False
