@@ -65,5 +65,5 @@ def test_nodes_are_requested_from_zero_and_all_are_used(
     rows = pa.concat_tables(map(pq.read_table, (folder / "predictions").iterdir())).column("row").to_pylist()
     assert sorted(rows) == list(range(ROWS))
     record = json.loads((folder / "run.json").read_text())
-    assert sum(node["cpus"] for node in record["measured"]["hardware"]["nodes"]) == 2
-    assert record["measured"]["engines"] == {"torch fp32 on cpu": 2}
+    assert sum(node["cpus"] for node in record["measurements"]["hardware"]["nodes"]) == 2
+    assert record["measurements"]["engines"] == {"torch fp32 on cpu": 2}
