@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -53,6 +54,9 @@ WORKER_RUNTIME_ENV = {"env_vars": WORKER_VARIABLES | MALLOC_VARIABLES}
 """Both as a Ray runtime environment, for which Ray starts a new process in about a second."""
 
 
+_CONNECT_SECONDS = 5.0
+
+
 @contextmanager
 def ray_session(address: str) -> Iterator[None]:
     """Connect to the cluster at `address`, or start Ray on this machine and shut it down afterwards.
@@ -85,6 +89,7 @@ def ray_session(address: str) -> Iterator[None]:
             "RAY_ADDRESS is a dashboard; submit the job with `ray job submit --working-dir . -- python -m "
             "batchcls.jobs...`, or use --ray-address local or HOST:PORT"
         )
+    _require_listener(target or os.environ.get("RAY_ADDRESS", ""))
     for attempt in (1, 2):
         try:
             _init(target)
@@ -111,6 +116,20 @@ def ray_session(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise InputError if nothing accepts connections at HOST:PORT, where Ray itself would retry for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"--ray-address {address}: no Ray cluster responds there ({error}); start one with cluster/local.sh up, or "
+            "use --ray-address local"
+        ) from None
 
 
 def _init(target: str | None) -> None:
@@ -155,6 +174,20 @@ def worker_nodes() -> list[NodeInfo]:
         if node["Alive"]
     ]
     return sorted((node for node in alive if node.cpus >= 1), key=lambda node: (node.host, node.node_id))
+
+
+class NodeChanges:
+    """Finds the nodes that joined or left the cluster since the last call."""
+
+    def __init__(self) -> None:
+        self._nodes = {node.node_id: node for node in worker_nodes()}
+
+    def poll(self) -> tuple[list[NodeInfo], list[NodeInfo]]:
+        """Return the nodes that joined and those that left."""
+        before, self._nodes = self._nodes, {node.node_id: node for node in worker_nodes()}
+        joined = [node for node_id, node in self._nodes.items() if node_id not in before]
+        left = [node for node_id, node in before.items() if node_id not in self._nodes]
+        return joined, left
 
 
 def hardware_of(nodes: Sequence[NodeInfo]) -> list[Hardware]:

@@ -56,6 +56,10 @@ class ProgressActor:
         """Record that the process finished the fragment."""
         self._starts.pop(first_row, None)
 
+    def fragments_on(self, node: str) -> int:
+        """Return the number of fragments that are in progress on a node."""
+        return sum(nodes[-1] == node for nodes in self._starts.values())
+
     def suspect_fragments(self) -> list[int]:
         """Return the first rows of the unfinished fragments that were started most often.
 

@@ -17,6 +17,7 @@ from batchcls.pipeline.crash_isolation import isolate_fragments, rejected_rows
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, MAX_RETRIES, PipelineSpec
 from batchcls.pipeline.progress import Progress, ProgressActor
 from batchcls.pipeline.ray_errors import is_process_crash, root_cause, to_batchcls_error
+from batchcls.ray_runtime import NodeChanges
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import read_receipts, select_receipts
 from batchcls.schema import Failure
@@ -25,6 +26,8 @@ TASKS_IN_FLIGHT_PER_ACTOR = 4
 """Tasks that Ray Data submits to an actor in advance; with two concurrent calls, a pool of busy actors can grow."""
 
 _CHECK_SECONDS = 0.5
+
+_logger = logging.getLogger(__name__)
 
 
 class RayDataGraph(ABC):
@@ -95,13 +98,28 @@ class RayDataGraph(ABC):
             (fragment, rejected_rows(self._spec, self._crashing_rows, fragment))
             for fragment in self._fragments
         ]
-        with _CheckThread(self.progress, self._check, self._progress_actor.request_stop.remote) as check:
+        self._node_changes = NodeChanges()
+        with _CheckThread(self._check_all, self._progress_actor.request_stop.remote) as check:
             try:
                 self._run(fragments)
             except (ray.exceptions.RayError, SystemException) as error:
                 if check.error is None and is_process_crash(error):
                     raise _ProcessCrashError from error
                 raise (check.error or to_batchcls_error(error)) from error
+
+    def _check_all(self) -> None:
+        """Check the progress, and log which nodes joined or left."""
+        self._check(self.progress())
+        joined, left = self._node_changes.poll()
+        for node in joined:
+            _logger.info("node %s joined with %g CPUs and %g GPUs", node.host, node.cpus, node.gpus)
+        for node in left:
+            fragments = ray.get(self._progress_actor.fragments_on.remote(node.node_id))
+            _logger.warning(
+                "node %s left the cluster; %d fragments that were in progress on it are processed again",
+                node.host,
+                fragments,
+            )
 
     def _stored_receipts(self) -> list[Receipt]:
         writer = self._spec.worker.writer
@@ -142,12 +160,10 @@ class _ProcessCrashError(Exception):
 
 
 class _CheckThread:
-    """A thread that checks the progress while the driver waits for the graph, and stops the actors on an error."""
+    """A thread that checks the run while the driver waits for the graph, and stops the actors on an error."""
 
-    def __init__(
-        self, progress: Callable[[], Progress], check: Callable[[Progress], None], stop: Callable[[], Any]
-    ) -> None:
-        self._progress, self._check, self._stop = progress, check, stop
+    def __init__(self, check: Callable[[], None], stop: Callable[[], Any]) -> None:
+        self._check, self._stop = check, stop
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="check", daemon=True)
         self.error: BatchclsError | None = None
@@ -163,7 +179,7 @@ class _CheckThread:
     def _run(self) -> None:
         while not self._ended.wait(_CHECK_SECONDS):
             try:
-                self._check(self._progress())
+                self._check()
             except ray.exceptions.RayError:
                 continue  # no progress this time; if the run failed, the driver's call raises the cause
             except BatchclsError as error:
