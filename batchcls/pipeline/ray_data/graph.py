@@ -9,6 +9,7 @@ from typing import Any, Self
 import ray
 from ray.data import DataContext
 from ray.data.exceptions import SystemException
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchcls.errors import BatchclsError
 from batchcls.manifest.row_ranges import RowRanges
@@ -41,9 +42,11 @@ class RayDataGraph(ABC):
     def __init__(self, spec: PipelineSpec, check: Callable[[Progress], None]) -> None:
         self._spec = spec
         self._check = check
-        self._progress_actor = ray.remote(num_cpus=0, max_restarts=MAX_ACTOR_RESTARTS, max_task_retries=-1)(
-            ProgressActor
-        ).remote()
+        # On the node of the driver, so that no other node takes the progress with it when it leaves the cluster.
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._progress_actor = ray.remote(
+            num_cpus=0, max_restarts=MAX_ACTOR_RESTARTS, max_task_retries=-1, scheduling_strategy=node
+        )(ProgressActor).remote()
         # The reference is held for the whole run: the restarted process of a crashed actor reads it again.
         self._worker_spec = ray.put(spec.worker)
         self._rows = spec.rows
