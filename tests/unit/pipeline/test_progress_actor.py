@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+from batchcls.manifest.row_ranges import RowRanges
 from batchcls.pipeline.progress import ProgressActor
 from batchcls.runs.parts import PartFile, Receipt
 
 
-def test_a_block_counts_once_and_a_stop_request_is_answered():
+def test_a_block_counts_once_and_a_stop_request_is_returned():
     actor = ProgressActor()
     assert actor.add_block(0, 10, Counter(truncated=1), 100.0)
     assert actor.add_block(0, 10, Counter(truncated=1), 300.0)
@@ -32,11 +33,12 @@ def test_a_restart_counts_from_the_receipts():
     actor = ProgressActor()
     actor.start_fragment(0, "node")
     actor.add_block(0, 10, Counter(), 1.0)
+    part = {"path": "a.parquet", "bytes": 1, "digest": "d"}
     files = (
-        PartFile("predictions/a.parquet", "predictions", 20, 1, "d"),
-        PartFile("quarantine/a.parquet", "quarantine", 2, 1, "d", failures=Counter(truncated=2)),
+        PartFile(**part, kind="predictions", rows=20, ranges=RowRanges.all(20)),
+        PartFile(**part, kind="quarantine", rows=2, ranges=RowRanges.all(2), failures=Counter(truncated=2)),
     )
-    actor.restart([Receipt("a.json", files, {}, 0, 0.0)])
+    actor.restart([Receipt(name="a.json", files=files, seconds={}, image_bytes=0, written_at=0.0)])
     assert actor.suspect_fragments() == []
     progress = actor.progress()
     assert (progress.rows, progress.failures) == (22, Counter(truncated=2))
