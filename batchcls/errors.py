@@ -124,8 +124,9 @@ class GoldenMismatch(BatchclsError):  # noqa: N818 - an expected outcome
     """A network does not reproduce the golden outputs of its bundle; nothing was classified."""
 
 
+# Ray Data raises a UserCodeException of its own for what a user's function raised.
 _EXCEPTION_LINE = re.compile(
-    r"^[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
+    r"^(?!ray\.exceptions\.UserCodeException)[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$", re.MULTILINE
 )
 
 

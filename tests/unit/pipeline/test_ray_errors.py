@@ -2,7 +2,7 @@
 
 import ray
 
-from batchcls.errors import InputError
+from batchcls.errors import InputError, StorageStoppedError
 from batchcls.pipeline.ray_errors import is_process_crash, root_cause, to_batchcls_error
 
 
@@ -20,6 +20,19 @@ def test_failed_actor_start_is_not_a_crash_and_keeps_its_message():
     assert not is_process_crash(error)
     assert root_cause(error) == "InputError: --device cuda: PyTorch finds no GPU on this machine"
     assert "PyTorch finds no GPU" in str(to_batchcls_error(error))
+
+
+def test_error_of_a_function_of_ray_data_keeps_its_message():
+    text = (
+        "Traceback (most recent call last):\n"
+        "batchcls.errors.StorageStoppedError: /out: no space left on the device\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        "ray.exceptions.UserCodeException: UDF failed to process a data block.\n"
+        "Failed to apply UDF transform after 1/1 attempts."
+    )
+    error = to_batchcls_error(ray.exceptions.RayTaskError("MapWorker.submit", text, RuntimeError("wrapped")))
+    assert isinstance(error, StorageStoppedError)
+    assert str(error) == "/out: no space left on the device"
 
 
 def test_process_exits_are_crashes():
