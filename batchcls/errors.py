@@ -126,7 +126,8 @@ class GoldenMismatch(BatchclsError):  # noqa: N818 - an expected outcome
 
 # Ray Data raises a UserCodeException of its own for what a user's function raised.
 _EXCEPTION_LINE = re.compile(
-    r"^(?!ray\.exceptions\.UserCodeException)[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$",
+    r"^(?!ray\.exceptions\.UserCodeException)"
+    r"[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$",
     re.MULTILINE,
 )
 
