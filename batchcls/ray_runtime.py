@@ -55,6 +55,7 @@ WORKER_RUNTIME_ENV = {"env_vars": WORKER_VARIABLES | MALLOC_VARIABLES}
 
 
 _CONNECT_SECONDS = 5.0
+_POLL_SECONDS = 3.0  # a list of all nodes is larger than the other messages to the head of the cluster
 
 
 @contextmanager
@@ -181,9 +182,13 @@ class NodeChanges:
 
     def __init__(self) -> None:
         self._nodes = {node.node_id: node for node in worker_nodes()}
+        self._polled_at = time.monotonic()
 
     def poll(self) -> tuple[list[NodeInfo], list[NodeInfo]]:
-        """Return the nodes that joined and those that left."""
+        """Return the nodes that joined and those that left; nothing if it was called a few seconds ago."""
+        if time.monotonic() - self._polled_at < _POLL_SECONDS:
+            return [], []
+        self._polled_at = time.monotonic()
         before, self._nodes = self._nodes, {node.node_id: node for node in worker_nodes()}
         joined = [node for node_id, node in self._nodes.items() if node_id not in before]
         left = [node for node_id, node in before.items() if node_id not in self._nodes]
