@@ -113,6 +113,10 @@ def ray_session(address: str) -> Iterator[None]:
                     "or low on memory: try again, or start a cluster with cluster/local.sh up"
                 ) from None
             raise
+    if _is_started_here():
+        _logger.info("started Ray on this machine")
+    else:
+        _logger.info("connected to the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     try:
         yield
     finally:
