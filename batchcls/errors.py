@@ -124,7 +124,7 @@ class GoldenMismatch(BatchclsError):  # noqa: N818 - an expected outcome
     """A network does not reproduce the golden outputs of its bundle; nothing was classified."""
 
 
-# Ray Data raises a UserCodeException of its own for what a user's function raised.
+# Ray Data wraps what a user's function raised in a UserCodeException.
 _EXCEPTION_LINE = re.compile(
     r"^(?!ray\.exceptions\.UserCodeException)"
     r"[A-Za-z_][\w.]*(?:Error|Exception|Refused|Exceeded|Interrupt|Mismatch): \S.*$",
