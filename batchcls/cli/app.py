@@ -4,7 +4,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -48,12 +49,28 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
         # A traceback helps only where the program itself is at fault; the message is printed once in both cases.
         _logger.error("%s", error, exc_info=error.exit_code == ExitCode.UNEXPECTED)  # noqa: TRY400
         return error.exit_code
-    except KeyboardInterrupt:
-        _logger.error("interrupted")  # noqa: TRY400
+    except KeyboardInterrupt as interrupt:
+        # Python raises it without a message; `resumes_after_interrupt` adds the remedy.
+        _logger.error("; ".join(filter(None, ("interrupted", str(interrupt)))))  # noqa: TRY400
         return ExitCode.INTERRUPTED
     except Exception:
         _logger.exception("unexpected error in batchcls or one of its dependencies")
         return ExitCode.UNEXPECTED
+
+
+@contextmanager
+def resumes_after_interrupt(is_resumable: Callable[[], bool]) -> Iterator[None]:
+    """Add to the message of an interrupt of the block that the same command resumes.
+
+    Args:
+        is_resumable: called after an interrupt; returns whether the same command resumes.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_resumable():
+            raise KeyboardInterrupt("run the same command again to resume") from None
+        raise
 
 
 def main(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from batchcls.cli.app import Command, main
+from batchcls.cli.app import Command, main, resumes_after_interrupt
 from batchcls.cli.console import results_console
 from batchcls.cli.tables import bottleneck_table, counts_table, gates_table
 from batchcls.config.classify_config import ClassifyConfig
@@ -33,7 +33,16 @@ def classify(config: ClassifyConfig, console: Console) -> ExitCode:
     # Ray takes a second to import, and --help and errors in the arguments do not need it.
     from batchcls.api import run_classify  # noqa: PLC0415
 
-    run = run_classify(config, console, _print_summary)
+    is_committed = False
+
+    def on_commit(committed: "CommittedRun") -> None:
+        nonlocal is_committed
+        is_committed = True
+        _print_summary(committed)
+
+    # Once a run is committed, and possibly published, the same command may start a new run.
+    with resumes_after_interrupt(lambda: not is_committed):
+        run = run_classify(config, console, on_commit)
     out = results_console()
     out.print(gates_table(run.gates))
     if run.published:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from batchcls.cli.app import Command, main
+from batchcls.cli.app import Command, main, resumes_after_interrupt
 from batchcls.cli.console import results_console, show_progress
 from batchcls.cli.tables import bundle_line
 from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
@@ -83,7 +83,9 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
         name=new_run_id(),
         labels=read_labels(config.labels, storage) if config.labels is not None else None,
     )
-    result = linear_probe_bundle(bundle, training, validation, settings, storage)
+    # The embeddings that were computed are kept. With a bundle in the output, the same command is rejected.
+    with resumes_after_interrupt(lambda: not config.restart):
+        result = linear_probe_bundle(bundle, training, validation, settings, storage)
     _require_budget(result, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
     result.bundle.save(config.output, storage)
     sink = pa.BufferOutputStream()
@@ -144,7 +146,8 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     with locked_work_dir(config.work_folder, storage) as lease:
         if config.recipe == LINEAR_PROBE:
             return linear_probe(config, storage)
-        return _train(config, lease, console)
+        with resumes_after_interrupt(lambda: not config.restart):
+            return _train(config, lease, console)
 
 
 def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:

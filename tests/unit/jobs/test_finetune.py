@@ -90,6 +90,26 @@ def test_invalid_configurations_are_rejected(
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "function"), [("linear-probe", "linear_probe_bundle"), ("fine-tune", "_train")]
+)
+def test_interrupt_names_the_remedy_unless_the_command_restarts(
+    arguments: list[str],
+    recipe: str,
+    function: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, function, interrupted)
+    assert finetuned(arguments, "--recipe", recipe) == 130
+    assert "interrupted; run the same command again to resume\n" in capfd.readouterr().err
+    assert finetuned(arguments, "--recipe", recipe, "--restart") == 130
+    assert capfd.readouterr().err.endswith("interrupted\n")
+
+
 @pytest.mark.parametrize("recipe", ["linear-probe", "fine-tune"])
 def test_command_with_a_work_directory_in_use_is_rejected(
     arguments: list[str], tmp_path: Path, recipe: str, capfd: pytest.CaptureFixture[str]
