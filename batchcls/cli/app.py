@@ -111,7 +111,6 @@ def parser_of(job: str, commands: Sequence[Command[Any]]) -> argparse.ArgumentPa
             description=command.settings.__doc__,
             epilog=command.examples,
             formatter_class=parser.formatter_class,
-            allow_abbrev=False,
         )
         add_settings(child, command.settings, command.positional)
     return parser

@@ -8,6 +8,7 @@ import sys
 import tomllib
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from batchcls import __version__
 from batchcls.errors import InputError
 from batchcls.storage.uris import local_path, normalize_uri
 
@@ -22,10 +24,37 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports errors as `InputError`, and whose `--help` can be limited to the essential flags."""
+    """A parser that reports errors as `InputError`, and whose `--help` can be limited to the essential flags.
+
+    Every parser accepts `--help-all` and `--version`; its help lists them only where they show more than `--help`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        # --help is replaced where the flags are in groups
+        super().__init__(allow_abbrev=False, conflict_handler="resolve", **options)
+        hidden: dict[str, Any] = {"dest": "help", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        self.add_argument("--help-all", action="help", **hidden)
+        self.add_argument("--version", action="version", version=f"batchcls {__version__}", **hidden)
 
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see {self.prog} --help")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Reject unknown arguments here, where the flags of a sub-command can be suggested."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flags = [item.partition("=")[0] for item in unknown if item.startswith("-")] or unknown
+            named = [flag + suggestion(flag, self._option_string_actions) for flag in flags]
+            self.error("; ".join(f"unrecognized argument {flag}" for flag in named))
+        return parsed, []
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Suggest a command for an unknown one."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            self.error(f"unknown command {value}{suggestion(value, action.choices)}")
+        super()._check_value(action, value)
 
     def format_essential_help(self) -> str:
         """The help with the first sentence of each essential flag, and the names of the groups of `--help-all`."""
@@ -42,6 +71,12 @@ class _Parser(argparse.ArgumentParser):
             self.epilog = epilog
             for action, text in zip(self._actions, texts, strict=True):
                 action.help = text
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the known name closest to it, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _first_sentence(text: str) -> str:
@@ -166,9 +201,7 @@ def validate_settings(
 def _require_known(values: Iterable[str], settings: type[BaseModel], source: str) -> None:
     for name in values:
         if name not in settings.model_fields:
-            close = difflib.get_close_matches(name, settings.model_fields, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"{source}unknown setting {name}{hint}")
+            raise InputError(f"{source}unknown setting {name}{suggestion(name, settings.model_fields)}")
 
 
 def parser_for(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
@@ -178,8 +211,6 @@ def parser_for(prog: str, description: str, examples: str) -> argparse.ArgumentP
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        conflict_handler="resolve",  # --help is replaced where the flags are in groups
     )
 
 
@@ -223,7 +254,11 @@ def _messages(error: ValidationError, settings: type[BaseModel], name_of: Callab
         message = "is required" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
         # An error without a location is about several settings, which the message names.
         name = str(item["loc"][0]) if item["loc"] else ""
-        found.setdefault(name, []).append(message.removeprefix("Input "))
+        message = message.removeprefix("Input ")
+        field = settings.model_fields.get(name)
+        if field is not None and get_origin(field.annotation) is dict and len(item["loc"]) > 1:
+            message = _entry_message(item["loc"], message, field)
+        found.setdefault(name, []).append(message)
     lines = []
     for name, messages in found.items():
         flag = name_of(name)
@@ -237,6 +272,16 @@ def _messages(error: ValidationError, settings: type[BaseModel], name_of: Callab
         else:
             lines.append(f"{flag}: {messages[0]}")
     return lines
+
+
+def _entry_message(location: tuple[int | str, ...], message: str, field: FieldInfo) -> str:
+    """The message about one entry of a table: it names the key, and suggests one for an unknown key."""
+    key = str(location[1])
+    kind = get_args(field.annotation)[0]
+    if location[-1] != "[key]" or not issubclass(kind, Enum):
+        return f"{key} {message}"
+    hint = suggestion(key, [str(choice.value) for choice in kind])
+    return f"unknown key {key}{hint or f'; it {message}'}"
 
 
 def alternatives(annotation: Any) -> list[Any]:

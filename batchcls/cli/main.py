@@ -1,8 +1,8 @@
 """The `batchcls` command: runs the job that the first argument names.
 
 Only the module of the selected job is imported, because torch and Ray take seconds to import: `batchcls --help` and
-`batchcls --version` respond immediately. `python -m batchcls.jobs.NAME` is the same command as
-`batchcls NAME`.
+`batchcls --version` respond immediately. `python -m batchcls NAME` and `python -m batchcls.jobs.NAME` are the same
+command as `batchcls NAME`.
 """
 
 import sys
@@ -25,7 +25,21 @@ JOBS = {
 }
 """Every job with its summary, in the order of `batchcls --help`."""
 
+_VERSION = f"batchcls {__version__}\n"
+_HELP_FLAGS = ("-h", "--help", "--help-all")
+_VERSION_FLAGS = ("-V", "--version")
+
 SHELLS = ("bash", "zsh", "fish")
+
+_SHELL_NAMES = f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}"
+
+_COMPLETION_HELP = f"""usage: batchcls completion {"|".join(SHELLS)}
+
+Print a completion script for {_SHELL_NAMES}.
+
+examples:
+  source <(batchcls completion bash)
+"""
 
 _HELP = f"""usage: batchcls COMMAND [OPTIONS]
 
@@ -33,7 +47,7 @@ Classify whole image catalogs nightly on Ray.
 
 commands:
 {"".join(f"  {name:12}{summary}{chr(10)}" for name, summary in JOBS.items())}\
-  completion  Print a completion script for {", ".join(SHELLS[:-1])} or {SHELLS[-1]}.
+  completion  Print a completion script for {_SHELL_NAMES}.
 
 options:
   -h, --help  Show this message and exit.
@@ -46,10 +60,10 @@ Run `batchcls COMMAND --help` for the options of a command.
 def main() -> None:
     """Run `batchcls` with the arguments of the process; the process ends with the exit code of the job."""
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help", "help"):
+    if name in (*_HELP_FLAGS, "help"):
         sys.stdout.write(_HELP)
-    elif name in ("-V", "--version"):
-        sys.stdout.write(f"batchcls {__version__}\n")
+    elif name in _VERSION_FLAGS:
+        sys.stdout.write(_VERSION)
     elif name == "completion":
         sys.exit(_completion(arguments))
     elif name in JOBS:
@@ -103,6 +117,10 @@ def commands_of(job: str) -> Sequence["Command[Any]"]:
 
 def _completion(arguments: Sequence[str]) -> int:
     """Print the completion script of a shell and return the exit code."""
+    if arguments and arguments[0] in (*_HELP_FLAGS, *_VERSION_FLAGS):
+        sys.stdout.write(_COMPLETION_HELP if arguments[0] in _HELP_FLAGS else _VERSION)
+        return 0
+
     from batchcls.cli.completion import completion_script
 
     if len(arguments) != 1 or arguments[0] not in SHELLS:
@@ -112,11 +130,9 @@ def _completion(arguments: Sequence[str]) -> int:
 
 
 def _unknown(name: str) -> int:
-    import difflib
+    from batchcls.cli.arguments import suggestion
 
-    close = difflib.get_close_matches(name, [*JOBS, "completion"], n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return _fail(f"unknown command {name}{hint}; see batchcls --help")
+    return _fail(f"unknown command {name}{suggestion(name, [*JOBS, 'completion'])}; see batchcls --help")
 
 
 def _fail(message: str) -> int:
@@ -129,3 +145,7 @@ def _fail(message: str) -> int:
     set_up_logging(messages_console())
     logging.getLogger("batchcls").error("%s", message)
     return ExitCode.BAD_INPUT
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Layers from the top down; a package imports from itself and from layers below it.
 LAYERS = (
+    ("__main__",),
     ("cli.main",),
     ("api", "jobs"),
     ("pipeline", "training"),

@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "batchcls"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-TOP_LEVEL = {"api", "errors", "hardware", "preprocessing", "ray_runtime", "resources", "schema"}
+TOP_LEVEL = {"__main__", "api", "errors", "hardware", "preprocessing", "ray_runtime", "resources", "schema"}
 
 # Words of earlier versions and British spellings, each with what is written instead.
 FORBIDDEN = {

@@ -90,6 +90,42 @@ def test_an_unknown_setting_in_a_file_suggests_the_right_one(tmp_path: Path):
         parse([*REQUIRED, "--config", str(file)])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modle", "x"], "unrecognized argument --modle; did you mean --model?; see prog --help"),
+        (["--modle=secret"], "unrecognized argument --modle; did you mean --model?; see prog --help"),
+        (
+            ["--modle", "x", "--tpo-k", "3"],
+            "did you mean --model?; unrecognized argument --tpo-k; did you mean --top-k?",
+        ),
+        (["--zzzzzz"], "unrecognized argument --zzzzzz; see prog --help"),
+        (["catalog.parquet"], "unrecognized argument catalog.parquet; see prog --help"),
+    ],
+)
+def test_an_unknown_flag_suggests_the_closest(arguments: list[str], message: str):
+    with pytest.raises(InputError) as caught:
+        parse([*REQUIRED, *arguments])
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("{notfound = 0.002}", "unknown key notfound; did you mean not_found?"),
+        ("{zzzzzz = 0.002}", "unknown key zzzzzz; it should be 'null_id', "),
+        ("{not_found = 2}", "not_found should be less than or equal to 1"),
+    ],
+)
+def test_error_of_a_table_names_its_key(tmp_path: Path, table: str, message: str):
+    file = tmp_path / "job.toml"
+    file.write_text(f"[gates]\nmax_failed_fraction_by_reason = {table}\n")
+    with pytest.raises(InputError) as caught:
+        parse([*REQUIRED, "--config", str(file)])
+    assert str(caught.value).startswith(f"--gate-max-failed-fraction-by-reason: {message}")
+
+
 def test_recorded_settings_contain_no_secrets():
     options = {"key": "AKIASECRET", "secret": "s3cr3t", "endpoint_url": "http://store:9000"}
     config = parse(

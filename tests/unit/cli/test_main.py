@@ -62,6 +62,37 @@ def test_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().out == f"batchcls {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [[], ["completion"], *([job] for job in module.JOBS), ["runs", "list"], ["bundle", "create"]],
+    ids=" ".join,
+)
+def test_every_command_accepts_the_flags_for_help_and_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+):
+    # The real `app.main` ends the process.
+    monkeypatch.setattr("batchcls.cli.app.main", run)
+    texts = {}
+    for flag in ("--help", "-h", "--help-all", "--version"):
+        assert call(monkeypatch, *words, flag) == 0
+        texts[flag] = capsys.readouterr().out
+    assert texts["--help"] == texts["-h"]
+    assert texts["--help"].startswith(" ".join(["usage: batchcls", *words]))
+    if words == ["classify"]:
+        assert "--help-all" in texts["--help"]
+        assert len(texts["--help-all"]) > len(texts["--help"])
+    else:
+        assert texts["--help-all"] == texts["--help"]
+    assert texts["--version"] == f"batchcls {__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["batchcls", "batchcls.cli.main"])
+def test_the_package_can_be_run_as_a_module(name: str):
+    command = [sys.executable, "-m", name, "--version"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"batchcls {__version__}\n"), done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(flag: str):
     code = (
@@ -83,6 +114,15 @@ def test_unknown_command_suggests_the_closest(
     error = capsys.readouterr().err
     assert "unknown command clasify; did you mean classify?" in error
     assert len(error.splitlines()) == 1
+
+
+def test_an_unknown_subcommand_suggests_the_closest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("batchcls.cli.app.main", lambda *arguments: sys.exit(run(*arguments)))
+    assert call(monkeypatch, "runs", "shwo") == ExitCode.BAD_INPUT
+    error = capsys.readouterr().err
+    assert "unknown command shwo; did you mean show?; see batchcls runs --help" in " ".join(error.split())
 
 
 def test_console_script_points_to_main():
