@@ -84,7 +84,7 @@ _EXIT_CODES = {
     ),
     ExitCode.PUBLISH_REFUSED: (
         "Committed, but not published: a gate failed, or a run that started later is published.",
-        "The previous run. Read `report.html`, then `runs publish RUN_ID --force` or fix the cause.",
+        "The previous run. Read `report.html`, then `batchcls runs publish RUN_ID --force` or fix the cause.",
     ),
     ExitCode.BUDGET_EXCEEDED: (
         "Stopped: error budget exceeded, storage or an input failed mid-run, the lease was lost, or Ray did not start.",

@@ -111,8 +111,8 @@ def report(output: Path, seconds: float) -> None:
     CONSOLE.print(quarantine(run))
     CONSOLE.print("To classify your own images:")
     for line in (
-        "python -m batchcls.jobs.manifest from-folder PHOTOS --output catalog.parquet",
-        f"python -m batchcls.jobs.classify --manifest catalog.parquet --model {output / 'bundle'} --output out",
+        "batchcls manifest from-folder PHOTOS --output catalog.parquet",
+        f"batchcls classify --manifest catalog.parquet --model {output / 'bundle'} --output out",
     ):
         CONSOLE.print(f"  {line}", style="bold")
 

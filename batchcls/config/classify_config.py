@@ -38,7 +38,7 @@ class ClassifyConfig(PipelineSettings, ClusterSettings, FailureBudgetSettings, G
     model: ModelAddress = Field(
         json_schema_extra=essential(MODEL),
         min_length=1,
-        description="Folder of a bundle (local or s3://), name from the zoo (`bundle zoo`), timm:NAME or "
+        description="Folder of a bundle (local or s3://), name from the zoo (`batchcls bundle zoo`), timm:NAME or "
         "torchvision:NAME; a name can include a weights tag, as in resnet50.IMAGENET1K_V1.",
     )
     weights: Address | None = Field(
@@ -68,8 +68,8 @@ class ClassifyConfig(PipelineSettings, ClusterSettings, FailureBudgetSettings, G
         json_schema_extra=MODEL,
         default=None,
         pattern=r"^[0-9a-f]{12,64}$",
-        description="First digits of the required model fingerprint (`bundle inspect`); pins a nightly run to one "
-        "model.",
+        description="First digits of the required model fingerprint (`batchcls bundle inspect`); pins a nightly run to "
+        "one model.",
     )
     allow_random_weights: bool = Field(
         json_schema_extra=MODEL,

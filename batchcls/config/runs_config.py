@@ -90,7 +90,9 @@ class RunsPruneConfig(RunsConfig):
         description="Keep runs that were published or started within this time, because readers or jobs may still use "
         "them.",
     )
-    keep_previous: bool = Field(default=True, description="Keep the run that `runs rollback` would publish.")
+    keep_previous: bool = Field(
+        default=True, description="Keep the run that `batchcls runs rollback` would publish."
+    )
     yes: bool = Field(default=False, description="Delete the runs.")
 
     @model_validator(mode="after")

@@ -40,7 +40,7 @@ class Abstention:
         if calibration is None:
             raise InputError(
                 "--abstain: the bundle has no thresholds; create a bundle with thresholds with "
-                "`python -m batchcls.jobs.evaluate --model BUNDLE --manifest LABELED --write-bundle NEW_BUNDLE`, and "
+                "`batchcls evaluate --model BUNDLE --manifest LABELED --write-bundle NEW_BUNDLE`, and "
                 "classify with it"
             )
         depths = calibration.depth_thresholds

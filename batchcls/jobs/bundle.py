@@ -171,7 +171,7 @@ def zoo(config: BundleZooConfig, console: Console) -> ExitCode:
     if config.name is None:
         out.print(zoo_table(zoo_records()))
         out.print(
-            "top-1: accuracy of the default weights on ImageNet-1k; `bundle zoo NAME` lists all weights"
+            "top-1: accuracy of the default weights on ImageNet-1k; `batchcls bundle zoo NAME` lists all weights"
         )
         return ExitCode.DONE
     record = find_record(config.name)

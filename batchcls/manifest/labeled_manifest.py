@@ -115,7 +115,7 @@ def open_labeled_manifest(
         raise InputError(
             f"--label-column {label_column} is missing: {redact_uri(manifest.files[0].uri)} has no column "
             f"{label_column}; it has {manifest.column_names}; name the column with the true class names with "
-            "--label-column, or create a manifest from folders with `python -m batchcls.jobs.manifest from-folder "
+            "--label-column, or create a manifest from folders with `batchcls manifest from-folder "
             "--labels-from-folders`"
         )
     return with_text_labels(manifest)

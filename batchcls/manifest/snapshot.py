@@ -208,7 +208,7 @@ def _find_files(uri: str, storage: Storage) -> DataFiles:
         )
         raise InputError(
             f"no Parquet files at {location}{f' but {skipped}' if skipped else ''}{others}; create a manifest from "
-            "images with `python -m batchcls.jobs.manifest from-folder`"
+            "images with `batchcls manifest from-folder`"
         )
     if skipped:
         _logger.warning("manifest %s: skipping %s", location, skipped)

@@ -132,7 +132,8 @@ def _check_or_find_labels(loaded: _LoadedModel, labels: Labels | None) -> Labels
     if len(labels) != loaded.classes:
         raise InputError(
             f"--labels has {len(labels)} names, but the weights of {loaded.spec} have {loaded.classes} classes; pass "
-            "the labels of these weights, or --new-head to train a new classifier for these labels (`bundle create`)"
+            "the labels of these weights, or --new-head to train a new classifier for these labels "
+            "(`batchcls bundle create`)"
         )
     return labels
 

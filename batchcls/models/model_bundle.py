@@ -284,7 +284,7 @@ class Bundle:
                     ) from None
                 raise InputError(
                     f"{redact_uri(uri)} is not a bundle: it contains no {CONFIG_FILE}; --model is a folder created "
-                    "by `python -m batchcls.jobs.bundle create`, timm:NAME or torchvision:NAME"
+                    "by `batchcls bundle create`, timm:NAME or torchvision:NAME"
                 ) from None
         return _parse_config(record, redact_uri(record_uri))
 

@@ -69,7 +69,7 @@ def suggest_names(name: str) -> str:
         if match not in close
     ]
     if not close:
-        return "; use a name of `python -m batchcls.jobs.bundle zoo`, timm:NAME or torchvision:NAME"
+        return "; use a name of `batchcls bundle zoo`, timm:NAME or torchvision:NAME"
     return f"; did you mean {', '.join(close)}?"
 
 

@@ -201,7 +201,7 @@ def report_after_run(
         return write_run_report(output, run_id, storage, before=before, storage_options=storage_options)
     except Exception as error:  # noqa: BLE001 - the run is committed already, and a page must not fail it
         _logger.warning(
-            "no report was written for run %s (%s: %s); write it with `python -m batchcls.jobs.runs report`",
+            "no report was written for run %s (%s: %s); write it with `batchcls runs report`",
             run_id,
             type(error).__name__,
             error,

@@ -39,4 +39,6 @@ def connect(memory_mib: int = MEMORY_MIB) -> Iterator[duckdb.DuckDBPyConnection]
         except (duckdb.InvalidInputException, duckdb.IOException) as error:
             # If Arrow reads through a Python file system, DuckDB's message contains the complete traceback.
             cause = last_exception_line(str(error)) or error
-            raise InputError(f"a file of the run cannot be read: {cause}; see `runs verify`") from None
+            raise InputError(
+                f"a file of the run cannot be read: {cause}; see `batchcls runs verify`"
+            ) from None

@@ -51,7 +51,8 @@ class ListedRun:
         created: time of the commit or of the start, in UTC; None if it is not recorded.
         record: of a committed run, else None.
         detail: the defect of a damaged run.
-        is_leftover: `runs prune` has started to remove it, according to removal.json or to its remaining lease.
+        is_leftover: `batchcls runs prune` has started to remove it, according to removal.json or to its remaining
+            lease.
     """
 
     run_id: str
@@ -72,7 +73,9 @@ def read_record(output: str, run_id: str, storage: Storage) -> RunRecord:
     folder = run_folder(output, run_id)
     data = read_or_none(join(folder, RUN), storage)
     if data is None:
-        raise InputError(f"{redact_uri(folder)}: there is no committed run of this name; see `runs list`")
+        raise InputError(
+            f"{redact_uri(folder)}: there is no committed run of this name; see `batchcls runs list --output OUTPUT`"
+        )
     return parse_record(output, run_id, data)
 
 
@@ -131,7 +134,8 @@ def parse_current(output: str, data: bytes) -> CurrentRecord:
         raise InputError(f"{redact_uri(uri)}: {error}") from None
     except DocumentError as error:
         raise DamagedRunError(
-            f"{redact_uri(uri)} is damaged ({error}); replace it by publishing a run (`runs publish RUN --force`)"
+            f"{redact_uri(uri)} is damaged ({error}); replace it by publishing a run "
+            "(`batchcls runs publish RUN --force`)"
         ) from None
 
 
@@ -256,7 +260,7 @@ def open_files(folder: str, files: Sequence[RunFile], kind: Kind, storage: Stora
             return ds.dataset(paths, schema=schema, filesystem=filesystem, format="parquet")
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise DamagedRunError(
-                f"{redact_uri(first)} is damaged ({one_line(error)}); see `runs verify`"
+                f"{redact_uri(first)} is damaged ({one_line(error)}); see `batchcls runs verify`"
             ) from None
 
 
@@ -273,7 +277,7 @@ def read_columns(dataset: ds.Dataset, columns: Sequence[str]) -> pa.RecordBatchR
         )
     except (pa.ArrowInvalid, KeyError) as error:
         raise DamagedRunError(
-            f"the run's files lack a column ({one_line(error)}); see `runs verify`"
+            f"the run's files lack a column ({one_line(error)}); see `batchcls runs verify`"
         ) from None
     # `to_reader` holds the GIL while it starts. If a read through a Python file system then fails, both wait for each
     # other (pyarrow 25; one of six attempts hung).

@@ -194,7 +194,7 @@ def publish_if_passed(
         ) from None
     raise PublishRefused(
         f"run {run_id} is committed and not published: other runs were published {_ATTEMPTS} times while its gates "
-        f"were evaluated; publish it manually (`runs publish {run_id}`)"
+        f"were evaluated; publish it manually (`batchcls runs publish {run_id}`)"
     )
 
 
@@ -204,7 +204,8 @@ def _require_passed(run_id: str, decision: GateDecision) -> None:
         raise PublishRefused(
             f"run {run_id} is committed and not published; "
             + "; ".join(f"gate {gate.gate}: {gate.message}" for gate in failed)
-            + f"; inspect it (`runs show {run_id}`, `runs diff`), then `runs publish {run_id} --force` if it is correct"
+            + f"; inspect it (`batchcls runs show {run_id}`, `batchcls runs diff`), then "
+            f"`batchcls runs publish {run_id} --force` if it is correct"
         )
 
 

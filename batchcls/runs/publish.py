@@ -171,8 +171,8 @@ def require_not_older(output: str, run_id: str, published: Published, storage: S
         raise PublishRefused(
             f"run {run_id} is committed and not published: it was started at {started:%Y-%m-%d %H:%M:%S} UTC, before "
             f"run {published.run_id}, which is published and was started at {published_started:%Y-%m-%d %H:%M:%S} UTC "
-            f"from a newer manifest; to publish the older run anyway: `runs rollback`, or `runs publish {run_id} "
-            "--force`"
+            f"from a newer manifest; to publish the older run anyway: `batchcls runs rollback`, or "
+            f"`batchcls runs publish {run_id} --force`"
         )
 
 
@@ -297,6 +297,6 @@ def _published_meanwhile(
 ) -> PublishedMeanwhileError:
     return PublishedMeanwhileError(
         f"{redact_uri(join(output, CURRENT))}: run {now.run_id} was published in the meantime instead of "
-        f"{before.run_id}; run {run_id} is not published; compare both (`runs diff`) and publish the right one "
-        "(`runs publish`)"
+        f"{before.run_id}; run {run_id} is not published; compare both (`batchcls runs diff`) and publish the right "
+        "one (`batchcls runs publish`)"
     )

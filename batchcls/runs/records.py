@@ -289,6 +289,6 @@ class ReaderRequest(Document):
 
 
 class RemovalMark(Document):
-    """removal.json: `runs prune` is about to remove the run, or has removed parts of it."""
+    """removal.json: `batchcls runs prune` is about to remove the run, or has removed parts of it."""
 
     format: Literal["batchcls-removal"] = "batchcls-removal"

@@ -45,14 +45,14 @@ def _named(output: str, run_id: str, fingerprints: Fingerprints, storage: Storag
         is_being_removed = storage.exists(join(run_folder(output, run_id), REMOVAL))
     if is_committed:
         is_published = published_or_damage(output, storage)[0].run_id == run_id
-        remedy = "" if is_published else f", or publish it: `python -m batchcls.jobs.runs publish {run_id}`"
+        remedy = "" if is_published else f", or publish it: `batchcls runs publish {run_id}`"
         raise InputError(
             f"run {run_id} is committed {'and published' if is_published else 'and not published'} in {folder}; "
             f"choose another --run-id or leave it out{remedy}"
         )
     if is_being_removed:
         raise InputError(
-            f"{folder} is being removed by `runs prune`; choose another --run-id or leave it out"
+            f"{folder} is being removed by `batchcls runs prune`; choose another --run-id or leave it out"
         )
     plan = read_plan(output, run_id, storage)
     if plan is None:
@@ -70,7 +70,7 @@ def require_unfinished(output: str, run_id: str, storage: Storage) -> None:
     """Check whether a run whose lease was just acquired can still be resumed.
 
     Raises:
-        LeaseLostError: it was committed by another job or removed by `runs prune` in the meantime.
+        LeaseLostError: it was committed by another job or removed by `batchcls runs prune` in the meantime.
         StorageStoppedError: the store denies access.
     """
     folder = run_folder(output, run_id)

@@ -130,7 +130,7 @@ def _explained(uri: str) -> Iterator[None]:
             yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError) as error:
         raise DamagedRunError(
-            f"{redact_uri(uri)} is damaged ({one_line(error)}); see `runs verify`"
+            f"{redact_uri(uri)} is damaged ({one_line(error)}); see `batchcls runs verify`"
         ) from None
 
 

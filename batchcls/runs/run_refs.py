@@ -20,13 +20,17 @@ def resolve_run(reference: str, output: str, storage: Storage) -> str:
         published = read_published(output, storage)
         found = published.run_id if reference == PUBLISHED else next(iter(published.previous), None)
         if found is None:
-            raise InputError(f"{redact_uri(output)}: there is no {reference} run; see `runs list`")
+            raise InputError(
+                f"{redact_uri(output)}: there is no {reference} run; see `batchcls runs list --output OUTPUT`"
+            )
         return found
     runs = list_runs(output, storage)
     committed = [run.run_id for run in runs if run.state is State.COMMITTED]
     if reference == LATEST:
         if not committed:
-            raise InputError(f"{redact_uri(output)}: no run is committed; see `runs list`")
+            raise InputError(
+                f"{redact_uri(output)}: no run is committed; see `batchcls runs list --output OUTPUT`"
+            )
         return committed[0]
     names = [run.run_id for run in runs]
     if reference in names:
@@ -38,5 +42,7 @@ def resolve_run(reference: str, output: str, storage: Storage) -> str:
             if matches
             else "there is no such run"
         )
-        raise InputError(f"{redact_uri(output)}: {reference!r}: {reason}; see `runs list`")
+        raise InputError(
+            f"{redact_uri(output)}: {reference!r}: {reason}; see `batchcls runs list --output OUTPUT`"
+        )
     return matches[0]

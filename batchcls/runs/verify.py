@@ -54,7 +54,9 @@ def presence_faults(record: RunRecord, storage: Storage) -> list[str]:
         InputError: the store denies access.
     """
     with explain(record.folder):
-        faults = ["its removal has started (`runs prune`)"] if _is_being_removed(record, storage) else []
+        faults = (
+            ["its removal has started (`batchcls runs prune`)"] if _is_being_removed(record, storage) else []
+        )
         sizes = {info.uri: info.size for info in storage.list_files(record.folder, ".parquet")}
     for file in record.files:
         size = sizes.get(join(record.folder, file.path))

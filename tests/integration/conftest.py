@@ -152,7 +152,7 @@ def job(run_job: Callable[..., Outcome], tmp_path: Path) -> Callable[..., Outcom
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """Return a function that runs `bundle create` with its arguments and returns the new folder."""
+    """Return a function that runs `batchcls bundle create` with its arguments and returns the new folder."""
 
     def make(*arguments: str) -> str:
         folder = str(tmp_path_factory.mktemp("bundle") / "model")

@@ -141,3 +141,16 @@ def test_forbidden_words_do_not_occur():
                 line = text.count("\n", 0, match.start())
                 found.append(f"{path.relative_to(REPOSITORY)}:{line}: {match[0]} ({instead})")
     assert found == []
+
+
+def test_messages_name_commands_as_the_user_types_them():
+    """`batchcls runs list`, neither `runs list` nor `python -m batchcls.jobs.runs list`."""
+    commands = "runs|bundle|manifest|classify|compare|evaluate|finetune"
+    wrong = re.compile(rf"`(?:{commands}) [a-z]|python -m batchcls\.jobs\.")
+    found = [
+        f"{path}:{number}"
+        for path in MODULES
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if wrong.search(line) and path != PACKAGE / "cli" / "main.py"
+    ]
+    assert found == []

@@ -165,7 +165,7 @@ def test_an_older_run_is_published_by_force_or_by_a_rollback(output: str, call):
         set_created(output, name, created)
         assert call("publish", name, "--output", output)[0] == 0
     code, printed = call("publish", "old", "--output", output)
-    assert (code, "`runs rollback`, or `runs publish old --force`" in printed) == (3, True)
+    assert (code, "`batchcls runs rollback`, or `batchcls runs publish old --force`" in printed) == (3, True)
     assert call("publish", "new", "--output", output) == (0, "published: new\n")
     assert call("publish", "old", "--output", output, "--force") == (0, "published: old\n")
     assert call("rollback", "--output", output)[0] == 0

@@ -31,5 +31,5 @@ def test_error_while_reading_a_file_is_reported_in_one_line():
         count_rows()
     assert str(raised.value) == (
         "a file of the run cannot be read: OSError: [Errno 121] An error occurred (InternalError); "
-        "see `runs verify`"
+        "see `batchcls runs verify`"
     )

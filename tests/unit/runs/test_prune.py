@@ -1,4 +1,4 @@
-"""`runs prune` keeps foreign folders, links and runs in use, and completes interrupted removals."""
+"""`batchcls runs prune` keeps foreign folders, links and runs in use, and completes interrupted removals."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def prune(capsys: pytest.CaptureFixture[str]) -> Call:
-    """Calls `runs prune` with the options that remove the most."""
+    """Calls `batchcls runs prune` with the options that remove the most."""
 
     def call(output: str, *more: str) -> tuple[int, str]:
         everything = ("--keep", "0", "--grace-hours", "0", "--no-keep-previous")
