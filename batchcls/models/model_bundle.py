@@ -279,7 +279,7 @@ class Bundle:
                 missing = missing_path_message(uri, storage)
                 if missing is not None:
                     raise InputError(
-                        f"{missing}; --model is a folder created by `python -m batchcls.jobs.bundle create`, timm:NAME "
+                        f"{missing}; --model is a folder created by `batchcls bundle create`, timm:NAME "
                         "or torchvision:NAME"
                     ) from None
                 raise InputError(
