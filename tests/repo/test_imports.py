@@ -56,9 +56,13 @@ TORCH_FREE_MODULES = (
     "inference.predictor_config",
     "inference.taxonomy",
     "inference.throughput",
+    "jobs.bundle",
     "jobs.classify",
     "jobs.classify_plan",
     "jobs.classify_run",
+    "jobs.compare",
+    "jobs.evaluate",
+    "jobs.finetune",
     "jobs.manifest",
     "jobs.runs",
     "models.engines.aot_program",
@@ -140,7 +144,18 @@ def test_torch_free_modules_do_not_import_torch():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", ["batchcls", "batchcls.jobs.classify", "batchcls.jobs.runs"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "batchcls",
+        "batchcls.jobs.classify",
+        "batchcls.jobs.runs",
+        "batchcls.jobs.bundle",
+        "batchcls.jobs.compare",
+        "batchcls.jobs.evaluate",
+        "batchcls.jobs.finetune",
+    ],
+)
 def test_help_needs_neither_ray_nor_torch(module: str):
     code = f"import sys, {module}; assert not {{'ray', 'torch'}} & set(sys.modules)"
     result = subprocess.run(

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from batchcls.cli.app import run
-from batchcls.jobs import bundle, finetune
+from batchcls.jobs import bundle, finetune, finetune_run
 from batchcls.models.model_bundle import Bundle
 from batchcls.storage.filesystem import Storage
 from batchcls.training.work_dir import locked_work_dir
@@ -103,7 +103,7 @@ def test_interrupt_names_the_remedy_unless_the_command_restarts(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, function, interrupted)
+    monkeypatch.setattr(finetune_run, function, interrupted)
     assert finetuned(arguments, "--recipe", recipe) == 130
     assert "interrupted; run the same command again to resume\n" in capfd.readouterr().err
     assert finetuned(arguments, "--recipe", recipe, "--restart") == 130

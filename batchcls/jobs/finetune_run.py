@@ -1,0 +1,363 @@
+"""The work of `batchcls finetune`: trains on Ray and writes the bundle."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from batchcls.cli.app import resumes_after_interrupt
+from batchcls.cli.console import results_console, show_progress
+from batchcls.cli.tables import bundle_line
+from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
+from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
+from batchcls.images.load_config import decode_limits, fetch_policy
+from batchcls.manifest.ids import column_batches
+from batchcls.manifest.labeled_manifest import open_labeled_manifest
+from batchcls.manifest.snapshot import Manifest
+from batchcls.models.labels import read_labels
+from batchcls.models.model_bundle import CONFIG_FILE, Bundle
+from batchcls.ray_runtime import node_resources, ray_session
+from batchcls.runs.commit import allowed_fraction
+from batchcls.runs.lease import Lease
+from batchcls.runs.paths import new_run_id
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri
+from batchcls.storage.store_errors import resumable_errors
+from batchcls.training.batch_plan import StepPlan, limit_workers, plan_steps
+from batchcls.training.initial_bundle import open_frozen_bundle
+from batchcls.training.linear_probe.embeddings import EmbeddingSettings
+from batchcls.training.linear_probe.fit import LinearSettings
+from batchcls.training.linear_probe.probe_job import LinearProbeResult, ProbeSettings, linear_probe_bundle
+from batchcls.training.loss import Divergence
+from batchcls.training.node_storage import check_nodes
+from batchcls.training.pixel_cache import PreparedPixels, check_failures, prepare_pixels
+from batchcls.training.ray_train import TrainingDivergedError, TrainingRun, run_training
+from batchcls.training.sampling import LabeledRows
+from batchcls.training.scaling import Workers, plan_workers
+from batchcls.training.train_config import TrainingSettings
+from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, resolve_recipe
+from batchcls.training.trained_bundle import TrainingResult, trained_bundle
+from batchcls.training.training_progress import TrainingProgress
+from batchcls.training.work_dir import (
+    WorkDirRun,
+    digest_of,
+    find_run,
+    finish_run,
+    locked_work_dir,
+    record_run,
+)
+
+NOISE_FILE = "label-noise.parquet"
+
+_logger = logging.getLogger("batchcls.jobs.finetune")
+
+
+def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
+    """Train a classifier on embeddings, which are cached on disk for later calls."""
+    started = time.time()
+    with explain(config.output):
+        exists = storage.exists(join(config.output, CONFIG_FILE))
+    if exists and not config.restart:
+        raise InputError(
+            f"--output {redact_uri(config.output)} already contains a bundle; choose another folder, or pass --restart "
+            "to replace it"
+        )
+    training, validation = (
+        open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
+        for uri in (config.manifest, config.validation)
+    )
+    bundle = open_frozen_bundle(config, storage)
+    _logger.info("frozen backbone: %s", bundle_line(bundle))
+    cores = len(os.sched_getaffinity(0))
+    settings = ProbeSettings(
+        embedding=EmbeddingSettings(fetch=fetch_policy(config), limits=decode_limits(config), threads=cores),
+        linear=LinearSettings(balance=config.class_balance, seed=config.seed, threads=cores),
+        name=new_run_id(),
+        labels=read_labels(config.labels, storage) if config.labels is not None else None,
+    )
+    # The embeddings that were computed are kept. With a bundle in the output, the same command is rejected.
+    with resumes_after_interrupt(lambda: not config.restart):
+        result = linear_probe_bundle(bundle, training, validation, settings, storage)
+    _require_budget(result, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
+    result.bundle.save(config.output, storage)
+    sink = pa.BufferOutputStream()
+    pq.write_table(result.noise, sink)
+    with resumable_errors(config.work_folder):
+        storage.write_atomic(join(config.work_folder, NOISE_FILE), sink.getvalue().to_pybytes())
+    _summarize_probe(config, result, time.time() - started)
+    return ExitCode.DONE
+
+
+def _require_budget(result: LinearProbeResult, rows: int, max_fraction: float) -> None:
+    failed = result.metrics["training_failed"]
+    count = sum(failed.values())
+    if count > max_fraction * rows:
+        reasons = ", ".join(f"{reason}={number}" for reason, number in failed.items())
+        raise BudgetExceeded(
+            f"{count} of {rows} training images cannot be used ({reasons}), more than --max-failed-fraction "
+            f"{max_fraction:g} allows"
+        )
+
+
+def _summarize_probe(config: FinetuneConfig, result: LinearProbeResult, seconds: float) -> None:
+    out = results_console()
+    validation = result.metrics["validation"]
+    out.print(
+        f"{validation['top1']:.2%} top-1 on {validation['predicted']} validation images "
+        f"(top-5 {validation['top5']:.1%}, loss {validation['loss']:.3f}) after {seconds:.0f} s"
+    )
+    out.print(
+        f"labels that may be wrong: {result.metrics['confidently_mislabeled']} of "
+        f"{result.metrics['training_rows']}, the first {result.noise.num_rows} in "
+        f"{redact_uri(join(config.work_folder, NOISE_FILE))}"
+    )
+    out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(result.bundle)}")
+
+
+_MAX_LISTED_ITEMS = 10
+
+
+def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
+    """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
+    storage = Storage(config.storage_options)
+    with locked_work_dir(config.work_folder, storage) as lease:
+        if config.recipe == LINEAR_PROBE:
+            return linear_probe(config, storage)
+        with resumes_after_interrupt(lambda: not config.restart):
+            return _train(config, lease, console)
+
+
+def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
+    started, recipe = time.time(), resolve_recipe(config)
+    with ThreadPoolExecutor(1) as executor:
+        opening_inputs = executor.submit(open_inputs, config, recipe)
+        with ray_session(config.ray_address):
+            inputs = opening_inputs.result()
+            result_settings = inputs.result_settings(config)
+            if _is_done(config, digest_of(result_settings), inputs.storage):
+                return ExitCode.DONE
+            work_dir_run, plan, workers = _begin(config, inputs, result_settings)
+            pixels = _prepare(config, inputs, lease, console)
+            settings = _settings(config, inputs, pixels, workers, plan)
+            rows = len(settings.training.rows)
+            workers = limit_workers(config, workers, plan, rows, inputs.min_micro_batch_size)
+            run = TrainingRun(work_dir_run.run_id, inputs.storage, lease, console)
+            try:
+                trained = run_training(config, settings, inputs.initial_bundle, pixels, workers, run)
+            except TrainingDivergedError as error:
+                raise _divergence_error(error.divergence, inputs) from None
+    lineage = {
+        "digest": digest_of(result_settings),
+        "decides": dict(result_settings),
+        "config": config.redacted(),
+        "left_out": {"training": len(pixels[0].failed), "validation": len(pixels[1].failed)},
+        "workers": str(workers),
+        "plan": asdict(plan),
+    }
+    bundle = trained_bundle(inputs.initial_bundle, trained, work_dir_run.run_id, lineage)
+    lease.confirm()
+    bundle.save(config.output, inputs.storage)
+    finish_run(config.work_folder, inputs.storage)
+    if not config.keep_pixels:
+        _remove(join(config.work_folder, "pixels"), inputs.storage)
+    _summarize(config, bundle, trained, time.time() - started)
+    return ExitCode.DONE
+
+
+def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
+    """Return the size of the prepared pixels of both manifests. Raises InputError if it exceeds the limit."""
+    both = (inputs.training, inputs.validation)
+    needed = sum(part.manifest.rows * int(np.prod(part.load.preprocessing.shape)) for part in both)
+    if needed > config.max_pixels_gib * 2**30:
+        raise InputError(
+            f"the prepared pixels need {needed / 2**30:.0f} GiB in {redact_uri(config.work_folder)}, more than "
+            f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer images"
+        )
+    _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.work_folder))
+    return needed
+
+
+def _begin(
+    config: FinetuneConfig, inputs: TrainingInputs, result_settings: Mapping[str, Any]
+) -> tuple[WorkDirRun, StepPlan, Workers]:
+    """Validate everything that can be rejected before pixels are prepared, then record the run."""
+    rows, needed = len(inputs.training.labeled_rows()), inputs.min_micro_batch_size
+    work_dir_run = find_run(config.work_folder, result_settings, inputs.storage, restart=config.restart)
+    workers = plan_workers(config, node_resources(), config.batch_size or inputs.recipe.batch_size)
+    plan = work_dir_run.plan or plan_steps(config, inputs.recipe, workers, rows, needed)
+    workers = limit_workers(config, workers, plan, rows, needed)
+    check_nodes(config.work_folder, work_dir_run.run_id, _pixel_bytes(config, inputs), inputs.storage)
+    record_run(config.work_folder, work_dir_run, result_settings, plan, inputs.storage)
+    verb = "resuming" if work_dir_run.is_resumed else "starting"
+    _logger.info("%s run %s in %s", verb, work_dir_run.run_id, redact_uri(config.work_folder))
+    _logger.info("%s, initial weights: %s", workers, bundle_line(inputs.initial_bundle))
+    return work_dir_run, plan, workers
+
+
+def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
+    """Whether the output folder already contains the result of this command.
+
+    Raises:
+        InputError: it contains another bundle.
+    """
+    with explain(config.output):
+        exists = storage.exists(join(config.output, CONFIG_FILE))
+    if not exists or config.restart:
+        return False
+    bundle = Bundle.load(config.output, storage)
+    if bundle.config.lineage.get("digest") != digest:
+        raise InputError(
+            f"--output {redact_uri(config.output)} already contains another bundle ({bundle.config.weights.name}); "
+            "choose another folder, or pass --restart to replace it"
+        )
+    _logger.info(
+        "already trained by run %s: %s; pass --restart to train again",
+        bundle.config.lineage["run_id"],
+        bundle_line(bundle),
+    )
+    finish_run(config.work_folder, storage)
+    return True
+
+
+def _prepare(
+    config: FinetuneConfig, inputs: TrainingInputs, lease: Lease, console: Console
+) -> tuple[PreparedPixels, PreparedPixels]:
+    """Prepare the pixels of both manifests. Raises BudgetExceeded if too many images fail."""
+    progress = TrainingProgress()
+
+    def prepared(part: TrainingManifest, before: int) -> PreparedPixels:
+        def on_progress(done: int) -> None:
+            lease.check()
+            progress.rows = before + done
+
+        return prepare_pixels(
+            part.manifest, part.invalid_ids, part.load, config.work_folder, inputs.storage, on_progress
+        )
+
+    rows = inputs.training.manifest.rows + inputs.validation.manifest.rows
+    with show_progress(lambda: progress, rows, console, config.log_interval_seconds, "prepare"):
+        training = prepared(inputs.training, 0)
+        validation = prepared(inputs.validation, inputs.training.manifest.rows)
+    max_failed_fraction = config.max_failed_fraction
+    for which, pixels, part in (
+        ("training", training, inputs.training),
+        ("validation", validation, inputs.validation),
+    ):
+        rows = part.manifest.rows
+        check_failures(which, pixels, rows, allowed_fraction(max_failed_fraction, rows))
+    return training, validation
+
+
+def _settings(
+    config: FinetuneConfig,
+    inputs: TrainingInputs,
+    pixels: tuple[PreparedPixels, PreparedPixels],
+    workers: Workers,
+    plan: StepPlan,
+) -> TrainingSettings:
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if workers.use_gpu else "fp32"
+    start = inputs.initial_bundle.config
+    return TrainingSettings(
+        recipe=plan.applied_to(inputs.recipe, config),
+        preprocessing=start.preprocessing,
+        classes=len(start.labels),
+        trainable=start.trainable,
+        training=_rows_of(inputs.training, pixels[0], "training"),
+        validation=_rows_of(inputs.validation, pixels[1], "validation"),
+        balance=config.class_balance,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        precision=precision,
+        loader_processes=workers.loader_processes,
+        min_step_size=plan.min_step_size,
+        min_micro_batch_size=inputs.min_micro_batch_size,
+    )
+
+
+def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> LabeledRows:
+    rows = labeled.labeled_rows()
+    rows = rows[pixels.has_image(rows)]
+    if len(rows) == 0:
+        raise InputError(f"no {which} row has both a label and a readable image; check the manifest")
+    return LabeledRows(rows, labeled.classes[rows])
+
+
+def _divergence_error(divergence: Divergence, inputs: TrainingInputs) -> BatchclsError:
+    ids = _item_ids(inputs.training.manifest, divergence.rows[:_MAX_LISTED_ITEMS], inputs.storage)
+    more = (
+        f" and {len(divergence.rows) - _MAX_LISTED_ITEMS} more"
+        if len(divergence.rows) > _MAX_LISTED_ITEMS
+        else ""
+    )
+    what = (
+        "the gradient is not finite, but all losses are"
+        if divergence.loss_is_finite
+        else "the loss is not finite"
+    )
+    return BatchclsError(
+        f"training diverged in step {divergence.step} of epoch {divergence.epoch}: {what}, items "
+        f"{', '.join(ids)}{more}; check these images, or reduce --learning-rate and --head-learning-rate"
+    )
+
+
+def _item_ids(manifest: Manifest, rows: tuple[int, ...], storage: Storage) -> list[str]:
+    found = []
+    for numbers, values in column_batches(manifest, manifest.columns.item_id, storage):
+        first = int(numbers[0]) if len(numbers) else 0
+        found += [str(values[row - first]) for row in rows if first <= row < first + len(numbers)]
+    return found
+
+
+def _remove(folder: str, storage: Storage) -> None:
+    with explain(folder):
+        filesystem, path = storage.filesystem(folder)
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+
+
+def _summarize(config: FinetuneConfig, bundle: Bundle, trained: TrainingResult, seconds: float) -> None:
+    out = results_console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "epoch",
+        "crop",
+        "loss",
+        "training",
+        "validation",
+        "top-5",
+        "validation loss",
+        "images/s",
+        "s",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in trained.history:
+        table.add_row(
+            str(record["epoch"]),
+            "{}x{}".format(*record["crop_pixels"]),
+            f"{record['loss']:.3f}",
+            f"{record['top1']:.1%}",
+            f"{record['validation_top1']:.2%}",
+            f"{record['validation_top5']:.1%}",
+            f"{record['validation_loss']:.3f}",
+            f"{record['images_per_second']:.1f}",
+            f"{record['seconds'] + record['validation_seconds']:.0f}",
+        )
+    out.print(table)
+    training = sum(record["seconds"] + record["validation_seconds"] for record in trained.history)
+    last = trained.history[-1]
+    out.print(
+        f"{last['validation_top1']:.2%} top-1 on {last['validation_rows']} validation images after {training:.0f} s "
+        f"of training ({seconds:.0f} s in total)"
+    )
+    out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(bundle)}")
+    out.print(f"curves: tensorboard --logdir {redact_uri(join(config.work_folder, 'curves'))}")
