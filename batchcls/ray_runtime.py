@@ -55,6 +55,7 @@ WORKER_RUNTIME_ENV = {"env_vars": WORKER_VARIABLES | MALLOC_VARIABLES}
 
 
 _CONNECT_SECONDS = 5.0
+_HOLD_SECONDS = 86_400.0
 _POLL_SECONDS = 3.0  # a list of all nodes is larger than the other messages to the head of the cluster
 
 
@@ -323,13 +324,14 @@ def _is_started_here() -> bool:
 
 
 def _request(bundle: Mapping[str, float], count: int) -> list[Any]:
-    """Submit tasks that need these resources and do nothing.
+    """Submit tasks that hold these resources until they are canceled.
 
-    A cluster's autoscaler adds nodes for pending tasks. Ray drops the tasks when the job ends, also when the driver is
-    killed; demand by `ray.autoscaler.sdk.request_resources` would outlive it.
+    A cluster's autoscaler adds nodes for pending tasks; those that run hold their resources, so that the others stay
+    pending. Ray drops the tasks when the job ends, also when the driver is killed; demand by
+    `ray.autoscaler.sdk.request_resources` would outlive it.
     """
     task = ray.remote(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), max_retries=0)(_call)
-    return [task.options(name="capacity request").remote(dict) for _ in range(count)]
+    return [task.options(name="capacity request").remote(time.sleep, _HOLD_SECONDS) for _ in range(count)]
 
 
 _NATIVE_LOG_LINE = re.compile(rb"\[\d{4}-\d\d-\d\d [\d:,]+ [A-Z] \d+ \d+\] .*\.cc:\d+:.*\n")

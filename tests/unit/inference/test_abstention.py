@@ -143,7 +143,7 @@ def test_columns_of_abstention_are_optional_and_reserved():
 
 
 def test_bundle_without_thresholds_is_rejected_with_remedy():
-    with pytest.raises(InputError, match=r"jobs\.evaluate .*--write-bundle"):
+    with pytest.raises(InputError, match=r"batchcls evaluate .*--write-bundle"):
         Abstention.from_bundle(config())
 
 
