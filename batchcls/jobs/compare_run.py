@@ -25,7 +25,7 @@ from batchcls.comparison.results import Results
 from batchcls.comparison.runner import ComparisonInputs, Reference, Skipped, measure_candidates, open_inputs
 from batchcls.comparison.sample_pixels import SamplePixels, load_sample_pixels, pixels_key
 from batchcls.config.compare_config import CompareConfig
-from batchcls.errors import ExitCode, InputError, stop_run_on_input_error
+from batchcls.errors import ExitCode, InputError, InsufficientResourcesError, stop_run_on_input_error
 from batchcls.hardware import Hardware
 from batchcls.models.engines.engine import Device
 from batchcls.preprocessing import Preprocessing
@@ -48,7 +48,8 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
     inputs = open_inputs(config)
     results = Results(config.output, inputs.sample.fingerprint, inputs.storage)
     with ray_session(config.ray_address):
-        environments = wait_for_cluster(lambda: _environments(config), config.wait_for_cluster_seconds)
+        nodes = wait_for_cluster(lambda: _usable_nodes(config), config.wait_for_cluster_seconds)
+        environments = _environments(config, nodes)
         skipped = _measure_all(inputs, environments, results, console)
     summary = _summarize(config, inputs, results, skipped)
     context = PageContext(
@@ -65,12 +66,20 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _environments(config: CompareConfig) -> dict[BenchmarkEnvironment, NodeInfo]:
-    """One node of each hardware configuration, by its benchmark environment."""
+def _usable_nodes(config: CompareConfig) -> list[NodeInfo]:
+    """The nodes with the requested device. Raises InsufficientResourcesError if there is none."""
     nodes = [node for node in worker_nodes() if config.device != "cuda" or node.gpus >= 1]
     if not nodes:
         needed = "a GPU" if config.device == "cuda" else "a CPU for tasks"
-        raise InputError(f"the cluster has no node with {needed}; add one, or choose another --device")
+        raise InsufficientResourcesError(
+            f"the cluster has no node with {needed}; add one, or choose another --device",
+            {"GPU": 1} if config.device == "cuda" else {"CPU": 1},
+        )
+    return nodes
+
+
+def _environments(config: CompareConfig, nodes: Sequence[NodeInfo]) -> dict[BenchmarkEnvironment, NodeInfo]:
+    """One node of each hardware configuration, by its benchmark environment."""
     detected = run_exclusive_on_all(nodes, Hardware.detect, config.wait_for_cluster_seconds)
     environments: dict[BenchmarkEnvironment, NodeInfo] = {}
     for node, hardware in zip(nodes, detected, strict=True):

@@ -6,7 +6,7 @@ processed again without them.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -34,91 +34,56 @@ def rejected_rows(
     }
 
 
-class CrashIsolator:
-    """Finds the rows that crash worker processes, in tasks that run in parallel with the pipeline.
-
-    A process works on two fragments, so a crash hits a harmless fragment together with the one that caused it.
-    Fragments without crashing rows are therefore held back until all isolation tasks have finished: if none of
-    them found a crashing row, the cause is not an image.
-    """
-
-    def __init__(self, spec: PipelineSpec) -> None:
-        self._spec = spec
-        self._load = ray.put(spec.worker.load)
-        self._calls: dict[Any, Fragment] = {}
-        self._harmless: list[Fragment] = []
-        self._cleaned: list[Fragment] = []
-        self.crashing_rows: dict[int, Failure] = {}
-        """Rows that are known to crash their process, by row number."""
-
-    @property
-    def pending(self) -> Sequence[Any]:
-        """References of the unfinished isolation tasks, for `ray.wait`."""
-        return list(self._calls)
-
-    @property
-    def max_retries(self) -> int:
-        """Crashes of a fragment before it is isolated: none once a crashing image was found in this run."""
-        return 0 if self.crashing_rows else MAX_RETRIES
-
-    def isolate(self, fragment: Fragment) -> None:
-        """Start a task that decodes the rows of a fragment individually."""
-        first, last = fragment.first_row, fragment.stop - 1
-        _logger.warning(
-            "worker processes crashed on rows %d to %d; decoding them individually in isolation", first, last
-        )
-        # The task reserves no CPU, because the actors hold all of them; the CPU of the crashed process is idle.
-        task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_isolate_fragment)
-        rejected = rejected_rows(self._spec, self.crashing_rows, fragment)
-        self._calls[task.remote([self._load], fragment, rejected)] = fragment
-
-    def collect(self, call: Any) -> list[Fragment]:
-        """Receive the result of a finished isolation task.
-
-        Returns:
-            Fragments to process again.
-
-        Raises:
-            BatchclsError: the isolation task failed, or no image explains the crashes.
-        """
-        fragment = self._calls.pop(call)
-        try:
-            found: dict[int, Failure] = ray.get(call)
-        except ray.exceptions.RayError as error:
-            raise BatchclsError(f"the pipeline failed: {root_cause(error)}") from error
-        for row, failure in found.items():
-            _logger.warning("row %d: %s; quarantined as %s", row, failure.detail, failure.reason)
-        self.crashing_rows |= found
-        (self._cleaned if found else self._harmless).append(fragment)
-        if self._calls:
-            return []
-        harmless, cleaned = self._harmless, self._cleaned
-        self._harmless, self._cleaned = [], []
-        if not cleaned:
-            raise _unexplained_crashes(harmless)
-        return [*cleaned, *harmless]
-
-
 def isolate_fragments(
-    spec: PipelineSpec, fragments: Iterable[Fragment], on_wait: Callable[[], None]
+    spec: PipelineSpec,
+    fragments: Iterable[Fragment],
+    known: Mapping[int, Failure],
+    on_wait: Callable[[], None],
 ) -> dict[int, Failure]:
     """Decode the rows of several fragments in isolation and wait for the result, calling `on_wait` meanwhile.
 
+    A process works on two fragments, so a crash hits a harmless fragment together with the one that caused it. If none
+    of them has a crashing row, the cause is not an image.
+
+    Args:
+        spec: of the pipeline.
+        fragments: on which processes crashed.
+        known: rows that were found before; the process crashed without them, so they do not explain it.
+        on_wait: called about once a second; what it raises ends the isolation.
+
     Returns:
-        The rows that crash their process, by row number.
+        The other rows that crash their process, by row number.
 
     Raises:
         BatchclsError: an isolation task failed, or no image explains the crashes.
     """
-    isolator = CrashIsolator(spec)
+    load = ray.put(spec.worker.load)
+    # The task reserves no CPU, because the actors hold all of them; the CPU of the crashed process is idle.
+    task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_isolate_fragment)
+    calls: dict[Any, Fragment] = {}
     for fragment in fragments:
-        isolator.isolate(fragment)
-    while isolator.pending:
-        finished, _ = ray.wait(isolator.pending, timeout=1.0)
+        _logger.warning(
+            "worker processes crashed on rows %d to %d; decoding them individually in isolation",
+            fragment.first_row,
+            fragment.stop - 1,
+        )
+        calls[task.remote([load], fragment, rejected_rows(spec, known, fragment))] = fragment
+    crashing_rows: dict[int, Failure] = {}
+    pending = list(calls)
+    while pending:
+        finished, pending = ray.wait(pending, timeout=1.0)
         on_wait()
         for call in finished:
-            isolator.collect(call)
-    return isolator.crashing_rows
+            try:
+                found: dict[int, Failure] = ray.get(call)
+            except ray.exceptions.RayError as error:
+                raise BatchclsError(f"the pipeline failed: {root_cause(error)}") from error
+            for row, failure in found.items():
+                _logger.warning("row %d: %s; quarantined as %s", row, failure.detail, failure.reason)
+            crashing_rows |= found
+    if not crashing_rows:
+        raise _unexplained_crashes(calls.values())
+    return crashing_rows
 
 
 def _unexplained_crashes(fragments: Iterable[Fragment]) -> BatchclsError:

@@ -1,10 +1,16 @@
 """The progress of a run, and the actor that aggregates it from the reports of the Ray Data graph's workers."""
 
+import resource
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
 
 from batchcls.runs.parts import Receipt
+from batchcls.schema import ROW
 
 
 class StopRequestedError(Exception):
@@ -98,3 +104,22 @@ class ProgressActor:
         return Progress(
             self._rows, self._failures, Counter(self._engines.values()), self._peak_memory_mib, self._ready_at
         )
+
+
+class BlockReports:
+    """Reports the predicted blocks of a process to the progress actor, without waiting for its replies."""
+
+    def __init__(self, progress_actor: Any) -> None:
+        self._progress_actor = progress_actor
+        self._last: Any = None
+
+    def add(self, block: pa.Table) -> None:
+        """Report a block. Raises StopRequestedError if the driver requested it since the previous block."""
+        failures = Counter(block.column("reason").drop_null().to_pylist())
+        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        first_row = block.column(ROW)[0].as_py()
+        report = self._progress_actor.add_block.remote(first_row, block.num_rows, failures, peak_mib)
+        previous, self._last = self._last, report
+        # The reply to the previous block's report has long arrived, so this does not wait.
+        if previous is not None and not ray.get(previous):
+            raise StopRequestedError

@@ -2,15 +2,13 @@
 
 import os
 import pickle
-import resource
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, WorkerSpec
-from batchcls.pipeline.progress import StopRequestedError
+from batchcls.pipeline.progress import BlockReports
 from batchcls.ray_runtime import WORKER_VARIABLES
 
 if TYPE_CHECKING:
@@ -52,7 +50,7 @@ class FragmentActor:
         fragment, rejected = pickle.loads(batch.column(FRAGMENT)[0].as_py())
         # Wait for the acknowledgement: a process that crashes on the fragment must have registered it before.
         ray.get(self._progress_actor.start_fragment.remote(fragment.first_row, self._node))
-        reports = _BlockReports(self._progress_actor)
+        reports = BlockReports(self._progress_actor)
         for attempt in range(MAX_RETRIES + 1):
             try:
                 receipt = self._worker.process(fragment, rejected, reports.add)
@@ -62,24 +60,3 @@ class FragmentActor:
                     raise
         self._progress_actor.finish_fragment.remote(fragment.first_row)
         return pa.table({RECEIPT: pa.array([pickle.dumps(receipt)], pa.binary())})
-
-
-class _BlockReports:
-    """Reports predicted blocks to the progress actor without waiting for its replies."""
-
-    def __init__(self, progress_actor: Any) -> None:
-        self._progress_actor = progress_actor
-        self._last: Any = None
-
-    def add(self, block: pa.Table) -> None:
-        """Report a block. Raises StopRequestedError if the driver requested it since the previous block."""
-        failures = Counter(block.column("reason").drop_null().to_pylist())
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        first_row = block.column("row")[0].as_py()
-        previous, self._last = (
-            self._last,
-            self._progress_actor.add_block.remote(first_row, block.num_rows, failures, peak_mib),
-        )
-        # The reply to the previous block's report has long arrived, so this does not wait.
-        if previous is not None and not ray.get(previous):
-            raise StopRequestedError

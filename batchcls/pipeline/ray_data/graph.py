@@ -60,7 +60,7 @@ class RayDataGraph(ABC):
 
     @abstractmethod
     def _run(self, fragments: Sequence[tuple[Fragment, dict[int, Failure]]]) -> None:
-        """Process fragments, each with its rows that failed before they are fetched, and call `_add_receipt`."""
+        """Process fragments, each with its rows that failed before they are fetched; add to `_receipts`."""
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
         """Return the progress. Raises Ray's errors when the cluster does not respond in time."""
@@ -137,7 +137,9 @@ class RayDataGraph(ABC):
                 "the pipeline failed: worker processes crashed before they processed a row "
                 f"({root_cause(error.__cause__ or error)}); the node may be out of memory, or something kills them"
             ) from error.__cause__
-        return isolate_fragments(self._spec, fragments, lambda: self._check(self.progress()))
+        return isolate_fragments(
+            self._spec, fragments, self._crashing_rows, lambda: self._check(self.progress())
+        )
 
     def _configure(self) -> None:
         context = DataContext.get_current()
