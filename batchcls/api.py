@@ -39,7 +39,7 @@ class Run:
         run_id: name of the run.
         folder: URI of the run's folder.
         committed: time of the commit, in UTC.
-        counts: rows of the manifest by status: predicted, reused and quarantined (by reason).
+        counts: rows of the manifest by outcome: those with a prediction by its origin, and quarantined ones by reason.
         gates: results of the publish gates.
         published: whether this is the published run of `output`.
         unpublishable: reasons why the run can never be published, such as random weights; empty if it can be.

@@ -45,7 +45,8 @@ _PREDICTIONS = {
     "content_hash": "SHA-256 of the image file, 64 hexadecimal digits.",
     "source_version": "What identified the state of the image for reuse: the manifest's `version`, or size and "
     "modification time or ETag as the store reported them. Null if neither is known.",
-    "origin": "`computed` if this run predicted the row, `reused` if the prediction was copied from an earlier run.",
+    "origin": "`computed` if this run predicted the image, `reused` if the prediction was copied from an earlier "
+    "run, `reheaded` if it was computed from the embedding of an earlier run.",
 }
 
 _QUARANTINE = {

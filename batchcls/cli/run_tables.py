@@ -9,7 +9,7 @@ from batchcls.cli.console import printable
 from batchcls.runs.catalog import ListedRun, State
 from batchcls.runs.diff import CAUSES, STATUSES, RunDiff
 from batchcls.runs.prune import PruneDecision
-from batchcls.runs.records import HISTOGRAM_BINS, RunRecord, Summary
+from batchcls.runs.records import HISTOGRAM_BINS, Counts, RunRecord, Summary
 from batchcls.schema import NO_LABEL_TEXT
 
 _MAX_WIDTH = 60
@@ -57,11 +57,17 @@ def run_facts(record: RunRecord, published: str | None) -> dict[str, object]:
         "committed": f"{record.committed:%Y-%m-%d %H:%M:%S %Z}",
         "manifest": f"{record.manifest.uri or '-'}, {'?' if files is None else files} files",
         "model": f"{record.model.architecture or '-'}, fingerprint {record.model.fingerprint[:12]}",
-        "rows": f"{counts.rows}: {counts.predicted} predicted, {counts.reused} reused, {counts.quarantined} failed",
+        "rows": f"{counts.rows}: {_origins(counts)}, {counts.quarantined} failed",
         "files": f"{len(record.files)}, {sum(file.bytes for file in record.files) / 2**20:.1f} MiB",
         "images/s": "-" if rate is None else f"{rate:.1f}",
         "folder": record.folder,
     }
+
+
+def _origins(counts: Counts) -> str:
+    """Rows with a prediction by origin."""
+    reheaded = f", {counts.reheaded} reheaded" if counts.reheaded else ""
+    return f"{counts.predicted} predicted, {counts.reused} reused{reheaded}"
 
 
 def categories_table(summary: Summary, before: Summary | None = None) -> Table:

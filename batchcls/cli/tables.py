@@ -1,6 +1,5 @@
 """Builds the tables and summary lines that jobs print at the end."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -8,22 +7,26 @@ from rich.table import Table
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.registry import ZooRecord
 from batchcls.runs.bottleneck import Bottleneck
-from batchcls.runs.records import GateResult
+from batchcls.runs.records import Counts, GateResult
 from batchcls.runs.utilization import Resource
 from batchcls.schema import BELOW_THRESHOLD, REASONS, Reason
 
 
-def counts_table(predicted: int, failures: Counter[str], *, reused: int = 0, abstained: int = 0) -> Table:
+def counts_table(counts: Counts) -> Table:
     """Rows by status and reason, each reason with its meaning."""
     table = Table("status", "reason", "rows", "meaning", box=None, pad_edge=False, header_style="bold")
-    table.add_row("predicted", "", str(predicted), "")
-    if reused:
-        table.add_row("reused", "", str(reused), "predictions of an earlier run for the same image and model")
-    if abstained:
+    table.add_row("predicted", "", str(counts.predicted), "")
+    if counts.reused:
         table.add_row(
-            "", BELOW_THRESHOLD, str(abstained), "of these: below the confidence threshold (--abstain)"
+            "reused", "", str(counts.reused), "predictions of an earlier run for the same image and model"
         )
-    for reason, count in failures.most_common():
+    if counts.reheaded:
+        table.add_row("reheaded", "", str(counts.reheaded), "predicted from the embeddings of an earlier run")
+    if counts.abstained:
+        table.add_row(
+            "", BELOW_THRESHOLD, str(counts.abstained), "of these: below the confidence threshold (--abstain)"
+        )
+    for reason, count in counts.quarantined_by_reason.items():
         table.add_row("quarantined", reason, str(count), _meaning(reason))
     return table
 

@@ -68,9 +68,7 @@ def _print_summary(committed: "CommittedRun") -> None:
         rate, achieved = summary.images_per_second, summary.bottleneck.images_per_second_after_start
         out.print(f"{rate:.1f} images/s in the pipeline, {achieved:.1f} after startup")
         out.print(f"advice: {summary.bottleneck.advice}")
-    out.print(
-        counts_table(totals.predicted, totals.failures, reused=totals.reused, abstained=totals.abstained)
-    )
+    out.print(counts_table(totals.counts))
     out.print(f"{totals.rows} rows, {summary.seconds:.1f} s")
     out.print(f"results: {redact_uri(committed.record.folder)}")
 

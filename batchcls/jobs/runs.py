@@ -1,7 +1,6 @@
 """`batchcls runs`: list, show, diff, report, publish, rollback, prune and verify runs."""
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
@@ -76,7 +75,7 @@ def show(config: RunsShowConfig, console: Console) -> ExitCode:
     out = results_console()
     out.print(facts_table(run_facts(record, _published(config, storage).run_id)))
     out.print()
-    out.print(counts_table(counts.predicted, Counter(counts.quarantined_by_reason), reused=counts.reused))
+    out.print(counts_table(counts))
     out.print()
     out.print(gates_table(record.gates) if record.gates else "no gates were evaluated for this run")
     out.print()

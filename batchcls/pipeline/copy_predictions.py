@@ -23,7 +23,7 @@ from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
 from batchcls.pipeline.ray_errors import to_batchcls_error
-from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runs.parts import REUSED, PartWriter, Receipt
 from batchcls.runs.receipts import write_receipt
 from batchcls.runs.reuse import EarlierRows, Positions, ReuseSource, hashes_of, state_keys
 from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, Failure, prediction_fields
@@ -292,7 +292,7 @@ def _write(worker: _CopyWorker, table: pa.Table, positions: npt.NDArray[np.int64
     rows = _read_source(worker, positions, names)
     for name in names:
         table = table.append_column(rows.schema.field(name), rows.column(name))
-    return write_receipt(writer.write_reused(table), writer.folder, writer.storage)
+    return write_receipt(writer.write_predictions(table, REUSED), writer.folder, writer.storage)
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:

@@ -236,6 +236,8 @@ def _headline_numbers(facts: RunFacts) -> list[_RunCard]:
     ]
     if facts.reused:
         cards.append(_RunCard("reused", f"{facts.reused:,}", share(facts.reused, facts.rows)))
+    if facts.reheaded:
+        cards.append(_RunCard("reheaded", f"{facts.reheaded:,}", share(facts.reheaded, facts.rows)))
     previous = f", {share(before.quarantined, before.rows)} before" if before else ""
     cards.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + previous))
     if facts.changes is not None:

@@ -186,7 +186,7 @@ class RunFacts:
         committed: commit time, with a time zone.
         publish_status: whether the run is published, and why.
         gates: gate results in evaluation order.
-        rows, predicted, reused: rows of the manifest, rows predicted by this run, rows reused from an earlier run.
+        rows, predicted, reused, reheaded: rows of the manifest, and rows by origin as in `records.Counts`.
         quarantine_groups: quarantined rows by reason, the most frequent first.
         measurements: of the session that finished the run; without a bottleneck if it computed no row.
         confidence, categories: None if no row has a prediction.
@@ -203,6 +203,7 @@ class RunFacts:
     rows: int
     predicted: int
     reused: int
+    reheaded: int
     quarantine_groups: tuple[QuarantineGroup, ...]
     measurements: Measurements
     confidence: Confidence | None

@@ -65,6 +65,7 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         rows=record.counts.rows,
         predicted=record.counts.predicted,
         reused=record.counts.reused,
+        reheaded=record.counts.reheaded,
         quarantine_groups=quarantine_groups,
         measurements=record.measurements,
         confidence=statistics.confidence,
@@ -90,7 +91,7 @@ def read_plan(record: RunRecord, storage: Storage) -> Plan:
 
 def _publish_status(record: RunRecord, current: str | None) -> PublishStatus:
     counts = record.counts
-    summary = f"{counts.predicted + counts.reused:,} of {counts.rows:,} items have a prediction"
+    summary = f"{counts.with_prediction:,} of {counts.rows:,} items have a prediction"
     failed = [f"{gate.message}." for gate in record.gates if not gate.passed]
     if current == record.run_id:
         if failed:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from batchcls.config.common_config import Auto
 from batchcls.errors import BudgetExceeded, LeaseLostError, ReconciliationError
-from batchcls.runs.parts import NAMED_FAILURES, Receipt
+from batchcls.runs.parts import COMPUTED, NAMED_FAILURES, REHEADED, REUSED, Receipt
 from batchcls.runs.paths import RUN
 from batchcls.runs.plan import Plan
 from batchcls.runs.receipts import balance
@@ -159,13 +159,12 @@ def _remedy(failures: Counter[str]) -> str:
 class Totals:
     """Sums over the receipts of a run.
 
-    `stage_seconds` are busy seconds by stage over all workers; `abstained` are the rows with a prediction but without a
-    label.
+    `origins` are the rows with a prediction by `parts.Origin`; `stage_seconds` are busy seconds by stage over all
+    workers; `abstained` are the rows with a prediction but without a label.
     """
 
     rows: int
-    predicted: int
-    reused: int
+    origins: Counter[str]
     failures: Counter[str]
     stage_seconds: dict[str, float]
     image_bytes: int
@@ -187,8 +186,9 @@ class Totals:
         """The counts for run.json."""
         return Counts(
             rows=self.rows,
-            predicted=self.predicted,
-            reused=self.reused,
+            predicted=self.origins[COMPUTED],
+            reused=self.origins[REUSED],
+            reheaded=self.origins[REHEADED],
             abstained=self.abstained,
             quarantined=self.quarantined,
             quarantined_by_reason=dict(self.failures.most_common()),
@@ -203,20 +203,19 @@ def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
     """
     found = balance((file.ranges for receipt in receipts for file in receipt.files), rows)
     failures: Counter[str] = sum((receipt.failures for receipt in receipts), Counter())
-    predicted = sum(receipt.predicted for receipt in receipts)
-    reused = sum(receipt.reused for receipt in receipts)
+    origins: Counter[str] = sum((receipt.origins for receipt in receipts), Counter())
     in_files = sum(receipt.rows for receipt in receipts)
-    if not found.is_exact or predicted + reused + failures.total() != rows or in_files != rows:
+    if not found.is_exact or origins.total() + failures.total() != rows or in_files != rows:
         raise ReconciliationError(
-            f"the rows do not add up, nothing is committed: {rows} in the manifest, {predicted} predicted, "
-            f"{reused} reused, {failures.total()} in quarantine, {in_files} in files; {found}"
+            f"the rows do not add up, nothing is committed: {rows} in the manifest, "
+            f"{', '.join(f'{count} {origin}' for origin, count in origins.items())}, "
+            f"{failures.total()} in quarantine, {in_files} in files; {found}"
         )
     image_bytes = sum(receipt.image_bytes for receipt in receipts)
     first_failed = sorted(pair for receipt in receipts for pair in receipt.first_failed)[:NAMED_FAILURES]
     return Totals(
         rows=rows,
-        predicted=predicted,
-        reused=reused,
+        origins=origins,
         failures=failures,
         stage_seconds=stage_seconds(receipts),
         image_bytes=image_bytes,

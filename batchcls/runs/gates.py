@@ -100,7 +100,7 @@ def _failed(subject: CandidateRun, limits: Limits) -> list[GateResult]:
 def _coverage(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     counts, given = subject.counts, limits.gates.gate_min_coverage_fraction
     limit = 1 - limits.failed_fraction(subject) if given is None else given
-    value = (counts.predicted + counts.reused) / counts.rows
+    value = counts.with_prediction / counts.rows
     text = f"{value:.2%} of {counts.rows} rows have a prediction"
     return [_result("coverage_fraction", value, "at least", limit, text, percent=True)]
 

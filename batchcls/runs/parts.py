@@ -32,10 +32,12 @@ from batchcls.storage.documents import Count, Document
 from batchcls.storage.filesystem import Storage, join
 from batchcls.storage.store_errors import resumable_errors
 
-Origin = Literal["computed", "reused"]
+Origin = Literal["computed", "reused", "reheaded"]
+"""Whether a prediction was computed from its image, copied from another run, or computed from the embedding of one."""
 
 COMPUTED: Origin = "computed"
 REUSED: Origin = "reused"
+REHEADED: Origin = "reheaded"
 NAMED_FAILURES = 10
 _ROW_GROUP_ROWS = 16_384
 _STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_SECONDS}
@@ -69,7 +71,7 @@ class PartFile(RunFile):
 
     Attributes:
         ranges: numbers of its rows.
-        origin: whether its predictions were computed in this run or copied from another run.
+        origin: where its predictions come from.
         failures: rows by reason; in a quarantine file.
         first_failed: the lowest failed row numbers with their reasons, at most `NAMED_FAILURES`.
         abstained: rows with a prediction but without a label.
@@ -120,14 +122,18 @@ class Receipt(Document):
         return sum(file.rows for file in self.files)
 
     @property
-    def predicted(self) -> int:
-        """Rows whose predictions were computed in this run."""
-        return self._count("predictions", COMPUTED)
+    def origins(self) -> Counter[str]:
+        """Rows with a prediction, by its origin."""
+        counts: Counter[str] = Counter()
+        for file in self.files:
+            if file.kind == "predictions":
+                counts[file.origin] += file.rows
+        return counts
 
     @property
-    def reused(self) -> int:
-        """Rows whose predictions were copied from another run."""
-        return self._count("predictions", REUSED)
+    def predicted(self) -> int:
+        """Rows whose predictions were computed from their images in this run."""
+        return self.origins[COMPUTED]
 
     @property
     def abstained(self) -> int:
@@ -147,9 +153,6 @@ class Receipt(Document):
     def with_seconds(self, stage: str, seconds: float) -> Self:
         """A copy with the busy seconds of one more stage."""
         return self.model_copy(update={"seconds": self.seconds | {stage: max(0.0, seconds)}})
-
-    def _count(self, kind: Kind, origin: Origin) -> int:
-        return sum(file.rows for file in self.files if (file.kind, file.origin) == (kind, origin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,15 +202,15 @@ class PartWriter:
             written_at=time.time(),
         )
 
-    def write_reused(self, table: pa.Table) -> Receipt:
-        """Write rows with predictions of another run: the columns of a predictions file without `origin`.
+    def write_predictions(self, table: pa.Table, origin: Origin) -> Receipt:
+        """Write rows that have the columns of a predictions file except `origin`, as one file.
 
         Raises what `write` raises.
         """
         started = time.thread_time()
         name = f"part-{int(table.column(ROW)[0].as_py()):012d}-{uuid.uuid4().hex[:12]}"
-        rows = self._predictions(table, REUSED)
-        file = self.put("predictions", f"{PREDICTIONS}/{name}.parquet", rows, REUSED)
+        rows = self._predictions(table, origin)
+        file = self.put("predictions", f"{PREDICTIONS}/{name}.parquet", rows, origin)
         seconds = {"write": time.thread_time() - started}
         return Receipt(
             name=f"{name}.json", files=(file,), seconds=seconds, image_bytes=0, written_at=time.time()

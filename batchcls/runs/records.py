@@ -63,17 +63,34 @@ class ModelInfo(StoredRecord):
 
 
 class Counts(StoredRecord):
-    """Rows of a run by outcome: `rows` is the sum of `predicted`, `reused` and `quarantined`.
+    """Rows of a run by outcome: `rows` is the sum of `with_prediction` and `quarantined`.
 
-    `abstained` are the rows with a prediction, computed or reused, but without a label.
+    Attributes:
+        rows: rows of the manifest.
+        predicted: rows whose predictions were computed from their images.
+        reused: rows whose predictions were copied from another run.
+        reheaded: rows whose predictions were computed from the embeddings of another run.
+        abstained: rows with a prediction, of any origin, but without a label.
+        quarantined, quarantined_by_reason: rows without a prediction.
     """
 
     rows: Count
     predicted: Count
     reused: Count = 0
+    reheaded: Count = 0
     abstained: Count = 0
     quarantined: Count
     quarantined_by_reason: dict[str, Count] = Field(default_factory=dict)
+
+    @property
+    def by_origin(self) -> dict[str, int]:
+        """Rows with a prediction by `parts.Origin`, with every origin."""
+        return {"computed": self.predicted, "reused": self.reused, "reheaded": self.reheaded}
+
+    @property
+    def with_prediction(self) -> int:
+        """Rows with a prediction of any origin."""
+        return sum(self.by_origin.values())
 
 
 class RunFile(StoredRecord):
@@ -134,7 +151,7 @@ class Summary(StoredRecord):
     """Statistics of the predictions of a run.
 
     Attributes:
-        predictions: number of rows with a prediction, computed or reused.
+        predictions: number of rows with a prediction of any origin.
         categories: rows by label, the most frequent first; rows without a label (abstained) have the empty label.
         mean_confidence: mean probability of the top-1 class, 0..1; None without predictions.
         std_confidence: its standard deviation; if it is not recorded, the largest possible one.

@@ -160,13 +160,12 @@ def _count_faults(record: RunRecord, checked: Sequence[_CheckedFile]) -> list[st
     for file, one in zip(record.files, checked, strict=True):
         by_kind[file.kind].update(one.counts)
     counts, origins, reasons = record.counts, by_kind["predictions"], by_kind["quarantine"]
-    reused = origins.pop("reused", 0)
     pairs = [
-        ("predicted", counts.predicted, origins.total()),
-        ("reused", counts.reused, reused),
+        *((origin, recorded, origins[origin]) for origin, recorded in counts.by_origin.items()),
+        ("with a prediction", counts.with_prediction, origins.total()),
         ("quarantined", counts.quarantined, reasons.total()),
         ("quarantined by reason", counts.quarantined_by_reason, dict(reasons)),
-        ("in all", counts.rows, counts.predicted + counts.reused + counts.quarantined),
+        ("in all", counts.rows, counts.with_prediction + counts.quarantined),
     ]
     return [
         f"rows {name}: {found} instead of the {recorded} in run.json"

@@ -306,7 +306,7 @@ def _set(table: pa.Table, name: str, values: list) -> pa.Table:
         (_rewrite(lambda table: table.drop_columns(["embedding"])), "another schema"),
         (
             lambda folder, record: record["counts"].update(predicted=9),
-            "rows predicted: 10 instead of the 9 in run.json",
+            "rows computed: 10 instead of the 9 in run.json",
         ),
     ],
 )

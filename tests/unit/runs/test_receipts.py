@@ -31,7 +31,7 @@ def test_receipt_is_read_back(tmp_path: Path):
     (read,) = read_receipts(str(tmp_path), STORAGE)
     assert read == kept
     assert [pairs(file.ranges) for file in read.files] == [[(0, 1), (2, 3), (7, 8)], [(1, 2)]]
-    assert (read.predicted, read.reused, read.failures) == (3, 0, Counter(truncated=1))
+    assert (read.origins, read.failures) == (Counter(computed=3), Counter(truncated=1))
     assert read.first_failed == ((1, "truncated"),)
 
 
