@@ -17,8 +17,7 @@ from batchcls.cli.console import PlainConsole, messages_console
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.config.common_config import FetchSettings
 from batchcls.errors import BatchclsError, InputError, PublishRefused
-from batchcls.runs.catalog import open_parts, read_current, read_record
-from batchcls.runs.paths import REPORT
+from batchcls.runs.catalog import open_parts, read_current, read_record, report_of
 from batchcls.runs.records import Counts, GateResult, Kind, RunRecord
 from batchcls.runs.run_refs import PUBLISHED, resolve_run
 from batchcls.storage.filesystem import Storage, join
@@ -182,13 +181,12 @@ def open_run(
     settings = validate_settings(FetchSettings, {"storage_options": dict(storage_options or {})}, name=str)
     folder, storage = normalize_uri(_text("output", output)), Storage(settings.storage_options)
     record = read_record(folder, resolve_run(run, folder, storage), storage)
-    report = join(record.folder, REPORT)
     return _run(
         record,
         storage,
         gates=record.gates,
         published=read_current(folder, storage) == record.run_id,
-        report=report if storage.exists(report) else None,
+        report=report_of(record, storage),
     )
 
 

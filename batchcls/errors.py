@@ -36,6 +36,14 @@ class ExitCode(IntEnum):
     The same command resumes."""
     INTERRUPTED = 130
 
+    @property
+    def is_transient(self) -> bool:
+        """Whether the same command may succeed without any change, so that a scheduler may repeat it at once.
+
+        The same holds for codes above 128 of a process that was killed.
+        """
+        return self in (ExitCode.UNEXPECTED, ExitCode.INTERRUPTED)
+
 
 class BatchclsError(Exception):
     """Base class of all errors that this package raises intentionally."""

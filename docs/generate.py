@@ -85,7 +85,8 @@ _EXIT_CODES = {
     ),
     ExitCode.PUBLISH_REFUSED: (
         "Committed, but not published: a gate failed, or a run that started later is published.",
-        "The previous run. Read `report.html`, then `batchcls runs publish RUN_ID --force` or fix the cause.",
+        "The previous run. Read `report.html`, then `batchcls runs publish RUN_ID --force` or fix the cause. The same "
+        "command evaluates the gates again, with its own limits, and computes nothing.",
     ),
     ExitCode.BUDGET_EXCEEDED: (
         "Stopped: error budget exceeded, storage or an input failed mid-run, the lease was lost, or Ray did not start.",
@@ -187,14 +188,20 @@ def tables_page() -> str:
 def exit_codes_page() -> str:
     """What the exit code of a job means and what to do."""
     _require_same({str(int(code)): "" for code in _EXIT_CODES}, [str(int(code)) for code in ExitCode])
-    rows = [[str(int(code)), *_EXIT_CODES[code]] for code in sorted(ExitCode)]
+    rows = [
+        [str(int(code)), *_EXIT_CODES[code], "yes" if code.is_transient else "no"]
+        for code in sorted(ExitCode)
+    ]
     return "\n".join(
         [
             "# Exit codes",
             "",
             GENERATED,
             "",
-            *_table(["Code", "Meaning", "What is published, and what to do"], rows),
+            *_table(["Code", "Meaning", "What is published, and what to do", "Retry at once"], rows),
+            "",
+            "A process that was killed by a signal has a code above 128, 137 if memory ran out: retry. "
+            "[Nightly runs](../how-to/nightly-runs.md) has lines for cron, systemd and Airflow.",
             "",
             "`ray job submit` itself exits with 1 for every code but 0. The exit code of the job is in its log and in "
             "the message of `ray job status`.",

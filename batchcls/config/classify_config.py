@@ -132,6 +132,13 @@ class ClassifyConfig(PipelineSettings, ClusterSettings, FailureBudgetSettings, G
         default=True,
         description="Publish the finished run if its gates pass.",
     )
+    reevaluate_hours: float = Field(
+        json_schema_extra=PUBLISHING,
+        default=12.0,
+        ge=0,
+        description="For this time after a gate failed, the same command evaluates the gates of the committed run "
+        "again, with its own limits, and computes nothing. Afterwards, or with 0, it starts a new run.",
+    )
     report: bool = Field(
         json_schema_extra=PUBLISHING,
         default=True,
@@ -140,9 +147,9 @@ class ClassifyConfig(PipelineSettings, ClusterSettings, FailureBudgetSettings, G
     reuse: str = Field(
         json_schema_extra=essential(INPUT_OUTPUT),
         default="published",
-        description="Run whose predictions are reused for unchanged images and an unchanged model: published, a run "
-        "id, or none. An image is compared by the manifest column version, by ETag or size and modification time, or "
-        "by its content.",
+        description="Run whose predictions are reused for unchanged images and an unchanged model: published (or the "
+        "newest committed run with the same settings, such as one that failed a gate), a run id, or none. An image is "
+        "compared by the manifest column version, by ETag or size and modification time, or by its content.",
     )
     retry_quarantine: bool = Field(
         json_schema_extra=INPUT_OUTPUT,

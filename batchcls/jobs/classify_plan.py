@@ -20,11 +20,12 @@ from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
 from batchcls.preprocessing import Views, views_of
 from batchcls.resources import ResourcePlan
-from batchcls.runs.catalog import DamagedRunError, read_current, read_record
+from batchcls.runs.catalog import DamagedRunError, read_record
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Fingerprints, Plan, PlannedReuse, prediction_settings
 from batchcls.runs.records import ManifestInfo, ModelInfo, RunRecord
+from batchcls.runs.reuse_candidates import differing_settings, find_reusable_run
 from batchcls.runs.verify import presence_faults
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
@@ -78,8 +79,8 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
     return manifest
 
 
-def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
-    """Open everything that a run reads, after `check_inputs`.
+def open_inputs(config: ClassifyConfig, manifest: Manifest, bundle: Bundle | None = None) -> ClassifyInputs:
+    """Open everything that a run reads, after `check_inputs`; `bundle` if `open_bundle` has opened it already.
 
     Raises:
         InputError: an input cannot be read or does not match the settings.
@@ -90,6 +91,19 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
         _logger.warning(
             "manifest: %d null and %d repeated ids", len(invalid_ids.null), len(invalid_ids.duplicate)
         )
+    bundle = bundle or open_bundle(config, storage)
+    _logger.info("embedding: %s", _embedding_line(config, bundle))
+    return ClassifyInputs(
+        manifest, invalid_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage
+    )
+
+
+def open_bundle(config: ClassifyConfig, storage: Storage) -> Bundle:
+    """Open the model of a run, after `check_inputs`.
+
+    Raises:
+        InputError: the model cannot be read or does not match the settings.
+    """
     bundle = resolve_model(config.model, _model_choices(config), storage)
     if bundle.config.golden is None:
         # Only a bundle that was just created from a name lacks them, and torch is imported for that anyway.
@@ -98,10 +112,7 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest) -> ClassifyInputs:
         bundle = with_golden(bundle)
     _logger.info("model: %s", bundle_line(bundle))
     _require_fingerprint(config, bundle)
-    _logger.info("embedding: %s", _embedding_line(config, bundle))
-    return ClassifyInputs(
-        manifest, invalid_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage
-    )
+    return bundle
 
 
 def _model_choices(config: ClassifyConfig) -> ModelChoices:
@@ -266,7 +277,7 @@ def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) ->
     Raises:
         InputError: --reuse names no complete committed run, or --retry-quarantine has no run to start from.
     """
-    record = _reusable_record(config, storage)
+    record = _reusable_record(config, plan, storage)
     if record is None:
         if config.retry_quarantine:
             raise InputError(
@@ -274,8 +285,7 @@ def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) ->
                 "take the other predictions from; name one with --reuse RUN_ID"
             )
         return None
-    before, now = record.result_settings, plan.result_settings
-    differing = sorted(name for name in now if before.get(name) != now[name])
+    differing = differing_settings(record.result_settings, plan.result_settings)
     if differing:
         reason = f"{record.run_id} was made with a different {', '.join(differing)}"
         if config.retry_quarantine:
@@ -286,19 +296,12 @@ def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) ->
     return PlannedReuse(run_id=record.run_id, by_row=config.retry_quarantine and same_manifest)
 
 
-def _reusable_record(config: ClassifyConfig, storage: Storage) -> RunRecord | None:
+def _reusable_record(config: ClassifyConfig, plan: Plan, storage: Storage) -> RunRecord | None:
     if config.reuse == "none":
         return None
     if config.reuse != "published":
         return _require_complete(read_record(config.output, config.reuse, storage), storage)
-    try:
-        current = read_current(config.output, storage)
-        if current is None:
-            return None
-        return _require_complete(read_record(config.output, current, storage), storage)
-    except InputError as error:
-        _logger.warning("reuse: nothing, the published run cannot be read: %s", error)
-        return None
+    return find_reusable_run(plan, config.output, storage, same_manifest_first=config.retry_quarantine)
 
 
 def _require_complete(record: RunRecord, storage: Storage) -> RunRecord:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property
 
 from rich.console import Console
@@ -22,10 +23,12 @@ from batchcls.jobs.classify_plan import (
     check_inputs,
     choose_reuse_source,
     fingerprints_of,
+    open_bundle,
     open_inputs,
     pipeline_spec_of,
     plan_of,
 )
+from batchcls.manifest.snapshot import Manifest
 from batchcls.pipeline.copy_predictions import copy_predictions
 from batchcls.pipeline.executor import PipelineResult, execute
 from batchcls.pipeline.node_engines import EngineSelection, select_engines
@@ -36,7 +39,7 @@ from batchcls.report.run_report import report_after_run
 from batchcls.resources import ResourcePlan, plan_resources
 from batchcls.runs import engine_cache
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
-from batchcls.runs.catalog import read_current, read_record
+from batchcls.runs.catalog import read_current, read_record, report_of
 from batchcls.runs.commit import (
     Budget,
     RunProgress,
@@ -58,7 +61,7 @@ from batchcls.runs.records import Measurements, ReuseMarker, RunRecord
 from batchcls.runs.resume import find_unfinished, require_unfinished
 from batchcls.runs.reuse import open_reuse_source
 from batchcls.runs.run_start import exclusive_start, leased_run, removes_empty_folders
-from batchcls.runs.unpublished import find_unpublished
+from batchcls.runs.unpublished import RerunPolicy, find_unpublished
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import resumable_errors
 
@@ -162,9 +165,17 @@ def commit_run(config: ClassifyConfig, console: Console) -> CommittedRun:
     """
     started = time.time()
     manifest = check_inputs(config)
+    storage, bundle = Storage(config.storage_options), None
+    if _may_be_committed(config, manifest, storage):
+        # Then no row is left to compute, and neither Ray nor a node of its cluster is needed.
+        bundle = open_bundle(config, storage)
+        fingerprints = Fingerprints.of(config, manifest.fingerprint, bundle.fingerprint)
+        unpublished = find_unpublished_run(config, fingerprints, storage)
+        if unpublished is not None:
+            return reevaluate_run(config, unpublished, storage)
     # Ray takes seconds to start, most of them waiting; the inputs are opened meanwhile.
     with ThreadPoolExecutor(1) as background:
-        opening = background.submit(open_inputs, config, manifest)
+        opening = background.submit(open_inputs, config, manifest, bundle)
         with ray_session(config.ray_address):
             inputs = opening.result()
             with removes_empty_folders(config.output, inputs.storage):
@@ -208,7 +219,8 @@ def _start_or_resume(
 def publish_run(config: ClassifyConfig, run: CommittedRun) -> Publication:
     """Publish a committed run if its gates pass and the settings ask for it, and write its report.
 
-    The report is written in either case, because users want to inspect a run that failed a gate.
+    The report is written in either case, because users want to inspect a run that failed a gate. A run that an
+    earlier process has committed keeps its report if the gates have the same results.
     An error is returned, not raised, so that the caller can show the gates and the report first.
     """
     record, storage = run.record, run.storage
@@ -221,8 +233,10 @@ def publish_run(config: ClassifyConfig, run: CommittedRun) -> Publication:
             error = publish_error
     report = None
     if config.report:
-        report = report_after_run(
-            config.output, record.run_id, storage, storage_options=config.storage_options
+        is_unchanged = run.summary is None and not published and decision.gates == record.gates
+        report = report_of(record, storage) if is_unchanged else None
+        report = report or report_after_run(
+            config.output, record.run_id, storage, decision.gates, storage_options=config.storage_options
         )
     return Publication(decision, published, error, report)
 
@@ -235,16 +249,34 @@ def find_unpublished_run(
     Raises:
         InputError: the store denies access.
     """
+    return _find_unpublished(config, lambda recorded: not recorded.differences(fingerprints), storage)
+
+
+def _may_be_committed(config: ClassifyConfig, manifest: Manifest, storage: Storage) -> bool:
+    """Whether an unpublished run of the same manifest and settings is committed; its model is not compared."""
+    settings = config.result_settings()
+    found = _find_unpublished(
+        config,
+        lambda recorded: (recorded.manifest, recorded.settings) == (manifest.fingerprint, settings),
+        storage,
+    )
+    return found is not None
+
+
+def _find_unpublished(
+    config: ClassifyConfig, is_same: Callable[[Fingerprints], bool], storage: Storage
+) -> RunRecord | None:
     if not config.publish:
         return None
-    request = {"publish": True, "reuse": config.reuse, "retry_quarantine": config.retry_quarantine}
-    return find_unpublished(config.output, config.run_id, request, fingerprints, storage)
+    max_age = timedelta(hours=config.reevaluate_hours)
+    policy = RerunPolicy(config.reuse, config.retry_quarantine, max_age)
+    return find_unpublished(config.output, config.run_id, policy, is_same, storage)
 
 
 def reevaluate_run(config: ClassifyConfig, record: RunRecord, storage: Storage) -> CommittedRun:
     """Evaluate the gates of a run that an earlier process has committed and not published."""
     _logger.info(
-        "run %s is committed and not published: its gates are evaluated again, nothing is computed",
+        "run %s is committed and not published: its gates are evaluated again, no image is computed",
         record.run_id,
     )
     return CommittedRun(record, reevaluate_gates(record, _limits(config), storage), storage, None)

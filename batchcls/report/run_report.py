@@ -28,7 +28,7 @@ from batchcls.runs.catalog import read_plan as read_plan_record
 from batchcls.runs.diff import CAUSES, count_causes
 from batchcls.runs.paths import PLAN, REPORT
 from batchcls.runs.plan import Plan
-from batchcls.runs.records import RunRecord
+from batchcls.runs.records import GateResult, RunRecord
 from batchcls.schema import REASONS, Reason, Stage
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.uris import parent_folder
@@ -155,6 +155,7 @@ def write_run_report(
     output: str,
     run_id: str,
     storage: Storage,
+    gates: tuple[GateResult, ...] | None = None,
     *,
     before: str | None = None,
     storage_options: Mapping[str, object] | None = None,
@@ -165,6 +166,7 @@ def write_run_report(
         output: output folder of the job.
         run_id: ID of the run.
         storage: storage that holds the output folder.
+        gates: results of a later evaluation of the gates; by default those in run.json.
         before: ID of the baseline run; by default the one that the gates used.
         storage_options: options for remote image storage; all other fetch settings come from plan.json.
 
@@ -176,7 +178,8 @@ def write_run_report(
     """
     record = read_record(output, run_id, storage)
     earlier = read_record(output, before, storage) if before else _baseline(record, storage)
-    facts = read_run(record, earlier, storage)
+    shown = record if gates is None else record.model_copy(update={"gates": gates})
+    facts = read_run(shown, earlier, storage)
     thumbnails = _thumbnails(facts, record, read_plan(record, storage), storage_options or {})
     page = run_page(facts, thumbnails, version("batchcls"))
     uri = join(record.folder, REPORT)
@@ -189,8 +192,8 @@ def report_after_run(
     output: str,
     run_id: str,
     storage: Storage,
+    gates: tuple[GateResult, ...],
     *,
-    before: str | None = None,
     storage_options: Mapping[str, object] | None = None,
 ) -> str | None:
     """Write the report at the end of a job; errors are logged, because the run is valid without its page.
@@ -199,7 +202,7 @@ def report_after_run(
         URI of the page; None if it could not be written.
     """
     try:
-        return write_run_report(output, run_id, storage, before=before, storage_options=storage_options)
+        return write_run_report(output, run_id, storage, gates, storage_options=storage_options)
     except Exception as error:  # noqa: BLE001 - the run is committed already, and a page must not fail it
         _logger.warning(
             "no report was written for run %s (%s: %s); write it with `batchcls runs report`",

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from batchcls.errors import InputError
 from batchcls.runs.lease import Holder
-from batchcls.runs.paths import CURRENT, LEASE, PLAN, REMOVAL, RUN, RUNS, run_folder
+from batchcls.runs.paths import CURRENT, LEASE, PLAN, REMOVAL, REPORT, RUN, RUNS, run_folder
 from batchcls.runs.plan import Plan
 from batchcls.runs.records import CurrentRecord, Kind, RunFile, RunRecord
 from batchcls.schema import predictions_schema, quarantine_schema
@@ -90,6 +90,17 @@ def parse_record(output: str, run_id: str, data: bytes) -> RunRecord:
     if record.run_id != run_id:
         raise DamagedRunError(f"{redact_uri(folder)}: run.json belongs to another run, {record.run_id!r}")
     return record.model_copy(update={"output": output})
+
+
+def report_of(record: RunRecord, storage: Storage) -> str | None:
+    """URI of the report of a run; None if it has none.
+
+    Raises:
+        InputError: the store denies access.
+    """
+    uri = join(record.folder, REPORT)
+    with explain(uri):
+        return uri if storage.exists(uri) else None
 
 
 def read_plan(output: str, run_id: str, storage: Storage) -> Plan | None:

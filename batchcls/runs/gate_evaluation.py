@@ -19,7 +19,14 @@ from batchcls.runs.catalog import (
     read_record,
 )
 from batchcls.runs.commit import Totals
-from batchcls.runs.gates import Baseline, CandidateRun, Limits, apply_gates, failed_gates
+from batchcls.runs.gates import (
+    Baseline,
+    CandidateRun,
+    Limits,
+    apply_gates,
+    failed_gates,
+    is_about_failed_rows,
+)
 from batchcls.runs.parts import Receipt
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Plan
@@ -42,6 +49,7 @@ from batchcls.runs.records import (
 )
 from batchcls.runs.summary import changed_labels, summarize, summary_of
 from batchcls.runs.verify import presence_faults
+from batchcls.schema import RETRYABLE_REASONS
 from batchcls.storage.filesystem import Storage
 
 _ATTEMPTS = 5
@@ -178,7 +186,7 @@ def publish_if_passed(
     run_id = run.run_id
     try:
         for _ in range(_ATTEMPTS):
-            _require_passed(run_id, decision)
+            _require_passed(run, decision)
             try:
                 publish(output, run_id, storage, decision.published)
             except PublishedMeanwhileError as error:
@@ -198,15 +206,27 @@ def publish_if_passed(
     )
 
 
-def _require_passed(run_id: str, decision: GateDecision) -> None:
-    failed = failed_gates(decision.gates)
+def _require_passed(run: Plan | RunRecord, decision: GateDecision) -> None:
+    failed, run_id = failed_gates(decision.gates), run.run_id
     if failed:
         raise PublishRefused(
             f"run {run_id} is committed and not published; "
             + "; ".join(f"gate {gate.gate}: {gate.message}" for gate in failed)
             + f"; inspect it (`batchcls runs show {run_id}`, `batchcls runs diff`), then "
-            f"`batchcls runs publish {run_id} --force` if it is correct"
+            f"`batchcls runs publish {run_id} --force` if it is correct{_retry_remedy(run, failed)}; the same command "
+            "evaluates the gates again without computing anything, and with --reevaluate-hours 0 it starts a new run"
         )
+
+
+def _retry_remedy(run: Plan | RunRecord, failed: Sequence[GateResult]) -> str:
+    """How to process rows again that may succeed, if too few rows have predictions."""
+    if isinstance(run, Plan) or not any(is_about_failed_rows(gate) for gate in failed):
+        return ""
+    by_reason = run.counts.quarantined_by_reason
+    listed = ", ".join(
+        f"{reason} {count}" for reason, count in by_reason.items() if reason in RETRYABLE_REASONS
+    )
+    return f"; --retry-quarantine fetches failed rows again ({listed})" if listed else ""
 
 
 def _evaluate(run: _FinishedRun, published: Published, limits: Limits, storage: Storage) -> GateDecision:

@@ -21,6 +21,7 @@ from batchcls.runs.summary import divergence_by_chance, jensen_shannon
 
 Bound = Literal["at most", "at least"]
 
+_FAILED_FRACTION, _COVERAGE = "failed_fraction", "coverage_fraction"
 _ABOVE_CHANCE = 1.05
 _CONFIDENCE, _DEVIATIONS = 0.95, 1.645
 
@@ -78,16 +79,21 @@ def failed_gates(gates: Sequence[GateResult]) -> list[GateResult]:
     return [gate for gate in gates if not gate.passed]
 
 
+def is_about_failed_rows(gate: GateResult) -> bool:
+    """Whether a gate limits the rows without a prediction, so that it may pass after these are processed again."""
+    return gate.gate.startswith(_FAILED_FRACTION) or gate.gate == _COVERAGE
+
+
 def _failed(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     counts = subject.counts
     limit = limits.failed_fraction(subject)
-    results = [_fraction("failed_fraction", counts.quarantined, counts.rows, limit, "rows failed")]
+    results = [_fraction(_FAILED_FRACTION, counts.quarantined, counts.rows, limit, "rows failed")]
     by_reason = limits.gates.gate_max_failed_fraction_by_reason
     for reason, limit in sorted(by_reason.items()):
         count = counts.quarantined_by_reason.get(reason, 0)
         results.append(
             _fraction(
-                f"failed_fraction_{reason.value}",
+                f"{_FAILED_FRACTION}_{reason.value}",
                 count,
                 counts.rows,
                 limit,
@@ -102,7 +108,7 @@ def _coverage(subject: CandidateRun, limits: Limits) -> list[GateResult]:
     limit = 1 - limits.failed_fraction(subject) if given is None else given
     value = counts.with_prediction / counts.rows
     text = f"{value:.2%} of {counts.rows} rows have a prediction"
-    return [_result("coverage_fraction", value, "at least", limit, text, percent=True)]
+    return [_result(_COVERAGE, value, "at least", limit, text, percent=True)]
 
 
 def _confidence(subject: CandidateRun, limits: Limits) -> list[GateResult]:

@@ -169,7 +169,7 @@ def test_repeated_command_publishes_committed_run_and_damaged_source_of_reuse_is
     (output / ".current.json.lock").rmdir()
     second = job(*arguments)
     assert second.exit_code == 0, second.log
-    assert "nothing is computed" in second.log
+    assert "no image is computed" in second.log
     assert receipts(output) == before
     assert published(output).column("row").to_pylist() == list(range(rows))
 

@@ -118,7 +118,7 @@ def test_abstained_rows_show_the_top_1_class_as_runner_up(output: Path):
     (item,) = flow.items
     assert item.label is None
     assert item.runner_up == ("mug", pytest.approx(0.4))
-    assert report_after_run(str(output), "unsure", STORAGE) is not None
+    assert report_after_run(str(output), "unsure", STORAGE, ()) is not None
     assert "(no label)" in (output / "runs" / "unsure" / "report.html").read_text(encoding="utf-8")
 
 
@@ -171,7 +171,7 @@ def test_writes_report_when_every_row_failed(output: Path):
 def test_logs_error_when_the_report_cannot_be_written(output: Path, log: pytest.LogCaptureFixture):
     for part in (output / "runs" / "two" / "predictions").iterdir():
         part.unlink()
-    assert report_after_run(str(output), "two", STORAGE) is None
+    assert report_after_run(str(output), "two", STORAGE, ()) is None
     assert "no report was written for run two" in log.text
     assert not (output / "runs" / "two" / "report.html").exists()
     assert json.loads((output / "runs" / "two" / "run.json").read_text())["run_id"] == "two"

@@ -222,18 +222,25 @@ def _truncate_part(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_remove_record, _truncate_record, _remove_part, _truncate_part])
-def test_nothing_is_reused_if_the_published_run_is_missing_or_truncated(
+def test_missing_and_truncated_runs_are_not_reused(
     output: Path, damage: Callable[[Path], None], log: pytest.LogCaptureFixture
 ):
     config = ClassifyConfig(manifest="m", model="x", output=str(output))
     plan = plan_of(RunDetails("new"), 4)
-    assert choose_reuse_source(config, plan, Storage()) == PlannedReuse(run_id="c", by_row=False)
-    damage(output / "runs" / "c")
+    for day, name in enumerate(("a", "b", "c", "run-d"), 23):
+        path = output / "runs" / name / "run.json"
+        committed = {"committed": f"2026-11-{day}T03:00:00+00:00"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | committed))
+    for name in ("run-d", "c", "b", "a"):
+        assert choose_reuse_source(config, plan, Storage()) == PlannedReuse(run_id=name, by_row=False)
+        damage(output / "runs" / name)
+    log.clear()
     assert choose_reuse_source(config, plan, Storage()) is None
-    assert len([one for one in log.records if one.levelname == "WARNING"]) == 1
-    assert "reuse: nothing, the published run cannot be read" in log.text
+    warned = [one.getMessage() for one in log.records if one.levelname == "WARNING"]
+    assert any("run c" in message for message in warned), warned
     (output / "current.json").write_text("[]")
     assert choose_reuse_source(config, plan, Storage()) is None
+    assert "reuse: nothing, the published run is not known" in log.text
 
 
 def test_newer_versions_are_rejected_with_the_remedy(output: Path, call: Call):
