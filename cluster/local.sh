@@ -66,7 +66,7 @@ running() { [[ -f $state/env && -n $(cluster_pids) ]] && request GET /api/versio
 
 # --- down -------------------------------------------------------------------------
 take_down() {
-  local pids left=() temporary i
+  local left=() temporary i
   if [[ -f $state/id ]]; then
     # Repeat, because processes may start between listing and killing.
     for ((i = 0; i < 100; i++)); do
@@ -146,7 +146,7 @@ export RAY_ADDRESS=127.0.0.1:$(cat "$state/port")
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH=$(printf %q "$state/token")
 # The dashboard is at $http and requires the token in that file. To submit a job:
-# ray job submit --working-dir . -- python -m batchcls.jobs.classify --config jobs/classify.toml
+# jobs/submit.sh classify --config jobs/classify.toml
 EOF
   mv -- "$state/env.new" "$state/env"
 }

@@ -43,7 +43,7 @@ def run(job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | N
     console = messages_console()
     set_up_logging(console)
     try:
-        command, settings = _parse(job, commands, arguments)
+        command, settings = parse(job, commands, arguments)
         return command.action(settings, console)
     except BatchclsError as error:
         # A traceback helps only where the program itself is at fault; the message is printed once in both cases.
@@ -116,9 +116,14 @@ def parser_of(job: str, commands: Sequence[Command[Any]]) -> argparse.ArgumentPa
     return parser
 
 
-def _parse(
+def parse(
     job: str, commands: Sequence[Command[Any]], arguments: Sequence[str] | None
 ) -> tuple[Command[Any], BaseModel]:
+    """Return the command that the arguments of a job select, and its settings.
+
+    Raises:
+        InputError: an argument is missing or invalid.
+    """
     parser = parser_of(job, commands)
     namespace = parser.parse_args(arguments)
     if len(commands) == 1:
