@@ -9,10 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
+import grpc
 import ray
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray._private.grpc_utils import init_grpc_channel
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchcls.errors import BatchclsError, ClusterStartError, InputError, InsufficientResourcesError
@@ -91,16 +95,14 @@ def ray_session(address: str) -> Iterator[None]:
             "RAY_ADDRESS is a dashboard; submit the job with `ray job submit --working-dir . -- python -m "
             "batchcls.jobs...`, or use --ray-address local or HOST:PORT"
         )
-    _require_listener(target or os.environ.get("RAY_ADDRESS", ""))
+    flag = f"--ray-address {address}" if target else f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+    _require_cluster(target or os.environ.get("RAY_ADDRESS", ""), flag)
     for attempt in (1, 2):
         try:
             _init(target)
             break
         except (ConnectionError, RuntimeError, TimeoutError) as error:
-            raise InputError(
-                f"--ray-address {address}: no Ray cluster responds there ({_first_line(error)}); start one with "
-                "cluster/local.sh up, or use --ray-address local"
-            ) from None
+            raise _no_cluster(flag, _first_line(error)) from None
         except Exception as error:
             ray.shutdown()
             # Ray raises a bare Exception if a node that it started is not ready in time.
@@ -114,7 +116,7 @@ def ray_session(address: str) -> Iterator[None]:
                     "or low on memory: try again, or start a cluster with cluster/local.sh up"
                 ) from None
             raise
-    if _is_started_here():
+    if is_started_here():
         _logger.info("started Ray on this machine")
     else:
         _logger.info("connected to the Ray cluster at %s", ray.get_runtime_context().gcs_address)
@@ -124,18 +126,32 @@ def ray_session(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _require_listener(address: str) -> None:
-    """Raise InputError if nothing accepts connections at HOST:PORT, where Ray itself would retry for minutes."""
+def _require_cluster(address: str, flag: str) -> None:
+    """Raise InputError if no gRPC server responds at HOST:PORT within seconds; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
-        raise InputError(
-            f"--ray-address {address}: no Ray cluster responds there ({error}); start one with cluster/local.sh up, or "
-            "use --ray-address local"
+        raise _no_cluster(flag, str(error)) from None
+    # Another program may listen there, or the head may be frozen, for which the kernel still accepts connections.
+    channel = init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_CONNECT_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise _no_cluster(
+            flag, f"what listens there does not respond within {_CONNECT_SECONDS:g} s"
         ) from None
+    finally:
+        channel.close()
+
+
+def _no_cluster(flag: str, reason: str) -> InputError:
+    return InputError(
+        f"{flag}: no Ray cluster responds there ({reason}); start one with cluster/local.sh up, or use --ray-address "
+        "local"
+    )
 
 
 def _init(target: str | None) -> None:
@@ -150,36 +166,39 @@ def _init(target: str | None) -> None:
 
 def node_resources() -> list[NodeResources]:
     """Return the CPUs and GPUs that Ray may use on each alive node of the cluster."""
-    return [
-        NodeResources(cpus=node["Resources"].get("CPU", 0.0), gpus=node["Resources"].get("GPU", 0.0))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+    return [NodeResources(node.cpus, node.gpus) for node in alive_nodes()]
 
 
 @dataclass(frozen=True, slots=True)
-class NodeInfo:
-    """A node of the cluster: its Ray node id, its host name, and the CPUs and GPUs that Ray may use."""
+class NodeInfo(NodeResources):
+    """A node of the cluster: the CPUs and GPUs that Ray may use, its Ray node id, host name and labels."""
 
     node_id: str
     host: str
-    cpus: float
-    gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
+    is_head: bool = False
 
 
-def worker_nodes() -> list[NodeInfo]:
-    """Return the alive nodes with at least one CPU, sorted by host name."""
-    alive = [
+def alive_nodes() -> list[NodeInfo]:
+    """Return the alive nodes, sorted by host name."""
+    nodes = [
         NodeInfo(
-            node_id=node["NodeID"],
-            host=node["NodeManagerHostname"],
             cpus=node["Resources"].get("CPU", 0.0),
             gpus=node["Resources"].get("GPU", 0.0),
+            node_id=node["NodeID"],
+            host=node["NodeManagerHostname"],
+            labels=node["Labels"] or {},
+            is_head=HEAD_NODE_RESOURCE_NAME in node["Resources"],
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted((node for node in alive if node.cpus >= 1), key=lambda node: (node.host, node.node_id))
+    return sorted(nodes, key=lambda node: (node.host, node.node_id))
+
+
+def worker_nodes() -> list[NodeInfo]:
+    """Return the alive nodes with at least one CPU, sorted by host name."""
+    return [node for node in alive_nodes() if node.cpus >= 1]
 
 
 class NodeChanges:
@@ -200,6 +219,19 @@ class NodeChanges:
         return joined, left
 
 
+def call_on_node(node: NodeInfo, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function on a node without reserving any of its resources; in this process, if that runs on the node.
+
+    Raises:
+        Exception: the exception that the function raised.
+        BatchclsError: the node died meanwhile.
+    """
+    if node.node_id == ray.get_runtime_context().get_node_id():
+        return function(*arguments)
+    result: T = _result(node, _submit_to(node, function, *arguments), None)
+    return result
+
+
 def hardware_of(nodes: Sequence[NodeInfo]) -> list[Hardware]:
     """Return the hardware of each node, without starting a task if the driver's node is the only one.
 
@@ -209,14 +241,13 @@ def hardware_of(nodes: Sequence[NodeInfo]) -> list[Hardware]:
     driver_node = ray.get_runtime_context().get_node_id()
     if [node.node_id for node in nodes] == [driver_node]:
         return [Hardware.detect()]
-    remote_call = ray.remote(num_cpus=0)(_call)
-    tasks = [
-        remote_call.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)
-        ).remote(Hardware.detect)
-        for node in nodes
-    ]
+    tasks = [_submit_to(node, Hardware.detect) for node in nodes]
     return [_result(node, task, None) for node, task in zip(nodes, tasks, strict=True)]
+
+
+def _submit_to(node: NodeInfo, function: Callable[..., Any], *arguments: Any) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=strategy)(_call).remote(function, *arguments)
 
 
 def run_exclusive(node: NodeInfo, function: Callable[..., T], *arguments: Any) -> T:
@@ -290,17 +321,25 @@ def _result(node: NodeInfo, task: Any, timeout_seconds: float | None) -> Any:
         raise BatchclsError(f"the worker process on {node.host} crashed ({_first_line(error)})") from error
 
 
-def wait_for_cluster(attempt: Callable[[], T], timeout_seconds: float) -> T:
+def wait_for_cluster(
+    attempt: Callable[[], T], timeout_seconds: float, label_selector: Callable[[], Mapping[str, str]]
+) -> T:
     """Call `attempt` until it returns, which it does once the cluster has enough nodes, or until the timeout.
 
     While it waits, the cluster's autoscaler is asked for the missing resources. A cluster that this process started
     does not grow, so that the error is raised at once.
 
+    Args:
+        attempt: what needs the nodes.
+        timeout_seconds: how long to wait.
+        label_selector: returns the labels that the nodes must have, for Ray's `label_selector`.
+
     Raises:
         InsufficientResourcesError: the last error of `attempt`.
     """
-    deadline = time.monotonic() + (0.0 if _is_started_here() else timeout_seconds)
-    demand: list[Any] = []
+    deadline = time.monotonic() + (0.0 if is_started_here() else timeout_seconds)
+    # Separate for each bundle: a job may need GPU nodes for its networks, and then CPU nodes for loading.
+    demand: dict[frozenset[tuple[str, float]], list[Any]] = {}
     try:
         while True:
             try:
@@ -308,29 +347,38 @@ def wait_for_cluster(attempt: Callable[[], T], timeout_seconds: float) -> T:
             except InsufficientResourcesError as error:
                 if time.monotonic() >= deadline:
                     raise
-                if not demand:
+                bundle = frozenset((name, amount) for name, amount in error.bundle.items() if amount)
+                if bundle not in demand:
                     _logger.info("waiting up to %.0f s for nodes to join: %s", timeout_seconds, error)
-                demand += _request(error.bundle, error.count - len(demand))
+                requested = demand.setdefault(bundle, [])
+                requested += _request(error.bundle, error.count - len(requested), label_selector())
                 time.sleep(1.0)
     finally:
-        for task in demand:
+        for task in chain.from_iterable(demand.values()):
             ray.cancel(task, force=True)
 
 
-def _is_started_here() -> bool:
-    """Return whether this process started the cluster, so that no node will join it."""
+def is_started_here() -> bool:
+    """Return whether this process started the cluster, so that no node will join it and it has no autoscaler."""
     node = ray._private.worker._global_node
     return node is not None and bool(node.head)
 
 
-def _request(bundle: Mapping[str, float], count: int) -> list[Any]:
+def _request(bundle: Mapping[str, float], count: int, label_selector: Mapping[str, str]) -> list[Any]:
     """Submit tasks that hold these resources until they are canceled.
 
     A cluster's autoscaler adds nodes for pending tasks; those that run hold their resources, so that the others stay
     pending. Ray drops the tasks when the job ends, also when the driver is killed; demand by
     `ray.autoscaler.sdk.request_resources` would outlive it.
     """
-    task = ray.remote(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), max_retries=0)(_call)
+    if count <= 0:
+        return []
+    task = ray.remote(
+        num_cpus=bundle.get("CPU", 0),
+        num_gpus=bundle.get("GPU", 0),
+        max_retries=0,
+        label_selector=dict(label_selector),
+    )(_call)
     return [task.options(name="capacity request").remote(time.sleep, _HOLD_SECONDS) for _ in range(count)]
 
 

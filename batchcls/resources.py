@@ -6,7 +6,7 @@ that cannot be scheduled is rejected before a row is read, because Ray would wai
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from batchcls.config.pipeline_config import PipelineSettings
 from batchcls.errors import InputError, InsufficientResourcesError
@@ -38,6 +38,9 @@ class NodeResources:
 
     cpus: float
     gpus: float
+
+
+Node = TypeVar("Node", bound=NodeResources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ def plan_resources(
 
     Args:
         config: settings of the job.
-        nodes: nodes of the cluster.
+        nodes: nodes that the job may use.
         rows: rows of the manifest.
         remote_images: whether images are fetched from remote storage, which takes more concurrent requests.
 
@@ -102,12 +105,25 @@ def plan_resources(
     # Measured: docs/measurements, "Fused or staged". Decoding for one GPU takes the CPUs of many nodes.
     shape: Shape = ("staged" if device == "cuda" else "fused") if config.shape == "auto" else config.shape
     in_flight = 32 if remote_images else 4
+    if device == "cpu":
+        nodes = loading_nodes(nodes)
     if shape == "fused":
         plan = _plan_fused(config, nodes, rows, device, in_flight)
     else:
         plan = _plan_staged(config, nodes, rows, device, in_flight)
     _require_schedulable(plan, nodes, config)
     return plan
+
+
+def loading_nodes(nodes: Sequence[Node]) -> Sequence[Node]:
+    """Return the nodes that decode images, and that run networks on a CPU.
+
+    These are the nodes without a GPU, so that GPU nodes are left to the networks and to other jobs, unless the GPU
+    nodes have more CPUs than all others.
+    """
+    without_gpu = [node for node in nodes if node.gpus == 0]
+    cpus = sum(node.cpus for node in without_gpu)
+    return without_gpu if cpus and 2 * cpus >= sum(node.cpus for node in nodes) else nodes
 
 
 def fragment_sizes(rows: int, plan: ResourcePlan) -> Iterator[int]:
@@ -179,8 +195,11 @@ def _plan_staged(
     """Plan actors, load tasks on the CPUs that the actors leave free, and write tasks that reserve no CPU."""
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     actors = _plan_actors(config, nodes, device)
-    load_cpu = _TASK_CPU if _max_free_cpus(nodes, actors) >= _TASK_CPU else 0.5
-    load_tasks = _resolve(config.load_tasks, max(1, int((cpus - actors.count * actors.cpus) / load_cpu)))
+    loading = loading_nodes(nodes)
+    load_cpu = _TASK_CPU if _max_free_cpus(loading, actors) >= _TASK_CPU else 0.5
+    loading_cpus = sum(node.cpus for node in loading)
+    held = actors.count * actors.cpus if len(loading) == len(nodes) else 0.0
+    load_tasks = _resolve(config.load_tasks, max(1, int((loading_cpus - held) / load_cpu)))
     threads = _threads(nodes, actors.count, device)
     batch = _resolve(config.batch_size, _GPU_BATCH if device == "cuda" else _CPU_BATCH)
     # A GPU block has several batches, so that the next ones are copied to the device while one is predicted.
@@ -195,8 +214,8 @@ def _plan_staged(
         f"cluster: {len(nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs",
         f"predict: {actors.count} actor(s) x {actors.cpus:g} CPU, {actors.gpus:g} GPU on {device}, "
         f"{threads} thread(s) each",
-        f"load: {load_tasks} task(s) x {load_cpu:g} CPU = {cpus:g} CPUs - {actors.count} x {actors.cpus:g}; "
-        f"{fetch} images in flight each, fragments of {fragment} rows, blocks of {block}",
+        f"load: {load_tasks} task(s) x {load_cpu:g} CPU = {loading_cpus:g} CPUs of {len(loading)} node(s) "
+        f"- {held:g} of actors; {fetch} images in flight each, fragments of {fragment} rows, blocks of {block}",
         f"write: files of {rows_per_file} rows or more",
     )
     return ResourcePlan(
@@ -239,12 +258,15 @@ def _max_free_cpus(nodes: Sequence[NodeResources], actors: _ActorResources) -> f
 
 
 def _device(config: PipelineSettings, gpus: float) -> Device:
+    if gpus == 0 and (config.device == "cuda" or config.require_gpu):
+        flag = "--device cuda" if config.device == "cuda" else "--require-gpu"
+        raise InsufficientResourcesError(
+            f"{flag}: the cluster has no GPU that this job may use; use --device auto or cpu without --require-gpu, or "
+            "add a GPU node",
+            {"GPU": 1},
+        )
     if config.device == "auto":
         return "cuda" if gpus > 0 and config.gpus_per_actor != 0 else "cpu"
-    if config.device == "cuda" and gpus == 0:
-        raise InsufficientResourcesError(
-            "--device cuda: the cluster has no GPU; use --device auto or cpu, or add a GPU node", {"GPU": 1}
-        )
     return config.device
 
 
@@ -291,7 +313,9 @@ def _min_cpus(nodes: Sequence[NodeResources]) -> float:
     smallest = min((node.cpus for node in nodes if node.cpus >= 1), default=0.0)
     if smallest == 0:
         raise InsufficientResourcesError(
-            "the cluster has no node with a CPU for tasks; start nodes with --num-cpus 1 or more", {"CPU": 1}
+            "the cluster has no node with a CPU that this job may use; start nodes with --num-cpus 1 or more, or see "
+            "--use-head and --node-labels",
+            {"CPU": 1},
         )
     return smallest
 
@@ -324,9 +348,19 @@ def _require_schedulable(
             {"CPU": plan.cpus_per_actor, "GPU": plan.gpus_per_actor},
             required,
         )
-    if plan.shape == "staged" and cpus - reserved < plan.cpus_per_load_task:
+    if plan.shape == "fused":
+        return
+    loading = loading_nodes(nodes)
+    cpus = sum(node.cpus for node in loading)
+    if cpus == 0:
+        raise InsufficientResourcesError(
+            "the cluster has no node with a CPU for loading images; start nodes with --num-cpus 1 or more",
+            {"CPU": plan.cpus_per_load_task},
+        )
+    held = reserved if len(loading) == len(nodes) else 0.0
+    if cpus - held < plan.cpus_per_load_task:
         raise InputError(
-            f"the actors of {plan.cpus_per_actor:g} CPU would hold {reserved:g} of {cpus:g} CPUs and leave none for "
+            f"the actors of {plan.cpus_per_actor:g} CPU would hold {held:g} of {cpus:g} CPUs and leave none for "
             f"loading images, which needs {plan.cpus_per_load_task:g}; lower --max-actors or --cpus-per-actor"
         )
 

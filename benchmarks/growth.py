@@ -27,7 +27,7 @@ from rich.console import Console
 
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.hardware import Hardware
-from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of
+from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of, plan_on_cluster
 from batchcls.models.engines.engine import REFERENCE
 from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
@@ -36,7 +36,6 @@ from batchcls.pipeline.pipeline_spec import Engines, NodeEngine, WorkerSpec
 from batchcls.pipeline.ray_data.fragment_actor import FragmentActor
 from batchcls.pipeline.ray_data.fused_graph import FusedGraph
 from batchcls.ray_runtime import node_resources, ray_session
-from batchcls.resources import plan_resources
 from batchcls.runs.bottleneck import find_bottleneck
 from batchcls.runs.commit import reconcile
 from benchmarks.process import REPOSITORY
@@ -77,13 +76,16 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
                 allow_random_weights=True,
                 batch_size=_BATCH,
                 fragment_rows=256,
+                use_head=True,
                 cache_dir=str(rate),  # the only string setting that reaches the stub
             )
             inputs = open_inputs(config, check_inputs(config))
-            shape = plan_resources(config, node_resources(), inputs.manifest.rows, remote_images=False)
+            shape, placement = plan_on_cluster(config, inputs)
             engines = Engines({}, NodeEngine(REFERENCE, _BATCH), config.cache_dir, None)
             spec = replace(
-                pipeline_spec_of(config, inputs, shape, EngineSelection(engines, None, ()), "growth"),
+                pipeline_spec_of(
+                    config, inputs, shape, placement, EngineSelection(engines, None, ()), "growth"
+                ),
                 no_progress_timeout_seconds=120.0,
             )
             run = SleepingRun(spec, lambda _: None)

@@ -14,7 +14,6 @@ from batchcls.config.common_config import (
     TAP_PATTERN,
     Address,
     ChangesResults,
-    ClusterSettings,
     KeptColumns,
     ModelAddress,
     essential,
@@ -27,7 +26,7 @@ from batchcls.storage.filesystem import redact_options, redact_uri
 RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-class ClassifyConfig(PipelineSettings, ClusterSettings, FailureBudgetSettings, GateSettings):
+class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
     """Classify a catalog: manifest in, predictions and embeddings out."""
 
     manifest: Address = Field(

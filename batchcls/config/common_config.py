@@ -1,5 +1,6 @@
 """Types, base classes and groups of settings that several jobs share."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -250,3 +251,51 @@ class ClusterSettings(JobConfig):
                 f"this is the address of a dashboard; use `ray job submit --address {value} -- ...`"
             )
         return value
+
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_NODE_LABEL = re.compile(rf"([a-z0-9.-]{{1,253}}/)?{_LABEL}=!?{_LABEL}")
+
+
+class PlacementSettings(ClusterSettings):
+    """Settings for the nodes of a cluster that a job uses."""
+
+    use_head: bool = Field(
+        json_schema_extra=RESOURCES,
+        default=False,
+        description="Run tasks and actors on the head node as well. Without it, the head is used only if it is the "
+        "only node, and the autoscaler starts no other.",
+    )
+    node_labels: list[str] = Field(
+        json_schema_extra=RESOURCES,
+        default_factory=list,
+        description="Use only nodes with these labels of Ray: KEY=VALUE, or KEY=!VALUE for nodes without the label, "
+        "separated by commas, e.g. ray.io/market-type=on-demand. Nodes that the autoscaler starts must have them, too.",
+    )
+    require_gpu: bool = Field(
+        json_schema_extra=RESOURCES,
+        default=False,
+        description="Never use CPUs because GPUs are missing: request a GPU node from the autoscaler and wait for it, "
+        "and stop at once if the cluster has no GPU and no autoscaler that could start one. Unlike --device cuda, "
+        "it is not part of a run's identity: it can be added to the command that resumes a run of --device auto.",
+    )
+
+    @field_validator("node_labels")
+    @classmethod
+    def _labels_are_valid(cls, value: list[str]) -> list[str]:
+        for label in value:
+            if not _NODE_LABEL.fullmatch(label):
+                raise ValueError(
+                    f"{label}: expected KEY=VALUE or KEY=!VALUE with the syntax of Kubernetes labels"
+                )
+            if label.startswith("ray.io/node-id="):
+                raise ValueError("ray.io/node-id changes whenever a node starts; use another label")
+        keys = [label.partition("=")[0] for label in value]
+        if len(set(keys)) != len(keys):
+            raise ValueError("a key is given twice")
+        return value
+
+    @property
+    def label_selector(self) -> dict[str, str]:
+        """The labels as a label selector of Ray, from key to value or !value."""
+        return dict(label.split("=", 1) for label in self.node_labels)

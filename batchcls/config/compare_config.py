@@ -1,17 +1,17 @@
 """Settings of `compare`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from batchcls.config.common_config import Address, AutoOrCount, ClusterSettings, FetchSettings, ModelAddress
+from batchcls.config.common_config import Address, AutoOrCount, FetchSettings, ModelAddress, PlacementSettings
 from batchcls.config.engine_config import CacheSettings
 from batchcls.storage.filesystem import redact_options, redact_uri
 
 _Positive = Annotated[int, Field(ge=1)]
 
 
-class CompareConfig(FetchSettings, ClusterSettings, CacheSettings):
+class CompareConfig(FetchSettings, PlacementSettings, CacheSettings):
     """Benchmark backbones on your hardware and your images, and recommend one."""
 
     manifest: Address = Field(
@@ -101,6 +101,12 @@ class CompareConfig(FetchSettings, ClusterSettings, CacheSettings):
     @classmethod
     def _ascending(cls, value: list[int]) -> list[int]:
         return sorted(set(value))
+
+    @model_validator(mode="after")
+    def _gpus_are_possible_if_required(self) -> Self:
+        if self.require_gpu and self.device == "cpu":
+            raise ValueError("--require-gpu and --device cpu contradict each other; leave one of them out")
+        return self
 
     def redacted(self) -> dict[str, Any]:
         """The settings as JSON values, without secrets."""

@@ -1,8 +1,8 @@
 """Settings of the inference pipeline: distribution of work, loading of images, and inference."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from batchcls.config.common_config import (
     ENGINE,
@@ -13,13 +13,14 @@ from batchcls.config.common_config import (
     AutoOrCount,
     ChangesResults,
     FetchSettings,
+    PlacementSettings,
     essential,
 )
 from batchcls.config.engine_config import EngineSettings
 
 
-class PipelineSettings(FetchSettings, EngineSettings):
-    """Settings of the pipeline of a run: resources, engine, fetching and output."""
+class PipelineSettings(FetchSettings, EngineSettings, PlacementSettings):
+    """Settings of the pipeline of a run: resources, placement, engine, fetching and output."""
 
     output: Address = Field(
         json_schema_extra=essential(INPUT_OUTPUT),
@@ -91,3 +92,10 @@ class PipelineSettings(FetchSettings, EngineSettings):
     rows_per_file: AutoOrCount = Field(
         json_schema_extra=INPUT_OUTPUT, default="auto", description="Minimum number of rows per Parquet file."
     )
+
+    @model_validator(mode="after")
+    def _gpus_are_possible_if_required(self) -> Self:
+        if self.require_gpu and (self.device == "cpu" or self.gpus_per_actor == 0):
+            flag = "--device cpu" if self.device == "cpu" else "--gpus-per-actor 0"
+            raise ValueError(f"--require-gpu and {flag} contradict each other; leave one of them out")
+        return self

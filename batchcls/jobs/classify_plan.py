@@ -16,10 +16,13 @@ from batchcls.models.engines.factory import missing_package
 from batchcls.models.model_bundle import Bundle, BundleConfig
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
+from batchcls.pipeline.job_nodes import JobNodes
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
+from batchcls.pipeline.placement import Placement
 from batchcls.preprocessing import Views, views_of
-from batchcls.resources import ResourcePlan
+from batchcls.ray_runtime import wait_for_cluster
+from batchcls.resources import ResourcePlan, plan_resources
 from batchcls.runs.catalog import DamagedRunError, read_record
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
@@ -113,6 +116,30 @@ def open_bundle(config: ClassifyConfig, storage: Storage) -> Bundle:
     _logger.info("model: %s", bundle_line(bundle))
     _require_fingerprint(config, bundle)
     return bundle
+
+
+def plan_on_cluster(config: ClassifyConfig, inputs: ClassifyInputs) -> tuple[ResourcePlan, Placement]:
+    """Wait until the cluster has the nodes that the run needs, and plan its resources and where they are.
+
+    Raises:
+        InputError: the cluster does not have them within the time limit.
+    """
+    job_nodes = JobNodes(config)
+
+    def attempt() -> tuple[ResourcePlan, Placement]:
+        placement = job_nodes.find()
+        plan = plan_resources(
+            config, placement.nodes, inputs.manifest.rows, remote_images=inputs.has_remote_images
+        )
+        return plan, placement
+
+    plan, placement = wait_for_cluster(attempt, config.wait_for_cluster_seconds, lambda: job_nodes.find().job)
+    for reason in plan.reasons:
+        _logger.info(reason)
+    _logger.info(placement.describe(plan.device, is_staged=plan.shape == "staged"))
+    if config.device == "auto" and plan.device == "cpu" and config.gpus_per_actor != 0:
+        job_nodes.warn_about_missing_gpus(placement)
+    return plan, placement
 
 
 def _model_choices(config: ClassifyConfig) -> ModelChoices:
@@ -211,6 +238,7 @@ def pipeline_spec_of(
     config: ClassifyConfig,
     inputs: ClassifyInputs,
     resource_plan: ResourcePlan,
+    placement: Placement,
     selection: EngineSelection,
     run_id: str,
 ) -> PipelineSpec:
@@ -267,6 +295,7 @@ def pipeline_spec_of(
         rows=RowRanges.all(inputs.manifest.rows),
         invalid_ids=inputs.invalid_ids,
         worker=worker,
+        placement=placement,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
     )
 

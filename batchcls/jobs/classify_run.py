@@ -27,16 +27,18 @@ from batchcls.jobs.classify_plan import (
     open_inputs,
     pipeline_spec_of,
     plan_of,
+    plan_on_cluster,
 )
 from batchcls.manifest.snapshot import Manifest
 from batchcls.pipeline.copy_predictions import copy_predictions
 from batchcls.pipeline.executor import PipelineResult, execute
 from batchcls.pipeline.node_engines import EngineSelection, select_engines
 from batchcls.pipeline.pipeline_spec import PipelineSpec
+from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.progress import Progress
-from batchcls.ray_runtime import node_resources, ray_session, wait_for_cluster
+from batchcls.ray_runtime import ray_session
 from batchcls.report.run_report import report_after_run
-from batchcls.resources import ResourcePlan, plan_resources
+from batchcls.resources import ResourcePlan
 from batchcls.runs import engine_cache
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.catalog import read_current, read_record, report_of
@@ -126,6 +128,7 @@ class _LeasedRun:
     config: ClassifyConfig
     inputs: ClassifyInputs
     resource_plan: ResourcePlan
+    placement: Placement
     engines: EngineSelection
     plan: Plan
     folder: str
@@ -195,11 +198,7 @@ def _start_or_resume(
         if unpublished is not None:
             return reevaluate_run(config, unpublished, storage)
         unfinished = _find_unfinished(config, inputs)
-        resource_plan = wait_for_cluster(
-            lambda: _plan_resources(config, inputs), config.wait_for_cluster_seconds
-        )
-        for reason in resource_plan.reasons:
-            _logger.info(reason)
+        resource_plan, placement = plan_on_cluster(config, inputs)
         recorded = unfinished.engines if unfinished else None
         engines = select_engines(config, inputs.manifest, inputs.bundle, resource_plan, storage, recorded)
         plan = _plan(config, inputs, resource_plan, engines, unfinished)
@@ -212,7 +211,7 @@ def _start_or_resume(
             _logger.info("run %s in %s", plan.run_id, redact_uri(folder))
             for record in engines.new_records:
                 engine_cache.save(config.output, record, storage)
-            run = _LeasedRun(config, inputs, resource_plan, engines, plan, folder, lease)
+            run = _LeasedRun(config, inputs, resource_plan, placement, engines, plan, folder, lease)
             return _commit(run, _compute(run, console), started)
 
 
@@ -308,12 +307,6 @@ def _plan(
     return plan.model_copy(update={"reuse": reuse})
 
 
-def _plan_resources(config: ClassifyConfig, inputs: ClassifyInputs) -> ResourcePlan:
-    return plan_resources(
-        config, node_resources(), remote_images=inputs.has_remote_images, rows=inputs.manifest.rows
-    )
-
-
 def _compute(run: _LeasedRun, console: Console) -> _ComputedRun:
     """Reuse or compute every row that is not on storage yet."""
     config, rows = run.config, run.inputs.manifest.rows
@@ -325,7 +318,9 @@ def _compute(run: _LeasedRun, console: Console) -> _ComputedRun:
     remaining = missing_rows(receipts, rows)
     if receipts:
         _logger.info("resuming: %d of %d rows are complete", rows - len(remaining), rows)
-    spec = pipeline_spec_of(config, run.inputs, run.resource_plan, run.engines, run.plan.run_id)
+    spec = pipeline_spec_of(
+        config, run.inputs, run.resource_plan, run.placement, run.engines, run.plan.run_id
+    )
     if len(remaining):
         receipts += _reuse(run, replace(spec, rows=remaining))
         remaining = missing_rows(receipts, rows)

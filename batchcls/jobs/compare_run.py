@@ -28,6 +28,8 @@ from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import ExitCode, InputError, InsufficientResourcesError, stop_run_on_input_error
 from batchcls.hardware import Hardware
 from batchcls.models.engines.engine import Device
+from batchcls.pipeline.job_nodes import JobNodes
+from batchcls.pipeline.placement import Placement
 from batchcls.preprocessing import Preprocessing
 from batchcls.ray_runtime import (
     NodeInfo,
@@ -35,7 +37,6 @@ from batchcls.ray_runtime import (
     run_exclusive,
     run_exclusive_on_all,
     wait_for_cluster,
-    worker_nodes,
 )
 from batchcls.report.compare_page import PageContext, compare_page
 from batchcls.storage.filesystem import redact_uri
@@ -48,7 +49,7 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
     inputs = open_inputs(config)
     results = Results(config.output, inputs.sample.fingerprint, inputs.storage)
     with ray_session(config.ray_address):
-        nodes = wait_for_cluster(lambda: _usable_nodes(config), config.wait_for_cluster_seconds)
+        nodes = _find_nodes(config)
         environments = _environments(config, nodes)
         skipped = _measure_all(inputs, environments, results, console)
     summary = _summarize(config, inputs, results, skipped)
@@ -66,14 +67,37 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _usable_nodes(config: CompareConfig) -> list[NodeInfo]:
+def _find_nodes(config: CompareConfig) -> list[NodeInfo]:
+    """Wait for nodes with the requested device and return them.
+
+    Raises:
+        InputError: none joins within the time limit.
+    """
+    job_nodes = JobNodes(config)
+    nodes = wait_for_cluster(
+        lambda: _with_device(config, job_nodes.find()),
+        config.wait_for_cluster_seconds,
+        lambda: job_nodes.find().job,
+    )
+    placement = job_nodes.find()
+    _logger.info(placement.describe_nodes(nodes))
+    if config.device == "auto" and not any(node.gpus >= 1 for node in nodes):
+        job_nodes.warn_about_missing_gpus(placement)
+    return nodes
+
+
+def _with_device(config: CompareConfig, placement: Placement) -> list[NodeInfo]:
     """The nodes with the requested device. Raises InsufficientResourcesError if there is none."""
-    nodes = [node for node in worker_nodes() if config.device != "cuda" or node.gpus >= 1]
-    if not nodes:
-        needed = "a GPU" if config.device == "cuda" else "a CPU for tasks"
+    nodes = [
+        node for node in placement.nodes if node.cpus >= 1 and (config.device != "cuda" or node.gpus >= 1)
+    ]
+    needs_gpu = config.device == "cuda" or config.require_gpu
+    if not nodes or (needs_gpu and not any(node.gpus >= 1 for node in nodes)):
+        needed = "a GPU" if needs_gpu else "a CPU"
         raise InsufficientResourcesError(
-            f"the cluster has no node with {needed}; add one, or choose another --device",
-            {"GPU": 1} if config.device == "cuda" else {"CPU": 1},
+            f"the cluster has no node with {needed} that this job may use; add one, or see --device, --use-head and "
+            "--node-labels",
+            {"CPU": 1, "GPU": 1} if needs_gpu else {"CPU": 1},
         )
     return nodes
 
@@ -97,8 +121,9 @@ def _environments(config: CompareConfig, nodes: Sequence[NodeInfo]) -> dict[Benc
 
 def _environment(config: CompareConfig, node: NodeInfo, hardware: Hardware) -> BenchmarkEnvironment:
     device: Device = "cuda" if config.device != "cpu" and node.gpus >= 1 and hardware.gpu else "cpu"
-    if config.device == "cuda" and device == "cpu":
-        raise InputError(f"--device cuda: PyTorch finds no GPU on {node.host}; use --device cpu or auto")
+    if device == "cpu" and (config.device == "cuda" or (config.require_gpu and node.gpus >= 1)):
+        flag = "--device cuda" if config.device == "cuda" else "--require-gpu"
+        raise InputError(f"{flag}: PyTorch finds no GPU on {node.host}; use --device cpu or auto")
     return BenchmarkEnvironment(
         hardware=hardware,
         device=device,

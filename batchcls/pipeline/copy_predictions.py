@@ -73,8 +73,11 @@ def copy_predictions(spec: PipelineSpec, source: ReuseSource, check: Callable[[]
         BatchclsError: storage failed.
     """
     copy_spec = ray.put(CopySpec(spec.worker.load, spec.worker.writer, source))
-    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_copy_fragment)
-    max_running = max(1, int(ray.cluster_resources().get("CPU", 1)) * _TASKS_PER_CPU)
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, label_selector=dict(spec.placement.cpu))(
+        _copy_fragment
+    )
+    cpus = sum(node.cpus for node in spec.placement.network_nodes("cpu"))
+    max_running = max(1, int(cpus) * _TASKS_PER_CPU)
     running: list[Any] = []
     receipts: list[Receipt] = []
     counts: Counter[str] = Counter()

@@ -59,7 +59,9 @@ def isolate_fragments(
     """
     load = ray.put(spec.worker.load)
     # The task reserves no CPU, because the actors hold all of them; the CPU of the crashed process is idle.
-    task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES)(_isolate_fragment)
+    task = ray.remote(num_cpus=0, max_retries=MAX_RETRIES, label_selector=dict(spec.placement.cpu))(
+        _isolate_fragment
+    )
     calls: dict[Any, Fragment] = {}
     for fragment in fragments:
         _logger.warning(

@@ -13,7 +13,7 @@ from batchcls.cli.console import show_progress
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.prometheus import metrics_of
-from batchcls.ray_runtime import node_resources
+from batchcls.ray_runtime import alive_nodes
 from batchcls.resources import NodeResources
 from batchcls.runs.parts import Receipt
 from batchcls.runs.records import Measurements, RunHardware
@@ -126,7 +126,8 @@ def execute(
         receipts = graph.execute()
         report_progress()
     finished_at, cpu = time.time(), time.process_time() - cpu
-    return PipelineResult(spec, receipts, graph.progress(), started_at, finished_at, cpu, node_resources())
+    nodes = [NodeResources(node.cpus, node.gpus) for node in alive_nodes() if spec.placement.allows(node)]
+    return PipelineResult(spec, receipts, graph.progress(), started_at, finished_at, cpu, nodes)
 
 
 def _create_graph(spec: PipelineSpec, check: Callable[[Progress], None]) -> _Graph:

@@ -19,8 +19,9 @@ from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, EngineConfig
 from batchcls.models.model_bundle import Bundle
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
+from batchcls.pipeline.placement import choose_placement
 from batchcls.preprocessing import Preprocessing
-from batchcls.ray_runtime import NodeInfo, hardware_of, run_exclusive, worker_nodes
+from batchcls.ray_runtime import NodeInfo, alive_nodes, hardware_of, run_exclusive
 from batchcls.resources import ResourcePlan
 from batchcls.runs import engine_cache
 from batchcls.runs.plan import RecordedEngines
@@ -120,7 +121,7 @@ def select_engines(
     restored_records = (
         None if restored is None else {record.hardware_key: record for record in restored.selections}
     )
-    for hardware, node in _kinds_of_nodes(resources.device):
+    for hardware, node in _kinds_of_nodes(config, resources.device):
         record = None if restored_records is None else restored_records.get(hardware.key)
         # A run that started without measurements is resumed without them.
         is_undecided = restored_records is None or (restored_records and record is None)
@@ -174,9 +175,9 @@ def _sample_images(
     )
 
 
-def _kinds_of_nodes(device: Device) -> Sequence[tuple[Hardware, NodeInfo]]:
+def _kinds_of_nodes(config: PipelineSettings, device: Device) -> Sequence[tuple[Hardware, NodeInfo]]:
     """Return the kinds of nodes on which the network may run, each with its first node."""
-    nodes = [node for node in worker_nodes() if device == "cpu" or node.gpus > 0]
+    nodes = choose_placement(config, alive_nodes()).network_nodes(device)
     first: dict[str, tuple[Hardware, NodeInfo]] = {}
     for node, hardware in zip(nodes, hardware_of(nodes), strict=True):
         first.setdefault(hardware.key, (hardware, node))

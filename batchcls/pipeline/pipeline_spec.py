@@ -14,6 +14,7 @@ from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Columns, Manifest
 from batchcls.models.engines.engine import EngineChoice
 from batchcls.models.model_bundle import Bundle
+from batchcls.pipeline.placement import Placement
 from batchcls.resources import ResourcePlan
 from batchcls.runs.parts import PartWriter
 from batchcls.storage.filesystem import Storage
@@ -96,6 +97,7 @@ class PipelineSpec:
         rows: rows of the manifest to process.
         invalid_ids: rows of the manifest whose item ids are missing or duplicated.
         worker: specification of the workers.
+        placement: nodes on which the workers run.
         no_progress_timeout_seconds: the pipeline fails when no row is finished for this long.
     """
 
@@ -103,4 +105,5 @@ class PipelineSpec:
     rows: RowRanges
     invalid_ids: "InvalidIds"
     worker: WorkerSpec
+    placement: Placement
     no_progress_timeout_seconds: float

@@ -35,6 +35,7 @@ def arguments(catalog: str, model: str, target: str) -> tuple[str, ...]:
         *("--manifest", catalog, "--model", model, "--shape", shape, "--max-failed-fraction", "0.05"),
         *("--fragment-rows", "100", "--rows-per-file", "100", "--no-progress-timeout-seconds", "120"),
         *("--engine", "torch", "--precision", "fp32"),  # skips engine measurements
+        "--use-head",
     )
 
 

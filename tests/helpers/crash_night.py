@@ -27,13 +27,16 @@ import torch
 from rich.console import Console
 
 from batchcls.cli.app import run
+from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs import bundle, classify, classify_run
+from batchcls.jobs.classify_plan import ClassifyInputs
 from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
 from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import PipelineSpec
+from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.progress import Progress
-from batchcls.resources import NodeResources
+from batchcls.resources import NodeResources, ResourcePlan, plan_resources
 from batchcls.runs import lease
 from batchcls.runs.parts import Receipt
 from batchcls.runs.reuse import ReuseSource
@@ -289,6 +292,12 @@ def _no_cluster(address: str | None) -> Iterator[None]:
     yield
 
 
+def _plan_for_one_cpu(config: ClassifyConfig, inputs: ClassifyInputs) -> tuple[ResourcePlan, Placement]:
+    remote = inputs.has_remote_images
+    plan = plan_resources(config, [NodeResources(1, 0)], inputs.manifest.rows, remote_images=remote)
+    return plan, Placement()
+
+
 def night(spec: Spec, connection: Connection) -> None:
     """Run the job once, send the list of its writes, and end this process with the exit code of the job."""
     os.environ.update(spec.environment)
@@ -304,7 +313,7 @@ def night(spec: Spec, connection: Connection) -> None:
     )
     with (
         patch.object(classify_run, "ray_session", _no_cluster),
-        patch.object(classify_run, "node_resources", lambda: [NodeResources(1, 0)]),
+        patch.object(classify_run, "plan_on_cluster", _plan_for_one_cpu),
         patch.object(classify_run, "execute", execute_here),
         patch.object(classify_run, "copy_predictions", copy_predictions_here),
         patch.object(os, "fsync", writes.fsync),

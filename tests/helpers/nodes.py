@@ -45,7 +45,7 @@ class ThreeNodes:
         self.port = _free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="bc-", dir="/tmp"))  # short, because it contains sockets
         self._started = 0
-        self._start(
+        self.head = self._start(
             "--head",
             "--port",
             str(self.port),
@@ -61,9 +61,9 @@ class ThreeNodes:
         """Address for --ray-address."""
         return f"127.0.0.1:{self.port}"
 
-    def add(self) -> Node:
-        """Start another node."""
-        return self._start("--address", self.address)
+    def add(self, *arguments: str) -> Node:
+        """Start another node, with more arguments of `ray start`."""
+        return self._start("--address", self.address, *arguments)
 
     def kill(self, node: Node) -> None:
         """Kill the raylet of a node with SIGKILL; its workers then end by themselves.

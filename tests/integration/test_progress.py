@@ -12,15 +12,14 @@ import ray.cloudpickle
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.config.classify_config import ClassifyConfig
-from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of
+from batchcls.jobs.classify_plan import check_inputs, open_inputs, pipeline_spec_of, plan_on_cluster
 from batchcls.models.engines.engine import REFERENCE
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.ray_data.fragment_actor import FragmentActor
 from batchcls.pipeline.ray_data.fused_graph import FusedGraph
-from batchcls.ray_runtime import MALLOC_VARIABLES, node_resources, ray_session
-from batchcls.resources import plan_resources
+from batchcls.ray_runtime import MALLOC_VARIABLES, ray_session
 from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
 
@@ -63,10 +62,12 @@ def test_rows_of_a_repeated_fragment_count_once(
         environment = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
         assert environment.items() >= MALLOC_VARIABLES.items()
         inputs = open_inputs(config, check_inputs(config))
-        resources = plan_resources(config, node_resources(), remote_images=False, rows=ROWS)
+        resources, placement = plan_on_cluster(config, inputs)
         engines = Engines({}, NodeEngine(REFERENCE, 16), config.cache_dir, None)
         graph = RepeatingGraph(
-            pipeline_spec_of(config, inputs, resources, EngineSelection(engines, None, ()), "repeating"),
+            pipeline_spec_of(
+                config, inputs, resources, placement, EngineSelection(engines, None, ()), "repeating"
+            ),
             seen.append,
         )
         receipts = graph.execute()

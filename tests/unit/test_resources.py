@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchcls.config.classify_config import ClassifyConfig
-from batchcls.errors import InputError
+from batchcls.errors import InputError, InsufficientResourcesError
 from batchcls.resources import NodeResources, ResourcePlan, fragment_sizes, plan_resources
 
 ROWS = 100_000
@@ -127,7 +127,8 @@ def test_small_manifest_is_divided_among_all_load_tasks():
         ([NodeResources(2, 0)], {"min_actors": 1, "cpus_per_actor": 4}, ["do not fit", "--cpus-per-actor"]),
         ([NodeResources(4, 0)], {"device": "cuda"}, ["no GPU", "--device"]),
         ([NodeResources(4, 1)], {"min_actors": 2}, ["do not fit", "--gpus-per-actor"]),
-        ([NodeResources(0, 0)], {}, ["no node with a CPU"]),
+        ([NodeResources(0, 0)], {}, ["no node with a CPU", "--use-head", "--node-labels"]),
+        ([NodeResources(4, 0)], {"require_gpu": True}, ["--require-gpu", "no GPU"]),
     ],
 )
 def test_unschedulable_settings_are_rejected_with_remedy(
@@ -167,3 +168,35 @@ def test_load_task_fits_on_one_node_with_the_actors(nodes: list[NodeResources]):
     with_cpus = [node for node in nodes if node.cpus]
     reserved = -(-found.num_actors // len(with_cpus)) * found.cpus_per_actor
     assert max(node.cpus for node in with_cpus) - reserved >= found.cpus_per_load_task
+
+
+def test_images_are_loaded_on_the_cpus_of_nodes_without_a_gpu():
+    found = plan([NodeResources(16, 0)] * 4 + [NodeResources(8, 1)] * 2)
+    assert (found.device, found.num_actors, found.load_tasks) == ("cuda", 2, 64)
+    found = plan([NodeResources(16, 0), NodeResources(8, 1)], device="cpu")
+    assert (found.num_actors, found.cpus_per_actor) == (2, 8)
+    # Two small nodes could not feed a large machine with GPUs.
+    found = plan([NodeResources(8, 0)] * 2 + [NodeResources(96, 8)])
+    assert (found.num_actors, found.load_tasks) == (8, 112)
+
+
+def test_required_gpu_is_used_like_any_other():
+    assert plan([NodeResources(8, 1)], require_gpu=True) == plan([NodeResources(8, 1)])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "bundle"),
+    [
+        ([NodeResources(4, 0)], {"device": "cuda"}, {"GPU": 1}),
+        ([NodeResources(4, 0)], {"require_gpu": True}, {"GPU": 1}),
+        # GPU nodes without CPUs cannot load images.
+        ([NodeResources(0, 1)], {}, {"CPU": 0.5}),
+        ([], {}, {"CPU": 1}),
+    ],
+)
+def test_missing_resources_are_those_to_request(
+    nodes: list[NodeResources], settings: dict[str, object], bundle: dict[str, float]
+):
+    with pytest.raises(InsufficientResourcesError) as caught:
+        plan(nodes, **settings)
+    assert caught.value.bundle == bundle

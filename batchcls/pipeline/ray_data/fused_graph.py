@@ -49,6 +49,7 @@ class FusedGraph(RayDataGraph):
                 ),
                 num_cpus=resources.cpus_per_actor,
                 num_gpus=resources.gpus_per_actor,
+                label_selector=dict(self._spec.placement.network(resources.device)),
                 max_restarts=MAX_ACTOR_RESTARTS,
                 max_task_retries=self.max_retries,
             )

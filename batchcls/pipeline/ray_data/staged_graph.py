@@ -31,7 +31,10 @@ class StagedGraph(RayDataGraph):
             # The only way to bound retries before Ray 2.64, where the range of pyproject.toml ends.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = self._predict(self._load(fragments))
-        dataset.write_datasink(sink, ray_remote_args={"num_cpus": 0, "max_retries": self.max_retries})
+        placement = {"label_selector": dict(self._spec.placement.job)}
+        dataset.write_datasink(
+            sink, ray_remote_args={"num_cpus": 0, "max_retries": self.max_retries} | placement
+        )
         self._receipts += sink.receipts
 
     def _load(self, fragments: Sequence[tuple[Fragment, dict[int, Failure]]]) -> Dataset:
@@ -39,7 +42,10 @@ class StagedGraph(RayDataGraph):
         return ray.data.read_datasource(
             Images(fragments, self._spec.worker.load, self._progress_actor),
             num_cpus=resources.cpus_per_load_task,
-            ray_remote_args={"max_retries": self.max_retries},
+            ray_remote_args={
+                "max_retries": self.max_retries,
+                "label_selector": dict(self._spec.placement.cpu),
+            },
             concurrency=resources.load_tasks,
             override_num_blocks=len(fragments),
         )
@@ -59,6 +65,7 @@ class StagedGraph(RayDataGraph):
             ),
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.gpus_per_actor,
+            label_selector=dict(self._spec.placement.network(resources.device)),
             runtime_env=WORKER_RUNTIME_ENV,
             max_restarts=MAX_ACTOR_RESTARTS,
             max_task_retries=self.max_retries,
