@@ -126,7 +126,8 @@ def add_settings(
         if field.annotation is bool:
             action = target.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, **options)
         elif get_origin(field.annotation) is list:
-            action = target.add_argument(flag, dest=name, action="append", metavar="A,B", **options)
+            metavar = _metavar(get_args(field.annotation)[0], name) if _is_repeated(field) else "A,B"
+            action = target.add_argument(flag, dest=name, action="append", metavar=metavar, **options)
         else:
             action = target.add_argument(flag, dest=name, metavar=_metavar(field.annotation, name), **options)
         if has_essential:
@@ -135,6 +136,10 @@ def add_settings(
 
 def _marker(field: FieldInfo) -> Mapping[str, Any]:
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def _is_repeated(field: FieldInfo) -> bool:
+    return bool(_marker(field).get("repeated"))
 
 
 def _limit_help(parser: argparse.ArgumentParser) -> None:
@@ -231,8 +236,10 @@ def _read_toml(path: Path, settings: type[BaseModel]) -> dict[str, Any]:
 
 
 def _parse(value: Any, field: FieldInfo) -> Any:
-    """Text of the command line -> what pydantic can check: JSON for objects, commas for lists."""
+    """Text of the command line -> what pydantic can check: JSON for objects, commas for most lists."""
     origin = get_origin(field.annotation)
+    if _is_repeated(field):
+        return value
     if origin is list:
         return [part for item in value for part in item.split(",") if part]
     if origin is dict:
@@ -312,7 +319,7 @@ def _metavar(annotation: Any, name: str) -> str:
     return "|".join(dict.fromkeys(words))
 
 
-_URI_SETTINGS = frozenset({"manifest", "output", "weights", "labels", "folder", "bundle"})
+_URI_SETTINGS = frozenset({"manifest", "output", "weights", "labels", "folder", "bundle", "images"})
 
 
 def _help(field: FieldInfo) -> str:

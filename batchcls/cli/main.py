@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 JOBS = {
     "classify": "Classify a catalog: manifest in, predictions and embeddings out.",
     "runs": "List, inspect, compare, publish, roll back, prune and verify runs.",
-    "bundle": "Create, inspect, test and export model bundles; list the model zoo.",
+    "bundle": "Create, extend, inspect, test and export model bundles; list the model zoo.",
     "compare": "Benchmark backbones on your hardware and your images.",
     "finetune": "Train a classifier on labeled images.",
     "evaluate": "Measure the accuracy and calibration of a bundle or of a run.",

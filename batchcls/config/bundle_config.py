@@ -1,10 +1,18 @@
 """Settings of the job that creates, inspects, tests and exports bundles."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from batchcls.config.common_config import TAP_PATTERN, Address, JobConfig, ModelAddress, PreprocessingSettings
+from batchcls.config.common_config import (
+    REPEATED,
+    TAP_PATTERN,
+    Address,
+    FetchSettings,
+    JobConfig,
+    ModelAddress,
+    PreprocessingSettings,
+)
 from batchcls.config.engine_config import CacheSettings
 
 
@@ -60,6 +68,70 @@ class BundleCreateConfig(StoreSettings, PreprocessingSettings):
         description="Where the embedding is taken: pooled, the input of the classifier, or stage1, stage2, ...: "
         "the spatial mean of that stage's feature map.",
     )
+
+
+class BundleExtendConfig(FetchSettings):
+    """Add categories to a bundle from a few labeled images, without training; the network stays unchanged."""
+
+    bundle: Address = Field(min_length=1, description="The bundle's folder, local or s3://.")
+    output: Address = Field(min_length=1, description="Folder of the new bundle, local or s3://.")
+    category: list[str] = Field(
+        json_schema_extra=REPEATED,
+        default_factory=list,
+        description="Name of a new category; repeat the flag for several. Default with --manifest: all its labels that "
+        "the bundle does not have.",
+    )
+    images: list[Address] = Field(
+        json_schema_extra=REPEATED,
+        default_factory=list,
+        description="Folder, or glob, with images of a new category, local or s3://; one for each --category, in the "
+        "same order.",
+    )
+    manifest: Address | None = Field(
+        default=None,
+        description="Labeled manifest with images of the new categories instead of --images. Its images of existing "
+        "categories are used like those of --run, with their labels.",
+    )
+    category_path: list[str] = Field(
+        json_schema_extra=REPEATED,
+        default_factory=list,
+        description="Path a/b/c in the category tree, one for each --category. Default: the top level of the tree, or "
+        "the name of the category if the names in the bundle are paths.",
+    )
+    run: Address | None = Field(
+        default=None,
+        min_length=1,
+        description="Run of the bundle whose stored embeddings show where the existing categories are: OUTPUT/runs/ID, "
+        "or OUTPUT for the published run. No image is read again.",
+    )
+    id_column: str = Field(
+        default="item_id", min_length=1, description="Column of the manifest with unique IDs."
+    )
+    label_column: str = Field(
+        default="label", min_length=1, description="Column of the manifest with the categories."
+    )
+    log_interval_seconds: float = Field(
+        default=5.0, gt=0, description="Seconds between progress lines if stderr is not a terminal."
+    )
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Self:
+        if bool(self.images) == (self.manifest is not None):
+            raise ValueError(
+                "specify the images of the new categories, either --category NAME --images FOLDER for each category, "
+                "or --manifest LABELED"
+            )
+        if self.images and len(self.category) != len(self.images):
+            raise ValueError(
+                f"--category is given {len(self.category)} times and --images {len(self.images)} times; give one "
+                "--images FOLDER for each --category NAME"
+            )
+        if self.category_path and len(self.category_path) != len(self.category):
+            raise ValueError(
+                f"--category-path is given {len(self.category_path)} times and --category {len(self.category)} times; "
+                "give one path for each category"
+            )
+        return self
 
 
 class BundleInspectConfig(StoreSettings):

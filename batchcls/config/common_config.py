@@ -108,6 +108,10 @@ def essential(group: Marker) -> Marker:
     return group | {"essential": True}
 
 
+REPEATED: Marker = {"repeated": True}
+"""The marker of a list that is given by repeating its flag. Its values may contain commas."""
+
+
 class JobConfig(BaseModel):
     """Base class of all settings: frozen, and undeclared names are rejected."""
 

@@ -1,4 +1,4 @@
-"""`batchcls bundle`: create, inspect, test and export bundles, and print the zoo."""
+"""`batchcls bundle`: create, extend, inspect, test and export bundles, and print the zoo."""
 
 from rich.console import Console
 
@@ -6,6 +6,7 @@ from batchcls.cli.app import Command, main
 from batchcls.config.bundle_config import (
     BundleCreateConfig,
     BundleExportConfig,
+    BundleExtendConfig,
     BundleInspectConfig,
     BundleTestConfig,
     BundleZooConfig,
@@ -18,6 +19,12 @@ _CREATE_EXAMPLES = """examples:
       --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5 --input-size 224 --crop-pct 0.875 --interpolation bilinear --output models/v2
   batchcls bundle create --model resnet50 --new-head --labels shop.txt --dropout 0.2 \\
       --trainable 'layer4.*,fc.*' --output models/to-train
+"""
+_EXTEND_EXAMPLES = """examples:
+  batchcls bundle extend models/v1 --category skirt --images new/skirt --run predictions --output models/v2
+  batchcls bundle extend models/v1 --category skirt --images new/skirt --category-path clothes/skirt \\
+      --category hat --images new/hat --category-path clothes/hat --run predictions --output models/v2
+  batchcls bundle extend models/v1 --manifest labeled.parquet --output models/v2
 """
 _INSPECT_EXAMPLES = """examples:
   batchcls bundle inspect models/v1
@@ -41,6 +48,13 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
     from batchcls.jobs import bundle_run  # noqa: PLC0415 - PyTorch takes seconds to import
 
     return bundle_run.create(config, console)
+
+
+def extend(config: BundleExtendConfig, console: Console) -> ExitCode:
+    """Add categories to a bundle from a few labeled images, and write the new bundle."""
+    from batchcls.jobs import bundle_run  # noqa: PLC0415 - PyTorch takes seconds to import
+
+    return bundle_run.extend(config, console)
 
 
 def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
@@ -73,6 +87,7 @@ def zoo(config: BundleZooConfig, console: Console) -> ExitCode:
 
 COMMANDS = (
     Command("create", BundleCreateConfig, create, _CREATE_EXAMPLES),
+    Command("extend", BundleExtendConfig, extend, _EXTEND_EXAMPLES, ("bundle",)),
     Command("inspect", BundleInspectConfig, inspect, _INSPECT_EXAMPLES, ("bundle",)),
     Command("test", BundleTestConfig, test, _TEST_EXAMPLES, ("bundle",)),
     Command("export", BundleExportConfig, export, _EXPORT_EXAMPLES, ("bundle",)),

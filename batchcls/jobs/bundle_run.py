@@ -2,36 +2,56 @@
 
 import json
 import logging
+import os
 import time
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from batchcls.cli.console import results_console
+from batchcls.cli.console import results_console, show_progress
 from batchcls.cli.tables import bundle_line, record_table, zoo_table
 from batchcls.config.bundle_config import (
     BundleCreateConfig,
     BundleExportConfig,
+    BundleExtendConfig,
     BundleInspectConfig,
     BundleTestConfig,
     BundleZooConfig,
 )
 from batchcls.errors import ExitCode, InputError
+from batchcls.images.load_config import decode_limits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import check_program, with_golden
+from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
 from batchcls.models.build import build_backbone, build_model
 from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, EngineConfig, Precision
 from batchcls.models.engines.factory import describe_engine
 from batchcls.models.export import FILE_NAMES, describe_program, export_program, load_program
 from batchcls.models.heads import mark_trainable
-from batchcls.models.model_bundle import Bundle
+from batchcls.models.labels import CategoryPaths, Labels, parse_category_path
+from batchcls.models.model_bundle import CONFIG_FILE, Bundle
 from batchcls.models.model_names import suggest_names
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.registry import find_record, zoo_records
 from batchcls.models.resolve import parse_model_arguments, resolve_model
-from batchcls.storage.filesystem import Storage, redact_uri, write_files
+from batchcls.runs.paths import new_run_id
+from batchcls.storage.filesystem import Storage, explain, join, redact_uri, write_files
+from batchcls.training.categories import complete_category_paths, format_names
+from batchcls.training.linear_probe.embeddings import EmbeddingSettings
+from batchcls.training.linear_probe.extended_bundle import (
+    MAX_EXISTING_ROWS,
+    ExtendedBundle,
+    ExtensionSettings,
+    LabeledImages,
+    check_new_labels,
+    extend_bundle,
+    images_of_folders,
+    images_of_manifest,
+)
+from batchcls.training.training_progress import TrainingProgress
 
 _logger = logging.getLogger("batchcls.jobs.bundle")
 
@@ -57,6 +77,99 @@ def create(config: BundleCreateConfig, console: Console) -> ExitCode:
     bundle.save(config.output, storage)
     _logger.info("%s: %s", redact_uri(config.output), bundle_line(bundle))
     return ExitCode.DONE
+
+
+def extend(config: BundleExtendConfig, console: Console) -> ExitCode:
+    """Add categories to a bundle from a few labeled images, and write the new bundle."""
+    storage = Storage(config.storage_options)
+    bundle = Bundle.load(config.bundle, storage)
+    _logger.info("bundle: %s", bundle_line(bundle))
+    with explain(config.output):
+        if storage.exists(join(config.output, CONFIG_FILE)):
+            raise InputError(
+                f"--output {redact_uri(config.output)} already contains a bundle; choose another folder"
+            )
+    images, new = _read_images(config, bundle, storage)
+    paths = _paths(config, bundle, new)
+    cores = len(os.sched_getaffinity(0))
+    progress = TrainingProgress()
+
+    def on_progress(rows: int) -> None:
+        progress.rows = rows
+
+    settings = ExtensionSettings(
+        embedding=EmbeddingSettings(fetch_policy(config), decode_limits(config), threads=cores),
+        name=new_run_id(),
+        run=config.run,
+        on_progress=on_progress,
+    )
+    rows = images.rows.num_rows
+    with show_progress(lambda: progress, rows, console, config.log_interval_seconds, "embed"):
+        extended = extend_bundle(bundle, images, new, paths, settings, storage)
+    extended.bundle.save(config.output, storage)
+    _print_new_categories(config, bundle, extended)
+    return ExitCode.DONE
+
+
+def _read_images(
+    config: BundleExtendConfig, bundle: Bundle, storage: Storage
+) -> tuple[LabeledImages, Labels]:
+    """Return the images, and the names of the new categories."""
+    if config.manifest is None:
+        check_new_labels(bundle, config.category)
+        folders = dict(zip(config.category, config.images, strict=True))
+        return images_of_folders(folders, storage), tuple(config.category)
+    manifest = open_labeled_manifest(
+        config.manifest, storage, config.label_column, id_column=config.id_column
+    )
+    column = read_label_column(manifest, storage)
+    unknown = sorted(set(column.distinct.to_pylist()) - set(bundle.config.labels))
+    new = tuple(config.category or unknown)
+    check_new_labels(bundle, new)
+    missing = [label for label in new if label not in unknown]
+    if missing or not new:
+        raise InputError(
+            f"--manifest {redact_uri(config.manifest)} has no images of {format_names(missing)}"
+            if missing
+            else f"--manifest {redact_uri(config.manifest)} has no category that the bundle does not have"
+        )
+    if len(unknown) > len(new):
+        left_out = [label for label in unknown if label not in new]
+        _logger.warning(
+            "labels that are neither new nor in the bundle are left out: %s", format_names(left_out)
+        )
+    limits = dict.fromkeys(bundle.config.labels, MAX_EXISTING_ROWS) | dict.fromkeys(new)
+    return images_of_manifest(manifest, column, limits, storage), new
+
+
+def _paths(config: BundleExtendConfig, bundle: Bundle, new: Labels) -> CategoryPaths | None:
+    """The category paths of all labels."""
+    labels = (*bundle.config.labels, *new)
+    if not config.category_path:
+        return complete_category_paths(bundle.config, labels)
+    if bundle.config.category_paths is None:
+        raise InputError("--category-path: the bundle has no category paths; omit the flag")
+    given = tuple(parse_category_path(path, "--category-path") for path in config.category_path)
+    return (*bundle.config.category_paths, *given)
+
+
+def _print_new_categories(config: BundleExtendConfig, bundle: Bundle, extended: ExtendedBundle) -> None:
+    out = results_console()
+    table = Table(
+        "new category", "images", "unreadable", "held-out recall", "share of other images", box=None
+    )
+    for found in extended.categories:
+        unreadable = sum(found.failures.values())
+        held_out = "-" if found.held_out is None else f"{found.held_out:.0%}"
+        table.add_row(found.label, str(found.images), str(unreadable), held_out, f"{found.moved:.1%}")
+    out.print(table)
+    if bundle.config.calibration is not None:
+        names = format_names([found.label for found in extended.categories])
+        out.print(
+            f"note: the temperature and the thresholds of the existing categories are kept; with `classify --abstain`, "
+            f"no prediction of {names} is accepted until `evaluate --write-bundle` has fitted its threshold"
+        )
+    out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(extended.bundle)}")
 
 
 def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:

@@ -14,28 +14,14 @@ from batchcls.cli.console import results_console
 from batchcls.config.manifest_config import ManifestCheckConfig, ManifestFromFolderConfig
 from batchcls.errors import ExitCode, InputError
 from batchcls.manifest.ids import find_invalid_ids
+from batchcls.manifest.image_files import find_images
 from batchcls.manifest.snapshot import open_manifest
-from batchcls.storage.data_files import DataFiles, find_data_files
-from batchcls.storage.filesystem import FileInfo, Storage, explain, redact_uri
-from batchcls.storage.missing_paths import missing_path_message
+from batchcls.storage.data_files import DataFiles
+from batchcls.storage.filesystem import Storage, explain, redact_uri
 from batchcls.storage.uris import relative_path
 
 _logger = logging.getLogger("batchcls.jobs.manifest")  # __name__ is __main__ here
 
-_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".heic",
-    ".heif",
-)
 _ROW_GROUP_ROWS = 65_536
 _LARGE_ROW_GROUP_ROWS = 262_144
 
@@ -53,7 +39,7 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
     """Write a manifest of all images in a folder; item_id is the path relative to the folder."""
     del console
     storage = Storage(config.storage_options)
-    found = _find_images(config.folder, storage)
+    found = find_images(config.folder, storage)
     table = _table(found, config)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
@@ -64,21 +50,7 @@ def from_folder(config: ManifestFromFolderConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _find_images(folder: str, storage: Storage) -> DataFiles:
-    found = find_data_files(folder, storage, lambda name: name.lower().endswith(_SUFFIXES), images=True)
-    skipped = "; ".join(filter(None, (found.skipped.unexpected, found.skipped.hidden))) if found else ""
-    if found is None and (missing := missing_path_message(folder, storage)) is not None:
-        raise InputError(missing)
-    if found is None or not found.files:
-        but = f" but {skipped}" if skipped else ""
-        raise InputError(f"no images ({', '.join(_SUFFIXES)}) in {redact_uri(folder)}{but}")
-    if skipped:
-        _logger.warning("%s: skipped: %s", redact_uri(folder), skipped)
-    return found
-
-
 def _table(found: DataFiles, config: ManifestFromFolderConfig) -> pa.Table:
-    _require_readable_names(list(found.files), config.folder)
     names = [relative_path(info.uri, found.base) for info in found.files]
     columns = {
         "item_id": pa.array(names, pa.string()),
@@ -94,24 +66,6 @@ def _table(found: DataFiles, config: ManifestFromFolderConfig) -> pa.Table:
             )
         columns["label"] = pa.array([None if parent == "." else parent for parent in parents], pa.string())
     return pa.table(columns)
-
-
-def _require_readable_names(images: list[FileInfo], folder: str) -> None:
-    """Reject names that are not valid UTF-8, which a text column cannot store."""
-    invalid = [info.uri for info in images if not _is_utf8(info.uri)]
-    if invalid:
-        raise InputError(
-            f"{len(invalid)} of {len(images)} images in {redact_uri(folder)} have names that are not valid UTF-8, the "
-            f"first is {redact_uri(invalid[0])}; rename them"
-        )
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check(config: ManifestCheckConfig, console: Console) -> ExitCode:

@@ -48,13 +48,18 @@ def read_category_paths(uri: str, labels: Labels, storage: Storage) -> CategoryP
         raise InputError(
             f"--category-paths {name} has {len(lines)} lines for {len(labels)} labels; write one path per label"
         )
-    paths = tuple(tuple(part.strip() for part in line.split("/")) for line in lines)
-    for number, path in enumerate(paths, start=1):
-        if not all(path):
-            raise InputError(
-                f"--category-paths {name}, line {number}: a part of the path is empty; every part needs a name"
-            )
-    return paths
+    return tuple(
+        parse_category_path(line, f"--category-paths {name}, line {number}")
+        for number, line in enumerate(lines, start=1)
+    )
+
+
+def parse_category_path(text: str, where: str) -> tuple[str, ...]:
+    """Split a path `a/b/c` in the category tree into its parts. Raises InputError if a part is empty."""
+    path = tuple(part.strip() for part in text.split("/"))
+    if not all(path):
+        raise InputError(f"{where}: a part of the path is empty; every part needs a name")
+    return path
 
 
 def check_labels(labels: Sequence[str], where: str) -> Labels:

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from batchcls.errors import InputError
 from batchcls.manifest.labeled_manifest import UNKNOWN_CLASS, LabelColumn
-from batchcls.models.labels import Labels, check_labels
+from batchcls.models.labels import CategoryPaths, Labels, check_labels
+from batchcls.models.model_bundle import Bundle, BundleConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -137,6 +138,48 @@ def describe_categories(
         "without a validation row, whose accuracy is not measured", labels, not_validated
     )
     return Categories(tuple(labels), training_counts, validation_counts, tuple(warnings))
+
+
+def complete_category_paths(config: BundleConfig, labels: Labels) -> CategoryPaths | None:
+    """Return a path in the category tree of a bundle for each of `labels`.
+
+    Categories of the bundle keep their paths. The name of another one is its path if the names in the bundle are paths;
+    otherwise it is at the top level of the tree, and a warning names it.
+
+    Returns:
+        None if the bundle has no category paths, or none of these categories.
+    """
+    known = dict(zip(config.labels, config.category_paths or (), strict=False))
+    if not known.keys() & set(labels):
+        return None
+    names_are_paths = all("/".join(path) == label for label, path in known.items())
+    new = [label for label in labels if label not in known]
+    if new and not names_are_paths:
+        _logger.warning(
+            "%s without a path in the category tree, at its top level: %s",
+            _count_categories(len(new)),
+            format_names(new),
+        )
+    return tuple(
+        known[label] if label in known else tuple(label.split("/")) if names_are_paths else (label,)
+        for label in labels
+    )
+
+
+def warn_about_dropped_metadata(bundle: Bundle, labels: Labels) -> None:
+    """Warn about metadata that training drops: the calibration, and category paths if no category is kept."""
+    config = bundle.config
+    if config.calibration is not None:
+        _logger.warning(
+            "the calibration of --model (temperature %.3g and thresholds) is not valid for other weights and is "
+            "dropped; run `evaluate --write-bundle` on the new bundle before `classify --abstain`",
+            config.calibration.temperature,
+        )
+    if config.category_paths is not None and not set(config.labels) & set(labels):
+        _logger.warning(
+            "the category paths of --model name none of the categories and are dropped; to restore them, use paths as "
+            "labels with `evaluate --labels-are-paths --write-bundle`"
+        )
 
 
 def count_classes(classes: Classes, count: int) -> Counts:

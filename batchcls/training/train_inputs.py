@@ -27,7 +27,7 @@ from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage, is_remote
 from batchcls.training.augmentation import adapt_crop_size
 from batchcls.training.categories import Categories, describe_categories, resolve_category_order
-from batchcls.training.initial_bundle import make_initial_bundle, open_initial_bundle
+from batchcls.training.initial_bundle import TrainingExamples, make_initial_bundle, open_initial_bundle
 from batchcls.training.optimizer import min_micro_batch_size
 from batchcls.training.pixel_cache import uncropped
 from batchcls.training.recipe import Recipe, read_recipe
@@ -54,7 +54,11 @@ class TrainingManifest:
 
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
-    """All inputs of a training run. `min_micro_batch_size` is the minimum number of images of a micro-batch."""
+    """All inputs of a training run.
+
+    `min_micro_batch_size` is the minimum number of images of a micro-batch. `start` identifies the initial weights
+    on every machine: embeddings, from which rows of the classifier may be fitted, differ by rounding.
+    """
 
     storage: Storage
     training: TrainingManifest
@@ -62,6 +66,7 @@ class TrainingInputs:
     categories: Categories
     recipe: Recipe
     initial_bundle: Bundle
+    start: str
     min_micro_batch_size: int
 
     def result_settings(self, config: FinetuneConfig) -> Mapping[str, Any]:
@@ -69,7 +74,7 @@ class TrainingInputs:
         return {
             "training manifest": self.training.manifest.fingerprint,
             "validation manifest": self.validation.manifest.fingerprint,
-            "start": self.initial_bundle.fingerprint,
+            "start": self.start,
             "labels": labels_digest(self.categories.labels),
             "recipe": self.recipe.model_dump(mode="json"),
             "class balance": config.class_balance,
@@ -97,7 +102,8 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
         columns[0], given_labels, opened_bundle.config.labels if opened_bundle is not None else ()
     )
     categories = describe_categories(labels, *columns)
-    initial_bundle = make_initial_bundle(config, opened_bundle, labels, storage)
+    examples = TrainingExamples(manifests[0], columns[0])
+    initial_bundle = make_initial_bundle(config, opened_bundle, labels, storage, examples)
     preprocessing = initial_bundle.config.preprocessing
     training, validation = (
         _open_training_manifest(manifest, column, labels, config, storage, image_preprocessing)
@@ -117,6 +123,7 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
         categories=categories,
         recipe=adapt_crop_size(recipe, model, initial_bundle.config),
         initial_bundle=initial_bundle,
+        start=(opened_bundle or initial_bundle).fingerprint,
         min_micro_batch_size=min_micro_batch_size(model, recipe.batch_norm),
     )
 

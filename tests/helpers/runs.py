@@ -30,6 +30,7 @@ class Item:
     source_version: str | None = None
     reason: str | None = None
     embedding: Sequence[float] = (3.0, 0.0, 4.0, 0.0)
+    class_index: int = 0
     abstained: bool = False
 
 
@@ -53,7 +54,7 @@ def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
     good = [row.reason is None for row in rows]
     text = pa.string()
     top_k = [
-        [{"label": row.label, "class_index": 0, "probability": row.probability}] if ok else None
+        [{"label": row.label, "class_index": row.class_index, "probability": row.probability}] if ok else None
         for row, ok in zip(rows, good, strict=True)
     ]
     columns = {
@@ -80,11 +81,15 @@ def block(rows: Sequence[Item], first_row: int = 0) -> pa.Table:
         "top_k": pa.array(top_k, TOP_K_TYPE),
         "embedding": pa.array(
             [list(row.embedding) if ok else None for row, ok in zip(rows, good, strict=True)],
-            pa.list_(pa.float32(), DIMENSION),
+            pa.list_(pa.float32(), _dimension(rows)),
         ),
         "predict_seconds": pa.array([0.0] * len(rows), pa.float32()),
     }
-    return pa.table(columns, schema=classified_schema((), pa.float32(), DIMENSION))
+    return pa.table(columns, schema=classified_schema((), pa.float32(), _dimension(rows)))
+
+
+def _dimension(rows: Sequence[Item]) -> int:
+    return len(rows[0].embedding) if rows else DIMENSION
 
 
 def plan_of(night: RunDetails, rows: int) -> Plan:
@@ -100,7 +105,7 @@ def plan_of(night: RunDetails, rows: int) -> Plan:
 
 def write_parts(folder: str, rows: Sequence[Item], storage: Storage, parts: int = 2) -> list[Receipt]:
     """Write the rows in several parts."""
-    writer = PartWriter(folder, storage, (), pa.float32(), DIMENSION)
+    writer = PartWriter(folder, storage, (), pa.float32(), _dimension(rows))
     bounds = np.linspace(0, len(rows), min(parts, len(rows)) + 1).astype(int).tolist()
     return [writer.write([block(rows[start:stop], start)]) for start, stop in itertools.pairwise(bounds)]
 

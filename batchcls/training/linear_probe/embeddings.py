@@ -141,6 +141,76 @@ def embed(
         return ManifestEmbeddings(store.values, store.good, dict(store.failures))
 
 
+@dataclass(frozen=True, slots=True)
+class ImageEmbeddings:
+    """The embeddings of some images.
+
+    Attributes:
+        rows: numbers of the images that have an embedding, int64 of shape (n,).
+        values: their embeddings, float32 of shape (n, D).
+        hashes: SHA-256 of their contents.
+        failures: reason of each image without an embedding, by number.
+    """
+
+    rows: npt.NDArray[np.int64]
+    values: npt.NDArray[np.float32]
+    hashes: tuple[str, ...]
+    failures: dict[int, str]
+
+
+def embed_images(
+    bundle: Bundle,
+    images: pa.Table,
+    base: str,
+    settings: EmbeddingSettings,
+    on_progress: Callable[[int], object] | None = None,
+) -> ImageEmbeddings:
+    """Compute the embeddings of a few images in float32, without storing them.
+
+    Args:
+        bundle: network with golden outputs; the embedding is taken at its `embedding_tap`.
+        images: the columns of `FragmentReader`: row (any distinct numbers), item_id, uri, image, uri_fault.
+        base: folder that relative URIs refer to.
+        settings: how images are loaded and embedded; `mirrored`, `dtype` and `choice` have no effect.
+        on_progress: called with the number of processed images.
+
+    Raises:
+        InputError: the bundle is invalid.
+        GoldenMismatch: the outputs of the network differ from the golden outputs of the bundle.
+    """
+    conversions = CompileCache.from_cache_dir(settings.cache_dir)
+    config = EngineConfig(settings.device, settings.threads, settings.batch_size, conversions)
+    rows: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+    values = [np.empty((0, bundle.config.embedding_dimension), np.float32)]
+    hashes: list[str] = []
+    failures: dict[int, str] = {}
+    done = 0
+    with _preserve_torch_threads():
+        engine, _ = start_tested_engine(bundle, REFERENCE, config)
+        loader = Loader(_load_settings(bundle, base, settings))
+        tables = (images.slice(start, _BLOCK_ROWS) for start in range(0, images.num_rows, _BLOCK_ROWS))
+        for block in loader.load(tables, {}):
+            failed = block.filter(block.column(PIXELS).is_null())
+            failures |= dict(zip(failed[ROW].to_pylist(), failed["reason"].to_pylist(), strict=True))
+            good = block.filter(block.column(PIXELS).is_valid())
+            if good.num_rows:
+                pixels, numbers = stack_pixels(good, bundle.config.preprocessing), good[ROW].to_numpy()
+                batches = (
+                    pixels[start : start + settings.batch_size]
+                    for start in range(0, len(pixels), settings.batch_size)
+                )
+                found = np.concatenate([output.embedding for output in predict_batches(engine, batches)])
+                finite = np.isfinite(found).all(axis=1)
+                failures |= dict.fromkeys(numbers[~finite].tolist(), Reason.NON_FINITE.value)
+                hashes += good.filter(pa.array(finite))["content_hash"].to_pylist()
+                rows.append(numbers[finite])
+                values.append(found[finite])
+            done += block.num_rows
+            if on_progress is not None:
+                on_progress(done)
+    return ImageEmbeddings(np.concatenate(rows), np.concatenate(values), tuple(hashes), failures)
+
+
 def _key(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> dict[str, object]:
     """Return everything that the embeddings depend on. Images are identified by the fingerprint of the manifest.
 
@@ -176,8 +246,8 @@ def _fill(
     """Embed the remaining rows."""
     remaining, rows_before, views = store.remaining, store.rows, store.values.shape[0]
     engine, batch_size = _start_engine(bundle, manifest, settings, storage, int(remaining.sum()) * views)
-    loader = Loader(_load_settings(bundle, manifest, settings))
-    blocks = loader.load(_tables(manifest, FragmentReader(manifest.columns, storage), remaining), {})
+    loader = Loader(_load_settings(bundle, manifest.base, settings))
+    blocks = loader.load(read_rows(manifest, FragmentReader(manifest.columns, storage), remaining), {})
     batches = _batches(blocks, bundle.config.preprocessing, batch_size, store)
     started = flushed = time.monotonic()
     for batch, output in _predictions(engine, batches):
@@ -220,27 +290,27 @@ def _start_engine(
     return engine, batch_size
 
 
-def _load_settings(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> LoadSettings:
+def _load_settings(bundle: Bundle, base: str, settings: EmbeddingSettings) -> LoadSettings:
     return LoadSettings(
-        base=manifest.base,
+        base=base,
         fetch=settings.fetch,
         limits=settings.limits,
         preprocessing=bundle.config.preprocessing,
-        fetch_threads=_REMOTE_REQUESTS if is_remote(manifest.base) else settings.threads,
+        fetch_threads=_REMOTE_REQUESTS if is_remote(base) else settings.threads,
         decode_threads=settings.threads,
         block_rows=_BLOCK_ROWS,
     )
 
 
-def _tables(
-    manifest: Manifest, reader: FragmentReader, remaining: npt.NDArray[np.bool_]
+def read_rows(
+    manifest: Manifest, reader: FragmentReader, chosen: npt.NDArray[np.bool_]
 ) -> Iterator[pa.Table]:
-    """Read the remaining rows in order."""
+    """Read the chosen rows of a manifest in order; `chosen` has one entry per row."""
     for fragment in manifest.fragments(repeat(_FRAGMENT_ROWS)):
-        if not remaining[fragment.first_row : fragment.first_row + fragment.rows].any():
+        if not chosen[fragment.first_row : fragment.first_row + fragment.rows].any():
             continue
         for table in reader.read(fragment, _BLOCK_ROWS):
-            selected = remaining[table.column(ROW).to_numpy()]
+            selected = chosen[table.column(ROW).to_numpy()]
             if selected.any():
                 yield table.filter(pa.array(selected))
 

@@ -23,8 +23,14 @@ from batchcls.models.model_bundle import WEIGHTS_FILE, Bundle
 from batchcls.models.sources import get_library
 from batchcls.models.weights import from_safetensors, load_strictly, to_safetensors
 from batchcls.storage.filesystem import Storage
-from batchcls.training.categories import Categories, Classes, describe_categories, resolve_category_order
-from batchcls.training.initial_bundle import warn_about_dropped_metadata
+from batchcls.training.categories import (
+    Categories,
+    Classes,
+    complete_category_paths,
+    describe_categories,
+    resolve_category_order,
+    warn_about_dropped_metadata,
+)
 from batchcls.training.linear_probe.embedding_store import EmbeddingStore
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings, ManifestEmbeddings, embed
 from batchcls.training.linear_probe.fit import LinearProbe, LinearSettings, train_linear_probe
@@ -35,7 +41,7 @@ POOLED = "pooled"
 
 
 def with_pooled_embedding(bundle: Bundle) -> Bundle:
-    """Return the same network with its embedding at the with_pooled_embedding tap, the input of its head.
+    """Return the same network with its embedding at the tap `pooled`, the input of its head.
 
     Raises:
         InputError: the head of the network is not a single linear layer on one embedding, or the bundle is invalid.
@@ -50,7 +56,7 @@ def with_pooled_embedding(bundle: Bundle) -> Bundle:
             pooled_config.model_copy(update={"embedding_dimension": backbone.dimension}), bundle.weights
         )
         bundle = with_golden(bundle)
-    _classifier(bundle)
+    linear_classifier(bundle)
     return bundle
 
 
@@ -79,7 +85,7 @@ def replace_head(
         InputError: the head of the network is not a single linear layer on one embedding.
     """
     config, library = bundle.config, get_library(bundle.config.spec)
-    path = _classifier(bundle)
+    path = linear_classifier(bundle)
     model = library.build(config.spec, len(labels), config.dropout)
     expected = model.state_dict()
     state = from_safetensors(bundle.weights, WEIGHTS_FILE)
@@ -105,7 +111,7 @@ def replace_head(
     return verified
 
 
-def _classifier(bundle: Bundle) -> str:
+def linear_classifier(bundle: Bundle) -> str:
     """Return the path of the linear layer that reads the embedding. Raises InputError if there is none."""
     library = get_library(bundle.config.spec)
     paths = library.classifiers(build_model(bundle))
@@ -116,8 +122,8 @@ def _classifier(bundle: Bundle) -> str:
         or not isinstance(backbone.pool, nn.Identity)
     ):
         raise InputError(
-            f"the head of {bundle.config.spec} is not one linear layer on its embedding, so that a linear probe "
-            "cannot replace it; use --recipe fine-tune"
+            f"the head of {bundle.config.spec} is not one linear layer on its embedding, so that its rows cannot be "
+            "fitted on embeddings; use `finetune --recipe fine-tune`"
         )
     return paths[0]
 
@@ -147,7 +153,7 @@ class ProbeSettings:
         linear: how the head is fitted.
         name: name of the training run, stored in the bundle.
         labels: the categories in order, from a file; None: see `resolve_category_order`.
-        paths: paths of `labels` in the category tree; None: those of the bundle if its labels are kept.
+        paths: paths of `labels` in the category tree; None: see `complete_category_paths`.
         max_noise_rows: maximum number of rows of the label noise report.
         on_open: see `embeddings.embed`; called for training and for validation rows.
     """
@@ -239,7 +245,7 @@ def linear_probe_bundle(
     noise = noise_table(label_noise, examples.rows, labels, train, storage, settings.max_noise_rows)
     metrics["confidently_mislabeled"] = int(label_noise.confident.sum())
     lineage = _lineage(bundle, train, validation, settings) | {"metrics": metrics}
-    paths = settings.paths or bundle.config.category_paths_for(labels)
+    paths = settings.paths or complete_category_paths(bundle.config, labels)
     new_bundle = replace_head(bundle, probe.head, labels, paths, settings.name, lineage)
     _logger.info("linear probe in %.1f s: %s", time.monotonic() - started, metrics)
     return LinearProbeResult(new_bundle, categories, metrics, noise, probe)

@@ -191,6 +191,7 @@ def test_every_command_escapes_its_arguments_and_errors(
         for part in (f"--{name.replace('_', '-')}", hostile)
     ]
     required += ["--older-than-days", "1"] if command.name == "prune" else []
+    required += ["--manifest", hostile] if command.name == "extend" else []
     for action, code in ((raise_input_error, 2), (raise_unexpected_error, 1), (None, 2)):
         fake = [
             Command(

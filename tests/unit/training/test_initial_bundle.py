@@ -9,14 +9,20 @@ from safetensors.torch import load_file, save_file
 
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
+from batchcls.images.load_config import decode_limits, fetch_policy
 from batchcls.inference.golden_record import with_golden
+from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
 from batchcls.models.build import build_model
 from batchcls.models.model_bundle import Bundle, BundleConfig, Calibration, HeldOut
 from batchcls.storage.filesystem import Storage
-from batchcls.training.initial_bundle import make_initial_bundle, open_initial_bundle
+from batchcls.training.categories import complete_category_paths
+from batchcls.training.initial_bundle import TrainingExamples, make_initial_bundle, open_initial_bundle
+from batchcls.training.linear_probe.embeddings import EmbeddingSettings, embed_images
+from batchcls.training.linear_probe.extended_bundle import images_of_manifest
 from batchcls.training.linear_probe.labeled_embeddings import LinearHead
 from batchcls.training.linear_probe.probe_job import replace_head
 from batchcls.training.trained_bundle import TrainingResult, trained_bundle
+from tests.helpers.color_images import color_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,10 +73,56 @@ def test_bundle_keeps_its_classifier_if_the_categories_are_equal(weights: str, t
     trained.save(folder, Storage())
     again = start(config(folder))
     assert again.fingerprint == trained.fingerprint
-    other = start(config(folder), ("bag", "cap"))
-    assert other.config.labels == ("bag", "cap")
+    other = start(config(folder), ("bowl", "plate"))
+    assert other.config.labels == ("bowl", "plate")
     assert not build_model(other).fc.weight.any()
     assert torch.equal(build_model(other).conv1[0].weight, build_model(trained).conv1[0].weight)
+
+
+def with_random_head(bundle: Bundle) -> Bundle:
+    state = build_model(bundle).state_dict()
+    state |= {"fc.weight": torch.randn(3, 96), "fc.bias": torch.randn(3)}
+    return trained_bundle(bundle, TrainingResult(state, ()), "run-1", {"digest": "x"})
+
+
+def test_known_categories_keep_their_rows_in_another_order(weights: str, tmp_path: Path):
+    trained = with_random_head(start(config("timm:test_resnet", weights=weights)))
+    trained.save(str(tmp_path / "bundle"), Storage())
+    made = start(config(str(tmp_path / "bundle")), ("mug", "plate", "bag"))
+    before, after = build_model(trained).state_dict(), build_model(made).state_dict()
+    for name, value in before.items():
+        if not name.startswith("fc."):
+            assert torch.equal(after[name], value), name
+            continue
+        assert torch.equal(after[name][0], value[LABELS.index("mug")])
+        assert torch.equal(after[name][2], value[LABELS.index("bag")])
+        torch.testing.assert_close(after[name][1], value[[0, 2]].mean(0))
+    assert made.config.labels == ("mug", "plate", "bag")
+    assert not made.publishable
+    assert made.config.lineage["kept_categories"] == 2
+
+
+def test_new_categories_start_from_their_images(weights: str, tmp_path: Path):
+    trained = with_random_head(start(config("timm:test_resnet", weights=weights)))
+    trained.save(str(tmp_path / "bundle"), Storage())
+    uri = color_manifest(tmp_path, "train", 36, 0, ("bag", "cap", "red"), {"bag": "blue", "cap": "green"})
+    chosen, storage = config(str(tmp_path / "bundle")), Storage()
+    manifest = open_labeled_manifest(uri, storage, "label")
+    examples = TrainingExamples(manifest, read_label_column(manifest, storage))
+    labels = ("bag", "cap", "red")
+    made = make_initial_bundle(chosen, open_initial_bundle(chosen, storage), labels, storage, examples)
+    before, after = build_model(trained).state_dict(), build_model(made).eval()
+    assert torch.equal(after.fc.weight[:2], before["fc.weight"][:2])
+    assert torch.equal(after.fc.bias[:2], before["fc.bias"][:2])
+    network = with_golden(made)
+    images = images_of_manifest(manifest, examples.labels, dict.fromkeys(labels), storage)
+    embedding = EmbeddingSettings(fetch_policy(chosen), decode_limits(chosen))
+    embedded = embed_images(network, images.rows, images.base, embedding)
+    is_red = torch.tensor([label == "red" for label in images.labels])
+    with torch.no_grad():
+        predicted = after.fc(torch.from_numpy(embedded.values)).argmax(1) == 2
+    assert predicted[is_red].float().mean() > 0.9
+    assert predicted[~is_red].float().mean() < 0.1
 
 
 def test_from_scratch_keeps_the_initial_values_of_the_library():
@@ -120,7 +172,8 @@ def trained_on(bundle: Bundle) -> Bundle:
         (LABELS, PATHS),
         (LABELS[::-1], PATHS[::-1]),
         (("cap", "bag"), (PATHS[1], PATHS[0])),
-        (("bag", "cap", "mug", "plate"), None),
+        (("bag", "cap", "mug", "plate"), (*PATHS, ("plate",))),
+        (("bowl", "plate"), None),
     ],
 )
 @pytest.mark.parametrize("probe", [False, True])
@@ -134,11 +187,13 @@ def test_training_from_a_calibrated_bundle_drops_invalid_metadata(
     opened = open_initial_bundle(chosen, Storage())
     if probe:
         head = LinearHead(torch.randn(len(labels), 96), torch.zeros(len(labels)))
-        after = replace_head(opened, head, labels, opened.config.category_paths_for(labels), "run-1", {})
+        after = replace_head(
+            opened, head, labels, complete_category_paths(opened.config, labels), "run-1", {}
+        )
     else:
         after = trained_on(make_initial_bundle(chosen, opened, labels, Storage()))
         assert "the calibration of --model (temperature 1.7 and thresholds)" in log.text
-        assert ("the category paths of --model do not name every category" in log.text) == (paths is None)
+        assert ("the category paths of --model name none of the categories" in log.text) == (paths is None)
     after.save(str(tmp_path / "made"), Storage())
     found = Bundle.load(str(tmp_path / "made"), Storage()).config
     assert found.calibration is None

@@ -1,12 +1,9 @@
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 
 from batchcls.config.common_config import FetchSettings
 from batchcls.errors import InputError
@@ -29,12 +26,9 @@ from batchcls.training.linear_probe.probe_job import (
     linear_probe_bundle,
     with_pooled_embedding,
 )
-from tests.helpers.manifests import write_manifest
+from tests.helpers.color_images import COLORS, PIXELS, color_manifest, draw_color
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-COLORS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (200, 50, 40)}
-PIXELS = 32
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +43,6 @@ def bundle(tmp_path_factory) -> Bundle:
         allow_random=True,
     )
     return with_golden(resolve_model("timm:test_resnet", choices, Storage()))
-
-
-def _draw(folder: Path, name: str, color: str, seed: int) -> str:
-    rng = np.random.default_rng(seed)
-    pixels = np.clip(rng.normal(COLORS[color], 25, (40, 40, 3)), 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    (folder / name).write_bytes(buffer.getvalue())
-    return str(folder / name)
-
-
-def _manifest(folder: Path, name: str, rows: int, seed: int, **odd: str | None) -> str:
-    """Write `rows` drawings with alternating colors, and further rows with other labels (file name -> label)."""
-    colors = [sorted(COLORS)[n % 3] for n in range(rows)]
-    uris = [_draw(folder, f"{name}-{n}.png", color, seed + n) for n, color in enumerate(colors)]
-    uris += [_draw(folder, f"{name}-{stem}.png", "red", seed) for stem in odd]
-    ids = [f"{name}{n}" for n in range(len(uris))]
-    path = write_manifest(
-        folder / f"{name}.parquet", ids, uris=uris, label=pa.array([*colors, *odd.values()])
-    )
-    return str(path)
 
 
 def _settings(folder: Path, **changes) -> ProbeSettings:
@@ -89,9 +62,9 @@ def _probe(bundle: Bundle, train: str, validation: str | None, settings: ProbeSe
 @pytest.fixture(scope="module")
 def probed(bundle, tmp_path_factory) -> tuple[LinearProbeResult, Path]:
     folder = tmp_path_factory.mktemp("shop")
-    train = _manifest(folder, "train", 60, 0, wrong="green", unlabeled=None, broken="red")
+    train = color_manifest(folder, "train", 60, 0, wrong="green", unlabeled=None, broken="red")
     (folder / "train-broken.png").write_bytes(b"\x89PNG\r\n\x1a\n but no image")
-    validation = _manifest(folder, "validation", 30, 1000, unseen="purple", lost="red", blank=" ")
+    validation = color_manifest(folder, "validation", 30, 1000, unseen="purple", lost="red", blank=" ")
     (folder / "validation-lost.png").unlink()
     return _probe(bundle, train, validation, _settings(folder)), folder
 
@@ -150,7 +123,7 @@ def test_embeddings_are_reused_and_only_failed_fetches_are_retried(probed, bundl
     before, folder = probed
     for image in folder.glob("*.png"):
         image.unlink()
-    _draw(folder, "validation-lost.png", "red", 5)
+    draw_color(folder, "validation-lost.png", "red", 5)
     again = _probe(
         bundle, str(folder / "train.parquet"), str(folder / "validation.parquet"), _settings(folder)
     )
@@ -160,7 +133,7 @@ def test_embeddings_are_reused_and_only_failed_fetches_are_retried(probed, bundl
 
 
 def test_manifest_without_readable_images_is_rejected(bundle, tmp_path):
-    train = _manifest(tmp_path, "train", 6, 0)
+    train = color_manifest(tmp_path, "train", 6, 0)
     for image in tmp_path.glob("*.png"):
         image.unlink()
     with pytest.raises(InputError, match=r"none of the labeled training rows has an image.*not_found"):
