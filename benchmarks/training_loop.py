@@ -118,7 +118,8 @@ def job_rate(
         *("--validation", str(validation), "--model", f"timm:{architecture}", "--from-scratch"),
         *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--input-size", str(INPUT)),
         *("--crop-pct", str(INPUT / RESIZE), "--interpolation", "bilinear", "--recipe", str(recipe)),
-        *("--output", str(output), "--ray-address", "local", "--num-workers", workers),
+        *("--output", str(output), "--ray-address", "local"),
+        *("--min-workers", workers, "--max-workers", workers),
     ]
     subprocess.run(command, check=True, capture_output=True)
     record = json.loads((output / "bundle.json").read_text(encoding="utf-8"))

@@ -1,9 +1,8 @@
 """Settings of `finetune`, which trains a network on the categories of a labeled manifest."""
 
-import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from batchcls.config.common_config import (
     Address,
@@ -28,15 +27,14 @@ _IGNORED_BY_LINEAR_PROBE = (
         "micro_batch_size",
         "precision",
         "device",
-        "num_workers",
+        "min_workers",
+        "max_workers",
         "cpus_per_worker",
         "loader_processes",
         "max_failures",
     ),
     *("collective_timeout_seconds", "keep_checkpoints", "keep_pixels", "max_pixels_gib"),
 )
-
-_WORKERS = re.compile(r"auto|[1-9]\d*(-[1-9]\d*)?")
 
 
 class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
@@ -127,12 +125,21 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Device of the workers; auto: GPUs if the cluster has any."
     )
-    num_workers: str = Field(
+    min_workers: AutoOrCount = Field(
         default="auto",
-        description="Number of training processes. auto: one for each GPU; without GPUs, as many per node as have at "
-        "least 16 images of a step. MIN-MAX: as many as fit into the cluster, also while it grows and shrinks.",
+        description="Number of training processes below which training waits for nodes to join, at the start and after "
+        "the loss of a node. auto: 1.",
     )
-    cpus_per_worker: AutoOrCount = Field(default="auto", description="CPUs and threads of each worker.")
+    max_workers: AutoOrCount = Field(
+        default="auto",
+        description="Number of training processes up to which training grows when nodes join. A number above the "
+        "capacity of the cluster is requested from its autoscaler. auto: one for each GPU at the start; without GPUs, "
+        "as many per node as have at least 16 images of a step.",
+    )
+    cpus_per_worker: AutoOrCount = Field(
+        default="auto",
+        description="CPUs and threads of each worker. auto: the CPUs of a node divided by its workers.",
+    )
     loader_processes: AutoOrCount | Literal[0] = Field(
         default="auto",
         description="Processes per worker that augment images; auto: none on CPUs, and one per CPU of the worker, at "
@@ -141,7 +148,13 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     max_failures: int = Field(
         default=3,
         ge=0,
-        description="Maximum number of failures of workers or nodes after which training resumes.",
+        description="Maximum number of failures of workers after which training resumes. The loss of a node does not "
+        "count.",
+    )
+    wait_for_cluster_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="Maximum time to wait at the start for the nodes that --min-workers requires.",
     )
     collective_timeout_seconds: float = Field(
         default=180.0,
@@ -178,22 +191,14 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         default=10.0, gt=0, description="Seconds between progress lines without a terminal."
     )
 
-    @field_validator("num_workers")
-    @classmethod
-    def _validate_num_workers(cls, value: str) -> str:
-        if not _WORKERS.fullmatch(value):
-            raise ValueError("auto, a number such as 4, or a range such as 1-4")
-        smallest, _, largest = value.partition("-")
-        if largest and int(smallest) > int(largest):
-            raise ValueError("the range must begin with its smaller end, as in 1-4")
-        return value
-
     @model_validator(mode="after")
     def _check_exclusive_settings(self) -> "FinetuneConfig":
         if self.from_scratch and self.weights is not None:
             raise ValueError("--from-scratch and --weights exclude each other; omit one of them")
         if self.batch_size is not None and self.worker_batch_size != "auto":
             raise ValueError("--batch-size and --worker-batch-size exclude each other; omit one of them")
+        if self.max_workers != "auto" and self.min_workers != "auto" and self.min_workers > self.max_workers:
+            raise ValueError("--min-workers must not be larger than --max-workers")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,8 @@ _EXAMPLES = """examples:
       --model efficientnet_b0 --output models/shop-v1
   batchcls finetune --config jobs/finetune.toml
   batchcls finetune --manifest s3://shop/train/ --validation s3://shop/validation/ \\
-      --model s3://shop/models/v1 --output s3://shop/models/v2 --recipe modern --num-workers 2-8
+      --model s3://shop/models/v1 --output s3://shop/models/v2 --recipe modern \\
+      --min-workers 2 --max-workers 8
 
   batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model models/shop-v1 --output models/shop-probe --recipe linear-probe

@@ -25,7 +25,7 @@ from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
-from batchcls.ray_runtime import node_resources, ray_session
+from batchcls.ray_runtime import node_resources, ray_session, wait_for_cluster
 from batchcls.runs.commit import allowed_fraction
 from batchcls.runs.lease import Lease
 from batchcls.runs.paths import new_run_id
@@ -181,7 +181,6 @@ def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
             f"the prepared pixels need {needed / 2**30:.0f} GiB in {redact_uri(config.work_folder)}, more than "
             f"--max-pixels-gib {config.max_pixels_gib:g}; raise it, or train on fewer images"
         )
-    _logger.info("prepared pixels: %.2f GiB in %s", needed / 2**30, redact_uri(config.work_folder))
     return needed
 
 
@@ -191,7 +190,12 @@ def _begin(
     """Validate everything that can be rejected before pixels are prepared, then record the run."""
     rows, needed = len(inputs.training.labeled_rows()), inputs.min_micro_batch_size
     work_dir_run = find_run(config.work_folder, result_settings, inputs.storage, restart=config.restart)
-    workers = plan_workers(config, node_resources(), config.batch_size or inputs.recipe.batch_size)
+    step_images = config.batch_size or inputs.recipe.batch_size
+    workers = wait_for_cluster(
+        lambda: plan_workers(config, node_resources(), step_images),
+        config.wait_for_cluster_seconds,
+        label_selector=dict,  # training may run on every node
+    )
     plan = work_dir_run.plan or plan_steps(config, inputs.recipe, workers, rows, needed)
     workers = limit_workers(config, workers, plan, rows, needed)
     check_nodes(config.work_folder, work_dir_run.run_id, _pixel_bytes(config, inputs), inputs.storage)

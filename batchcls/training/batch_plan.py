@@ -90,7 +90,7 @@ def limit_workers(
     """Return the workers, limited to the number that has enough images in every step.
 
     Raises:
-        InputError: the requested number of workers is too large for the steps, or the micro-batch size is too small.
+        InputError: the minimum number of workers is too large for the steps, or the micro-batch size is too small.
     """
     because = " (for its BatchNorm, which updates statistics)" if min_micro_batch_size > 1 else ""
     if config.micro_batch_size is not None and config.micro_batch_size < min_micro_batch_size:
@@ -106,17 +106,12 @@ def limit_workers(
         f"the smallest step has {smallest_size} images of {rows} at a batch size of {plan.batch_size}, and a worker "
         f"needs {min_micro_batch_size}{because}"
     )
-    if max_workers < workers.min_workers and (config.num_workers != "auto" or max_workers < 1):
+    if max_workers < workers.min_workers:
         remedy = "increase --batch-size" if rows > plan.batch_size else "train on more images"
         if max_workers >= 1:
-            remedy = f"set --num-workers {max_workers} or fewer, or {remedy}"
+            remedy = f"set --min-workers {max_workers} or fewer, or {remedy}"
         elif min_micro_batch_size > 1:
             remedy = f"set --batch-norm frozen, or {remedy}"
-        raise InputError(f"--num-workers {config.num_workers}: {explanation}; {remedy}")
-    _logger.info("%d worker(s) instead of %d: %s", max_workers, workers.max_workers, explanation)
-    return replace(
-        workers,
-        min_workers=min(workers.min_workers, max_workers),
-        max_workers=max_workers,
-        available=min(workers.available, max_workers),
-    )
+        raise InputError(f"--min-workers {config.min_workers}: {explanation}; {remedy}")
+    _logger.info("at most %d worker(s) instead of %d: %s", max_workers, workers.max_workers, explanation)
+    return replace(workers, max_workers=max_workers, available=min(workers.available, max_workers))

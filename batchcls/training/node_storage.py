@@ -52,8 +52,10 @@ def check_nodes(work_dir: str, run_id: str, required_bytes: int, storage: Storag
                 )
         caches = sorted({view.cache for view in views.values()})
         _logger.info(
-            "each of %d node(s) copies the prepared pixels once: %.2f GiB in %s, removed at the end",
-            len(views),
+            "checkpoints: %s; prepared pixels: %s, and a copy on each node that trains: %.2f GiB in %s, removed at the "
+            "end",
+            redact_uri(join(work_dir, "checkpoints")),
+            redact_uri(join(work_dir, "pixels")),
             required_bytes / _GIB,
             ", ".join(caches),
         )
@@ -66,7 +68,16 @@ def check_nodes(work_dir: str, run_id: str, required_bytes: int, storage: Storag
             f"{redact_uri(work_dir)} has {free / _GIB:.1f} GiB free and needs {required_bytes / _GIB:.1f} GiB for the "
             "prepared pixels; choose another folder with --work-dir, or train on fewer images"
         )
-    _require_visible(work_dir, run_id, storage)
+    nodes = _require_visible(work_dir, run_id, storage)
+    _logger.info(
+        "checkpoints: %s; prepared pixels: %s, %.2f GiB; %s",
+        redact_uri(join(work_dir, "checkpoints")),
+        redact_uri(join(work_dir, "pixels")),
+        required_bytes / _GIB,
+        f"all {nodes} nodes see this local folder"
+        if nodes > 1
+        else "nodes that join must see this local folder",
+    )
 
 
 def remove_node_caches(run_id: str) -> None:
@@ -85,9 +96,11 @@ def remove_node_caches(run_id: str) -> None:
             )
 
 
-def _require_visible(work_dir: str, run_id: str, storage: Storage) -> None:
-    if len(_hosts()) < 2:
-        return
+def _require_visible(work_dir: str, run_id: str, storage: Storage) -> int:
+    """Check that all nodes see a local work directory; return the number of nodes."""
+    nodes = len(_hosts())
+    if nodes < 2:
+        return nodes
     mark = join(work_dir, f".seen-{uuid.uuid4().hex}")
     with explain(work_dir):
         storage.write_atomic(mark, b"")
@@ -104,6 +117,7 @@ def _require_visible(work_dir: str, run_id: str, storage: Storage) -> None:
             f"({', '.join(missing[:3])}); with more than one node it must be a folder that all of them share, or a "
             "remote store such as s3://"
         )
+    return nodes
 
 
 def _inspect_nodes(run_id: str, mark: str) -> dict[Host, NodeView]:

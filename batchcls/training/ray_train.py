@@ -29,6 +29,7 @@ from batchcls.training.pixel_cache import PreparedPixels
 from batchcls.training.scaling import Workers
 from batchcls.training.train_config import CHECKPOINT, Assignment, Record, TrainingSettings
 from batchcls.training.trained_bundle import TrainingResult, read_training_result
+from batchcls.training.training_nodes import RESIZE_SECONDS, TrainingNodes
 from batchcls.training.training_progress import TrainingProgress, TrainingProgressActor
 
 
@@ -52,6 +53,10 @@ class TrainingRun:
 # Every epoch waits until the controller of Ray Train has processed its report. By default the controller polls every
 # two seconds, which is longer than an epoch of a small catalog. Ray Train passes this variable to the controller.
 _REPORT_POLL_INTERVAL = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+
+# The number of workers of an attempt follows from a list of nodes that Ray refreshes every 20 s. If the list still
+# contains a lost node, the attempt waits for its resources until this timeout.
+_START_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 # Worker threads sleep after each operation (WORKER_VARIABLES), which costs training a sixth of its time. With this
 # setting they first spin for some microseconds (docs/measurements).
@@ -122,6 +127,11 @@ def run_training(
     num_workers: int | tuple[int, int] = workers.max_workers
     if workers.min_workers < workers.max_workers:
         num_workers = (workers.min_workers, workers.max_workers)
+    nodes = TrainingNodes(workers, progress_actor)
+
+    def check() -> None:
+        run.lease.check()
+        nodes.poll()
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
@@ -132,6 +142,7 @@ def run_training(
                 num_workers=num_workers,
                 use_gpu=workers.use_gpu,
                 resources_per_worker=workers.resources,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=run_config(config, name, storage),
         )
@@ -145,7 +156,7 @@ def run_training(
             config.log_interval_seconds,
             "finetune",
         ):
-            result = fit_until_done(trainer, config.max_failures, run.lease.check)
+            result = fit_until_done(trainer, config.max_failures, check, nodes.is_node_loss)
     finally:
         if assignment.copies:
             remove_node_caches(name)
@@ -157,7 +168,10 @@ def run_training(
 
 
 def fit_until_done(
-    trainer: Callable[[], TorchTrainer], max_failures: int, check: Callable[[], None] = lambda: None
+    trainer: Callable[[], TorchTrainer],
+    max_failures: int,
+    check: Callable[[], None] = lambda: None,
+    is_node_loss: Callable[[], bool] = lambda: False,
 ) -> Any:
     """Return the result of training. After retryable failures, training resumes from the last checkpoint.
 
@@ -167,6 +181,8 @@ def fit_until_done(
         trainer: creates a trainer, which resumes from the last checkpoint.
         max_failures: number of failures after which training stops.
         check: called every few seconds; training stops if it raises an exception.
+        is_node_loss: called after a retryable failure; returns whether the loss of a node is the cause, which does not
+            count as a failure.
 
     Raises:
         InputError: a worker found that the configuration or an input is wrong.
@@ -178,16 +194,19 @@ def fit_until_done(
         try:
             return _fit(trainer(), check)
         except TrainingFailedError as error:
-            failures += 1
             errors = worker_failures(error)
             permanent, memory = permanent_failure(errors), out_of_memory(errors)
             if permanent is not None or isinstance(error, ControllerError):
                 raise _to_batchcls_error(permanent or errors[0], "the failure would occur again") from error
             if memory is not None and was_out_of_memory:
                 raise _to_batchcls_error(
-                    memory, "twice; reduce --micro-batch-size, or --num-workers if workers share a machine"
+                    memory, "twice; reduce --micro-batch-size, or --max-workers if workers share a machine"
                 ) from error
             was_out_of_memory = memory is not None
+            if is_node_loss():
+                _logger.warning("training failed because a node was lost (%s)", one_line(errors[0]))
+                continue
+            failures += 1
             if failures > max_failures:
                 raise _to_batchcls_error(
                     errors[0],
@@ -213,6 +232,7 @@ def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> Any:
     In the main thread, Ray Train would replace the handler of SIGINT by one that ends the process with exit code 0.
     """
     os.environ.setdefault(*_REPORT_POLL_INTERVAL)
+    os.environ.setdefault(*_START_TIMEOUT)
     executor = ThreadPoolExecutor(1)
     try:
         result = executor.submit(trainer.fit)

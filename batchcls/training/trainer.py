@@ -328,7 +328,7 @@ class Training:
         if self._mixing.is_enabled and max(sizes, default=2) < 2:
             raise InputError(
                 "the recipe mixes the images of a micro-batch (mixup, cutmix), but each micro-batch has a single "
-                "image; increase --micro-batch-size or --batch-size, reduce --num-workers, or use another recipe"
+                "image; increase --micro-batch-size or --batch-size, reduce --max-workers, or use another recipe"
             )
 
     @torch.inference_mode()

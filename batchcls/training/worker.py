@@ -83,6 +83,8 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
     context = DistributedContext(
         train_context.get_world_rank(), train_context.get_world_size(), str(get_device())
     )
+    if context.device != "cpu":
+        torch.cuda.set_device(context.device)  # collective operations on objects use the current device
     settings = assignment.settings
     bundle: Bundle = ray.get(assignment.bundle)
     model = build_model(bundle)
@@ -96,6 +98,7 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
         reporter = _Reporter(assignment, context)
         training = Training(model, classifiers, settings, context, reporter.hooks())
         _restore(training, reporter)
+        reporter.started()
         reporter.note(_description(model, settings, context))
         return training.run(*stores)
 
@@ -128,6 +131,8 @@ class _Reporter:
         self._progress_actor = assignment.progress_actor
         self._curves = CurveWriter(assignment.curves, assignment.storage) if context.rank == 0 else None
         self._reported_at = 0.0
+        self._reply: ray.ObjectRef[int] | None = None
+        self._requests: int | None = None
         self._checkpoint_seconds, self._checkpoint_at = assignment.checkpoint_seconds, time.monotonic()
 
     def hooks(self) -> Hooks:
@@ -140,6 +145,15 @@ class _Reporter:
             checkpoint=self._report,
         )
 
+    def started(self) -> None:
+        """Report the node of each worker; called by all workers."""
+        nodes = [ray.get_runtime_context().get_node_id()]
+        if self._context.workers > 1:
+            nodes *= self._context.workers
+            distributed.all_gather_object(nodes, nodes[0])
+        if self._context.rank == 0:
+            self._progress_actor.set_worker_nodes.remote(tuple(nodes))
+
     def note(self, text: str) -> None:
         """Send a line for the log of the driver. Only the first worker sends it."""
         if self._context.rank == 0:
@@ -149,17 +163,29 @@ class _Reporter:
         now = time.monotonic()
         if self._context.rank == 0 and now - self._reported_at >= _REPORT_SECONDS:
             self._reported_at = now
-            self._progress_actor.set_rows.remote(epoch * len(self._settings.training.rows) + images)
+            self._reply = self._progress_actor.set_rows.remote(
+                epoch * len(self._settings.training.rows) + images
+            )
 
     def _is_checkpoint_due(self) -> bool:
-        """Whether a checkpoint is due by the clock of the first worker, with the same result in all workers."""
-        now = time.monotonic()
-        is_due = torch.tensor(
-            [now - self._checkpoint_at >= self._checkpoint_seconds], device=self._context.device
-        ).int()
+        """Whether a checkpoint is due by the clock of the first worker or was requested by the driver.
+
+        All workers receive the same result.
+        """
+        is_late = time.monotonic() - self._checkpoint_at >= self._checkpoint_seconds
+        is_due = torch.tensor([self._is_checkpoint_requested() or is_late], device=self._context.device).int()
         if self._context.workers > 1:
             distributed.broadcast(is_due, 0)
         return bool(is_due)
+
+    def _is_checkpoint_requested(self) -> bool:
+        """Whether the driver has requested a checkpoint since the last call; false except in the first worker."""
+        if self._reply is None or not ray.wait([self._reply], timeout=0)[0]:
+            return False
+        requests, self._reply = ray.get(self._reply), None
+        # Requests from before these workers started concern work that they have resumed from a checkpoint.
+        before, self._requests = self._requests, requests
+        return before is not None and requests > before
 
     def _epoch_done(self, record: Record, state: Callable[[], State]) -> None:
         self._report(record, state)
@@ -177,3 +203,4 @@ class _Reporter:
         with tempfile.TemporaryDirectory(prefix="batchcls-checkpoint-") as folder:
             torch.save(state(), Path(folder) / CHECKPOINT)
             ray.train.report(record, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        self._progress_actor.add_checkpoint.remote()

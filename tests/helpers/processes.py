@@ -27,6 +27,20 @@ def processes_with(mark: str) -> list[int]:
     return sorted(pids - {os.getpid()})
 
 
+def children_of(parent: int) -> list[int]:
+    """PIDs of the running child processes of a process."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # ended
+                continue
+            if status[0] != "Z" and int(status[1]) == parent:
+                found.append(int(entry.name))
+    return found
+
+
 def title_of(pid: int) -> str:
     """Command line of a process, which Ray sets for workers; empty if it has ended."""
     try:

@@ -3,13 +3,16 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.conftest import REPOSITORY
 from tests.helpers.drawing import draw, encode
-from tests.integration.conftest import Cluster
+
+if TYPE_CHECKING:
+    from tests.integration.conftest import Cluster
 
 
 def write_catalog(folder: Path, images: int, broken: tuple[int, ...] = (), inline: bool = False) -> str:
@@ -35,7 +38,7 @@ def write_catalog(folder: Path, images: int, broken: tuple[int, ...] = (), inlin
 INTERRUPTIBLE = ("env", "--default-signal=INT")
 
 
-def start_job(cluster: Cluster, output: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_job(cluster: "Cluster", output: Path, *arguments: str) -> subprocess.Popen[str]:
     """Start the classify job as a separate process with frequent progress lines."""
     environment = cluster.environment | {"RAY_ADDRESS": cluster.address}
     command = [

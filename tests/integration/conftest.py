@@ -19,8 +19,9 @@ import pytest
 from ray._private.authentication_test_utils import reset_auth_token_state
 
 from batchcls.cli.app import run
-from batchcls.jobs import bundle, classify
+from batchcls.jobs import bundle, classify, finetune
 from tests.conftest import REPOSITORY
+from tests.helpers.finetuning import Catalog, write_training_catalog
 from tests.helpers.processes import processes_with, title_of
 
 
@@ -178,3 +179,20 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, make_bundle: Callable[
         *("--labels", str(folder / "labels.txt"), "--input-size", "64", "--crop-pct", "0.9"),
         *("--mean", "0.5,0.5,0.5", "--std", "0.5,0.5,0.5", "--interpolation", "bilinear"),
     )
+
+
+@pytest.fixture(scope="package")
+def training_catalog(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Catalog:
+    return write_training_catalog(tmp_path_factory.mktemp("labeled"), tiny_bundle)
+
+
+@pytest.fixture(scope="package")
+def undisturbed(
+    training_catalog: Catalog, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """The bundle of a training with one worker that nothing interrupted, and its console output."""
+    output = tmp_path_factory.mktemp("undisturbed") / "bundle"
+    arguments = (*training_catalog.arguments, "--output", str(output), "--max-workers", "1")
+    exit_code, printed = run_here(cluster, finetune, *arguments)
+    assert exit_code == 0, printed
+    return output, printed

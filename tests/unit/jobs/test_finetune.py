@@ -72,7 +72,7 @@ def test_linear_probe_with_too_many_unreadable_images_fails(arguments: list[str]
     [
         (("--recipe", "best"), "there is no such recipe"),
         (("--from-scratch", "--recipe", "linear-probe"), "a linear probe needs trained weights"),
-        (("--num-workers", "4-2"), "must begin with its smaller end"),
+        (("--min-workers", "4", "--max-workers", "2"), "--min-workers must not be larger than --max-workers"),
         (("--recipe", "linear-probe", "--label-column", "kind"), "has no column kind"),
         (("--from-scratch", "--recipe", "fine-tune"), "random weights have none yet"),
         (("--recipe", "fine-tune", "--batch-size", "1"), "--batch-size"),

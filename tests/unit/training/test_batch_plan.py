@@ -37,7 +37,7 @@ def test_every_worker_has_enough_images_in_every_step_of_small_catalogs():
     shared = refused = 0
     recipes = {batch: recipe(batch) for batch in range(2, 41)}
     for count, needed in product(range(1, 41), (1, 2)):
-        chosen, requested = config(num_workers=str(count)), workers(count)
+        chosen, requested = config(min_workers=count, max_workers=count), workers(count)
         for rows, batch in product(range(1, 41), recipes):
             plan = plan_steps(chosen, recipes[batch], requested, rows, needed)
             try:
@@ -76,7 +76,7 @@ def test_steps_partition_the_rows_and_micro_batches_partition_shares(rows: int):
 
 
 def test_21_rows_with_batch_size_2_have_no_step_of_one_image():
-    plan, _ = planned(config(num_workers="2"), workers(2), 2, 21, 1)
+    plan, _ = planned(config(min_workers=2), workers(2), 2, 21, 1)
     steps = epoch_steps(RowSampler(np.zeros(21, np.int32), seed=0), 0, plan.batch_size, plan.min_step_size)
     assert sorted(map(len, steps)) == [2] * 9 + [3]
     with pytest.raises(ValueError, match="a step of 1 images cannot be shared among 2 workers"):
@@ -87,28 +87,28 @@ def test_21_rows_with_batch_size_2_have_no_step_of_one_image():
     ("chosen", "found", "rows", "needed", "message"),
     [
         (
-            {"num_workers": "64"},
+            {"min_workers": 64},
             workers(64),
             1000,
             1,
-            "--num-workers 64: .* at a batch size of 32.*--num-workers 32 or",
+            "--min-workers 64: .* at a batch size of 32.*--min-workers 32 or",
         ),
         (
-            {"num_workers": "16"},
+            {"min_workers": 16},
             workers(16),
             20,
             2,
             "smallest step has 20 images.*needs 2 .for its BatchNorm.*10 or fewer",
         ),
-        ({"num_workers": "16-40"}, workers(40, 16), 1000, 4, "--num-workers 8 or fewer"),
+        ({"min_workers": 16, "max_workers": 40}, workers(40, 16), 1000, 4, "--min-workers 8 or fewer"),
         (
-            {"num_workers": "2", "micro_batch_size": 1},
+            {"min_workers": 2, "micro_batch_size": 1},
             workers(2),
             1000,
             2,
             "--micro-batch-size 1: a micro-batch needs 2 images",
         ),
-        ({}, workers(1), 1, 2, "--num-workers auto: .*--batch-norm frozen, or train on more images"),
+        ({}, workers(1), 1, 2, "--min-workers auto: .*--batch-norm frozen, or train on more images"),
     ],
 )
 def test_too_many_requested_workers_are_rejected_with_a_remedy(chosen, found, rows, needed, message):
@@ -116,20 +116,20 @@ def test_too_many_requested_workers_are_rejected_with_a_remedy(chosen, found, ro
         planned(config(**chosen), found, 32, rows, needed)
 
 
-def test_automatic_number_of_workers_is_limited_and_logged(log: pytest.LogCaptureFixture):
-    plan, found = planned(config(), workers(64), 32, 1000, 1)
-    assert (found.min_workers, found.max_workers, found.available) == (32, 32, 32)
-    assert "32 worker(s) instead of 64: the smallest step has 32 images of 1000" in log.text
+def test_maximum_number_of_workers_is_limited_and_logged(log: pytest.LogCaptureFixture):
+    plan, found = planned(config(), workers(64, 1), 32, 1000, 1)
+    assert (found.min_workers, found.max_workers, found.available) == (1, 32, 32)
+    assert "at most 32 worker(s) instead of 64: the smallest step has 32 images of 1000" in log.text
     assert plan.smallest_step_size(1000) == 32
-    _, found = planned(config(num_workers="2-64"), workers(64, 2), 32, 1000, 1)
+    _, found = planned(config(min_workers=2, max_workers=64), workers(64, 2), 32, 1000, 1)
     assert (found.min_workers, found.max_workers) == (2, 32)
 
 
 def test_run_resumed_on_a_larger_machine_keeps_its_steps():
     plan, _ = planned(config(), workers(1), 32, 60, 1)
-    found = limit_workers(config(), workers(8), plan, 60, 1)
+    found = limit_workers(config(), workers(8, 1), plan, 60, 1)
     assert found.max_workers == 8
-    again = limit_workers(config(), workers(64), plan, 60, 1)
+    again = limit_workers(config(), workers(64, 1), plan, 60, 1)
     assert again.max_workers == 30
 
 

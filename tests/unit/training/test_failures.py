@@ -1,6 +1,7 @@
 """Tests for retries: only transient failures of training are retried."""
 
 import errno
+from collections.abc import Callable
 
 import pytest
 import ray
@@ -78,8 +79,13 @@ def test_failures_are_ordered_by_rank():
     assert worker_failures(LASTING[0]) == [LASTING[0]]
 
 
-def attempts(monkeypatch: pytest.MonkeyPatch, *failures: BaseException, most: int = 3) -> tuple[int, object]:
-    """Number of attempts if training fails with this error, and the final exception."""
+def attempts(
+    monkeypatch: pytest.MonkeyPatch,
+    *failures: BaseException,
+    most: int = 3,
+    is_node_loss: Callable[[], bool] = lambda: False,
+) -> tuple[int, object]:
+    """Number of attempts if training fails with these errors, and the final result or exception."""
     starts: list[int] = []
 
     def fit(*_: object) -> str:
@@ -90,7 +96,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch, *failures: BaseException, most: in
 
     monkeypatch.setattr(ray_train, "_fit", fit)
     try:
-        ended: object = ray_train.fit_until_done(lambda: None, most)
+        ended: object = ray_train.fit_until_done(lambda: None, most, is_node_loss=is_node_loss)
     except BatchclsError as error:
         ended = error
     return len(starts), ended
@@ -121,6 +127,20 @@ def test_retryable_failures_are_retried_up_to_the_limit(monkeypatch: pytest.Monk
     assert "failure 3 of --max-failures 3" in log.text
     _, ended = attempts(monkeypatch, *[group(PASSING[0])] * 4)
     assert "after 4 failure(s); the same command resumes from the last checkpoint" in str(ended)
+
+
+def test_losses_of_nodes_do_not_count_as_failures(monkeypatch: pytest.MonkeyPatch, log):
+    failures = [group(PASSING[0])] * 3
+
+    def attempts_with(losses: list[bool]) -> tuple[int, object]:
+        asked = iter(losses)
+        return attempts(monkeypatch, *failures, most=1, is_node_loss=lambda: next(asked))
+
+    assert attempts_with([True, False, True]) == (4, "done")
+    assert log.text.count("training failed because a node was lost") == 2
+    starts, ended = attempts_with([True, False, False])
+    assert starts == 3
+    assert "after 2 failure(s)" in str(ended)
 
 
 def test_two_consecutive_out_of_memory_errors_end_training(monkeypatch: pytest.MonkeyPatch):

@@ -189,7 +189,8 @@ def test_recipe_flags_override_the_recipe(name: str):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *FLAGS.items(), ("micro_batch_size", 4), ("precision", "bf16"), ("device", "cpu"), ("num_workers", "2"),
+        *FLAGS.items(), ("micro_batch_size", 4), ("precision", "bf16"), ("device", "cpu"), ("min_workers", 2),
+        ("max_workers", 2),
         ("cpus_per_worker", 1), ("loader_processes", 2), ("max_failures", 1), ("collective_timeout_seconds", 9.0),
         ("keep_checkpoints", 2), ("keep_pixels", True), ("max_pixels_gib", 1.0),
     ],
