@@ -46,7 +46,8 @@ _PREDICTIONS = {
     "source_version": "What identified the state of the image for reuse: the manifest's `version`, or size and "
     "modification time or ETag as the store reported them. Null if neither is known.",
     "origin": "`computed` if this run predicted the image, `reused` if the prediction was copied from an earlier "
-    "run, `reheaded` if it was computed from the embedding of an earlier run.",
+    "run, `reheaded` if it was computed from the embedding of an earlier run, `shared` if it was copied from another "
+    "row of this run with the same image.",
 }
 
 _QUARANTINE = {

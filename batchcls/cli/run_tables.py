@@ -67,7 +67,8 @@ def run_facts(record: RunRecord, published: str | None) -> dict[str, object]:
 def _origins(counts: Counts) -> str:
     """Rows with a prediction by origin."""
     reheaded = f", {counts.reheaded} reheaded" if counts.reheaded else ""
-    return f"{counts.predicted} predicted, {counts.reused} reused{reheaded}"
+    shared = f", {counts.shared} shared" if counts.shared else ""
+    return f"{counts.predicted} predicted, {counts.reused} reused{reheaded}{shared}"
 
 
 def categories_table(summary: Summary, before: Summary | None = None) -> Table:

@@ -22,6 +22,8 @@ def counts_table(counts: Counts) -> Table:
         )
     if counts.reheaded:
         table.add_row("reheaded", "", str(counts.reheaded), "predicted from the embeddings of an earlier run")
+    if counts.shared:
+        table.add_row("shared", "", str(counts.shared), "predictions of other rows with the same image")
     if counts.abstained:
         table.add_row(
             "", BELOW_THRESHOLD, str(counts.abstained), "of these: below the confidence threshold (--abstain)"

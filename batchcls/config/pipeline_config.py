@@ -89,6 +89,12 @@ class PipelineSettings(FetchSettings, EngineSettings, PlacementSettings):
         default="auto",
         description="Manifest rows per fragment; larger fragments have less overhead, smaller ones balance better.",
     )
+    share_predictions: bool = Field(
+        json_schema_extra=RESOURCES,
+        default=True,
+        description="Decode and predict images with the same content, such as placeholders, once in each worker "
+        "process, and copy the prediction to the other rows, whose origin is `shared`.",
+    )
     rows_per_file: AutoOrCount = Field(
         json_schema_extra=INPUT_OUTPUT, default="auto", description="Minimum number of rows per Parquet file."
     )

@@ -59,6 +59,7 @@ class LoadSettings:
         kept: columns of the manifest that are copied to the output.
         decode_margin: JPEGs are decoded at a reduced scale at which they are at least this many times as high and
             wide as the resize needs; None: at full scale.
+        share_predictions: whether images with the same content are decoded and predicted once.
         run_id: identifies the settings in a process that serves several runs.
     """
 
@@ -73,6 +74,7 @@ class LoadSettings:
     normalize: Literal["engine", "worker"] = "engine"
     kept: tuple[pa.Field, ...] = ()
     decode_margin: float | None = None
+    share_predictions: bool = True
     run_id: str = ""
 
 

@@ -10,9 +10,9 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from batchcls.images.decode_memory import MemoryBudget, estimate_decode_bytes
 from batchcls.images.fetch import Fetched, Fetcher
 from batchcls.images.formats import DecodeError
 from batchcls.images.load_config import LoadSettings
+from batchcls.images.repeated_images import LoadedRow, RepeatedImages
 from batchcls.images.time_limit import CpuTimeExceededError, run_with_cpu_limit
 from batchcls.images.transform import Transform, normalize
 from batchcls.images.url_policy import resolve_uri
@@ -46,21 +47,7 @@ from batchcls.storage.uris import redact_uri
 
 _MAX_URI_CHARACTERS = 200
 
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A loaded row; `pixels` is H x W x 3 or 5 x H x W x 3 in C order, or None if the row failed."""
-
-    pixels: np.ndarray[Any, Any] | None = None
-    failure: Failure | None = None
-    width: int | None = None
-    height: int | None = None
-    content_hash: str | None = None
-    source_version: str | None = None
-    n_bytes: int | None = None
-    attempts: int = 0
-    fetch_seconds: float = 0.0
-    decode_seconds: float = 0.0
+_MustDecode = Callable[[str], bool]
 
 
 class Loader:
@@ -93,44 +80,57 @@ class Loader:
         with self._cpu_lock:
             return self._cpu_seconds
 
-    def load(self, tables: Iterator[pa.Table], rejected: Mapping[int, Failure]) -> Iterator[pa.Table]:
+    def load(
+        self,
+        tables: Iterator[pa.Table],
+        rejected: Mapping[int, Failure],
+        repeats: RepeatedImages | None = None,
+    ) -> Iterator[pa.Table]:
         """Yield one block with `schema.loaded_schema` per table, in order.
 
         Args:
             tables: rows as read by `manifest.FragmentReader`.
             rejected: failures of rows that are not to be fetched, by row number.
+            repeats: decides which images are decoded; rows that repeat another one have neither pixels nor a reason.
+                None: every image is decoded.
         """
-        pending: deque[tuple[pa.Table, list[Future[_Row]]]] = deque()
+        pending: deque[tuple[pa.Table, list[Future[LoadedRow]]]] = deque()
         in_flight = 0
-        for table in tables:
-            pending.append(
-                (table, [self._pool.submit(self._load_row_timed, *row) for row in _rows(table, rejected)])
-            )
+        for number, table in enumerate(tables):
+            must_decode = None if repeats is None else partial(repeats.must_decode, block=number)
+            futures = [
+                self._pool.submit(self._load_row_timed, *row, must_decode) for row in _rows(table, rejected)
+            ]
+            pending.append((table, futures))
             in_flight += table.num_rows
             # Keep at least one table in flight beyond the next one, and enough rows for all threads.
             while len(pending) > 1 and in_flight - pending[0][0].num_rows >= self._settings.fetch_threads:
                 in_flight -= pending[0][0].num_rows
-                yield self._block(*pending.popleft())
+                yield self._block(*pending.popleft(), repeats)
         while pending:
-            yield self._block(*pending.popleft())
+            yield self._block(*pending.popleft(), repeats)
 
     def check_row(self, uri: str | None, image: bytes | None) -> None:
         """Fetch, decode and transform one row in this thread and discard the result. Raises MemoryError."""
-        self._load_row(uri, image, None)
+        self._load_row(uri, image, None, None)
 
-    def _load_row_timed(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
+    def _load_row_timed(
+        self, uri: str | None, image: bytes | None, rejected: Failure | None, must_decode: _MustDecode | None
+    ) -> LoadedRow:
         started = time.thread_time()
         try:
-            return self._load_row(uri, image, rejected)
+            return self._load_row(uri, image, rejected, must_decode)
         finally:
             with self._cpu_lock:
                 self._cpu_seconds += time.thread_time() - started
 
-    def _load_row(self, uri: str | None, image: bytes | None, rejected: Failure | None) -> _Row:
+    def _load_row(
+        self, uri: str | None, image: bytes | None, rejected: Failure | None, must_decode: _MustDecode | None
+    ) -> LoadedRow:
         if rejected is not None:
-            return _Row(failure=rejected)
+            return LoadedRow(failure=rejected)
         if image is None and uri is None:
-            return _Row(failure=Failure(Reason.NO_IMAGE, "uri and image are null"))
+            return LoadedRow(failure=Failure(Reason.NO_IMAGE, "uri and image are null"))
         started = time.perf_counter()
         if image is not None:
             fetched = Fetched(data=image, failure=None, attempts=1, n_bytes=len(image))
@@ -139,7 +139,7 @@ class Loader:
             fetched = self._fetcher.fetch(resolve_uri(uri, self._settings.base))
         fetch_seconds = time.perf_counter() - started
         if fetched.data is None:
-            return _Row(
+            return LoadedRow(
                 failure=fetched.failure,
                 source_version=fetched.version,
                 n_bytes=fetched.n_bytes,
@@ -147,22 +147,26 @@ class Loader:
                 fetch_seconds=fetch_seconds,
             )
         with self._decode_slots:
-            return self._decode_row(fetched.data, fetched, fetch_seconds)
+            return self._decode_row(fetched.data, fetched, fetch_seconds, must_decode)
 
-    def _decode_row(self, data: bytes, fetched: Fetched, fetch_seconds: float) -> _Row:
+    def _decode_row(
+        self, data: bytes, fetched: Fetched, fetch_seconds: float, must_decode: _MustDecode | None
+    ) -> LoadedRow:
         # CPU time of this thread, which excludes waiting for a core.
         started = time.thread_time()
         content_hash = hashlib.sha256(data).hexdigest()
         pixels, failure, width, height = None, None, None, None
+        is_repeat = must_decode is not None and not must_decode(content_hash)
         try:
-            pixels, width, height = self._pixels(data)
+            if not is_repeat:
+                pixels, width, height = self._pixels(data)
         except DecodeError as error:
             failure = error.failure
         except CpuTimeExceededError:
             seconds = self._settings.limits.seconds
             failure = Failure(Reason.DECODE_TIMEOUT, f"not decoded in {seconds:g} s of CPU time")
         decode_seconds = time.thread_time() - started
-        return _Row(
+        return LoadedRow(
             pixels=pixels,
             failure=failure,
             width=width,
@@ -173,6 +177,7 @@ class Loader:
             attempts=fetched.attempts,
             fetch_seconds=fetch_seconds,
             decode_seconds=decode_seconds,
+            is_repeat=is_repeat,
         )
 
     def _pixels(self, data: bytes) -> tuple[np.ndarray[Any, Any], int, int]:
@@ -190,8 +195,12 @@ class Loader:
             pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
         return pixels, decoded.width, decoded.height
 
-    def _block(self, table: pa.Table, futures: list[Future[_Row]]) -> pa.Table:
+    def _block(
+        self, table: pa.Table, futures: list[Future[LoadedRow]], repeats: RepeatedImages | None
+    ) -> pa.Table:
         rows = [future.result() for future in futures]
+        if repeats is not None:
+            rows = repeats.settle(rows)
         schema = loaded_schema(self._settings.kept)
         failures = [row.failure for row in rows]
         columns: dict[str, Any] = {name: table.column(name) for name in (ROW, ITEM_ID, URI)}

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from batchcls.inference.abstention import Abstention
 from batchcls.preprocessing import Views
-from batchcls.schema import classified_schema
+from batchcls.schema import classified_schema, prediction_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,14 @@ class PredictSettings:
         return classified_schema(
             self.kept, self.embedding, self.embedding_dimension, abstain=self.abstention is not None
         )
+
+    @property
+    def columns_of_an_image(self) -> list[str]:
+        """Columns of the returned blocks that follow from the image alone, whatever row it belongs to."""
+        fields = prediction_fields(
+            self.embedding, self.embedding_dimension, abstain=self.abstention is not None
+        )
+        return ["width", "height", "reason", "detail", *(field.name for field in fields)]
 
     def with_batch_size(self, batch_size: int) -> Self:
         """Return the settings with another batch size."""

@@ -259,6 +259,7 @@ def pipeline_spec_of(
         decode_threads=resource_plan.decode_threads,
         block_rows=resource_plan.block_rows,
         decode_margin=selection.decode_margin,
+        share_predictions=config.share_predictions,
     )
     predict = PredictSettings(
         labels=tuple(bundle.labels),

@@ -13,6 +13,7 @@ from queue import SimpleQueue
 import pyarrow as pa
 
 from batchcls.images.loader import Loader
+from batchcls.images.repeated_images import RepeatedImages
 from batchcls.inference.predictor import Predictor
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
@@ -21,6 +22,7 @@ from batchcls.models.engines.factory import describe_engine
 from batchcls.pipeline.actor_engine import start_for_node
 from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.pipeline.ray_data.fragment_actor import CONCURRENT_FRAGMENTS
+from batchcls.pipeline.repeated_predictions import KnownPredictions, RepeatedPredictions, fill_blocks
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import write_receipt
 from batchcls.schema import Failure
@@ -46,6 +48,8 @@ class FragmentWorker:
         self._settings = spec.predict.with_batch_size(batch_size)
         self._block_rows = spec.resources.block_rows
         self._loader = Loader(spec.load.settings)
+        self._shares_predictions = spec.load.settings.share_predictions
+        self._known = KnownPredictions(spec.predict.columns_of_an_image)
         self._writer = spec.writer
         self._readers: SimpleQueue[FragmentReader] = SimpleQueue()
         for _ in range(CONCURRENT_FRAGMENTS):
@@ -77,10 +81,11 @@ class FragmentWorker:
         clock = _CpuClock()
         reader = self._readers.get()
         try:
-            loaded = self._loader.load(reader.read(fragment, self._block_rows), rejected)
+            repeated = RepeatedPredictions(self._known) if self._shares_predictions else None
+            loaded = self._load(reader.read(fragment, self._block_rows), rejected, repeated)
             first = list(islice(loaded, 1))  # decoded while another fragment uses the engine
             with self._engine_lock:
-                predicted = list(self._predict(chain(first, loaded), clock, on_block))
+                predicted = list(self._predict(chain(first, loaded), clock, repeated, on_block))
             receipt = self._writer.write(predicted)
             receipt = receipt.with_seconds("other", clock.seconds() - receipt.seconds["write"])
             return write_receipt(receipt, self._writer.folder, self._writer.storage)
@@ -88,8 +93,24 @@ class FragmentWorker:
             self._readers.put(reader)
             self._calls_cpu_seconds += clock.seconds()
 
+    def _load(
+        self,
+        tables: Iterator[pa.Table],
+        rejected: Mapping[int, Failure],
+        repeated: RepeatedPredictions | None,
+    ) -> Iterator[pa.Table]:
+        """Yield blocks of decoded images; rows whose predictions are copied later have no pixels."""
+        if repeated is None:
+            return self._loader.load(tables, rejected)
+        loaded = self._loader.load(tables, rejected, RepeatedImages(repeated.is_known))
+        return fill_blocks(loaded, self._block_rows)
+
     def _predict(
-        self, blocks: Iterator[pa.Table], clock: _CpuClock, on_block: Callable[[pa.Table], None]
+        self,
+        blocks: Iterator[pa.Table],
+        clock: _CpuClock,
+        repeated: RepeatedPredictions | None,
+        on_block: Callable[[pa.Table], None],
     ) -> Iterator[pa.Table]:
         """Yield the blocks with their predictions."""
 
@@ -99,5 +120,6 @@ class FragmentWorker:
             return time.process_time() - python
 
         for block in Predictor(self._engine, self._settings, engine_seconds).stream(blocks):
-            on_block(block)
-            yield block
+            completed = block if repeated is None else repeated.complete(block)
+            on_block(completed)
+            yield completed

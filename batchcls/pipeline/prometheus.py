@@ -11,7 +11,7 @@ from functools import cache
 from ray.util.metrics import Counter, Gauge
 
 from batchcls.pipeline.progress import Progress
-from batchcls.runs.parts import Receipt
+from batchcls.runs.parts import COMPUTED, SHARED, Receipt
 
 _RUN = "run_id"
 
@@ -22,7 +22,7 @@ class RunMetrics:
     def __init__(self, run_id: str) -> None:
         self._run = {_RUN: run_id}
         self._rows = Counter(
-            "batchcls_rows", "Rows on storage, by status: predicted or quarantined.", (_RUN, "status")
+            "batchcls_rows", "Rows on storage, by status: predicted, shared or quarantined.", (_RUN, "status")
         )
         self._failures = Counter("batchcls_failures", "Rows in quarantine, by reason.", (_RUN, "reason"))
         self._seconds = Counter(
@@ -40,8 +40,12 @@ class RunMetrics:
 
     def record(self, receipt: Receipt) -> None:
         """Count the rows of a part. A write that Ray retries is counted twice; run.json has the exact counts."""
-        quarantined = receipt.failures.total()
-        for status, rows in (("predicted", receipt.predicted), ("quarantined", quarantined)):
+        origins, quarantined = receipt.origins, receipt.failures.total()
+        for status, rows in (
+            ("predicted", origins[COMPUTED]),
+            ("shared", origins[SHARED]),
+            ("quarantined", quarantined),
+        ):
             if rows:
                 self._rows.inc(rows, self._run | {"status": status})
         for reason, rows in receipt.failures.items():

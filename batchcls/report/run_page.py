@@ -238,6 +238,8 @@ def _headline_numbers(facts: RunFacts) -> list[_RunCard]:
         cards.append(_RunCard("reused", f"{facts.reused:,}", share(facts.reused, facts.rows)))
     if facts.reheaded:
         cards.append(_RunCard("reheaded", f"{facts.reheaded:,}", share(facts.reheaded, facts.rows)))
+    if facts.shared:
+        cards.append(_RunCard("same image", f"{facts.shared:,}", share(facts.shared, facts.rows)))
     previous = f", {share(before.quarantined, before.rows)} before" if before else ""
     cards.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + previous))
     if facts.changes is not None:

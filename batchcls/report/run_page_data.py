@@ -186,7 +186,7 @@ class RunFacts:
         committed: commit time, with a time zone.
         publish_status: whether the run is published, and why.
         gates: gate results in evaluation order.
-        rows, predicted, reused, reheaded: rows of the manifest, and rows by origin as in `records.Counts`.
+        rows, predicted, reused, reheaded, shared: rows of the manifest, and rows by origin as in `records.Counts`.
         quarantine_groups: quarantined rows by reason, the most frequent first.
         measurements: of the session that finished the run; without a bottleneck if it computed no row.
         confidence, categories: None if no row has a prediction.
@@ -204,6 +204,7 @@ class RunFacts:
     predicted: int
     reused: int
     reheaded: int
+    shared: int
     quarantine_groups: tuple[QuarantineGroup, ...]
     measurements: Measurements
     confidence: Confidence | None

@@ -66,6 +66,7 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         predicted=record.counts.predicted,
         reused=record.counts.reused,
         reheaded=record.counts.reheaded,
+        shared=record.counts.shared,
         quarantine_groups=quarantine_groups,
         measurements=record.measurements,
         confidence=statistics.confidence,

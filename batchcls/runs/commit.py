@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from batchcls.config.common_config import Auto
 from batchcls.errors import BudgetExceeded, LeaseLostError, ReconciliationError
-from batchcls.runs.parts import COMPUTED, NAMED_FAILURES, REHEADED, REUSED, Receipt
+from batchcls.runs.parts import COMPUTED, NAMED_FAILURES, REHEADED, REUSED, SHARED, Receipt
 from batchcls.runs.paths import RUN
 from batchcls.runs.plan import Plan
 from batchcls.runs.receipts import balance
@@ -189,6 +189,7 @@ class Totals:
             predicted=self.origins[COMPUTED],
             reused=self.origins[REUSED],
             reheaded=self.origins[REHEADED],
+            shared=self.origins[SHARED],
             abstained=self.abstained,
             quarantined=self.quarantined,
             quarantined_by_reason=dict(self.failures.most_common()),

@@ -32,12 +32,14 @@ from batchcls.storage.documents import Count, Document
 from batchcls.storage.filesystem import Storage, join
 from batchcls.storage.store_errors import resumable_errors
 
-Origin = Literal["computed", "reused", "reheaded"]
-"""Whether a prediction was computed from its image, copied from another run, or computed from the embedding of one."""
+Origin = Literal["computed", "reused", "reheaded", "shared"]
+"""Whether a prediction was computed from its image, copied from another run, computed from the embedding of one, or
+copied from another row of the same run with the same image."""
 
 COMPUTED: Origin = "computed"
 REUSED: Origin = "reused"
 REHEADED: Origin = "reheaded"
+SHARED: Origin = "shared"
 NAMED_FAILURES = 10
 _ROW_GROUP_ROWS = 16_384
 _STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_SECONDS}
@@ -71,7 +73,8 @@ class PartFile(RunFile):
 
     Attributes:
         ranges: numbers of its rows.
-        origin: where its predictions come from.
+        origin: where its predictions come from, except those of `shared` rows.
+        shared: rows whose predictions were copied from other rows of the run with the same images.
         failures: rows by reason; in a quarantine file.
         first_failed: the lowest failed row numbers with their reasons, at most `NAMED_FAILURES`.
         abstained: rows with a prediction but without a label.
@@ -79,6 +82,7 @@ class PartFile(RunFile):
 
     ranges: StoredRanges
     origin: Origin = COMPUTED
+    shared: Count = 0
     failures: Counter[str] = Field(default_factory=Counter)
     first_failed: tuple[tuple[int, str], ...] = ()
     abstained: Count = 0
@@ -127,7 +131,8 @@ class Receipt(Document):
         counts: Counter[str] = Counter()
         for file in self.files:
             if file.kind == "predictions":
-                counts[file.origin] += file.rows
+                counts[file.origin] += file.rows - file.shared
+                counts[SHARED] += file.shared
         return counts
 
     @property
@@ -168,6 +173,8 @@ class PartWriter:
 
     def write(self, blocks: Sequence[pa.Table]) -> Receipt:
         """Write the rows of blocks as a predictions file and a quarantine file, each atomically.
+
+        Blocks without the column `origin` were computed.
 
         Rows that failed for a reason that can be temporary are written to a separate quarantine file, so that they
         can be removed from the run and retried without changing any other row.
@@ -217,8 +224,9 @@ class PartWriter:
         )
 
     def _predictions(self, table: pa.Table, origin: Origin = COMPUTED) -> pa.Table:
-        column = pa.array(np.full(table.num_rows, origin, object), pa.string())
-        table = table.append_column("origin", column)
+        if "origin" not in table.column_names:
+            column = pa.array(np.full(table.num_rows, origin, object), pa.string())
+            table = table.append_column("origin", column)
         if self.abstain:
             table = _with_reason(table)
         schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension, abstain=self.abstain)
@@ -247,7 +255,8 @@ class PartWriter:
             origin=origin,
         )
         if kind == "predictions":
-            return file.model_copy(update={"abstained": table.column("label").null_count})
+            shared = pc.sum(pc.equal(table.column("origin"), SHARED)).as_py()
+            return file.model_copy(update={"abstained": table.column("label").null_count, "shared": shared})
         reasons = table.column("reason").to_pylist()
         first_failed = zip(table.column(ROW).to_pylist()[:NAMED_FAILURES], reasons, strict=False)
         return file.model_copy(update={"failures": Counter(reasons), "first_failed": tuple(first_failed)})

@@ -70,6 +70,7 @@ class Counts(StoredRecord):
         predicted: rows whose predictions were computed from their images.
         reused: rows whose predictions were copied from another run.
         reheaded: rows whose predictions were computed from the embeddings of another run.
+        shared: rows whose predictions were copied from other rows with the same images.
         abstained: rows with a prediction, of any origin, but without a label.
         quarantined, quarantined_by_reason: rows without a prediction.
     """
@@ -78,6 +79,7 @@ class Counts(StoredRecord):
     predicted: Count
     reused: Count = 0
     reheaded: Count = 0
+    shared: Count = 0
     abstained: Count = 0
     quarantined: Count
     quarantined_by_reason: dict[str, Count] = Field(default_factory=dict)
@@ -85,7 +87,12 @@ class Counts(StoredRecord):
     @property
     def by_origin(self) -> dict[str, int]:
         """Rows with a prediction by `parts.Origin`, with every origin."""
-        return {"computed": self.predicted, "reused": self.reused, "reheaded": self.reheaded}
+        return {
+            "computed": self.predicted,
+            "reused": self.reused,
+            "reheaded": self.reheaded,
+            "shared": self.shared,
+        }
 
     @property
     def with_prediction(self) -> int:

@@ -75,6 +75,7 @@ def full_facts() -> RunFacts:
         predicted=700,
         reused=200,
         reheaded=0,
+        shared=0,
         quarantine_groups=tuple(
             QuarantineGroup(reason.value, 3, (failed(200 + i, f"SKU-{i}"), failed(300 + i, None, ATTACK)))
             for i, reason in enumerate(Reason)

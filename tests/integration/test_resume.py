@@ -128,6 +128,8 @@ def test_second_run_predicts_only_changed_images(job: Job, tiny_bundle: str, tmp
         "rows": rows,
         "predicted": 1,
         "reused": rows - 2,
+        "reheaded": 0,
+        "shared": 0,
         "abstained": 0,
         "quarantined": 1,
         "quarantined_by_reason": {"truncated": 1},

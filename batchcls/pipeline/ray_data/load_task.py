@@ -11,6 +11,7 @@ from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from batchcls.images.loader import Loader
+from batchcls.images.repeated_images import RepeatedImages
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.pipeline_spec import LoadSpec
@@ -59,6 +60,7 @@ class _LoadWorker:
     loader: Loader
     reader: FragmentReader
     block_rows: int
+    share_predictions: bool
 
 
 _workers: dict[str, _LoadWorker] = {}
@@ -76,10 +78,15 @@ def _load_fragment(
         load: LoadSpec = ray.get(load_ref)
         _workers.clear()
         _workers[run_id] = _LoadWorker(
-            Loader(load.settings), FragmentReader(load.columns, load.storage), load.settings.block_rows
+            Loader(load.settings),
+            FragmentReader(load.columns, load.storage),
+            load.settings.block_rows,
+            load.settings.share_predictions,
         )
     worker = _workers[run_id]
     # Wait for the acknowledgement: a process that crashes on the fragment must have registered it before.
     ray.get(progress_actor.start_fragment.remote(fragment.first_row, ray.get_runtime_context().get_node_id()))
-    yield from worker.loader.load(worker.reader.read(fragment, worker.block_rows), rejected)
+    # Any actor may receive a block, so that each image of a block has pixels; they are decoded once.
+    repeats = RepeatedImages(shares_pixels=True) if worker.share_predictions else None
+    yield from worker.loader.load(worker.reader.read(fragment, worker.block_rows), rejected, repeats)
     progress_actor.finish_fragment.remote(fragment.first_row)

@@ -10,6 +10,7 @@ from batchcls.models.engines.factory import describe_engine
 from batchcls.pipeline.actor_engine import engine_clock, start_for_node
 from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.pipeline.progress import BlockReports
+from batchcls.pipeline.repeated_predictions import KnownPredictions, RepeatedPredictions
 
 
 class PredictActor:
@@ -20,11 +21,17 @@ class PredictActor:
         spec = ray.get(spec_ref)
         engine, batch_size = start_for_node(spec)
         self._predictor = Predictor(engine, spec.predict.with_batch_size(batch_size), engine_clock(engine))
+        is_shared = spec.load.settings.share_predictions
+        self._known = KnownPredictions(spec.predict.columns_of_an_image) if is_shared else None
         self._reports = BlockReports(progress_actor)
         progress_actor.report_ready.remote(ray.get_runtime_context().get_actor_id(), describe_engine(engine))
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Return a block of `schema.classified_schema` for a block of `schema.loaded_schema`."""
-        predicted = self._predictor(block)
+        """Return a block of `schema.classified_schema`, perhaps with `origin`, for one of `schema.loaded_schema`."""
+        if self._known is None:
+            predicted = self._predictor(block)
+        else:
+            repeated = RepeatedPredictions(self._known)
+            predicted = repeated.complete(self._predictor(repeated.drop_pixels(block)))
         self._reports.add(predicted)
         return predicted

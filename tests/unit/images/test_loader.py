@@ -16,6 +16,7 @@ from batchcls.images.decode import decode
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, LoadSettings
 from batchcls.images.loader import Loader
+from batchcls.images.repeated_images import RepeatedImages
 from batchcls.images.transform import Transform
 from batchcls.images.url_policy import AddressPolicy
 from batchcls.preprocessing import Preprocessing, Views
@@ -212,3 +213,69 @@ def test_reduced_decoding_can_be_turned_off_and_reports_the_stored_size(tmp_path
     assert np.array_equal(found[False], whole)
     assert not np.array_equal(found[True], whole)
     assert np.abs(found[True].astype(int) - whole).max() <= 12
+
+
+def shared_catalog(folder: Path) -> list[str | None]:
+    """Twelve rows with five contents, of which x is damaged; most occur in several blocks of four rows."""
+    contents = {"a": gray(10), "b": gray(90), "c": gray(170), "d": gray(250), "x": gray(30)[:40]}
+    names = [*"abxb", *"babx", *"cbdd"]
+    for number, name in enumerate(names):
+        (folder / f"{number}.png").write_bytes(contents[name])
+    return [f"{number}.png" for number in range(len(names))]
+
+
+def test_repeated_images_are_decoded_once_and_assigned_to_the_first_row(tmp_path: Path):
+    uris = shared_catalog(tmp_path)
+    decoded: list[str] = []
+
+    class Counted(RepeatedImages):
+        def must_decode(self, content_hash: str, block: int) -> bool:
+            is_first = super().must_decode(content_hash, block)
+            decoded.extend([content_hash] if is_first else [])
+            return is_first
+
+    for _ in range(20):  # the threads fetch the rows in another order each time
+        decoded.clear()
+        loader = Loader(settings(tmp_path, fetch_threads=12))
+        whole = pa.concat_tables(loader.load(tables(uris), {}))
+        loaded = pa.concat_tables(loader.load(tables(uris), {}, Counted()))
+        shown = pixels(loaded)
+        assert [n for n, image in enumerate(shown) if image is not None] == [0, 1, 8, 10]
+        assert [n for n, reason in enumerate(loaded["reason"].to_pylist()) if reason] == [2]
+        for number in (0, 1, 8, 10):
+            np.testing.assert_array_equal(shown[number], pixels(whole)[number])
+        for name in (
+            "row",
+            "item_id",
+            "uri",
+            "content_hash",
+            "n_bytes",
+            "attempts",
+            "source_version",
+            "shop",
+        ):
+            assert loaded[name].equals(whole[name]), name
+        # A row of a later block that is fetched first is decoded in addition; no other content is decoded twice.
+        assert len(set(decoded)) == 5
+        assert len(decoded) <= 5 + 3
+
+
+def test_known_images_are_not_decoded(tmp_path: Path):
+    uris = shared_catalog(tmp_path)
+    known = {hashlib.sha256((tmp_path / f"{number}.png").read_bytes()).hexdigest() for number in (0, 2)}
+    loaded = pa.concat_tables(
+        Loader(settings(tmp_path)).load(tables(uris), {}, RepeatedImages(known.__contains__))
+    )
+    assert [n for n, image in enumerate(pixels(loaded)) if image is not None] == [1, 8, 10]
+    assert loaded["reason"].null_count == len(uris)
+    assert loaded["content_hash"].null_count == 0
+
+
+def test_blocks_can_share_the_pixels_of_repeated_images(tmp_path: Path):
+    uris = shared_catalog(tmp_path)
+    loader = Loader(settings(tmp_path, fetch_threads=12))
+    whole = pa.concat_tables(loader.load(tables(uris), {}))
+    for _ in range(5):
+        shared = pa.concat_tables(loader.load(tables(uris), {}, RepeatedImages(shares_pixels=True)))
+        timings = ["fetch_seconds", "decode_seconds"]
+        assert shared.drop_columns(timings).equals(whole.drop_columns(timings))

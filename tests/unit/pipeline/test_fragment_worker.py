@@ -4,6 +4,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,8 @@ from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import Engines, LoadSpec, NodeEngine, WorkerSpec
 from batchcls.preprocessing import Views
 from batchcls.resources import NodeResources, plan_resources
-from batchcls.runs.parts import PartWriter
+from batchcls.runs.commit import reconcile
+from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.schema import Failure, Reason
 from batchcls.storage.filesystem import Storage
 from tests.helpers.drawing import draw, encode
@@ -47,6 +49,10 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture
 def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWorker:
+    return start(manifest, tmp_path, share_predictions=True)
+
+
+def start(manifest: Manifest, tmp_path: Path, *, share_predictions: bool) -> FragmentWorker:
     config = ClassifyConfig(manifest="m", output=str(tmp_path), model="m", batch_size=4)
     random = ModelChoices(allow_random=True)
     bundle = with_golden(resolve_model("timm:test_resnet", random, STORAGE))
@@ -63,6 +69,7 @@ def worker(manifest: Manifest, tmp_path: Path, one_thread: None) -> FragmentWork
         fetch_threads=4,
         decode_threads=2,
         block_rows=8,
+        share_predictions=share_predictions,
     )
     dimension = bundle.config.embedding_dimension
     labels = tuple(bundle.config.labels)
@@ -127,3 +134,89 @@ def test_worker_processes_fragments_after_a_failed_one(worker: FragmentWorker, m
         worker.process(missing, {}, ignore)
     for fragment in manifest.fragments(itertools.repeat(45)):
         assert len(worker.process(fragment, {}, ignore).ranges) == 45
+
+
+SHARED_ROWS = 120
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Manifest:
+    """A catalog in which six of ten rows share three images, one of which is damaged."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    images = [encode(draw(number, 90, 70), "JPEG") for number in range(SHARED_ROWS)]
+    common = [images[0], images[1], images[2][:300]]
+    for number, image in enumerate(images):
+        (folder / f"{number}.jpg").write_bytes(common[number % 3] if number % 10 < 6 else image)
+    table = pa.table(
+        {"item_id": [f"i{n}" for n in range(SHARED_ROWS)], "uri": [f"{n}.jpg" for n in range(SHARED_ROWS)]}
+    )
+    pq.write_table(table, folder / "manifest.parquet")
+    return open_manifest(str(folder / "manifest.parquet"), STORAGE)
+
+
+def written(folder: Path, receipts: list[Receipt], kind: str) -> pa.Table:
+    files = [file.path for receipt in receipts for file in receipt.files if file.kind == kind]
+    return pa.concat_tables(pq.read_table(folder / path) for path in files).sort_by("row")
+
+
+def test_repeated_images_are_predicted_once_and_all_rows_are_as_without_sharing(
+    shared: Manifest, tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+):
+    tables: dict[bool, tuple[pa.Table, pa.Table]] = {}
+    images: dict[bool, list[int]] = {}
+    reported: list[pa.Table] = []
+    for is_shared in (False, True):
+        folder = tmp_path / str(is_shared)
+        worker = start(shared, folder, share_predictions=is_shared)
+        sizes: list[int] = []
+        submit = worker._engine.submit
+        monkeypatch.setattr(
+            worker._engine, "submit", lambda pixels, s=sizes, f=submit: (s.append(len(pixels)), f(pixels))[1]
+        )
+        receipts = [
+            worker.process(fragment, {}, reported.append if is_shared else ignore)
+            for fragment in shared.fragments(itertools.repeat(40))
+        ]
+        totals = reconcile(receipts, SHARED_ROWS).counts
+        tables[is_shared] = written(folder, receipts, "predictions"), written(folder, receipts, "quarantine")
+        images[is_shared] = sizes
+        # Of 72 rows with a common image, a third has the damaged one.
+        assert (totals.predicted, totals.shared) == ((50, 46) if is_shared else (96, 0))
+        assert totals.quarantined_by_reason == {"truncated": 24}
+    assert (sum(images[False]), sum(images[True])) == (96, 50)
+    # Blocks are filled with decoded images, so that only the last batch of a fragment is smaller than 4.
+    assert sum(size < 4 for size in images[True]) <= 3
+
+    (plain, plain_failed), (copied, copied_failed) = tables[False], tables[True]
+    origins = copied.column("origin").to_pylist()
+    assert origins.count("shared") == 46
+    first = {}
+    for row, content, origin in zip(
+        copied["row"].to_pylist(), copied["content_hash"].to_pylist(), origins, strict=True
+    ):
+        assert (origin == "computed") == (first.setdefault(content, row) == row)
+    exact = ["row", "item_id", "uri", "label", "width", "height", "content_hash", "source_version"]
+    assert copied.select(exact).equals(plain.select(exact))
+    assert copied_failed.equals(plain_failed)
+    for name in ("probability", "embedding"):
+        values = [table.column(name).combine_chunks() for table in (copied, plain)]
+        ours, theirs = (np.asarray(v.flatten() if name == "embedding" else v, np.float32) for v in values)
+        np.testing.assert_allclose(ours, theirs, atol=2e-3 if name == "embedding" else 1e-5)
+    names = ("label", "probability", "top_k", "embedding")
+    by_content = {}
+    for row in copied.select(["content_hash", *names]).to_pylist():
+        assert by_content.setdefault(row["content_hash"], row) == row
+    assert sorted(pa.concat_tables(reported).column("row").to_pylist()) == list(range(SHARED_ROWS))
+
+
+def test_concurrent_fragments_share_predictions(shared: Manifest, tmp_path: Path, one_thread: None):
+    worker = start(shared, tmp_path, share_predictions=True)
+    with ThreadPoolExecutor(2) as pool:
+        fragments = list(shared.fragments(itertools.repeat(15)))
+        receipts = list(pool.map(lambda fragment: worker.process(fragment, {}, ignore), fragments))
+    totals = reconcile(receipts, SHARED_ROWS).counts
+    # Two fragments that are decoded at the same time may both predict an image.
+    assert totals.predicted + totals.shared == 96
+    assert 50 <= totals.predicted <= 56
+    assert written(tmp_path, receipts, "predictions").num_rows == 96
