@@ -52,6 +52,28 @@ def test_run_with_failed_gate_is_committed_and_published_only_with_force(
 
     assert runs_job("verify", "night-2", "--output", output)[0] == 0
     assert runs_job("publish", "night-2", "--output", output)[0] == 3
+
+    # The same command evaluates the gates again: it computes nothing and needs no Ray.
+    files = {path: path.read_bytes() for path in (tmp_path / "output/runs/night-2").rglob("*.*")}
+    command = ("--manifest", half, *same, *budget)
+    for more, code in (
+        ((), 3),
+        (("--run-id", "night-2"), 3),
+        (("--gate-max-row-count-change-fraction", "0.4"), 3),
+        (("--gate-max-row-count-change-fraction", "0.5", "--no-report"), 0),
+    ):
+        again = job(*command, *more, output=output)
+        assert again.exit_code == code, again.log
+        assert "run night-2 is committed and not published" in again.log
+        assert "no image is computed" in again.log
+        assert "Ray cluster" not in again.log
+    assert json.loads((tmp_path / "output/current.json").read_text())["run_id"] == "night-2"
+    changed = [path.name for path, data in files.items() if path.read_bytes() != data]
+    assert changed == ["report.html"]  # it shows the gates with the other limits
+    assert sorted(path.name for path in (tmp_path / "output/runs").iterdir()) == ["night-1", "night-2"]
+
+    assert runs_job("rollback", "--output", output) == (0, "published: night-1, instead of night-2\n")
+    assert runs_job("publish", "night-2", "--output", output)[0] == 3
     assert runs_job("publish", "night-2", "--output", output, "--force") == (0, "published: night-2\n")
     assert runs_job("rollback", "--output", output) == (0, "published: night-1, instead of night-2\n")
     code, printed = runs_job("diff", "night-1", "night-2", "--output", output)
