@@ -22,7 +22,8 @@ _EXAMPLES = """examples:
 The same command resumes a run that was killed or stopped, and publishes a run that was committed but not published.
 
 exit codes: 0 success; 1 unexpected error; 2 invalid configuration or input, nothing was written;
-            3 committed, but a gate failed and the run was not published;
+            3 committed, but a gate failed and the run was not published: the same command evaluates the gates again,
+              with its own limits, and computes nothing;
             4 stopped by the error budget, storage or another job: run the same command again to resume the run, or to
               publish it if it was committed
 """

@@ -47,12 +47,12 @@ class KnownPredictions:
 
     def add(self, block: pa.Table) -> None:
         """Remember the images of a predicted block, except those that failed for want of time."""
-        block = block.select([_CONTENT, *self.columns])
         timeout = Reason.DECODE_TIMEOUT.value
+        rows = {content: row for content, row, reason in _outcomes(block) if reason != timeout}
+        # A copy: columns of a block from the object store would keep the block there, with all its pixels.
+        block = block.select([_CONTENT, *self.columns]).take(pa.array(list(rows.values()), pa.int64()))
         with self._lock:
-            for content, row, reason in _outcomes(block):
-                if reason != timeout:
-                    self._sources[content] = (block, row)
+            self._sources |= {content: (block, row) for row, content in enumerate(rows)}
             self._blocks.append(block)
             self._rows += block.num_rows
             while self._rows > self._max_rows and len(self._blocks) > 1:

@@ -126,3 +126,23 @@ def test_blocks_of_decoded_images_are_passed_on_and_rows_without_pixels_are_not_
     assert next(fill_blocks([whole], 8)) is whole
     repeats = [loaded("abcd", "0000") for _ in range(6)]
     assert [block.num_rows for block in fill_blocks(repeats, 2)] == [8, 8, 8]
+
+
+def test_remembered_rows_do_not_keep_their_block_in_memory():
+    known = KnownPredictions(COLUMNS)
+    block = predicted("abbt", "122t").append_column("pixels", pack_pixels([None] * 4))
+    known.add(block)
+    kept = known.find("b")
+    assert kept is not None
+    assert (kept[0].num_rows, kept[0].column_names) == (2, ["content_hash", *COLUMNS])
+    addresses = [
+        {
+            buffer.address
+            for column in table.columns
+            for chunk in column.chunks
+            for buffer in chunk.buffers()
+            if buffer
+        }
+        for table in (kept[0], block)
+    ]
+    assert not addresses[0] & addresses[1]
