@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchcls.errors import BatchclsError
+from batchcls.images.loader import pack_pixels
 from batchcls.runs.parts import COMPUTED, SHARED
 from batchcls.schema import PIXELS, Reason
 
@@ -96,10 +97,11 @@ class RepeatedPredictions:
             return block
         position = block.schema.get_field_index(PIXELS)
         field = block.schema.field(position)
-        pixels = pc.if_else(
-            pa.array(is_kept), block.column(PIXELS).combine_chunks(), pa.scalar(None, field.type)
-        )
-        return block.set_column(position, field, pixels)
+        images = [
+            np.frombuffer(value.as_buffer(), np.uint8) if kept and value.is_valid else None
+            for value, kept in zip(block.column(PIXELS), is_kept, strict=True)
+        ]
+        return block.set_column(position, field, pack_pixels(images))
 
     def complete(self, block: pa.Table) -> pa.Table:
         """Return a predicted block with the outcomes of its repeated rows, and with the column `origin`.

@@ -11,14 +11,18 @@ import pytest
 
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
+from batchcls.images.repeated_images import RepeatedImages
 from batchcls.inference.golden_record import with_golden
+from batchcls.inference.predictor import Predictor
 from batchcls.inference.predictor_config import PredictSettings
+from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment, Manifest, open_manifest
 from batchcls.models.engines.engine import REFERENCE
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import resolve_model
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import Engines, LoadSpec, NodeEngine, WorkerSpec
+from batchcls.pipeline.repeated_predictions import KnownPredictions, RepeatedPredictions
 from batchcls.preprocessing import Views
 from batchcls.resources import NodeResources, plan_resources
 from batchcls.runs.commit import reconcile
@@ -220,3 +224,29 @@ def test_concurrent_fragments_share_predictions(shared: Manifest, tmp_path: Path
     assert totals.predicted + totals.shared == 96
     assert 50 <= totals.predicted <= 56
     assert written(tmp_path, receipts, "predictions").num_rows == 96
+
+
+@pytest.mark.parametrize("rows", [5, 13, 40])
+def test_blocks_with_shared_pixels_are_predicted_once_whatever_their_boundaries(
+    shared: Manifest, tmp_path: Path, one_thread: None, rows: int
+):
+    """As in the staged graph, in which Ray Data may cut the blocks between load tasks and actors again."""
+    worker = start(shared, tmp_path, share_predictions=True)
+    known = KnownPredictions(worker._settings.columns_of_an_image)
+    predictor = Predictor(worker._engine, worker._settings)
+    receipts = []
+    for fragment in shared.fragments(itertools.repeat(40)):
+        tables = FragmentReader(shared.columns, STORAGE).read(fragment, 8)
+        loaded = pa.concat_tables(worker._loader.load(tables, {}, RepeatedImages(shares_pixels=True)))
+        predicted = []
+        for first in range(0, loaded.num_rows, rows):
+            repeated = RepeatedPredictions(known)
+            block = repeated.drop_pixels(loaded.slice(first, rows).combine_chunks())
+            predicted.append(repeated.complete(predictor(block)))
+        receipts.append(worker._writer.write(predicted))
+    totals = reconcile(receipts, SHARED_ROWS).counts
+    assert (totals.predicted, totals.shared, totals.quarantined) == (50, 46, 24)
+    copied = written(tmp_path, receipts, "predictions")
+    by_content: dict[str, dict] = {}
+    for row in copied.select(["content_hash", "label", "probability", "top_k", "embedding"]).to_pylist():
+        assert by_content.setdefault(row["content_hash"], row) == row

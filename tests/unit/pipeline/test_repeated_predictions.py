@@ -6,6 +6,7 @@ import pytest
 
 from batchcls.errors import BatchclsError
 from batchcls.images.loader import pack_pixels
+from batchcls.inference.predictor import pixels_of
 from batchcls.pipeline.repeated_predictions import KnownPredictions, RepeatedPredictions, fill_blocks
 from batchcls.schema import TOP_K_TYPE
 
@@ -97,8 +98,11 @@ def test_pixels_of_repeated_and_known_images_are_dropped():
     known = KnownPredictions(COLUMNS)
     RepeatedPredictions(known).complete(predicted("a", "1"))
     repeated = RepeatedPredictions(known)
-    block = loaded("abb_c", "11101")
+    block = loaded("zabb_cz", "1111011").slice(1, 5).combine_chunks()
     dropped = repeated.drop_pixels(block)
+    np.testing.assert_array_equal(
+        pixels_of(dropped.column("pixels").chunk(0), (2, 2, 3))[:, 0, 0, 0], [ord("b"), ord("c")]
+    )
     values = dropped.column("pixels").to_pylist()
     assert [value is not None for value in values] == [False, True, False, False, True]
     assert [values[1], values[4]] == [bytes([ord("b")] * 12), bytes([ord("c")] * 12)]
