@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 from batchcls.errors import ExitCode
 from tests.conftest import REPOSITORY
@@ -52,9 +53,23 @@ def test_retry_script_repeats_a_killed_command_and_ends_with_its_success(tmp_pat
 def test_cron_lines_use_the_retry_script():
     lines = [line for block in blocks("cron") for line in block.splitlines()]
     assert len(lines) == 2
-    for line in lines:
-        assert len(re.findall(r"batchcls\.jobs\.", line)) == 1
-        assert "sh jobs/retry.sh python -m batchcls.jobs.classify" in line
+    assert "sh jobs/retry.sh python -m batchcls.jobs.classify --config" in lines[0]
+    assert "sh jobs/retry.sh jobs/submit.sh classify --config" in lines[1]  # `ray job submit` loses the code
+
+
+def test_kubernetes_does_not_retry_permanent_failures():
+    folder = REPOSITORY / "cluster" / "kuberay"
+    for name in ("rayjob.yaml", "raycronjob.yaml"):
+        limits = re.findall(r"^ *backoffLimit: (\d+)", (folder / name).read_text(), re.MULTILINE)
+        assert set(limits) == {"0"}, name
+    cronjob = yaml.safe_load((folder / "cronjob.yaml").read_text())
+    (rule,) = [
+        rule
+        for rule in cronjob["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+        if rule["action"] == "FailJob"
+    ]
+    permanent = [int(code) for code in FAILURES if not code.is_transient]
+    assert (rule["onExitCodes"]["operator"], rule["onExitCodes"]["values"]) == ("In", permanent)
 
 
 def test_systemd_unit_prevents_retries_of_permanent_failures():
