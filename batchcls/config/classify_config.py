@@ -86,25 +86,27 @@ class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
         default_factory=list,
         description="Manifest columns to copy to the predictions, separated by commas.",
     )
-    top_k: Annotated[int, ChangesResults()] = Field(
+    top_k: Annotated[int, ChangesResults(layer="prediction")] = Field(
         json_schema_extra=essential(INPUT_OUTPUT),
         default=5,
         ge=1,
         le=1000,
         description="Number of classes per image in the column top_k.",
     )
-    abstain: Annotated[bool, ChangesResults()] = Field(
+    abstain: Annotated[bool, ChangesResults(layer="prediction")] = Field(
         json_schema_extra=MODEL,
         default=False,
         description="Set the label to null (reason below_threshold) if its probability is below the threshold of its "
         "category. Requires a bundle from `evaluate --write-bundle`. The column top_k is not affected.",
     )
-    embedding_dtype: Annotated[Literal["float16", "float32", "none"], ChangesResults()] = Field(
-        json_schema_extra=INPUT_OUTPUT,
-        default="float16",
-        description="Type of the embedding column; none omits the column.",
+    embedding_dtype: Annotated[Literal["float16", "float32", "none"], ChangesResults(layer="embedding")] = (
+        Field(
+            json_schema_extra=INPUT_OUTPUT,
+            default="float16",
+            description="Type of the embedding column; none omits the column.",
+        )
     )
-    l2_normalize: Annotated[bool, ChangesResults()] = Field(
+    l2_normalize: Annotated[bool, ChangesResults(layer="embedding")] = Field(
         json_schema_extra=INPUT_OUTPUT, default=False, description="Normalize every embedding to length 1."
     )
     tta: Annotated[AugmentationName, ChangesResults()] = Field(
@@ -146,9 +148,11 @@ class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
     reuse: str = Field(
         json_schema_extra=essential(INPUT_OUTPUT),
         default="published",
-        description="Run whose predictions are reused for unchanged images and an unchanged model: published (or the "
-        "newest committed run with the same settings, such as one that failed a gate), a run id, or none. An image is "
-        "compared by the manifest column version, by ETag or size and modification time, or by its content.",
+        description="Run whose predictions are reused for unchanged images: published (or the newest committed run "
+        "that can be used, such as one that failed a gate), a run id, or none. If only the classifier, labels, "
+        "calibration, --top-k or --abstain changed, predictions are derived from those or from the embeddings of the "
+        "run. An image is compared by the manifest column version, by ETag or size and modification time, or by its "
+        "content.",
     )
     retry_quarantine: bool = Field(
         json_schema_extra=INPUT_OUTPUT,

@@ -77,6 +77,10 @@ KeptColumns = Annotated[list[str], AfterValidator(_check_column_names)]
 """Columns of a manifest that pass through to the predictions."""
 
 
+SettingLayer = Literal["pixels", "embedding", "prediction"]
+"""The first result on the way from an image to its prediction that a setting changes."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChangesResults:
     """Marks a setting, in its annotation, that decides which rows and columns a run writes or what they hold.
@@ -87,9 +91,12 @@ class ChangesResults:
         per_image: the prediction for an image depends directly on the setting, so a run reuses only the
             predictions of runs with an equal value. False for settings that select rows and columns, and for those
             whose effect is recorded separately: the precision of the selected engine and the decode margin.
+        layer: what is still valid of another run that has another value: nothing if it changes the pixels or the
+            embedding; the embedding if it changes only how predictions follow from it.
     """
 
     per_image: bool = True
+    layer: SettingLayer = "pixels"
 
 
 Marker = dict[str, Any]
@@ -123,13 +130,22 @@ class JobConfig(BaseModel):
         Args:
             per_image: only those on which the prediction for an image depends directly.
         """
-        names = {
-            name
-            for name, field in type(self).model_fields.items()
-            for mark in field.metadata
-            if isinstance(mark, ChangesResults) and (mark.per_image or not per_image)
-        }
+        names = {name for name, mark in self._marks().items() if mark.per_image or not per_image}
         return self.model_dump(mode="json", include=names)
+
+    @classmethod
+    def setting_layers(cls) -> dict[str, SettingLayer]:
+        """The layer of each setting on which the prediction for an image depends directly."""
+        return {name: mark.layer for name, mark in cls._marks().items() if mark.per_image}
+
+    @classmethod
+    def _marks(cls) -> dict[str, ChangesResults]:
+        return {
+            name: mark
+            for name, field in cls.model_fields.items()
+            for mark in field.metadata
+            if isinstance(mark, ChangesResults)
+        }
 
     @classmethod
     def from_recorded(cls, values: Mapping[str, Any]) -> Self:

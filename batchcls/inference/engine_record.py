@@ -10,6 +10,7 @@ from pydantic import Field
 from batchcls.config.engine_config import EngineSettings
 from batchcls.errors import InputError
 from batchcls.inference.agreement import AccuracyTolerance
+from batchcls.models.classifier_head import ModelLayers
 from batchcls.models.engines.engine import Device, EngineChoice, EngineName, Precision
 from batchcls.models.engines.factory import missing_package
 from batchcls.storage.documents import Document, StoredRecord, UtcTime
@@ -141,6 +142,7 @@ class EngineSelectionRecord(Document):
     created: UtcTime = Field(description="Time of the measurement, UTC.")
     request: EngineRequest = Field(description="The settings for which the engine was selected.")
     bundle_fingerprint: str = Field(description="Fingerprint of the model.")
+    layers: ModelLayers | None = Field(default=None, description="Fingerprints of the parts of the model.")
     hardware_key: str = Field(description="`Hardware.key` of the node.")
     hardware: str = Field(description="Human-readable description of the node.")
     versions: dict[str, str] = Field(description="Versions of the installed packages that run networks.")

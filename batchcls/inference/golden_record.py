@@ -19,15 +19,19 @@ from batchcls.models.model_bundle import Bundle, BundleConfig
 def with_golden(bundle: Bundle) -> Bundle:
     """Return the bundle with the golden outputs of its network, computed in float32 on the CPU of this machine.
 
+    The names of the tensors of its classifier, which the network of the library determines, are recorded as well.
+
     Raises:
         InputError: the bundle is inconsistent.
     """
     preprocessing = bundle.config.preprocessing
     threads = torch.get_num_threads()
-    engine = TorchEager(build_backbone(bundle), preprocessing, "cpu", REFERENCE.precision, threads)
+    backbone = build_backbone(bundle)
+    engine = TorchEager(backbone, preprocessing, "cpu", REFERENCE.precision, threads)
     found = predict_golden_images(preprocessing, engine)
     golden = create_golden(found.probabilities, found.embedding, bundle.config.labels, GOLDEN_IMAGES_VERSION)
-    return replace(bundle, config=bundle.config.model_copy(update={"golden": golden}))
+    changes = {"golden": golden, "head_tensors": backbone.head_tensors}
+    return replace(bundle, config=bundle.config.model_copy(update=changes))
 
 
 def verified_bundle(bundle: Bundle) -> Bundle:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.engines.engine import EngineOutput
 from batchcls.schema import TOP_K_TYPE
 
@@ -71,6 +72,34 @@ def _mean_of_views(values: Floats, views: int) -> Floats:
         return values
     mean: Floats = values.reshape(-1, views, values.shape[1]).mean(axis=1)
     return mean
+
+
+class PredictionColumns:
+    """Converts outputs of a network to the columns that a prediction adds to its row."""
+
+    def __init__(self, settings: PredictSettings) -> None:
+        """Convert with the labels, views, calibration and columns of these settings."""
+        self._settings = settings
+        self._top_k = TopK(settings.labels, settings.top_k)
+
+    def average(self, output: EngineOutput) -> AveragedOutput:
+        """Average the outputs of the views of each image, which are adjacent."""
+        settings = self._settings
+        return average(
+            output,
+            settings.views.count,
+            l2_normalize=settings.l2_normalize,
+            temperature=settings.temperature,
+        )
+
+    def columns(self, probabilities: Floats, embedding: Floats) -> dict[str, pa.Array]:
+        """Return the columns of `schema.prediction_fields` for N x K probabilities and N x D embeddings."""
+        columns = self._top_k.columns(probabilities)
+        if self._settings.abstention is not None:
+            columns = self._settings.abstention.apply(columns, probabilities)
+        if self._settings.embedding is not None:
+            columns["embedding"] = embedding_column(embedding, self._settings.embedding)
+        return columns
 
 
 class TopK:

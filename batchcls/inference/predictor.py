@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchcls.inference.postprocess import AveragedOutput, Floats, TopK, average, embedding_column
+from batchcls.inference.postprocess import AveragedOutput, PredictionColumns
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.engines.engine import Engine, EngineOutput, PendingOutput
 from batchcls.schema import (
@@ -71,7 +71,7 @@ class Predictor:
         """
         self._engine = engine
         self._settings = settings
-        self._top_k = TopK(settings.labels, settings.top_k)
+        self._columns = PredictionColumns(settings)
         self._busy = busy
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -139,21 +139,13 @@ class Predictor:
         indices = np.full(batch.num_rows, -1, np.int64)
         indices[good[finite]] = np.arange(int(finite.sum()))
         take = pa.array(indices, mask=indices < 0)
-        columns = self._columns(averaged.probabilities[finite], averaged.embedding[finite])
+        columns = self._columns.columns(averaged.probabilities[finite], averaged.embedding[finite])
         settings = self._settings
         for field in prediction_fields(
             settings.embedding, settings.embedding_dimension, abstain=settings.abstention is not None
         ):
             batch = batch.append_column(field, columns[field.name].take(take))
         return batch
-
-    def _columns(self, probabilities: Floats, embedding: Floats) -> dict[str, pa.Array]:
-        columns = self._top_k.columns(probabilities)
-        if self._settings.abstention is not None:
-            columns = self._settings.abstention.apply(columns, probabilities)
-        if self._settings.embedding is not None:
-            columns["embedding"] = embedding_column(embedding, self._settings.embedding)
-        return columns
 
     def _average(self, passes: list[list[_Submitted]]) -> AveragedOutput:
         """Average the outputs of all views of each image."""
@@ -170,12 +162,7 @@ class Predictor:
             np.stack([flip.logits for flip in outputs], axis=1).reshape(-1, widths[0]),
             np.stack([flip.embedding for flip in outputs], axis=1).reshape(-1, widths[1]),
         )
-        return average(
-            output,
-            settings.views.count,
-            l2_normalize=settings.l2_normalize,
-            temperature=settings.temperature,
-        )
+        return self._columns.average(output)
 
 
 def pixels_of(

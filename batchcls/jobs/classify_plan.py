@@ -12,10 +12,12 @@ from batchcls.inference.predictor_config import PredictSettings
 from batchcls.manifest.ids import InvalidIds, find_invalid_ids
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Manifest, open_manifest
+from batchcls.models.classifier_head import ClassifierHead, ModelLayers, layers_of
 from batchcls.models.engines.factory import missing_package
 from batchcls.models.model_bundle import Bundle, BundleConfig
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
+from batchcls.pipeline.copy_predictions import measure_on_cluster
 from batchcls.pipeline.job_nodes import JobNodes
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
@@ -23,27 +25,35 @@ from batchcls.pipeline.placement import Placement
 from batchcls.preprocessing import Views, views_of
 from batchcls.ray_runtime import wait_for_cluster
 from batchcls.resources import ResourcePlan, plan_resources
+from batchcls.runs import stored_heads
 from batchcls.runs.catalog import DamagedRunError, read_record
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
-from batchcls.runs.plan import Fingerprints, Plan, PlannedReuse, prediction_settings
+from batchcls.runs.plan import Fingerprints, HeadAgreement, Plan, PlannedReuse, prediction_settings
 from batchcls.runs.records import ManifestInfo, ModelInfo, RunRecord
-from batchcls.runs.reuse_candidates import differing_settings, find_reusable_run
+from batchcls.runs.reuse import sample_rows
+from batchcls.runs.reuse_candidates import find_reusable_run
+from batchcls.runs.reuse_decision import ReuseDecision, decide_reuse, violation
 from batchcls.runs.verify import presence_faults
 from batchcls.schema import EMBEDDING_TYPES
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 from batchcls.storage.uris import canonical_location
+
+_SAMPLED_ROWS = 1000
+_ANYWHERE = Placement()
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifyInputs:
-    """The opened manifest and model of a run, its views, and access to storage."""
+    """The opened manifest and model of a run, with its parts and views, and access to storage."""
 
     manifest: Manifest
     invalid_ids: InvalidIds
     bundle: Bundle
+    layers: ModelLayers
+    head: ClassifierHead | None
     views: Views
     storage: Storage
 
@@ -97,7 +107,13 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest, bundle: Bundle | Non
     bundle = bundle or open_bundle(config, storage)
     _logger.info("embedding: %s", _embedding_line(config, bundle))
     return ClassifyInputs(
-        manifest, invalid_ids, bundle, views_of(config.tta, bundle.config.preprocessing), storage
+        manifest=manifest,
+        invalid_ids=invalid_ids,
+        bundle=bundle,
+        layers=layers_of(bundle),
+        head=ClassifierHead.of(bundle),
+        views=views_of(config.tta, bundle.config.preprocessing),
+        storage=storage,
     )
 
 
@@ -217,6 +233,7 @@ def plan_of(
         ),
         model=ModelInfo(
             fingerprint=bundle.fingerprint,
+            layers=inputs.layers,
             source=bundle.config.source,
             architecture=bundle.config.architecture,
             classes=len(bundle.config.labels),
@@ -228,9 +245,7 @@ def plan_of(
         unpublishable=tuple(unpublishable),
         fingerprints=fingerprints,
         engines=selection.recorded(),
-        result_settings=prediction_settings(
-            config, bundle.fingerprint, selection.precisions, selection.decode_margin
-        ),
+        result_settings=prediction_settings(config, selection.precisions, selection.decode_margin),
     )
 
 
@@ -301,8 +316,12 @@ def pipeline_spec_of(
     )
 
 
-def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) -> PlannedReuse | None:
+def choose_reuse_source(
+    config: ClassifyConfig, plan: Plan, storage: Storage, placement: Placement = _ANYWHERE
+) -> PlannedReuse | None:
     """The run whose predictions can be reused; None if there is none.
+
+    If its embeddings are to be used, they are tested in a task on a node of `placement`.
 
     Raises:
         InputError: --reuse names no complete committed run, or --retry-quarantine has no run to start from.
@@ -315,15 +334,53 @@ def choose_reuse_source(config: ClassifyConfig, plan: Plan, storage: Storage) ->
                 "take the other predictions from; name one with --reuse RUN_ID"
             )
         return None
-    differing = differing_settings(record.result_settings, plan.result_settings)
-    if differing:
-        reason = f"{record.run_id} was made with a different {', '.join(differing)}"
+    decision = decide_reuse(record, plan, config.setting_layers())
+    agreement = None
+    if decision.method == "rehead":
+        decision, agreement = _check_embeddings(record, decision, storage, placement)
+    if decision.method is None:
         if config.retry_quarantine:
-            raise InputError(f"--retry-quarantine: {reason}; leave the flag out")
-        _logger.info("reuse: nothing, %s", reason)
+            raise InputError(f"--retry-quarantine: {decision.reason}; leave the flag out")
+        _logger.info("reuse: nothing, %s", decision.reason)
         return None
     same_manifest = record.manifest.fingerprint == plan.manifest.fingerprint
-    return PlannedReuse(run_id=record.run_id, by_row=config.retry_quarantine and same_manifest)
+    return PlannedReuse(
+        run_id=record.run_id,
+        by_row=config.retry_quarantine and same_manifest,
+        method=decision.method,
+        agreement=agreement,
+    )
+
+
+def _check_embeddings(
+    record: RunRecord, decision: ReuseDecision, storage: Storage, placement: Placement
+) -> tuple[ReuseDecision, HeadAgreement | None]:
+    """Measure whether the stored embeddings of a run reproduce its predictions; no image is read."""
+    layers = record.model.layers
+    assert layers is not None
+    if not record.counts.with_prediction:
+        return ReuseDecision(None, f"{record.run_id} has no predictions"), None
+    try:
+        head = stored_heads.load(record.output, layers.head, storage)
+        rows = sample_rows(record, ("embedding", "probability", "top_k"), _SAMPLED_ROWS, storage)
+    except InputError as error:
+        return ReuseDecision(None, f"{decision.reason}, and {error}"), None
+    agreement = measure_on_cluster(rows, head, layers.temperature, placement)
+    problem = violation(agreement)
+    if problem is not None:
+        return ReuseDecision(
+            None, f"{record.run_id} was made with {decision.reason}, and {problem}"
+        ), agreement
+    _logger.info(
+        "reuse: %s; predictions are computed from the embeddings of %s, whose classifier reproduces %.2f %% of %d "
+        "stored predictions, and their probabilities within %.4f",
+        decision.reason,
+        record.run_id,
+        100 * agreement.top1_agreement,
+        agreement.rows,
+        agreement.max_probability_difference,
+    )
+    return decision, agreement
 
 
 def _reusable_record(config: ClassifyConfig, plan: Plan, storage: Storage) -> RunRecord | None:
@@ -331,7 +388,13 @@ def _reusable_record(config: ClassifyConfig, plan: Plan, storage: Storage) -> Ru
         return None
     if config.reuse != "published":
         return _require_complete(read_record(config.output, config.reuse, storage), storage)
-    return find_reusable_run(plan, config.output, storage, same_manifest_first=config.retry_quarantine)
+    return find_reusable_run(
+        plan,
+        lambda record: decide_reuse(record, plan, config.setting_layers()).method,
+        config.output,
+        storage,
+        same_manifest_first=config.retry_quarantine,
+    )
 
 
 def _require_complete(record: RunRecord, storage: Storage) -> RunRecord:

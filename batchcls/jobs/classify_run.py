@@ -36,10 +36,11 @@ from batchcls.pipeline.node_engines import EngineSelection, select_engines
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.progress import Progress
+from batchcls.pipeline.stored_predictions import StoredPredictions
 from batchcls.ray_runtime import ray_session
 from batchcls.report.run_report import report_after_run
 from batchcls.resources import ResourcePlan
-from batchcls.runs import engine_cache
+from batchcls.runs import engine_cache, stored_heads
 from batchcls.runs.bottleneck import Bottleneck, find_bottleneck
 from batchcls.runs.catalog import read_current, read_record, report_of
 from batchcls.runs.commit import (
@@ -201,7 +202,7 @@ def _start_or_resume(
         resource_plan, placement = plan_on_cluster(config, inputs)
         recorded = unfinished.engines if unfinished else None
         engines = select_engines(config, inputs.manifest, inputs.bundle, resource_plan, storage, recorded)
-        plan = _plan(config, inputs, resource_plan, engines, unfinished)
+        plan = _plan(config, inputs, (resource_plan, placement), engines, unfinished)
         if selection is not None:
             selection.confirm()
         with leased_run(plan, config.output, storage, is_new=unfinished is None) as lease:
@@ -296,14 +297,15 @@ def _limits(config: ClassifyConfig) -> Limits:
 def _plan(
     config: ClassifyConfig,
     inputs: ClassifyInputs,
-    resource_plan: ResourcePlan,
+    cluster: tuple[ResourcePlan, Placement],
     engines: EngineSelection,
     unfinished: Plan | None,
 ) -> Plan:
     """Return the plan of the run that this job resumes or starts."""
+    resource_plan, placement = cluster
     run_id = unfinished.run_id if unfinished else config.run_id or new_run_id()
     plan = plan_of(config, inputs, resource_plan, engines, run_id)
-    reuse = unfinished.reuse if unfinished else choose_reuse_source(config, plan, inputs.storage)
+    reuse = unfinished.reuse if unfinished else choose_reuse_source(config, plan, inputs.storage, placement)
     return plan.model_copy(update={"reuse": reuse})
 
 
@@ -336,7 +338,7 @@ def _compute(run: _LeasedRun, console: Console) -> _ComputedRun:
 
 
 def _reuse(run: _LeasedRun, spec: PipelineSpec) -> list[Receipt]:
-    """Copy the predictions of `spec.rows` that can be reused; nothing if an earlier session has done so.
+    """Derive predictions of `spec.rows` from the reused run; nothing if an earlier session has done so.
 
     If the earlier run was removed or damaged since the plan was written, nothing is reused: a warning is logged, and
     all rows are computed.
@@ -356,7 +358,8 @@ def _reuse(run: _LeasedRun, spec: PipelineSpec) -> list[Receipt]:
     except InputError as error:
         _logger.warning("reuse: nothing, run %s cannot be read: %s", source.run_id, error)
         return []
-    receipts = copy_predictions(spec, earlier, run.lease.check)
+    predictions = StoredPredictions(source.method, spec.worker.predict, run.inputs.head)
+    receipts = copy_predictions(spec, earlier, predictions, run.lease.check)
     with resumable_errors(marker):
         rows = sum(receipt.rows for receipt in receipts)
         storage.write_atomic(marker, ReuseMarker(run_id=source.run_id, rows=rows).to_json())
@@ -404,6 +407,8 @@ def _commit(run: _LeasedRun, computed: _ComputedRun, started: float) -> Committe
     findings = decision.findings(measurements)
     run.lease.confirm()
     with resumable_errors(run.folder):
+        if run.inputs.head is not None:
+            stored_heads.save(run.config.output, run.inputs.head, storage)
         committed = commit(run.plan, computed.receipts, totals, findings, storage, run.folder)
     record = committed.model_copy(update={"output": run.config.output})
     summary = CommitSummary(totals, seconds_total, bottleneck, measurements.images_per_second)

@@ -33,8 +33,9 @@ from batchcls.config.runs_config import (
 )
 from batchcls.errors import ExitCode, InputError, PublishRefused
 from batchcls.report.run_report import write_run_report
+from batchcls.runs import stored_heads
 from batchcls.runs.catalog import ListedRun, list_runs, read_record
-from batchcls.runs.diff import diff_runs
+from batchcls.runs.diff import CAUSES, diff_runs
 from batchcls.runs.gate_evaluation import current_gates
 from batchcls.runs.gates import failed_gates
 from batchcls.runs.prune import RetentionPolicy, decide, in_use_because, remove, withdraw_mark
@@ -96,9 +97,9 @@ def diff(config: RunsDiffConfig, console: Console) -> ExitCode:
     new, _ = _record(config, config.new)
     comparison = diff_runs(old, new, storage, to=config.to, largest=config.largest)
     out = results_console()
-    out.print(
-        f"from {old.run_id} to {new.run_id}, {'different models' if comparison.model_changed else 'the same model'}"
-    )
+    changed = comparison.model_change
+    models = "the same model" if changed == "none" else f"different models: {CAUSES[changed]}"
+    out.print(f"from {old.run_id} to {new.run_id}, {models}")
     out.print(statuses_table(comparison))
     out.print(f"{comparison.images_changed} items of both runs have different images")
     if comparison.flows:
@@ -226,6 +227,8 @@ def _remove(
             out.print(f"removed: {cell_text(run.run_id)}")
         else:
             _logger.warning("kept %s: %s", cell_text(run.run_id), removed.kept_because)
+    if not failures:
+        freed += stored_heads.remove_unused(config.output, storage)
     out.print(f"{freed / 2**20:.1f} MiB freed")
     if failures:
         raise InputError(f"not completely removed, run prune again: {'; '.join(failures)}")

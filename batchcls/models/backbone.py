@@ -16,6 +16,7 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.models.feature_taps import FeatureStage, FeatureTap, forward_full, random_image
+from batchcls.models.heads import DropoutLinear
 
 _TOLERANCE = 1e-4
 _PROBE_SEEDS = (0, 1)
@@ -26,6 +27,7 @@ class _Split:
     trunk: nn.Module
     pool: nn.Module
     head: nn.Module
+    head_tensors: tuple[str, ...] = ()
 
 
 class Backbone(nn.Module):
@@ -34,10 +36,13 @@ class Backbone(nn.Module):
     Attributes:
         classes: number of classes, K.
         dimension: length of the embedding, D.
+        head_tensors: names of the weight and the bias of the head in the state of the full network; empty if the head
+            is not one linear layer on the pooled embedding.
     """
 
     classes: int
     dimension: int
+    head_tensors: tuple[str, ...]
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class Backbone(nn.Module):
             self._tap = None if tap is None else FeatureTap(model, tap)
             split = _split(model, classifiers, first)
             self.trunk, self.pool, self.head = split.trunk, split.pool, split.head
+            self.head_tensors = split.head_tensors
             self.train(False)
             logits, embedding = self._checked_forward(second, name)
         _check_logits(logits, expected, name)
@@ -130,8 +136,9 @@ def _split(model: nn.Module, classifiers: tuple[str, ...], probe: torch.Tensor) 
     if not heads:
         raise InputError(f"{name} does not name its classifier; choose an architecture that does")
     if len(heads) == 1:
+        tensors = _tensor_names(heads[0], classifiers[0])
         model.set_submodule(classifiers[0], nn.Identity())
-        return _Split(model, nn.Identity(), heads[0])
+        return _Split(model, nn.Identity(), heads[0], tensors)
     return _split_multi_head(model, classifiers, heads, probe)
 
 
@@ -145,6 +152,13 @@ def _as_linear(model: nn.Module, path: str) -> nn.Linear:
     raise InputError(
         f"the classifier {path} of {type(model).__name__} is a {type(layer).__name__}, not a linear layer"
     )
+
+
+def _tensor_names(layer: nn.Linear, path: str) -> tuple[str, ...]:
+    """Return the names of weight and bias; empty for a subclass that may compute something else than their product."""
+    if type(layer) not in (nn.Linear, DropoutLinear):
+        return ()
+    return tuple(f"{path}.{name}" for name, _ in layer.named_parameters())
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

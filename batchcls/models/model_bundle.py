@@ -131,6 +131,12 @@ class BundleConfig(BaseModel):
         min_length=1,
         description="Parameters that later training changes, as glob patterns over their names.",
     )
+    head_tensors: tuple[str, ...] | None = Field(
+        default=None,
+        max_length=2,
+        description="Names of the weight and the bias of the classifier; empty: it is not one linear layer on the "
+        "pooled embedding. None: the bundle is from a version that did not record it.",
+    )
     golden: Golden | None = Field(
         default=None, description="Golden outputs of the network; None until they are computed."
     )
@@ -175,9 +181,11 @@ class BundleConfig(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """Return the record as JSON values.
 
-        The field `calibration` is omitted if it is None, so that older bundles without it keep their fingerprints.
+        The fields `calibration` and `head_tensors` are omitted if they are None, so that older bundles without them
+        keep their fingerprints.
         """
-        return self.model_dump(mode="json", exclude={"calibration"} if self.calibration is None else None)
+        added = {"calibration": self.calibration, "head_tensors": self.head_tensors}
+        return self.model_dump(mode="json", exclude={name for name, value in added.items() if value is None})
 
     def category_paths_for(self, labels: Sequence[str]) -> CategoryPaths | None:
         """Look up the category paths of labels by name; None unless every label has one."""

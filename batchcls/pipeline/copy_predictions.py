@@ -1,7 +1,11 @@
-"""Copying of an earlier run's predictions, in parallel tasks, for rows whose images have not changed."""
+"""Reuse of an earlier run, in parallel tasks, for rows whose images have not changed.
+
+Predictions are copied, or derived from the stored rows as `stored_predictions` describes.
+"""
 
 import hashlib
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +25,16 @@ from batchcls.images.fetch import Fetcher
 from batchcls.images.url_policy import resolve_uri
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
+from batchcls.models.classifier_head import ClassifierHead
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
+from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.ray_errors import to_batchcls_error
-from batchcls.runs.parts import REUSED, PartWriter, Receipt
+from batchcls.pipeline.stored_predictions import StoredPredictions, measure_agreement
+from batchcls.runs.parts import PartWriter, Receipt
+from batchcls.runs.plan import HeadAgreement, ReuseMethod
 from batchcls.runs.receipts import write_receipt
 from batchcls.runs.reuse import EarlierRows, Positions, ReuseSource, hashes_of, state_keys
-from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, Failure, prediction_fields
+from batchcls.schema import IMAGE, ITEM_ID, ROW, SOURCE_VERSION, URI, Failure
 
 _FRAGMENT_ROWS = 16_384
 _THREADS = 32
@@ -43,6 +51,7 @@ class CopySpec:
     load: LoadSpec
     writer: PartWriter
     source: ReuseSource
+    predictions: StoredPredictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +61,8 @@ class CopiedRows:
     Attributes:
         receipt: of the part that was written; None if no row was copied.
         counts: rows by what identified their images (`row`, `version`, `etag`, `stat`, `content`), rows without
-            a version (`unnamed`), and rows of a source that cannot be read (`lost`).
+            a version (`unnamed`), rows whose stored embedding cannot be used (`non_finite`), and rows of a source that
+            cannot be read (`lost`).
         error: why the source cannot be read; empty otherwise.
     """
 
@@ -61,18 +71,21 @@ class CopiedRows:
     error: str = ""
 
 
-def copy_predictions(spec: PipelineSpec, source: ReuseSource, check: Callable[[], None]) -> list[Receipt]:
-    """Write the rows of `spec.rows` whose predictions an earlier run holds.
+def copy_predictions(
+    spec: PipelineSpec, source: ReuseSource, predictions: StoredPredictions, check: Callable[[], None]
+) -> list[Receipt]:
+    """Write the rows of `spec.rows` whose predictions follow from those of an earlier run.
 
     Args:
         spec: specification of the run; its rows are those without a receipt.
-        source: the run whose predictions are valid for this one as well.
+        source: the earlier run.
+        predictions: derives the predictions of this run.
         check: called regularly; an error that it raises ends the copying.
 
     Raises:
         BatchclsError: storage failed.
     """
-    copy_spec = ray.put(CopySpec(spec.worker.load, spec.worker.writer, source))
+    copy_spec = ray.put(CopySpec(spec.worker.load, spec.worker.writer, source, predictions))
     task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, label_selector=dict(spec.placement.cpu))(
         _copy_fragment
     )
@@ -102,16 +115,51 @@ def copy_predictions(spec: PipelineSpec, source: ReuseSource, check: Callable[[]
         rejected = spec.invalid_ids.between(fragment.first_row, fragment.stop)
         running.append(task.remote([copy_spec], fragment, rejected))
     collect(0)
-    _log_counts(source.run_id, counts, len(spec.rows), first_error)
+    _log_counts(source.run_id, predictions.method, counts, len(spec.rows), first_error)
     return receipts
 
 
-def _log_counts(run_id: str, counts: Counter[str], rows: int, error: str) -> None:
-    copied = sum(counts[match] for match in _MATCHES)
+def measure_on_cluster(
+    rows: pa.Table, head: ClassifierHead, temperature: float, placement: Placement
+) -> HeadAgreement:
+    """Run `measure_agreement` in a task, because the driver does not import PyTorch.
+
+    Raises:
+        BatchclsError: the task failed.
+    """
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES, label_selector=dict(placement.cpu))(
+        measure_agreement
+    )
+    try:
+        agreement: HeadAgreement = ray.get(task.remote(rows, head, temperature))
+    except ray.exceptions.RayError as error:
+        raise to_batchcls_error(error) from error
+    return agreement
+
+
+_DONE: dict[ReuseMethod, str] = {
+    "copy": "copied",
+    "relabel": "copied, with new labels,",
+    "rehead": "predicted from embeddings",
+}
+
+
+def _log_counts(run_id: str, method: ReuseMethod, counts: Counter[str], rows: int, error: str) -> None:
+    copied = sum(counts[match] for match in _MATCHES) - counts["non_finite"]
     by_match = ", ".join(f"{counts[match]} by {match}" for match in _MATCHES if counts[match])
     _logger.info(
-        "reuse: copied %d of %d rows from %s%s", copied, rows, run_id, f" ({by_match})" if by_match else ""
+        "reuse: %s %d of %d rows of %s%s",
+        _DONE[method],
+        copied,
+        rows,
+        run_id,
+        f" ({by_match})" if by_match else "",
     )
+    if counts["non_finite"]:
+        _logger.warning(
+            "reuse: %d rows are computed because their stored embeddings are outside the range of their type",
+            counts["non_finite"],
+        )
     if error:
         _logger.warning(
             "reuse: %d rows are computed because files of run %s cannot be read: %s",
@@ -193,7 +241,9 @@ def _copy(worker: _CopyWorker, fragment: Fragment, rejected: Mapping[int, Failur
     matched = np.flatnonzero(positions >= 0)
     if not len(matched):
         return CopiedRows(None, counts)
-    return CopiedRows(_write(worker, table.take(pa.array(matched)), positions[matched]), counts)
+    receipt = _write(worker, table.take(pa.array(matched)), positions[matched])
+    counts["non_finite"] += len(matched) - (0 if receipt is None else receipt.rows)
+    return CopiedRows(receipt, counts)
 
 
 def _match_by_image(worker: _CopyWorker, table: pa.Table, counts: Counter[str]) -> tuple[pa.Table, Positions]:
@@ -283,19 +333,31 @@ def _content_hash(worker: _CopyWorker, uri: str | None, image: bytes | None) -> 
     return None if image is None else hashlib.sha256(image).hexdigest()
 
 
-def _write(worker: _CopyWorker, table: pa.Table, positions: npt.NDArray[np.int64]) -> Receipt:
-    """Write the ids and kept columns of the current manifest with the predictions of the earlier run."""
-    writer = worker.spec.writer
-    fields = prediction_fields(writer.embedding, writer.embedding_dimension, abstain=writer.abstain)
-    names = [*(field.name for field in fields), "width", "height", "content_hash"]
+def _write(worker: _CopyWorker, table: pa.Table, positions: npt.NDArray[np.int64]) -> Receipt | None:
+    """Write the ids and kept columns of the current manifest with predictions from the rows of the earlier run.
+
+    Returns:
+        The receipt; None if no prediction could be derived.
+    """
+    writer, predictions = worker.spec.writer, worker.spec.predictions
+    names = ["width", "height", "content_hash"]
     if worker.spec.source.by_row is not None:
         # The images were not checked for changes, so the version that the earlier run classified is recorded.
         names.append(SOURCE_VERSION)
         table = table.drop_columns([SOURCE_VERSION])
-    rows = _read_source(worker, positions, names)
-    for name in names:
-        table = table.append_column(rows.schema.field(name), rows.column(name))
-    return write_receipt(writer.write_predictions(table, REUSED), writer.folder, writer.storage)
+    started = time.thread_time()
+    rows = _read_source(worker, positions, [*predictions.columns, *names])
+    predicted, valid = predictions.of(rows)
+    for columns in (predicted, rows.select(names)):
+        for field, column in zip(columns.schema, columns.columns, strict=True):
+            table = table.append_column(field, column)
+    if not valid.all():
+        table = table.filter(pa.array(valid))
+    if not table.num_rows:
+        return None
+    seconds = time.thread_time() - started
+    receipt = writer.write_predictions(table, predictions.origin).with_seconds("reuse", seconds)
+    return write_receipt(receipt, writer.folder, writer.storage)
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:

@@ -15,6 +15,7 @@ from batchcls.images.load_config import DecodeLimits, decode_limits, fetch_polic
 from batchcls.inference.engine_record import EngineRequest, EngineSelectionRecord
 from batchcls.manifest.sample import RowSample, take_sample
 from batchcls.manifest.snapshot import Manifest
+from batchcls.models.classifier_head import layers_of
 from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, EngineConfig
 from batchcls.models.model_bundle import Bundle
@@ -115,7 +116,7 @@ def select_engines(
     if "auto" not in (request.engine, request.precision) and request.precision != "int8":
         engines = Engines({}, default, config.cache_dir, None, probe_batches)
         return EngineSelection(engines, _decode_margin(config, ()), ())
-    images = _sample_images(config, manifest, bundle, storage)
+    images, layers = _sample_images(config, manifest, bundle, storage), layers_of(bundle)
     selected: dict[str, EngineSelectionRecord] = {}
     new_records: list[EngineSelectionRecord] = []
     restored_records = (
@@ -126,13 +127,14 @@ def select_engines(
         # A run that started without measurements is resumed without them.
         is_undecided = restored_records is None or (restored_records and record is None)
         if is_undecided and not config.retune:
-            record = engine_cache.load(config.output, bundle.fingerprint, hardware, request, storage)
+            record = engine_cache.load(config.output, layers, hardware, request, storage)
         if (
             is_undecided
             and record is None
             and (manifest.rows >= config.autotune_min_rows or request.precision == "int8")
         ):
             record = _measure(config, node, bundle, images, request, resources)
+            record = record.model_copy(update={"layers": layers})
             new_records.append(record)
         if record is None:
             _logger.info("engine: %s, not measured for %d rows", default.choice, manifest.rows)

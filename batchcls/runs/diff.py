@@ -34,10 +34,17 @@ STATUSES: Mapping[str, str] = {
 }
 """All statuses of an item, with their meanings."""
 
+ModelChange = Literal["none", "trunk", "head", "calibration", "labels", "model"]
+"""The first part of the model, on the way from the pixels to the label, that differs between two runs."""
+
 CAUSES: Mapping[str, str] = {
     "image": "the image changed",
-    "model": "the model changed",
-    "image_and_model": "both changed",
+    "trunk": "the network up to the embedding, or the preprocessing, changed",
+    "head": "the classifier changed, and nothing before it",
+    "calibration": "temperature, thresholds, category paths or --abstain changed, and no weights",
+    "labels": "labels were renamed, and nothing else changed",
+    "model": "the model changed; a run does not record which part of it",
+    "image_and_model": "the image and the model changed",
     "neither": "neither changed: another engine, precision or hardware",
 }
 """All causes of a changed label, with their meanings."""
@@ -58,9 +65,9 @@ _JOINED = """
 CREATE TABLE joined AS
 SELECT *, CASE
     WHEN status <> 'changed' THEN NULL
-    WHEN image_changed AND {model_changed} THEN 'image_and_model'
+    WHEN image_changed AND '{change}' <> 'none' THEN 'image_and_model'
     WHEN image_changed THEN 'image'
-    WHEN {model_changed} THEN 'model'
+    WHEN '{change}' <> 'none' THEN '{change}'
     ELSE 'neither' END AS cause
 FROM (
     SELECT coalesce(new.item_id, old.item_id) AS item_id,
@@ -97,7 +104,7 @@ _BY_SIZE = "items DESC, old_label, new_label"
 _FLOWS = f"""
 SELECT old_label, new_label, count(*) AS items,
     count(*) FILTER (cause = 'image') AS by_image,
-    count(*) FILTER (cause = 'model') AS by_model,
+    count(*) FILTER (cause IN ('trunk', 'head', 'calibration', 'labels', 'model')) AS by_model,
     count(*) FILTER (cause = 'image_and_model') AS by_image_and_model,
     count(*) FILTER (cause = 'neither') AS by_neither,
     avg(old_probability) AS old_probability, avg(new_probability) AS new_probability,
@@ -110,8 +117,8 @@ ORDER BY {_BY_SIZE}
 class LabelChange(StoredRecord):
     """The items whose label changed from `old_label` to `new_label`.
 
-    A label is None if the job abstained. `example_rows` are row numbers in the manifest of the new run, the most
-    confident first; the probabilities are means.
+    A label is None if the job abstained; `by_model` are those by any part of the model. `example_rows` are row numbers
+    in the manifest of the new run, the most confident first; the probabilities are means.
     """
 
     old_label: str | None
@@ -131,7 +138,7 @@ class RunDiff(Document):
 
     Attributes:
         old, new: IDs of the runs.
-        model_changed: the fingerprints of the models differ.
+        model_change: the first part of the model that differs.
         statuses: items by status, with every status of `STATUSES`.
         causes: items with a changed label by cause, with every cause of `CAUSES`.
         images_changed: items in both runs whose image has changed, regardless of their label.
@@ -143,7 +150,7 @@ class RunDiff(Document):
     format: Literal["batchcls-diff"] = "batchcls-diff"
     old: str
     new: str
-    model_changed: bool
+    model_change: ModelChange
     statuses: dict[str, int]
     causes: dict[str, int]
     images_changed: int
@@ -174,14 +181,13 @@ def diff_runs(
     Raises:
         InputError: a file is missing, damaged or cannot be written.
     """
-    model_changed = old.model.fingerprint != new.model.fingerprint
     old_summary, new_summary = summary_of(old, storage), summary_of(new, storage)
     with connect() as connection:
         _join(connection, old, new, storage)
         found = RunDiff(
             old=old.run_id,
             new=new.run_id,
-            model_changed=model_changed,
+            model_change=model_change(old, new),
             statuses=_counts(connection, "status", STATUSES),
             causes=_counts(connection, "cause", CAUSES),
             images_changed=_one(connection, "SELECT count(*) FROM joined WHERE image_changed"),
@@ -193,6 +199,25 @@ def diff_runs(
         if to is not None:
             _write(connection, found, to, storage)
     return found
+
+
+def model_change(old: RunRecord, new: RunRecord) -> ModelChange:
+    """The first part of the model that differs between two runs.
+
+    Training settings and lineage, which have no effect on predictions, are not compared.
+    """
+    before, now = old.model.layers, new.model.layers
+    if before is None or now is None:
+        return "none" if old.model.fingerprint == new.model.fingerprint else "model"
+    if before.network != now.network:
+        return "trunk"
+    if before.head != now.head:
+        return "head"
+    abstains = tuple(bool(run.result_settings.get("abstain")) for run in (old, new))
+    after_head = ("temperature", "thresholds", "category_paths") if any(abstains) else ("temperature",)
+    if abstains[0] != abstains[1] or any(getattr(before, name) != getattr(now, name) for name in after_head):
+        return "calibration"
+    return "none" if before.labels == now.labels else "labels"
 
 
 def count_causes(old: RunRecord, new: RunRecord, storage: Storage) -> dict[str, int]:
@@ -210,8 +235,7 @@ def _join(connection: duckdb.DuckDBPyConnection, old: RunRecord, new: RunRecord,
     """Create the table `joined` with one row for each item of either run."""
     for side, record in (("old", old), ("new", new)):
         _register(connection, side, record, storage)
-    model_changed = old.model.fingerprint != new.model.fingerprint
-    connection.execute(_JOINED.format(model_changed=str(model_changed).lower()))
+    connection.execute(_JOINED.format(change=model_change(old, new)))
 
 
 def _register(connection: duckdb.DuckDBPyConnection, side: str, record: RunRecord, storage: Storage) -> None:

@@ -1,6 +1,7 @@
 """Names of the files and folders in an output folder, which are a contract with readers.
 
 OUTPUT/current.json
+OUTPUT/heads/DIGEST.safetensors        the classifiers of the runs, see stored_heads
 OUTPUT/starting/DIGEST/lease/*.json     the driver that is about to start a run; removed once it holds the run
 OUTPUT/runs/RUN_ID/plan.json            written first
                    predictions/*.parquet

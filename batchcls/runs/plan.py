@@ -15,7 +15,7 @@ from batchcls.inference.engine_record import EngineSelectionRecord
 from batchcls.resources import ResourcePlan
 from batchcls.runs.paths import PLAN, run_folder
 from batchcls.runs.records import ManifestInfo, ModelInfo, RecordedSettings
-from batchcls.storage.documents import Document, FolderName, StoredRecord, UtcTime
+from batchcls.storage.documents import Count, Document, FolderName, StoredRecord, UtcTime
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
 
@@ -52,32 +52,57 @@ class Fingerprints(StoredRecord):
 
 
 def prediction_settings(
-    config: JobConfig, model: str, precisions: Iterable[str], decode_margin: float | None
+    config: JobConfig, precisions: Iterable[str], decode_margin: float | None
 ) -> RecordedSettings:
-    """Everything besides the image itself that determines its prediction.
+    """Everything besides the image and the model that determines a prediction.
 
-    A run reuses predictions of another run only where these are equal. The engine is left out and its precision is
-    included: all engines of one precision are held to the same accuracy tolerance.
+    `reuse_decision` compares them with those of another run. The engine is left out and its precision is included: all
+    engines of one precision are held to the same accuracy tolerance.
 
     Args:
         config: settings of the job.
-        model: fingerprint of the bundle.
         precisions: precisions of the engines on all kinds of nodes.
         decode_margin: as in `LoadSettings`.
     """
     return {
-        "model": model,
         "precisions": sorted(set(precisions)),
         "decode_margin": decode_margin,
         **config.result_settings(per_image=True),
     }
 
 
+ReuseMethod = Literal["copy", "relabel", "rehead"]
+"""How predictions follow from those of another run: unchanged, with other labels, or from its embeddings."""
+
+
+class HeadAgreement(StoredRecord):
+    """Stored predictions compared with those that the head of their run computes from their stored embeddings.
+
+    Attributes:
+        rows: compared rows.
+        top1_agreement: share of them with the same best class, 0..1.
+        max_probability_difference: largest difference of the probability of the stored best class.
+    """
+
+    rows: Count
+    top1_agreement: float
+    max_probability_difference: float
+
+
 class PlannedReuse(StoredRecord):
-    """The run whose predictions are reused; `by_row`: all of them, without comparing images."""
+    """The run whose predictions are reused.
+
+    Attributes:
+        run_id: name of the run.
+        by_row: all its predictions are valid, without comparing images.
+        method: how the predictions follow from those of the run.
+        agreement: measured before `rehead` was planned; None for the other methods.
+    """
 
     run_id: FolderName
     by_row: bool
+    method: ReuseMethod = "copy"
+    agreement: HeadAgreement | None = None
 
 
 class RecordedEngines(StoredRecord):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from batchcls.inference.engine_record import EngineSelectionRecord
+from batchcls.models.classifier_head import ModelLayers
 from batchcls.models.model_bundle import WeightsOrigin
 from batchcls.preprocessing import Preprocessing
 from batchcls.resources import NodeResources
@@ -48,12 +49,14 @@ class ModelInfo(StoredRecord):
 
     Attributes:
         fingerprint: of the bundle; empty if it is not recorded.
+        layers: fingerprints of its parts; None if they are not recorded.
         source, architecture: library and name of the architecture.
         classes: number of labels.
         preprocessing, embedding_tap, weights: as in the bundle.
     """
 
     fingerprint: str = ""
+    layers: ModelLayers | None = None
     source: str | None = None
     architecture: str | None = None
     classes: Count = 0
@@ -238,7 +241,7 @@ class RunRecord(Document):
         writer: random digits, by which the driver recognizes its own file.
         committed: time of the commit.
         manifest, model: input and model of the run.
-        result_settings: everything besides the image that determines a prediction, `plan.prediction_settings`.
+        result_settings: everything besides image and model that determines a prediction, `plan.prediction_settings`.
         unpublishable: reasons why the run must not be published; empty if it may be.
         counts: rows by outcome.
         stage_seconds: busy seconds by stage, summed over all workers.

@@ -28,6 +28,7 @@ Hashes = npt.NDArray[np.uint64]
 Positions = npt.NDArray[np.int64]
 
 _FILES_IN_MEMORY = 16
+_SAMPLED_FILES = 16
 _VERSION = "version:"
 
 
@@ -132,6 +133,30 @@ def _explained(uri: str) -> Iterator[None]:
         raise DamagedRunError(
             f"{redact_uri(uri)} is damaged ({one_line(error)}); see `batchcls runs verify`"
         ) from None
+
+
+def sample_rows(record: RunRecord, columns: Sequence[str], count: int, storage: Storage) -> pa.Table:
+    """Read about `count` predictions that are spread over the files of a run; the same ones in every call.
+
+    At most `_SAMPLED_FILES` row groups are read.
+
+    Raises:
+        InputError: a file is missing, truncated or unreadable.
+    """
+    with _explained(record.folder):
+        fragments = list(open_parts(record, "predictions", storage).get_fragments())
+        chosen = np.unique(
+            np.linspace(0, len(fragments) - 1, min(_SAMPLED_FILES, len(fragments))).astype(int)
+        )
+        random = np.random.default_rng(0)
+        tables = []
+        for number in chosen:
+            groups = fragments[number].split_by_row_group()
+            table = groups[random.integers(len(groups))].to_table(columns=list(columns))
+            size = min(table.num_rows, -(-count // len(chosen)))
+            rows = np.sort(random.choice(table.num_rows, size, replace=False))
+            tables.append(table.take(pa.array(rows)))
+    return pa.concat_tables(tables)
 
 
 def state_keys(item_ids: pa.Array, uris: pa.Array, states: pa.Array, *, with_uris: bool = True) -> pa.Array:

@@ -20,6 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
+from batchcls.inference.golden_record import with_golden
+from batchcls.models.model_bundle import Bundle
+from batchcls.models.weights import from_safetensors, to_safetensors
+from batchcls.storage.filesystem import Storage
 from tests.helpers.crash_night import Spec, night
 from tests.helpers.drawing import draw, encode
 from tests.helpers.manifests import write_manifest
@@ -35,17 +39,19 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
 @dataclass(frozen=True)
 class Catalog:
-    """Manifests of two nights, a model, and a folder for outputs."""
+    """Manifests and models of two nights, and a folder for outputs."""
 
     yesterday: Path
     tonight: Path
     model: str
+    model_tonight: str
     folder: Path
 
     def arguments(self, manifest: Path, output: str) -> tuple[str, ...]:
         """Return the arguments of `classify` for a manifest and an output folder."""
+        model = self.model_tonight if manifest == self.tonight else self.model
         return (
-            *("--manifest", str(manifest), "--model", self.model, "--output", output, "--engine", "torch"),
+            *("--manifest", str(manifest), "--model", model, "--output", output, "--engine", "torch"),
             *("--precision", "fp32", "--device", "cpu", "--max-failed-fraction", "0.5", *LENIENT),
         )
 
@@ -61,8 +67,21 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: str) -> Catal
         write_manifest(folder / "yesterday.parquet", ids[:BEFORE]),
         write_manifest(folder / "tonight.parquet", ids),
         tiny_bundle,
+        tiny_bundle,
         tmp_path_factory.mktemp("outputs"),
     )
+
+
+@pytest.fixture(scope="module")
+def reheaded_catalog(catalog: Catalog, tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    """The catalog with another classifier on the same trunk for the second night."""
+    folder, storage = tmp_path_factory.mktemp("reheaded"), Storage()
+    bundle = Bundle.load(catalog.model, storage)
+    state = from_safetensors(bundle.weights, "weights")
+    for name in bundle.config.head_tensors or ():
+        state[name] = state[name].flip(0).contiguous()
+    with_golden(bundle.with_weights(to_safetensors(state))).save(str(folder / "bundle"), storage)
+    return replace(catalog, model_tonight=str(folder / "bundle"), folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +154,8 @@ class Nights:
         assert code == 0
         self.rows = self.published(reference)[1]
         assert self.rows.column("row").to_pylist() == [row for row in range(ROWS) if row != BROKEN]
-        assert set(self.rows.column("origin").to_pylist()) == {"computed", "reused"}
+        copied = "reused" if catalog.model == catalog.model_tonight else "reheaded"
+        assert set(self.rows.column("origin").to_pylist()) == {"computed", copied}
 
     def new_output(self) -> str:
         """Return the path of a new output folder."""
@@ -262,6 +282,19 @@ def test_same_command_finishes_run_after_crash_or_power_loss_at_any_write(local:
         local.is_tonight_published(spec.output)
         finish(local, spec, what)
         shutil.rmtree(spec.output)
+
+
+def test_same_command_finishes_run_with_another_classifier_killed_at_any_write(
+    reheaded_catalog: Catalog, server: multiprocessing.context.ForkServerContext
+):
+    nights = Nights(reheaded_catalog, server, Store(None, str(reheaded_catalog.folder), {}))
+    assert len(nights.writes) > 15
+    for number, what in enumerate(nights.writes, 1):
+        spec = replace(nights.spec(nights.output_with_yesterday()), act="kill", at=number)
+        code, _ = nights.run(spec)
+        assert code == -signal.SIGKILL, f"{number}: {what}\n{nights.log(spec)}"
+        nights.is_tonight_published(spec.output)
+        finish(nights, spec, f"killed at {number}: {what}")
 
 
 def test_same_command_finishes_run_killed_at_any_request(remote: Nights):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
+import pyarrow as pa
 import s3fs
 import timm
 import torch
@@ -28,17 +29,20 @@ from rich.console import Console
 
 from batchcls.cli.app import run
 from batchcls.config.classify_config import ClassifyConfig
-from batchcls.jobs import bundle, classify, classify_run
+from batchcls.jobs import bundle, classify, classify_plan, classify_run
 from batchcls.jobs.classify_plan import ClassifyInputs
+from batchcls.models.classifier_head import ClassifierHead
 from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
 from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.progress import Progress
+from batchcls.pipeline.stored_predictions import StoredPredictions, measure_agreement
 from batchcls.resources import NodeResources, ResourcePlan, plan_resources
 from batchcls.runs import lease
 from batchcls.runs.parts import Receipt
+from batchcls.runs.plan import HeadAgreement
 from batchcls.runs.reuse import ReuseSource
 from batchcls.storage import compare_and_swap
 
@@ -272,10 +276,10 @@ def execute_here(
 
 
 def copy_predictions_here(
-    spec: PipelineSpec, source: ReuseSource, check: Callable[[], None]
+    spec: PipelineSpec, source: ReuseSource, predictions: StoredPredictions, check: Callable[[], None]
 ) -> list[Receipt]:
     """Replacement of `pipeline.copy_predictions.copy_predictions` that runs in this process."""
-    copy_spec = CopySpec(spec.worker.load, spec.worker.writer, source)
+    copy_spec = CopySpec(spec.worker.load, spec.worker.writer, source, predictions)
     receipts = []
     for fragment in spec.manifest.fragments(repeat(ROWS_PER_PART), spec.rows):
         check()
@@ -284,6 +288,14 @@ def copy_predictions_here(
         )
         receipts += [] if copied.receipt is None else [copied.receipt]
     return receipts
+
+
+def measure_agreement_here(
+    rows: pa.Table, head: ClassifierHead, temperature: float, placement: Placement
+) -> HeadAgreement:
+    """Replacement of `pipeline.copy_predictions.measure_on_cluster` that runs in this process."""
+    del placement
+    return measure_agreement(rows, head, temperature)
 
 
 @contextmanager
@@ -316,6 +328,7 @@ def night(spec: Spec, connection: Connection) -> None:
         patch.object(classify_run, "plan_on_cluster", _plan_for_one_cpu),
         patch.object(classify_run, "execute", execute_here),
         patch.object(classify_run, "copy_predictions", copy_predictions_here),
+        patch.object(classify_plan, "measure_on_cluster", measure_agreement_here),
         patch.object(os, "fsync", writes.fsync),
         patch.object(s3fs.S3FileSystem, "_call_s3", writes.request(s3fs.S3FileSystem._call_s3)),
     ):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from batchcls.models.classifier_head import ModelLayers
 from batchcls.runs.commit import commit, reconcile
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.plan import Fingerprints, Plan, create_plan
@@ -92,13 +93,28 @@ def _dimension(rows: Sequence[Item]) -> int:
     return len(rows[0].embedding) if rows else DIMENSION
 
 
+def layers_of(model: str) -> ModelLayers:
+    """Fingerprints of the parts of a model; every model has another trunk."""
+    return ModelLayers(
+        preprocessing="p",
+        trunk=model,
+        head="h",
+        labels="l",
+        category_paths="",
+        temperature=1.0,
+        thresholds="",
+    )
+
+
 def plan_of(night: RunDetails, rows: int) -> Plan:
     """The plan of a run with these properties."""
     return Plan(
         run_id=night.run_id,
         fingerprints=Fingerprints(manifest="f" * 64, model=night.model, settings={}),
         manifest=ManifestInfo(uri="catalog.parquet", fingerprint="f" * 64, rows=rows, files=1),
-        model=ModelInfo(fingerprint=night.model, architecture="test_resnet", classes=10),
+        model=ModelInfo(
+            fingerprint=night.model, layers=layers_of(night.model), architecture="test_resnet", classes=10
+        ),
         unpublishable=tuple(night.unpublishable),
     )
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
@@ -143,10 +144,20 @@ def test_second_run_predicts_only_changed_images(job: Job, tiny_bundle: str, tmp
     assert labels[rows_of.index(3)] == labels_before[rows_of.index(200)]
     assert second.column("uri").to_pylist()[rows_of.index(9)] == "renamed.jpg"
 
-    # Predictions with another --top-k cannot be reused.
+    # With another --top-k, predictions are computed from the embeddings, but not with other pixels.
     third = job(*arguments, "--top-k", "3", "--run-id", "n3")
-    assert third.exit_code == 0
-    assert "reuse: nothing, n2 was made with a different top_k" in third.log
+    assert third.exit_code == 0, third.log
+    record = json.loads((first.output / "runs" / "n3" / "run.json").read_text())
+    assert (record["counts"]["predicted"], record["counts"]["reheaded"]) == (0, rows - 1)
+    reheaded = published(first.output)
+    assert set(reheaded.column("origin").to_pylist()) == {"reheaded"}
+    assert {len(best) for best in reheaded.column("top_k").to_pylist()} == {3}
+    assert reheaded.column("embedding").equals(second.column("embedding"))
+    np.testing.assert_allclose(reheaded.column("probability"), second.column("probability"), atol=1e-3)
+    other = job(
+        *arguments, "--max-image-pixels", "1000000", "--reuse", "n2", "--no-publish", "--run-id", "n3b"
+    )
+    assert "reuse: nothing, n2 was made with a different max_image_pixels" in other.log
 
     # The damaged image is repaired; only its row is predicted again.
     (folder / "7.jpg").write_bytes(encode(draw(7, 90, 70), "JPEG"))

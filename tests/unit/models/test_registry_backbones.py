@@ -1,11 +1,14 @@
-"""For every backbone of the zoo, the logits are the head of the pooled embedding."""
+"""For every backbone of the zoo, the logits are the head of the pooled embedding, with and without PyTorch."""
 
+import numpy as np
 import pytest
 import torch
 
 from batchcls.models.backbone import Backbone
+from batchcls.models.classifier_head import ClassifierHead
 from batchcls.models.registry import ZooRecord, zoo_records
 from batchcls.models.sources import find_model, get_library
+from batchcls.models.weights import to_safetensors
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
@@ -20,10 +23,14 @@ def test_logits_are_the_head_of_the_pooled_embedding(record: ZooRecord):
     library = get_library(spec)
     model = library.build(spec, CLASSES)
     side = SIDES.get(record.name, 64)
+    state = to_safetensors(model.state_dict())
     backbone = Backbone(model, library.classifiers(model), (side, side))
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         logits, embedding = backbone(images)
         assert torch.allclose(backbone.head(embedding), logits, atol=1e-5)
+    assert backbone.head_tensors  # a new classifier on this backbone needs no image that was predicted before
+    head = ClassifierHead.from_weights(state, backbone.head_tensors)
+    np.testing.assert_allclose(head.logits(embedding.numpy()), logits.numpy(), atol=1e-4)
     assert logits.shape == (2, CLASSES)
     assert embedding.shape == (2, backbone.dimension)

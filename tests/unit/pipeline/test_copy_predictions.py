@@ -5,7 +5,9 @@ import os
 from collections import Counter
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +15,12 @@ import pytest
 from batchcls.errors import InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, LoadSettings
+from batchcls.inference.predictor_config import PredictSettings
 from batchcls.manifest.snapshot import Manifest, open_manifest
+from batchcls.models.classifier_head import ClassifierHead
 from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
 from batchcls.pipeline.pipeline_spec import LoadSpec
+from batchcls.pipeline.stored_predictions import StoredPredictions
 from batchcls.preprocessing import Preprocessing, Views
 from batchcls.runs.catalog import read_record
 from batchcls.runs.parts import PartWriter
@@ -63,8 +68,32 @@ def sha(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def predict_settings(**changes: Any) -> PredictSettings:
+    values = {
+        "labels": ("cat", "dog"),
+        "top_k": 5,
+        "embedding": pa.float32(),
+        "embedding_dimension": DIMENSION,
+        "l2_normalize": False,
+        "views": Views(),
+        "input_shape": PREPROCESSING.shape,
+        "normalize": "engine",
+        "batch_size": 1,
+        "kept": (),
+    }
+    return PredictSettings(**values | changes)
+
+
+UNCHANGED = StoredPredictions("copy", predict_settings())
+
+
 def copy(
-    tmp_path: Path, manifest: Manifest, *, by_row: bool = False, rejected: dict[int, Failure] | None = None
+    tmp_path: Path,
+    manifest: Manifest,
+    *,
+    by_row: bool = False,
+    rejected: dict[int, Failure] | None = None,
+    predictions: StoredPredictions = UNCHANGED,
 ) -> tuple[pa.Table, Counter[str]]:
     """Copy the run n1 into n2; return the written rows in row order, and the counts by match."""
     folder = str(tmp_path / "out" / "runs" / "n2")
@@ -76,12 +105,13 @@ def copy(
         LoadSpec(manifest.columns, STORAGE, settings(f"n2-{tmp_path}", manifest.base, kept)),
         PartWriter(folder, STORAGE, kept, pa.float32(), DIMENSION),
         earlier,
+        predictions,
     )
     counts: Counter[str] = Counter()
     for fragment in manifest.fragments(repeat(4)):
         counts += copy_fragment(spec, fragment, rejected or {}).counts
     files = [file for receipt in read_receipts(folder, STORAGE) for file in receipt.files]
-    assert {(file.kind, file.origin) for file in files} <= {("predictions", "reused")}
+    assert {(file.kind, file.origin) for file in files} <= {("predictions", predictions.origin)}
     tables = [pq.read_table(Path(folder) / file.path) for file in files]
     return pa.concat_tables(tables).sort_by("row"), counts
 
@@ -126,6 +156,33 @@ def test_unchanged_files_are_copied_with_current_columns(tmp_path: Path, night: 
     # A renamed file was matched by its hash; its new version is recorded.
     assert counts == Counter(stat=2 + 0, content=1, unnamed=1)
     assert table.column("source_version").to_pylist()[2].startswith("stat:6:")
+
+
+def test_unchanged_files_are_predicted_from_their_embeddings(tmp_path: Path):
+    """One embedding cannot be used, so that its row is left for the pipeline."""
+    rows = []
+    for number, value in enumerate((1.0, -1.0, np.inf, 2.0)):
+        data = bytes([number]) * 9
+        version = put(tmp_path / f"{number}.jpg", data)
+        rows.append(
+            Item(
+                f"i{number}", content_hash=sha(data), source_version=version, embedding=(value, 0.0, 0.0, 0.0)
+            )
+        )
+    write_run(str(tmp_path / "out"), RunDetails("n1"), rows, STORAGE)
+    head = ClassifierHead(np.array([[1, 0, 0, 0], [-1, 0, 0, 0]], np.float32), np.zeros(2, np.float32))
+    manifest = write_manifest(
+        tmp_path, item_id=[f"i{n}" for n in range(4)], uri=[f"{n}.jpg" for n in range(4)]
+    )
+    predictions = StoredPredictions("rehead", predict_settings(), head)
+    table, counts = copy(tmp_path, manifest, predictions=predictions)
+    assert table.column("row").to_pylist() == [0, 1, 3]
+    assert table.column("label").to_pylist() == ["cat", "dog", "cat"]
+    np.testing.assert_allclose(table.column("probability"), [0.8808, 0.8808, 0.9820], atol=1e-4)
+    assert table.column("embedding").to_pylist()[2] == [2.0, 0.0, 0.0, 0.0]
+    assert table.column("content_hash").to_pylist()[0] == sha(b"\0" * 9)
+    assert set(table.column("origin").to_pylist()) == {"reheaded"}
+    assert counts == Counter(stat=4, non_finite=1)
 
 
 def test_manifest_version_takes_precedence_over_store_version(tmp_path: Path):
@@ -182,6 +239,7 @@ def test_rows_of_an_unreadable_source_are_left_to_compute(
         LoadSpec(manifest.columns, STORAGE, settings(f"lost-{tmp_path}", manifest.base, kept)),
         PartWriter(str(tmp_path / "out" / "runs" / "n2"), STORAGE, kept, pa.float32(), DIMENSION),
         earlier,
+        UNCHANGED,
     )
     found = [copy_fragment(spec, fragment, {}) for fragment in manifest.fragments(repeat(6))]
     assert [copied.receipt for copied in found] == [None] * len(found)

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from batchcls.cli.run_tables import flows_table
+from batchcls.models.classifier_head import ModelLayers
 from batchcls.runs.catalog import read_record
 from batchcls.runs.diff import CAUSES, STATUSES, RunDiff, diff_runs
 from batchcls.storage.filesystem import Storage, join
@@ -56,25 +57,64 @@ def test_every_item_has_a_status(tmp_path: Path):
         "still_failed": 1,
     }
     assert set(result.statuses) == set(STATUSES)
-    assert (result.images_changed, result.compared, result.model_changed) == (2, 4, False)
+    assert (result.images_changed, result.compared, result.model_change) == (2, 4, "none")
 
 
 @pytest.mark.parametrize(
     ("model", "causes"),
     [
-        ("m" * 64, {"image": 1, "neither": 1, "model": 0, "image_and_model": 0}),
-        ("n" * 64, {"image": 0, "neither": 0, "model": 1, "image_and_model": 1}),
+        ("m" * 64, {"image": 1, "neither": 1}),
+        ("n" * 64, {"trunk": 1, "image_and_model": 1}),
     ],
 )
 def test_changed_labels_are_counted_by_cause(tmp_path: Path, model: str, causes: dict):
     result = diff(str(tmp_path), model=model)
-    assert result.causes == causes
-    assert set(causes) == set(CAUSES)
+    assert result.causes == dict.fromkeys(CAUSES, 0) | causes
     (flow,) = result.flows
     assert (flow.old_label, flow.new_label, flow.items) == ("cat", "dog", 2)
     assert flow.by_image + flow.by_model + flow.by_image_and_model + flow.by_neither == 2
     assert flow.example_rows == (4, 5)  # the most confident first
     assert flow.new_probability == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(
+    ("layers", "abstain", "cause"),
+    [
+        ({"trunk": "x", "head": "x", "labels": "x"}, (False, False), "trunk"),
+        ({"preprocessing": "x"}, (False, False), "trunk"),
+        ({"head": "x", "temperature": 2.0}, (False, False), "head"),
+        ({"temperature": 2.0, "labels": "x"}, (False, False), "calibration"),
+        ({"thresholds": "x"}, (True, True), "calibration"),
+        ({"thresholds": "x", "labels": "x"}, (False, False), "labels"),
+        ({}, (False, True), "calibration"),
+        ({}, (True, True), "neither"),
+        (None, (False, False), "model"),
+    ],
+)
+def test_part_of_the_model_that_changed_is_the_cause(
+    tmp_path: Path, layers: dict | None, abstain: tuple[bool, bool], cause: str
+):
+    before = ModelLayers(
+        preprocessing="p", trunk="t", head="h", labels="l", category_paths="", temperature=1.0, thresholds=""
+    )
+    write_run(str(tmp_path), RunDetails("old"), OLD)
+    write_run(str(tmp_path), RunDetails("new", model="n" * 64), NEW)
+    found = [
+        record.model_copy(
+            update={
+                "model": record.model.model_copy(update={"layers": part}),
+                "result_settings": {"abstain": abstained},
+            }
+        )
+        for record, part, abstained in zip(
+            (read_record(str(tmp_path), name, Storage()) for name in ("old", "new")),
+            (before, None if layers is None else before.model_copy(update=layers)),
+            abstain,
+            strict=True,
+        )
+    ]
+    causes = {name: count for name, count in diff_runs(*found, Storage()).causes.items() if count}
+    assert causes == ({"image": 1, "neither": 1} if cause == "neither" else {cause: 1, "image_and_model": 1})
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])

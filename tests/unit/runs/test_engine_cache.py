@@ -11,12 +11,16 @@ from batchcls.inference.engine_record import (
     EngineSelectionRecord,
     installed_versions,
 )
+from batchcls.models.classifier_head import ModelLayers
 from batchcls.models.engines.engine import EngineChoice
 from batchcls.runs.engine_cache import load, save, uri_of
 from batchcls.storage.filesystem import Storage
 from tests.helpers.measurements import LAPTOP, SERVER
 
 FINGERPRINT = "0123456789abcdef" * 4
+LAYERS = ModelLayers(
+    preprocessing="p", trunk="t", head="h", labels="l", category_paths="c", temperature=1.0, thresholds=""
+)
 
 
 def _measured(**changes):
@@ -24,6 +28,7 @@ def _measured(**changes):
         "created": datetime.now(UTC),
         "request": EngineRequest(),
         "bundle_fingerprint": FINGERPRINT,
+        "layers": LAYERS,
         "hardware_key": SERVER.key,
         "hardware": str(SERVER),
         "versions": installed_versions(),
@@ -51,15 +56,15 @@ def output(tmp_path):
     return str(tmp_path / "out")
 
 
-def _load(output, fingerprint=FINGERPRINT, hardware=SERVER, request=EngineRequest()):  # noqa: B008 - frozen
-    return load(output, fingerprint, hardware, request, Storage())
+def _load(output, layers=LAYERS, hardware=SERVER, request=EngineRequest()):  # noqa: B008 - frozen
+    return load(output, layers, hardware, request, Storage())
 
 
 def test_selection_is_read_back(output):
     assert _load(output) is None
     measured = _measured()
     uri = save(output, measured, Storage())
-    assert uri.endswith(f"/engines/0123456789ab-{SERVER.key}.json")
+    assert uri.endswith(f"/engines/{LAYERS.network[:12]}-{SERVER.key}.json")
     assert _load(output) == measured
     assert _load(output).choice == EngineChoice("openvino", "bf16")
 
@@ -67,8 +72,18 @@ def test_selection_is_read_back(output):
 def test_selection_is_only_used_for_its_model_and_kind_of_node(output):
     save(output, _measured(), Storage())
     assert _load(output, hardware=LAPTOP) is None
-    assert _load(output, fingerprint="f" * 64) is None
-    assert _load(output, fingerprint=FINGERPRINT[:12] + "f" * 52) is None
+    assert _load(output, LAYERS.model_copy(update={"trunk": "other"})) is None
+    assert _load(output, LAYERS.model_copy(update={"preprocessing": "other"})) is None
+
+
+def test_selection_holds_for_other_labels_and_classifiers_of_a_network(output):
+    save(output, _measured(), Storage())
+    relabeled = LAYERS.model_copy(update={"labels": "other", "temperature": 2.0})
+    reheaded = LAYERS.model_copy(update={"head": "other"})
+    assert _load(output, relabeled) == _load(output, reheaded) == _load(output) is not None
+    save(output, _measured(precision="int8"), Storage())
+    assert _load(output, relabeled) == _load(output)
+    assert _load(output, reheaded) is None
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,7 @@ def test_damaged_file_is_logged_and_engines_are_measured_again(output, log, dama
     }[damage]
     Storage().write_atomic(uri, changed.encode("latin-1"))
     assert _load(output) is None
-    assert f"{uri_of(output, FINGERPRINT, SERVER.key)} is damaged or of another version" in log.text
+    assert f"{uri_of(output, LAYERS, SERVER.key)} is damaged or of another version" in log.text
 
 
 def test_error_names_a_store_that_cannot_be_written_to(tmp_path):

@@ -41,9 +41,19 @@ def test_fingerprints_hold_all_settings_that_change_results():
 
 
 def test_predictions_are_reused_by_settings_that_act_on_single_images():
-    settings = prediction_settings(CONFIG, "m", ["fp32", "bf16", "fp32"], 1.5)
-    identity = {"model": "m", "precisions": ["bf16", "fp32"], "decode_margin": 1.5}
+    settings = prediction_settings(CONFIG, ["fp32", "bf16", "fp32"], 1.5)
+    identity = {"precisions": ["bf16", "fp32"], "decode_margin": 1.5}
     assert json.dumps(settings, sort_keys=True) == json.dumps(PER_IMAGE | identity, sort_keys=True)
+
+
+def test_settings_that_only_turn_embeddings_into_predictions():
+    layers = CONFIG.setting_layers()
+    assert layers.keys() == PER_IMAGE.keys()
+    assert [name for name in sorted(layers) if layers[name] == "prediction"] == ["abstain", "top_k"]
+    assert [name for name in sorted(layers) if layers[name] == "embedding"] == [
+        "embedding_dtype",
+        "l2_normalize",
+    ]
 
 
 def test_differences_name_the_changed_flags():

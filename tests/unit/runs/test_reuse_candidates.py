@@ -9,8 +9,10 @@ import pytest
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.jobs.classify_plan import choose_reuse_source
-from batchcls.runs.plan import Plan, PlannedReuse
+from batchcls.runs.catalog import read_record
+from batchcls.runs.plan import Plan, PlannedReuse, ReuseMethod
 from batchcls.runs.publish import publish, roll_back
+from batchcls.runs.reuse_candidates import find_reusable_run
 from batchcls.storage.filesystem import Storage
 from tests.helpers.runs import Item, RunDetails, items, plan_of, write_run
 
@@ -50,8 +52,8 @@ def test_newer_run_that_failed_a_gate_is_preferred_to_the_published_one(
     with caplog.at_level("INFO", "batchcls"):
         assert chosen(tmp_path) == "tuesday"
     assert (
-        "reuse: run tuesday, not published (failed: mean_confidence), 200 predictions; 2 committed runs have the same "
-        "settings" in caplog.text
+        "reuse: run tuesday, not published (failed: mean_confidence), 200 predictions; 2 committed runs could be "
+        "used" in caplog.text
     )
 
 
@@ -86,14 +88,35 @@ def test_quarantined_rows_are_retried_from_the_newest_run_of_the_same_manifest(t
 
 
 def test_run_with_other_settings_is_named_and_not_reused(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    commit(tmp_path, "monday", 23, result_settings={"top_k": 3})
+    commit(tmp_path, "monday", 23, result_settings={"tta": "hflip"})
     publish(str(tmp_path), "monday", Storage())
-    commit(tmp_path, "tuesday", 24, result_settings={"top_k": 3}, **REFUSED)
-    plan = plan_of(RunDetails("new"), ROWS).model_copy(update={"result_settings": {"top_k": 5}})
+    commit(tmp_path, "tuesday", 24, result_settings={"tta": "hflip"}, **REFUSED)
+    plan = plan_of(RunDetails("new"), ROWS).model_copy(update={"result_settings": {"tta": "none"}})
     with caplog.at_level("INFO", "batchcls"):
         assert chosen(tmp_path, plan) is None
-    assert "reuse: nothing, monday was made with a different top_k" in caplog.text
-    with pytest.raises(InputError, match="monday was made with a different top_k"):
+    assert "reuse: nothing, monday was made with a different tta" in caplog.text
+    with pytest.raises(InputError, match="monday was made with a different tta"):
         choose(tmp_path, plan, retry_quarantine=True)
-    commit(tmp_path, "sunday", 22, result_settings={"top_k": 5}, **REFUSED)
+    commit(tmp_path, "sunday", 22, result_settings={"tta": "none"}, **REFUSED)
     assert chosen(tmp_path, plan) == "sunday"
+
+
+def test_run_with_equal_predictions_is_preferred_to_one_whose_embeddings_are_used(tmp_path: Path):
+    commit(tmp_path, "monday", 23, result_settings={"top_k": 5})
+    commit(tmp_path, "tuesday", 24, result_settings={"top_k": 3})
+    record = read_record(str(tmp_path), "monday", Storage())
+
+    def found(method: ReuseMethod, plan: Plan) -> str:
+        methods: dict[str, ReuseMethod] = {"monday": method, "tuesday": "rehead"}
+        run = find_reusable_run(
+            plan, lambda run: methods[run.run_id], str(tmp_path), Storage(), same_manifest_first=False
+        )
+        assert run is not None
+        return run.run_id
+
+    plan = plan_of(RunDetails("new"), record.counts.rows)
+    assert [found(method, plan) for method in ("copy", "relabel", "rehead")] == [
+        "monday",
+        "monday",
+        "tuesday",
+    ]
