@@ -204,8 +204,8 @@ def exit_codes_page() -> str:
             "A process that was killed by a signal has a code above 128, 137 if memory ran out: retry. "
             "[Nightly runs](../how-to/nightly-runs.md) has lines for cron, systemd and Airflow.",
             "",
-            "`ray job submit` itself exits with 1 for every code but 0. The exit code of the job is in its log and in "
-            "the message of `ray job status`.",
+            "`ray job submit` itself exits with 1 for every code but 0; `jobs/submit.sh` exits with that of the job "
+            "([Clusters](../how-to/clusters.md#submitting-jobs)). [Failures](../how-to/failures.md) has the causes.",
             "",
         ]
     )

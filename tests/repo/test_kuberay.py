@@ -283,8 +283,8 @@ def test_a_run_that_needs_a_person_is_not_run_again(rayjob: Node) -> None:
     rule = job["podFailurePolicy"]["rules"][0]
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
-    retried = {ExitCode.DONE, ExitCode.UNEXPECTED, ExitCode.INTERRUPTED}
-    assert set(rule["onExitCodes"]["values"]) == set(ExitCode) - retried
+    final = {int(code) for code in ExitCode if code != ExitCode.DONE and not code.is_transient}
+    assert set(rule["onExitCodes"]["values"]) == final
     assert job["backoffLimit"] > 0
 
 
