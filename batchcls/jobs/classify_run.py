@@ -36,6 +36,7 @@ from batchcls.pipeline.node_engines import EngineSelection, select_engines
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.progress import Progress
+from batchcls.pipeline.prometheus import metrics_of
 from batchcls.pipeline.stored_predictions import StoredPredictions
 from batchcls.ray_runtime import ray_session
 from batchcls.report.run_report import report_after_run
@@ -54,7 +55,7 @@ from batchcls.runs.commit import (
     stage_seconds,
 )
 from batchcls.runs.gate_evaluation import GateDecision, evaluate_gates, publish_if_passed, reevaluate_gates
-from batchcls.runs.gates import Limits
+from batchcls.runs.gates import Limits, failed_gates
 from batchcls.runs.lease import Lease, require_free
 from batchcls.runs.parts import PartFile, Receipt
 from batchcls.runs.paths import REUSED, new_run_id, run_folder
@@ -183,7 +184,12 @@ def commit_run(config: ClassifyConfig, console: Console) -> CommittedRun:
         with ray_session(config.ray_address):
             inputs = opening.result()
             with removes_empty_folders(config.output, inputs.storage):
-                return _start_or_resume(config, inputs, console, started)
+                committed = _start_or_resume(config, inputs, console, started)
+            # Here, because Ray exports metrics only while this process is connected to it.
+            if config.publish and not committed.record.unpublishable:
+                refusals = failed_gates(committed.decision.gates)
+                metrics_of(committed.record.run_id).record_refusals(refusals)
+            return committed
 
 
 def _start_or_resume(

@@ -2,16 +2,18 @@
 
 Counters are increased from receipts, in the process that creates or receives them, so that a row counts once it
 is on storage. Ray adds the prefix `ray_` to every name and `_total` to a counter's. All tags have few values: the
-run, and the closed lists of statuses, reasons and stages.
+run, and the closed lists of statuses, reasons, stages and gates.
 """
 
 import time
+from collections.abc import Iterable
 from functools import cache
 
 from ray.util.metrics import Counter, Gauge
 
 from batchcls.pipeline.progress import Progress
 from batchcls.runs.parts import COMPUTED, SHARED, Receipt
+from batchcls.runs.records import GateResult
 
 _RUN = "run_id"
 
@@ -37,6 +39,9 @@ class RunMetrics:
             (_RUN,),
         )
         self._waiting = Gauge("batchcls_rows_waiting", "Rows of the run that are not finished yet.", (_RUN,))
+        self._gates = Counter(
+            "batchcls_gate_failures", "Gates that refused to publish a run, by gate.", (_RUN, "gate")
+        )
 
     def record(self, receipt: Receipt) -> None:
         """Count the rows of a part. A write that Ray retries is counted twice; run.json has the exact counts."""
@@ -55,6 +60,11 @@ class RunMetrics:
                 self._seconds.inc(seconds, self._run | {"stage": stage})
         if receipt.image_bytes:
             self._bytes.inc(receipt.image_bytes, self._run)
+
+    def record_refusals(self, failed: Iterable[GateResult]) -> None:
+        """Count the gates that refuse to publish the run."""
+        for gate in failed:
+            self._gates.inc(1, self._run | {"gate": gate.gate})
 
     def report(self, progress: Progress, rows: int) -> None:
         """Set the gauges to the progress of a run with this number of rows."""

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -65,6 +66,20 @@ class OwnCluster(Cluster):
             for match in matches
             if match
         ]
+
+    def wait_for_counter(
+        self, run_id: str, name: str, tag: str, expected: dict[str, float]
+    ) -> dict[str, float]:
+        """Return a counter of a run by one of its tags, as soon as it has the expected values or after 30 s."""
+        deadline = time.monotonic() + 30
+        while True:
+            found: dict[str, float] = {}
+            for metric, tags, value in self.metrics():
+                if metric == f"ray_{name}_total" and tags["run_id"] == run_id:
+                    found[tags[tag]] = found.get(tags[tag], 0.0) + value
+            if found == pytest.approx(expected) or time.monotonic() > deadline:
+                return found
+            time.sleep(0.2)  # workers export their metrics every few seconds
 
 
 # Scope package instead of session, because its daemons would use a tenth of a core until the last unit test.

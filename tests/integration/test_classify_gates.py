@@ -9,7 +9,7 @@ from pathlib import Path
 from batchcls.cli.app import run
 from batchcls.jobs import runs
 from tests.helpers.started import write_catalog
-from tests.integration.conftest import Outcome
+from tests.integration.conftest import Outcome, OwnCluster
 
 Job = Callable[..., Outcome]
 
@@ -23,7 +23,7 @@ def runs_job(*arguments: str) -> tuple[int, str]:
 
 
 def test_run_with_failed_gate_is_committed_and_published_only_with_force(
-    job: Job, tiny_bundle: str, tmp_path: Path
+    job: Job, tiny_bundle: str, tmp_path: Path, cluster: OwnCluster
 ):
     output = str(tmp_path / "output")
     same = ("--model", tiny_bundle, "--gate-min-rows", "10", "--gate-min-mean-confidence", "0")
@@ -49,6 +49,10 @@ def test_run_with_failed_gate_is_committed_and_published_only_with_force(
     record = json.loads((tmp_path / "output/runs/night-2/run.json").read_text())
     failed_gates = [gate["gate"] for gate in record["gates"] if not gate["passed"]]
     assert (record["baseline"], failed_gates) == ("night-1", ["row_count_change_fraction"])
+    # The metric of the alert about refused runs.
+    refusing = {"row_count_change_fraction": 1.0}
+    assert cluster.wait_for_counter("night-2", "batchcls_gate_failures", "gate", refusing) == refusing
+    assert not any("gate" in tags for _, tags, _ in cluster.metrics() if tags.get("run_id") == "night-1")
 
     assert runs_job("verify", "night-2", "--output", output)[0] == 0
     assert runs_job("publish", "night-2", "--output", output)[0] == 3

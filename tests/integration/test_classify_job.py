@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,34 +101,19 @@ def test_run_record_is_consistent_and_published(finished: Outcome):
         assert finished.quarantine.column(name).null_count == 0
 
 
-def wait_for_counter(
-    cluster: OwnCluster, run_id: str, name: str, tag: str, expected: dict[str, float]
-) -> dict[str, float]:
-    """Return a counter of a run by one of its tags, as soon as it has the expected values or after 30 s."""
-    deadline = time.monotonic() + 30
-    while True:
-        found: dict[str, float] = {}
-        for metric, tags, value in cluster.metrics():
-            if metric == f"ray_{name}_total" and tags["run_id"] == run_id:
-                found[tags[tag]] = found.get(tags[tag], 0.0) + value
-        if found == pytest.approx(expected) or time.monotonic() > deadline:
-            return found
-        time.sleep(0.2)  # workers export their metrics every few seconds
-
-
 def test_cluster_exports_rows_failures_and_seconds_as_metrics(cluster: OwnCluster, finished: Outcome):
     run_id, rows = finished.folder.name, {"predicted": 147.0, "quarantined": 3.0}
-    assert wait_for_counter(cluster, run_id, "batchcls_rows", "status", rows) == rows
-    assert wait_for_counter(cluster, run_id, "batchcls_failures", "reason", {"truncated": 3}) == {
+    assert cluster.wait_for_counter(run_id, "batchcls_rows", "status", rows) == rows
+    assert cluster.wait_for_counter(run_id, "batchcls_failures", "reason", {"truncated": 3}) == {
         "truncated": 3
     }
     recorded = {stage: seconds for stage, seconds in finished.record["stage_seconds"].items() if seconds}
-    seconds = wait_for_counter(cluster, run_id, "batchcls_stage_seconds", "stage", recorded)
+    seconds = cluster.wait_for_counter(run_id, "batchcls_stage_seconds", "stage", recorded)
     assert seconds == pytest.approx(recorded)
 
 
 def test_predictions_do_not_depend_on_batch_size_or_normalization_stage(
-    job: Job, finished: Outcome, tiny_bundle: str, catalog: str, cluster: Cluster
+    job: Job, finished: Outcome, tiny_bundle: str, catalog: str, cluster: OwnCluster
 ):
     """The other graph with batches of one image, other fragments and float32 pixels predicts the same."""
     outcome = job(
@@ -147,7 +131,7 @@ def test_predictions_do_not_depend_on_batch_size_or_normalization_stage(
     )
     other = outcome.predictions
     rows = {"predicted": 147.0, "quarantined": 3.0}
-    assert wait_for_counter(cluster, outcome.folder.name, "batchcls_rows", "status", rows) == rows
+    assert cluster.wait_for_counter(outcome.folder.name, "batchcls_rows", "status", rows) == rows
     assert other.column("item_id").equals(finished.predictions.column("item_id"))
     assert other.column("label").equals(finished.predictions.column("label"))
     a, b = (np.array(t.column("embedding").to_pylist(), np.float32) for t in (finished.predictions, other))
