@@ -60,7 +60,6 @@ WORKER_RUNTIME_ENV = {"env_vars": WORKER_VARIABLES | MALLOC_VARIABLES}
 
 _CONNECT_SECONDS = 5.0
 _HOLD_SECONDS = 86_400.0
-_POLL_SECONDS = 3.0  # a list of all nodes is larger than the other messages to the head of the cluster
 
 
 @contextmanager
@@ -124,6 +123,7 @@ def ray_session(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        ray._private.worker._worker_logs_enabled = True
 
 
 def _require_cluster(address: str, flag: str) -> None:
@@ -162,6 +162,9 @@ def _init(target: str | None) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    # Whatever `log_to_driver` is, Ray prints messages of the cluster, for example that a node died, to stdout. This
+    # package logs what they mean for the job.
+    ray._private.worker._worker_logs_enabled = False
 
 
 def node_resources() -> list[NodeResources]:
@@ -199,24 +202,6 @@ def alive_nodes() -> list[NodeInfo]:
 def worker_nodes() -> list[NodeInfo]:
     """Return the alive nodes with at least one CPU, sorted by host name."""
     return [node for node in alive_nodes() if node.cpus >= 1]
-
-
-class NodeChanges:
-    """Finds the nodes that joined or left the cluster since the last call."""
-
-    def __init__(self) -> None:
-        self._nodes = {node.node_id: node for node in worker_nodes()}
-        self._polled_at = time.monotonic()
-
-    def poll(self) -> tuple[list[NodeInfo], list[NodeInfo]]:
-        """Return the nodes that joined and those that left; nothing if it was called a few seconds ago."""
-        if time.monotonic() - self._polled_at < _POLL_SECONDS:
-            return [], []
-        self._polled_at = time.monotonic()
-        before, self._nodes = self._nodes, {node.node_id: node for node in worker_nodes()}
-        joined = [node for node_id, node in self._nodes.items() if node_id not in before]
-        left = [node for node_id, node in before.items() if node_id not in self._nodes]
-        return joined, left
 
 
 def call_on_node(node: NodeInfo, function: Callable[..., T], *arguments: Any) -> T:

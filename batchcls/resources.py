@@ -4,7 +4,7 @@ Nothing here starts anything. Every number is derived once, logged with its reas
 that cannot be scheduled is rejected before a row is read, because Ray would wait for the resources forever.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +26,7 @@ _FUSED_MAX_CPUS = 8.0
 _MIN_FRAGMENT_ROWS = 64
 _FUSED_FILE_ROWS = 2048
 _REMAINING_FRAGMENTS_PER_ACTOR = 4  # fragments shrink to keep at least this number per actor
+_FRAGMENTS_TO_SHARE, _ROWS_TO_SHARE = 16, 256
 _MAX_DOUBLINGS = 30  # keeps the shift of fragment sizes small in long runs
 
 
@@ -126,15 +127,23 @@ def loading_nodes(nodes: Sequence[Node]) -> Sequence[Node]:
     return without_gpu if cpus and 2 * cpus >= sum(node.cpus for node in nodes) else nodes
 
 
-def fragment_sizes(rows: int, plan: ResourcePlan) -> Iterator[int]:
+def fragment_sizes(
+    rows: int, plan: ResourcePlan, ready_actors: Callable[[], int] | None = None
+) -> Iterator[int]:
     """Yield the numbers of rows of the fragments in the fused shape, without an end.
 
     Fragments start small, so that the first rows are written early. They double up to the maximum, and shrink
     toward the end, so that all actors finish at the same time.
+
+    Args:
+        rows: rows of the run.
+        plan: resource plan of the run.
+        ready_actors: returns the number of actors, which may grow meanwhile; None: as planned.
     """
-    actors, min_rows = plan.num_actors, min(_MIN_FRAGMENT_ROWS, plan.fragment_rows)
+    min_rows = min(_MIN_FRAGMENT_ROWS, plan.fragment_rows)
     fragments, remaining = 0, rows
     while True:
+        actors = max(plan.num_actors, 0 if ready_actors is None else ready_actors())
         growing = min_rows << min(fragments // actors, _MAX_DOUBLINGS)
         shrinking = remaining // (_REMAINING_FRAGMENTS_PER_ACTOR * actors)
         size = max(min_rows, min(plan.fragment_rows, growing, shrinking))
@@ -173,7 +182,12 @@ def _plan_fused(
         shape="fused",
         device=device,
         num_actors=actors.count,
-        max_actors=_max_actors(config, actors.count, -(-rows // fragment_rows)),
+        # Fragments shrink when the pool grows, so that also a run of a few thousand rows uses nodes that join.
+        max_actors=_max_actors(
+            config,
+            actors.count,
+            max(-(-rows // fragment_rows), min(_FRAGMENTS_TO_SHARE, rows // _ROWS_TO_SHARE)),
+        ),
         cpus_per_actor=actors.cpus,
         gpus_per_actor=actors.gpus,
         threads_per_actor=threads,

@@ -1,5 +1,6 @@
 """Start-up of an actor's engine: selected for its node and tested before it processes a row."""
 
+import socket
 import time
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ from batchcls.models.engines.batching import OomSplittingEngine, probe_batch_siz
 from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import Engine, EngineConfig
 from batchcls.pipeline.pipeline_spec import WorkerSpec
+from batchcls.runs.records import WorkerRows
 
 
 def start_for_node(spec: WorkerSpec) -> tuple[Engine, int]:
@@ -43,6 +45,18 @@ def start_for_node(spec: WorkerSpec) -> tuple[Engine, int]:
         )
     # Other processes may share the GPU, so that a batch which fits at start-up may not fit later.
     return OomSplittingEngine(engine), batch_size
+
+
+def worker_rows(node: str, engine: Engine, rows: int) -> WorkerRows:
+    """Return the record that `rows` rows were processed by an engine of this process, which runs on `node`."""
+    return WorkerRows(
+        node=node,
+        host=socket.gethostname(),
+        engine=engine.name,
+        precision=engine.precision,
+        device=engine.device,
+        rows=rows,
+    )
 
 
 def engine_clock(engine: Engine) -> Callable[[], float]:

@@ -16,6 +16,7 @@ from batchcls.images.isolated_decode import ImageRow, find_crashing_rows
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
+from batchcls.pipeline.ray_data.fragment_queue import rejected_rows
 from batchcls.pipeline.ray_errors import root_cause
 from batchcls.schema import IMAGE, ROW, URI, Failure
 
@@ -24,14 +25,8 @@ _ROWS_PER_TABLE = 256
 _logger = logging.getLogger(__name__)
 
 
-def rejected_rows(
-    spec: PipelineSpec, crashing_rows: Mapping[int, Failure], fragment: Fragment
-) -> dict[int, Failure]:
-    """Return the rows of a fragment that failed before they are fetched, by row number."""
-    invalid = spec.invalid_ids.between(fragment.first_row, fragment.stop)
-    return invalid | {
-        row: failure for row, failure in crashing_rows.items() if fragment.first_row <= row < fragment.stop
-    }
+class UnexplainedCrashError(BatchclsError):
+    """Worker processes crashed, and no image explains it."""
 
 
 def isolate_fragments(
@@ -55,7 +50,8 @@ def isolate_fragments(
         The other rows that crash their process, by row number.
 
     Raises:
-        BatchclsError: an isolation task failed, or no image explains the crashes.
+        UnexplainedCrashError: no image explains the crashes.
+        BatchclsError: an isolation task failed.
     """
     load = ray.put(spec.worker.load)
     # The task reserves no CPU, because the actors hold all of them; the CPU of the crashed process is idle.
@@ -69,7 +65,7 @@ def isolate_fragments(
             fragment.first_row,
             fragment.stop - 1,
         )
-        calls[task.remote([load], fragment, rejected_rows(spec, known, fragment))] = fragment
+        calls[task.remote([load], fragment, rejected_rows(spec.invalid_ids, known, fragment))] = fragment
     crashing_rows: dict[int, Failure] = {}
     pending = list(calls)
     while pending:
@@ -88,12 +84,12 @@ def isolate_fragments(
     return crashing_rows
 
 
-def _unexplained_crashes(fragments: Iterable[Fragment]) -> BatchclsError:
+def _unexplained_crashes(fragments: Iterable[Fragment]) -> UnexplainedCrashError:
     """Return the error of a job whose worker processes crash although no image crashes the isolated process."""
     fragments = list(fragments)
     first = min(fragment.first_row for fragment in fragments)
     last = max(fragment.stop for fragment in fragments) - 1
-    return BatchclsError(
+    return UnexplainedCrashError(
         f"the pipeline failed: {MAX_RETRIES + 1} worker processes crashed on rows {first} to {last}, but none of the "
         "images crashes a process on its own; the node may be out of memory, or another program kills the processes"
     )

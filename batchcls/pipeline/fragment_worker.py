@@ -19,7 +19,7 @@ from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.models.engines.engine import Engine
 from batchcls.models.engines.factory import describe_engine
-from batchcls.pipeline.actor_engine import start_for_node
+from batchcls.pipeline.actor_engine import start_for_node, worker_rows
 from batchcls.pipeline.pipeline_spec import WorkerSpec
 from batchcls.pipeline.ray_data.fragment_actor import CONCURRENT_FRAGMENTS
 from batchcls.pipeline.repeated_predictions import KnownPredictions, RepeatedPredictions, fill_blocks
@@ -55,6 +55,8 @@ class FragmentWorker:
         for _ in range(CONCURRENT_FRAGMENTS):
             self._readers.put(FragmentReader(spec.load.columns, spec.load.storage))
         self._engine_lock = threading.Lock()
+        self.node = ""
+        """Id of the node for receipts; empty outside of Ray."""
         self._calls_cpu_seconds = 0.0
 
     def start_engine(self, spec: WorkerSpec) -> tuple[Engine, int]:
@@ -87,6 +89,7 @@ class FragmentWorker:
             with self._engine_lock:
                 predicted = list(self._predict(chain(first, loaded), clock, repeated, on_block))
             receipt = self._writer.write(predicted)
+            receipt = receipt.with_workers([worker_rows(self.node, self._engine, receipt.rows)])
             receipt = receipt.with_seconds("other", clock.seconds() - receipt.seconds["write"])
             return write_receipt(receipt, self._writer.folder, self._writer.storage)
         finally:

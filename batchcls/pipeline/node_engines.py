@@ -31,6 +31,8 @@ from batchcls.storage.filesystem import Storage
 if TYPE_CHECKING:  # it imports PyTorch
     from batchcls.comparison.sample_pixels import SamplePixels
 
+_INT8 = EngineChoice("openvino", "int8")  # no other engine has int8
+
 _logger = logging.getLogger(__name__)
 
 
@@ -111,7 +113,7 @@ def select_engines(
     """
     batch_size = None if config.batch_size == "auto" else config.batch_size
     request = EngineRequest.from_settings(config, batch_size, scaled_decode=config.scaled_decode == "auto")
-    default = NodeEngine(_default_choice(request), resources.batch_size)
+    default = NodeEngine(default_choice(request), resources.batch_size)
     probe_batches = resources.device == "cuda" and config.batch_size == "auto"
     if "auto" not in (request.engine, request.precision) and request.precision != "int8":
         engines = Engines({}, default, config.cache_dir, None, probe_batches)
@@ -160,11 +162,12 @@ def _decode_margin(config: PipelineSettings, records: Sequence[EngineSelectionRe
     return max(required) if required and len(required) == len(margins) else None
 
 
-def _default_choice(request: EngineRequest) -> EngineChoice:
+def default_choice(request: EngineRequest) -> EngineChoice:
     """Return the requested engine, with the reference instead of `auto`, which is accurate on every node but slow."""
+    reference = _INT8 if request.precision == "int8" else REFERENCE
     return EngineChoice(
-        REFERENCE.engine if request.engine == "auto" else request.engine,
-        REFERENCE.precision if request.precision == "auto" else request.precision,
+        reference.engine if request.engine == "auto" else request.engine,
+        reference.precision if request.precision == "auto" else request.precision,
     )
 
 

@@ -62,6 +62,11 @@ class Engines:
         """Return the engine for the node on which this process runs."""
         return self.by_hardware.get(Hardware.detect().key, self.default)
 
+    def unmeasured_hardware(self) -> str:
+        """Return the hardware of this node if its engine was not measured, but that of other nodes; otherwise ""."""
+        hardware = Hardware.detect()
+        return str(hardware) if self.by_hardware and hardware.key not in self.by_hardware else ""
+
 
 @dataclass(frozen=True)
 class LoadSpec:

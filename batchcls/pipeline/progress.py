@@ -3,18 +3,44 @@
 import resource
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from batchcls.manifest.snapshot import Fragment
+from batchcls.pipeline.ray_data.fragment_queue import FragmentQueue, FragmentSource, Turn
 from batchcls.runs.parts import Receipt
 from batchcls.schema import ROW
 
 
 class StopRequestedError(Exception):
     """The driver requested that the actors stop; the driver knows the cause."""
+
+
+class QueueLostError(Exception):
+    """The process of the progress actor crashed, and with it the record of the fragments in progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyActor:
+    """An actor whose engine has started.
+
+    Attributes:
+        actor: Ray's id of the actor.
+        node: Ray's id of its node.
+        engine: description of its engine.
+        unmeasured: description of the hardware if other kinds of nodes have a measured engine and this one has not;
+            empty otherwise.
+        handle: handle of the actor; None if it should not be moved to another node when its node is drained.
+    """
+
+    actor: str
+    node: str
+    engine: str
+    unmeasured: str = ""
+    handle: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +53,7 @@ class Progress:
         engines: number of actors by engine.
         peak_memory_mib: largest resident memory of any actor, in MiB.
         ready_at: when the first actor was ready, in seconds of `time.time`; None before that.
+        unmeasured: kinds of nodes on which no engine was measured although others were, each with its engine.
     """
 
     rows: int
@@ -34,46 +61,97 @@ class Progress:
     engines: Counter[str]
     peak_memory_mib: float
     ready_at: float | None
+    unmeasured: frozenset[tuple[str, str]] = frozenset()
 
 
 class ProgressActor:
-    """Aggregates finished rows, failures by reason, started engines and peak memory."""
+    """Aggregates finished rows, failures by reason, started engines and peak memory; holds the queue of fragments."""
 
     def __init__(self) -> None:
         self._rows = 0
         self._blocks: set[int] = set()
         self._failures: Counter[str] = Counter()
-        self._engines: dict[str, str] = {}
+        self._actors: dict[str, ReadyActor] = {}
         self._peak_memory_mib = 0.0
         self._ready_at: float | None = None
         self._is_stop_requested = False
-        self._starts: dict[int, list[str]] = {}
+        self._starts: dict[int, tuple[Fragment, list[str]]] = {}
+        self._queue: FragmentQueue | None = None
 
-    def report_ready(self, actor: str, engine: str) -> None:
-        """Count an actor that is ready, by the description of its engine; a restarted actor counts once."""
-        self._engines[actor] = engine
+    def report_ready(self, actor: ReadyActor) -> None:
+        """Count an actor that is ready; a restarted actor counts once."""
+        self._actors[actor.actor] = actor
         self._ready_at = self._ready_at or time.time()
 
-    def start_fragment(self, first_row: int, node: str) -> None:
-        """Record that a process on a node started the fragment that begins at `first_row`."""
-        self._starts.setdefault(first_row, []).append(node)
+    def start(self, source: FragmentSource) -> None:
+        """Start to hand out the fragments of a source; the staged graph reads them itself."""
+        self._queue = FragmentQueue(source, lambda: len(self._actors))
+
+    def is_started(self) -> bool:
+        """Return whether `start` was called; not if the process of this actor was restarted since."""
+        return self._queue is not None
+
+    def take_fragment(self, ticket: int, node: str) -> Turn:
+        """Return the turn of a ticket, and record the start of its fragment.
+
+        Raises:
+            StopRequestedError: the driver requested that the actors stop.
+            QueueLostError: the process of this actor was restarted.
+        """
+        if self._is_stop_requested:
+            raise StopRequestedError
+        if self._queue is None:
+            raise QueueLostError("this process does not know the fragments of the run")
+        turn = self._queue.take(ticket, node)
+        if turn.fragment is not None:
+            self.start_fragment(turn.fragment, node)
+        return turn
+
+    def return_fragment(self, ticket: int, first_row: int) -> None:
+        """Record that the fragment of a ticket is on storage."""
+        if self._queue is not None:
+            self._queue.finish(ticket)
+        self.finish_fragment(first_row)
+
+    def start_fragment(self, fragment: Fragment, node: str) -> None:
+        """Record that a process on a node started a fragment."""
+        self._starts.setdefault(fragment.first_row, (fragment, []))[1].append(node)
 
     def finish_fragment(self, first_row: int) -> None:
-        """Record that the process finished the fragment."""
+        """Record that the process finished the fragment that begins at `first_row`."""
         self._starts.pop(first_row, None)
 
-    def fragments_on(self, node: str) -> int:
-        """Return the number of fragments that are in progress on a node."""
-        return sum(nodes[-1] == node for nodes in self._starts.values())
+    def drain_node(self, node: str) -> list[Fragment]:
+        """Hand out no more fragments to a node; return those in progress on it."""
+        if self._queue is not None:
+            self._queue.drain(node)
+        return self._fragments_on(node)
 
-    def suspect_fragments(self) -> list[int]:
-        """Return the first rows of the unfinished fragments that were started most often.
+    def release_node(self, node: str) -> list[Fragment]:
+        """Hand out the fragments of a lost node again, and return them."""
+        released = [] if self._queue is None else self._queue.release(node)
+        return released or self._fragments_on(node)
+
+    def idle_actors_on(self, node: str) -> list[Any]:
+        """Return the handles of the actors on a node if no fragment is in progress on it, once for each start."""
+        if self._queue is None or self._queue.in_progress_on(node):
+            return []
+        found = [actor for actor in self._actors.values() if actor.node == node and actor.handle is not None]
+        self._actors |= {actor.actor: replace(actor, handle=None) for actor in found}
+        return [actor.handle for actor in found]
+
+    def suspect_fragments(self) -> list[Fragment]:
+        """Return the unfinished fragments that were started most often.
 
         An image that crashes its process has its fragment started again and again, while most of the other
         fragments that are in progress at the time were started once.
         """
-        most = max((len(nodes) for nodes in self._starts.values()), default=0)
-        return sorted(row for row, nodes in self._starts.items() if len(nodes) == most)
+        most = max((len(nodes) for _, nodes in self._starts.values()), default=0)
+        suspects = [fragment for fragment, nodes in self._starts.values() if len(nodes) == most]
+        return sorted(suspects, key=lambda fragment: fragment.first_row)
+
+    def _fragments_on(self, node: str) -> list[Fragment]:
+        return [fragment for fragment, nodes in self._starts.values() if nodes[-1] == node]
 
     def restart(self, receipts: list[Receipt]) -> None:
         """Count from the parts on storage again, because the remaining rows are divided into new fragments."""
@@ -101,8 +179,14 @@ class ProgressActor:
 
     def progress(self) -> Progress:
         """Return the totals so far."""
+        actors = self._actors.values()
         return Progress(
-            self._rows, self._failures, Counter(self._engines.values()), self._peak_memory_mib, self._ready_at
+            rows=self._rows,
+            failures=self._failures,
+            engines=Counter(actor.engine for actor in actors),
+            peak_memory_mib=self._peak_memory_mib,
+            ready_at=self._ready_at,
+            unmeasured=frozenset((actor.unmeasured, actor.engine) for actor in actors if actor.unmeasured),
         )
 
 

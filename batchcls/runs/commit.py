@@ -11,9 +11,9 @@ from batchcls.config.common_config import Auto
 from batchcls.errors import BudgetExceeded, LeaseLostError, ReconciliationError
 from batchcls.runs.parts import COMPUTED, NAMED_FAILURES, REHEADED, REUSED, SHARED, Receipt
 from batchcls.runs.paths import RUN
-from batchcls.runs.plan import Plan
+from batchcls.runs.plan import Plan, with_used_precisions
 from batchcls.runs.receipts import balance
-from batchcls.runs.records import Counts, Findings, RunRecord
+from batchcls.runs.records import Counts, Findings, RunRecord, add_workers
 from batchcls.schema import RETRYABLE_REASONS, Reason
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
@@ -265,17 +265,19 @@ def commit(
         OSError: storage failed.
     """
     files = (file.as_run_file() for receipt in receipts for file in receipt.files)
+    workers = add_workers(worker for receipt in receipts for worker in receipt.workers)
     record = RunRecord(
         run_id=plan.run_id,
         writer=secrets.token_hex(8),
         committed=datetime.now(UTC).replace(microsecond=0),
         manifest=plan.manifest,
         model=plan.model,
-        result_settings=plan.result_settings,
+        result_settings=with_used_precisions(plan.result_settings, workers),
         unpublishable=plan.unpublishable,
         counts=totals.counts,
         stage_seconds=totals.stage_seconds,
         image_bytes=totals.image_bytes,
+        workers=workers,
         measurements=findings.measurements,
         summary=findings.summary,
         baseline=findings.baseline,

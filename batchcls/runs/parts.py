@@ -16,7 +16,7 @@ from pydantic import Field, PlainSerializer, PlainValidator
 
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.runs.paths import PREDICTIONS, QUARANTINE
-from batchcls.runs.records import Kind, RunFile
+from batchcls.runs.records import Kind, RunFile, WorkerRows
 from batchcls.schema import (
     BELOW_THRESHOLD,
     DECODE_SECONDS,
@@ -105,6 +105,7 @@ class Receipt(Document):
         seconds: busy seconds by stage as in `utilization.Busy`, summed over rows.
         image_bytes: bytes of images that were fetched.
         written_at: when all files were on storage, in seconds of `time.time`.
+        workers: which node and engine processed the rows; empty for reused rows.
         name: file name of the receipt; not in the file.
     """
 
@@ -113,6 +114,7 @@ class Receipt(Document):
     seconds: dict[str, float]
     image_bytes: Count
     written_at: float
+    workers: tuple[WorkerRows, ...] = ()
     name: str = Field(default="", exclude=True)
 
     @property
@@ -158,6 +160,10 @@ class Receipt(Document):
     def with_seconds(self, stage: str, seconds: float) -> Self:
         """A copy with the busy seconds of one more stage."""
         return self.model_copy(update={"seconds": self.seconds | {stage: max(0.0, seconds)}})
+
+    def with_workers(self, workers: Sequence[WorkerRows]) -> Self:
+        """A copy that names the nodes and engines."""
+        return self.model_copy(update={"workers": tuple(workers)})
 
 
 @dataclass(frozen=True, slots=True)

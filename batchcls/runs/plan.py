@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from batchcls.config.common_config import JobConfig
 from batchcls.errors import InputError
 from batchcls.inference.engine_record import EngineSelectionRecord
 from batchcls.resources import ResourcePlan
 from batchcls.runs.paths import PLAN, run_folder
-from batchcls.runs.records import ManifestInfo, ModelInfo, RecordedSettings
+from batchcls.runs.records import ManifestInfo, ModelInfo, RecordedSettings, WorkerRows
 from batchcls.storage.documents import Count, Document, FolderName, StoredRecord, UtcTime
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
@@ -69,6 +69,20 @@ def prediction_settings(
         "decode_margin": decode_margin,
         **config.result_settings(per_image=True),
     }
+
+
+def with_used_precisions(settings: RecordedSettings, workers: Iterable[WorkerRows]) -> RecordedSettings:
+    """Return `prediction_settings` with the precisions of all engines that predicted a row.
+
+    A kind of node that joins a run has no measured engine, so that its precision may not be among the planned ones.
+    A later run must not take its rows for rows of the planned precisions.
+    """
+    planned = settings.get("precisions")
+    used = {worker.precision for worker in workers}
+    if not isinstance(planned, list) or used <= set(planned):
+        return settings
+    precisions: list[JsonValue] = [*sorted({*map(str, planned), *used})]
+    return settings | {"precisions": precisions}
 
 
 ReuseMethod = Literal["copy", "relabel", "rehead"]

@@ -4,6 +4,8 @@ plan.json is in `plan`, a receipt in `parts`, the holder of a lease in `lease`.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
@@ -119,6 +121,35 @@ class RunFile(StoredRecord):
     rows: Count
     bytes: Count
     digest: str
+
+
+class WorkerRows(StoredRecord):
+    """Rows that one engine on one node processed, quarantined rows included.
+
+    Attributes:
+        node: Ray's id of the node; empty outside of Ray.
+        host: host name of the node.
+        engine, precision, device: of the network.
+        rows: number of rows.
+    """
+
+    node: str
+    host: str
+    engine: str
+    precision: str
+    device: str
+    rows: Count
+
+
+def add_workers(workers: Iterable[WorkerRows]) -> tuple[WorkerRows, ...]:
+    """Add up the rows of each engine on each node; sorted by host, node and engine."""
+    rows: Counter[tuple[str, str, str, str, str]] = Counter()
+    for worker in workers:
+        rows[worker.host, worker.node, worker.engine, worker.precision, worker.device] += worker.rows
+    return tuple(
+        WorkerRows(host=host, node=node, engine=engine, precision=precision, device=device, rows=count)
+        for (host, node, engine, precision, device), count in sorted(rows.items())
+    )
 
 
 class GateResult(StoredRecord):
@@ -246,6 +277,7 @@ class RunRecord(Document):
         counts: rows by outcome.
         stage_seconds: busy seconds by stage, summed over all workers.
         image_bytes: bytes of images that were fetched.
+        workers: rows by node and engine; reused rows are not counted.
         measurements, summary, baseline, gates: as in `Findings`.
         files: all files of the run; other files in the folder are not part of it.
         output: output folder from which the record was read; not in the file.
@@ -262,6 +294,7 @@ class RunRecord(Document):
     counts: Counts
     stage_seconds: dict[str, float] = Field(default_factory=dict)
     image_bytes: Count = 0
+    workers: tuple[WorkerRows, ...] = ()
     measurements: Measurements = Measurements()
     summary: Summary | None = None
     baseline: FolderName | None = None

@@ -67,6 +67,11 @@ class AutoscalingCluster:
         """The raylets of the worker nodes."""
         return [pid for pid in self._processes("raylet/raylet") if "--head" not in title_of(pid)][1:]
 
+    def log(self) -> str:
+        """What the autoscaler and its node provider have logged, for the message of a test that fails."""
+        found = sorted((self._folder / "ray" / "session_latest" / "logs").glob("monitor.*"))
+        return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-20_000:]}" for path in found)
+
     def end(self) -> None:
         """Kill what is ours, until nothing is left."""
         while pids := self._processes():

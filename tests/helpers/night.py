@@ -27,8 +27,8 @@ class Night:
             ],
             env=nodes.environment,
             cwd=REPOSITORY,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         self._log_changed = threading.Condition()
@@ -36,8 +36,8 @@ class Night:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
             with self._log_changed:
                 self.log.append(line)
                 self._log_changed.notify_all()

@@ -75,6 +75,29 @@ class ThreeNodes:
             _kill(pid)
         self.others.remove(node)
 
+    def ids(self) -> set[str]:
+        """Ray's ids of the alive nodes."""
+        script = (
+            "import ray\n"
+            f"nodes = ray._raylet.GcsClient(address={self.address!r}).get_all_node_info(timeout=30)\n"
+            "print(*(node_id.hex() for node_id, node in nodes.items() if node.state == 0))"
+        )
+        return set(self._output(sys.executable, "-c", script).split())
+
+    def drain(self, node_id: str, seconds: int, message: str) -> None:
+        """Announce that a node will be preempted; the caller ends it after these seconds, as a cloud does."""
+        self._output(
+            *(str(Path(sys.executable).parent / "ray"), "drain-node", "--address", self.address),
+            *("--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", message),
+            *("--deadline-remaining-seconds", str(seconds)),
+        )
+
+    def _output(self, *command: str) -> str:
+        done = subprocess.run(
+            command, env=self.environment, check=True, capture_output=True, text=True, timeout=120
+        )
+        return done.stdout
+
     def replace_dead(self) -> None:
         """Start nodes until the original number is reached."""
         while len(self.others) < self._count:

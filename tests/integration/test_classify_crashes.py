@@ -82,6 +82,25 @@ def test_no_row_is_lost_when_workers_are_killed(
 
 
 @pytest.mark.long
+def test_no_row_is_lost_when_the_process_that_assigns_fragments_is_killed(
+    cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
+):
+    process = start_job(
+        cluster,
+        tmp_path / "out",
+        *("--manifest", long_catalog, "--model", tiny_bundle, "--fragment-rows", "100", *ENGINE),
+    )
+    until_line(process, "images/s")
+    kill_one(cluster, "ray::ProgressActor")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    run = next((tmp_path / "out" / "runs").iterdir())
+    listed = [run / file["path"] for file in json.loads((run / "run.json").read_text())["files"]]
+    rows = pa.concat_tables(map(pq.read_table, listed)).column("row").to_pylist()
+    assert sorted(rows) == list(range(3000))
+
+
+@pytest.mark.long
 def test_error_names_rows_on_which_all_workers_crashed(
     cluster: OwnCluster, tiny_bundle: str, long_catalog: str, tmp_path: Path
 ):

@@ -5,7 +5,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import ray
 import ray.cloudpickle
@@ -18,8 +17,10 @@ from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.ray_data.fragment_actor import FragmentActor
+from batchcls.pipeline.ray_data.fragment_queue import Turn
 from batchcls.pipeline.ray_data.fused_graph import FusedGraph
 from batchcls.ray_runtime import MALLOC_VARIABLES, ray_session
+from batchcls.runs.parts import Receipt
 from tests.helpers.started import write_catalog
 from tests.integration.conftest import Cluster
 
@@ -29,10 +30,10 @@ ROWS, FRAGMENT_ROWS, BROKEN = 300, 50, (7, 200)
 class RepeatingActor(FragmentActor):
     """An actor whose process crashes after every fragment, as it seems: each is processed twice."""
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def process(self, turn: Turn) -> Receipt:
         """Process the fragment twice and return the second receipt."""
-        super().__call__(batch)
-        return super().__call__(batch)
+        super().process(turn)
+        return super().process(turn)
 
 
 class RepeatingGraph(FusedGraph):

@@ -2,14 +2,17 @@
 
 import os
 import pickle
+import time
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, WorkerSpec
-from batchcls.pipeline.progress import BlockReports
+from batchcls.pipeline.progress import BlockReports, ReadyActor
+from batchcls.pipeline.ray_data.fragment_queue import Turn
 from batchcls.ray_runtime import WORKER_VARIABLES
+from batchcls.runs.parts import Receipt
 
 if TYPE_CHECKING:
     from batchcls.pipeline.fragment_worker import FragmentWorker
@@ -17,8 +20,11 @@ if TYPE_CHECKING:
 CONCURRENT_FRAGMENTS = 2
 """Fragments that an actor processes concurrently."""
 
-FRAGMENT, RECEIPT = "fragment", "receipt"
-"""Columns of the blocks that enter and leave the operator; both hold pickled objects."""
+TICKET, RECEIPT = "ticket", "receipt"
+"""Columns of the blocks that enter and leave the operator: numbers, and pickled receipts."""
+
+# A ticket without a fragment waits this long, in case that a fragment in progress is returned by a lost node.
+_WAIT_SECONDS, _WAITS = 0.5, 4
 
 
 class FragmentActor:
@@ -28,11 +34,20 @@ class FragmentActor:
         # PyTorch reads these at import. As a runtime environment they would cost each start a second.
         os.environ.update(WORKER_VARIABLES)
         # The object store of a node holds one copy of the weights, however many actors the node has.
-        self._worker = self.create_worker(ray.get(spec_ref))
+        spec = ray.get(spec_ref)
+        self._worker = self.create_worker(spec)
         self._progress_actor = progress_actor
         context = ray.get_runtime_context()
-        self._node = context.get_node_id()
-        progress_actor.report_ready.remote(context.get_actor_id(), self._worker.describe())
+        self._node = self._worker.node = context.get_node_id()
+        progress_actor.report_ready.remote(
+            ReadyActor(
+                actor=context.get_actor_id(),
+                node=self._node,
+                engine=self._worker.describe(),
+                unmeasured=spec.engines.unmeasured_hardware(),
+                handle=context.current_actor,
+            )
+        )
 
     def create_worker(self, spec: WorkerSpec) -> "FragmentWorker":
         """Create the worker of this process."""
@@ -41,22 +56,36 @@ class FragmentActor:
         return FragmentWorker(spec)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Process the fragment of a block of one row and return its receipt.
+        """Process the next fragment for a block with one ticket; return its receipt, or no row if none is left.
 
         Raises:
             StorageStoppedError: storage failed.
             StopRequestedError: the driver ended the run.
         """
-        fragment, rejected = pickle.loads(batch.column(FRAGMENT)[0].as_py())
-        # Wait for the acknowledgement: a process that crashes on the fragment must have registered it before.
-        ray.get(self._progress_actor.start_fragment.remote(fragment.first_row, self._node))
-        reports = BlockReports(self._progress_actor)
-        for attempt in range(MAX_RETRIES + 1):
-            try:
-                receipt = self._worker.process(fragment, rejected, reports.add)
-                break
-            except MemoryError:
-                if attempt == MAX_RETRIES:
-                    raise
-        self._progress_actor.finish_fragment.remote(fragment.first_row)
+        ticket = batch.column(TICKET)[0].as_py()
+        turn = self._take(ticket)
+        if turn.fragment is None:
+            return pa.table({RECEIPT: pa.array([], pa.binary())})
+        receipt = self.process(turn)
+        self._progress_actor.return_fragment.remote(ticket, turn.fragment.first_row)
         return pa.table({RECEIPT: pa.array([pickle.dumps(receipt)], pa.binary())})
+
+    def process(self, turn: Turn) -> Receipt:
+        """Process the fragment of a turn and return its receipt."""
+        assert turn.fragment is not None
+        reports = BlockReports(self._progress_actor)
+        for _ in range(MAX_RETRIES):
+            try:
+                return self._worker.process(turn.fragment, turn.rejected, reports.add)
+            except MemoryError:
+                continue
+        return self._worker.process(turn.fragment, turn.rejected, reports.add)
+
+    def _take(self, ticket: int) -> Turn:
+        for _ in range(_WAITS):
+            # Wait for the reply: a process that crashes on the fragment must have registered it before.
+            turn: Turn = ray.get(self._progress_actor.take_fragment.remote(ticket, self._node))
+            if not turn.should_wait:
+                return turn
+            time.sleep(_WAIT_SECONDS)
+        return Turn()

@@ -2,20 +2,20 @@
 
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
 
 import ray
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset
 from ray.util.annotations import RayDeprecationWarning
 
-from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS
 from batchcls.pipeline.prometheus import metrics_of
-from batchcls.pipeline.ray_data.fragment_actor import CONCURRENT_FRAGMENTS, FRAGMENT, RECEIPT, FragmentActor
+from batchcls.pipeline.ray_data.fragment_actor import CONCURRENT_FRAGMENTS, RECEIPT, TICKET, FragmentActor
+from batchcls.pipeline.ray_data.fragment_queue import FragmentSource
 from batchcls.pipeline.ray_data.graph import TASKS_IN_FLIGHT_PER_ACTOR, RayDataGraph
-from batchcls.resources import fragment_sizes
 from batchcls.runs.parts import Receipt
-from batchcls.schema import Failure
+
+_SPARE_TICKETS = 64
+_SPARE_TICKETS_PER_ACTOR = 20
 
 
 class FusedGraph(RayDataGraph):
@@ -23,18 +23,41 @@ class FusedGraph(RayDataGraph):
 
     actor_class: type[FragmentActor] = FragmentActor
 
-    def _fragment_sizes(self) -> Iterator[int]:
-        return fragment_sizes(len(self._rows), self._spec.worker.resources)
+    def _run(self, source: FragmentSource) -> None:
+        metrics = metrics_of(self._spec.worker.load.settings.run_id)
+        first_rows: set[int] = set()
+        rows = 0
+        next_ticket = source.first_ticket + self._number_of_tickets(source)
+        self._first_ticket = next_ticket
+        tickets = self._process(range(source.first_ticket, next_ticket))
+        for batch in tickets.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for data in batch.column(RECEIPT).to_pylist():
+                receipt: Receipt = pickle.loads(data)
+                first_row = int(receipt.ranges.starts[0])
+                # A node that was lost for the cluster, but not for the storage, may have finished its fragment.
+                if first_row in first_rows:
+                    continue
+                first_rows.add(first_row)
+                rows += receipt.rows
+                self._receipts.append(receipt)
+                metrics.record(receipt)
+            if rows == len(source.rows):
+                break  # the remaining tickets have no fragment, and an actor that waits for a node is not needed
 
-    def _run(self, fragments: Sequence[tuple[Fragment, dict[int, Failure]]]) -> None:
-        worker, resources = self._spec.worker, self._spec.worker.resources
-        metrics = metrics_of(worker.load.settings.run_id)
+    def _number_of_tickets(self, source: FragmentSource) -> int:
+        """Return a number of tickets that is sufficient if the pool grows, and if nodes return fragments."""
+        resources = source.resources
+        planned = sum(1 for _ in source.fragments(lambda: resources.num_actors))
+        growth = _SPARE_TICKETS_PER_ACTOR * (resources.max_actors - resources.num_actors)
+        return planned + _SPARE_TICKETS + min(growth, planned)
+
+    def _process(self, tickets: range) -> Dataset:
+        resources = self._spec.worker.resources
         with warnings.catch_warnings():
             # The only way to bound retries before Ray 2.64, where the range of pyproject.toml ends.
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = ray.data.from_items(
-                [{FRAGMENT: pickle.dumps(fragment)} for fragment in fragments],
-                override_num_blocks=len(fragments),
+            return ray.data.from_items(
+                [{TICKET: ticket} for ticket in tickets], override_num_blocks=len(tickets)
             ).map_batches(
                 self.actor_class,
                 fn_constructor_args=(self._worker_spec, self._progress_actor),
@@ -53,8 +76,3 @@ class FusedGraph(RayDataGraph):
                 max_restarts=MAX_ACTOR_RESTARTS,
                 max_task_retries=self.max_retries,
             )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for data in batch.column(RECEIPT).to_pylist():
-                receipt: Receipt = pickle.loads(data)
-                self._receipts.append(receipt)
-                metrics.record(receipt)

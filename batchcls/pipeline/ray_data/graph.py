@@ -3,22 +3,24 @@
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import ray
 from ray.data import DataContext
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.data.exceptions import SystemException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchcls.errors import BatchclsError
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Fragment
-from batchcls.pipeline.crash_isolation import isolate_fragments, rejected_rows
+from batchcls.pipeline.crash_isolation import UnexplainedCrashError, isolate_fragments
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, MAX_RETRIES, PipelineSpec
-from batchcls.pipeline.progress import Progress, ProgressActor
+from batchcls.pipeline.progress import Progress, ProgressActor, QueueLostError
+from batchcls.pipeline.ray_data.fragment_queue import FragmentSource
+from batchcls.pipeline.ray_data.node_events import NodeWatch
 from batchcls.pipeline.ray_errors import is_process_crash, root_cause, to_batchcls_error
-from batchcls.ray_runtime import NodeChanges
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import read_receipts, select_receipts
 from batchcls.schema import Failure
@@ -50,17 +52,14 @@ class RayDataGraph(ABC):
         # The reference is held for the whole run: the restarted process of a crashed actor reads it again.
         self._worker_spec = ray.put(spec.worker)
         self._rows = spec.rows
-        self._fragments: list[Fragment] = []
         self._crashing_rows: dict[int, Failure] = {}
         self._receipts: list[Receipt] = []
+        self._unmeasured: set[str] = set()
+        self._first_ticket = 0
 
     @abstractmethod
-    def _fragment_sizes(self) -> Iterator[int]:
-        """Yield the numbers of rows of the fragments, without an end."""
-
-    @abstractmethod
-    def _run(self, fragments: Sequence[tuple[Fragment, dict[int, Failure]]]) -> None:
-        """Process fragments, each with its rows that failed before they are fetched; add to `_receipts`."""
+    def _run(self, source: FragmentSource) -> None:
+        """Process the rows of a source and add to `_receipts`; rows may be left, which another call processes."""
 
     def progress(self, timeout_seconds: float = 5.0) -> Progress:
         """Return the progress. Raises Ray's errors when the cluster does not respond in time."""
@@ -75,19 +74,29 @@ class RayDataGraph(ABC):
         """
         self._configure()
         known = {receipt.name for receipt in self._stored_receipts()}
+        interruptions = 0
         while len(self._rows):
             try:
                 self._run_once()
+                if sum(receipt.rows for receipt in self._receipts) == len(self._spec.rows):
+                    break
+                _logger.info("processing the rows of lost nodes that no actor has taken")
             except _ProcessCrashError as error:
                 # Parts on storage are kept; the other rows are processed again, without those that crash.
-                self._crashing_rows |= self._isolate_crashes(error)
-                new = [receipt for receipt in self._stored_receipts() if receipt.name not in known]
-                self._receipts = select_receipts(new, self._spec.manifest.rows, lambda _: False)
-                finished = RowRanges.joined(receipt.ranges for receipt in self._receipts)
-                self._rows = self._spec.rows.without(finished)
-                ray.get(self._progress_actor.restart.remote(self._receipts))
-            else:
-                break
+                try:
+                    self._explain(error)
+                except UnexplainedCrashError:
+                    interruptions += 1
+                    if not self._lost_a_node() or interruptions > MAX_RETRIES:
+                        raise
+                    _logger.warning(
+                        "starting the remaining rows again, because tasks failed with a lost node"
+                    )
+            new = [receipt for receipt in self._stored_receipts() if receipt.name not in known]
+            self._receipts = select_receipts(new, self._spec.manifest.rows, lambda _: False)
+            finished = RowRanges.joined(receipt.ranges for receipt in self._receipts)
+            self._rows = self._spec.rows.without(finished)
+            ray.get(self._progress_actor.restart.remote(self._receipts))
         return self._receipts
 
     @property
@@ -96,50 +105,93 @@ class RayDataGraph(ABC):
         return 1 if self._crashing_rows else MAX_RETRIES
 
     def _run_once(self) -> None:
-        self._fragments = list(self._spec.manifest.fragments(self._fragment_sizes(), self._rows))
-        fragments = [
-            (fragment, rejected_rows(self._spec, self._crashing_rows, fragment))
-            for fragment in self._fragments
-        ]
-        self._node_changes = NodeChanges()
+        spec = self._spec
+        source = FragmentSource(
+            manifest=spec.manifest,
+            rows=self._rows,
+            invalid_ids=spec.invalid_ids,
+            crashing_rows=self._crashing_rows,
+            resources=spec.worker.resources,
+            first_ticket=self._first_ticket,
+        )
+        self._node_watch = NodeWatch()
+        ray.get(self._progress_actor.start.remote(source))
         with _CheckThread(self._check_all, self._progress_actor.request_stop.remote) as check:
             try:
-                self._run(fragments)
+                self._run(source)
             except (ray.exceptions.RayError, SystemException) as error:
-                if check.error is None and is_process_crash(error):
+                is_crash = is_process_crash(error) or QueueLostError.__name__ in root_cause(error)
+                if check.error is None and is_crash:
                     raise _ProcessCrashError from error
                 raise (check.error or to_batchcls_error(error)) from error
 
     def _check_all(self) -> None:
-        """Check the progress, and log which nodes joined or left."""
-        self._check(self.progress())
-        joined, left = self._node_changes.poll()
-        for node in joined:
-            _logger.info("node %s joined with %g CPUs and %g GPUs", node.host, node.cpus, node.gpus)
-        for node in left:
-            fragments = ray.get(self._progress_actor.fragments_on.remote(node.node_id))
+        """Check the progress, log which nodes joined or left, and move the work of nodes that leave."""
+        progress = self.progress()
+        self._check(progress)
+        for hardware, engine in sorted(progress.unmeasured):
+            if hardware not in self._unmeasured:
+                self._unmeasured.add(hardware)
+                _logger.warning(
+                    "a node joined whose engine was not measured (%s); it runs %s, and run.json lists its rows; the "
+                    "next run that starts with such a node measures it",
+                    hardware,
+                    engine,
+                )
+        actor = self._progress_actor
+        events = self._node_watch.poll()
+        for event in events.joined:
+            _logger.info("node %s joined with %s", event.name, event.detail)
+        if events.joined:
+            # Ray Data looks for new nodes every 20 s, and the pool grows only into the resources that it knows.
+            get_or_create_autoscaling_coordinator().get_reserved_resources.remote("batchcls", recompute=True)
+        for event in events.draining:
+            fragments = ray.get(actor.drain_node.remote(event.node))
             _logger.warning(
-                "node %s left the cluster; %d fragments that were in progress on it are processed again",
-                node.host,
-                fragments,
+                "node %s is being drained, %s; %s, and other nodes process the rest",
+                event.name,
+                event.detail,
+                f"it finishes {_listed(fragments)} if time permits" if fragments else "it is idle",
             )
+        for event in events.left:
+            fragments = ray.get(actor.release_node.remote(event.node))
+            _logger.warning(
+                "node %s left the cluster, %s; %s",
+                event.name,
+                event.detail,
+                f"processing again what was in progress there: {_listed(fragments)}"
+                if fragments
+                else "nothing was in progress on it",
+            )
+        for node in self._node_watch.draining:
+            for handle in ray.get(actor.idle_actors_on.remote(node)):
+                # Ray starts it again on another node; Ray Data would leave it where it is until the node is gone.
+                ray.kill(handle, no_restart=False)
 
     def _stored_receipts(self) -> list[Receipt]:
         writer = self._spec.worker.writer
         return read_receipts(writer.folder, writer.storage)
 
-    def _isolate_crashes(self, error: "_ProcessCrashError") -> dict[int, Failure]:
-        """Find the crashing rows of the fragments on which processes crashed."""
-        suspects = set(ray.get(self._progress_actor.suspect_fragments.remote()))
-        fragments = [fragment for fragment in self._fragments if fragment.first_row in suspects]
-        if not fragments:
-            raise BatchclsError(
+    def _explain(self, error: "_ProcessCrashError") -> None:
+        """Find the crashing rows of the fragments on which processes crashed.
+
+        Raises:
+            UnexplainedCrashError: no row crashes its process.
+        """
+        fragments: list[Fragment] = ray.get(self._progress_actor.suspect_fragments.remote())
+        if not fragments or self._lost_a_node():
+            raise UnexplainedCrashError(
                 "the pipeline failed: worker processes crashed before they processed a row "
                 f"({root_cause(error.__cause__ or error)}); the node may be out of memory, or something kills them"
             ) from error.__cause__
-        return isolate_fragments(
+        self._crashing_rows |= isolate_fragments(
             self._spec, fragments, self._crashing_rows, lambda: self._check(self.progress())
         )
+
+    def _lost_a_node(self) -> bool:
+        """Return whether a node, or the process that assigns the fragments, was lost since the graph was started."""
+        is_restarted = not ray.get(self._progress_actor.is_started.remote())
+        return is_restarted or self._node_watch.has_lost_a_node()
 
     def _configure(self) -> None:
         context = DataContext.get_current()
@@ -162,6 +214,12 @@ class RayDataGraph(ABC):
 
 class _ProcessCrashError(Exception):
     """A task exhausted its retries because its processes crashed."""
+
+
+def _listed(fragments: Sequence[Fragment]) -> str:
+    """Return a human-readable list of fragments."""
+    rows = ", ".join(f"{fragment.first_row} to {fragment.stop - 1}" for fragment in fragments)
+    return f"{len(fragments)} fragment{'s' * (len(fragments) != 1)} (rows {rows})"
 
 
 class _CheckThread:

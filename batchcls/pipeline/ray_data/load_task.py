@@ -85,7 +85,7 @@ def _load_fragment(
         )
     worker = _workers[run_id]
     # Wait for the acknowledgement: a process that crashes on the fragment must have registered it before.
-    ray.get(progress_actor.start_fragment.remote(fragment.first_row, ray.get_runtime_context().get_node_id()))
+    ray.get(progress_actor.start_fragment.remote(fragment, ray.get_runtime_context().get_node_id()))
     # Any actor may receive a block, so that each image of a block has pixels; they are decoded once.
     repeats = RepeatedImages(shares_pixels=True) if worker.share_predictions else None
     yield from worker.loader.load(worker.reader.read(fragment, worker.block_rows), rejected, repeats)

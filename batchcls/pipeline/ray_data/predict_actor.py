@@ -7,9 +7,10 @@ import ray
 
 from batchcls.inference.predictor import Predictor
 from batchcls.models.engines.factory import describe_engine
-from batchcls.pipeline.actor_engine import engine_clock, start_for_node
+from batchcls.pipeline.actor_engine import engine_clock, start_for_node, worker_rows
 from batchcls.pipeline.pipeline_spec import WorkerSpec
-from batchcls.pipeline.progress import BlockReports
+from batchcls.pipeline.progress import BlockReports, ReadyActor
+from batchcls.pipeline.ray_data.write_task import with_worker
 from batchcls.pipeline.repeated_predictions import KnownPredictions, RepeatedPredictions
 
 
@@ -24,7 +25,16 @@ class PredictActor:
         is_shared = spec.load.settings.share_predictions
         self._known = KnownPredictions(spec.predict.columns_of_an_image) if is_shared else None
         self._reports = BlockReports(progress_actor)
-        progress_actor.report_ready.remote(ray.get_runtime_context().get_actor_id(), describe_engine(engine))
+        context = ray.get_runtime_context()
+        self._node, self._engine = context.get_node_id(), engine
+        progress_actor.report_ready.remote(
+            ReadyActor(
+                actor=context.get_actor_id(),
+                node=self._node,
+                engine=describe_engine(engine),
+                unmeasured=spec.engines.unmeasured_hardware(),
+            )
+        )
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Return a block of `schema.classified_schema`, perhaps with `origin`, for one of `schema.loaded_schema`."""
@@ -34,4 +44,4 @@ class PredictActor:
             repeated = RepeatedPredictions(self._known)
             predicted = repeated.complete(self._predictor(repeated.drop_pixels(block)))
         self._reports.add(predicted)
-        return predicted
+        return with_worker(predicted, worker_rows(self._node, self._engine, predicted.num_rows))

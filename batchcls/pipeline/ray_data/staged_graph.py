@@ -1,7 +1,7 @@
 """The staged graph: load tasks, predict actors and write tasks."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 
 import ray
@@ -10,6 +10,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS
+from batchcls.pipeline.ray_data.fragment_queue import FragmentSource
 from batchcls.pipeline.ray_data.graph import TASKS_IN_FLIGHT_PER_ACTOR, RayDataGraph
 from batchcls.pipeline.ray_data.load_task import Images
 from batchcls.pipeline.ray_data.predict_actor import PredictActor
@@ -21,11 +22,12 @@ from batchcls.schema import Failure
 class StagedGraph(RayDataGraph):
     """Fragments are decoded by tasks on the CPUs of all nodes, and predicted by actors that hold the GPUs."""
 
-    def _fragment_sizes(self) -> Iterator[int]:
-        return repeat(self._spec.worker.resources.fragment_rows)
-
-    def _run(self, fragments: Sequence[tuple[Fragment, dict[int, Failure]]]) -> None:
+    def _run(self, source: FragmentSource) -> None:
         worker = self._spec.worker
+        fragments = [
+            (fragment, source.rejected(fragment))
+            for fragment in source.manifest.fragments(repeat(worker.resources.fragment_rows), source.rows)
+        ]
         sink = PartSink(worker.load.settings.run_id, worker.writer, worker.resources.rows_per_file)
         with warnings.catch_warnings():
             # The only way to bound retries before Ray 2.64, where the range of pyproject.toml ends.

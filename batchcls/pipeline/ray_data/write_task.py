@@ -9,6 +9,19 @@ from ray.data import Datasink
 from batchcls.pipeline.prometheus import metrics_of
 from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.receipts import write_receipt
+from batchcls.runs.records import WorkerRows, add_workers
+
+_WORKER = b"batchcls.worker"
+
+
+def with_worker(block: pa.Table, worker: WorkerRows) -> pa.Table:
+    """Return a predicted block whose metadata name the node and engine that predicted it."""
+    return block.replace_schema_metadata({_WORKER: worker.model_dump_json()})
+
+
+def workers_of(blocks: Iterable[pa.Table]) -> tuple[WorkerRows, ...]:
+    """Return the nodes and engines that predicted blocks, each with the sum of its rows."""
+    return add_workers(WorkerRows.model_validate_json(block.schema.metadata[_WORKER]) for block in blocks)
 
 
 class PartSink(Datasink[Receipt]):
@@ -23,7 +36,8 @@ class PartSink(Datasink[Receipt]):
     def write(self, blocks: Iterable[pa.Table], ctx: Any) -> Receipt:
         """Write one part, in a write task."""
         del ctx
-        receipt = self._writer.write([block for block in blocks if block.num_rows])
+        written = [block for block in blocks if block.num_rows]
+        receipt = self._writer.write(written).with_workers(workers_of(written))
         metrics_of(self._run_id).record(receipt)
         return write_receipt(receipt, self._writer.folder, self._writer.storage)
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from batchcls.manifest.row_ranges import RowRanges
+from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.progress import ProgressActor
 from batchcls.runs.parts import PartFile, Receipt
 
@@ -20,18 +21,19 @@ def test_a_block_counts_once_and_a_stop_request_is_returned():
 def test_fragments_that_were_started_most_often_are_suspects():
     actor = ProgressActor()
     assert actor.suspect_fragments() == []
-    for first_row in (0, 64, 128):
-        actor.start_fragment(first_row, "node")
-    assert actor.suspect_fragments() == [0, 64, 128]
-    actor.start_fragment(64, "node")
-    assert actor.suspect_fragments() == [64]
+    first, second, third = (Fragment("m.parquet", 0, row, 64, row) for row in (0, 64, 128))
+    for fragment in (first, second, third):
+        actor.start_fragment(fragment, "node")
+    assert actor.suspect_fragments() == [first, second, third]
+    actor.start_fragment(second, "node")
+    assert actor.suspect_fragments() == [second]
     actor.finish_fragment(64)
-    assert actor.suspect_fragments() == [0, 128]
+    assert actor.suspect_fragments() == [first, third]
 
 
 def test_a_restart_counts_from_the_receipts():
     actor = ProgressActor()
-    actor.start_fragment(0, "node")
+    actor.start_fragment(Fragment("m.parquet", 0, 0, 64, 0), "node")
     actor.add_block(0, 10, Counter(), 1.0)
     part = {"path": "a.parquet", "bytes": 1, "digest": "d"}
     files = (
