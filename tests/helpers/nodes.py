@@ -70,7 +70,7 @@ class ThreeNodes:
 
         The log monitor would keep running as long as the cluster, so it is killed, too.
         """
-        os.kill(node.raylet, signal.SIGKILL)
+        _kill(node.raylet)  # a raylet that is drained may have ended by itself
         for pid in node.log_monitors:
             _kill(pid)
         self.others.remove(node)
