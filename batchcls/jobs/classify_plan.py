@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass
 
 from batchcls.cli.tables import bundle_line
+from batchcls.cluster.job_nodes import JobNodes
+from batchcls.cluster.placement import Placement
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
@@ -18,10 +20,8 @@ from batchcls.models.model_bundle import Bundle, BundleConfig
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
 from batchcls.pipeline.copy_predictions import measure_on_cluster
-from batchcls.pipeline.job_nodes import JobNodes
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
-from batchcls.pipeline.placement import Placement
 from batchcls.preprocessing import Views, views_of
 from batchcls.ray_runtime import wait_for_cluster
 from batchcls.resources import ResourcePlan, plan_resources

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from rich.console import Console
 
+from batchcls.cluster.placement import Placement
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import BatchclsError, InputError
 from batchcls.jobs.classify_plan import (
@@ -34,7 +35,6 @@ from batchcls.pipeline.copy_predictions import copy_predictions
 from batchcls.pipeline.executor import PipelineResult, execute
 from batchcls.pipeline.node_engines import EngineSelection, select_engines
 from batchcls.pipeline.pipeline_spec import PipelineSpec
-from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.prometheus import metrics_of
 from batchcls.pipeline.stored_predictions import StoredPredictions

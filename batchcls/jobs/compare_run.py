@@ -11,6 +11,8 @@ from rich.console import Console
 
 from batchcls.cli.comparison_tables import LEGEND, comparison_progress, results_table
 from batchcls.cli.console import results_console
+from batchcls.cluster.job_nodes import JobNodes
+from batchcls.cluster.placement import Placement
 from batchcls.comparison.benchmark import BenchmarkResult, measure
 from batchcls.comparison.candidates import (
     BenchmarkEnvironment,
@@ -28,8 +30,6 @@ from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import ExitCode, InputError, InsufficientResourcesError, stop_run_on_input_error
 from batchcls.hardware import Hardware
 from batchcls.models.engines.engine import Device
-from batchcls.pipeline.job_nodes import JobNodes
-from batchcls.pipeline.placement import Placement
 from batchcls.preprocessing import Preprocessing
 from batchcls.ray_runtime import (
     NodeInfo,

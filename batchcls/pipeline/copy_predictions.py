@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from batchcls.cluster.placement import Placement
 from batchcls.errors import InputError
 from batchcls.images.fetch import Fetcher
 from batchcls.images.url_policy import resolve_uri
@@ -27,7 +28,6 @@ from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.models.classifier_head import ClassifierHead
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
-from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.ray_errors import to_batchcls_error
 from batchcls.pipeline.stored_predictions import StoredPredictions, measure_agreement
 from batchcls.runs.parts import PartWriter, Receipt

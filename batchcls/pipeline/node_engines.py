@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from batchcls.cluster.placement import choose_placement
 from batchcls.config.pipeline_config import PipelineSettings
 from batchcls.hardware import Hardware
 from batchcls.images.fetch import FetchPolicy
@@ -20,7 +21,6 @@ from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import REFERENCE, Device, EngineChoice, EngineConfig
 from batchcls.models.model_bundle import Bundle
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine
-from batchcls.pipeline.placement import choose_placement
 from batchcls.preprocessing import Preprocessing
 from batchcls.ray_runtime import NodeInfo, alive_nodes, hardware_of, run_exclusive
 from batchcls.resources import ResourcePlan

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from batchcls.cluster.placement import Placement
 from batchcls.hardware import Hardware
 from batchcls.images.load_config import LoadSettings
 from batchcls.inference.predictor_config import PredictSettings
@@ -14,7 +15,6 @@ from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Columns, Manifest
 from batchcls.models.engines.engine import EngineChoice
 from batchcls.models.model_bundle import Bundle
-from batchcls.pipeline.placement import Placement
 from batchcls.resources import ResourcePlan
 from batchcls.runs.parts import PartWriter
 from batchcls.storage.filesystem import Storage

@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from batchcls.ray_runtime import NodeChanges, NodeInfo, node_resources
+from batchcls.cluster.node_events import NodeEvent, NodeWatch
+from batchcls.ray_runtime import node_resources
 from batchcls.training.scaling import Workers
 from batchcls.training.training_progress import WorkerGroup
 
@@ -34,20 +35,20 @@ class TrainingNodes:
             progress_actor: handle of the `TrainingProgressActor`.
         """
         self._workers, self._progress_actor = workers, progress_actor
-        self._changes = NodeChanges()
+        self._watch = NodeWatch()
         self._checkpoints_at_loss = -1
 
     def poll(self) -> None:
         """Log the changes since the last call; call it every few seconds."""
-        joined, left = self._changes.poll()
-        if not joined and not left:
+        events = self._watch.poll()
+        if not events.joined and not events.left:
             return
         group = self._worker_group()
-        for node in left:
+        for node in events.left:
             self._log_left(node, group)
-        for node in joined:
-            _logger.info("node %s joined with %g CPUs and %g GPUs", node.host, node.cpus, node.gpus)
-        if joined:
+        for node in events.joined:
+            _logger.info("node %s joined with %s", node.name, node.detail)
+        if events.joined:
             self._log_growth(group)
 
     def is_node_loss(self) -> bool:
@@ -72,23 +73,26 @@ class TrainingNodes:
     def _possible_workers(self) -> int:
         return min(self._workers.max_workers, self._workers.capacity(node_resources()))
 
-    def _log_left(self, node: NodeInfo, group: WorkerGroup) -> None:
-        lost, possible = group.nodes.count(node.node_id), self._possible_workers()
+    def _log_left(self, node: NodeEvent, group: WorkerGroup) -> None:
+        lost, possible = group.nodes.count(node.node), self._possible_workers()
         if not lost:
-            _logger.info("node %s left the cluster; no worker was on it", node.host)
+            _logger.info("node %s left the cluster, %s; no worker was on it", node.name, node.detail)
         elif possible >= self._workers.min_workers:
             _logger.warning(
-                "node %s left the cluster with %d of %d workers; training resumes from the last checkpoint with %d",
-                node.host,
+                "node %s left the cluster, %s; %d of %d workers were on it; training resumes from the last checkpoint "
+                "with %d",
+                node.name,
+                node.detail,
                 lost,
                 len(group.nodes),
                 possible,
             )
         else:
             _logger.warning(
-                "node %s left the cluster with %d of %d workers; training waits for nodes to join, because the "
-                "remaining ones have capacity for %d and --min-workers is %d",
-                node.host,
+                "node %s left the cluster, %s; %d of %d workers were on it; training waits for nodes to join, because "
+                "the remaining ones have capacity for %d and --min-workers is %d",
+                node.name,
+                node.detail,
                 lost,
                 len(group.nodes),
                 possible,

@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 
 from batchcls.cli.app import run
+from batchcls.cluster.placement import Placement
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs import bundle, classify, classify_plan, classify_run
 from batchcls.jobs.classify_plan import ClassifyInputs
@@ -36,7 +37,6 @@ from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
 from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
 from batchcls.pipeline.pipeline_spec import PipelineSpec
-from batchcls.pipeline.placement import Placement
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.stored_predictions import StoredPredictions, measure_agreement
 from batchcls.resources import NodeResources, ResourcePlan, plan_resources

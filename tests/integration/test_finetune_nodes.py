@@ -89,7 +89,9 @@ def test_training_continues_without_a_lost_node(
     assert "all 2 nodes see this local folder" in printed
     assert "training failed because a node was lost (" in printed
     assert re.search(
-        r"node \S+ left the cluster with 1 of 2 workers; training resumes .* with 1$", printed, re.M
+        r"node \S+ \(\w+\) left the cluster, .*; 1 of 2 workers were on it; training resumes .* with 1$",
+        printed,
+        re.M,
     )
     assert re.search(r"resuming from the checkpoint of epoch [4-7]", printed)
     assert "1 worker(s) on cpu" in printed
@@ -113,7 +115,7 @@ def test_training_waits_for_the_replacement_of_a_lost_node(
     nodes.replace_dead()
     assert process.wait(timeout=400) == 0, tail(log)
     printed = log.read_text()
-    assert re.search(r"node \S+ joined with 1 CPUs and 0 GPUs", printed)
+    assert re.search(r"node \S+ \(\w+\) joined with 1 CPUs and 0 GPUs", printed)
     assert "training resumes from the last checkpoint with 2 worker(s)" in printed
     assert printed.count("2 worker(s) on cpu") == 2
     assert_same_result(lineage(output), lineage(undisturbed[0]))

@@ -24,6 +24,7 @@ LAYERS = (
     ("api", "jobs"),
     ("pipeline", "training"),
     ("cli", "report"),
+    ("cluster",),
     ("ray_runtime",),
     ("resources", "runs", "comparison", "evaluation"),
     ("inference",),
@@ -34,7 +35,7 @@ LAYERS = (
     ("preprocessing", "hardware", "schema", "errors"),
 )
 HEIGHT = {package: height for height, packages in enumerate(reversed(LAYERS)) for package in packages}
-MAY_IMPORT_RAY = ("pipeline", "training", "ray_runtime", "jobs")
+MAY_IMPORT_RAY = ("pipeline", "training", "cluster", "ray_runtime", "jobs")
 
 
 def package_of(path: Path) -> str:

@@ -12,6 +12,7 @@ from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coor
 from ray.data.exceptions import SystemException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from batchcls.cluster.node_events import NodeWatch
 from batchcls.errors import BatchclsError
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Fragment
@@ -19,7 +20,6 @@ from batchcls.pipeline.crash_isolation import UnexplainedCrashError, isolate_fra
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, MAX_RETRIES, PipelineSpec
 from batchcls.pipeline.progress import Progress, ProgressActor, QueueLostError
 from batchcls.pipeline.ray_data.fragment_queue import FragmentSource
-from batchcls.pipeline.ray_data.node_events import NodeWatch
 from batchcls.pipeline.ray_errors import is_process_crash, root_cause, to_batchcls_error
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import read_receipts, select_receipts

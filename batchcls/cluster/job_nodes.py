@@ -4,10 +4,10 @@ import logging
 
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 
+from batchcls.cluster.node_types import NodeType, worker_node_types
+from batchcls.cluster.placement import Placement, choose_placement
 from batchcls.config.common_config import PlacementSettings
 from batchcls.errors import InputError
-from batchcls.pipeline.node_types import NodeType, worker_node_types
-from batchcls.pipeline.placement import Placement, choose_placement
 from batchcls.ray_runtime import NodeInfo, alive_nodes, is_started_here
 
 _logger = logging.getLogger(__name__)

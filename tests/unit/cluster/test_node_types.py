@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from batchcls.pipeline.node_types import NodeType, node_types_of, read_autoscaling_config
+from batchcls.cluster.node_types import NodeType, node_types_of, read_autoscaling_config
 from tests.conftest import REPOSITORY
 
 CONFIG = {
@@ -135,7 +135,7 @@ def api_server(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 READ = """
 import os
-from batchcls.pipeline.node_types import node_types_of, read_autoscaling_config
+from batchcls.cluster.node_types import node_types_of, read_autoscaling_config
 for name in ("scaling", "fixed", "missing"):
     os.environ["RAY_CLUSTER_NAME"] = name
     try:

@@ -1,7 +1,7 @@
 import pytest
 
+from batchcls.cluster.placement import choose_placement
 from batchcls.config.classify_config import ClassifyConfig
-from batchcls.pipeline.placement import choose_placement
 from batchcls.ray_runtime import NodeInfo
 
 NODE_ID = "ray.io/node-id"
