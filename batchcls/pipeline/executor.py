@@ -108,7 +108,7 @@ def execute(
         spec: what to process.
         console: where progress is displayed.
         interval_seconds: between progress lines where the console is not a terminal.
-        check: called every half second with the progress; a BatchclsError that it raises ends the run.
+        check: called every second with the progress; a BatchclsError that it raises ends the run.
 
     Raises:
         BatchclsError: a stage failed after all retries, with the cause chained; or `check` raised it.

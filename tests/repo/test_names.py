@@ -143,14 +143,28 @@ def test_forbidden_words_do_not_occur():
     assert found == []
 
 
+COMMANDS = "runs|bundle|manifest|classify|compare|evaluate|finetune"
+
+
 def test_messages_name_commands_as_the_user_types_them():
     """`batchcls runs list`, neither `runs list` nor `python -m batchcls.jobs.runs list`."""
-    commands = "runs|bundle|manifest|classify|compare|evaluate|finetune"
-    wrong = re.compile(rf"`(?:{commands}) [a-z]|python -m batchcls\.jobs\.")
+    wrong = re.compile(rf"`(?:{COMMANDS}) [a-z]|python -m batchcls\.jobs\.")
     found = [
         f"{path}:{number}"
         for path in MODULES
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if wrong.search(line) and path != PACKAGE / "cli" / "main.py"
+    ]
+    assert found == []
+
+
+def test_documents_name_commands_as_the_user_types_them():
+    wrong = re.compile(rf"`(?:{COMMANDS}) [a-z]")
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{number}"
+        for path in tracked()
+        if path.suffix == ".md" and path.is_file()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if wrong.search(line)
     ]
     assert found == []

@@ -28,7 +28,7 @@ from batchcls.schema import Failure
 TASKS_IN_FLIGHT_PER_ACTOR = 4
 """Tasks that Ray Data submits to an actor in advance; with two concurrent calls, a pool of busy actors can grow."""
 
-_CHECK_SECONDS = 0.5
+_CHECK_SECONDS = 1.0
 
 _logger = logging.getLogger(__name__)
 
