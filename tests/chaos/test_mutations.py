@@ -72,7 +72,8 @@ def test_mutated_images_are_accounted_for(cluster: Cluster, tiny_bundle: str, tm
     assert code == 0, log
     outcome = Outcome(code, log, tmp_path / "out")
     counts = outcome.record["counts"]
-    assert counts["predicted"] + counts["quarantined"] == len(files)
+    # A mutated file can be equal to another one, whose prediction it shares.
+    assert counts["predicted"] + counts["shared"] + counts["quarantined"] == len(files)
     assert counts["predicted"] >= 4
     assert "decoder_crash" not in counts["quarantined_by_reason"]
     assert {"truncated", "too_many_pixels", "not_an_image"} <= set(counts["quarantined_by_reason"])

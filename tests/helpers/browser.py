@@ -67,6 +67,8 @@ class Browser:
 
     def screenshot(self) -> bytes:
         """Screenshot of the whole page as PNG."""
+        while not self.evaluate("innerWidth"):  # a busy machine applies the size of the window late
+            pass
         result = self.command("Page.captureScreenshot", captureBeyondViewport=True, format="png")
         return base64.b64decode(result["data"])
 

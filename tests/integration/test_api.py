@@ -54,7 +54,10 @@ def test_connected_process_classifies_resumes_and_fails_gates(
     rejected = caught.value.run
     assert rejected is not None
     assert not rejected.published
-    assert rejected.counts == run.counts
+    assert rejected.counts.rows == run.counts.rows
+    assert rejected.counts.quarantined == run.counts.quarantined
+    # More labels of each prediction follow from the stored embeddings.
+    assert rejected.counts.reheaded == run.counts.with_prediction
     assert "mean_confidence" in {gate.gate for gate in rejected.gates if not gate.passed}
     assert batchcls.open_run(output).run_id == run.run_id
 

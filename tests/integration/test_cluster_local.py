@@ -76,7 +76,7 @@ def cluster(clean_environment: dict[str, str], tmp_path_factory: pytest.TempPath
 def test_up_prints_client_environment_and_repeats_it(cluster: Cluster) -> None:
     names = {"RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"}
     assert set(cluster.exports) == names
-    assert "ray job submit" in cluster.printed
+    assert "jobs/submit.sh" in cluster.printed
     again, status = cluster.script("up"), cluster.script("status")
     assert (again.returncode, again.stdout) == (0, cluster.printed), again.stderr
     assert (status.returncode, status.stdout) == (0, cluster.printed), status.stderr
