@@ -104,6 +104,7 @@ def test_run_is_resumed_only_with_the_same_settings(job: Job, tiny_bundle: str, 
     assert published(outcome.output).column("row").to_pylist() == list(range(600))
 
 
+@pytest.mark.timeout(600)  # six jobs, each of which takes 15 s on two idle cores
 def test_second_run_predicts_only_changed_images(job: Job, tiny_bundle: str, tmp_path: Path):
     rows = 400
     manifest = write_catalog(tmp_path / "catalog", rows, broken=(7,))
@@ -167,6 +168,7 @@ def test_second_run_predicts_only_changed_images(job: Job, tiny_bundle: str, tmp
     assert (record["counts"]["predicted"], record["counts"]["reused"]) == (1, rows - 1)
 
 
+@pytest.mark.timeout(600)  # six jobs, each of which takes 15 s on two idle cores
 def test_repeated_command_publishes_committed_run_and_damaged_source_of_reuse_is_ignored(
     job: Job, tiny_bundle: str, tmp_path: Path
 ):
