@@ -52,7 +52,7 @@ def bundle_line(bundle: Bundle) -> str:
     config = bundle.config
     preprocessing = config.preprocessing
     return (
-        f"{config.spec}, weights {config.weights.kind} {config.weights.name}, "
+        f"{config.spec}, weights {config.weights}, "
         f"{len(config.labels)} classes, {preprocessing.input_width} x {preprocessing.input_height} pixels "
         f"{preprocessing.interpolation}, embedding {config.embedding_tap} of {config.embedding_dimension}, "
         f"fingerprint {bundle.fingerprint[:12]}"

@@ -173,7 +173,7 @@ def _measurement(
         architecture=str(config.spec),
         family=None if record is None else record.family,
         bundle_fingerprint=candidate.bundle_fingerprint,
-        weights=_weights(bundle),
+        weights=str(bundle.config.weights),
         engine=str(candidate.choice),
         device=environment.device,
         threads=environment.threads,
@@ -190,11 +190,6 @@ def _measurement(
         published_top1=_published_top1(bundle),
         other_load=timings.other_load,
     )
-
-
-def _weights(bundle: Bundle) -> str:
-    origin = bundle.config.weights
-    return origin.kind if origin.name == origin.kind else f"{origin.kind} {origin.name}"
 
 
 def _published_top1(bundle: Bundle) -> float | None:

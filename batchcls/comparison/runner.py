@@ -186,6 +186,6 @@ def _resolve(config: CompareConfig, storage: Storage) -> Mapping[str, Bundle]:
             _logger.warning("%s is the same model as %s and is measured only once", name, duplicates[0])
             continue
         weights = bundle.config.weights
-        _logger.info("%s: %s, weights %s %s", name, bundle.config.spec, weights.kind, weights.name)
+        _logger.info("%s: %s, weights %s", name, bundle.config.spec, weights)
         bundles[name] = bundle
     return bundles

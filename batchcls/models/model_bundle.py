@@ -92,6 +92,10 @@ class WeightsOrigin(BaseModel):
     name: str = Field(description="File name, library tag, or name of the training run.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description=f"Digest of {WEIGHTS_FILE}.")
 
+    def __str__(self) -> str:
+        """Return kind and name, such as `file shop.safetensors`; once if both are `random`."""
+        return self.kind if self.name == self.kind else f"{self.kind} {self.name}"
+
 
 class BundleConfig(BaseModel):
     """The contents of `bundle.json`."""

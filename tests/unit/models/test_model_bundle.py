@@ -282,3 +282,11 @@ def test_bundle_modified_during_transfer_is_rejected(bundle):
     object.__setattr__(damaged, "weights", bundle.weights[:-1] + b"?")
     with pytest.raises(InputError, match="sha256"):
         damaged.verify(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"), [("file", "shop.pth", "file shop.pth"), ("random", "random", "random")]
+)
+def test_origin_of_weights_is_readable(kind: str, name: str, text: str):
+    origin = WeightsOrigin.model_validate({"kind": kind, "name": name, "sha256": "0" * 64})
+    assert str(origin) == text
