@@ -52,9 +52,9 @@ class NodeWatch:
         alive = {node["NodeID"] for node in ray.nodes() if _is_worker(node)}
         return self._has_lost_a_node or not alive.issuperset(self._names)
 
-    def poll(self) -> NodeEvents:
-        """Return what has changed; nothing if this was called a few seconds ago."""
-        if time.monotonic() - self._polled_at < _POLL_SECONDS:
+    def poll(self, *, now: bool = False) -> NodeEvents:
+        """Return what has changed; nothing if this was called a few seconds ago, unless `now` is set."""
+        if not now and time.monotonic() - self._polled_at < _POLL_SECONDS:
             return NodeEvents()
         self._polled_at = time.monotonic()
         nodes = {node["NodeID"]: node for node in ray.nodes()}

@@ -89,6 +89,8 @@ class RayDataGraph(ABC):
                     interruptions += 1
                     if not self._lost_a_node() or interruptions > MAX_RETRIES:
                         raise
+                    for event in self._node_watch.poll(now=True).left:
+                        _logger.warning("node %s left the cluster, %s", event.name, event.detail)
                     _logger.warning(
                         "starting the remaining rows again, because tasks failed with a lost node"
                     )
