@@ -5,11 +5,10 @@ It forwards requests unchanged, including the Host header, so signatures stay va
 
 import asyncio
 import random
-import threading
 from collections import Counter
-from types import TracebackType
-from typing import Self
 from urllib.parse import urlsplit
+
+from tests.helpers.loop_server import LoopServer
 
 FAULTS = ("500", "503", "reset", "stall", "cut")
 _RESPONSES = {
@@ -19,7 +18,7 @@ _RESPONSES = {
 }
 
 
-class FaultyProxy:
+class FaultyProxy(LoopServer):
     """A proxy that runs in a separate thread within a `with` block.
 
     Args:
@@ -30,6 +29,7 @@ class FaultyProxy:
     """
 
     def __init__(self, backend: str, share: float = 0.0, seed: int = 0, stall_seconds: float = 30.0) -> None:
+        super().__init__()
         parts = urlsplit(backend)
         self._backend = (parts.hostname or "127.0.0.1", parts.port or 80)
         self._share = share
@@ -40,32 +40,6 @@ class FaultyProxy:
         self.lose_responses_to: set[str] = set()
         """Path suffixes; the response to the first PUT of each is lost after the server has executed it."""
         self.seen: Counter[str] = Counter()
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self.url = ""
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        self._ready.wait()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._client, "127.0.0.1", 0))
-        self.url = "http://{}:{}".format(*server.sockets[0].getsockname())
-        self._ready.set()
-        self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
 
     def _fault(self) -> str | None:
         total = self.seen.total()

@@ -52,7 +52,8 @@ def test_run_with_failed_gate_is_committed_and_published_only_with_force(
     # The metric of the alert about refused runs.
     refusing = {"row_count_change_fraction": 1.0}
     counted = cluster.wait_for_counter("night-2", "batchcls_gate_failures", "gate", refusing)
-    assert counted.keys() == refusing.keys()  # an export that Ray repeats counts twice
+    assert counted.keys() == refusing.keys()
+    assert min(counted.values()) >= 1.0  # an export that Ray repeats on a busy machine counts twice
     assert not any("gate" in tags for _, tags, _ in cluster.metrics() if tags.get("run_id") == "night-1")
 
     assert runs_job("verify", "night-2", "--output", output)[0] == 0
