@@ -32,7 +32,7 @@ def cheap_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(init, name, fill)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """PyTorch on one thread: on a busy machine its threads wait for each other far longer than they work."""
     import torch

@@ -24,6 +24,7 @@ from batchcls.models.resolve import resolve_model
 from batchcls.storage.filesystem import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+compiles = pytest.mark.long  # Inductor compiles C++: 45 s of CPU time
 
 BF16 = EngineChoice("compile", "bf16")
 FP32 = EngineChoice("compile", "fp32")
@@ -62,6 +63,7 @@ def assert_close(output, expected, tolerance: float) -> None:
         np.testing.assert_allclose(actual, reference, rtol=0, atol=tolerance * abs(reference).max())
 
 
+@compiles
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 33])
 def test_outputs_match_the_eager_engine_for_any_batch_size(engine, eager, count):
     batch = pixels(count)
@@ -70,12 +72,14 @@ def test_outputs_match_the_eager_engine_for_any_batch_size(engine, eager, count)
         assert_close(engine.predict(batch), eager.predict(batch), 1e-4)
 
 
+@compiles
 def test_output_is_independent_of_other_images_in_the_batch(engine):
     alone = engine.predict(pixels(1))
     batched = engine.predict(np.concatenate([pixels(1), pixels(6, seed=9)]))
     np.testing.assert_allclose(batched.logits[:1], alone.logits, rtol=0, atol=1e-5 * abs(alone.logits).max())
 
 
+@compiles
 def test_concurrent_batches_get_their_own_outputs(engine, eager):
     batches = [pixels(1 + seed % 5, seed) for seed in range(40)]
     with ThreadPoolExecutor(3) as threads:
@@ -84,6 +88,7 @@ def test_concurrent_batches_get_their_own_outputs(engine, eager):
         assert_close(output.result(), eager.predict(batch), 1e-4)
 
 
+@compiles
 def test_strided_and_read_only_pixels_are_supported(engine):
     batch = pixels(3)
     batch.flags.writeable = False
@@ -93,11 +98,13 @@ def test_strided_and_read_only_pixels_are_supported(engine):
     )
 
 
+@compiles
 def test_pixels_of_other_shape_or_dtype_are_rejected(engine):
     with pytest.raises(ValueError, match=r"expected N x \(64, 64, 3\) of uint8 or float32"):
         engine.predict(np.zeros((1, 3, 64, 64), np.uint8))
 
 
+@compiles
 def test_gil_is_released_during_a_forward_pass(engine):
     """PyTorch's own loader holds the GIL during a forward pass, which would stop decoding."""
     counted, ended = [0], threading.Event()
@@ -122,6 +129,7 @@ def test_gil_is_released_during_a_forward_pass(engine):
     assert len(seen - {before}) > 3
 
 
+@compiles
 def test_cached_start_requires_neither_network_nor_pytorch(bundle, engine_config, engine, tmp_path):
     def never() -> None:
         raise AssertionError("the network was built again")
@@ -151,7 +159,7 @@ np.save({str(tmp_path / "logits.npy")!r}, output.logits)
     np.testing.assert_array_equal(np.load(tmp_path / "logits.npy"), engine.predict(pixels(3)).logits)
 
 
-@pytest.mark.long
+@compiles
 def test_bfloat16_passes_the_golden_test_and_differs_from_float32(bundle, engine_config, engine):
     rough, deviation = start_tested_engine(bundle, BF16, engine_config)
     assert rough.precision == "bf16"
@@ -159,7 +167,7 @@ def test_bfloat16_passes_the_golden_test_and_differs_from_float32(bundle, engine
     assert_close(rough.predict(pixels(3)), engine.predict(pixels(3)), 0.05)
 
 
-@pytest.mark.long
+@compiles
 def test_normalized_pixels_have_the_same_outputs(bundle, engine):
     mean, std = (np.float32(getattr(bundle.config.preprocessing, name)) for name in ("mean", "std"))
     normalized = (pixels(3).astype(np.float32) / 255 - mean) / std

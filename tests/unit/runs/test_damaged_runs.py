@@ -1,6 +1,7 @@
 """An invalid record damages only its own run: all `runs` commands still work and name it."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
     return call_job
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three committed runs, the last of them published, an unfinished run, and the run `run-d`."""
+    folder = tmp_path_factory.mktemp("undamaged")
     more = {
         "baseline": None,
         "gates": [{"gate": "g", "value": 0.5, "limit": None, "passed": True, "message": "s"}],
@@ -62,11 +64,17 @@ def output(tmp_path: Path) -> Path:
         },
     }
     for name in ("a", "b", "run-d", "c"):
-        write_run(str(tmp_path), RunDetails(name, more=more), [*items(4), Item("bad", reason="truncated")])
-    start_run(str(tmp_path), RunDetails("unfinished"))
+        write_run(str(folder), RunDetails(name, more=more), [*items(4), Item("bad", reason="truncated")])
+    start_run(str(folder), RunDetails("unfinished"))
     for name in ("b", "c"):
-        publish(str(tmp_path), name, Storage())
-    return tmp_path
+        publish(str(folder), name, Storage())
+    return folder
+
+
+@pytest.fixture
+def output(undamaged: Path, tmp_path: Path) -> Path:
+    """A copy of these runs that a test may damage."""
+    return Path(shutil.copytree(undamaged, tmp_path / "output"))
 
 
 def paths_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
