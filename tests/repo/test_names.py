@@ -131,11 +131,16 @@ def test_no_modules_import_each_other():
 
 
 def test_forbidden_words_do_not_occur():
+    # One pass over lower-case text takes a fifteenth of the time of a pass for each entry that ignores the case.
+    assert not re.search(r"\\[A-Z]", "|".join(FORBIDDEN)), "lower case would change this class of characters"
+    any_word = re.compile(rf"(?<![a-z])(?:{'|'.join(FORBIDDEN).lower()})(?![a-z])")
     found = []
     for path in tracked():
         if path.suffix not in TEXT or not path.is_file():
             continue
         text = f"{path.name}\n{path.read_text(errors='replace')}"
+        if not any_word.search(text.lower()):
+            continue
         for words, instead in FORBIDDEN.items():
             for match in re.finditer(rf"(?<![A-Za-z])({words})(?![A-Za-z])", text, re.IGNORECASE):
                 line = text.count("\n", 0, match.start())
