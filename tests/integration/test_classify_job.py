@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -15,8 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from batchcls.models.model_bundle import Bundle, Calibration, HeldOut
 from batchcls.ray_runtime import MALLOC_VARIABLES
 from batchcls.schema import TOP_K_TYPE
+from batchcls.storage.filesystem import Storage
 from tests.conftest import REPOSITORY
 from tests.helpers.processes import processes_with, title_of
 from tests.helpers.started import start_job, until_line, write_catalog
@@ -43,7 +46,7 @@ def finished(
         cluster,
         output,
         *("--manifest", catalog, "--model", tiny_bundle, "--keep", "shop", "--max-failed-fraction", "0.1"),
-        *("--rows-per-file", "10", "--batch-size", "50"),
+        *("--rows-per-file", "10", "--batch-size", "50", "--top-k", "10"),
     )
     out, err = process.communicate(timeout=200)
     outcome = Outcome(process.returncode, err + out, output)
@@ -138,6 +141,53 @@ def test_predictions_do_not_depend_on_batch_size_or_normalization_stage(
     assert np.allclose(a, b, atol=2e-3, rtol=2e-3)  # half precision on one side
 
 
+@pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.long)])
+def test_rows_below_threshold_have_null_label(
+    job: Job, finished: Outcome, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str
+):
+    """The thresholds equal the median of the calibrated probabilities, so that about half of the rows abstain."""
+    top_k = finished.predictions.column("top_k").to_pylist()
+    cooled = np.exp(np.log([[prediction["probability"] for prediction in best] for best in top_k]) / 0.25)
+    expected = (cooled / cooled.sum(axis=1, keepdims=True))[:, 0]
+    threshold = float(np.median(expected)) + 1e-6
+    calibration = Calibration(
+        temperature=0.25,
+        ece_before=0.2,
+        ece_after=0.1,
+        target_precision=0.9,
+        thresholds=(threshold,) * 10,
+        held_out=HeldOut(rows=60, precision=0.9, coverage=0.5),
+        rows=60,
+        manifest_fingerprint="f",
+    )
+    bundle = Bundle.load(tiny_bundle, Storage())
+    calibrated = replace(bundle, config=bundle.config.model_copy(update={"calibration": calibration}))
+    calibrated.save(str(tmp_path / "calibrated"), Storage())
+    found = job(
+        *("--manifest", catalog, "--model", str(tmp_path / "calibrated"), "--abstain"),
+        *("--max-failed-fraction", "0.1", "--shape", shape),
+    )
+    assert found.exit_code == 0, found.log
+    table = found.predictions
+    np.testing.assert_allclose(table.column("probability").to_numpy(), expected, rtol=2e-3)
+    is_confident = table.column("probability").to_numpy() >= threshold
+    assert 50 < is_confident.sum() < 100
+    assert (table.column("label").is_valid().to_numpy() == is_confident).all()
+    assert table.column("reason").to_pylist() == [None if row else "below_threshold" for row in is_confident]
+    assert table.column("top_k").null_count == 0
+    counts = found.record["counts"]
+    assert (counts["rows"], counts["predicted"], counts["quarantined"]) == (150, 147, 3)
+    assert counts["abstained"] == int((~is_confident).sum())
+    assert "below_threshold" in found.log
+
+
+def test_bundle_without_thresholds_is_rejected(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
+    found = job("--manifest", catalog, "--model", tiny_bundle, "--abstain")
+    assert found.exit_code == 2
+    assert "--write-bundle" in found.log
+    assert not (tmp_path / "output").exists()
+
+
 def test_embedded_images_and_invalid_ids_are_accounted_for(job: Job, tiny_bundle: str, tmp_path: Path):
     source = pq.read_table(write_catalog(tmp_path / "inline", 30, inline=True))
     ids = source.column("item_id").to_pylist()
@@ -162,6 +212,7 @@ def test_embedded_images_and_invalid_ids_are_accounted_for(job: Job, tiny_bundle
     assert outcome.predictions.num_rows == 27
 
 
+@pytest.mark.long  # tests/integration/test_resume.py exceeds a budget, too
 def test_exceeded_error_budget_exits_4_without_commit(job: Job, tiny_bundle: str, catalog: str):
     outcome = job("--manifest", catalog, "--model", tiny_bundle, "--max-failed-fraction", "0.001")
     assert outcome.exit_code == 4
@@ -245,7 +296,14 @@ def test_engine_is_measured_once_and_reused_by_later_runs(
 ):
     arguments = (
         *("--manifest", catalog, "--model", tiny_bundle, "--max-failed-fraction", "0.1"),
-        *("--autotune-min-rows", "100", "--calibration-seconds", "2", "--cache-dir", str(tmp_path / "cache")),
+        *(
+            "--autotune-min-rows",
+            "100",
+            "--calibration-seconds",
+            "0.5",
+            "--cache-dir",
+            str(tmp_path / "cache"),
+        ),
     )
     first = job(*arguments, output=tmp_path / "out")
     assert first.exit_code == 0, first.log
@@ -267,6 +325,7 @@ def test_engine_is_measured_once_and_reused_by_later_runs(
     assert f"batches of {choice['batch_size']}" in second.log
 
 
+@pytest.mark.long
 def test_gpu_known_to_ray_but_not_to_torch_is_reported(
     tiny_bundle: str, catalog: str, tmp_path: Path, clean_environment: dict[str, str]
 ):

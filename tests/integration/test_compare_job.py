@@ -137,6 +137,7 @@ def test_repeated_command_reuses_all_measurements(compared):
     assert second.measurements == files
 
 
+@pytest.mark.long
 def test_accuracy_equals_that_of_classify(
     compared, catalog, models, run_job: Callable[..., Outcome], tmp_path
 ):

@@ -80,6 +80,7 @@ def kill_first_worker(printed: io.StringIO, ended: threading.Event) -> set[bytes
     return set(environment)
 
 
+@pytest.mark.long
 def test_two_workers_with_one_killed_train_the_same_bundle_as_one(
     undisturbed: tuple[Path, str], training_catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):
