@@ -47,6 +47,10 @@ class NodeWatch:
         """Ids of the nodes that were being drained at the last poll."""
         return frozenset(self._draining)
 
+    def name(self, node: str) -> str:
+        """Return the name of a node by Ray's id; the id if it was not alive at the last poll."""
+        return self._names.get(node, node)
+
     def has_lost_a_node(self) -> bool:
         """Return whether a node has left since this object was created."""
         alive = {node["NodeID"] for node in ray.nodes() if _is_worker(node)}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 
 from batchcls.manifest.snapshot import Fragment
-from batchcls.pipeline.ray_data.fragment_queue import FragmentQueue, FragmentSource, Turn
+from batchcls.pipeline.ray_data.fragment_queue import FragmentQueue, FragmentSource, TicketHolder, Turn
 from batchcls.runs.parts import Receipt
 from batchcls.schema import ROW
 
@@ -21,6 +21,10 @@ class StopRequestedError(Exception):
 
 class QueueLostError(Exception):
     """The process of the progress actor crashed, and with it the record of the fragments in progress."""
+
+
+class RepeatedCrashError(Exception):
+    """The processes that started a fragment crashed, as often as the source of the fragments permits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class ProgressActor:
         self._is_stop_requested = False
         self._starts: dict[int, tuple[Fragment, list[str]]] = {}
         self._queue: FragmentQueue | None = None
+        self._max_starts = 0
 
     def report_ready(self, actor: ReadyActor) -> None:
         """Count an actor that is ready; a restarted actor counts once."""
@@ -86,25 +91,30 @@ class ProgressActor:
     def start(self, source: FragmentSource) -> None:
         """Start to hand out the fragments of a source; the staged graph reads them itself."""
         self._queue = FragmentQueue(source, lambda: len(self._actors))
+        self._max_starts = source.max_starts
 
     def is_started(self) -> bool:
         """Return whether `start` was called; not if the process of this actor was restarted since."""
         return self._queue is not None
 
-    def take_fragment(self, ticket: int, node: str) -> Turn:
+    def take_fragment(self, ticket: int, holder: TicketHolder) -> Turn:
         """Return the turn of a ticket, and record the start of its fragment.
 
         Raises:
             StopRequestedError: the driver requested that the actors stop.
             QueueLostError: the process of this actor was restarted.
+            RepeatedCrashError: the fragment was started too often.
         """
         if self._is_stop_requested:
             raise StopRequestedError
         if self._queue is None:
             raise QueueLostError("this process does not know the fragments of the run")
-        turn = self._queue.take(ticket, node)
-        if turn.fragment is not None:
-            self.start_fragment(turn.fragment, node)
+        turn = self._queue.take(ticket, holder)
+        if (fragment := turn.fragment) is not None:
+            _, nodes = self._starts.get(fragment.first_row, (fragment, []))
+            if len(nodes) >= self._max_starts:
+                raise RepeatedCrashError(f"rows {fragment.first_row} to {fragment.stop - 1}")
+            self.start_fragment(fragment, holder.node)
         return turn
 
     def return_fragment(self, ticket: int, first_row: int) -> None:
@@ -128,9 +138,22 @@ class ProgressActor:
         return self._fragments_on(node)
 
     def release_node(self, node: str) -> list[Fragment]:
-        """Hand out the fragments of a lost node again, and return them."""
+        """Hand out the fragments of a lost node again, and return them; that it was lost is not a crash on them."""
         released = [] if self._queue is None else self._queue.release(node)
+        for fragment in released:
+            # An earlier holder may have finished the fragment meanwhile.
+            _, nodes = self._starts.get(fragment.first_row, (fragment, []))
+            nodes[:] = [other for other in nodes if other != node]
         return released or self._fragments_on(node)
+
+    def awaited_actors(self) -> dict[str, str]:
+        """Return the nodes of the actors whose fragments are all that is left to do, by actor."""
+        awaited = set() if self._queue is None else self._queue.awaited_actors()
+        return {actor: self._actors[actor].node for actor in awaited}
+
+    def release_actor(self, actor: str) -> list[Fragment]:
+        """Hand out the fragments of an actor whose process crashed to other actors, and return them."""
+        return [] if self._queue is None else self._queue.release(actor)
 
     def idle_actors_on(self, node: str) -> list[Any]:
         """Return the handles of the actors on a node if no fragment is in progress on it, once for each start."""
@@ -151,7 +174,7 @@ class ProgressActor:
         return sorted(suspects, key=lambda fragment: fragment.first_row)
 
     def _fragments_on(self, node: str) -> list[Fragment]:
-        return [fragment for fragment, nodes in self._starts.values() if nodes[-1] == node]
+        return [fragment for fragment, nodes in self._starts.values() if nodes[-1:] == [node]]
 
     def restart(self, receipts: list[Receipt]) -> None:
         """Count from the parts on storage again, because the remaining rows are divided into new fragments."""

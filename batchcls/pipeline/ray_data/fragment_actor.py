@@ -10,7 +10,7 @@ import ray
 
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, WorkerSpec
 from batchcls.pipeline.progress import BlockReports, ReadyActor
-from batchcls.pipeline.ray_data.fragment_queue import Turn
+from batchcls.pipeline.ray_data.fragment_queue import TicketHolder, Turn
 from batchcls.ray_runtime import WORKER_VARIABLES
 from batchcls.runs.parts import Receipt
 
@@ -23,8 +23,8 @@ CONCURRENT_FRAGMENTS = 2
 TICKET, RECEIPT = "ticket", "receipt"
 """Columns of the blocks that enter and leave the operator: numbers, and pickled receipts."""
 
-# A ticket without a fragment waits this long, in case that a fragment in progress is returned by a lost node.
-_WAIT_SECONDS, _WAITS = 0.5, 4
+# Until a ticket asks again for a fragment that a lost process or node may return.
+_WAIT_SECONDS = 0.5
 
 
 class FragmentActor:
@@ -38,11 +38,12 @@ class FragmentActor:
         self._worker = self.create_worker(spec)
         self._progress_actor = progress_actor
         context = ray.get_runtime_context()
-        self._node = self._worker.node = context.get_node_id()
+        self._holder = TicketHolder(actor=context.get_actor_id(), node=context.get_node_id())
+        self._worker.node = self._holder.node
         progress_actor.report_ready.remote(
             ReadyActor(
-                actor=context.get_actor_id(),
-                node=self._node,
+                actor=self._holder.actor,
+                node=self._holder.node,
                 engine=self._worker.describe(),
                 unmeasured=spec.engines.unmeasured_hardware(),
                 handle=context.current_actor,
@@ -82,10 +83,9 @@ class FragmentActor:
         return self._worker.process(turn.fragment, turn.rejected, reports.add)
 
     def _take(self, ticket: int) -> Turn:
-        for _ in range(_WAITS):
+        while True:
             # Wait for the reply: a process that crashes on the fragment must have registered it before.
-            turn: Turn = ray.get(self._progress_actor.take_fragment.remote(ticket, self._node))
+            turn: Turn = ray.get(self._progress_actor.take_fragment.remote(ticket, self._holder))
             if not turn.should_wait:
                 return turn
             time.sleep(_WAIT_SECONDS)
-        return Turn()

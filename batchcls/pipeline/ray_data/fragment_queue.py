@@ -35,6 +35,7 @@ class FragmentSource:
         invalid_ids: rows whose item ids are missing or duplicated.
         crashing_rows: rows that crash the process which decodes them, by row number.
         resources: resource plan of the run.
+        max_starts: starts of a fragment after which the processes that crashed on it are enough.
         first_ticket: lowest number of a ticket of this execution; actors of an earlier one may still present theirs.
     """
 
@@ -43,6 +44,7 @@ class FragmentSource:
     invalid_ids: InvalidIds
     crashing_rows: Mapping[int, Failure]
     resources: ResourcePlan
+    max_starts: int
     first_ticket: int = 0
 
     def fragments(self, actors: Callable[[], int]) -> Iterator[Fragment]:
@@ -62,12 +64,21 @@ class Turn:
     Attributes:
         fragment: None if no fragment is waiting.
         rejected: rows of the fragment that failed before they are fetched, by row number.
-        should_wait: whether to ask again, because a fragment in progress may be returned when its node is lost.
+        should_wait: whether to ask again, because a fragment in progress may be returned when its process or its node
+            is lost.
     """
 
     fragment: Fragment | None = None
     rejected: Mapping[int, Failure] = field(default_factory=dict)
     should_wait: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TicketHolder:
+    """The actor that presents a ticket, and its node, by Ray's ids."""
+
+    actor: str
+    node: str
 
 
 class FragmentQueue:
@@ -77,25 +88,27 @@ class FragmentQueue:
         self._source = source
         self._new = source.fragments(actors)
         self._returned: deque[Fragment] = deque()
-        self._in_progress: dict[int, tuple[Fragment, str]] = {}
+        self._in_progress: dict[int, tuple[Fragment, TicketHolder]] = {}
         self._draining: set[str] = set()
+        self._has_waiting_ticket = False
 
-    def take(self, ticket: int, node: str) -> Turn:
-        """Return the turn of a ticket on a node.
+    def take(self, ticket: int, holder: TicketHolder) -> Turn:
+        """Return the turn of a ticket that an actor presents.
 
         A ticket whose process crashed is retried and gets its fragment again, wherever the process is restarted.
         """
         if ticket < self._source.first_ticket:
             return Turn()
         previous = self._in_progress.pop(ticket, None)
-        if node in self._draining:
+        if holder.node in self._draining:
             if previous is not None:
                 self._returned.appendleft(previous[0])
             return Turn()
         fragment = previous[0] if previous is not None else self._next()
         if fragment is None:
-            return Turn(should_wait=bool(self._in_progress))
-        self._in_progress[ticket] = fragment, node
+            self._has_waiting_ticket = bool(self._in_progress)
+            return Turn(should_wait=self._has_waiting_ticket)
+        self._in_progress[ticket] = fragment, holder
         return Turn(fragment, self._source.rejected(fragment))
 
     def finish(self, ticket: int) -> None:
@@ -108,11 +121,18 @@ class FragmentQueue:
 
     def in_progress_on(self, node: str) -> list[Fragment]:
         """Return the fragments in progress on a node."""
-        return [fragment for fragment, holder in self._in_progress.values() if holder == node]
+        return [fragment for fragment, holder in self._in_progress.values() if holder.node == node]
 
-    def release(self, node: str) -> list[Fragment]:
-        """Return the fragments in progress on a lost node, which the next tickets get."""
-        tickets = [ticket for ticket, (_, holder) in self._in_progress.items() if holder == node]
+    def awaited_actors(self) -> set[str]:
+        """Return the actors whose fragments in progress are all that is left, while other actors have nothing to do."""
+        has_others = self._returned or not self._has_waiting_ticket
+        return set() if has_others else {holder.actor for _, holder in self._in_progress.values()}
+
+    def release(self, lost: str) -> list[Fragment]:
+        """Return the fragments in progress in a lost actor or on a lost node, which the next tickets get."""
+        tickets = [
+            ticket for ticket, (_, holder) in self._in_progress.items() if lost in (holder.actor, holder.node)
+        ]
         fragments = [self._in_progress.pop(ticket)[0] for ticket in tickets]
         self._returned.extendleft(reversed(fragments))
         return fragments

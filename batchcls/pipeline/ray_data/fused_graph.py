@@ -72,7 +72,9 @@ class FusedGraph(RayDataGraph):
                 num_gpus=resources.gpus_per_actor,
                 label_selector=dict(self._spec.placement.network(resources.device)),
                 max_restarts=MAX_ACTOR_RESTARTS,
-                max_task_retries=self.max_retries,
+                # The progress actor bounds the crashes on a fragment. A ticket is also retried while Ray does
+                # not know yet that its node is lost.
+                max_task_retries=-1,
             )
 
     def _configure(self) -> None:

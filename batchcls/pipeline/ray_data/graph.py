@@ -18,7 +18,7 @@ from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Fragment
 from batchcls.pipeline.crash_isolation import UnexplainedCrashError, isolate_fragments
 from batchcls.pipeline.pipeline_spec import MAX_ACTOR_RESTARTS, MAX_RETRIES, PipelineSpec
-from batchcls.pipeline.progress import Progress, ProgressActor, QueueLostError
+from batchcls.pipeline.progress import Progress, ProgressActor, QueueLostError, RepeatedCrashError
 from batchcls.pipeline.ray_data.fragment_queue import FragmentSource
 from batchcls.pipeline.ray_errors import is_process_crash, root_cause, to_batchcls_error
 from batchcls.runs.parts import Receipt
@@ -29,6 +29,9 @@ TASKS_IN_FLIGHT_PER_ACTOR = 4
 """Tasks that Ray Data submits to an actor in advance; with two concurrent calls, a pool of busy actors can grow."""
 
 _CHECK_SECONDS = 1.0
+
+# What tasks raise because other processes crashed.
+_CRASH_REPORTS = tuple(f"{error.__name__}: " for error in (QueueLostError, RepeatedCrashError))
 
 _logger = logging.getLogger(__name__)
 
@@ -114,6 +117,7 @@ class RayDataGraph(ABC):
             invalid_ids=spec.invalid_ids,
             crashing_rows=self._crashing_rows,
             resources=spec.worker.resources,
+            max_starts=self.max_retries + 1,
             first_ticket=self._first_ticket,
         )
         self._node_watch = NodeWatch()
@@ -122,7 +126,7 @@ class RayDataGraph(ABC):
             try:
                 self._run(source)
             except (ray.exceptions.RayError, SystemException) as error:
-                is_crash = is_process_crash(error) or QueueLostError.__name__ in root_cause(error)
+                is_crash = is_process_crash(error) or root_cause(error).startswith(_CRASH_REPORTS)
                 if check.error is None and is_crash:
                     raise _ProcessCrashError from error
                 raise (check.error or to_batchcls_error(error)) from error
@@ -165,6 +169,16 @@ class RayDataGraph(ABC):
                 if fragments
                 else "nothing was in progress on it",
             )
+        for crashed, node in ray.get(actor.awaited_actors.remote()).items():
+            # Its CPUs may have been given to another actor, so that it does not start again before the end of the run.
+            state = ray._private.state.actors(crashed)["State"]
+            if state != "ALIVE" and (fragments := ray.get(actor.release_actor.remote(crashed))):
+                _logger.warning(
+                    "an actor on node %s crashed and has not started again (%s); other actors process %s",
+                    self._node_watch.name(node),
+                    state.lower(),
+                    _listed(fragments),
+                )
         for node in self._node_watch.draining:
             for handle in ray.get(actor.idle_actors_on.remote(node)):
                 # Ray starts it again on another node; Ray Data would leave it where it is until the node is gone.
