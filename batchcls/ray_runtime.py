@@ -38,6 +38,8 @@ _QUIET_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+_ADDED_BY_RAY = ("RAY_AUTH_MODE", "PYTHONBREAKPOINT")
+"""Variables that `ray.init` adds to the environment of a driver if they are not set."""
 
 # Without this, idle threads of libgomp spin on cores that other processes need (docs/measurements, "Negative").
 WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -60,6 +62,23 @@ WORKER_RUNTIME_ENV = {"env_vars": WORKER_VARIABLES | MALLOC_VARIABLES}
 
 _CONNECT_SECONDS = 5.0
 _HOLD_SECONDS = 86_400.0
+
+
+def prepare_environment() -> None:
+    """Set the environment variables of a job; a job that connects to Ray next to another thread calls this before.
+
+    Importing a library such as torch reads variables in C. Adding a variable meanwhile may move the array that holds
+    them, and the reader then crashes the process: glibc before 2.41 has no lock for it.
+    """
+    # Workers of a Ray that is started here inherit this environment.
+    for name, value in (_QUIET_ENVIRONMENT | MALLOC_VARIABLES).items():
+        os.environ.setdefault(name, value)
+    # What Ray adds then fits into the array: glibc keeps the space of up to three variables that were removed.
+    added = [name for name in _ADDED_BY_RAY if name not in os.environ]
+    for name in added:
+        os.environ[name] = ""
+    for name in added:
+        del os.environ[name]
 
 
 @contextmanager
@@ -85,9 +104,7 @@ def ray_session(address: str) -> Iterator[None]:
             )
         yield
         return
-    # Workers of a Ray that is started here inherit this environment.
-    for name, value in (_QUIET_ENVIRONMENT | MALLOC_VARIABLES).items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     target = {"auto": None, "local": "local"}.get(address, address)
     if target is None and os.environ.get("RAY_ADDRESS", "").startswith("http"):
         raise InputError(

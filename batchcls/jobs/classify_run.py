@@ -38,7 +38,7 @@ from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.prometheus import metrics_of
 from batchcls.pipeline.stored_predictions import StoredPredictions
-from batchcls.ray_runtime import ray_session
+from batchcls.ray_runtime import prepare_environment, ray_session
 from batchcls.report.run_report import report_after_run
 from batchcls.resources import ResourcePlan
 from batchcls.runs import engine_cache, stored_heads
@@ -179,6 +179,7 @@ def commit_run(config: ClassifyConfig, console: Console) -> CommittedRun:
         if unpublished is not None:
             return reevaluate_run(config, unpublished, storage)
     # Ray takes seconds to start, most of them waiting; the inputs are opened meanwhile.
+    prepare_environment()
     with ThreadPoolExecutor(1) as background:
         opening = background.submit(open_inputs, config, manifest, bundle)
         with ray_session(config.ray_address):

@@ -25,7 +25,7 @@ from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
-from batchcls.ray_runtime import node_resources, ray_session, wait_for_cluster
+from batchcls.ray_runtime import node_resources, prepare_environment, ray_session, wait_for_cluster
 from batchcls.runs.commit import allowed_fraction
 from batchcls.runs.lease import Lease
 from batchcls.runs.paths import new_run_id
@@ -137,6 +137,7 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
 
 def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
     started, recipe = time.time(), resolve_recipe(config)
+    prepare_environment()
     with ThreadPoolExecutor(1) as executor:
         opening_inputs = executor.submit(open_inputs, config, recipe)
         with ray_session(config.ray_address):
