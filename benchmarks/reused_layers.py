@@ -1,10 +1,11 @@
 """Measures nights in which only a part of the model changed: `python -m benchmarks.reused_layers nights|rows WORK`.
 
-`nights` classifies the photographs of ../shared/data/catalog with mobilenetv2_100. It then renames a label, fits new
-thresholds and trains a new linear head, and runs a night for each, while every byte of every photograph is zero (size
-and time of the files are those of the photographs). Each night is compared row by row with a full run. A run whose
-record exists is not repeated. `rows` predicts 100,000 and 1,000,000 synthetic rows from their embeddings. Times, memory
-and differences are printed as JSON.
+`nights` classifies the photographs of ../shared/data/catalog with mobilenetv2_100. It then renames a label and merges
+two with label maps, fits new thresholds and trains a new linear head, and runs a night for each, while every byte of
+every photograph is zero (size and time of the files are those of the photographs). Each night is compared row by row
+with a full run. A run whose record exists is not repeated. `rows` predicts 100,000 and 1,000,000 synthetic rows from
+their embeddings. Times, memory and differences are printed as JSON. Other arguments, such as `--limit 300`, are passed
+to `classify`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from batchcls.inference.golden_record import with_golden
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.manifest.snapshot import open_manifest
 from batchcls.models.classifier_head import ClassifierHead, layers_of
-from batchcls.models.labels import labels_digest
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
@@ -86,19 +86,11 @@ def _make_bundle(work: Path) -> str:
     return folder
 
 
-def _renamed(bundle: str, label: str, to: str) -> str:
-    old = Bundle.load(bundle, _STORAGE)
-    labels = tuple(to if name == label else name for name in old.config.labels)
-    golden = old.config.golden
-    assert golden is not None
-    outputs = tuple(
-        output.model_copy(update={"labels": tuple(to if name == label else name for name in output.labels)})
-        for output in golden.outputs
-    )
-    golden = golden.model_copy(update={"labels_sha256": labels_digest(labels), "outputs": outputs})
-    new = Bundle(old.config.model_copy(update={"labels": labels, "golden": golden}), old.weights)
-    new.save(f"{bundle}-renamed", _STORAGE)
-    return f"{bundle}-renamed"
+def _label_map(work: Path, name: str, text: str) -> tuple[str, str]:
+    """Write a label map, and return the arguments of `classify` that apply it."""
+    path = work / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return "--label-map", str(path)
 
 
 def _with_thresholds(work: Path, bundle: str, predictions: pa.Table, photographs: Path) -> str:
@@ -182,8 +174,8 @@ def _compare(found: pa.Table, full: pa.Table) -> dict[str, Any]:
     }
 
 
-def nights(work: Path, engine: list[str]) -> None:
-    """Run the first night, and a partial and a full one for each change of the model."""
+def nights(work: Path, engine: list[str], only: list[str]) -> None:
+    """Run the first night, and a partial and a full one for each change of the model, or for those in `only`."""
     photographs, output = work / "photographs", work / "output"
     if not photographs.exists():
         shutil.copytree(_SHARED / "data/catalog", photographs)
@@ -217,15 +209,21 @@ def nights(work: Path, engine: list[str]) -> None:
 
     night("first", bundle, "none")
     first = _predictions(output, "first")
-    most_frequent = pc.mode(first.column("label").dictionary_encode().combine_chunks().indices)[0][
-        "mode"
-    ].as_py()
-    label = first.column("label").dictionary_encode().combine_chunks().dictionary[most_frequent].as_py()
-    changes = {
-        "renamed": (_renamed(bundle, label, "renamed label"), ()),
-        "calibrated": (_with_thresholds(work, bundle, first, photographs), ("--abstain",)),
-        "probe": (_with_new_head(work, bundle), ()),
+    counts = Counter(first.column("label").to_pylist()).most_common(3)
+    renamed, *merged = (json.dumps(label) for label, _ in counts)  # strings of TOML, too
+    steps: dict[str, Callable[[], tuple[str, tuple[str, ...]]]] = {
+        "renamed": lambda: (
+            bundle,
+            _label_map(work, "renamed", f'[rename]\n{renamed} = "renamed label"\n'),
+        ),
+        "merged": lambda: (
+            bundle,
+            _label_map(work, "merged", f'[merge]\n"merged label" = [{", ".join(merged)}]\n'),
+        ),
+        "calibrated": lambda: (_with_thresholds(work, bundle, first, photographs), ("--abstain",)),
+        "probe": lambda: (_with_new_head(work, bundle), ()),
     }
+    changes = {name: step() for name, step in steps.items() if name in (only or steps)}
     with _blanked(photographs):
         night("same", bundle, "first")
         for name, (model, more) in changes.items():
@@ -386,10 +384,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["nights", "rows"])
     parser.add_argument("work", type=Path, help="folder for images, bundles and runs")
+    parser.add_argument(
+        "--only", action="append", default=[], help="renamed, merged, calibrated or probe; default: all"
+    )
     arguments, more = parser.parse_known_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.what == "nights":
-        nights(arguments.work.resolve(), more)
+        nights(arguments.work.resolve(), more, arguments.only)
     else:
         rows(arguments.work.resolve())
 

@@ -31,10 +31,12 @@ _PREDICTIONS = {
     "row": "Row number in the manifest. Files are ordered by path, rows by their position in the file.",
     "item_id": "The id of the manifest row (`--id-column`).",
     "uri": "The URI of the manifest row, as written there. Null if the row has image bytes only.",
-    "label": "The class with the highest probability. With `--abstain`, null below the threshold of the class.",
+    "label": "The class with the highest probability, after the label map (`--label-map`). With `--abstain`, null "
+    "below the threshold of the class.",
     "probability": "Probability of the best class, 0 to 1, after temperature scaling if the bundle is calibrated. "
     "Present also where `--abstain` leaves `label` null.",
-    "top_k": "The k best classes (`--top-k`), best first.",
+    "top_k": "The k best classes (`--top-k`), best first. Class indices count the labels of the bundle, or those that "
+    "a label map makes of them by merging and retiring.",
     "embedding": "The feature vector of length D. Only present unless `--embedding-dtype none`; half precision "
     "by default.",
     "category_path": "With `--abstain` only: the deepest node of the category tree whose summed probability passes "

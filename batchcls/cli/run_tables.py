@@ -106,10 +106,10 @@ def statuses_table(found: RunDiff) -> Table:
 def flows_table(found: RunDiff) -> Table:
     """Table of the most frequent label changes."""
     table = Table("from", "to", box=None, pad_edge=False, header_style="bold")
-    for name in ("items", "image", "model", "both", "neither", "confidence"):
+    for name in ("items", "image", "model", "both", "neither", "map", "confidence"):
         table.add_column(name, justify="right", no_wrap=True)
     for flow in found.flows:
-        causes = (flow.by_image, flow.by_model, flow.by_image_and_model, flow.by_neither)
+        causes = (flow.by_image, flow.by_model, flow.by_image_and_model, flow.by_neither, flow.by_label_map)
         confidence = f"{flow.old_probability:.2f} -> {flow.new_probability:.2f}"
         table.add_row(
             *(

@@ -63,6 +63,12 @@ class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
         "or stage1, stage2, ...: the feature map of that stage, averaged over all positions. A bundle defines its "
         "layer.",
     )
+    label_map: Address | None = Field(
+        json_schema_extra=MODEL,
+        default=None,
+        description="TOML file that renames, merges, retires and splits labels of the bundle; local or s3://. Gates "
+        "and `batchcls runs diff` compare with earlier runs after the map.",
+    )
     model_fingerprint: str | None = Field(
         json_schema_extra=MODEL,
         default=None,
@@ -199,7 +205,7 @@ class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
         """The settings as JSON values without secrets, for plan.json and logs."""
         values = self.model_dump(mode="json")
         values["storage_options"] = redact_options(self.storage_options)
-        for name in ("manifest", "output", "model", "weights", "labels"):
+        for name in ("manifest", "output", "model", "weights", "labels", "label_map"):
             if values[name] is not None:
                 values[name] = redact_uri(values[name])
         return values

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from batchcls.config.common_config import Address, JobConfig
+from batchcls.config.common_config import Address, JobConfig, KeptColumns
 
 _RUN = (
     "ID of a run or an unambiguous prefix of it, or published, previous (the one published before) or latest (the "
@@ -52,6 +52,24 @@ class RunsReportConfig(RunsConfig):
         default=None,
         min_length=1,
         description="Run to compare with. Default: the baseline run of its gates.",
+    )
+
+
+class RunsRelabelConfig(RunsConfig):
+    """Apply a label map to a run: start a run with the same settings that takes its predictions, and publish it."""
+
+    run: str = Field(default="published", min_length=1, description=_RUN)
+    label_map: Address = Field(
+        min_length=1,
+        description="TOML file that renames, merges, retires and splits labels of the bundle, as in `classify`.",
+    )
+    keep: KeptColumns = Field(
+        default_factory=list,
+        description="Manifest columns to copy to the predictions in addition to those of the run, such as the columns "
+        "by which labels are split, separated by commas.",
+    )
+    ray_address: str | None = Field(
+        default=None, description="Address of Ray, as for `batchcls classify`. Default: that of the run."
     )
 
 

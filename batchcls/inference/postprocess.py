@@ -4,7 +4,7 @@ Letters: N images, V views of each, K classes, D embedding dimension.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,17 +83,20 @@ class PredictionColumns:
         self._top_k = TopK(settings.labels, settings.top_k)
 
     def average(self, output: EngineOutput) -> AveragedOutput:
-        """Average the outputs of the views of each image, which are adjacent."""
+        """Average the outputs of the views of each image, which are adjacent, and apply the label map."""
         settings = self._settings
-        return average(
+        averaged = average(
             output,
             settings.views.count,
             l2_normalize=settings.l2_normalize,
             temperature=settings.temperature,
         )
+        if settings.groups is None:
+            return averaged
+        return replace(averaged, probabilities=settings.groups.sum(averaged.probabilities))
 
     def columns(self, probabilities: Floats, embedding: Floats) -> dict[str, pa.Array]:
-        """Return the columns of `schema.prediction_fields` for N x K probabilities and N x D embeddings."""
+        """Return the columns of `schema.prediction_fields` for N probabilities of each label and N x D embeddings."""
         columns = self._top_k.columns(probabilities)
         if self._settings.abstention is not None:
             columns = self._settings.abstention.apply(columns, probabilities)

@@ -150,7 +150,7 @@ class Predictor:
     def _average(self, passes: list[list[_Submitted]]) -> AveragedOutput:
         """Average the outputs of all views of each image."""
         settings = self._settings
-        widths = (len(settings.labels), settings.embedding_dimension)
+        widths = (settings.classes, settings.embedding_dimension)
         outputs = [
             EngineOutput.concatenate([submitted.collect() for submitted in flip])
             if flip

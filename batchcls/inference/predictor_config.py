@@ -6,6 +6,7 @@ from typing import Literal, Self
 import pyarrow as pa
 
 from batchcls.inference.abstention import Abstention
+from batchcls.models.mapped_classes import ClassGroups
 from batchcls.preprocessing import Views
 from batchcls.schema import classified_schema, prediction_fields
 
@@ -15,7 +16,7 @@ class PredictSettings:
     """What the predictor needs besides an engine.
 
     Attributes:
-        labels: label of each class.
+        labels: label of each class after the label map, before labels are split.
         top_k: number of classes in the column `top_k`.
         embedding: type of the values of the column `embedding`, halffloat or float; None for no such column.
         embedding_dimension: length of an embedding.
@@ -27,6 +28,7 @@ class PredictSettings:
         kept: manifest columns of `--keep`.
         temperature: temperature of the bundle's calibration.
         abstention: thresholds of `--abstain`; None without it.
+        groups: sums of the probabilities of the network's classes that give those of `labels`; None without a map.
     """
 
     labels: tuple[str, ...]
@@ -41,6 +43,12 @@ class PredictSettings:
     kept: tuple[pa.Field, ...]
     temperature: float = 1.0
     abstention: Abstention | None = None
+    groups: ClassGroups | None = None
+
+    @property
+    def classes(self) -> int:
+        """Number of classes of the network."""
+        return len(self.labels) if self.groups is None else self.groups.classes
 
     @property
     def output_schema(self) -> pa.Schema:

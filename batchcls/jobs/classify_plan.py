@@ -16,31 +16,24 @@ from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Manifest, open_manifest
 from batchcls.models.classifier_head import ClassifierHead, ModelLayers, layers_of
 from batchcls.models.engines.factory import missing_package
+from batchcls.models.label_map import LabelMap, read_label_map
+from batchcls.models.mapped_classes import MappedClasses
 from batchcls.models.model_bundle import Bundle, BundleConfig
 from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
-from batchcls.pipeline.copy_predictions import measure_on_cluster
 from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
 from batchcls.preprocessing import Views, views_of
 from batchcls.ray_runtime import wait_for_cluster
 from batchcls.resources import ResourcePlan, plan_resources
-from batchcls.runs import stored_heads
-from batchcls.runs.catalog import DamagedRunError, read_record
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
-from batchcls.runs.plan import Fingerprints, HeadAgreement, Plan, PlannedReuse, prediction_settings
-from batchcls.runs.records import ManifestInfo, ModelInfo, RunRecord
-from batchcls.runs.reuse import sample_rows
-from batchcls.runs.reuse_candidates import find_reusable_run
-from batchcls.runs.reuse_decision import ReuseDecision, decide_reuse, violation
-from batchcls.runs.verify import presence_faults
-from batchcls.schema import EMBEDDING_TYPES
+from batchcls.runs.plan import Fingerprints, Plan, prediction_settings
+from batchcls.runs.records import ManifestInfo, ModelInfo
+from batchcls.runs.split_labels import can_be_compared
+from batchcls.schema import EMBEDDING_TYPES, ITEM_ID, URI
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 from batchcls.storage.uris import canonical_location
-
-_SAMPLED_ROWS = 1000
-_ANYWHERE = Placement()
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +45,7 @@ class ClassifyInputs:
     manifest: Manifest
     invalid_ids: InvalidIds
     bundle: Bundle
+    mapped: MappedClasses
     layers: ModelLayers
     head: ClassifierHead | None
     views: Views
@@ -75,8 +69,9 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
         raise InputError(f"--engine {config.engine} --precision {config.precision}: {lacking}")
     bundle = check_model(config.model, _model_choices(config), storage)
     if bundle is not None:
+        mapped = mapped_classes(config, bundle, storage)
         if config.abstain:
-            Abstention.from_bundle(bundle)
+            Abstention.from_bundle(mapped.config)
         _require_views(config, bundle)
     elif config.abstain:
         raise InputError(
@@ -89,6 +84,7 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
         config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
     )
     _logger.info("manifest: %d rows in %d file(s)", manifest.rows, len(manifest.files))
+    _require_split_columns(read_map(config, storage), manifest)
     return manifest
 
 
@@ -106,11 +102,19 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest, bundle: Bundle | Non
         )
     bundle = bundle or open_bundle(config, storage)
     _logger.info("embedding: %s", _embedding_line(config, bundle))
+    mapped = mapped_classes(config, bundle.config, storage)
+    if mapped.label_map is not None:
+        _logger.info(
+            "label map: %d labels of the bundle become %d, before splits",
+            len(bundle.config.labels),
+            len(mapped.config.labels),
+        )
     return ClassifyInputs(
         manifest=manifest,
         invalid_ids=invalid_ids,
         bundle=bundle,
-        layers=layers_of(bundle),
+        mapped=mapped,
+        layers=layers_of(bundle, mapped),
         head=ClassifierHead.of(bundle),
         views=views_of(config.tta, bundle.config.preprocessing),
         storage=storage,
@@ -132,6 +136,33 @@ def open_bundle(config: ClassifyConfig, storage: Storage) -> Bundle:
     _logger.info("model: %s", bundle_line(bundle))
     _require_fingerprint(config, bundle)
     return bundle
+
+
+def read_map(config: ClassifyConfig, storage: Storage) -> LabelMap | None:
+    """The map of `--label-map`. Raises InputError if it cannot be read or contradicts itself."""
+    return None if config.label_map is None else read_label_map(config.label_map, storage)
+
+
+def mapped_classes(config: ClassifyConfig, bundle: BundleConfig, storage: Storage) -> MappedClasses:
+    """The classes of a bundle after the map of `--label-map`.
+
+    Raises:
+        InputError: the map cannot be read or does not match the bundle.
+    """
+    return MappedClasses.of(bundle, read_map(config, storage))
+
+
+def _require_split_columns(label_map: LabelMap | None, manifest: Manifest) -> None:
+    """Raise InputError if a rule reads a column that the rows of the run do not have."""
+    types = {field.name: field.type for field in manifest.columns.kept}
+    for column in sorted((label_map.columns if label_map else frozenset()) - {ITEM_ID, URI}):
+        if column not in types:
+            raise InputError(f"--label-map: a rule reads the column {column}; add it with --keep {column}")
+        if not can_be_compared(types[column]):
+            raise InputError(
+                f"--label-map: a rule reads the column {column} of type {types[column]}; rules read text, integers and "
+                "booleans"
+            )
 
 
 def plan_on_cluster(config: ClassifyConfig, inputs: ClassifyInputs) -> tuple[ResourcePlan, Placement]:
@@ -203,7 +234,9 @@ def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
 
 def fingerprints_of(config: ClassifyConfig, inputs: ClassifyInputs) -> Fingerprints:
     """The fingerprints that identify the run: those of its manifest, its model and its settings."""
-    return Fingerprints.of(config, inputs.manifest.fingerprint, inputs.bundle.fingerprint)
+    return Fingerprints.of(
+        config, inputs.manifest.fingerprint, inputs.bundle.fingerprint, inputs.mapped.label_map
+    )
 
 
 def plan_of(
@@ -236,7 +269,9 @@ def plan_of(
             layers=inputs.layers,
             source=bundle.config.source,
             architecture=bundle.config.architecture,
-            classes=len(bundle.config.labels),
+            classes=len(inputs.mapped.config.labels),
+            label_map=inputs.mapped.label_map,
+            groups=inputs.mapped.groups,
             preprocessing=bundle.config.preprocessing,
             embedding_tap=bundle.config.embedding_tap,
             weights=bundle.config.weights,
@@ -259,7 +294,7 @@ def pipeline_spec_of(
 ) -> PipelineSpec:
     """The specification of the pipeline over all rows of the manifest."""
     kept = inputs.manifest.columns.kept
-    bundle = inputs.bundle.config
+    bundle, mapped = inputs.bundle.config, inputs.mapped
     embedding = EMBEDDING_TYPES[config.embedding_dtype]
     load = LoadSettings(
         run_id=run_id,
@@ -277,7 +312,7 @@ def pipeline_spec_of(
         share_predictions=config.share_predictions,
     )
     predict = PredictSettings(
-        labels=tuple(bundle.labels),
+        labels=tuple(mapped.config.labels),
         top_k=config.top_k,
         embedding=embedding,
         embedding_dimension=bundle.embedding_dimension,
@@ -288,7 +323,8 @@ def pipeline_spec_of(
         batch_size=resource_plan.batch_size,
         kept=kept,
         temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
-        abstention=Abstention.from_bundle(bundle) if config.abstain else None,
+        abstention=Abstention.from_bundle(mapped.config) if config.abstain else None,
+        groups=mapped.groups,
     )
     worker = WorkerSpec(
         bundle=inputs.bundle,
@@ -303,6 +339,7 @@ def pipeline_spec_of(
             embedding,
             bundle.embedding_dimension,
             abstain=config.abstain,
+            label_map=mapped.label_map,
         ),
         resources=resource_plan,
     )
@@ -314,91 +351,3 @@ def pipeline_spec_of(
         placement=placement,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
     )
-
-
-def choose_reuse_source(
-    config: ClassifyConfig, plan: Plan, storage: Storage, placement: Placement = _ANYWHERE
-) -> PlannedReuse | None:
-    """The run whose predictions can be reused; None if there is none.
-
-    If its embeddings are to be used, they are tested in a task on a node of `placement`.
-
-    Raises:
-        InputError: --reuse names no complete committed run, or --retry-quarantine has no run to start from.
-    """
-    record = _reusable_record(config, plan, storage)
-    if record is None:
-        if config.retry_quarantine:
-            raise InputError(
-                "--retry-quarantine: there is no unfinished run of this manifest, model and settings and no run to "
-                "take the other predictions from; name one with --reuse RUN_ID"
-            )
-        return None
-    decision = decide_reuse(record, plan, config.setting_layers())
-    agreement = None
-    if decision.method == "rehead":
-        decision, agreement = _check_embeddings(record, decision, storage, placement)
-    if decision.method is None:
-        if config.retry_quarantine:
-            raise InputError(f"--retry-quarantine: {decision.reason}; leave the flag out")
-        _logger.info("reuse: nothing, %s", decision.reason)
-        return None
-    same_manifest = record.manifest.fingerprint == plan.manifest.fingerprint
-    return PlannedReuse(
-        run_id=record.run_id,
-        by_row=config.retry_quarantine and same_manifest,
-        method=decision.method,
-        agreement=agreement,
-    )
-
-
-def _check_embeddings(
-    record: RunRecord, decision: ReuseDecision, storage: Storage, placement: Placement
-) -> tuple[ReuseDecision, HeadAgreement | None]:
-    """Measure whether the stored embeddings of a run reproduce its predictions; no image is read."""
-    layers = record.model.layers
-    assert layers is not None
-    if not record.counts.with_prediction:
-        return ReuseDecision(None, f"{record.run_id} has no predictions"), None
-    try:
-        head = stored_heads.load(record.output, layers.head, storage)
-        rows = sample_rows(record, ("embedding", "probability", "top_k"), _SAMPLED_ROWS, storage)
-    except InputError as error:
-        return ReuseDecision(None, f"{decision.reason}, and {error}"), None
-    agreement = measure_on_cluster(rows, head, layers.temperature, placement)
-    problem = violation(agreement)
-    if problem is not None:
-        return ReuseDecision(
-            None, f"{record.run_id} was made with {decision.reason}, and {problem}"
-        ), agreement
-    _logger.info(
-        "reuse: %s; predictions are computed from the embeddings of %s, whose classifier reproduces %.2f %% of %d "
-        "stored predictions, and their probabilities within %.4f",
-        decision.reason,
-        record.run_id,
-        100 * agreement.top1_agreement,
-        agreement.rows,
-        agreement.max_probability_difference,
-    )
-    return decision, agreement
-
-
-def _reusable_record(config: ClassifyConfig, plan: Plan, storage: Storage) -> RunRecord | None:
-    if config.reuse == "none":
-        return None
-    if config.reuse != "published":
-        return _require_complete(read_record(config.output, config.reuse, storage), storage)
-    return find_reusable_run(
-        plan,
-        lambda record: decide_reuse(record, plan, config.setting_layers()).method,
-        config.output,
-        storage,
-        same_manifest_first=config.retry_quarantine,
-    )
-
-
-def _require_complete(record: RunRecord, storage: Storage) -> RunRecord:
-    faults = presence_faults(record, storage)
-    if faults:
-        raise DamagedRunError(f"run {record.run_id} is not complete: {'; '.join(faults)}")
-    return record

@@ -22,14 +22,15 @@ from batchcls.errors import BatchclsError, InputError
 from batchcls.jobs.classify_plan import (
     ClassifyInputs,
     check_inputs,
-    choose_reuse_source,
     fingerprints_of,
     open_bundle,
     open_inputs,
     pipeline_spec_of,
     plan_of,
     plan_on_cluster,
+    read_map,
 )
+from batchcls.jobs.classify_reuse import choose_reuse_source
 from batchcls.manifest.snapshot import Manifest
 from batchcls.pipeline.copy_predictions import copy_predictions
 from batchcls.pipeline.executor import PipelineResult, execute
@@ -174,7 +175,8 @@ def commit_run(config: ClassifyConfig, console: Console) -> CommittedRun:
     if _may_be_committed(config, manifest, storage):
         # Then no row is left to compute, and neither Ray nor a node of its cluster is needed.
         bundle = open_bundle(config, storage)
-        fingerprints = Fingerprints.of(config, manifest.fingerprint, bundle.fingerprint)
+        label_map = read_map(config, storage)
+        fingerprints = Fingerprints.of(config, manifest.fingerprint, bundle.fingerprint, label_map)
         unpublished = find_unpublished_run(config, fingerprints, storage)
         if unpublished is not None:
             return reevaluate_run(config, unpublished, storage)
@@ -365,7 +367,11 @@ def _reuse(run: _LeasedRun, spec: PipelineSpec) -> list[Receipt]:
     except InputError as error:
         _logger.warning("reuse: nothing, run %s cannot be read: %s", source.run_id, error)
         return []
-    predictions = StoredPredictions(source.method, spec.worker.predict, run.inputs.head)
+    method, label_map = source.method, run.plan.model.label_map
+    if method == "copy" and label_map is not None and label_map.split:
+        # A row may be split differently now: its columns may have changed, or the other row with its image had others.
+        method = "relabel"
+    predictions = StoredPredictions(method, spec.worker.predict, run.inputs.head)
     receipts = copy_predictions(spec, earlier, predictions, run.lease.check)
     with resumable_errors(marker):
         rows = sum(receipt.rows for receipt in receipts)

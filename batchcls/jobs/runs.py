@@ -1,9 +1,10 @@
-"""`batchcls runs`: list, show, diff, report, publish, rollback, prune and verify runs."""
+"""`batchcls runs`: list, show, diff, report, relabel, publish, rollback, prune and verify runs."""
 
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from batchcls.cli.app import Command, main
@@ -20,21 +21,25 @@ from batchcls.cli.run_tables import (
     statuses_table,
 )
 from batchcls.cli.tables import counts_table, gates_table
+from batchcls.config.classify_config import ClassifyConfig
 from batchcls.config.runs_config import (
     RunsConfig,
     RunsDiffConfig,
     RunsListConfig,
     RunsPruneConfig,
     RunsPublishConfig,
+    RunsRelabelConfig,
     RunsReportConfig,
     RunsRollbackConfig,
     RunsShowConfig,
     RunsVerifyConfig,
 )
 from batchcls.errors import ExitCode, InputError, PublishRefused
+from batchcls.jobs.classify import classify
+from batchcls.manifest.snapshot import open_manifest
 from batchcls.report.run_report import write_run_report
 from batchcls.runs import stored_heads
-from batchcls.runs.catalog import ListedRun, list_runs, read_record
+from batchcls.runs.catalog import ListedRun, list_runs, read_plan, read_record
 from batchcls.runs.diff import CAUSES, diff_runs
 from batchcls.runs.gate_evaluation import current_gates
 from batchcls.runs.gates import failed_gates
@@ -125,6 +130,40 @@ def report(config: RunsReportConfig, console: Console) -> ExitCode:
     )
     results_console().print(f"report: {redact_uri(uri)}")
     return ExitCode.DONE
+
+
+def relabel(config: RunsRelabelConfig, console: Console) -> ExitCode:
+    """Run the job of a run again with a label map; its predictions are reused, and no image is read."""
+    record, storage = _record(config, config.run)
+    plan = read_plan(config.output, record.run_id, storage)
+    if plan is None:
+        raise InputError(f"run {record.run_id} has no plan.json; add --label-map to the command that made it")
+    changes: dict[str, object] = {
+        "output": config.output,
+        "storage_options": config.storage_options,
+        "label_map": config.label_map,
+        "model_fingerprint": record.model.fingerprint,
+        "reuse": record.run_id,
+        "run_id": None,
+        "publish": True,
+        "retry_quarantine": False,
+    }
+    changes |= {} if config.ray_address is None else {"ray_address": config.ray_address}
+    try:
+        job = ClassifyConfig.from_recorded({**plan.config, **changes})
+        job = job.model_copy(update={"keep": list(dict.fromkeys([*job.keep, *config.keep]))})
+    except ValidationError as error:
+        raise InputError(
+            f"the settings of run {record.run_id} are of another version ({error.error_count()} are not valid); add "
+            "--label-map to the command that made it"
+        ) from None
+    manifest = open_manifest(job.manifest, storage, id_column=job.id_column, keep=job.keep, limit=job.limit)
+    if manifest.fingerprint != record.manifest.fingerprint:
+        raise InputError(
+            f"the manifest {redact_uri(job.manifest)} has changed since run {record.run_id}; the next night applies "
+            "the map to it: add --label-map to its command"
+        )
+    return classify(job, console)
 
 
 def publish_run(config: RunsPublishConfig, console: Console) -> ExitCode:
@@ -288,6 +327,16 @@ COMMANDS = (
         RunsReportConfig,
         report,
         _examples("report --output out", "report latest --before 20261123 --output s3://shop/out"),
+        ("run",),
+    ),
+    Command(
+        "relabel",
+        RunsRelabelConfig,
+        relabel,
+        _examples(
+            "relabel published --label-map labels.toml --output s3://shop/out",
+            "relabel latest --label-map labels.toml --keep department --output out",
+        ),
         ("run",),
     ),
     Command(

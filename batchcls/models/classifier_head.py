@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from batchcls.errors import InputError
+from batchcls.models.mapped_classes import MappedClasses
 from batchcls.models.model_bundle import CONFIG_FILE, WEIGHTS_FILE, Bundle, sha256_hex
 from batchcls.storage.documents import StoredRecord
 
@@ -38,7 +39,8 @@ class ModelLayers(StoredRecord):
             classifier is not separable.
         head: `ClassifierHead.digest`; empty if the classifier is not one linear layer on the embedding, or if the
             bundle does not record it.
-        labels, category_paths: of these lists.
+        classes: of the sums of a label map, `ClassGroups.digest`; empty if no classes are merged or retired.
+        labels, category_paths: of these lists, and of the rules that split labels.
         temperature: of the calibration, 1 without one.
         thresholds: of the thresholds for labels and for depths of the category tree.
     """
@@ -46,6 +48,7 @@ class ModelLayers(StoredRecord):
     preprocessing: str
     trunk: str
     head: str
+    classes: str = ""
     labels: str
     category_paths: str
     temperature: float
@@ -127,14 +130,21 @@ class ClassifierHead:
         return values
 
 
-def layers_of(bundle: Bundle) -> ModelLayers:
+def layers_of(bundle: Bundle, mapped: MappedClasses | None = None) -> ModelLayers:
     """Compute the fingerprints of the parts of a bundle.
+
+    Args:
+        bundle: the bundle.
+        mapped: its classes after a label map; None without one.
 
     Raises:
         InputError: the weights do not contain the classifier that the bundle records.
     """
     config, head = bundle.config, ClassifierHead.of(bundle)
-    calibration = config.calibration
+    mapped = mapped or MappedClasses(config)
+    calibration = mapped.config.calibration
+    label_map = mapped.label_map
+    splits = label_map.model_dump(mode="json")["split"] if label_map is not None else {}
     excluded = set(config.head_tensors or ())
     trunk = {
         "source": config.source,
@@ -152,8 +162,9 @@ def layers_of(bundle: Bundle) -> ModelLayers:
         preprocessing=_digest(config.preprocessing.model_dump(mode="json")),
         trunk=_digest(trunk),
         head="" if head is None else head.digest,
-        labels=_digest(config.labels),
-        category_paths=_digest(config.category_paths),
+        classes="" if mapped.groups is None else mapped.groups.digest,
+        labels=_digest([mapped.config.labels, splits] if splits else mapped.config.labels),
+        category_paths=_digest(mapped.config.category_paths),
         temperature=1.0 if calibration is None else calibration.temperature,
         thresholds=_digest(thresholds),
     )

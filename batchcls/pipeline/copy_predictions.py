@@ -27,6 +27,7 @@ from batchcls.images.url_policy import resolve_uri
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.models.classifier_head import ClassifierHead
+from batchcls.models.mapped_classes import ClassGroups
 from batchcls.pipeline.pipeline_spec import MAX_RETRIES, LoadSpec, PipelineSpec
 from batchcls.pipeline.ray_errors import to_batchcls_error
 from batchcls.pipeline.stored_predictions import StoredPredictions, measure_agreement
@@ -120,7 +121,11 @@ def copy_predictions(
 
 
 def measure_on_cluster(
-    rows: pa.Table, head: ClassifierHead, temperature: float, placement: Placement
+    rows: pa.Table,
+    head: ClassifierHead,
+    temperature: float,
+    groups: ClassGroups | None,
+    placement: Placement,
 ) -> HeadAgreement:
     """Run `measure_agreement` in a task, because the driver does not import PyTorch.
 
@@ -131,7 +136,7 @@ def measure_on_cluster(
         measure_agreement
     )
     try:
-        agreement: HeadAgreement = ray.get(task.remote(rows, head, temperature))
+        agreement: HeadAgreement = ray.get(task.remote(rows, head, temperature, groups))
     except ray.exceptions.RayError as error:
         raise to_batchcls_error(error) from error
     return agreement

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.classifier_head import ClassifierHead
 from batchcls.models.engines.engine import EngineOutput
+from batchcls.models.mapped_classes import ClassGroups
 from batchcls.runs.parts import REHEADED, REUSED, Origin
 from batchcls.runs.plan import HeadAgreement, ReuseMethod
 from batchcls.schema import TOP_K_TYPE, prediction_fields
@@ -69,13 +70,16 @@ class StoredPredictions:
         return _rehead(rows.column("embedding"), self.head, self.settings)
 
 
-def measure_agreement(rows: pa.Table, head: ClassifierHead, temperature: float) -> HeadAgreement:
+def measure_agreement(
+    rows: pa.Table, head: ClassifierHead, temperature: float, groups: ClassGroups | None = None
+) -> HeadAgreement:
     """Compare stored predictions with those that a head computes from the stored embeddings.
 
     Args:
         rows: at least one row, with the columns embedding, probability and top_k.
         head: the head of the run that stored them.
         temperature: the temperature of that run.
+        groups: sums of the label map of that run; None without one.
     """
     from batchcls.inference.postprocess import softmax  # noqa: PLC0415 - imports PyTorch
 
@@ -86,6 +90,8 @@ def measure_agreement(rows: pa.Table, head: ClassifierHead, temperature: float) 
         ]
     )
     stored = _class_indices(rows.column("top_k"))
+    if groups is not None:
+        probabilities = groups.sum(probabilities)
     found = probabilities[np.arange(len(stored)), stored]
     differences = np.abs(found - rows.column("probability").to_numpy())
     return HeadAgreement(

@@ -204,6 +204,7 @@ def run_page(facts: RunFacts, thumbnails: Mapping[int, Thumbnail], version: str)
         churn=_churn_numbers(facts),
         flows=[cards.flow(flow, changes.changed) for flow in flows] if changes else [],
         more_flows=changes.flow_count - len(flows) if changes else 0,
+        label_map=_mapped_rows(facts),
         mixes=_mixes(facts),
         histogram=None if confidence is None else _histogram(confidence),
         ends=(
@@ -243,7 +244,7 @@ def _headline_numbers(facts: RunFacts) -> list[_RunCard]:
     previous = f", {share(before.quarantined, before.rows)} before" if before else ""
     cards.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + previous))
     if facts.changes is not None:
-        both = facts.changes.same + facts.changes.changed
+        both = facts.changes.both
         changed = facts.changes.changed
         cards.append(_RunCard("labels changed", f"{changed:,}", share(changed, both) if both else ""))
     if facts.measurements.bottleneck is not None:
@@ -261,7 +262,7 @@ def _churn_numbers(facts: RunFacts) -> list[_RunCard]:
     changes = facts.changes
     if changes is None:
         return []
-    both = changes.same + changes.changed
+    both = changes.both
     cards = [
         _RunCard("same label", f"{changes.same:,}", f"{share(changes.same, both)} of the items in both runs"),
         _RunCard(
@@ -273,7 +274,33 @@ def _churn_numbers(facts: RunFacts) -> list[_RunCard]:
         _RunCard("removed", f"{changes.removed:,}", f"predicted in {changes.run_id} only"),
     ]
     causes = [_RunCard("of these", f"{rows:,}", cause) for cause, rows in changes.causes]
-    return [*cards[:2], *causes, *cards[2:]]
+    note = f"{share(changes.mapped, both)} of the items in both runs, as the label map defines"
+    mapped = [_RunCard("mapped label", f"{changes.mapped:,}", note)] if changes.mapped else []
+    return [*cards[:2], *causes, *mapped, *cards[2:]]
+
+
+@dataclass(frozen=True, slots=True)
+class _MappedRow:
+    """A row of the table of the label map."""
+
+    kind: str
+    before: str
+    after: str
+    rows_before: str
+    rows: str
+
+
+def _mapped_rows(facts: RunFacts) -> list[_MappedRow]:
+    return [
+        _MappedRow(
+            kind=entry.kind,
+            before=", ".join(display_label(label) for label in entry.before),
+            after="-" if entry.after is None else display_label(entry.after),
+            rows_before="-" if entry.rows_before is None else f"{entry.rows_before:,}",
+            rows=f"{entry.rows:,}",
+        )
+        for entry in facts.label_map
+    ]
 
 
 def _mixes(facts: RunFacts) -> list[tuple[str, str, list[_MixRow]]]:

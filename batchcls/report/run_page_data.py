@@ -155,6 +155,7 @@ class Changes:
         flows: the most frequent label changes, in descending order.
         flow_count: total number of distinct label changes.
         causes: description and item count of each cause of change; empty if unknown.
+        mapped: items in both runs with another label that corresponds to the old one by the label map.
     """
 
     run_id: str
@@ -165,6 +166,32 @@ class Changes:
     flows: tuple[LabelFlow, ...]
     flow_count: int
     causes: tuple[tuple[str, int], ...] = ()
+    mapped: int = 0
+
+    @property
+    def both(self) -> int:
+        """Items in both runs."""
+        return self.same + self.mapped + self.changed
+
+
+@dataclass(frozen=True, slots=True)
+class MappedLabel:
+    """A label of the label map, with its row counts.
+
+    Attributes:
+        kind: renamed, merged, retired or split.
+        before: labels of the bundle.
+        after: label of the run; None if they were retired without a replacement.
+        rows: rows of the run with this label.
+        rows_before: rows of the baseline run with one of these labels, before or after a map; None without a baseline
+            run, and where an earlier line counts them.
+    """
+
+    kind: str
+    before: tuple[str, ...]
+    after: str | None
+    rows: int
+    rows_before: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +218,7 @@ class RunFacts:
         measurements: of the session that finished the run; without a bottleneck if it computed no row.
         confidence, categories: None if no row has a prediction.
         changes: None without a baseline run.
+        label_map: the labels that the label map changes; empty without a map.
         facts: name and value of further properties: manifest, model, engine, hardware.
         folder: URI of the run folder, without credentials.
         before: counts of the baseline run, None without one.
@@ -213,6 +241,7 @@ class RunFacts:
     facts: tuple[tuple[str, str], ...]
     folder: str
     before: BaselineFacts | None
+    label_map: tuple[MappedLabel, ...] = ()
 
     @property
     def quarantined(self) -> int:

@@ -25,6 +25,7 @@ from batchcls.report.run_page_data import (
 )
 from batchcls.runs.bounded_query import connect
 from batchcls.runs.catalog import read_columns
+from batchcls.runs.label_groups import CORRESPONDS, JOIN_LABEL_GROUPS, LabelGroups
 
 _ROWS_PER_REASON = 6
 _MAX_ID_LENGTH = 300
@@ -117,13 +118,14 @@ _EXAMPLES_PER_FLOW = 4
 
 # A predicted item always has a probability. Its label is null if the job abstained.
 _IN_BOTH_RUNS = "probability IS NOT NULL AND probability_before IS NOT NULL"
-_LABEL_CHANGED = f"{_IN_BOTH_RUNS} AND label IS DISTINCT FROM label_before"
+_LABEL_CHANGED = f"{_IN_BOTH_RUNS} AND NOT corresponds"
+_LABEL_MAPPED = f"{_IN_BOTH_RUNS} AND corresponds AND label IS DISTINCT FROM label_before"
 
-_WITH_BASELINE = """
+_WITH_BASELINE = f"""
 CREATE TEMP TABLE joined AS
-SELECT now.row AS row, now.label AS label, now.probability AS probability,
-       earlier.label AS label_before, earlier.probability AS probability_before
-FROM predictions AS now FULL OUTER JOIN predictions_before AS earlier ON now.item_id = earlier.item_id
+SELECT new.row AS row, new.label AS label, new.probability AS probability,
+       old.label AS label_before, old.probability AS probability_before, {CORRESPONDS} AS corresponds
+FROM predictions AS new FULL OUTER JOIN predictions_before AS old ON new.item_id = old.item_id {JOIN_LABEL_GROUPS}
 """
 _NO_BASELINE = """
 CREATE TEMP TABLE joined AS
@@ -154,12 +156,17 @@ class RunStatistics:
     changes: Changes | None = None
 
 
-def read_statistics(predictions: ds.Dataset, before: tuple[str, ds.Dataset] | None = None) -> RunStatistics:
+def read_statistics(
+    predictions: ds.Dataset,
+    before: tuple[str, ds.Dataset] | None = None,
+    groups: LabelGroups | None = None,
+) -> RunStatistics:
     """Compute all statistics in one scan per run, and read the example rows.
 
     Args:
         predictions: predictions of the run, with the schema of `schema.predictions_schema`.
         before: ID and predictions of the baseline run.
+        groups: labels of both runs that correspond to each other after the label maps; None: equal labels only.
     """
     has_baseline = before is not None
     with connect(_MEMORY_MIB) as connection:
@@ -167,6 +174,7 @@ def read_statistics(predictions: ds.Dataset, before: tuple[str, ds.Dataset] | No
         connection.register("predictions", read_columns(predictions, _COLUMNS))
         if before is not None:
             connection.register("predictions_before", read_columns(before[1], _COLUMNS))
+            (groups or LabelGroups()).register(connection)
         connection.execute(_WITH_BASELINE if has_baseline else _NO_BASELINE)
         if _one(connection, "SELECT count(row) FROM joined") == (0,):
             return RunStatistics()
@@ -292,9 +300,10 @@ def _changes(
     flows: Sequence[_FlowRow],
     items: Mapping[int, PredictedRow],
 ) -> Changes:
-    same, changed, new, removed, flow_count = _one(
+    same, mapped, changed, new, removed, flow_count = _one(
         connection,
-        f"""SELECT count(*) FILTER ({_IN_BOTH_RUNS} AND label IS NOT DISTINCT FROM label_before),
+        f"""SELECT count(*) FILTER ({_IN_BOTH_RUNS} AND corresponds AND label IS NOT DISTINCT FROM label_before),
+                  count(*) FILTER ({_LABEL_MAPPED}),
                   count(*) FILTER ({_LABEL_CHANGED}),
                   count(*) FILTER (probability_before IS NULL), count(*) FILTER (probability IS NULL),
                   count(DISTINCT (label_before, label)) FILTER ({_LABEL_CHANGED}) FROM joined""",
@@ -302,6 +311,7 @@ def _changes(
     return Changes(
         run_id=run_id,
         same=same,
+        mapped=mapped,
         changed=changed,
         new=new,
         removed=removed,

@@ -14,6 +14,7 @@ from batchcls.report.formatting import count, size
 from batchcls.report.run_page import run_page
 from batchcls.report.run_page_data import (
     BaselineFacts,
+    MappedLabel,
     PredictedRow,
     PublishStatus,
     QuarantinedRow,
@@ -25,10 +26,11 @@ from batchcls.report.thumbnails import Source, make_thumbnails
 from batchcls.resources import NodeResources
 from batchcls.runs.catalog import open_parts, read_current, read_record
 from batchcls.runs.catalog import read_plan as read_plan_record
-from batchcls.runs.diff import CAUSES, count_causes
+from batchcls.runs.diff import CAUSES, count_causes, label_groups
 from batchcls.runs.paths import PLAN, REPORT
 from batchcls.runs.plan import Plan
 from batchcls.runs.records import GateResult, RunRecord
+from batchcls.runs.summary import summary_of
 from batchcls.schema import REASONS, Reason, Stage
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.uris import parent_folder
@@ -49,7 +51,8 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
     """
     with explain(record.folder):
         earlier = None if before is None else (before.run_id, open_parts(before, "predictions", storage))
-        statistics = read_statistics(open_parts(record, "predictions", storage), earlier)
+        groups = None if before is None else label_groups(before, record)
+        statistics = read_statistics(open_parts(record, "predictions", storage), earlier, groups)
         quarantine_groups = read_quarantine(open_parts(record, "quarantine", storage))
         changes = statistics.changes
         if changes is not None and before is not None and changes.changed:
@@ -75,7 +78,31 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         facts=_about(record, read_plan(record, storage)),
         folder=redact_uri(record.folder),
         before=None if before is None else _baseline_facts(before),
+        label_map=_mapped_labels(record, before, storage),
     )
+
+
+def _mapped_labels(record: RunRecord, before: RunRecord | None, storage: Storage) -> tuple[MappedLabel, ...]:
+    """The labels that the label map of a run changes, in the order of the map."""
+    label_map = record.model.label_map
+    if label_map is None:
+        return ()
+    now = summary_of(record, storage).categories
+    earlier = None if before is None else summary_of(before, storage).categories
+
+    def line(kind: str, labels: tuple[str, ...], after: str | None) -> MappedLabel:
+        known = dict.fromkeys((*labels, *(() if after is None else (after,))))
+        old = None if earlier is None else sum(earlier.get(label, 0) for label in known)
+        return MappedLabel(kind, labels, after, 0 if after is None else now.get(after, 0), old)
+
+    lines = [line("renamed", (old,), new) for old, new in label_map.rename.items()]
+    lines += [line("merged", members, new) for new, members in label_map.merge.items()]
+    lines += [line("retired", (old,), label_map.unsplit(old)) for old in label_map.retire]
+    for whole, split in label_map.split.items():
+        first, *others = split.labels
+        lines.append(line("split", (whole,), first))
+        lines += [MappedLabel("split", (whole,), label, now.get(label, 0), None) for label in others]
+    return tuple(lines)
 
 
 def read_plan(record: RunRecord, storage: Storage) -> Plan:

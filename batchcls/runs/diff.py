@@ -12,6 +12,7 @@ import duckdb
 
 from batchcls.runs.bounded_query import connect
 from batchcls.runs.catalog import open_parts, read_columns
+from batchcls.runs.label_groups import CORRESPONDS, JOIN_LABEL_GROUPS, LabelGroups
 from batchcls.runs.records import RunRecord, Summary
 from batchcls.runs.summary import jensen_shannon, summary_of
 from batchcls.schema import Reason
@@ -26,6 +27,7 @@ DIFF = "diff.json"
 STATUSES: Mapping[str, str] = {
     "unchanged": "the same label in both runs",
     "changed": "another label",
+    "mapped": "another label, which corresponds to the old one by the label map",
     "new": "only in the new run",
     "gone": "only in the old run",
     "failed": "predicted before, now in quarantine",
@@ -34,18 +36,19 @@ STATUSES: Mapping[str, str] = {
 }
 """All statuses of an item, with their meanings."""
 
-ModelChange = Literal["none", "trunk", "head", "calibration", "labels", "model"]
+ModelChange = Literal["none", "trunk", "head", "classes", "calibration", "labels", "model"]
 """The first part of the model, on the way from the pixels to the label, that differs between two runs."""
 
 CAUSES: Mapping[str, str] = {
     "image": "the image changed",
     "trunk": "the network up to the embedding, or the preprocessing, changed",
     "head": "the classifier changed, and nothing before it",
+    "classes": "labels were merged or retired, which changes the best one of other items as well",
     "calibration": "temperature, thresholds, category paths or --abstain changed, and no weights",
     "labels": "labels were renamed, and nothing else changed",
     "model": "the model changed; a run does not record which part of it",
     "image_and_model": "the image and the model changed",
-    "neither": "neither changed: another engine, precision or hardware",
+    "neither": "neither changed: another engine, precision or hardware, or a column by which a label is split",
 }
 """All causes of a changed label, with their meanings."""
 
@@ -77,7 +80,8 @@ FROM (
             WHEN old.probability IS NULL AND new.probability IS NULL THEN 'still_failed'
             WHEN new.probability IS NULL THEN 'failed'
             WHEN old.probability IS NULL THEN 'recovered'
-            WHEN old.label IS NOT DISTINCT FROM new.label THEN 'unchanged'
+            WHEN {corresponds} THEN
+                CASE WHEN old.label IS NOT DISTINCT FROM new.label THEN 'unchanged' ELSE 'mapped' END
             ELSE 'changed' END AS status,
         coalesce(new.content_hash <> old.content_hash, false) AS image_changed,
         coalesce(new.uri, old.uri) AS uri,
@@ -85,7 +89,7 @@ FROM (
         old.label AS old_label, new.label AS new_label,
         old.probability AS old_probability, new.probability AS new_probability,
         old.reason AS old_reason, new.reason AS new_reason
-    FROM new FULL JOIN old ON new.item_id = old.item_id
+    FROM new FULL JOIN old ON new.item_id = old.item_id {label_groups}
 )
 """
 
@@ -104,12 +108,13 @@ _BY_SIZE = "items DESC, old_label, new_label"
 _FLOWS = f"""
 SELECT old_label, new_label, count(*) AS items,
     count(*) FILTER (cause = 'image') AS by_image,
-    count(*) FILTER (cause IN ('trunk', 'head', 'calibration', 'labels', 'model')) AS by_model,
+    count(*) FILTER (cause IN ('trunk', 'head', 'classes', 'calibration', 'labels', 'model')) AS by_model,
     count(*) FILTER (cause = 'image_and_model') AS by_image_and_model,
     count(*) FILTER (cause = 'neither') AS by_neither,
+    count(*) FILTER (status = 'mapped') AS by_label_map,
     avg(old_probability) AS old_probability, avg(new_probability) AS new_probability,
     max_by(new_row, new_probability, {_EXAMPLES}) AS example_rows
-FROM joined WHERE status IN ('unchanged', 'changed') GROUP BY ALL
+FROM joined WHERE status IN ('unchanged', 'changed', 'mapped') GROUP BY ALL
 ORDER BY {_BY_SIZE}
 """
 
@@ -117,8 +122,9 @@ ORDER BY {_BY_SIZE}
 class LabelChange(StoredRecord):
     """The items whose label changed from `old_label` to `new_label`.
 
-    A label is None if the job abstained; `by_model` are those by any part of the model. `example_rows` are row numbers
-    in the manifest of the new run, the most confident first; the probabilities are means.
+    A label is None if the job abstained; `by_model` are those by any part of the model, `by_label_map` those that
+    correspond by the label map. `example_rows` are row numbers in the manifest of the new run, the most confident
+    first; the probabilities are means.
     """
 
     old_label: str | None
@@ -128,6 +134,7 @@ class LabelChange(StoredRecord):
     by_model: int
     by_image_and_model: int
     by_neither: int
+    by_label_map: int = 0
     old_probability: float
     new_probability: float
     example_rows: tuple[int, ...]
@@ -143,7 +150,7 @@ class RunDiff(Document):
         causes: items with a changed label by cause, with every cause of `CAUSES`.
         images_changed: items in both runs whose image has changed, regardless of their label.
         flows: the most frequent label changes.
-        category_shift: Jensen-Shannon distance of the category mixes, base 2.
+        category_shift: Jensen-Shannon distance of the category mixes after the label maps, base 2.
         old_summary, new_summary: summaries of the runs.
     """
 
@@ -162,7 +169,7 @@ class RunDiff(Document):
     @property
     def compared(self) -> int:
         """Items with predictions in both runs."""
-        return self.statuses["unchanged"] + self.statuses["changed"]
+        return self.statuses["unchanged"] + self.statuses["changed"] + self.statuses["mapped"]
 
 
 def diff_runs(
@@ -182,6 +189,11 @@ def diff_runs(
         InputError: a file is missing, damaged or cannot be written.
     """
     old_summary, new_summary = summary_of(old, storage), summary_of(new, storage)
+    groups = label_groups(old, new)
+    categories = (
+        groups.old_categories(old_summary.categories),
+        groups.new_categories(new_summary.categories),
+    )
     with connect() as connection:
         _join(connection, old, new, storage)
         found = RunDiff(
@@ -192,13 +204,18 @@ def diff_runs(
             causes=_counts(connection, "cause", CAUSES),
             images_changed=_one(connection, "SELECT count(*) FROM joined WHERE image_changed"),
             flows=_largest(connection, largest),
-            category_shift=jensen_shannon(old_summary.categories, new_summary.categories),
+            category_shift=jensen_shannon(*categories),
             old_summary=old_summary,
             new_summary=new_summary,
         )
         if to is not None:
             _write(connection, found, to, storage)
     return found
+
+
+def label_groups(old: RunRecord, new: RunRecord) -> LabelGroups:
+    """The labels of two runs that correspond to each other after their label maps."""
+    return LabelGroups.between(old.model.label_map, new.model.label_map)
 
 
 def model_change(old: RunRecord, new: RunRecord) -> ModelChange:
@@ -213,6 +230,8 @@ def model_change(old: RunRecord, new: RunRecord) -> ModelChange:
         return "trunk"
     if before.head != now.head:
         return "head"
+    if before.classes != now.classes:
+        return "classes"
     abstains = tuple(bool(run.result_settings.get("abstain")) for run in (old, new))
     after_head = ("temperature", "thresholds", "category_paths") if any(abstains) else ("temperature",)
     if abstains[0] != abstains[1] or any(getattr(before, name) != getattr(now, name) for name in after_head):
@@ -235,7 +254,10 @@ def _join(connection: duckdb.DuckDBPyConnection, old: RunRecord, new: RunRecord,
     """Create the table `joined` with one row for each item of either run."""
     for side, record in (("old", old), ("new", new)):
         _register(connection, side, record, storage)
-    connection.execute(_JOINED.format(change=model_change(old, new)))
+    label_groups(old, new).register(connection)
+    connection.execute(
+        _JOINED.format(change=model_change(old, new), corresponds=CORRESPONDS, label_groups=JOIN_LABEL_GROUPS)
+    )
 
 
 def _register(connection: duckdb.DuckDBPyConnection, side: str, record: RunRecord, storage: Storage) -> None:

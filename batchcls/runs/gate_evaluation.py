@@ -27,6 +27,7 @@ from batchcls.runs.gates import (
     failed_gates,
     is_about_failed_rows,
 )
+from batchcls.runs.label_groups import LabelGroups
 from batchcls.runs.parts import Receipt
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Plan
@@ -253,7 +254,14 @@ def _baseline(run: _FinishedRun, published: str, storage: Storage) -> Baseline:
         "predictions",
         storage,
     )
-    compared, changed = changed_labels(new, open_parts(record, "predictions", storage))
+    groups = LabelGroups.between(record.model.label_map, run.model.label_map)
+    if record.model.label_map is not None and run.model.label_map is None:
+        _logger.warning(
+            "the published run %s has a label map and this one has none, so their labels are compared literally; to "
+            "return to the labels of the bundle, give an empty file as --label-map",
+            published,
+        )
+    compared, changed = changed_labels(new, open_parts(record, "predictions", storage), groups)
     return Baseline(
         run_id=published,
         model_changed=record.model.fingerprint != run.model.fingerprint,
@@ -261,4 +269,5 @@ def _baseline(run: _FinishedRun, published: str, storage: Storage) -> Baseline:
         summary=summary_of(record, storage),
         compared=compared,
         changed=changed,
+        groups=groups,
     )

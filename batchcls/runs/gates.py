@@ -10,12 +10,13 @@ model than the baseline has the same limits, because consumers see the same chan
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from batchcls.config.common_config import AutoOrFraction
 from batchcls.config.gates_config import GateSettings
 from batchcls.runs.commit import allowed_fraction
+from batchcls.runs.label_groups import LabelGroups
 from batchcls.runs.records import Counts, GateResult, Summary
 from batchcls.runs.summary import divergence_by_chance, jensen_shannon
 
@@ -30,7 +31,8 @@ _CONFIDENCE, _DEVIATIONS = 0.95, 1.645
 class Baseline:
     """The properties of the published run that gates compare with.
 
-    `compared` items have predictions in both runs; `changed` of them have different labels.
+    `compared` items have predictions in both runs; `changed` of them have different labels. `groups` are the labels of
+    both runs that correspond to each other after the label maps.
     """
 
     run_id: str
@@ -39,6 +41,7 @@ class Baseline:
     summary: Summary
     compared: int
     changed: int
+    groups: LabelGroups = field(default_factory=LabelGroups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,7 @@ def _changed_labels(subject: CandidateRun, baseline: Baseline, limits: Limits) -
     value = baseline.changed / baseline.compared
     text = (
         f"{value:.2%} of the {baseline.compared} items that are also in run {baseline.run_id} have another label"
-        f"{_model_note(baseline)}"
+        f"{_map_note(baseline)}{_model_note(baseline)}"
     )
     limit = limits.gates.gate_max_changed_labels_fraction
     # The fraction at which the lower bound of the Wilson interval equals the limit.
@@ -153,13 +156,16 @@ def _category_shift(subject: CandidateRun, baseline: Baseline, limits: Limits) -
     name, min_rows = "category_shift", min(subject.summary.predictions, baseline.summary.predictions)
     if min_rows < max(1, limits.gates.gate_min_rows):
         return _not_evaluated(name, min_rows, limits)
-    value = jensen_shannon(subject.summary.categories, baseline.summary.categories)
+    # The same groups of labels on both sides, so that a renamed or merged label is no shift.
+    categories = baseline.groups.new_categories(subject.summary.categories)
+    before = baseline.groups.old_categories(baseline.summary.categories)
+    value = jensen_shannon(categories, before)
     text = (
         f"the category mix has a Jensen-Shannon distance of {value:.4f} from that of run {baseline.run_id}"
-        f"{_model_note(baseline)}"
+        f"{_map_note(baseline)}{_model_note(baseline)}"
     )
     limit = limits.gates.gate_max_category_shift
-    divergence = divergence_by_chance(subject.summary.categories, baseline.summary.categories, _CONFIDENCE)
+    divergence = divergence_by_chance(categories, before, _CONFIDENCE)
     widened = _Widened(limit, min(1.0, math.sqrt(limit**2 + divergence)), min_rows)
     return _estimated(name, value, "at most", widened, text)
 
@@ -279,6 +285,10 @@ def _result(
 def _not_evaluated(gate: str, rows: int, limits: Limits) -> GateResult:
     message = f"not evaluated: {rows} rows to compare, --gate-min-rows is {limits.gates.gate_min_rows}"
     return GateResult(gate=gate, value=None, limit=None, passed=True, message=message)
+
+
+def _map_note(baseline: Baseline) -> str:
+    return " after the label map" if baseline.groups != LabelGroups() else ""
 
 
 def _model_note(baseline: Baseline) -> str:

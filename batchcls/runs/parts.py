@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 from pydantic import Field, PlainSerializer, PlainValidator
 
 from batchcls.manifest.row_ranges import RowRanges
+from batchcls.models.label_map import LabelMap
 from batchcls.runs.paths import PREDICTIONS, QUARANTINE
 from batchcls.runs.records import Kind, RunFile, WorkerRows
+from batchcls.runs.split_labels import split_labels
 from batchcls.schema import (
     BELOW_THRESHOLD,
     DECODE_SECONDS,
@@ -168,7 +170,10 @@ class Receipt(Document):
 
 @dataclass(frozen=True, slots=True)
 class PartWriter:
-    """Writes predicted blocks into the folder of a run; can be pickled for write tasks."""
+    """Writes predicted blocks into the folder of a run; can be pickled for write tasks.
+
+    Labels are split here by the label map, because a split depends on the row and not only on its image.
+    """
 
     folder: str
     storage: Storage
@@ -176,6 +181,7 @@ class PartWriter:
     embedding: pa.DataType | None
     embedding_dimension: int
     abstain: bool = False
+    label_map: LabelMap | None = None
 
     def write(self, blocks: Sequence[pa.Table]) -> Receipt:
         """Write the rows of blocks as a predictions file and a quarantine file, each atomically.
@@ -233,6 +239,8 @@ class PartWriter:
         if "origin" not in table.column_names:
             column = pa.array(np.full(table.num_rows, origin, object), pa.string())
             table = table.append_column("origin", column)
+        if self.label_map is not None and self.label_map.split:
+            table = split_labels(table, self.label_map.split)
         if self.abstain:
             table = _with_reason(table)
         schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension, abstain=self.abstain)

@@ -12,6 +12,7 @@ from pydantic import Field, JsonValue
 from batchcls.config.common_config import JobConfig
 from batchcls.errors import InputError
 from batchcls.inference.engine_record import EngineSelectionRecord
+from batchcls.models.label_map import LabelMap
 from batchcls.resources import ResourcePlan
 from batchcls.runs.paths import PLAN, run_folder
 from batchcls.runs.records import ManifestInfo, ModelInfo, RecordedSettings, WorkerRows
@@ -26,16 +27,21 @@ class Fingerprints(StoredRecord):
         manifest: fingerprint of the manifest's files.
         model: fingerprint of the bundle: weights, preprocessing, labels and feature tap.
         settings: the settings that determine the rows, columns and values of the output.
+        label_map: digest of the label map; empty without one.
     """
 
     manifest: str
     model: str
     settings: RecordedSettings
+    label_map: str = ""
 
     @classmethod
-    def of(cls, config: JobConfig, manifest: str, model: str) -> "Fingerprints":
+    def of(
+        cls, config: JobConfig, manifest: str, model: str, label_map: LabelMap | None = None
+    ) -> "Fingerprints":
         """Fingerprints of a command; `settings` are those that its class marks with `ChangesResults`."""
-        return cls(manifest=manifest, model=model, settings=config.result_settings())
+        digest = "" if label_map is None else label_map.digest
+        return cls(manifest=manifest, model=model, settings=config.result_settings(), label_map=digest)
 
     def differences(self, other: "Fingerprints") -> list[str]:
         """Human-readable list of the differences from `other`; empty if they are equal."""
@@ -44,6 +50,9 @@ class Fingerprints(StoredRecord):
             found.append(f"the manifest (it was {self.manifest[:12]} and is {other.manifest[:12]})")
         if self.model != other.model:
             found.append(f"the model (it was {self.model[:12]} and is {other.model[:12]})")
+        if self.label_map != other.label_map:
+            maps = (self.label_map[:12] or "none", other.label_map[:12] or "none")
+            found.append(f"the label map (it was {maps[0]} and is {maps[1]})")
         for name in sorted({*self.settings, *other.settings}):
             before, now = self.settings.get(name), other.settings.get(name)
             if before != now:

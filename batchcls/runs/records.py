@@ -12,6 +12,8 @@ from pydantic import Field, JsonValue
 
 from batchcls.inference.engine_record import EngineSelectionRecord
 from batchcls.models.classifier_head import ModelLayers
+from batchcls.models.label_map import LabelMap
+from batchcls.models.mapped_classes import ClassGroups
 from batchcls.models.model_bundle import WeightsOrigin
 from batchcls.preprocessing import Preprocessing
 from batchcls.resources import NodeResources
@@ -53,7 +55,9 @@ class ModelInfo(StoredRecord):
         fingerprint: of the bundle; empty if it is not recorded.
         layers: fingerprints of its parts; None if they are not recorded.
         source, architecture: library and name of the architecture.
-        classes: number of labels.
+        classes: number of labels, after the label map.
+        label_map: `--label-map`; None without one.
+        groups: sums of probabilities of the classes of the bundle; None without a label map.
         preprocessing, embedding_tap, weights: as in the bundle.
     """
 
@@ -62,6 +66,8 @@ class ModelInfo(StoredRecord):
     source: str | None = None
     architecture: str | None = None
     classes: Count = 0
+    label_map: LabelMap | None = None
+    groups: ClassGroups | None = None
     preprocessing: Preprocessing | None = None
     embedding_tap: str | None = None
     weights: WeightsOrigin | None = None

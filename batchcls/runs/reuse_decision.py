@@ -52,6 +52,7 @@ def decide_reuse(record: RunRecord, plan: Plan, layers: Mapping[str, SettingLaye
         )
     outputs = [
         *_named(before.head != now.head, "classifier"),
+        *_named(before.classes != now.classes, "set of merged or retired labels"),
         *_named(before.temperature != now.temperature, "temperature"),
         *_named(abstains and before.thresholds != now.thresholds, "thresholds"),
         *_named(abstains and before.category_paths != now.category_paths, "category_paths"),

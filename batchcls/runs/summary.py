@@ -15,6 +15,7 @@ import pyarrow.dataset as ds
 
 from batchcls.runs.bounded_query import connect
 from batchcls.runs.catalog import open_files, read_columns
+from batchcls.runs.label_groups import CORRESPONDS, JOIN_LABEL_GROUPS, LabelGroups
 from batchcls.runs.records import HISTOGRAM_BINS, EmbeddingStatistics, RunFile, RunRecord, Summary
 from batchcls.storage.filesystem import Storage
 
@@ -141,13 +142,21 @@ class _Norms:
         )
 
 
-def changed_labels(new: ds.Dataset, old: ds.Dataset) -> tuple[int, int]:
-    """Count the items with predictions in both runs, and those of them whose label changed, appeared or vanished."""
+def changed_labels(new: ds.Dataset, old: ds.Dataset, groups: LabelGroups | None = None) -> tuple[int, int]:
+    """Count the items with predictions in both runs, and those of them whose label changed, appeared or vanished.
+
+    Args:
+        new: predictions of the new run.
+        old: predictions of the old run.
+        groups: labels that correspond to each other after the label maps; None: equal labels only.
+    """
     with connect() as connection:
+        (groups or LabelGroups()).register(connection)
         for name, dataset in (("new", new), ("old", old)):
             connection.register(name, read_columns(dataset, ["item_id", "label"]))
         found = connection.execute(
-            "SELECT count(*), count(*) FILTER (new.label IS DISTINCT FROM old.label) FROM new JOIN old USING (item_id)"
+            f"SELECT count(*), count(*) FILTER (NOT {CORRESPONDS}) "
+            f"FROM new JOIN old USING (item_id) {JOIN_LABEL_GROUPS}"
         ).fetchone()
     compared, changed = found or (0, 0)
     return int(compared), int(changed)

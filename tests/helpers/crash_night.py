@@ -30,7 +30,7 @@ from rich.console import Console
 from batchcls.cli.app import run
 from batchcls.cluster.placement import Placement
 from batchcls.config.classify_config import ClassifyConfig
-from batchcls.jobs import bundle, classify, classify_plan, classify_run
+from batchcls.jobs import bundle, classify, classify_reuse, classify_run
 from batchcls.jobs.classify_plan import ClassifyInputs
 from batchcls.models.classifier_head import ClassifierHead
 from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
@@ -328,7 +328,7 @@ def night(spec: Spec, connection: Connection) -> None:
         patch.object(classify_run, "plan_on_cluster", _plan_for_one_cpu),
         patch.object(classify_run, "execute", execute_here),
         patch.object(classify_run, "copy_predictions", copy_predictions_here),
-        patch.object(classify_plan, "measure_on_cluster", measure_agreement_here),
+        patch.object(classify_reuse, "measure_on_cluster", measure_agreement_here),
         patch.object(os, "fsync", writes.fsync),
         patch.object(s3fs.S3FileSystem, "_call_s3", writes.request(s3fs.S3FileSystem._call_s3)),
     ):

@@ -123,6 +123,17 @@ def _read(run: EvaluatedRun, file: RunFile, groups: list[int], storage: Storage)
         ) from None
 
 
+def _best_classes(run: EvaluatedRun, logits: torch.Tensor) -> npt.NDArray[np.intp]:
+    """The indices that the run would store for these logits: of classes after its label map."""
+    layers, groups = run.record.model.layers, run.record.model.groups
+    probabilities: npt.NDArray[np.float32] = logits.numpy()
+    if groups is not None and groups.classes == logits.shape[1]:
+        temperature = 1.0 if layers is None else layers.temperature
+        probabilities = groups.sum((logits / temperature).softmax(1).numpy())
+    best: npt.NDArray[np.intp] = probabilities.argmax(axis=1)
+    return best
+
+
 def _require_same_network(
     run: EvaluatedRun, head: LinearHead, values: npt.NDArray[np.float32], top_k: pa.Array
 ) -> None:
@@ -131,7 +142,7 @@ def _require_same_network(
     agreement = 0.0
     if values.shape[1] == dimension:
         stored = pc.list_element(top_k, 0).field("class_index").to_numpy(zero_copy_only=False)
-        agreement = float((head.logits(torch.from_numpy(values)).argmax(1).numpy() == stored).mean())
+        agreement = float((_best_classes(run, head.logits(torch.from_numpy(values))) == stored).mean())
     if agreement < _MIN_AGREEMENT:
         raise InputError(
             f"--run {name}: the classifier of the bundle reproduces {agreement:.0%} of the run's predictions from its "

@@ -10,6 +10,8 @@ from batchcls.errors import InputError
 from batchcls.inference.golden_record import with_golden
 from batchcls.models.build import build_backbone
 from batchcls.models.classifier_head import ClassifierHead, layers_of
+from batchcls.models.label_map import LabelMap, LabelSplit, SplitRule
+from batchcls.models.mapped_classes import MappedClasses
 from batchcls.models.model_bundle import Bundle, Calibration, HeldOut
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
@@ -111,6 +113,20 @@ def test_training_settings_and_stored_types_change_nothing(bundle):
         bundle, lambda state: [state.pop(k) for k in list(state) if k.endswith("num_batches_tracked")]
     )
     assert _changed(bundle, without_counters) == set()
+
+
+def test_label_map_affects_classes_labels_and_what_follows_them(bundle):
+    def changed(**tables) -> set[str]:
+        mapped = MappedClasses.of(bundle.config, LabelMap(**tables))
+        before, after = layers_of(bundle), layers_of(bundle, mapped)
+        return {name for name in type(before).model_fields if getattr(before, name) != getattr(after, name)}
+
+    first, second = bundle.config.labels[:2]
+    split = LabelSplit(default=first, rules=(SplitRule(to="x", column="c", values=("1",)),))
+    assert changed() == set()
+    assert changed(rename={first: "x"}) == {"labels"}
+    assert changed(split={first: split}) == {"labels"}
+    assert changed(merge={"x": (first, second)}) == changed(retire={first: ""}) == {"labels", "classes"}
 
 
 def test_all_weights_are_the_trunk_of_a_bundle_that_does_not_record_its_classifier(bundle):

@@ -11,6 +11,7 @@ from batchcls.inference.postprocess import PredictionColumns
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.classifier_head import ClassifierHead
 from batchcls.models.engines.engine import EngineOutput
+from batchcls.models.mapped_classes import ClassGroups
 from batchcls.pipeline import stored_predictions
 from batchcls.pipeline.stored_predictions import StoredPredictions, measure_agreement
 from batchcls.preprocessing import Views
@@ -104,6 +105,35 @@ def test_classes_may_be_added_and_overflowed_embeddings_are_not_valid():
     assert np.flatnonzero(~valid).tolist() == [3]
     expected = predicted(head_of(2, 7), settings_of("abcdefg"))
     assert found.slice(4).to_pylist() == expected.slice(4).to_pylist()
+
+
+GROUPS = ClassGroups(classes=CLASSES, merged=((0, 3), (1, 2)))
+
+
+def test_mapped_predictions_from_embeddings_equal_those_of_a_full_run():
+    """Probabilities are summed before the best classes are chosen, so that classes below the top-k count as well."""
+    head = head_of(1)
+    mapped = settings_of("xyz", groups=GROUPS, top_k=2)
+    stored = predicted(head, settings_of(top_k=1))
+    found, valid = StoredPredictions("rehead", mapped, head).of(stored)
+    full = predicted(head, mapped)
+    assert found.to_pylist() == full.to_pylist()
+    assert valid.all()
+    logits = head.logits(EMBEDDING).astype(np.float64)
+    single = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    sums = np.stack([single[:, 0] + single[:, 3], single[:, 1] + single[:, 2], single[:, 4]], axis=1)
+    assert full.column("label").to_pylist() == ["xyz"[best] for best in sums.argmax(axis=1)]
+    np.testing.assert_allclose(full.column("probability"), sums.max(axis=1), rtol=1e-5)
+    # A sum may be the best although neither of its classes was.
+    assert (sums.argmax(axis=1) != np.array([0, 1, 1, 0, 2])[single.argmax(axis=1)]).any()
+
+
+def test_agreement_is_measured_after_the_map_of_the_earlier_run():
+    stored = predicted(head_of(1), settings_of("xyz", groups=GROUPS))
+    same = measure_agreement(stored, head_of(1), 1.0, GROUPS)
+    assert same.top1_agreement == 1.0
+    assert same.max_probability_difference < 1e-6
+    assert measure_agreement(stored, head_of(1), 1.0).top1_agreement < 0.9
 
 
 def test_agreement_detects_another_head_and_another_temperature():

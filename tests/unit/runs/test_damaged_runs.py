@@ -11,7 +11,7 @@ import pytest
 from batchcls.cli.app import run
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs import runs
-from batchcls.jobs.classify_plan import choose_reuse_source
+from batchcls.jobs.classify_reuse import choose_reuse_source
 from batchcls.runs.catalog import State, list_runs
 from batchcls.runs.plan import Fingerprints, PlannedReuse, RecordedEngines
 from batchcls.runs.publish import publish, published_or_damage

@@ -50,6 +50,7 @@ def test_every_item_has_a_status(tmp_path: Path):
     assert result.statuses == {
         "unchanged": 2,
         "changed": 2,
+        "mapped": 0,
         "new": 1,
         "gone": 1,
         "failed": 1,

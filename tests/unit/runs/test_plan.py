@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from batchcls.config.classify_config import ClassifyConfig
+from batchcls.models.label_map import LabelMap
 from batchcls.runs.plan import Fingerprints, prediction_settings
 
 PER_IMAGE: dict[str, Any] = {
@@ -60,3 +61,13 @@ def test_differences_name_the_changed_flags():
     changed = ClassifyConfig(manifest="catalog.parquet", model="m", output="out", top_k=3, fetch_attempts=2)
     differences = Fingerprints.of(CONFIG, "f", "m").differences(Fingerprints.of(changed, "f", "m"))
     assert differences == ["--top-k (it was 5 and is 3)"]
+
+
+def test_contents_of_the_label_map_are_part_of_the_identity_and_its_path_is_not():
+    plain, mapped = (
+        Fingerprints.of(CONFIG, "f", "m", found) for found in (None, LabelMap(rename={"a": "b"}))
+    )
+    moved = CONFIG.model_copy(update={"label_map": "elsewhere.toml"})
+    assert Fingerprints.of(moved, "f", "m", LabelMap(rename={"a": "b"})).differences(mapped) == []
+    (difference,) = plain.differences(mapped)
+    assert difference.startswith("the label map (it was none and is ")

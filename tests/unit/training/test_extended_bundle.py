@@ -1,10 +1,13 @@
 """`batchcls bundle extend`: new categories from a few images, as a user types it."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,22 +15,25 @@ from batchcls.cli.app import parser_of, run
 from batchcls.cli.arguments import read_settings
 from batchcls.config.bundle_config import BundleExtendConfig
 from batchcls.config.common_config import FetchSettings
-from batchcls.errors import ExitCode
+from batchcls.errors import ExitCode, InputError
 from batchcls.images.load_config import DecodeLimits, fetch_policy
 from batchcls.inference.golden_record import with_golden
 from batchcls.jobs import bundle as bundle_job
 from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.models.build import build_backbone
 from batchcls.models.engines.engine import REFERENCE
+from batchcls.models.mapped_classes import ClassGroups
 from batchcls.models.model_bundle import WEIGHTS_FILE, Bundle, BundleConfig, Calibration, HeldOut
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
 from batchcls.models.weights import from_safetensors, to_safetensors
+from batchcls.schema import TOP_K_TYPE
 from batchcls.storage.filesystem import Storage
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings, embed_images
-from batchcls.training.linear_probe.extended_bundle import images_of_folders
+from batchcls.training.linear_probe.extended_bundle import images_of_folders, linear_head
 from batchcls.training.linear_probe.fit import LinearSettings
 from batchcls.training.linear_probe.probe_job import ProbeSettings, linear_probe_bundle, with_pooled_embedding
+from batchcls.training.linear_probe.run_embeddings import read_run_embeddings
 from tests.helpers.color_images import PIXELS, color_manifest, draw_color
 from tests.helpers.runs import Item, RunDetails, write_run
 
@@ -122,6 +128,24 @@ def write_night(trained: Bundle, folder: Path, colors: list[str], hashes: Sequen
         for n, vector in enumerate(embeddings)
     ]
     return write_run(str(folder / "out"), RunDetails("night-1"), rows)
+
+
+def test_embeddings_of_a_run_with_merged_labels_are_recognized(trained, tmp_path):
+    """The run has stored indices of classes after its label map, in which both categories are one."""
+    folder = Path(write_night(trained, tmp_path, ["blue", "green"] * 20))
+    head = linear_head(with_pooled_embedding(trained))
+    record = json.loads((folder / "run.json").read_text())
+    groups = ClassGroups(classes=2, merged=((0, 1),))
+    record["model"]["groups"] = groups.model_dump(mode="json")
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="reproduces 50% of the run's predictions"):
+        read_run_embeddings(str(folder), head, 100, Storage())
+    for part in (folder / "predictions").glob("*.parquet"):
+        table = pq.read_table(part)
+        position = table.column_names.index("top_k")
+        rows = [[entry | {"class_index": 0} for entry in row] for row in table.column("top_k").to_pylist()]
+        pq.write_table(table.set_column(position, "top_k", pa.array(rows, TOP_K_TYPE)), part)
+    assert len(read_run_embeddings(str(folder), head, 100, Storage()).values) == 40
 
 
 def check_extended(trained: Bundle, found: Bundle, folder: Path) -> None:
