@@ -1,6 +1,7 @@
-"""A TCP server on loopback with an asyncio loop in a separate thread, the base of the HTTP servers of tests."""
+"""A TCP server with an asyncio loop in a separate thread, the base of the HTTP servers of tests."""
 
 import asyncio
+import socket
 import threading
 from abc import ABC, abstractmethod
 from types import TracebackType
@@ -8,9 +9,14 @@ from typing import Self
 
 
 class LoopServer(ABC):
-    """Serves within a `with` block; `url` is its address there."""
+    """Serves within a `with` block; `url` is its address there.
 
-    def __init__(self) -> None:
+    Args:
+        listener: the socket to serve, which is closed at the end; a free port on loopback by default.
+    """
+
+    def __init__(self, listener: socket.socket | None = None) -> None:
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -33,11 +39,12 @@ class LoopServer(ABC):
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._client, "127.0.0.1", 0))
+        server = self._loop.run_until_complete(asyncio.start_server(self._client, sock=self._listener))
         self.url = "http://{}:{}".format(*server.sockets[0].getsockname())
         self._ready.set()
         self._loop.run_forever()
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
         self._loop.run_until_complete(asyncio.sleep(0))
+        server.close()
         self._loop.close()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,18 +15,14 @@ from tests.conftest import REPOSITORY
 from tests.helpers.nodes import ThreeNodes
 
 
-class Night:
-    """A subprocess of the job whose log is read continuously."""
+class FollowedProcess:
+    """A subprocess whose output is read continuously."""
 
-    def __init__(self, nodes: ThreeNodes, output: Path, *arguments: str) -> None:
-        self.output = output
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.log: list[str] = []
         self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "batchcls.jobs.classify", *arguments),
-                *("--output", str(output), "--ray-address", nodes.address, "--log-interval-seconds", "0.2"),
-            ],
-            env=nodes.environment,
+            command,
+            env=environment,
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -45,6 +42,42 @@ class Night:
             self.log.append("(end)")
             self._log_changed.notify_all()
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether the process ends by itself within `seconds`."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Kill the process with SIGKILL."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def exit_code(self, seconds: float = 240) -> int:
+        """Wait for the process to end and return its exit code."""
+        self.process.wait(seconds)
+        self._reader.join()
+        return self.process.returncode
+
+    @property
+    def text(self) -> str:
+        """The whole log."""
+        return "".join(self.log)
+
+
+class Night(FollowedProcess):
+    """A subprocess of the classify job."""
+
+    def __init__(self, nodes: ThreeNodes, output: Path, *arguments: str) -> None:
+        self.output = output
+        command = [
+            *(sys.executable, "-m", "batchcls.jobs.classify", *arguments),
+            *("--output", str(output), "--ray-address", nodes.address, "--log-interval-seconds", "0.2"),
+        ]
+        super().__init__(command, nodes.environment)
+
     def has_started(self, seconds: float = 120) -> bool:
         """Wait until the log names the run; return False if the job ended before."""
 
@@ -54,30 +87,6 @@ class Night:
         with self._log_changed:
             assert self._log_changed.wait_for(known, seconds), "".join(self.log)
             return any(" run " in line for line in self.log)
-
-    def ends_within(self, seconds: float) -> bool:
-        """Whether the job ends by itself within `seconds`."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def kill(self) -> None:
-        """Kill the driver with SIGKILL."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def exit_code(self, seconds: float = 240) -> int:
-        """Wait for the job to end and return its exit code."""
-        self.process.wait(seconds)
-        self._reader.join()
-        return self.process.returncode
-
-    @property
-    def text(self) -> str:
-        """The whole log."""
-        return "".join(self.log)
 
 
 def published(output: Path) -> pa.Table:
