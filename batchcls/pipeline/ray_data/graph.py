@@ -48,7 +48,7 @@ class RayDataGraph(ABC):
         self._spec = spec
         self._check = check
         # On the node of the driver, so that no other node takes the progress with it when it leaves the cluster.
-        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._progress_actor = ray.remote(
             num_cpus=0, max_restarts=MAX_ACTOR_RESTARTS, max_task_retries=-1, scheduling_strategy=node
         )(ProgressActor).remote()
