@@ -33,6 +33,7 @@ from batchcls.config.classify_config import ClassifyConfig
 from batchcls.jobs import bundle, classify, classify_reuse, classify_run
 from batchcls.jobs.classify_plan import ClassifyInputs
 from batchcls.models.classifier_head import ClassifierHead
+from batchcls.models.mapped_classes import ClassGroups
 from batchcls.pipeline.copy_predictions import CopySpec, copy_fragment
 from batchcls.pipeline.executor import PipelineResult
 from batchcls.pipeline.fragment_worker import FragmentWorker
@@ -291,11 +292,11 @@ def copy_predictions_here(
 
 
 def measure_agreement_here(
-    rows: pa.Table, head: ClassifierHead, temperature: float, placement: Placement
+    rows: pa.Table, head: ClassifierHead, temperature: float, groups: ClassGroups | None, placement: Placement
 ) -> HeadAgreement:
     """Replacement of `pipeline.copy_predictions.measure_on_cluster` that runs in this process."""
     del placement
-    return measure_agreement(rows, head, temperature)
+    return measure_agreement(rows, head, temperature, groups)
 
 
 @contextmanager
