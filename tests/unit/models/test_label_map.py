@@ -10,6 +10,7 @@ from batchcls.models.label_map import LabelMap, LabelSplit, SplitRule, read_labe
 from batchcls.models.mapped_classes import ClassGroups, MappedClasses
 from batchcls.models.model_bundle import BundleConfig
 from batchcls.storage.filesystem import Storage
+from tests.conftest import REPOSITORY
 from tests.unit.inference.test_abstention import calibration, config
 
 WHOLE = """
@@ -60,6 +61,14 @@ def test_all_tables_apply_at_once(tmp_path):
     assert (found.sources("ab of men"), found.sources("see")) == ({"a", "b"}, {"c", "e"})
     assert (found.sources("f"), found.sources("d")) == ({"f"}, set())
     assert LabelMap.model_validate_json(found.model_dump_json()) == found
+
+
+def test_map_of_the_documentation_is_valid(tmp_path):
+    page = (REPOSITORY / "docs/how-to/label-map.md").read_text(encoding="utf-8")
+    found = read(tmp_path, page.partition("```toml\n")[2].partition("```")[0])
+    labels = ("sneakers", "shirt", "blouse", "fax machine", "printer", "gift card", "shoes")
+    config = bundle(labels=labels, category_paths=tuple((label,) for label in labels))
+    assert MappedClasses.of(config, found).config.labels == ("trainers", "tops", "printer", "shoes")
 
 
 def test_digest_depends_on_contents_only(tmp_path):

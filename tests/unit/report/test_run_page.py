@@ -80,6 +80,14 @@ def test_sections_appear_in_order(page: str, facts: RunFacts):
     assert positions == sorted(positions)
 
 
+def test_label_map_is_shown_with_row_counts(page: str, facts: RunFacts):
+    text = " ".join(Reader(page).text.split())
+    assert "1.3% of the items in both runs, as the label map defines" in text
+    for line in ("retiredgift cards-30", "splitshoes", "furniture5671,234"):
+        assert line in text
+    assert "Label map" not in Reader(run_page(replace(facts, label_map=()), {}, "0.1.0")).text
+
+
 def test_shows_every_quarantine_reason_with_its_meaning(page: str):
     text = Reader(page).text
     for reason, record in REASONS.items():

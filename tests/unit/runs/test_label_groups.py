@@ -7,6 +7,7 @@ import pytest
 from batchcls.config.gates_config import GateSettings
 from batchcls.models.label_map import LabelMap, LabelSplit, SplitRule
 from batchcls.report.run_queries import read_statistics
+from batchcls.report.run_report import read_run
 from batchcls.runs.catalog import open_parts, read_record
 from batchcls.runs.diff import RunDiff, diff_runs
 from batchcls.runs.gate_evaluation import reevaluate_gates
@@ -166,6 +167,20 @@ def test_gates_compare_after_the_map_unless_the_new_run_has_none(runs, log):
     assert gate(old, "changed_labels_fraction").value == pytest.approx(8 / 9)
     assert gate(old, "category_shift").value > 0.5
     assert "this one has none, so their labels are compared literally" in log.text
+
+
+def test_report_lists_the_labels_of_the_map_with_their_rows(runs):
+    old, new = runs
+    found = read_run(new, old, Storage()).label_map
+    assert [(entry.kind, entry.before, entry.after, entry.rows, entry.rows_before) for entry in found] == [
+        ("renamed", ("cat",), "house cat", 2, 2),
+        ("merged", ("dog", "wolf"), "canine", 3, 2),
+        ("retired", ("fax",), None, 0, 1),
+        ("split", ("shoes",), "boots", 1, 2),
+        ("split", ("shoes",), "other shoes", 1, None),
+    ]
+    assert {entry.rows_before for entry in read_run(new, None, Storage()).label_map} == {None}
+    assert read_run(old, None, Storage()).label_map == ()
 
 
 def test_report_counts_mapped_labels_separately(runs):
