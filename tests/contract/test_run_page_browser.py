@@ -115,7 +115,7 @@ def test_prints_all_pages(browser: Browser, page: Path):
     overhang = browser.evaluate(
         "[...document.querySelectorAll('table')].map(table => table.getBoundingClientRect().right - innerWidth)"
     )
-    assert len(overhang) == 4
+    assert len(overhang) == 5
     assert max(overhang) <= 0
     browser.emulate()
     paper = browser.print_pdf()
