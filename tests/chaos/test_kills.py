@@ -100,6 +100,7 @@ def kill_target(nodes: ThreeNodes, night: Night, target: str, chance: random.Ran
         kill_between_two_files(nodes, night)
 
 
+@pytest.mark.long
 def test_hardware_of_every_node_is_detected(nodes: ThreeNodes, monkeypatch: pytest.MonkeyPatch):
     """Engines are measured on one node of each kind, so the hardware of all nodes must be known."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -109,6 +110,7 @@ def test_hardware_of_every_node_is_detected(nodes: ThreeNodes, monkeypatch: pyte
     assert [hardware.key for hardware in found] == [Hardware.detect().key] * 3
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_run_of_killed_driver_is_resumed_on_three_nodes(
     nodes: ThreeNodes, catalog: str, tiny_bundle: str, undisturbed: pa.Table, tmp_path: Path

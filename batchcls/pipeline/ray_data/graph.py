@@ -31,7 +31,7 @@ TASKS_IN_FLIGHT_PER_ACTOR = 4
 _CHECK_SECONDS = 1.0
 
 # What tasks raise because other processes crashed.
-_CRASH_REPORTS = tuple(f"{error.__name__}: " for error in (QueueLostError, RepeatedCrashError))
+_CRASH_REPORTS = (QueueLostError.__name__, RepeatedCrashError.__name__)
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +126,8 @@ class RayDataGraph(ABC):
             try:
                 self._run(source)
             except (ray.exceptions.RayError, SystemException) as error:
-                is_crash = is_process_crash(error) or root_cause(error).startswith(_CRASH_REPORTS)
+                cause = root_cause(error)
+                is_crash = is_process_crash(error) or any(name in cause for name in _CRASH_REPORTS)
                 if check.error is None and is_crash:
                     raise _ProcessCrashError from error
                 raise (check.error or to_batchcls_error(error)) from error

@@ -8,7 +8,7 @@ import pytest
 
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import InputError
-from batchcls.jobs.classify_plan import choose_reuse_source
+from batchcls.jobs.classify_reuse import choose_reuse_source
 from batchcls.runs.catalog import read_record
 from batchcls.runs.plan import Plan, PlannedReuse, ReuseMethod
 from batchcls.runs.publish import publish, roll_back
