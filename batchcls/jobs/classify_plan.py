@@ -68,8 +68,9 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
     if engine != "auto" and (lacking := missing_package(engine)) is not None:
         raise InputError(f"--engine {config.engine} --precision {config.precision}: {lacking}")
     bundle = check_model(config.model, _model_choices(config), storage)
+    label_map = read_map(config, storage)
     if bundle is not None:
-        mapped = mapped_classes(config, bundle, storage)
+        mapped = MappedClasses.of(bundle, label_map)
         if config.abstain:
             Abstention.from_bundle(mapped.config)
         _require_views(config, bundle)
@@ -84,7 +85,7 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
         config.manifest, storage, id_column=config.id_column, keep=config.keep, limit=config.limit
     )
     _logger.info("manifest: %d rows in %d file(s)", manifest.rows, len(manifest.files))
-    _require_split_columns(read_map(config, storage), manifest)
+    _require_split_columns(label_map, manifest)
     return manifest
 
 
@@ -102,7 +103,7 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest, bundle: Bundle | Non
         )
     bundle = bundle or open_bundle(config, storage)
     _logger.info("embedding: %s", _embedding_line(config, bundle))
-    mapped = mapped_classes(config, bundle.config, storage)
+    mapped = MappedClasses.of(bundle.config, read_map(config, storage))
     if mapped.label_map is not None:
         _logger.info(
             "label map: %d labels of the bundle become %d, before splits",
@@ -141,15 +142,6 @@ def open_bundle(config: ClassifyConfig, storage: Storage) -> Bundle:
 def read_map(config: ClassifyConfig, storage: Storage) -> LabelMap | None:
     """The map of `--label-map`. Raises InputError if it cannot be read or contradicts itself."""
     return None if config.label_map is None else read_label_map(config.label_map, storage)
-
-
-def mapped_classes(config: ClassifyConfig, bundle: BundleConfig, storage: Storage) -> MappedClasses:
-    """The classes of a bundle after the map of `--label-map`.
-
-    Raises:
-        InputError: the map cannot be read or does not match the bundle.
-    """
-    return MappedClasses.of(bundle, read_map(config, storage))
 
 
 def _require_split_columns(label_map: LabelMap | None, manifest: Manifest) -> None:

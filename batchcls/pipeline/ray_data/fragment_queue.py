@@ -105,8 +105,8 @@ class FragmentQueue:
                 self._returned.appendleft(previous[0])
             return Turn()
         fragment = previous[0] if previous is not None else self._next()
+        self._has_waiting_ticket = fragment is None and bool(self._in_progress)
         if fragment is None:
-            self._has_waiting_ticket = bool(self._in_progress)
             return Turn(should_wait=self._has_waiting_ticket)
         self._in_progress[ticket] = fragment, holder
         return Turn(fragment, self._source.rejected(fragment))

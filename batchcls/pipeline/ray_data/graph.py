@@ -172,7 +172,8 @@ class RayDataGraph(ABC):
             )
         for crashed, node in ray.get(actor.awaited_actors.remote()).items():
             # Its CPUs may have been given to another actor, so that it does not start again before the end of the run.
-            state = ray._private.state.actors(crashed)["State"]
+            # Ray forgets dead actors after a time.
+            state = ray._private.state.actors(crashed).get("State", "DEAD")
             if state != "ALIVE" and (fragments := ray.get(actor.release_actor.remote(crashed))):
                 _logger.warning(
                     "an actor on node %s crashed and has not started again (%s); other actors process %s",

@@ -166,6 +166,7 @@ def test_a_crashed_actor_is_awaited_only_when_others_have_nothing_to_do(
     assert queue.release("actor on a") == [first]
     assert queue.awaited_actors() == set()
     assert queue.take(2, on("b")).fragment == first
+    assert queue.awaited_actors() == set(), "no ticket waits for what is in progress"
     # The actor has started again after all: its ticket holds nothing any more.
     assert queue.take(0, on("a")).should_wait
 
