@@ -15,6 +15,19 @@ from batchcls.errors import InputError
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode = Literal["center", "squash", "border"]
 
+
+def input_sides(value: int | str) -> tuple[int, int]:
+    """Parse the size of an input: the side of a square, or HEIGHTxWIDTH. Returns height and width in pixels.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    height, _, width = str(value).partition("x")
+    if not height.isdecimal() or not (width.isdecimal() or str(value) == height):
+        raise ValueError("must be SIDE or HEIGHTxWIDTH in pixels, such as 224 or 256x192")
+    return int(height), int(width or height)
+
+
 _MIN_STD, _MAX_STD = 1e-3, 1e3
 
 

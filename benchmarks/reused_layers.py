@@ -1,11 +1,11 @@
 """Measures nights in which only a part of the model changed: `python -m benchmarks.reused_layers nights|rows WORK`.
 
 `nights` classifies the photographs of ../shared/data/catalog with mobilenetv2_100. It then renames a label and merges
-two with label maps, fits new thresholds and trains a new linear head, and runs a night for each, while every byte of
-every photograph is zero (size and time of the files are those of the photographs). Each night is compared row by row
-with a full run. A run whose record exists is not repeated. `rows` predicts 100,000 and 1,000,000 synthetic rows from
-their embeddings. Times, memory and differences are printed as JSON. Other arguments, such as `--limit 300`, are passed
-to `classify`.
+two with label maps, fits new thresholds, trains a new linear head and adds a category, and runs a night for each,
+while every byte of every photograph is zero (size and time of the files are those of the photographs). Each night is
+compared row by row with a full run. A run whose record exists is not repeated. `rows` predicts 100,000 and 1,000,000
+synthetic rows from their embeddings. Times, memory and differences are printed as JSON. Other arguments, such as
+`--limit 300`, are passed to `classify`.
 """
 
 import argparse
@@ -132,6 +132,22 @@ def _with_new_head(work: Path, bundle: str) -> str:
     return made
 
 
+def _with_new_category(work: Path, bundle: str, photographs: Path, run: str) -> str:
+    """Add a category to the bundle from 20 of its images and the embeddings of `run`."""
+    made, images = f"{bundle}-extended", work / "dresses"
+    if Path(made, "bundle.json").exists():
+        return made
+    images.mkdir(exist_ok=True)
+    for path in sorted((photographs / "train/dress").iterdir())[:20]:
+        shutil.copy(path, images)
+    _job(
+        "bundle",
+        *("extend", bundle, "--category", "dress", "--images", str(images), "--run", run),
+        *("--output", made),
+    )
+    return made
+
+
 @contextlib.contextmanager
 def _blanked(folder: Path) -> Iterator[None]:
     """While the block runs, all photographs consist of zeros, with the same size and time."""
@@ -222,6 +238,10 @@ def nights(work: Path, engine: list[str], only: list[str]) -> None:
         ),
         "calibrated": lambda: (_with_thresholds(work, bundle, first, photographs), ("--abstain",)),
         "probe": lambda: (_with_new_head(work, bundle), ()),
+        "extended": lambda: (
+            _with_new_category(work, bundle, photographs, str(output / "runs/first")),
+            (),
+        ),
     }
     changes = {name: step() for name, step in steps.items() if name in (only or steps)}
     with _blanked(photographs):
@@ -241,7 +261,7 @@ _ROWS_PER_FILE = 16_384
 def _synthetic_bundle(work: Path, name: str, seed: int) -> str:
     """A bundle with random weights, with a classifier from `seed` whose logits differ enough to have a best class."""
     folder = str(work / name)
-    choices = ModelChoices(overrides=PreprocessingOverrides(input_size=64), allow_random=True)
+    choices = ModelChoices(overrides=PreprocessingOverrides(input_size=(64, 64)), allow_random=True)
     bundle = with_golden(resolve_model(_TRUNK, choices, _STORAGE))
     state = from_safetensors(bundle.weights, name)
     weight, bias = bundle.config.head_tensors or ()
@@ -385,7 +405,10 @@ def main() -> None:
     parser.add_argument("what", choices=["nights", "rows"])
     parser.add_argument("work", type=Path, help="folder for images, bundles and runs")
     parser.add_argument(
-        "--only", action="append", default=[], help="renamed, merged, calibrated or probe; default: all"
+        "--only",
+        action="append",
+        default=[],
+        help="renamed, merged, calibrated, probe or extended; default: all",
     )
     arguments, more = parser.parse_known_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def bundle_line(bundle: Bundle) -> str:
     preprocessing = config.preprocessing
     return (
         f"{config.spec}, weights {config.weights}, "
-        f"{len(config.labels)} classes, {preprocessing.input_width} x {preprocessing.input_height} pixels "
+        f"{len(config.labels)} classes, {preprocessing.input_height} x {preprocessing.input_width} pixels "
         f"{preprocessing.interpolation}, embedding {config.embedding_tap} of {config.embedding_dimension}, "
         f"fingerprint {bundle.fingerprint[:12]}"
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from batchcls.errors import InputError
-from batchcls.preprocessing import ChannelMeans, ChannelStds
+from batchcls.preprocessing import ChannelMeans, ChannelStds, CropMode, input_sides
 from batchcls.schema import RESERVED_COLUMNS
 from batchcls.storage.uris import is_remote, local_path, normalize_model, normalize_uri
 
@@ -45,6 +45,18 @@ def _checked(normalize: Callable[[str], str], value: str) -> str:
     except InputError as error:
         raise ValueError(str(error)) from None
 
+
+def _input_size(value: int | str) -> int | str:
+    sides = input_sides(value)
+    if not all(_MIN_SIDE <= side <= _MAX_SIDE for side in sides):
+        raise ValueError(f"sides must be from {_MIN_SIDE} to {_MAX_SIDE} pixels")
+    return value
+
+
+_MIN_SIDE, _MAX_SIDE = 16, 4096
+
+InputSize = Annotated[int | str, AfterValidator(_input_size)]
+"""Size of a network's input in pixels: the side of a square, or HEIGHTxWIDTH."""
 
 Address = Annotated[str, AfterValidator(_address)]
 """A file, folder or glob, local or remote, normalized by `uris.normalize_uri`."""
@@ -230,12 +242,16 @@ class PreprocessingSettings(JobConfig):
     std: ChannelStds | None = Field(
         json_schema_extra=MODEL, default=None, description="Standard deviation of R,G,B in 0..1."
     )
-    input_size: int | None = Field(
+    input_size: InputSize | None = Field(
         json_schema_extra=MODEL,
         default=None,
-        ge=16,
-        le=4096,
-        description="Width and height of the network's input in pixels.",
+        description="Height and width of the network's input in pixels: SIDE, or HEIGHTxWIDTH such as 256x192.",
+    )
+    crop_mode: CropMode | None = Field(
+        json_schema_extra=MODEL,
+        default=None,
+        description="What happens to an image with another aspect ratio than the input. center: its border is cut off; "
+        "squash: it is stretched; border: it is padded.",
     )
     crop_pct: float | None = Field(
         json_schema_extra=MODEL,

@@ -63,6 +63,12 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         default=False,
         description="Start from random instead of published weights of a named architecture.",
     )
+    crop: Literal["auto", "weights"] = Field(
+        default="auto",
+        description="Which part of an image the network sees. auto: the crop, padding or rectangle with as many pixels "
+        "as the input of the weights that is best in a cross-validation on training images; bundles that already have "
+        "some of the categories keep theirs. weights: that of the weights or of --input-size, --crop-mode, --crop-pct.",
+    )
     labels: Address | None = Field(
         default=None,
         description="File with the categories in order, one per line. Default: the categories of the initial bundle if "

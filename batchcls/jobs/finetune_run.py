@@ -20,8 +20,9 @@ from batchcls.cli.tables import bundle_line
 from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
 from batchcls.images.load_config import decode_limits, fetch_policy
+from batchcls.inference.golden_record import with_golden
 from batchcls.manifest.ids import column_batches
-from batchcls.manifest.labeled_manifest import open_labeled_manifest
+from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
@@ -32,7 +33,8 @@ from batchcls.runs.paths import new_run_id
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import resumable_errors
 from batchcls.training.batch_plan import StepPlan, limit_workers, plan_steps
-from batchcls.training.initial_bundle import open_frozen_bundle
+from batchcls.training.crop_choice import with_chosen_crop
+from batchcls.training.initial_bundle import TrainingExamples, names_architecture, open_frozen_bundle
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 from batchcls.training.linear_probe.fit import LinearSettings
 from batchcls.training.linear_probe.probe_job import LinearProbeResult, ProbeSettings, linear_probe_bundle
@@ -74,7 +76,11 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
         open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     )
-    bundle = open_frozen_bundle(config, storage)
+    examples = TrainingExamples(training, read_label_column(training, storage))
+    opened = open_frozen_bundle(config, storage)
+    known = None if names_architecture(config) else opened
+    bundle, _ = with_chosen_crop(config, opened, known, examples, storage)
+    bundle = bundle if bundle.config.golden is not None else with_golden(bundle)
     _logger.info("frozen backbone: %s", bundle_line(bundle))
     cores = len(os.sched_getaffinity(0))
     settings = ProbeSettings(
@@ -162,6 +168,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
         "left_out": {"training": len(pixels[0].failed), "validation": len(pixels[1].failed)},
         "workers": str(workers),
         "plan": asdict(plan),
+        "crop": None if inputs.crop is None else inputs.crop.model_dump(mode="json"),
     }
     bundle = trained_bundle(inputs.initial_bundle, trained, work_dir_run.run_id, lineage)
     lease.confirm()

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from batchcls.config.common_config import PreprocessingSettings
-from batchcls.preprocessing import Interpolation
+from batchcls.preprocessing import CropMode, InputSide, Interpolation, input_sides
 
 SourceName = Literal["timm", "torchvision"]
 ArgumentValue = bool | int | float | str | None
@@ -26,6 +26,10 @@ class ModelSpec:
         return f"{self.source}:{self.architecture}"
 
 
+def _sides(value: object) -> object:
+    return input_sides(value) if isinstance(value, int | str) else value
+
+
 class PreprocessingOverrides(BaseModel):
     """Settings that override the preprocessing of weights, for weights with other or unknown preprocessing."""
 
@@ -35,7 +39,11 @@ class PreprocessingOverrides(BaseModel):
     std: tuple[float, float, float] | None = Field(
         default=None, description="Standard deviation of R, G, B in 0..1."
     )
-    input_size: int | None = Field(default=None, gt=0, description="Side of the square input in pixels.")
+    input_size: Annotated[tuple[InputSide, InputSide], BeforeValidator(_sides)] | None = Field(
+        default=None,
+        description="Height and width of the input in pixels; from the side of a square or HEIGHTxWIDTH.",
+    )
+    crop_mode: CropMode | None = Field(default=None, description="See `Preprocessing.crop_mode`.")
     crop_pct: float | None = Field(
         default=None, gt=0, le=1, description="Side of the crop divided by the short side after the resize."
     )

@@ -20,17 +20,20 @@ from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.recipe import Recipe
 from batchcls.training.seeding import derive_seed, seeded_random
 
-_STRIDE = 32  # stride of almost every network; sides that are not a multiple of it waste a border
+# Stride of almost every network; sides that are not a multiple of it waste a border. The sides of a rectangle are
+# rounded to half of it, because a border costs less than an aspect ratio that is not that of the images.
+_STRIDE = 32
 _MIXING_SEED = 0x6D6978
 
 
 def crop_size(recipe: Recipe, epoch: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return height and width of the training crops of an epoch: the input size, or multiples of 32."""
+    """Return height and width of the training crops of an epoch: the input size, or multiples of 32 or 16."""
     fraction = recipe.size_fraction_at(epoch)
     sides = (preprocessing.input_height, preprocessing.input_width)
     if fraction == 1:
         return sides
-    height, width = (max(_STRIDE, round(side * fraction / _STRIDE) * _STRIDE) for side in sides)
+    step = _STRIDE if sides[0] == sides[1] else _STRIDE // 2
+    height, width = (max(_STRIDE, round(side * fraction / step) * step) for side in sides)
     return height, width
 
 

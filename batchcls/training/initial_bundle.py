@@ -41,13 +41,18 @@ _NEW_IMAGES, _KNOWN_IMAGES = 50, 20
 _STRENGTHS = (0.1,)
 
 
+def names_architecture(config: FinetuneConfig) -> bool:
+    """Whether --model names an architecture instead of a bundle."""
+    return is_model_name(config.model) and not config.model.startswith((".", "/"))
+
+
 def open_initial_bundle(config: FinetuneConfig, storage: Storage) -> Bundle | None:
     """Open the bundle named by --model. Returns None if --model names an architecture.
 
     Raises:
         InputError: the bundle does not exist, or a flag contradicts it.
     """
-    if is_model_name(config.model) and not config.model.startswith((".", "/")):
+    if names_architecture(config):
         return None
     if config.from_scratch:
         raise InputError("--from-scratch: --model is a bundle, which has weights; name an architecture")
@@ -55,15 +60,14 @@ def open_initial_bundle(config: FinetuneConfig, storage: Storage) -> Bundle | No
 
 
 def open_frozen_bundle(config: FinetuneConfig, storage: Storage) -> Bundle:
-    """Open the model named by --model for use as a frozen network, with golden outputs.
+    """Open the model named by --model for use as a frozen network.
 
     Raises:
         InputError: the model does not exist, is not compatible, or has no weights.
     """
     if config.from_scratch:
         raise InputError("--from-scratch: a linear probe needs trained weights; omit --from-scratch")
-    bundle = resolve_model(config.model, _choices(config), storage)
-    return bundle if bundle.config.golden is not None else with_golden(bundle)
+    return resolve_model(config.model, _choices(config), storage)
 
 
 @dataclass(frozen=True, slots=True)

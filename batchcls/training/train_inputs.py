@@ -27,6 +27,7 @@ from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage, is_remote
 from batchcls.training.augmentation import adapt_crop_size
 from batchcls.training.categories import Categories, describe_categories, resolve_category_order
+from batchcls.training.crop_choice import CropChoice, with_chosen_crop
 from batchcls.training.initial_bundle import TrainingExamples, make_initial_bundle, open_initial_bundle
 from batchcls.training.optimizer import min_micro_batch_size
 from batchcls.training.pixel_cache import uncropped
@@ -57,7 +58,8 @@ class TrainingInputs:
     """All inputs of a training run.
 
     `min_micro_batch_size` is the minimum number of images of a micro-batch. `start` identifies the initial weights
-    on every machine: embeddings, from which rows of the classifier may be fitted, differ by rounding.
+    on every machine: embeddings, from which rows of the classifier may be fitted, differ by rounding. `crop` is the
+    choice of the crop; None: it is that of the weights.
     """
 
     storage: Storage
@@ -67,6 +69,7 @@ class TrainingInputs:
     recipe: Recipe
     initial_bundle: Bundle
     start: str
+    crop: CropChoice | None
     min_micro_batch_size: int
 
     def result_settings(self, config: FinetuneConfig) -> Mapping[str, Any]:
@@ -80,6 +83,7 @@ class TrainingInputs:
             "class balance": config.class_balance,
             "precision": config.precision,
             "seed": config.seed,
+            **({} if self.crop is None else {"crop": self.crop.chosen.model_dump(mode="json")}),
             **({} if config.worker_batch_size == "auto" else {"worker batch size": config.worker_batch_size}),
         }
 
@@ -103,7 +107,8 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
     )
     categories = describe_categories(labels, *columns)
     examples = TrainingExamples(manifests[0], columns[0])
-    initial_bundle = make_initial_bundle(config, opened_bundle, labels, storage, examples)
+    made_bundle = make_initial_bundle(config, opened_bundle, labels, storage, examples)
+    initial_bundle, crop = with_chosen_crop(config, made_bundle, opened_bundle, examples, storage)
     preprocessing = initial_bundle.config.preprocessing
     training, validation = (
         _open_training_manifest(manifest, column, labels, config, storage, image_preprocessing)
@@ -123,7 +128,8 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
         categories=categories,
         recipe=adapt_crop_size(recipe, model, initial_bundle.config),
         initial_bundle=initial_bundle,
-        start=(opened_bundle or initial_bundle).fingerprint,
+        start=(opened_bundle or made_bundle).fingerprint,
+        crop=crop,
         min_micro_batch_size=min_micro_batch_size(model, recipe.batch_norm),
     )
 

@@ -76,7 +76,7 @@ class Library(Protocol):
 def make_preprocessing(
     name: str, values: Mapping[str, object], overrides: PreprocessingOverrides
 ) -> Preprocessing:
-    """Create preprocessing from values of a library, and override its mean, std and interpolation.
+    """Create preprocessing from values of a library, and override its mean, std, interpolation and crop mode.
 
     The caller has applied the overrides of the sizes to `values`.
 
@@ -88,14 +88,16 @@ def make_preprocessing(
     Raises:
         InputError: the values are inconsistent or not supported.
     """
-    overridden = overrides.model_dump(include={"mean", "std", "interpolation"}, exclude_none=True)
+    overridden = overrides.model_dump(
+        include={"mean", "std", "interpolation", "crop_mode"}, exclude_none=True
+    )
     try:
         return Preprocessing.model_validate({**values, **overridden})
     except ValidationError as error:
         problem = "; ".join(": ".join((*map(str, item["loc"][:1]), item["msg"])) for item in error.errors())
         raise InputError(
-            f"preprocessing of {name}: {problem}; change it with --input-size, --crop-pct, --mean, --std or "
-            "--interpolation"
+            f"preprocessing of {name}: {problem}; change it with --input-size, --crop-pct, --crop-mode, --mean, "
+            "--std or --interpolation"
         ) from error
 
 

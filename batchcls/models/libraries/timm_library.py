@@ -194,8 +194,9 @@ def _create(spec: ModelSpec, **options: object) -> nn.Module:
 
 def _data_arguments(spec: ModelSpec, overrides: PreprocessingOverrides) -> dict[str, object]:
     """Return the user's settings for `resolve_data_config`; an `img_size` of the network is also the input size."""
-    side = overrides.input_size or spec.arguments.get("img_size")
-    return {"crop_pct": overrides.crop_pct, "input_size": None if side is None else (3, side, side)}
+    side = spec.arguments.get("img_size")
+    sides = overrides.input_size or (None if side is None else (side, side))
+    return {"crop_pct": overrides.crop_pct, "input_size": None if sides is None else (3, *sides)}
 
 
 def _hub_source(repository: str | None) -> dict[str, object]:

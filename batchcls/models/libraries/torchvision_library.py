@@ -114,13 +114,17 @@ class TorchvisionLibrary:
         """Return the preset of the pretrained weights. Another input size keeps the preset's crop ratio."""
         preset = _weights(spec).transforms()
         (crop,), (resize,) = preset.crop_size, preset.resize_size
-        side = int(overrides.input_size or spec.arguments.get("image_size") or crop)
-        resized = int(side / overrides.crop_pct) if overrides.crop_pct else side * resize // crop
+        side = int(spec.arguments.get("image_size") or crop)
+        height, width = overrides.input_size or (side, side)
+        resize_height, resize_width = (
+            int(side / overrides.crop_pct) if overrides.crop_pct else side * resize // crop
+            for side in (height, width)
+        )
         values = {
-            "input_height": side,
-            "input_width": side,
-            "resize_height": resized,
-            "resize_width": resized,
+            "input_height": height,
+            "input_width": width,
+            "resize_height": resize_height,
+            "resize_width": resize_width,
             "interpolation": preset.interpolation.value,
             "mean": tuple(preset.mean),
             "std": tuple(preset.std),

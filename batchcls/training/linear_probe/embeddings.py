@@ -149,12 +149,14 @@ class ImageEmbeddings:
         rows: numbers of the images that have an embedding, int64 of shape (n,).
         values: their embeddings, float32 of shape (n, D).
         hashes: SHA-256 of their contents.
+        sizes: their original height and width in pixels, int32 of shape (n, 2).
         failures: reason of each image without an embedding, by number.
     """
 
     rows: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
     hashes: tuple[str, ...]
+    sizes: npt.NDArray[np.int32]
     failures: dict[int, str]
 
 
@@ -182,6 +184,7 @@ def embed_images(
     config = EngineConfig(settings.device, settings.threads, settings.batch_size, conversions)
     rows: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     values = [np.empty((0, bundle.config.embedding_dimension), np.float32)]
+    sizes = [np.empty((0, 2), np.int32)]
     hashes: list[str] = []
     failures: dict[int, str] = {}
     done = 0
@@ -203,12 +206,15 @@ def embed_images(
                 finite = np.isfinite(found).all(axis=1)
                 failures |= dict.fromkeys(numbers[~finite].tolist(), Reason.NON_FINITE.value)
                 hashes += good.filter(pa.array(finite))["content_hash"].to_pylist()
+                sizes.append(np.stack([good["height"].to_numpy(), good["width"].to_numpy()], 1)[finite])
                 rows.append(numbers[finite])
                 values.append(found[finite])
             done += block.num_rows
             if on_progress is not None:
                 on_progress(done)
-    return ImageEmbeddings(np.concatenate(rows), np.concatenate(values), tuple(hashes), failures)
+    return ImageEmbeddings(
+        np.concatenate(rows), np.concatenate(values), tuple(hashes), np.concatenate(sizes), failures
+    )
 
 
 def _key(bundle: Bundle, manifest: Manifest, settings: EmbeddingSettings) -> dict[str, object]:

@@ -169,6 +169,13 @@ def test_overrides_take_precedence(name):
     )
 
 
+@pytest.mark.parametrize("name", ["timm:mobilenetv2_100", "torchvision:squeezenet1_1"])
+def test_input_may_be_a_rectangle(name):
+    ours = _preprocessing(name, input_size="256x192", crop_pct=1.0, crop_mode="border")
+    assert (ours.input_height, ours.input_width) == (ours.resize_height, ours.resize_width) == (256, 192)
+    assert ours.crop_mode == "border"
+
+
 @pytest.mark.parametrize(
     ("name", "resize"), [("timm:mobilenetv2_100", 219), ("torchvision:squeezenet1_1", 219)]
 )

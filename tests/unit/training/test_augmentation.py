@@ -140,3 +140,11 @@ def test_default_recipe_trains_patch_based_networks(name: str, tmp_path: Path):
     assert steps == [2, 4]
     assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert training.history[0]["validation_rows"] == rows
+
+
+def test_training_crops_of_a_rectangle_keep_its_aspect_ratio():
+    made = start("timm:test_resnet", input_size="256x192", crop_mode="border")
+    recipe = read_recipe("fine-tune").with_changes(
+        size_fraction=0.75, final_size_fraction=1.0, final_epochs=1
+    )
+    assert crops(recipe, made) == [(192, 144), (256, 192)]
