@@ -33,7 +33,14 @@ _IGNORED_BY_LINEAR_PROBE = (
         "loader_processes",
         "max_failures",
     ),
-    *("collective_timeout_seconds", "keep_checkpoints", "keep_pixels", "max_pixels_gib"),
+    *(
+        "held_out_fraction",
+        "patience",
+        "collective_timeout_seconds",
+        "keep_checkpoints",
+        "keep_pixels",
+        "max_pixels_gib",
+    ),
 )
 
 
@@ -115,6 +122,18 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         default=None,
         description="Statistics of BatchNorm, overriding the recipe. frozen: those of the initial weights, as in "
         "classify; trained: updated in each micro-batch, and averaged over the workers after every epoch.",
+    )
+    held_out_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Fraction of the training images of each category that is not trained on. The bundle gets the "
+        "weights of the epoch with the lowest loss on these images. 0: the weights of the last epoch.",
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="With --held-out-fraction: end training after this number of epochs without a lower loss.",
     )
     class_balance: Literal["none", "sampling", "loss"] = Field(
         default="none",
@@ -203,6 +222,10 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
             raise ValueError("--from-scratch and --weights exclude each other; omit one of them")
         if self.batch_size is not None and self.worker_batch_size != "auto":
             raise ValueError("--batch-size and --worker-batch-size exclude each other; omit one of them")
+        if self.patience is not None and self.held_out_fraction == 0:
+            raise ValueError(
+                "--patience has no effect without --held-out-fraction; add it, or omit --patience"
+            )
         if self.max_workers != "auto" and self.min_workers != "auto" and self.min_workers > self.max_workers:
             raise ValueError("--min-workers must not be larger than --max-workers")
         return self

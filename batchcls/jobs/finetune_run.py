@@ -37,6 +37,7 @@ from batchcls.training.crop_choice import with_chosen_crop
 from batchcls.training.initial_bundle import TrainingExamples, names_architecture, open_frozen_bundle
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 from batchcls.training.linear_probe.fit import LinearSettings
+from batchcls.training.linear_probe.labeled_embeddings import split_folds
 from batchcls.training.linear_probe.probe_job import LinearProbeResult, ProbeSettings, linear_probe_bundle
 from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import check_nodes
@@ -279,13 +280,19 @@ def _settings(
     if precision == "auto":
         precision = "bf16" if workers.use_gpu else "fp32"
     start = inputs.initial_bundle.config
+    training = _rows_of(inputs.training, pixels[0], "training")
+    held_out = None
+    if config.held_out_fraction:
+        training, held_out = _hold_out(training, config)
     return TrainingSettings(
         recipe=plan.applied_to(inputs.recipe, config),
         preprocessing=start.preprocessing,
         classes=len(start.labels),
         trainable=start.trainable,
-        training=_rows_of(inputs.training, pixels[0], "training"),
+        training=training,
         validation=_rows_of(inputs.validation, pixels[1], "validation"),
+        held_out=held_out,
+        patience=config.patience,
         balance=config.class_balance,
         seed=config.seed,
         micro_batch_size=config.micro_batch_size,
@@ -302,6 +309,20 @@ def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> L
     if len(rows) == 0:
         raise InputError(f"no {which} row has both a label and a readable image; check the manifest")
     return LabeledRows(rows, labeled.classes[rows])
+
+
+def _hold_out(rows: LabeledRows, config: FinetuneConfig) -> tuple[LabeledRows, LabeledRows]:
+    """Return the rows to train on, and the others: about --held-out-fraction of the rows of each category."""
+    is_held_out = split_folds(rows.targets, round(1 / config.held_out_fraction), config.seed) == 0
+    if not is_held_out.any():
+        raise InputError(
+            f"--held-out-fraction {config.held_out_fraction:g} holds out none of {len(rows.rows)} training images; "
+            "raise it, or omit it"
+        )
+    return (
+        LabeledRows(rows.rows[~is_held_out], rows.targets[~is_held_out]),
+        LabeledRows(rows.rows[is_held_out], rows.targets[is_held_out]),
+    )
 
 
 def _divergence_error(divergence: Divergence, inputs: TrainingInputs) -> BatchclsError:
@@ -366,10 +387,11 @@ def _summarize(config: FinetuneConfig, bundle: Bundle, trained: TrainingResult, 
         )
     out.print(table)
     training = sum(record["seconds"] + record["validation_seconds"] for record in trained.history)
-    last = trained.history[-1]
+    record = trained.record
+    selected = "" if trained.epoch is None else f" with the weights of epoch {trained.epoch}"
     out.print(
-        f"{last['validation_top1']:.2%} top-1 on {last['validation_rows']} validation images after {training:.0f} s "
-        f"of training ({seconds:.0f} s in total)"
+        f"{record['validation_top1']:.2%} top-1 on {record['validation_rows']} validation images{selected} after "
+        f"{training:.0f} s of training ({seconds:.0f} s in total)"
     )
     out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(bundle)}")
     out.print(f"curves: tensorboard --logdir {redact_uri(join(config.work_folder, 'curves'))}")

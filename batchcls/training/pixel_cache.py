@@ -71,6 +71,16 @@ def uncropped(preprocessing: Preprocessing) -> Preprocessing:
     )
 
 
+def center(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Cut the center of `size` (height, width) out of an image (H, W, 3) with `uncropped` preprocessing.
+
+    The result is the image that `classify` passes to the network. If it is padded and cropped, it may be shifted by one
+    pixel.
+    """
+    top, left = (round((side - crop) / 2) for side, crop in zip(pixels.shape, size, strict=False))
+    return pixels[top : top + size[0], left : left + size[1]]
+
+
 def pixel_folder(work_dir: str, manifest: Manifest, settings: LoadSettings) -> str:
     """Return the folder of the parts of a manifest. Its name depends on everything that affects the pixels."""
     key = [

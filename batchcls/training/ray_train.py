@@ -270,8 +270,9 @@ def _poll_progress(progress_actor: Any) -> TrainingProgress:
 def epoch_line(record: Record) -> str:
     """Format the record of an epoch in one line."""
     height, width = record["crop_pixels"]
+    held_out = f"held-out loss {record['held_out_loss']:.3f}, " if "held_out_loss" in record else ""
     return (
-        f"epoch {record['epoch']}: loss {record['loss']:.3f}, training {record['top1']:.1%}, validation "
+        f"epoch {record['epoch']}: loss {record['loss']:.3f}, training {record['top1']:.1%}, {held_out}validation "
         f"{record['validation_top1']:.2%} of {record['validation_rows']} (top-5 {record['validation_top5']:.1%}, "
         f"loss {record['validation_loss']:.3f}); {record['seconds']:.0f} s, "
         f"{record['images_per_second']:.1f} images/s at {height} x {width}"

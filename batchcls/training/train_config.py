@@ -32,6 +32,9 @@ class TrainingSettings:
             is computed per micro-batch: mixing, dropout, and the statistics of a trained BatchNorm.
         precision: arithmetic of forward and backward passes.
         loader_processes: number of loader processes of each worker; affects only the speed.
+        held_out: training rows that are not trained on and select the epoch whose weights are kept; None: the weights
+            of the last epoch are kept. They are rows of the training pixels.
+        patience: number of epochs without a lower loss on `held_out` after which training ends; None: no limit.
         min_step_size: minimum images of a step.
         min_micro_batch_size: minimum images of a micro-batch.
     """
@@ -47,6 +50,8 @@ class TrainingSettings:
     micro_batch_size: int | None
     precision: Literal["fp32", "bf16"]
     loader_processes: int
+    held_out: LabeledRows | None = None
+    patience: int | None = None
     min_step_size: int = 1
     min_micro_batch_size: int = 1
 

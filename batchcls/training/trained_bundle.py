@@ -28,16 +28,31 @@ _VERSIONED_PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """Result of a training run: the final weights and the records of all epochs."""
+    """Result of a training run: the weights of its last or best epoch, and the records of all epochs.
+
+    Attributes:
+        weights: state of the trained network.
+        history: records of all epochs.
+        epoch: epoch of the weights, counted from 1; None: the last one.
+    """
 
     weights: Mapping[str, torch.Tensor]
     history: tuple[Record, ...]
+    epoch: int | None = None
+
+    @property
+    def record(self) -> Record:
+        """Record of the epoch of the weights."""
+        return self.history[-1 if self.epoch is None else self.epoch - 1]
 
 
 def read_training_result(data: bytes) -> TrainingResult:
-    """Read weights and history from a checkpoint; the averaged weights if there are any."""
+    """Read weights and history from a checkpoint: those of the best epoch, or the last ones, averaged if possible."""
     state: State = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return TrainingResult(state["average"] or state["model"], tuple(state["history"]))
+    history, best = tuple(state["history"]), state.get("best")
+    if best is not None:
+        return TrainingResult(best["weights"], history, best["epoch"])
+    return TrainingResult(state["average"] or state["model"], history)
 
 
 def training_curves(history: Sequence[Record]) -> dict[str, list[float]]:
@@ -72,6 +87,7 @@ def trained_bundle(
             "lineage": initial_bundle.config.lineage,
         },
         "history": list(result.history),
+        "epoch": result.epoch,
         "curves": training_curves(result.history),
         "versions": {name: version(name) for name in _VERSIONED_PACKAGES},
     }

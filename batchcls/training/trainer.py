@@ -30,8 +30,9 @@ from batchcls.training.optimizer import (
     set_training_mode,
     train_head_only,
 )
-from batchcls.training.pixel_cache import PixelStore
+from batchcls.training.pixel_cache import PixelStore, center
 from batchcls.training.sampling import (
+    LabeledRows,
     RowSampler,
     class_weights,
     count_steps,
@@ -48,7 +49,8 @@ _VALIDATION_BATCH = 64
 _FORWARD = 0x666F72
 
 State = dict[str, Any]
-"""Content of a checkpoint: number of complete epochs, the partial epoch, history, model, average and optimizer."""
+"""Content of a checkpoint: number of complete epochs, the partial epoch, history, model, average, optimizer, and the
+best epoch with its weights if rows are held out."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class Training:
         self._epoch = 0
         self._partial_epoch: State | None = None
         self._history: list[Record] = []
+        self._best: State | None = None
 
     @property
     def trained(self) -> nn.Module:
@@ -145,6 +148,7 @@ class Training:
             "model": self._model.state_dict(),
             "average": self._average.module.state_dict() if self._average is not None else None,
             "optimizer": self._optimizer.state_dict(),
+            "best": self._best,
         }
 
     def restore(self, state: State) -> None:
@@ -154,7 +158,7 @@ class Training:
             InputError: the parameter groups of the optimizer differ, for example in another version of batchcls.
         """
         self._epoch, self._history = state["epoch"], state["history"]
-        self._partial_epoch = state.get("part")
+        self._partial_epoch, self._best = state.get("part"), state.get("best")
         self._model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.module.load_state_dict(state["average"])
@@ -167,14 +171,14 @@ class Training:
             ) from error
 
     def run(self, training: PixelStore, validation: PixelStore) -> Divergence | None:
-        """Train the remaining epochs.
+        """Train the remaining epochs. Without improvement on held-out rows, training may end early.
 
         Returns:
             None after the last epoch, or a description of the step whose gradient is not finite; the network is invalid
             in that case. All workers return the same value.
         """
         network: nn.Module | None = None
-        while self._epoch < self._recipe.epochs:
+        while self._epoch < self._recipe.epochs and not self._has_stopped():
             epoch, started = self._epoch, time.perf_counter()
             is_head_only = epoch < self._recipe.head_epochs
             if network is None or epoch == self._recipe.head_epochs:
@@ -196,10 +200,28 @@ class Training:
             results = metrics.result()
             seconds = time.perf_counter() - started
             self._epoch += 1
-            record = self._record(epoch, results, seconds) | self._validate(validation)
+            record = self._record(epoch, results, seconds) | self._validate(training, validation)
+            self._select(record)
             self._history = [*self._history, record]
             self._hooks.epoch_done(record, self.state)
         return None
+
+    def _has_stopped(self) -> bool:
+        """Whether the loss on held-out rows has not decreased for as many epochs as the settings allow."""
+        patience = self._settings.patience
+        return (
+            patience is not None and self._best is not None and self._epoch - self._best["epoch"] >= patience
+        )
+
+    def _select(self, record: Record) -> None:
+        """Keep a copy of the weights if this epoch has the lowest loss on held-out rows."""
+        if self._settings.held_out is None:
+            return
+        if self._best is None or record["held_out_loss"] < self._best["loss"]:
+            weights = {
+                name: value.detach().cpu().clone() for name, value in self.trained.state_dict().items()
+            }
+            self._best = {"epoch": record["epoch"], "loss": record["held_out_loss"], "weights": weights}
 
     def _record(self, epoch: int, results: dict[str, Any], seconds: float) -> Record:
         height, width = crop_size(self._recipe, epoch, self._settings.preprocessing)
@@ -331,26 +353,35 @@ class Training:
                 "image; increase --micro-batch-size or --batch-size, reduce --max-workers, or use another recipe"
             )
 
-    @torch.inference_mode()
-    def _validate(self, store: PixelStore) -> Record:
-        """Compute loss and accuracy on the validation rows, which are distributed over the workers."""
+    def _validate(self, training: PixelStore, validation: PixelStore) -> Record:
+        """Compute loss and accuracy on the validation rows and on the held-out rows, if any."""
         started = time.perf_counter()
-        labeled, context = self._settings.validation, self._context
+        results = {
+            f"validation_{name}": value
+            for name, value in self._evaluate(validation, self._settings.validation).items()
+        }
+        if self._settings.held_out is not None:
+            held_out = self._evaluate(training, self._settings.held_out)
+            results |= {f"held_out_{name}": value for name, value in held_out.items()}
+        return results | {"validation_seconds": round(time.perf_counter() - started, 3)}
+
+    @torch.inference_mode()
+    def _evaluate(self, store: PixelStore, labeled: LabeledRows) -> Record:
+        """Compute loss and accuracy on rows of a store, which are distributed over the workers."""
+        context, shape = self._context, self._settings.preprocessing.shape
         model = self.trained.eval()
         metrics = TrainMetrics(context.device)
         own_rows = range(context.rank, len(labeled.rows), context.workers)
         for start in range(0, len(own_rows), _VALIDATION_BATCH):
             indices = list(own_rows[start : start + _VALIDATION_BATCH])
-            pixels = np.stack([store[int(row)] for row in labeled.rows[indices]])
+            pixels = np.stack([center(store[int(row)], shape[:2]) for row in labeled.rows[indices]])
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(context.device)
             with self._autocast():
                 logits = model(normalized(images, self._mean, self._std))
             metrics.add(logits.float(), torch.from_numpy(labeled.targets[indices]).long().to(context.device))
         results = metrics.result()
-        assert results["rows"] == len(labeled.rows), "every validation row must be evaluated once"
-        return {f"validation_{name}": value for name, value in results.items()} | {
-            "validation_seconds": round(time.perf_counter() - started, 3)
-        }
+        assert results["rows"] == len(labeled.rows), "every row must be evaluated once"
+        return results
 
     def _autocast(self) -> AbstractContextManager[Any]:
         device_type = self._context.device.partition(":")[0]
