@@ -102,6 +102,11 @@ VERSION = "version"
 SOURCE_VERSION = "source_version"
 URI_FAULT = "uri_fault"
 PIXELS = "pixels"
+LARGE_PIXELS = "large_pixels"
+PREDICTED_BY = "predicted_by"
+
+SMALL, LARGE = "small", "large"
+"""Values of PREDICTED_BY: the network of a cascade (`--cascade`) that predicted a row."""
 
 TOP_K_TYPE = pa.list_(
     pa.struct([("label", pa.string()), ("class_index", pa.int32()), ("probability", pa.float32())])
@@ -123,6 +128,7 @@ NO_LABEL_TEXT = "(no label)"
 FETCH_SECONDS = "fetch_seconds"
 DECODE_SECONDS = "decode_seconds"
 PREDICT_SECONDS = "predict_seconds"
+LARGE_PREDICT_SECONDS = "large_predict_seconds"
 
 _IDENTITY = [
     pa.field(ROW, pa.int64(), nullable=False),
@@ -144,18 +150,21 @@ _LOADED = [
 ]
 
 
-def loaded_schema(kept: Sequence[pa.Field] = ()) -> pa.Schema:
+def loaded_schema(kept: Sequence[pa.Field] = (), *, large_pixels: bool = False) -> pa.Schema:
     """Schema of a block between load and predict; `kept` are the manifest columns of `--keep`.
 
     `pixels` holds the raw bytes of the image of a row: uint8 or float32, H x W x 3, C order; five crops with
     `--tta five-crop` and `ten-crop`. It is null in a failed row, so that the value buffer of the column is exactly
     the N x H x W x 3 array of the other rows, which the predictor reads without a copy.
+
+    With `large_pixels`, a second such column holds the images in the preprocessing of the large network of a cascade.
     """
-    return pa.schema([*_IDENTITY, *kept, *_LOADED, pa.field(PIXELS, pa.large_binary())])
+    pixels = [PIXELS, LARGE_PIXELS] if large_pixels else [PIXELS]
+    return pa.schema([*_IDENTITY, *kept, *_LOADED, *(pa.field(name, pa.large_binary()) for name in pixels)])
 
 
 def prediction_fields(
-    embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
+    embedding: pa.DataType | None, dimension: int, *, abstain: bool = False, cascade: bool = False
 ) -> list[pa.Field]:
     """Columns that the predictor adds; null in failed rows.
 
@@ -166,6 +175,7 @@ def prediction_fields(
         embedding: type of the values of the embedding; None for no such column.
         dimension: length of the embedding.
         abstain: whether the run uses `--abstain`.
+        cascade: whether the run uses `--cascade`; then a column names the network that predicted the row.
     """
     fields = [
         pa.field("label", pa.string()),
@@ -176,26 +186,41 @@ def prediction_fields(
         fields.append(pa.field("embedding", pa.list_(embedding, dimension)))
     if abstain:
         fields.append(pa.field("category_path", pa.string()))
+    if cascade:
+        fields.append(pa.field(PREDICTED_BY, pa.string()))
     return fields
 
 
 def classified_schema(
-    kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
+    kept: Sequence[pa.Field],
+    embedding: pa.DataType | None,
+    dimension: int,
+    *,
+    abstain: bool = False,
+    cascade: bool = False,
 ) -> pa.Schema:
-    """Schema of a block between predict and write, with both predicted and failed rows."""
+    """Schema of a block between predict and write, with both predicted and failed rows.
+
+    The blocks of a cascade also have the column LARGE_PREDICT_SECONDS, at the end.
+    """
     return pa.schema(
         [
             *_IDENTITY,
             *kept,
             *_LOADED,
-            *prediction_fields(embedding, dimension, abstain=abstain),
+            *prediction_fields(embedding, dimension, abstain=abstain, cascade=cascade),
             pa.field(PREDICT_SECONDS, pa.float32(), nullable=False),
         ]
     )
 
 
 def predictions_schema(
-    kept: Sequence[pa.Field], embedding: pa.DataType | None, dimension: int, *, abstain: bool = False
+    kept: Sequence[pa.Field],
+    embedding: pa.DataType | None,
+    dimension: int,
+    *,
+    abstain: bool = False,
+    cascade: bool = False,
 ) -> pa.Schema:
     """Schema of `predictions/*.parquet`.
 
@@ -204,7 +229,7 @@ def predictions_schema(
     return pa.schema(
         [
             *_IDENTITY,
-            *prediction_fields(embedding, dimension, abstain=abstain),
+            *prediction_fields(embedding, dimension, abstain=abstain, cascade=cascade),
             *([pa.field("reason", pa.string())] if abstain else []),
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
@@ -234,10 +259,10 @@ def quarantine_schema() -> pa.Schema:
 RESERVED_COLUMNS = frozenset(
     field.name
     for schema in (
-        pa.schema([(URI_FAULT, pa.string())]),
-        loaded_schema(),
+        pa.schema([(URI_FAULT, pa.string()), (LARGE_PREDICT_SECONDS, pa.float32())]),
+        loaded_schema(large_pixels=True),
         classified_schema((), pa.float16(), 1),
-        predictions_schema((), None, 0, abstain=True),
+        predictions_schema((), None, 0, abstain=True, cascade=True),
         quarantine_schema(),
     )
     for field in schema

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from batchcls.models.engines.engine import Device, EngineName, EngineOutput, Precision
 from batchcls.pipeline.fragment_worker import FragmentWorker
-from batchcls.pipeline.pipeline_spec import WorkerSpec
+from batchcls.pipeline.pipeline_spec import NetworkSpec
+from batchcls.resources import ResourcePlan
 
 
 class SleepingEngine:
@@ -55,10 +56,8 @@ class _PendingOutput:
 class SleepingWorker(FragmentWorker):
     """A fragment worker with the stub engine."""
 
-    def start_engine(self, spec: WorkerSpec) -> tuple[SleepingEngine, int]:
+    def start_engine(self, network: NetworkSpec, resources: ResourcePlan) -> tuple[SleepingEngine, int]:
         """Create the stub; its rate is passed in the cache folder setting."""
-        config = spec.bundle.config
-        rate = float(spec.engines.cache_folder or 0)
-        return SleepingEngine(
-            rate, (len(config.labels), config.embedding_dimension)
-        ), spec.resources.batch_size
+        config = network.bundle.config
+        rate = float(network.engines.cache_folder or 0)
+        return SleepingEngine(rate, (len(config.labels), config.embedding_dimension)), resources.batch_size

@@ -3,6 +3,7 @@
 import numpy as np
 from rich.table import Table
 
+from batchcls.evaluation.cascade_evaluation import AccuracyDifference, CascadeEvaluation
 from batchcls.evaluation.classification_metrics import CalibrationError, CategoryCounts
 from batchcls.evaluation.evaluator import EvaluationResult
 
@@ -53,3 +54,64 @@ def worst_categories_table(found: EvaluationResult, count: int) -> Table:
             f"{limits[index]:.3f}" if np.isfinite(limits[index]) else "never",
         )
     return table
+
+
+def cascade_table(found: CascadeEvaluation) -> Table:
+    """Accuracy and cost of each network alone and of the cascade, on held-out rows."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    cost = "node-seconds/M" if found.price_per_hour is None else "cost/M"
+    for name in ("top-1", "ms/image", cost, "large network"):
+        table.add_column(name, justify="right", no_wrap=True)
+    lines = (
+        ("small network alone", found.small.accuracy, found.small.seconds_per_image, 0.0),
+        ("large network alone", found.large.accuracy, found.large.seconds_per_image, 1.0),
+        ("cascade", found.accuracy, found.seconds_per_image, found.large_fraction),
+    )
+    for name, accuracy, seconds, share in lines:
+        table.add_row(
+            name,
+            f"{accuracy:.1%}",
+            f"{1000 * seconds:.2f}",
+            f"{found.cost_of_million(seconds):,.2f}",
+            f"{share:.1%}",
+        )
+    return table
+
+
+def cascade_findings(found: CascadeEvaluation) -> list[str]:
+    """Sentences about the accuracy of the cascade, how certain its difference is, and its cost."""
+    sentences = [
+        f"{found.rows} labeled rows; those of the cascade are held out: each half has thresholds of the other",
+        _difference(found.from_large, "large"),
+        _difference(found.from_small, "small"),
+    ]
+    limits = found.thresholds
+    if limits.default is None and not any(value is not None for value in limits.by_label.values()):
+        sentences.append(
+            "no threshold is within the permitted loss of accuracy, so the large network predicts every image; use it "
+            "alone, label more rows, or raise --max-accuracy-loss"
+        )
+        return sentences
+    default = "every image" if limits.default is None else f"images below {limits.default:.3f}"
+    own = f"; {len(limits.by_label)} labels have their own threshold" if limits.by_label else ""
+    sentences.append(f"the large network predicts {default} by default{own}")
+    change = found.relative_cost - 1
+    if change >= 0:
+        sentences.append(
+            f"the cascade takes {change:.0%} more time for inference than the large network alone; use that alone"
+        )
+    else:
+        sentences.append(
+            f"the cascade takes {-change:.0%} less time for inference than the large network alone"
+        )
+    return sentences
+
+
+def _difference(difference: AccuracyDifference, network: str) -> str:
+    low, high = (100 * end for end in difference.interval_95)
+    return (
+        f"accuracy of the cascade compared with the {network} network: {100 * difference.value:+.2f} pp (95% interval "
+        f"{low:+.2f} to {high:+.2f}, McNemar p = {difference.p_value:.2g}; {difference.only_cascade} rows correct only "
+        f"in the cascade, {difference.only_network} only in the {network} network)"
+    )

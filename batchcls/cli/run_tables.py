@@ -56,7 +56,7 @@ def run_facts(record: RunRecord, published: str | None) -> dict[str, object]:
         "not publishable because": "; ".join(record.unpublishable) or "-",
         "committed": f"{record.committed:%Y-%m-%d %H:%M:%S %Z}",
         "manifest": f"{record.manifest.uri or '-'}, {'?' if files is None else files} files",
-        "model": f"{record.model.architecture or '-'}, fingerprint {record.model.fingerprint[:12]}",
+        "model": f"{record.model.architectures or '-'}, fingerprint {record.model.fingerprint[:12]}",
         "rows": f"{counts.rows}: {_origins(counts)}, {counts.quarantined} failed",
         "files": f"{len(record.files)}, {sum(file.bytes for file in record.files) / 2**20:.1f} MiB",
         "images/s": "-" if rate is None else f"{rate:.1f}",
@@ -68,7 +68,8 @@ def _origins(counts: Counts) -> str:
     """Rows with a prediction by origin."""
     reheaded = f", {counts.reheaded} reheaded" if counts.reheaded else ""
     shared = f", {counts.shared} shared" if counts.shared else ""
-    return f"{counts.predicted} predicted, {counts.reused} reused{reheaded}{shared}"
+    networks = "".join(f", {rows} by the {network} network" for network, rows in counts.by_network.items())
+    return f"{counts.predicted} predicted, {counts.reused} reused{reheaded}{shared}{networks}"
 
 
 def categories_table(summary: Summary, before: Summary | None = None) -> Table:
@@ -146,7 +147,7 @@ def _figures(run: ListedRun) -> tuple[str, str, str, Text]:
     if run.record is None:
         return "-", "-", "-", cell_text(run.detail, 80)
     counts, rate = run.record.counts, run.record.measurements.images_per_second
-    model = f"{run.record.model.architecture or ''} {run.record.model.fingerprint[:12]}"
+    model = f"{run.record.model.architectures} {run.record.model.fingerprint[:12]}"
     return str(counts.rows), str(counts.quarantined), "-" if rate is None else f"{rate:.1f}", cell_text(model)
 
 

@@ -28,6 +28,8 @@ def counts_table(counts: Counts) -> Table:
         table.add_row(
             "", BELOW_THRESHOLD, str(counts.abstained), "of these: below the confidence threshold (--abstain)"
         )
+    for network, count in counts.by_network.items():
+        table.add_row("", network, str(count), f"of these: predicted by the {network} network (--cascade)")
     for reason, count in counts.quarantined_by_reason.items():
         table.add_row("quarantined", reason, str(count), _meaning(reason))
     return table

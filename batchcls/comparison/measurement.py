@@ -131,4 +131,9 @@ class Measurement(Record):
 
     def cost_per_million(self, price_per_hour: float) -> float:
         """Cost of predicting a million images at the best batch size, in the currency of the price."""
-        return price_per_hour * 1e6 / (self.best.images_per_second * 3600)
+        return cost_of_million(1 / self.best.images_per_second, price_per_hour)
+
+
+def cost_of_million(seconds_per_image: float, price_per_hour: float) -> float:
+    """Cost of a million images on a node with this price, in its currency."""
+    return price_per_hour * 1e6 * seconds_per_image / 3600

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from batchcls.config.common_config import (
     ENGINE,
@@ -13,10 +13,12 @@ from batchcls.config.common_config import (
     RESOURCES,
     TAP_PATTERN,
     Address,
+    AutoOrFraction,
     ChangesResults,
     KeptColumns,
-    ModelAddress,
     essential,
+    normalized_model,
+    split_models,
 )
 from batchcls.config.gates_config import FailureBudgetSettings, GateSettings
 from batchcls.config.pipeline_config import PipelineSettings
@@ -29,16 +31,25 @@ RUN_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
     """Classify a catalog: manifest in, predictions and embeddings out."""
 
+    # Before the model, whose validation depends on it.
+    cascade: Annotated[AutoOrFraction | None, ChangesResults(layer="prediction")] = Field(
+        json_schema_extra=MODEL,
+        default=None,
+        description="With --model SMALL,LARGE: predict every image with SMALL, and those below a confidence also with "
+        "LARGE. auto: the confidence of each category that `evaluate --cascade --write-bundle` has stored in SMALL. A "
+        "number: the same confidence for all categories.",
+    )
     manifest: Address = Field(
         json_schema_extra=essential(INPUT_OUTPUT),
         min_length=1,
         description="Parquet file, folder or glob with the columns item_id, and uri or image; local or s3://.",
     )
-    model: ModelAddress = Field(
+    model: str = Field(
         json_schema_extra=essential(MODEL),
         min_length=1,
         description="Folder of a bundle (local or s3://), name from the zoo (`batchcls bundle zoo`), timm:NAME or "
-        "torchvision:NAME; a name can include a weights tag, as in resnet50.IMAGENET1K_V1.",
+        "torchvision:NAME; a name can include a weights tag, as in resnet50.IMAGENET1K_V1. With --cascade: "
+        "SMALL,LARGE, two bundles with the same labels.",
     )
     weights: Address | None = Field(
         json_schema_extra=MODEL,
@@ -191,6 +202,12 @@ class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
         description="Interval between progress lines if the output is not a terminal.",
     )
 
+    @field_validator("model")
+    @classmethod
+    def _normalize_models(cls, value: str, info: ValidationInfo) -> str:
+        models = split_models(value, is_cascade=info.data.get("cascade") is not None)
+        return ",".join(map(normalized_model, models))
+
     @field_validator("run_id")
     @classmethod
     def _run_id_is_a_folder_name(cls, value: str | None) -> str | None:
@@ -201,11 +218,17 @@ class ClassifyConfig(PipelineSettings, FailureBudgetSettings, GateSettings):
             )
         return value
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The model, or the small and the large model of a cascade."""
+        return (self.model,) if self.cascade is None else tuple(self.model.split(","))
+
     def redacted(self) -> dict[str, Any]:
         """The settings as JSON values without secrets, for plan.json and logs."""
         values = self.model_dump(mode="json")
         values["storage_options"] = redact_options(self.storage_options)
-        for name in ("manifest", "output", "model", "weights", "labels", "label_map"):
+        values["model"] = ",".join(map(redact_uri, self.models))
+        for name in ("manifest", "output", "weights", "labels", "label_map"):
             if values[name] is not None:
                 values[name] = redact_uri(values[name])
         return values

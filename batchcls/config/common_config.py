@@ -17,18 +17,20 @@ AutoOrCount = Auto | Annotated[int, Field(ge=1)]
 AutoOrFraction = Auto | Annotated[float, Field(ge=0, le=1)]
 
 
-def _address(value: str) -> str:
+def normalized_address(value: str) -> str:
+    """Normalize a location. Raises ValueError if it is invalid."""
     return _checked(normalize_uri, value)
 
 
-def _model(value: str) -> str:
+def normalized_model(value: str) -> str:
+    """Normalize the location of a bundle; the name of an architecture is unchanged. Raises ValueError as above."""
     return _checked(normalize_model, value)
 
 
 def _local_folder(value: str) -> str:
     if is_remote(value):
         raise ValueError("expected a local folder, not a remote URI")
-    return _address(value)
+    return normalized_address(value)
 
 
 def _node_folder(value: str) -> str:
@@ -58,8 +60,21 @@ _MIN_SIDE, _MAX_SIDE = 16, 4096
 InputSize = Annotated[int | str, AfterValidator(_input_size)]
 """Size of a network's input in pixels: the side of a square, or HEIGHTxWIDTH."""
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(normalized_address)]
 """A file, folder or glob, local or remote, normalized by `uris.normalize_uri`."""
+
+
+def split_models(value: str, *, is_cascade: bool) -> list[str]:
+    """Return the models in a value of `--model`: one, or SMALL and LARGE of a cascade.
+
+    Raises:
+        ValueError: a cascade does not have two models.
+    """
+    models = value.split(",") if is_cascade else [value]
+    if is_cascade and len(models) != 2:
+        raise ValueError(f"--cascade takes two models, --model SMALL,LARGE; given: {', '.join(models)}")
+    return models
+
 
 LocalFolder = Annotated[str, AfterValidator(_local_folder)]
 """A local folder, normalized in the same way."""
@@ -67,7 +82,7 @@ LocalFolder = Annotated[str, AfterValidator(_local_folder)]
 NodeFolder = Annotated[str, AfterValidator(_node_folder)]
 """A folder on every node; the node resolves `~` and relative paths."""
 
-ModelAddress = Annotated[str, AfterValidator(_model)]
+ModelAddress = Annotated[str, AfterValidator(normalized_model)]
 """A bundle folder, normalized in the same way, or the name of an architecture, unchanged."""
 
 TAP_PATTERN = r"^(pooled|stage[1-9][0-9]*)$"

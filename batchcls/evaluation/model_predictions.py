@@ -105,6 +105,7 @@ class LabeledPredictor:
     Attributes:
         rows: Number of rows processed so far.
         failures: Number of failed rows by reason so far. Both may be read from another thread.
+        first_batch: Pixels of the first batch; None before it was predicted.
     """
 
     def __init__(self, labeled: LabeledManifest, labels: tuple[str, ...], engine: Engine) -> None:
@@ -118,6 +119,7 @@ class LabeledPredictor:
         self._failed: dict[int, str] = {}
         self.rows = 0
         self.failures: Counter[str] = Counter()
+        self.first_batch: npt.NDArray[np.uint8] | None = None
 
     def run(self, load: LoadSettings, buffer: Floats) -> tuple[pa.Table, Rows, LogitStore]:
         """Predict every row whose label is one of the model's.
@@ -177,6 +179,8 @@ class LabeledPredictor:
                 continue
             crops = pixels_of(pixels, load.preprocessing.shape)
             starts = range(0, len(crops), load.block_rows)
+            if self.first_batch is None:
+                self.first_batch = crops[: load.block_rows].copy()
             views = (crops, crops[:, :, ::-1]) if load.views.flips else (crops,)
             self._batch_counts.append([len(starts)] * len(views))
             for view in views:

@@ -51,6 +51,7 @@ class LoadSettings:
         fetch: how images are fetched.
         limits: limits of decoding.
         preprocessing: of the network.
+        large_preprocessing: of the large network of a cascade; None without one, and where it takes the same pixels.
         fetch_threads: images that are fetched concurrently.
         block_rows: rows of a block of decoded images.
         decode_threads: images that are decoded concurrently.
@@ -76,6 +77,7 @@ class LoadSettings:
     decode_margin: float | None = None
     share_predictions: bool = True
     run_id: str = ""
+    large_preprocessing: Preprocessing | None = None
 
 
 def fetch_policy(settings: FetchSettings) -> FetchPolicy:

@@ -24,7 +24,7 @@ from batchcls.images.decode import Decoded, decode, read_checked_header
 from batchcls.images.decode_memory import MemoryBudget, estimate_decode_bytes
 from batchcls.images.fetch import Fetched, Fetcher
 from batchcls.images.formats import DecodeError
-from batchcls.images.load_config import LoadSettings
+from batchcls.images.load_config import LoadSettings, MinDecodedSize
 from batchcls.images.repeated_images import LoadedRow, RepeatedImages
 from batchcls.images.time_limit import CpuTimeExceededError, run_with_cpu_limit
 from batchcls.images.transform import Transform, normalize
@@ -34,6 +34,7 @@ from batchcls.schema import (
     FETCH_SECONDS,
     IMAGE,
     ITEM_ID,
+    LARGE_PIXELS,
     PIXELS,
     ROW,
     SOURCE_VERSION,
@@ -65,12 +66,16 @@ class Loader:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         self._settings = settings
         self._fetcher = Fetcher(settings.fetch)
-        self._transform = Transform(settings.preprocessing, settings.views)
+        self._transforms = [
+            (Transform(preprocessing, settings.views), preprocessing)
+            for preprocessing in (settings.preprocessing, settings.large_preprocessing)
+            if preprocessing is not None
+        ]
         self._pool = ThreadPoolExecutor(settings.fetch_threads, thread_name_prefix="load")
         self._decode_slots = threading.Semaphore(settings.decode_threads)
         self._memory = MemoryBudget(settings.limits.memory_bytes)
         margin = settings.decode_margin
-        self._min_size = None if margin is None else self._transform.min_decoded_size(margin)
+        self._min_size = None if margin is None else self._min_decoded_size(margin)
         self._cpu_lock = threading.Lock()
         self._cpu_seconds = 0.0
 
@@ -79,6 +84,16 @@ class Loader:
         """CPU time in seconds that the threads of the pool have used so far, including fetching."""
         with self._cpu_lock:
             return self._cpu_seconds
+
+    def _min_decoded_size(self, margin: float) -> MinDecodedSize:
+        """The minimum size for `decode` that is sufficient for each network; see `Transform.min_decoded_size`."""
+        of_networks = [transform.min_decoded_size(margin) for transform, _ in self._transforms]
+
+        def min_size(height: int, width: int) -> tuple[float, float]:
+            heights, widths = zip(*(size(height, width) for size in of_networks), strict=True)
+            return max(heights), max(widths)
+
+        return min_size
 
     def load(
         self,
@@ -155,7 +170,8 @@ class Loader:
         # CPU time of this thread, which excludes waiting for a core.
         started = time.thread_time()
         content_hash = hashlib.sha256(data).hexdigest()
-        pixels, failure, width, height = None, None, None, None
+        pixels: list[np.ndarray[Any, Any]] = []
+        failure, width, height = None, None, None
         is_repeat = must_decode is not None and not must_decode(content_hash)
         try:
             if not is_repeat:
@@ -167,7 +183,8 @@ class Loader:
             failure = Failure(Reason.DECODE_TIMEOUT, f"not decoded in {seconds:g} s of CPU time")
         decode_seconds = time.thread_time() - started
         return LoadedRow(
-            pixels=pixels,
+            pixels=pixels[0] if pixels else None,
+            large_pixels=pixels[1] if len(pixels) > 1 else None,
             failure=failure,
             width=width,
             height=height,
@@ -180,8 +197,8 @@ class Loader:
             is_repeat=is_repeat,
         )
 
-    def _pixels(self, data: bytes) -> tuple[np.ndarray[Any, Any], int, int]:
-        """Return the input of the network, and width and height of the stored image."""
+    def _pixels(self, data: bytes) -> tuple[list[np.ndarray[Any, Any]], int, int]:
+        """Return the input of each network, and width and height of the stored image."""
         limits = self._settings.limits
         header = run_with_cpu_limit(limits.seconds, lambda: read_checked_header(data, limits))
         with self._memory.reserve(estimate_decode_bytes(data, header, self._min_size)):
@@ -189,11 +206,14 @@ class Loader:
                 limits.seconds, lambda: self._apply_transform(decode(data, limits, self._min_size, header))
             )
 
-    def _apply_transform(self, decoded: Decoded) -> tuple[np.ndarray[Any, Any], int, int]:
-        pixels = self._transform(decoded.pixels, decoded.extent)
-        if self._settings.normalize == "worker":
-            pixels = normalize(pixels[np.newaxis], self._settings.preprocessing)[0]
-        return pixels, decoded.width, decoded.height
+    def _apply_transform(self, decoded: Decoded) -> tuple[list[np.ndarray[Any, Any]], int, int]:
+        inputs = []
+        for transform, preprocessing in self._transforms:
+            pixels = transform(decoded.pixels, decoded.extent)
+            if self._settings.normalize == "worker":
+                pixels = normalize(pixels[np.newaxis], preprocessing)[0]
+            inputs.append(pixels)
+        return inputs, decoded.width, decoded.height
 
     def _block(
         self, table: pa.Table, futures: list[Future[LoadedRow]], repeats: RepeatedImages | None
@@ -201,7 +221,8 @@ class Loader:
         rows = [future.result() for future in futures]
         if repeats is not None:
             rows = repeats.settle(rows)
-        schema = loaded_schema(self._settings.kept)
+        has_large_pixels = self._settings.large_preprocessing is not None
+        schema = loaded_schema(self._settings.kept, large_pixels=has_large_pixels)
         failures = [row.failure for row in rows]
         columns: dict[str, Any] = {name: table.column(name) for name in (ROW, ITEM_ID, URI)}
         columns |= {field.name: table.column(field.name) for field in self._settings.kept}
@@ -226,6 +247,8 @@ class Loader:
         columns["reason"] = [failure and failure.reason.value for failure in failures]
         columns["detail"] = [failure and failure.detail for failure in failures]
         columns[PIXELS] = pack_pixels([row.pixels for row in rows])
+        if has_large_pixels:
+            columns[LARGE_PIXELS] = pack_pixels([row.large_pixels for row in rows])
         return pa.table(
             {field.name: _typed(columns[field.name], field.type) for field in schema}, schema=schema
         )

@@ -20,6 +20,7 @@ class LoadedRow:
 
     Attributes:
         pixels: H x W x 3 or 5 x H x W x 3 in C order; None if the row failed or repeats another one.
+        large_pixels: the same in the preprocessing of the large network of a cascade; None if it is not needed.
         failure: why it has no pixels; None if it has some or repeats another row.
         width, height: of the stored image.
         content_hash: SHA-256 of the image file, hex.
@@ -29,6 +30,7 @@ class LoadedRow:
     """
 
     pixels: np.ndarray[Any, Any] | None = None
+    large_pixels: np.ndarray[Any, Any] | None = None
     failure: Failure | None = None
     width: int | None = None
     height: int | None = None
@@ -45,6 +47,7 @@ class LoadedRow:
         return replace(
             self,
             pixels=other.pixels,
+            large_pixels=other.large_pixels,
             failure=other.failure,
             width=other.width,
             height=other.height,
@@ -53,7 +56,9 @@ class LoadedRow:
 
     def as_repeat(self) -> Self:
         """Return the row without its decoded image."""
-        return replace(self, pixels=None, failure=None, width=None, height=None, is_repeat=True)
+        return replace(
+            self, pixels=None, large_pixels=None, failure=None, width=None, height=None, is_repeat=True
+        )
 
 
 class RepeatedImages:

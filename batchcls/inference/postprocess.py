@@ -14,7 +14,7 @@ import torch
 
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.models.engines.engine import EngineOutput
-from batchcls.schema import TOP_K_TYPE
+from batchcls.schema import PREDICTED_BY, TOP_K_TYPE
 
 Floats = npt.NDArray[np.float32]
 
@@ -102,6 +102,8 @@ class PredictionColumns:
             columns = self._settings.abstention.apply(columns, probabilities)
         if self._settings.embedding is not None:
             columns["embedding"] = embedding_column(embedding, self._settings.embedding)
+        if self._settings.predicted_by is not None:
+            columns[PREDICTED_BY] = pa.array([self._settings.predicted_by] * len(probabilities), pa.string())
         return columns
 
 

@@ -19,7 +19,6 @@ from batchcls.schema import (
     PREDICT_SECONDS,
     REASONS,
     Reason,
-    prediction_fields,
 )
 
 _INPUT_TYPES: dict[str, type[np.generic]] = {"engine": np.uint8, "worker": np.float32}
@@ -140,10 +139,7 @@ class Predictor:
         indices[good[finite]] = np.arange(int(finite.sum()))
         take = pa.array(indices, mask=indices < 0)
         columns = self._columns.columns(averaged.probabilities[finite], averaged.embedding[finite])
-        settings = self._settings
-        for field in prediction_fields(
-            settings.embedding, settings.embedding_dimension, abstain=settings.abstention is not None
-        ):
+        for field in self._settings.prediction_fields:
             batch = batch.append_column(field, columns[field.name].take(take))
         return batch
 

@@ -29,6 +29,7 @@ class PredictSettings:
         temperature: temperature of the bundle's calibration.
         abstention: thresholds of `--abstain`; None without it.
         groups: sums of the probabilities of the network's classes that give those of `labels`; None without a map.
+        predicted_by: the network of a cascade, SMALL or LARGE, for the column of this name; None without a cascade.
     """
 
     labels: tuple[str, ...]
@@ -44,6 +45,7 @@ class PredictSettings:
     temperature: float = 1.0
     abstention: Abstention | None = None
     groups: ClassGroups | None = None
+    predicted_by: str | None = None
 
     @property
     def classes(self) -> int:
@@ -53,17 +55,21 @@ class PredictSettings:
     @property
     def output_schema(self) -> pa.Schema:
         """Schema of the blocks that the predictor returns."""
-        return classified_schema(
-            self.kept, self.embedding, self.embedding_dimension, abstain=self.abstention is not None
-        )
+        return classified_schema(self.kept, self.embedding, self.embedding_dimension, **self._columns)
+
+    @property
+    def prediction_fields(self) -> list[pa.Field]:
+        """`schema.prediction_fields` of the blocks that the predictor returns."""
+        return prediction_fields(self.embedding, self.embedding_dimension, **self._columns)
+
+    @property
+    def _columns(self) -> dict[str, bool]:
+        return {"abstain": self.abstention is not None, "cascade": self.predicted_by is not None}
 
     @property
     def columns_of_an_image(self) -> list[str]:
         """Columns of the returned blocks that follow from the image alone, whatever row it belongs to."""
-        fields = prediction_fields(
-            self.embedding, self.embedding_dimension, abstain=self.abstention is not None
-        )
-        return ["width", "height", "reason", "detail", *(field.name for field in fields)]
+        return ["width", "height", "reason", "detail", *(field.name for field in self.prediction_fields)]
 
     def with_batch_size(self, batch_size: int) -> Self:
         """Return the settings with another batch size."""

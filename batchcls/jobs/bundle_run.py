@@ -186,6 +186,7 @@ def inspect(config: BundleInspectConfig, console: Console) -> ExitCode:
         "category_paths": True,
         "golden": True,
         "calibration": {"thresholds"},
+        "cascade": {"thresholds"},
     }
     record = bundle.config.model_dump(mode="json", exclude=summarized)
     golden = bundle.config.golden

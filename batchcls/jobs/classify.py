@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   batchcls classify --manifest catalog.parquet --model timm:mobilenetv3_large_100 --output out
   batchcls classify --config jobs/classify.toml
+  batchcls classify --manifest catalog.parquet --model models/small,models/large --cascade auto --output out
   batchcls classify --manifest s3://shop/catalog/ --model s3://shop/models/v7 --output s3://shop/out
 
 The same command resumes a run that was killed or stopped, and publishes a run that was committed but not published.

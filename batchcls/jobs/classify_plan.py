@@ -1,9 +1,8 @@
 """Plan a run of the classify job: check and open its inputs, and derive the plan and the pipeline from them."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from batchcls.cli.tables import bundle_line
 from batchcls.cluster.job_nodes import JobNodes
 from batchcls.cluster.placement import Placement
 from batchcls.config.classify_config import ClassifyConfig
@@ -11,27 +10,33 @@ from batchcls.errors import InputError
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.inference.abstention import Abstention
 from batchcls.inference.predictor_config import PredictSettings
+from batchcls.jobs.classify_models import (
+    OpenedModels,
+    PreparedCascade,
+    PreparedModel,
+    check_models,
+    open_models,
+    prepare_cascade,
+    read_map,
+)
 from batchcls.manifest.ids import InvalidIds, find_invalid_ids
 from batchcls.manifest.row_ranges import RowRanges
 from batchcls.manifest.snapshot import Manifest, open_manifest
-from batchcls.models.classifier_head import ClassifierHead, ModelLayers, layers_of
+from batchcls.models.classifier_head import ClassifierHead
 from batchcls.models.engines.factory import missing_package
-from batchcls.models.label_map import LabelMap, read_label_map
-from batchcls.models.mapped_classes import MappedClasses
+from batchcls.models.label_map import LabelMap
 from batchcls.models.model_bundle import Bundle, BundleConfig
-from batchcls.models.model_spec import ModelChoices
-from batchcls.models.resolve import check_model, parse_model_arguments, resolve_model
 from batchcls.pipeline.node_engines import EngineSelection
-from batchcls.pipeline.pipeline_spec import LoadSpec, PipelineSpec, WorkerSpec
-from batchcls.preprocessing import Views, views_of
+from batchcls.pipeline.pipeline_spec import LargeNetwork, LoadSpec, PipelineSpec, WorkerSpec
+from batchcls.preprocessing import Preprocessing
 from batchcls.ray_runtime import wait_for_cluster
 from batchcls.resources import ResourcePlan, plan_resources
 from batchcls.runs.parts import PartWriter
 from batchcls.runs.paths import run_folder
 from batchcls.runs.plan import Fingerprints, Plan, prediction_settings
-from batchcls.runs.records import ManifestInfo, ModelInfo
+from batchcls.runs.records import CascadeInfo, ManifestInfo, ModelInfo
 from batchcls.runs.split_labels import can_be_compared
-from batchcls.schema import EMBEDDING_TYPES, ITEM_ID, URI
+from batchcls.schema import EMBEDDING_TYPES, ITEM_ID, LARGE, SMALL, URI
 from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
 from batchcls.storage.uris import canonical_location
 
@@ -40,15 +45,18 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClassifyInputs:
-    """The opened manifest and model of a run, with its parts and views, and access to storage."""
+    """The opened manifest and models of a run, and access to storage.
+
+    `model` is the only network or the small one of a cascade. `head` is its classifier, from which predictions for its
+    embeddings can be computed; None if they cannot, as with a cascade.
+    """
 
     manifest: Manifest
     invalid_ids: InvalidIds
-    bundle: Bundle
-    mapped: MappedClasses
-    layers: ModelLayers
+    models: OpenedModels
+    model: PreparedModel
+    cascade: PreparedCascade | None
     head: ClassifierHead | None
-    views: Views
     storage: Storage
 
     @property
@@ -67,17 +75,8 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
     engine = "openvino" if config.precision == "int8" else config.engine
     if engine != "auto" and (lacking := missing_package(engine)) is not None:
         raise InputError(f"--engine {config.engine} --precision {config.precision}: {lacking}")
-    bundle = check_model(config.model, _model_choices(config), storage)
     label_map = read_map(config, storage)
-    if bundle is not None:
-        mapped = MappedClasses.of(bundle, label_map)
-        if config.abstain:
-            Abstention.from_bundle(mapped.config)
-        _require_views(config, bundle)
-    elif config.abstain:
-        raise InputError(
-            "--abstain: an architecture has no thresholds; use a bundle that `evaluate` has calibrated"
-        )
+    check_models(config, label_map, storage)
     with explain(config.output):
         # Credentials, bucket and network of the output are checked before any work starts.
         storage.list_files(run_folder(config.output, config.run_id or "none"))
@@ -89,8 +88,10 @@ def check_inputs(config: ClassifyConfig) -> Manifest:
     return manifest
 
 
-def open_inputs(config: ClassifyConfig, manifest: Manifest, bundle: Bundle | None = None) -> ClassifyInputs:
-    """Open everything that a run reads, after `check_inputs`; `bundle` if `open_bundle` has opened it already.
+def open_inputs(
+    config: ClassifyConfig, manifest: Manifest, models: OpenedModels | None = None
+) -> ClassifyInputs:
+    """Open everything that a run reads, after `check_inputs`; `models` if `open_models` has opened them already.
 
     Raises:
         InputError: an input cannot be read or does not match the settings.
@@ -101,47 +102,25 @@ def open_inputs(config: ClassifyConfig, manifest: Manifest, bundle: Bundle | Non
         _logger.warning(
             "manifest: %d null and %d repeated ids", len(invalid_ids.null), len(invalid_ids.duplicate)
         )
-    bundle = bundle or open_bundle(config, storage)
-    _logger.info("embedding: %s", _embedding_line(config, bundle))
-    mapped = MappedClasses.of(bundle.config, read_map(config, storage))
-    if mapped.label_map is not None:
+    models = models or open_models(config, storage)
+    _logger.info("embedding: %s", _embedding_line(config, models.bundle))
+    label_map = read_map(config, storage)
+    model = PreparedModel.of(config, models.bundle, label_map)
+    if label_map is not None:
         _logger.info(
             "label map: %d labels of the bundle become %d, before splits",
-            len(bundle.config.labels),
-            len(mapped.config.labels),
+            len(models.bundle.config.labels),
+            len(model.mapped.config.labels),
         )
     return ClassifyInputs(
         manifest=manifest,
         invalid_ids=invalid_ids,
-        bundle=bundle,
-        mapped=mapped,
-        layers=layers_of(bundle, mapped),
-        head=ClassifierHead.of(bundle),
-        views=views_of(config.tta, bundle.config.preprocessing),
+        models=models,
+        model=model,
+        cascade=prepare_cascade(config, models, label_map),
+        head=model.head if models.large is None else None,
         storage=storage,
     )
-
-
-def open_bundle(config: ClassifyConfig, storage: Storage) -> Bundle:
-    """Open the model of a run, after `check_inputs`.
-
-    Raises:
-        InputError: the model cannot be read or does not match the settings.
-    """
-    bundle = resolve_model(config.model, _model_choices(config), storage)
-    if bundle.config.golden is None:
-        # Only a bundle that was just created from a name lacks them, and torch is imported for that anyway.
-        from batchcls.inference.golden_record import with_golden  # noqa: PLC0415
-
-        bundle = with_golden(bundle)
-    _logger.info("model: %s", bundle_line(bundle))
-    _require_fingerprint(config, bundle)
-    return bundle
-
-
-def read_map(config: ClassifyConfig, storage: Storage) -> LabelMap | None:
-    """The map of `--label-map`. Raises InputError if it cannot be read or contradicts itself."""
-    return None if config.label_map is None else read_label_map(config.label_map, storage)
 
 
 def _require_split_columns(label_map: LabelMap | None, manifest: Manifest) -> None:
@@ -181,39 +160,6 @@ def plan_on_cluster(config: ClassifyConfig, inputs: ClassifyInputs) -> tuple[Res
     return plan, placement
 
 
-def _model_choices(config: ClassifyConfig) -> ModelChoices:
-    return ModelChoices(
-        weights=config.weights,
-        labels=config.labels,
-        arguments=parse_model_arguments(config.model_args or ""),
-        tap=config.embedding_tap,
-        allow_random=config.allow_random_weights,
-    )
-
-
-def _require_fingerprint(config: ClassifyConfig, bundle: Bundle) -> None:
-    expected = config.model_fingerprint
-    if expected is not None and not bundle.fingerprint.startswith(expected):
-        raise InputError(
-            f"--model-fingerprint {expected}: {redact_uri(config.model)} has the fingerprint {bundle.fingerprint}, "
-            "so it is not the model that this job is pinned to"
-        )
-
-
-def _require_views(config: ClassifyConfig, bundle: BundleConfig) -> None:
-    """Temperature and thresholds are fitted to averages over certain views and do not hold for others."""
-    calibration = bundle.calibration
-    if calibration is None or calibration.tta == config.tta:
-        return
-    message = (
-        f"--tta {config.tta}: {redact_uri(config.model)} was calibrated with --tta {calibration.tta}; classify with "
-        f"that, or calibrate it again with `batchcls evaluate --tta {config.tta} --write-bundle BUNDLE`"
-    )
-    if config.abstain:
-        raise InputError(f"{message}; its thresholds do not hold for other views")
-    _logger.warning("%s; probabilities may be less well calibrated", message)
-
-
 def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
     """Describe the contents of the embedding column for the log."""
     if config.embedding_dtype == "none":
@@ -227,7 +173,7 @@ def _embedding_line(config: ClassifyConfig, bundle: Bundle) -> str:
 def fingerprints_of(config: ClassifyConfig, inputs: ClassifyInputs) -> Fingerprints:
     """The fingerprints that identify the run: those of its manifest, its model and its settings."""
     return Fingerprints.of(
-        config, inputs.manifest.fingerprint, inputs.bundle.fingerprint, inputs.mapped.label_map
+        config, inputs.manifest.fingerprint, inputs.models.fingerprint, inputs.model.mapped.label_map
     )
 
 
@@ -239,10 +185,10 @@ def plan_of(
     run_id: str,
 ) -> Plan:
     """The plan of a run."""
-    manifest, bundle = inputs.manifest, inputs.bundle
+    manifest, bundle, mapped = inputs.manifest, inputs.models.bundle, inputs.model.mapped
     fingerprints = fingerprints_of(config, inputs)
     unpublishable = []
-    if not bundle.publishable:
+    if not all(opened.publishable for opened in inputs.models.bundles):
         unpublishable.append("the weights are random, or the head was never trained")
     if config.limit is not None:
         unpublishable.append(f"--limit {config.limit}: only a part of the manifest")
@@ -257,22 +203,46 @@ def plan_of(
             files=len(manifest.files),
         ),
         model=ModelInfo(
-            fingerprint=bundle.fingerprint,
-            layers=inputs.layers,
+            fingerprint=inputs.models.fingerprint,
+            layers=inputs.model.layers,
             source=bundle.config.source,
             architecture=bundle.config.architecture,
-            classes=len(inputs.mapped.config.labels),
-            label_map=inputs.mapped.label_map,
-            groups=inputs.mapped.groups,
+            classes=len(mapped.config.labels),
+            label_map=mapped.label_map,
+            groups=mapped.groups,
             preprocessing=bundle.config.preprocessing,
             embedding_tap=bundle.config.embedding_tap,
             weights=bundle.config.weights,
+            cascade=_cascade_info(inputs),
         ),
         resources=resource_plan,
         unpublishable=tuple(unpublishable),
         fingerprints=fingerprints,
         engines=selection.recorded(),
-        result_settings=prediction_settings(config, selection.precisions, selection.decode_margin),
+        result_settings=prediction_settings(
+            config,
+            selection.precisions,
+            selection.decode_margin,
+            None if selection.large is None else selection.large.precisions,
+        ),
+    )
+
+
+def _cascade_info(inputs: ClassifyInputs) -> CascadeInfo | None:
+    cascade = inputs.cascade
+    if cascade is None:
+        return None
+    large = cascade.model.bundle
+    return CascadeInfo(
+        small=inputs.models.bundle.fingerprint,
+        large=large.fingerprint,
+        layers=cascade.model.layers,
+        source=large.config.source,
+        architecture=large.config.architecture,
+        preprocessing=large.config.preprocessing,
+        weights=large.config.weights,
+        thresholds=cascade.thresholds,
+        expected_fraction=cascade.expected_fraction,
     )
 
 
@@ -286,7 +256,7 @@ def pipeline_spec_of(
 ) -> PipelineSpec:
     """The specification of the pipeline over all rows of the manifest."""
     kept = inputs.manifest.columns.kept
-    bundle, mapped = inputs.bundle.config, inputs.mapped
+    bundle, cascade = inputs.models.bundle.config, inputs.cascade
     embedding = EMBEDDING_TYPES[config.embedding_dtype]
     load = LoadSettings(
         run_id=run_id,
@@ -295,7 +265,8 @@ def pipeline_spec_of(
         fetch=fetch_policy(config),
         limits=decode_limits(config),
         preprocessing=bundle.preprocessing,
-        views=inputs.views,
+        large_preprocessing=None if cascade is None else _second_preprocessing(config, bundle, cascade),
+        views=inputs.model.views,
         normalize=config.normalize,
         fetch_threads=resource_plan.fetch_threads,
         decode_threads=resource_plan.decode_threads,
@@ -303,24 +274,16 @@ def pipeline_spec_of(
         decode_margin=selection.decode_margin,
         share_predictions=config.share_predictions,
     )
-    predict = PredictSettings(
-        labels=tuple(mapped.config.labels),
-        top_k=config.top_k,
+    predict = replace(
+        _predict_settings(config, inputs.model, resource_plan),
         embedding=embedding,
-        embedding_dimension=bundle.embedding_dimension,
         l2_normalize=config.l2_normalize,
-        views=inputs.views,
-        input_shape=bundle.preprocessing.shape,
-        normalize=config.normalize,
-        batch_size=resource_plan.batch_size,
         kept=kept,
-        temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
-        abstention=Abstention.from_bundle(mapped.config) if config.abstain else None,
-        groups=mapped.groups,
+        predicted_by=None if cascade is None else SMALL,
     )
     worker = WorkerSpec(
-        bundle=inputs.bundle,
-        fingerprint=inputs.bundle.fingerprint,
+        bundle=inputs.models.bundle,
+        fingerprint=inputs.models.bundle.fingerprint,
         engines=selection.engines,
         load=LoadSpec(inputs.manifest.columns, inputs.storage, load),
         predict=predict,
@@ -331,9 +294,11 @@ def pipeline_spec_of(
             embedding,
             bundle.embedding_dimension,
             abstain=config.abstain,
-            label_map=mapped.label_map,
+            label_map=inputs.model.mapped.label_map,
+            cascade=cascade is not None,
         ),
         resources=resource_plan,
+        large=_large_network(config, inputs, resource_plan, selection),
     )
     return PipelineSpec(
         manifest=inputs.manifest,
@@ -343,3 +308,51 @@ def pipeline_spec_of(
         placement=placement,
         no_progress_timeout_seconds=config.no_progress_timeout_seconds,
     )
+
+
+def _predict_settings(config: ClassifyConfig, model: PreparedModel, plan: ResourcePlan) -> PredictSettings:
+    """The settings of a network without embedding and kept columns."""
+    bundle, mapped = model.bundle.config, model.mapped
+    return PredictSettings(
+        labels=tuple(mapped.config.labels),
+        top_k=config.top_k,
+        embedding=None,
+        embedding_dimension=bundle.embedding_dimension,
+        l2_normalize=False,
+        views=model.views,
+        input_shape=bundle.preprocessing.shape,
+        normalize=config.normalize,
+        batch_size=plan.batch_size,
+        kept=(),
+        temperature=bundle.calibration.temperature if bundle.calibration else 1.0,
+        abstention=Abstention.from_bundle(mapped.config) if config.abstain else None,
+        groups=mapped.groups,
+    )
+
+
+def _large_network(
+    config: ClassifyConfig, inputs: ClassifyInputs, plan: ResourcePlan, selection: EngineSelection
+) -> LargeNetwork | None:
+    cascade = inputs.cascade
+    if cascade is None or selection.large is None:
+        return None
+    return LargeNetwork(
+        bundle=cascade.model.bundle,
+        fingerprint=cascade.model.bundle.fingerprint,
+        engines=selection.large.engines,
+        predict=replace(_predict_settings(config, cascade.model, plan), predicted_by=LARGE),
+        thresholds=cascade.thresholds_of(inputs.model.mapped),
+    )
+
+
+def _second_preprocessing(
+    config: ClassifyConfig, small: BundleConfig, cascade: PreparedCascade
+) -> Preprocessing | None:
+    """The preprocessing of the large network if it does not take the pixels of the small one."""
+    large = cascade.model.bundle.config.preprocessing
+    # Mean and standard deviation are applied by the engine, except that images are padded with the mean.
+    if config.normalize == "engine" and large.crop_mode != "border":
+        is_same = small.preprocessing.model_copy(update={"mean": large.mean, "std": large.std}) == large
+    else:
+        is_same = small.preprocessing == large
+    return None if is_same else large

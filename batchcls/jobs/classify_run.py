@@ -19,22 +19,21 @@ from rich.console import Console
 from batchcls.cluster.placement import Placement
 from batchcls.config.classify_config import ClassifyConfig
 from batchcls.errors import BatchclsError, InputError
+from batchcls.jobs.classify_models import open_models, read_map
 from batchcls.jobs.classify_plan import (
     ClassifyInputs,
     check_inputs,
     fingerprints_of,
-    open_bundle,
     open_inputs,
     pipeline_spec_of,
     plan_of,
     plan_on_cluster,
-    read_map,
 )
 from batchcls.jobs.classify_reuse import choose_reuse_source
 from batchcls.manifest.snapshot import Manifest
 from batchcls.pipeline.copy_predictions import copy_predictions
 from batchcls.pipeline.executor import PipelineResult, execute
-from batchcls.pipeline.node_engines import EngineSelection, select_engines
+from batchcls.pipeline.node_engines import EngineSelection, select_all_engines
 from batchcls.pipeline.pipeline_spec import PipelineSpec
 from batchcls.pipeline.progress import Progress
 from batchcls.pipeline.prometheus import metrics_of
@@ -171,19 +170,19 @@ def commit_run(config: ClassifyConfig, console: Console) -> CommittedRun:
     """
     started = time.time()
     manifest = check_inputs(config)
-    storage, bundle = Storage(config.storage_options), None
+    storage, models = Storage(config.storage_options), None
     if _may_be_committed(config, manifest, storage):
         # Then no row is left to compute, and neither Ray nor a node of its cluster is needed.
-        bundle = open_bundle(config, storage)
+        models = open_models(config, storage)
         label_map = read_map(config, storage)
-        fingerprints = Fingerprints.of(config, manifest.fingerprint, bundle.fingerprint, label_map)
+        fingerprints = Fingerprints.of(config, manifest.fingerprint, models.fingerprint, label_map)
         unpublished = find_unpublished_run(config, fingerprints, storage)
         if unpublished is not None:
             return reevaluate_run(config, unpublished, storage)
     # Ray takes seconds to start, most of them waiting; the inputs are opened meanwhile.
     prepare_environment()
     with ThreadPoolExecutor(1) as background:
-        opening = background.submit(open_inputs, config, manifest, bundle)
+        opening = background.submit(open_inputs, config, manifest, models)
         with ray_session(config.ray_address):
             inputs = opening.result()
             with removes_empty_folders(config.output, inputs.storage):
@@ -210,7 +209,9 @@ def _start_or_resume(
         unfinished = _find_unfinished(config, inputs)
         resource_plan, placement = plan_on_cluster(config, inputs)
         recorded = unfinished.engines if unfinished else None
-        engines = select_engines(config, inputs.manifest, inputs.bundle, resource_plan, storage, recorded)
+        engines = select_all_engines(
+            config, inputs.manifest, inputs.models.bundles, resource_plan, storage, recorded
+        )
         plan = _plan(config, inputs, (resource_plan, placement), engines, unfinished)
         if selection is not None:
             selection.confirm()
@@ -410,7 +411,7 @@ def _commit(run: _LeasedRun, computed: _ComputedRun, started: float) -> Committe
         update={
             "seconds_total": seconds_total,
             "decode_margin": run.engines.decode_margin,
-            "engine_selections": run.engines.records,
+            "engine_selections": run.engines.all_records,
         }
     )
     check_budget(totals, run.budget)

@@ -11,6 +11,8 @@ _EXAMPLES = """examples:
   batchcls evaluate --manifest validation.parquet --model models/v1 --output evaluated \\
       --target-precision 0.95 --write-bundle models/v1-calibrated
   batchcls evaluate --manifest s3://shop/labeled/ --run s3://shop/out --output s3://shop/evaluated
+  batchcls evaluate --manifest validation.parquet --model models/small,models/large --cascade \\
+      --output evaluated --write-bundle models/small-cascade
   batchcls evaluate --config jobs/evaluate.toml
 
 `batchcls classify --model models/v1-calibrated --abstain ...` then sets the label of predictions below
@@ -22,7 +24,12 @@ exit codes: 0 success; 1 unexpected error; 2 invalid configuration or input, not
 
 def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors."""
-    from batchcls.jobs import evaluate_run  # noqa: PLC0415 - PyTorch takes seconds to import
+    # PyTorch takes seconds to import.
+    if config.cascade:
+        from batchcls.jobs import evaluate_cascade  # noqa: PLC0415
+
+        return evaluate_cascade.evaluate(config, console)
+    from batchcls.jobs import evaluate_run  # noqa: PLC0415
 
     return evaluate_run.evaluate(config, console)
 

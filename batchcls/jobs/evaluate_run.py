@@ -75,15 +75,8 @@ class _Evaluation:
 def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors."""
     storage = Storage(config.storage_options)
-    _check_settings(config, storage)
-    labeled = LabeledManifest.open(
-        config.manifest,
-        storage,
-        id_column=config.id_column,
-        label_column=config.label_column,
-        limit=config.limit,
-    )
-    _logger.info("manifest: %s in column %s", labeled.labels.describe(), config.label_column)
+    check_settings(config, storage)
+    labeled = open_labeled(config, storage)
     if config.model is not None:
         bundle = Bundle.load(config.model, storage)
         _logger.info("model: %s", bundle_line(bundle))
@@ -109,8 +102,23 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def _check_settings(config: EvaluateConfig, storage: Storage) -> None:
+def open_labeled(config: EvaluateConfig, storage: Storage) -> LabeledManifest:
+    """Open the labeled manifest of the job. Raises InputError if it cannot be read or has no labels."""
+    labeled = LabeledManifest.open(
+        config.manifest,
+        storage,
+        id_column=config.id_column,
+        label_column=config.label_column,
+        limit=config.limit,
+    )
+    _logger.info("manifest: %s in column %s", labeled.labels.describe(), config.label_column)
+    return labeled
+
+
+def check_settings(config: EvaluateConfig, storage: Storage) -> None:
     """Reject invalid combinations and unreachable outputs before the expensive work starts."""
+    if config.cascade and config.model is None:
+        raise InputError("--cascade compares two bundles; specify them with --model SMALL,LARGE")
     if (config.model is None) == (config.run is None):
         raise InputError("specify what to evaluate, either --model BUNDLE or --run OUTPUT/runs/ID")
     if config.model is None and config.write_bundle is not None:
@@ -134,9 +142,9 @@ def _evaluate_bundle(
     labels = bundle.config.labels
     paths = _paths(config, labels, bundle.config.category_paths)
     views = views_of(config.tta, bundle.config.preprocessing)
-    load = _load_settings(config, labeled, bundle.config.preprocessing, views)
+    load = load_settings(config, labeled, bundle.config.preprocessing, views)
     choice = EngineChoice(config.engine, config.precision)
-    engine, _ = start_tested_engine(bundle, choice, _engine_config(config))
+    engine, _ = start_tested_engine(bundle, choice, engine_config(config))
     _logger.info("engine: %s", describe_engine(engine))
     predictor = LabeledPredictor(labeled, labels, engine)
     rows = labeled.manifest.rows
@@ -179,7 +187,8 @@ def _paths(
     return bundle_paths
 
 
-def _engine_config(config: EvaluateConfig) -> EngineConfig:
+def engine_config(config: EvaluateConfig) -> EngineConfig:
+    """Device and resources of the engines of the job."""
     device: Device = "cpu"
     if config.device != "auto":
         device = config.device
@@ -190,9 +199,10 @@ def _engine_config(config: EvaluateConfig) -> EngineConfig:
     )
 
 
-def _load_settings(
+def load_settings(
     config: EvaluateConfig, labeled: LabeledManifest, preprocessing: Preprocessing, views: Views
 ) -> LoadSettings:
+    """Settings for loading the images of the manifest with a preprocessing."""
     cores = torch.get_num_threads()
     return LoadSettings(
         base=labeled.manifest.base,
@@ -216,7 +226,7 @@ def _page(
         manifest=redact_uri(config.manifest),
         version=version("batchcls"),
         pairs=pairs,
-        images=thumbnails(pairs, labeled, _load_settings(config, labeled, _ANY_SIZE, Views())),
+        images=thumbnails(pairs, labeled, load_settings(config, labeled, _ANY_SIZE, Views())),
         curves=[
             Curve(name.replace("_", " "), epochs, values)
             for name, values in evaluation.curves.items()
@@ -230,7 +240,8 @@ def _write_bundle(
     uri: str, bundle: Bundle, calibration: Calibration, paths: Sequence[Path] | None, storage: Storage
 ) -> str:
     """Write the bundle with the calibration. The golden outputs stay valid: they are stored at temperature 1."""
-    changes: dict[str, Any] = {"calibration": calibration}
+    # Thresholds of a cascade belong to the probabilities of the earlier calibration.
+    changes: dict[str, Any] = {"calibration": calibration, "cascade": None}
     if bundle.config.category_paths is None and paths is not None:
         changes["category_paths"] = paths
     record = bundle.config.model_dump() | changes

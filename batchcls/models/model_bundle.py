@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from batchcls.config.common_config import TAP_PATTERN
 from batchcls.errors import GoldenMismatch, InputError
+from batchcls.models.cascade_record import CascadeRecord
 from batchcls.models.golden import Golden
 from batchcls.models.labels import CategoryPaths, check_labels, labels_digest
 from batchcls.models.model_spec import ArgumentValue, ModelSpec, SourceName
@@ -147,6 +148,10 @@ class BundleConfig(BaseModel):
     calibration: Calibration | None = Field(
         default=None, description="Temperature and thresholds; None until the bundle is evaluated."
     )
+    cascade: CascadeRecord | None = Field(
+        default=None,
+        description="Thresholds of a cascade whose small network this is; None unless they were fitted.",
+    )
     lineage: dict[str, Any] = Field(
         default_factory=dict, description="Record of how the bundle was created; JSON values."
     )
@@ -185,10 +190,14 @@ class BundleConfig(BaseModel):
     def as_json(self) -> dict[str, Any]:
         """Return the record as JSON values.
 
-        The fields `calibration` and `head_tensors` are omitted if they are None, so that older bundles without them
-        keep their fingerprints.
+        The fields `calibration`, `cascade` and `head_tensors` are omitted if they are None, so that older bundles
+        without them keep their fingerprints.
         """
-        added = {"calibration": self.calibration, "head_tensors": self.head_tensors}
+        added = {
+            "calibration": self.calibration,
+            "cascade": self.cascade,
+            "head_tensors": self.head_tensors,
+        }
         return self.model_dump(mode="json", exclude={name for name, value in added.items() if value is None})
 
     def category_paths_for(self, labels: Sequence[str]) -> CategoryPaths | None:
@@ -197,6 +206,11 @@ class BundleConfig(BaseModel):
             return None
         paths = dict(zip(self.labels, self.category_paths, strict=True))
         return tuple(paths[label] for label in labels) if paths.keys() >= set(labels) else None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the record, which contains the digest of the weights; the same on every machine."""
+        return sha256_hex(json.dumps(self.as_json(), sort_keys=True, separators=(",", ":")).encode())
 
     @property
     def spec(self) -> ModelSpec:
@@ -237,7 +251,7 @@ class Bundle:
         """
         self._check_weights()
         # Computed again, because the cached property was transferred with the object.
-        actual = _fingerprint(self.config)
+        actual = self.config.fingerprint
         if actual != fingerprint:
             raise InputError(
                 f"the bundle's fingerprint is {actual} and should be {fingerprint}; this is another model"
@@ -253,8 +267,8 @@ class Bundle:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the record, which contains the digest of the weights; the same on every machine."""
-        return _fingerprint(self.config)
+        """`BundleConfig.fingerprint`."""
+        return self.config.fingerprint
 
     @property
     def publishable(self) -> bool:
@@ -305,8 +319,8 @@ class Bundle:
     ) -> "Bundle":
         """Return the bundle with other weights.
 
-        Golden outputs and the calibration, which belong to the old weights, are removed unless `changes` contains new
-        ones. Category paths are looked up by label; they are removed unless every new label has one.
+        Golden outputs, calibration and cascade, which belong to the old weights, are removed unless `changes` contains
+        new ones. Category paths are looked up by label; they are removed unless every new label has one.
 
         Args:
             weights: bytes of a safetensors file.
@@ -319,7 +333,12 @@ class Bundle:
         config = self.config
         record = config.weights.model_copy(update={**(origin or {}), "sha256": sha256_hex(weights)})
         labels = changes.get("labels", config.labels)
-        derived = {"golden": None, "calibration": None, "category_paths": config.category_paths_for(labels)}
+        derived = {
+            "golden": None,
+            "calibration": None,
+            "cascade": None,
+            "category_paths": config.category_paths_for(labels),
+        }
         values = config.model_dump() | {"weights": record.model_dump()} | derived | changes
         return Bundle(_validated(lambda: BundleConfig.model_validate(values), "the changed bundle"), weights)
 
@@ -343,10 +362,6 @@ class Bundle:
 
     def _record(self) -> bytes:
         return f"{json.dumps(self.config.as_json(), indent=2, ensure_ascii=False)}\n".encode()
-
-
-def _fingerprint(config: BundleConfig) -> str:
-    return sha256_hex(json.dumps(config.as_json(), sort_keys=True, separators=(",", ":")).encode())
 
 
 def _replace_non_finite(value: Any) -> Any:

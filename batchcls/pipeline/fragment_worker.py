@@ -14,15 +14,14 @@ import pyarrow as pa
 
 from batchcls.images.loader import Loader
 from batchcls.images.repeated_images import RepeatedImages
-from batchcls.inference.predictor import Predictor
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment
 from batchcls.models.engines.engine import Engine
-from batchcls.models.engines.factory import describe_engine
-from batchcls.pipeline.actor_engine import start_for_node, worker_rows
-from batchcls.pipeline.pipeline_spec import WorkerSpec
+from batchcls.pipeline.actor_engine import NodeNetworks, start_for_node
+from batchcls.pipeline.pipeline_spec import NetworkSpec, WorkerSpec
 from batchcls.pipeline.ray_data.fragment_actor import CONCURRENT_FRAGMENTS
 from batchcls.pipeline.repeated_predictions import KnownPredictions, RepeatedPredictions, fill_blocks
+from batchcls.resources import ResourcePlan
 from batchcls.runs.parts import Receipt
 from batchcls.runs.receipts import write_receipt
 from batchcls.schema import Failure
@@ -40,12 +39,11 @@ class _CpuClock:
 
 
 class FragmentWorker:
-    """A loader, an engine and a writer; two threads may call `process` concurrently."""
+    """A loader, one or two networks and a writer; two threads may call `process` concurrently."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        """Start the engine. Raises what `start_for_node` raises."""
-        self._engine, batch_size = self.start_engine(spec)
-        self._settings = spec.predict.with_batch_size(batch_size)
+        """Start the engines. Raises what `start_for_node` raises."""
+        self._networks = NodeNetworks(spec, self.start_engine)
         self._block_rows = spec.resources.block_rows
         self._loader = Loader(spec.load.settings)
         self._shares_predictions = spec.load.settings.share_predictions
@@ -59,13 +57,13 @@ class FragmentWorker:
         """Id of the node for receipts; empty outside of Ray."""
         self._calls_cpu_seconds = 0.0
 
-    def start_engine(self, spec: WorkerSpec) -> tuple[Engine, int]:
-        """Start the engine; return it and its batch size."""
-        return start_for_node(spec)
+    def start_engine(self, network: NetworkSpec, resources: ResourcePlan) -> tuple[Engine, int]:
+        """Start the engine of a network; return it and its batch size."""
+        return start_for_node(network, resources)
 
     def describe(self) -> str:
-        """Return the description of the engine."""
-        return describe_engine(self._engine)
+        """Return the description of the engines."""
+        return self._networks.describe()
 
     def process(
         self, fragment: Fragment, rejected: Mapping[int, Failure], on_block: Callable[[pa.Table], None]
@@ -89,7 +87,7 @@ class FragmentWorker:
             with self._engine_lock:
                 predicted = list(self._predict(chain(first, loaded), clock, repeated, on_block))
             receipt = self._writer.write(predicted)
-            receipt = receipt.with_workers([worker_rows(self.node, self._engine, receipt.rows)])
+            receipt = receipt.with_workers(self._networks.worker_rows(self.node, predicted))
             receipt = receipt.with_seconds("other", clock.seconds() - receipt.seconds["write"])
             return write_receipt(receipt, self._writer.folder, self._writer.storage)
         finally:
@@ -122,7 +120,7 @@ class FragmentWorker:
             python = self._loader.cpu_seconds + self._calls_cpu_seconds + clock.seconds()
             return time.process_time() - python
 
-        for block in Predictor(self._engine, self._settings, engine_seconds).stream(blocks):
+        for block in self._networks.predictor(engine_seconds).stream(blocks):
             completed = block if repeated is None else repeated.complete(block)
             on_block(completed)
             yield completed

@@ -45,13 +45,20 @@ class EngineSelection:
         decode_margin: of `LoadSettings`; one for all kinds of nodes, so that an image gets the same prediction
             wherever it is decoded.
         records: the selection of each kind of node whose engine was measured.
-        new_records: those of `records` that the output folder does not contain yet.
+        new_records: those of `records` that the output folder does not contain yet; of both networks of a cascade.
+        large: the selection for the large network of a cascade; None without one.
     """
 
     engines: Engines
     decode_margin: float | None
     records: tuple[EngineSelectionRecord, ...]
     new_records: tuple[EngineSelectionRecord, ...] = ()
+    large: "EngineSelection | None" = None
+
+    @property
+    def all_records(self) -> tuple[EngineSelectionRecord, ...]:
+        """The selections of all networks."""
+        return self.records if self.large is None else (*self.records, *self.large.records)
 
     @property
     def precisions(self) -> set[str]:
@@ -61,7 +68,8 @@ class EngineSelection:
 
     def recorded(self) -> RecordedEngines:
         """Return the part of plan.json from which a resumed run restores the selection."""
-        return RecordedEngines(selections=self.records, decode_margin=self.decode_margin)
+        large = () if self.large is None else self.large.records
+        return RecordedEngines(selections=self.records, large=large, decode_margin=self.decode_margin)
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,37 @@ class SampleImages:
     def calibration(self) -> NDArray[np.uint8]:
         """Return the half of the sample that calibrates int8; its accuracy is measured on the other half."""
         return self.load().pixels[::2]
+
+
+def select_all_engines(
+    config: PipelineSettings,
+    manifest: Manifest,
+    bundles: Sequence[Bundle],
+    resources: ResourcePlan,
+    storage: Storage,
+    restored: RecordedEngines | None = None,
+) -> EngineSelection:
+    """Select the engines of a network, or those of the small and the large network of a cascade.
+
+    Both networks of a cascade take images of one decode, at the larger of the scales that they need.
+
+    Args and exceptions are those of `select_engines`; `bundles` are one or two models.
+    """
+    of_large = None if restored is None else restored.model_copy(update={"selections": restored.large})
+    recorded = [restored, of_large]
+    selection, *others = [
+        select_engines(config, manifest, bundle, resources, storage, engines)
+        for bundle, engines in zip(bundles, recorded, strict=False)
+    ]
+    for large in others:
+        margins = [found.decode_margin for found in (selection, large) if found.decode_margin is not None]
+        selection = replace(
+            selection,
+            decode_margin=max(margins) if len(margins) == len(bundles) else None,
+            new_records=(*selection.new_records, *large.new_records),
+            large=large,
+        )
+    return selection
 
 
 def select_engines(

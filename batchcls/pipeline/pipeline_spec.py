@@ -78,10 +78,35 @@ class LoadSpec:
 
 
 @dataclass(frozen=True)
+class NetworkSpec:
+    """A network of a worker: its bundle, which must have the fingerprint, its engines and settings."""
+
+    bundle: Bundle
+    fingerprint: str
+    engines: Engines
+    predict: PredictSettings
+
+
+@dataclass(frozen=True)
+class LargeNetwork(NetworkSpec):
+    """The large network of a cascade, which predicts the rows below the threshold of their class.
+
+    `thresholds` are confidences of the small network for each of its classes after the label map.
+    """
+
+    thresholds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class WorkerSpec:
     """What every worker of a run receives; the object store of each node holds one copy.
 
-    `fingerprint` is the one that `bundle` must have when it arrives on a worker.
+    Attributes:
+        bundle, fingerprint, engines, predict: of the network, or of the small network of a cascade; see `NetworkSpec`.
+        load: settings of the loader.
+        writer: writer of the parts.
+        resources: resource plan of the run.
+        large: the large network of a cascade; None without one.
     """
 
     bundle: Bundle
@@ -91,6 +116,12 @@ class WorkerSpec:
     predict: PredictSettings
     writer: PartWriter
     resources: ResourcePlan
+    large: LargeNetwork | None = None
+
+    @property
+    def network(self) -> NetworkSpec:
+        """The network, or the small network of a cascade."""
+        return NetworkSpec(self.bundle, self.fingerprint, self.engines, self.predict)
 
 
 @dataclass(frozen=True)

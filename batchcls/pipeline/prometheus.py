@@ -26,6 +26,11 @@ class RunMetrics:
         self._rows = Counter(
             "batchcls_rows", "Rows on storage, by status: predicted, shared or quarantined.", (_RUN, "status")
         )
+        self._networks = Counter(
+            "batchcls_network_rows",
+            "Rows with a prediction, by the network of a cascade that predicted them: small or large.",
+            (_RUN, "network"),
+        )
         self._failures = Counter("batchcls_failures", "Rows in quarantine, by reason.", (_RUN, "reason"))
         self._seconds = Counter(
             "batchcls_stage_seconds",
@@ -53,6 +58,8 @@ class RunMetrics:
         ):
             if rows:
                 self._rows.inc(rows, self._run | {"status": status})
+        for network, rows in receipt.by_network.items():
+            self._networks.inc(rows, self._run | {"network": network})
         for reason, rows in receipt.failures.items():
             self._failures.inc(rows, self._run | {"reason": reason})
         for stage, seconds in receipt.seconds.items():

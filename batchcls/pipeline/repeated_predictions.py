@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from batchcls.errors import BatchclsError
 from batchcls.images.loader import pack_pixels
 from batchcls.runs.parts import COMPUTED, SHARED
-from batchcls.schema import PIXELS, Reason
+from batchcls.schema import LARGE_PIXELS, PIXELS, Reason
 
 _MAX_KNOWN_ROWS = 4096
 _FILL_BLOCKS = 4
@@ -95,13 +95,14 @@ class RepeatedPredictions:
             seen.add(content)
         if all(is_kept):
             return block
-        position = block.schema.get_field_index(PIXELS)
-        field = block.schema.field(position)
-        images = [
-            np.frombuffer(value.as_buffer(), np.uint8) if kept and value.is_valid else None
-            for value, kept in zip(block.column(PIXELS), is_kept, strict=True)
-        ]
-        return block.set_column(position, field, pack_pixels(images))
+        for name in {PIXELS, LARGE_PIXELS}.intersection(block.column_names):
+            position = block.schema.get_field_index(name)
+            images = [
+                np.frombuffer(value.as_buffer(), np.uint8) if kept and value.is_valid else None
+                for value, kept in zip(block.column(name), is_kept, strict=True)
+            ]
+            block = block.set_column(position, block.schema.field(position), pack_pixels(images))
+        return block
 
     def complete(self, block: pa.Table) -> pa.Table:
         """Return a predicted block with the outcomes of its repeated rows, and with the column `origin`.

@@ -18,7 +18,7 @@ from batchcls.models.engines.engine import EngineOutput
 from batchcls.models.mapped_classes import ClassGroups
 from batchcls.runs.parts import REHEADED, REUSED, Origin
 from batchcls.runs.plan import HeadAgreement, ReuseMethod
-from batchcls.schema import TOP_K_TYPE, prediction_fields
+from batchcls.schema import TOP_K_TYPE
 
 _BATCH_VALUES = 2**21
 """Logits that are held in memory at a time: 8 MiB in float32."""
@@ -50,11 +50,7 @@ class StoredPredictions:
 
     @property
     def _names(self) -> list[str]:
-        settings = self.settings
-        fields = prediction_fields(
-            settings.embedding, settings.embedding_dimension, abstain=settings.abstention is not None
-        )
-        return [field.name for field in fields]
+        return [field.name for field in self.settings.prediction_fields]
 
     def of(self, rows: pa.Table) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
         """Return the columns of `schema.prediction_fields` for rows of the earlier run, and which rows are valid.
@@ -126,9 +122,7 @@ def _rehead(
     from batchcls.inference.postprocess import PredictionColumns  # noqa: PLC0415 - imports PyTorch
 
     converter = PredictionColumns(settings)
-    fields = prediction_fields(
-        settings.embedding, settings.embedding_dimension, abstain=settings.abstention is not None
-    )
+    fields = settings.prediction_fields
     tables, valid = [], []
     for embedding in _batches(_floats(column), len(head.bias)):
         averaged = converter.average(EngineOutput(head.logits(embedding), embedding))

@@ -32,7 +32,7 @@ from batchcls.report.run_page_data import (
 from batchcls.runs.bottleneck import Bottleneck
 from batchcls.runs.records import GateResult
 from batchcls.runs.utilization import Stage
-from batchcls.schema import REASONS, Reason
+from batchcls.schema import LARGE, REASONS, Reason
 from batchcls.storage.uris import redact_uri
 
 _NO_IMAGE = Thumbnail("", "not fetched")
@@ -132,6 +132,7 @@ _STAGES = {
     "fetch": "fetch (waiting for storage)",
     "decode": "decode and resize",
     "predict": "inference",
+    "predict_large": "inference, large network",
     "write": "write Parquet",
     "other": "Ray and Python",
     "driver": "driver",
@@ -241,6 +242,12 @@ def _headline_numbers(facts: RunFacts) -> list[_RunCard]:
         cards.append(_RunCard("reheaded", f"{facts.reheaded:,}", share(facts.reheaded, facts.rows)))
     if facts.shared:
         cards.append(_RunCard("same image", f"{facts.shared:,}", share(facts.shared, facts.rows)))
+    expected = facts.expected_large_fraction
+    for network, rows in facts.by_network:
+        note = share(rows, sum(rows for _, rows in facts.by_network))
+        if network == LARGE and expected is not None:
+            note += f", {100 * expected:.1f}% expected"
+        cards.append(_RunCard(f"by the {network} network", f"{rows:,}", note))
     previous = f", {share(before.quarantined, before.rows)} before" if before else ""
     cards.append(_RunCard("in quarantine", f"{quarantined:,}", share(quarantined, facts.rows) + previous))
     if facts.changes is not None:

@@ -218,6 +218,9 @@ class RunFacts:
         measurements: of the session that finished the run; without a bottleneck if it computed no row.
         confidence, categories: None if no row has a prediction.
         changes: None without a baseline run.
+        by_network: rows with a prediction by the network of a cascade; empty without one.
+        expected_large_fraction: share of the rows that the large network of a cascade was expected to predict; None
+            without an estimate.
         label_map: the labels that the label map changes; empty without a map.
         facts: name and value of further properties: manifest, model, engine, hardware.
         folder: URI of the run folder, without credentials.
@@ -242,6 +245,8 @@ class RunFacts:
     folder: str
     before: BaselineFacts | None
     label_map: tuple[MappedLabel, ...] = ()
+    by_network: tuple[tuple[str, int], ...] = ()
+    expected_large_fraction: float | None = None
 
     @property
     def quarantined(self) -> int:

@@ -29,7 +29,7 @@ from batchcls.runs.catalog import read_plan as read_plan_record
 from batchcls.runs.diff import CAUSES, count_causes, label_groups
 from batchcls.runs.paths import PLAN, REPORT
 from batchcls.runs.plan import Plan
-from batchcls.runs.records import GateResult, RunRecord
+from batchcls.runs.records import GateResult, ModelInfo, RunRecord
 from batchcls.runs.summary import summary_of
 from batchcls.schema import REASONS, Reason, Stage
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
@@ -60,6 +60,7 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
             changes = replace(
                 changes, causes=tuple((CAUSES[name], rows) for name, rows in causes.items() if rows)
             )
+    cascade = record.model.cascade
     return RunFacts(
         run_id=record.run_id,
         committed=record.committed,
@@ -79,6 +80,8 @@ def read_run(record: RunRecord, before: RunRecord | None, storage: Storage) -> R
         folder=redact_uri(record.folder),
         before=None if before is None else _baseline_facts(before),
         label_map=_mapped_labels(record, before, storage),
+        by_network=tuple(record.counts.by_network.items()),
+        expected_large_fraction=None if cascade is None else cascade.expected_fraction,
     )
 
 
@@ -152,8 +155,9 @@ def _about(record: RunRecord, plan: Plan) -> tuple[tuple[str, str], ...]:
     facts = [
         ("Manifest", f"{manifest.uri}, {rows} in {files}"),
         ("Fingerprint", (manifest.fingerprint or "")[:12]),
-        ("Model", f"{model.architecture}, {model.classes:,} classes"),
+        ("Model", f"{model.architectures}, {model.classes:,} classes"),
         ("Fingerprint", model.fingerprint[:12]),
+        *_cascade_facts(model),
         ("Engine", engines),
         ("Pipeline", "" if bottleneck is None else f"{bottleneck.shape} on {bottleneck.device}"),
         ("Hardware", ", ".join(f"{number} x {node}" for node, number in nodes.items())),
@@ -167,6 +171,21 @@ def _about(record: RunRecord, plan: Plan) -> tuple[tuple[str, str], ...]:
         ),
     ]
     return tuple((name, value) for name, value in facts if value)
+
+
+def _cascade_facts(model: ModelInfo) -> tuple[tuple[str, str], ...]:
+    """The large network of a cascade, and the confidences below which it predicts."""
+    cascade = model.cascade
+    if cascade is None:
+        return ()
+    limits = cascade.thresholds
+    default = "every image" if limits.default is None else f"below {limits.default:.3f}"
+    others = f"; {count(len(limits.by_label), 'label')} with another threshold" if limits.by_label else ""
+    return (
+        ("Small network", cascade.small[:12]),
+        ("Large network", f"{cascade.architecture}, {cascade.large[:12]}"),
+        ("Cascade", f"the large network predicts {default}{others}"),
+    )
 
 
 def _node(node: NodeResources) -> str:

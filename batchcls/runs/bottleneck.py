@@ -97,7 +97,11 @@ def find_bottleneck(usage: StageUsage) -> Bottleneck:
         images_per_second_after_start=achieved,
         efficiency=achieved / ideal,
         start_seconds=usage.start_seconds,
-        milliseconds_per_image={stage: usage.milliseconds(stage) for stage in STAGES},
+        milliseconds_per_image={
+            stage: usage.milliseconds(stage)
+            for stage in STAGES
+            if stage != "predict_large" or usage.busy.predict_large
+        },
         resources=tuple(resources),
         advice=advise(usage, resources),
     )
@@ -169,7 +173,7 @@ def _advise_on_cpus(usage: StageUsage, cpus: Resource) -> str:
     milliseconds = usage.milliseconds(cpus.limits)
     taken = f"{_NAMES[cpus.limits]} takes {milliseconds / cpus.milliseconds:.0%} of the CPU time"
     match cpus.limits:
-        case "predict":
+        case "predict" | "predict_large":
             return f"{taken}: {_faster_inference(usage, 'nodes')}"
         case "decode":
             return f"{taken}, {milliseconds:.1f} ms/image: use smaller stored images or more nodes"
@@ -233,6 +237,7 @@ _NAMES: dict[Stage, str] = {
     "fetch": "waiting for storage",
     "decode": "decoding",
     "predict": "inference",
+    "predict_large": "inference of the large network",
     "write": "writing",
     "other": "the work of Ray and Python between the stages",
     "driver": "the driver",

@@ -160,7 +160,8 @@ class Totals:
     """Sums over the receipts of a run.
 
     `origins` are the rows with a prediction by `parts.Origin`; `stage_seconds` are busy seconds by stage over all
-    workers; `abstained` are the rows with a prediction but without a label.
+    workers; `abstained` are the rows with a prediction but without a label; `by_network` are the rows with a
+    prediction by the network of a cascade.
     """
 
     rows: int
@@ -170,6 +171,7 @@ class Totals:
     image_bytes: int
     first_failed: tuple[tuple[int, str], ...]
     abstained: int
+    by_network: Counter[str] = field(default_factory=Counter)
 
     @property
     def quarantined(self) -> int:
@@ -191,6 +193,7 @@ class Totals:
             reheaded=self.origins[REHEADED],
             shared=self.origins[SHARED],
             abstained=self.abstained,
+            by_network=dict(sorted(self.by_network.items(), reverse=True)),
             quarantined=self.quarantined,
             quarantined_by_reason=dict(self.failures.most_common()),
         )
@@ -222,6 +225,7 @@ def reconcile(receipts: Sequence[Receipt], rows: int) -> Totals:
         image_bytes=image_bytes,
         first_failed=tuple(first_failed),
         abstained=sum(receipt.abstained for receipt in receipts),
+        by_network=sum((receipt.by_network for receipt in receipts), Counter()),
     )
 
 

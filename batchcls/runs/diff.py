@@ -36,12 +36,13 @@ STATUSES: Mapping[str, str] = {
 }
 """All statuses of an item, with their meanings."""
 
-ModelChange = Literal["none", "trunk", "head", "classes", "calibration", "labels", "model"]
+ModelChange = Literal["none", "trunk", "cascade", "head", "classes", "calibration", "labels", "model"]
 """The first part of the model, on the way from the pixels to the label, that differs between two runs."""
 
 CAUSES: Mapping[str, str] = {
     "image": "the image changed",
     "trunk": "the network up to the embedding, or the preprocessing, changed",
+    "cascade": "the large network or the thresholds of the cascade changed, or only one of the runs has a cascade",
     "head": "the classifier changed, and nothing before it",
     "classes": "labels were merged or retired, which changes the best one of other items as well",
     "calibration": "temperature, thresholds, category paths or --abstain changed, and no weights",
@@ -108,7 +109,7 @@ _BY_SIZE = "items DESC, old_label, new_label"
 _FLOWS = f"""
 SELECT old_label, new_label, count(*) AS items,
     count(*) FILTER (cause = 'image') AS by_image,
-    count(*) FILTER (cause IN ('trunk', 'head', 'classes', 'calibration', 'labels', 'model')) AS by_model,
+    count(*) FILTER (cause IN ('trunk', 'cascade', 'head', 'classes', 'calibration', 'labels', 'model')) AS by_model,
     count(*) FILTER (cause = 'image_and_model') AS by_image_and_model,
     count(*) FILTER (cause = 'neither') AS by_neither,
     count(*) FILTER (status = 'mapped') AS by_label_map,
@@ -226,15 +227,18 @@ def model_change(old: RunRecord, new: RunRecord) -> ModelChange:
     before, now = old.model.layers, new.model.layers
     if before is None or now is None:
         return "none" if old.model.fingerprint == new.model.fingerprint else "model"
-    if before.network != now.network:
-        return "trunk"
-    if before.head != now.head:
-        return "head"
-    if before.classes != now.classes:
-        return "classes"
+    weights: tuple[tuple[bool, ModelChange], ...] = (
+        (before.network != now.network, "trunk"),
+        (bool(new.model.cascade_change(old.model)), "cascade"),
+        (before.head != now.head, "head"),
+        (before.classes != now.classes, "classes"),
+    )
+    for is_changed, name in weights:
+        if is_changed:
+            return name
     abstains = tuple(bool(run.result_settings.get("abstain")) for run in (old, new))
     after_head = ("temperature", "thresholds", "category_paths") if any(abstains) else ("temperature",)
-    if abstains[0] != abstains[1] or any(getattr(before, name) != getattr(now, name) for name in after_head):
+    if abstains[0] != abstains[1] or any(getattr(before, part) != getattr(now, part) for part in after_head):
         return "calibration"
     return "none" if before.labels == now.labels else "labels"
 

@@ -23,7 +23,9 @@ from batchcls.schema import (
     BELOW_THRESHOLD,
     DECODE_SECONDS,
     FETCH_SECONDS,
+    LARGE_PREDICT_SECONDS,
     PREDICT_SECONDS,
+    PREDICTED_BY,
     REASONS,
     RETRYABLE_REASONS,
     ROW,
@@ -44,7 +46,12 @@ REHEADED: Origin = "reheaded"
 SHARED: Origin = "shared"
 NAMED_FAILURES = 10
 _ROW_GROUP_ROWS = 16_384
-_STAGES = {"fetch": FETCH_SECONDS, "decode": DECODE_SECONDS, "predict": PREDICT_SECONDS}
+_STAGES = {
+    "fetch": FETCH_SECONDS,
+    "decode": DECODE_SECONDS,
+    "predict": PREDICT_SECONDS,
+    "predict_large": LARGE_PREDICT_SECONDS,
+}
 
 
 def _parse_ranges(value: object) -> RowRanges:
@@ -80,6 +87,7 @@ class PartFile(RunFile):
         failures: rows by reason; in a quarantine file.
         first_failed: the lowest failed row numbers with their reasons, at most `NAMED_FAILURES`.
         abstained: rows with a prediction but without a label.
+        by_network: rows with a prediction by the network of a cascade; empty without one.
     """
 
     ranges: StoredRanges
@@ -88,6 +96,7 @@ class PartFile(RunFile):
     failures: Counter[str] = Field(default_factory=Counter)
     first_failed: tuple[tuple[int, str], ...] = ()
     abstained: Count = 0
+    by_network: Counter[str] = Field(default_factory=Counter)
 
     @property
     def is_retryable(self) -> bool:
@@ -150,6 +159,11 @@ class Receipt(Document):
         return sum(file.abstained for file in self.files)
 
     @property
+    def by_network(self) -> Counter[str]:
+        """Rows with a prediction by the network of a cascade; empty without one."""
+        return sum((file.by_network for file in self.files), Counter())
+
+    @property
     def failures(self) -> Counter[str]:
         """Rows in quarantine by reason."""
         return sum((file.failures for file in self.files), Counter())
@@ -182,6 +196,7 @@ class PartWriter:
     embedding_dimension: int
     abstain: bool = False
     label_map: LabelMap | None = None
+    cascade: bool = False
 
     def write(self, blocks: Sequence[pa.Table]) -> Receipt:
         """Write the rows of blocks as a predictions file and a quarantine file, each atomically.
@@ -215,7 +230,11 @@ class PartWriter:
         return Receipt(
             name=f"{name}.json",
             files=tuple(files),
-            seconds={stage: float(pc.sum(table.column(name)).as_py()) for stage, name in _STAGES.items()}
+            seconds={
+                stage: float(pc.sum(table.column(name)).as_py())
+                for stage, name in _STAGES.items()
+                if name in table.column_names
+            }
             | {"write": time.thread_time() - started},
             image_bytes=pc.sum(table.column("n_bytes")).as_py() or 0,
             written_at=time.time(),
@@ -243,7 +262,9 @@ class PartWriter:
             table = split_labels(table, self.label_map.split)
         if self.abstain:
             table = _with_reason(table)
-        schema = predictions_schema(self.kept, self.embedding, self.embedding_dimension, abstain=self.abstain)
+        schema = predictions_schema(
+            self.kept, self.embedding, self.embedding_dimension, abstain=self.abstain, cascade=self.cascade
+        )
         return table.select(schema.names).cast(schema)
 
     def put(self, kind: Kind, path: str, table: pa.Table, origin: Origin = COMPUTED) -> PartFile:
@@ -270,7 +291,11 @@ class PartWriter:
         )
         if kind == "predictions":
             shared = pc.sum(pc.equal(table.column("origin"), SHARED)).as_py()
-            return file.model_copy(update={"abstained": table.column("label").null_count, "shared": shared})
+            abstained = table.column("label").null_count
+            networks = table.column(PREDICTED_BY).to_pylist() if self.cascade else []
+            return file.model_copy(
+                update={"abstained": abstained, "shared": shared, "by_network": Counter(networks)}
+            )
         reasons = table.column("reason").to_pylist()
         first_failed = zip(table.column(ROW).to_pylist()[:NAMED_FAILURES], reasons, strict=False)
         return file.model_copy(update={"failures": Counter(reasons), "first_failed": tuple(first_failed)})

@@ -16,6 +16,7 @@ from batchcls.models.label_map import LabelMap
 from batchcls.resources import ResourcePlan
 from batchcls.runs.paths import PLAN, run_folder
 from batchcls.runs.records import ManifestInfo, ModelInfo, RecordedSettings, WorkerRows
+from batchcls.schema import LARGE
 from batchcls.storage.documents import Count, Document, FolderName, StoredRecord, UtcTime
 from batchcls.storage.filesystem import Storage, join, redact_uri
 
@@ -25,7 +26,7 @@ class Fingerprints(StoredRecord):
 
     Attributes:
         manifest: fingerprint of the manifest's files.
-        model: fingerprint of the bundle: weights, preprocessing, labels and feature tap.
+        model: fingerprint of the bundle: weights, preprocessing, labels and feature tap; of a cascade, of both bundles.
         settings: the settings that determine the rows, columns and values of the output.
         label_map: digest of the label map; empty without one.
     """
@@ -61,7 +62,10 @@ class Fingerprints(StoredRecord):
 
 
 def prediction_settings(
-    config: JobConfig, precisions: Iterable[str], decode_margin: float | None
+    config: JobConfig,
+    precisions: Iterable[str],
+    decode_margin: float | None,
+    large_precisions: Iterable[str] | None = None,
 ) -> RecordedSettings:
     """Everything besides the image and the model that determines a prediction.
 
@@ -72,9 +76,12 @@ def prediction_settings(
         config: settings of the job.
         precisions: precisions of the engines on all kinds of nodes.
         decode_margin: as in `LoadSettings`.
+        large_precisions: precisions of the large network of a cascade; None without one.
     """
+    large = {} if large_precisions is None else {"large_precisions": sorted(set(large_precisions))}
     return {
         "precisions": sorted(set(precisions)),
+        **large,
         "decode_margin": decode_margin,
         **config.result_settings(per_image=True),
     }
@@ -86,12 +93,17 @@ def with_used_precisions(settings: RecordedSettings, workers: Iterable[WorkerRow
     A kind of node that joins a run has no measured engine, so that its precision may not be among the planned ones.
     A later run must not take its rows for rows of the planned precisions.
     """
-    planned = settings.get("precisions")
-    used = {worker.precision for worker in workers}
-    if not isinstance(planned, list) or used <= set(planned):
-        return settings
-    precisions: list[JsonValue] = [*sorted({*map(str, planned), *used})]
-    return settings | {"precisions": precisions}
+    used: dict[str, set[str]] = {}
+    for worker in workers:
+        used.setdefault("large_precisions" if worker.model == LARGE else "precisions", set()).add(
+            worker.precision
+        )
+    for name, precisions in used.items():
+        planned = settings.get(name)
+        if isinstance(planned, list) and not precisions <= set(planned):
+            both: list[JsonValue] = [*sorted({*map(str, planned), *precisions})]
+            settings = settings | {name: both}
+    return settings
 
 
 ReuseMethod = Literal["copy", "relabel", "rehead"]
@@ -133,10 +145,12 @@ class RecordedEngines(StoredRecord):
 
     Attributes:
         selections: the measurements of each kind of node whose engine was measured.
+        large: the same for the large network of a cascade; empty without one.
         decode_margin: as in `LoadSettings`.
     """
 
     selections: tuple[EngineSelectionRecord, ...] = ()
+    large: tuple[EngineSelectionRecord, ...] = ()
     decode_margin: float | None = None
 
 

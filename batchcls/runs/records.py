@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from batchcls.inference.engine_record import EngineSelectionRecord
+from batchcls.models.cascade_record import CascadeThresholds
 from batchcls.models.classifier_head import ModelLayers
 from batchcls.models.label_map import LabelMap
 from batchcls.models.mapped_classes import ClassGroups
@@ -48,17 +49,40 @@ class ManifestInfo(StoredRecord):
     files: Count | None = None
 
 
-class ModelInfo(StoredRecord):
-    """The model of a run.
+class CascadeInfo(StoredRecord):
+    """The large network of a cascade, and the confidences of the small one below which it predicts.
 
     Attributes:
-        fingerprint: of the bundle; empty if it is not recorded.
+        small, large: fingerprints of the bundles.
+        layers: fingerprints of the parts of the large one.
+        source, architecture, preprocessing, weights: of the large one.
+        thresholds: confidences by label of the bundles.
+        expected_fraction: share of the rows that the large network was expected to predict; None without an estimate.
+    """
+
+    small: str
+    large: str
+    layers: ModelLayers
+    source: str | None = None
+    architecture: str | None = None
+    preprocessing: Preprocessing | None = None
+    weights: WeightsOrigin | None = None
+    thresholds: CascadeThresholds
+    expected_fraction: float | None = None
+
+
+class ModelInfo(StoredRecord):
+    """The model of a run; of a cascade, this is the small network.
+
+    Attributes:
+        fingerprint: of the bundle, or of both bundles of a cascade; empty if it is not recorded.
         layers: fingerprints of its parts; None if they are not recorded.
         source, architecture: library and name of the architecture.
         classes: number of labels, after the label map.
         label_map: `--label-map`; None without one.
         groups: sums of probabilities of the classes of the bundle; None without a label map.
         preprocessing, embedding_tap, weights: as in the bundle.
+        cascade: the large network; None without `--cascade`.
     """
 
     fingerprint: str = ""
@@ -71,6 +95,23 @@ class ModelInfo(StoredRecord):
     preprocessing: Preprocessing | None = None
     embedding_tap: str | None = None
     weights: WeightsOrigin | None = None
+    cascade: CascadeInfo | None = None
+
+    @property
+    def architectures(self) -> str:
+        """Name of the architecture, or of those of both networks of a cascade; empty if it is not recorded."""
+        names = [self.architecture, *([] if self.cascade is None else [self.cascade.architecture])]
+        return " + ".join(name for name in names if name)
+
+    def cascade_change(self, before: "ModelInfo") -> str:
+        """What differs from the cascade of an earlier run, apart from its small network; empty if nothing does."""
+        old, new = before.cascade, self.cascade
+        if old is None or new is None:
+            return "" if old is new else "number of networks (--cascade)"
+        # Labels are those of the small network, which are compared with its other parts.
+        if old.layers.model_copy(update={"labels": new.layers.labels}) != new.layers:
+            return "large network of the cascade"
+        return "" if old.thresholds == new.thresholds else "set of thresholds of the cascade"
 
 
 class Counts(StoredRecord):
@@ -83,6 +124,7 @@ class Counts(StoredRecord):
         reheaded: rows whose predictions were computed from the embeddings of another run.
         shared: rows whose predictions were copied from other rows with the same images.
         abstained: rows with a prediction, of any origin, but without a label.
+        by_network: rows with a prediction, of any origin, by the network of a cascade; empty without one.
         quarantined, quarantined_by_reason: rows without a prediction.
     """
 
@@ -92,6 +134,7 @@ class Counts(StoredRecord):
     reheaded: Count = 0
     shared: Count = 0
     abstained: Count = 0
+    by_network: dict[str, Count] = Field(default_factory=dict)
     quarantined: Count
     quarantined_by_reason: dict[str, Count] = Field(default_factory=dict)
 
@@ -137,6 +180,7 @@ class WorkerRows(StoredRecord):
         host: host name of the node.
         engine, precision, device: of the network.
         rows: number of rows.
+        model: network of a cascade; empty without one.
     """
 
     node: str
@@ -145,17 +189,18 @@ class WorkerRows(StoredRecord):
     precision: str
     device: str
     rows: Count
+    model: str = ""
 
 
 def add_workers(workers: Iterable[WorkerRows]) -> tuple[WorkerRows, ...]:
-    """Add up the rows of each engine on each node; sorted by host, node and engine."""
-    rows: Counter[tuple[str, str, str, str, str]] = Counter()
+    """Add up the rows of each engine on each node; sorted by host, node, network and engine."""
+    first: dict[tuple[str, ...], WorkerRows] = {}
+    rows: Counter[tuple[str, ...]] = Counter()
     for worker in workers:
-        rows[worker.host, worker.node, worker.engine, worker.precision, worker.device] += worker.rows
-    return tuple(
-        WorkerRows(host=host, node=node, engine=engine, precision=precision, device=device, rows=count)
-        for (host, node, engine, precision, device), count in sorted(rows.items())
-    )
+        key = (worker.host, worker.node, worker.model, worker.engine, worker.precision, worker.device)
+        first.setdefault(key, worker)
+        rows[key] += worker.rows
+    return tuple(first[key].model_copy(update={"rows": count}) for key, count in sorted(rows.items()))
 
 
 class GateResult(StoredRecord):

@@ -12,6 +12,7 @@ from batchcls.runs.plan import HeadAgreement, Plan, ReuseMethod
 from batchcls.runs.records import ModelInfo, RunRecord
 
 _POOLED = "pooled"
+_CASCADE_OBSTACLE = "its embeddings are those of the small network, from which the large one cannot predict"
 MIN_TOP1_AGREEMENT = 0.995
 """Smallest share of the stored predictions whose best class the head must reproduce from their embeddings."""
 MAX_PROBABILITY_DIFFERENCE = 0.02
@@ -50,6 +51,9 @@ def decide_reuse(record: RunRecord, plan: Plan, layers: Mapping[str, SettingLaye
         return ReuseDecision(
             None, f"{record.run_id} was made with a different {', '.join([*pixels, *embedding])}"
         )
+    cascade = plan.model.cascade_change(record.model)
+    if cascade:
+        return ReuseDecision(None, f"{record.run_id} was made with a different {cascade}")
     outputs = [
         *_named(before.head != now.head, "classifier"),
         *_named(before.classes != now.classes, "set of merged or retired labels"),
@@ -62,7 +66,7 @@ def decide_reuse(record: RunRecord, plan: Plan, layers: Mapping[str, SettingLaye
     if not outputs:
         return ReuseDecision("relabel", "different labels") if labels else ReuseDecision("copy")
     differences = f"a different {', '.join([*outputs, *labels])}"
-    obstacle = _obstacle(record, plan)
+    obstacle = _CASCADE_OBSTACLE if plan.model.cascade is not None else _obstacle(record, plan)
     if obstacle is not None:
         return ReuseDecision(None, f"{record.run_id} was made with {differences}, and {obstacle}")
     return ReuseDecision("rehead", differences)

@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from batchcls.storage.documents import StoredRecord
 
-Stage = Literal["fetch", "decode", "predict", "write", "other", "driver"]
-STAGES: tuple[Stage, ...] = ("fetch", "decode", "predict", "write", "other", "driver")
+Stage = Literal["fetch", "decode", "predict", "predict_large", "write", "other", "driver"]
+STAGES: tuple[Stage, ...] = ("fetch", "decode", "predict", "predict_large", "write", "other", "driver")
 
 
 def _round_rate(images_per_second: float) -> float | None:
@@ -43,7 +43,8 @@ class Busy:
     Attributes:
         fetch: waiting for storage, in wall-clock seconds of the images in flight.
         decode: CPU seconds of decoding and resizing.
-        predict: CPU seconds of inference on a CPU, device-busy seconds on a GPU.
+        predict: CPU seconds of inference on a CPU, device-busy seconds on a GPU; of the small network of a cascade.
+        predict_large: the same for the large network of a cascade; 0 without one.
         write: CPU seconds of building and writing files.
         other: remaining CPU seconds of the workers: Ray and Python. The time of a worker before its first batch
             (imports, loading the model) is startup and not included.
@@ -53,6 +54,7 @@ class Busy:
     fetch: float = 0.0
     decode: float = 0.0
     predict: float = 0.0
+    predict_large: float = 0.0
     write: float = 0.0
     other: float = 0.0
     driver: float = 0.0
@@ -185,9 +187,11 @@ class Resource(StoredRecord):
 def resources_of(usage: StageUsage) -> list[Resource]:
     """Every resource of the run with the stages that use it, the bottleneck first."""
     capacity = usage.capacity
+    inference: tuple[Stage, ...] = ("predict", "predict_large") if usage.busy.predict_large else ("predict",)
+    largest = max(inference, key=usage.milliseconds)
     on_cpus: tuple[Stage, ...] = ("decode", "write", "other")
     if not capacity.gpus:
-        on_cpus = ("decode", "predict", "write", "other")
+        on_cpus = ("decode", *inference, "write", "other")
     found = [
         _resource(usage, "CPUs", capacity.cpus, on_cpus, max(on_cpus, key=usage.milliseconds)),
         # An image is in flight until it is decoded (images/loader.py), so it occupies a slot for both stages.
@@ -195,11 +199,11 @@ def resources_of(usage: StageUsage) -> list[Resource]:
         _resource(usage, "driver", 1.0, ("driver",), "driver"),
     ]
     if capacity.gpus:
-        found.append(_resource(usage, "GPUs", capacity.gpus, ("predict",), "predict"))
+        found.append(_resource(usage, "GPUs", capacity.gpus, inference, largest))
     if capacity.decode_threads:
         found.append(_resource(usage, "decode threads", capacity.decode_threads, ("decode",), "decode"))
     if capacity.predict_threads and not capacity.gpus:
-        found.append(_resource(usage, "network threads", capacity.predict_threads, ("predict",), "predict"))
+        found.append(_resource(usage, "network threads", capacity.predict_threads, inference, largest))
     return sorted(found, key=lambda resource: resource.images_per_second)
 
 

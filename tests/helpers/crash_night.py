@@ -300,12 +300,14 @@ def measure_agreement_here(
 
 
 @contextmanager
-def _no_cluster(address: str | None) -> Iterator[None]:
+def no_cluster(address: str | None) -> Iterator[None]:
+    """Replacement of `ray_runtime.ray_session` that connects to nothing."""
     del address
     yield
 
 
-def _plan_for_one_cpu(config: ClassifyConfig, inputs: ClassifyInputs) -> tuple[ResourcePlan, Placement]:
+def plan_for_one_cpu(config: ClassifyConfig, inputs: ClassifyInputs) -> tuple[ResourcePlan, Placement]:
+    """Replacement of `classify_plan.plan_on_cluster` for this process."""
     remote = inputs.has_remote_images
     plan = plan_resources(config, [NodeResources(1, 0)], inputs.manifest.rows, remote_images=remote)
     return plan, Placement()
@@ -325,8 +327,8 @@ def night(spec: Spec, connection: Connection) -> None:
         (0.2, 0.2, 1.0) if (spec.other_host or spec.act == "stop") else (60.0, 60.0, 1.0)
     )
     with (
-        patch.object(classify_run, "ray_session", _no_cluster),
-        patch.object(classify_run, "plan_on_cluster", _plan_for_one_cpu),
+        patch.object(classify_run, "ray_session", no_cluster),
+        patch.object(classify_run, "plan_on_cluster", plan_for_one_cpu),
         patch.object(classify_run, "execute", execute_here),
         patch.object(classify_run, "copy_predictions", copy_predictions_here),
         patch.object(classify_reuse, "measure_on_cluster", measure_agreement_here),

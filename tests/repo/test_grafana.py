@@ -34,7 +34,7 @@ def alert_rules() -> list[dict[str, Any]]:
 def test_every_metric_of_the_dashboard_exists_and_every_metric_is_on_it():
     text = (REPOSITORY / "cluster" / "grafana" / "batchcls.json").read_text()
     exported = exported_metrics()
-    assert len(exported) == 7
+    assert len(exported) == 8
     assert set(re.findall(r"ray_batchcls_\w+", text)) == exported
     guide = (REPOSITORY / "docs" / "how-to" / "clusters.md").read_text()
     assert set(re.findall(r"ray_batchcls_\w+", guide)) == exported

@@ -1,6 +1,7 @@
 """What both Ray Data graphs share: bounded retries, progress, crash isolation and the end of a run on an error."""
 
 import logging
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -220,9 +221,10 @@ class RayDataGraph(ABC):
         # A limit just below the size of a yielded block keeps it one block: it is neither merged with the next
         # one (the reader would copy it) nor split.
         predict = self._spec.worker.predict
-        height, width, channels = predict.input_shape
+        second = self._spec.worker.load.settings.large_preprocessing
+        shapes = [predict.input_shape, *([] if second is None else [second.shape])]
         bytes_per_value = 1 if predict.normalize == "engine" else 4
-        image_bytes = predict.views.crops * height * width * channels * bytes_per_value
+        image_bytes = sum(map(math.prod, shapes)) * predict.views.crops * bytes_per_value
         context.target_max_block_size = max(
             1, int(0.9 * self._spec.worker.resources.block_rows * image_bytes)
         )

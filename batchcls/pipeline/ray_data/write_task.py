@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
+from pydantic import TypeAdapter
 from ray.data import Datasink
 
 from batchcls.pipeline.prometheus import metrics_of
@@ -11,17 +12,20 @@ from batchcls.runs.parts import PartWriter, Receipt
 from batchcls.runs.receipts import write_receipt
 from batchcls.runs.records import WorkerRows, add_workers
 
-_WORKER = b"batchcls.worker"
+_WORKERS = b"batchcls.workers"
+_RECORDS = TypeAdapter(tuple[WorkerRows, ...])
 
 
-def with_worker(block: pa.Table, worker: WorkerRows) -> pa.Table:
-    """Return a predicted block whose metadata name the node and engine that predicted it."""
-    return block.replace_schema_metadata({_WORKER: worker.model_dump_json()})
+def with_workers(block: pa.Table, workers: tuple[WorkerRows, ...]) -> pa.Table:
+    """Return a predicted block whose metadata name the node and the engines that predicted it."""
+    return block.replace_schema_metadata({_WORKERS: _RECORDS.dump_json(workers)})
 
 
 def workers_of(blocks: Iterable[pa.Table]) -> tuple[WorkerRows, ...]:
     """Return the nodes and engines that predicted blocks, each with the sum of its rows."""
-    return add_workers(WorkerRows.model_validate_json(block.schema.metadata[_WORKER]) for block in blocks)
+    return add_workers(
+        worker for block in blocks for worker in _RECORDS.validate_json(block.schema.metadata[_WORKERS])
+    )
 
 
 class PartSink(Datasink[Receipt]):

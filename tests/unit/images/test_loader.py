@@ -279,3 +279,32 @@ def test_blocks_can_share_the_pixels_of_repeated_images(tmp_path: Path):
         shared = pa.concat_tables(loader.load(tables(uris), {}, RepeatedImages(shares_pixels=True)))
         timings = ["fetch_seconds", "decode_seconds"]
         assert shared.drop_columns(timings).equals(whole.drop_columns(timings))
+
+
+def test_large_network_of_a_cascade_gets_its_size_from_the_same_decode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "one.jpg").write_bytes(encode(draw(1, 900, 700), "JPEG"))
+    (tmp_path / "cut.jpg").write_bytes(encode(draw(2, 90, 70), "JPEG")[:500])
+    large = SMALL.model_copy(
+        update={"input_height": 32, "input_width": 32, "resize_height": 32, "resize_width": 32}
+    )
+    decoded = []
+
+    def recorded(*given: object) -> object:
+        decoded.append(decode(*given))  # type: ignore[arg-type]
+        return decoded[-1]
+
+    monkeypatch.setattr("batchcls.images.loader.decode", recorded)
+    loader = Loader(settings(tmp_path, large_preprocessing=large, decode_margin=2.0))
+    (block,) = loader.load(tables(["one.jpg", "cut.jpg", "one.jpg"], 10), {}, RepeatedImages())
+    assert block.schema.equals(loaded_schema((pa.field("shop", pa.string()),), large_pixels=True))
+    (one,) = decoded
+    assert (
+        64 <= min(one.pixels.shape[:2]) < 700
+    )  # reduced, but to twice the size for the large network at least
+    for name, preprocessing in (("pixels", SMALL), ("large_pixels", large)):
+        first, cut, repeated = block.column(name).to_pylist()
+        expected = Transform(preprocessing)(one.pixels, one.extent)
+        assert first == expected.tobytes(), name
+        assert cut is repeated is None

@@ -350,7 +350,7 @@ def test_thresholds_record_their_views_and_classify_rejects_others(
     with pytest.raises(InputError, match=r"calibrated with --tta hflip; .*thresholds do not hold"):
         check_inputs(ClassifyConfig(**base, abstain=True))
     config = ClassifyConfig(**base, abstain=True, tta="hflip")
-    assert open_inputs(config, check_inputs(config)).views.count == 2
+    assert open_inputs(config, check_inputs(config)).model.views.count == 2
     assert check_inputs(ClassifyConfig(**base)).rows == ROWS
     assert job(*arguments[:2], "--run", "x", "--tta", "hflip", "--output", str(tmp_path / "p")) == 2
     assert "already averaged" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The fragment worker without Ray: concurrent fragments, failures and written parts."""
 
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from batchcls.config.classify_config import ClassifyConfig
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.images.repeated_images import RepeatedImages
 from batchcls.inference.golden_record import with_golden
-from batchcls.inference.predictor import Predictor
 from batchcls.inference.predictor_config import PredictSettings
 from batchcls.manifest.fragment_reader import FragmentReader
 from batchcls.manifest.snapshot import Fragment, Manifest, open_manifest
@@ -174,9 +174,11 @@ def test_repeated_images_are_predicted_once_and_all_rows_are_as_without_sharing(
         folder = tmp_path / str(is_shared)
         worker = start(shared, folder, share_predictions=is_shared)
         sizes: list[int] = []
-        submit = worker._engine.submit
+        submit = worker._networks.engine.submit
         monkeypatch.setattr(
-            worker._engine, "submit", lambda pixels, s=sizes, f=submit: (s.append(len(pixels)), f(pixels))[1]
+            worker._networks.engine,
+            "submit",
+            lambda pixels, s=sizes, f=submit: (s.append(len(pixels)), f(pixels))[1],
         )
         receipts = [
             worker.process(fragment, {}, reported.append if is_shared else ignore)
@@ -232,8 +234,8 @@ def test_blocks_with_shared_pixels_are_predicted_once_whatever_their_boundaries(
 ):
     """As in the staged graph, in which Ray Data may cut the blocks between load tasks and actors again."""
     worker = start(shared, tmp_path, share_predictions=True)
-    known = KnownPredictions(worker._settings.columns_of_an_image)
-    predictor = Predictor(worker._engine, worker._settings)
+    known = KnownPredictions(worker._networks.settings.columns_of_an_image)
+    predictor = worker._networks.predictor(time.process_time)
     receipts = []
     for fragment in shared.fragments(itertools.repeat(40)):
         tables = FragmentReader(shared.columns, STORAGE).read(fragment, 8)

@@ -153,3 +153,12 @@ def test_formats_numbers_and_strings():
         "a\ufffdb",
     )
     assert display_text(Text("abcdef", 6), 4) == "abc\u2026"
+
+
+def test_page_counts_rows_by_network_with_the_expected_share(facts: RunFacts):
+    networks = (("small", 750), ("large", 250))
+    cascade = replace(facts, by_network=networks, expected_large_fraction=0.184)
+    text = Reader(run_page(cascade, {}, "0.1.0")).text
+    assert "by the large network" in text
+    assert "25.0%, 18.4% expected" in text
+    assert "by the large network" not in Reader(run_page(facts, {}, "0.1.0")).text

@@ -11,6 +11,7 @@ PER_IMAGE: dict[str, Any] = {
     "abstain": False,
     "allow_private_addresses": False,
     "allowed_root": [],
+    "cascade": None,
     "embedding_dtype": "float16",
     "l2_normalize": False,
     "max_image_bytes": 52428800,
@@ -50,7 +51,11 @@ def test_predictions_are_reused_by_settings_that_act_on_single_images():
 def test_settings_that_only_turn_embeddings_into_predictions():
     layers = CONFIG.setting_layers()
     assert layers.keys() == PER_IMAGE.keys()
-    assert [name for name in sorted(layers) if layers[name] == "prediction"] == ["abstain", "top_k"]
+    assert [name for name in sorted(layers) if layers[name] == "prediction"] == [
+        "abstain",
+        "cascade",
+        "top_k",
+    ]
     assert [name for name in sorted(layers) if layers[name] == "embedding"] == [
         "embedding_dtype",
         "l2_normalize",

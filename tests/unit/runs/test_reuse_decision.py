@@ -5,9 +5,11 @@ from datetime import UTC, datetime
 import pytest
 
 from batchcls.config.classify_config import ClassifyConfig
+from batchcls.models.cascade_record import CascadeThresholds
 from batchcls.models.classifier_head import ModelLayers
+from batchcls.runs.diff import model_change
 from batchcls.runs.plan import Fingerprints, HeadAgreement, Plan, prediction_settings
-from batchcls.runs.records import Counts, ManifestInfo, ModelInfo, RunRecord
+from batchcls.runs.records import CascadeInfo, Counts, ManifestInfo, ModelInfo, RunRecord
 from batchcls.runs.reuse_decision import decide_reuse, violation
 
 LAYERS = ModelLayers(
@@ -118,3 +120,50 @@ def test_agreement_has_two_limits():
     assert "99.40% of 1000" in (violation(good.model_copy(update={"top1_agreement": 0.994})) or "")
     for difference in (0.5, float("inf")):
         assert violation(good.model_copy(update={"max_probability_difference": difference})) is not None
+
+
+def _cascade(large="x", threshold=0.9) -> CascadeInfo:
+    return CascadeInfo(
+        small="f",
+        large=large,
+        layers=LAYERS.model_copy(update={"trunk": large}),
+        thresholds=CascadeThresholds(default=threshold),
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "layers", "method", "words"),
+    [
+        (_cascade(), _cascade(), {}, "copy", ""),
+        (_cascade(), _cascade(), {"labels": "x"}, "relabel", "labels"),
+        (_cascade(), _cascade("y"), {}, None, "large network of the cascade"),
+        (_cascade(), _cascade(threshold=0.8), {}, None, "set of thresholds of the cascade"),
+        (_cascade(), None, {}, None, "number of networks"),
+        (None, _cascade(), {}, None, "number of networks"),
+        (_cascade(), _cascade(), {"head": "x"}, None, "from which the large one cannot predict"),
+    ],
+)
+def test_cascade_is_copied_only_if_it_is_identical(before, now, layers, method, words):
+    models = [
+        _model().model_copy(update={"cascade": before}),
+        _model(**layers).model_copy(update={"cascade": now}),
+    ]
+    decision = _decide(*models)
+    assert decision.method == method
+    assert words in decision.reason
+
+
+def test_change_of_the_cascade_is_the_cause_of_changed_labels():
+    run = RunRecord(
+        run_id="n1",
+        committed=datetime.now(UTC),
+        manifest=ManifestInfo(),
+        model=_model().model_copy(update={"cascade": _cascade()}),
+        counts=Counts(rows=1, predicted=1, quarantined=0),
+        files=(),
+    )
+    other = run.model_copy(update={"model": _model().model_copy(update={"cascade": _cascade("y")})})
+    assert model_change(run, run) == "none"
+    assert model_change(run, other) == "cascade"
+    trunk = _model(trunk="y").model_copy(update={"cascade": _cascade("y")})
+    assert model_change(run, run.model_copy(update={"model": trunk})) == "trunk"
