@@ -5,15 +5,15 @@ catalog. The candidates keep the number of pixels of the input, and so the cost 
 cross-validated on training images: a linear classifier is fitted to embeddings of the initial network, and evaluated
 on images that it was not fitted to. Validation rows are never used.
 
-Training adapts the network to another geometry, but not to a part of the image that it never sees. So among the
-candidates that are not worse than the best one by more than the standard error of the difference, the one that shows
-most of the image is chosen.
+The candidate with the lowest cross-entropy is chosen, with two exceptions. The crop of the weights is kept if the
+candidate is not better than it by more than the standard error of the difference. And the rectangle is chosen unless it
+is worse by more than twice this error: it shows whole images without a loss of resolution, and a network that was
+trained on squares rates it too low, which training changes.
 """
 
 import hashlib
 import logging
 import math
-import operator
 import os
 import time
 from collections.abc import Mapping
@@ -55,6 +55,7 @@ _PENALTY = 0.03
 # factor.
 _SIDE_STEP = 16
 _MAX_AREA_FACTOR = 1.15
+_RECTANGLE_ERRORS = 2.0
 _MIN_ASPECT = 1.1  # a rectangle that is closer to a square is one
 
 _logger = logging.getLogger(__name__)
@@ -150,8 +151,6 @@ def choose_crop(
 ) -> CropChoice | None:
     """Choose the crop by the cross-entropy on held-out training images; see the module.
 
-    Another crop than that of the weights is chosen only if its gain is larger than its standard error.
-
     Args:
         bundle: initial network; its classifier is not used.
         examples: training images.
@@ -226,19 +225,25 @@ def choose_crop(
             )
         )
         _logger.info("crop %s", scores[-1])
-    lowest = losses[int(np.argmin([score.loss for score in scores]))]
-    similar = [
-        score
-        for score, row_losses in zip(scores, losses, strict=True)
-        if operator.le(*_difference(row_losses, lowest))
-    ]
-    best = max(similar, key=lambda score: (round(score.visible, 2), score.gain))
-    chosen = best if best.gain > best.gain_error else scores[0]
+    chosen = _select(scores, losses)
     _logger.info("crop: %s; --crop weights keeps that of the weights", _describe(chosen.preprocessing))
     choice = CropChoice(key=key, images=len(images.labels), chosen=chosen.preprocessing, scores=tuple(scores))
     with explain(record):
         storage.write_atomic(record, choice.to_json())
     return choice
+
+
+def _select(scores: list[CropScore], losses: list[npt.NDArray[np.float32]]) -> CropScore:
+    """Select a candidate; see the module. The first one is the crop of the weights, the last one may be a rectangle."""
+    best, last = int(np.argmin([score.loss for score in scores])), len(scores) - 1
+    if scores[best].gain <= scores[best].gain_error:
+        return scores[0]
+    shape = scores[last].preprocessing
+    if shape.input_height != shape.input_width:
+        excess, error = _difference(losses[last], losses[best])
+        if excess <= _RECTANGLE_ERRORS * error:
+            return scores[last]
+    return scores[best]
 
 
 def _difference(losses: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> tuple[float, float]:

@@ -14,9 +14,10 @@ from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import resolve_model
+from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage
 from batchcls.training import crop_choice
-from batchcls.training.crop_choice import CropChoice, choose_crop, with_chosen_crop
+from batchcls.training.crop_choice import CropChoice, CropScore, choose_crop, with_chosen_crop
 from batchcls.training.initial_bundle import TrainingExamples
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 
@@ -74,9 +75,9 @@ def test_whole_images_are_chosen_if_the_category_is_at_their_edge(network: Bundl
     assert (first.gain, first.gain_error) == (0, 0)
     assert first.top1 < 0.5
     assert found.chosen.crop_mode in ("border", "squash")
-    best = max(others, key=lambda score: score.gain)
-    assert best.preprocessing == found.chosen
-    assert best.top1 > 0.9
+    chosen = next(score for score in others if score.preprocessing == found.chosen)
+    assert chosen.top1 > 0.9
+    assert chosen.visible > 0.95 > first.visible
     sizes = {(score.preprocessing.input_height, score.preprocessing.input_width) for score in found.scores}
     assert sizes == {(64, 64), (96, 48)}
     assert found.images == 240
@@ -139,3 +140,47 @@ def test_bundle_that_knows_a_category_keeps_its_crop(network: Bundle, tmp_path: 
 )
 def test_rectangle_has_the_aspect_ratio_of_the_images(area: int, aspect: float, expected: tuple[int, int]):
     assert crop_choice._rectangle(area, aspect) == expected
+
+
+def scored(losses: list[np.ndarray], last: Preprocessing) -> list[CropScore]:
+    """Scores of candidates with these losses; the last one has the preprocessing `last`."""
+    square = Preprocessing(
+        input_height=64, input_width=64, resize_height=64, resize_width=64, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    scores = []
+    for number, values in enumerate(losses):
+        gain, gain_error = crop_choice._difference(losses[0], values)
+        preprocessing = last if number == len(losses) - 1 else square
+        scores.append(
+            CropScore(
+                name=str(number),
+                preprocessing=preprocessing,
+                top1=0.5,
+                loss=float(values.mean()),
+                visible=1.0,
+                gain=gain,
+                gain_error=gain_error,
+            )
+        )
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("excess_in_errors", "best_gain", "expected"),
+    [(1.5, 0.5, 2), (2.5, 0.5, 1), (-1.0, 0.5, 2), (1.5, 0.0, 0)],
+)
+def test_rectangle_is_chosen_unless_it_is_clearly_worse(
+    excess_in_errors: float, best_gain: float, expected: int
+):
+    """The standard error of a difference is known: half of its values deviate by one in each direction."""
+    count = 400
+    deviation = np.tile(np.array([1.0, -1.0], np.float32), count // 2)
+    error = 1 / count**0.5
+    weights = np.full(count, 2.0, np.float32)
+    best = weights - np.float32(best_gain) + 0.1 * deviation
+    rectangle = best + np.float32(excess_in_errors * error) + deviation
+    losses = [weights, best, rectangle]
+    shape = Preprocessing(
+        input_height=96, input_width=48, resize_height=96, resize_width=48, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    assert crop_choice._select(scored(losses, shape), losses).name == str(expected)
