@@ -101,7 +101,7 @@ def test_few_images_keep_the_crop_of_the_weights(
 def test_slow_network_keeps_the_crop_of_the_weights(
     network: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ):
-    monkeypatch.setattr(crop_choice, "_MAX_SECONDS", 0.001)
+    monkeypatch.setattr(crop_choice, "_MAX_CPU_SECONDS", 0.001)
     assert choose(tmp_path, network, photographs(tmp_path, 240, slice(0, HEIGHT))) is None
     assert "too slow to compare crops" in log.text
 
