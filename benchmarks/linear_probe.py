@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from batchcls.training.duplicates.fingerprints import FINGERPRINT
 from batchcls.training.linear_probe.embeddings import ManifestEmbeddings
 from batchcls.training.linear_probe.fit import LinearSettings, train_linear_probe
 from batchcls.training.linear_probe.label_noise import LabelNoise
@@ -116,7 +117,9 @@ def main() -> None:
         with measure("fit", results):
             probe = train_linear_probe(examples, settings)
         torch.set_num_threads(arguments.threads)
-        embeddings = ManifestEmbeddings(validation, np.ones(len(held_out), bool), {})
+        embeddings = ManifestEmbeddings(
+            validation, np.ones(len(held_out), bool), {}, np.empty(len(held_out), FINGERPRINT)
+        )
         with measure("predict_and_measure_validation", results), torch.inference_mode():
             results["validation"] = evaluate_head(probe.head, embeddings, held_out)
         subset = examples.where(np.arange(arguments.rows) < arguments.validation_rows)

@@ -140,6 +140,12 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         description="sampling: all categories are sampled equally often; loss: images of rare categories have a larger "
         "weight.",
     )
+    leaks: Literal["report", "remove"] = Field(
+        default="report",
+        description="Training images that are also in validation, exact or near copies. report: they are counted and "
+        "listed in duplicates.parquet of the work directory, with other copies; remove: they are also left out of "
+        "training.",
+    )
     seed: int = Field(
         default=0, ge=0, description="Seed of all random numbers. With one worker, results are reproducible."
     )

@@ -21,9 +21,8 @@ from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
 from batchcls.images.load_config import decode_limits, fetch_policy
 from batchcls.inference.golden_record import with_golden
-from batchcls.manifest.ids import column_batches
+from batchcls.manifest.ids import values_of_rows
 from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
-from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
 from batchcls.ray_runtime import node_resources, prepare_environment, ray_session, wait_for_cluster
@@ -34,6 +33,8 @@ from batchcls.storage.filesystem import Storage, explain, join, redact_uri
 from batchcls.storage.store_errors import resumable_errors
 from batchcls.training.batch_plan import StepPlan, limit_workers, plan_steps
 from batchcls.training.crop_choice import with_chosen_crop
+from batchcls.training.duplicates.duplicate_report import DuplicateReport
+from batchcls.training.duplicates.pixel_duplicates import report_pixel_duplicates, without_leaks
 from batchcls.training.initial_bundle import TrainingExamples, names_architecture, open_frozen_bundle
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 from batchcls.training.linear_probe.fit import LinearSettings
@@ -89,6 +90,8 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
         linear=LinearSettings(balance=config.class_balance, seed=config.seed, threads=cores),
         name=new_run_id(),
         labels=read_labels(config.labels, storage) if config.labels is not None else None,
+        work_dir=config.work_folder,
+        leaks=config.leaks,
     )
     # The embeddings that were computed are kept. With a bundle in the output, the same command is rejected.
     with resumes_after_interrupt(lambda: not config.restart):
@@ -126,7 +129,14 @@ def _summarize_probe(config: FinetuneConfig, result: LinearProbeResult, seconds:
         f"{result.metrics['training_rows']}, the first {result.noise.num_rows} in "
         f"{redact_uri(join(config.work_folder, NOISE_FILE))}"
     )
+    if result.duplicates is not None:
+        _print_duplicates(result.duplicates)
     out.print(f"bundle: {redact_uri(config.output)}: {bundle_line(result.bundle)}")
+
+
+def _print_duplicates(report: DuplicateReport) -> None:
+    if report.table.num_rows:
+        results_console().print(report.describe())
 
 
 _MAX_LISTED_ITEMS = 10
@@ -154,7 +164,10 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
                 return ExitCode.DONE
             work_dir_run, plan, workers = _begin(config, inputs, result_settings)
             pixels = _prepare(config, inputs, lease, console)
+            duplicates = report_pixel_duplicates(inputs, pixels, config.work_folder, config.leaks, lease)
             settings = _settings(config, inputs, pixels, workers, plan)
+            if config.leaks == "remove":
+                settings = without_leaks(settings, duplicates, inputs.categories.labels)
             rows = len(settings.training.rows)
             workers = limit_workers(config, workers, plan, rows, inputs.min_micro_batch_size)
             run = TrainingRun(work_dir_run.run_id, inputs.storage, lease, console)
@@ -170,6 +183,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
         "workers": str(workers),
         "plan": asdict(plan),
         "crop": None if inputs.crop is None else inputs.crop.model_dump(mode="json"),
+        "duplicates": duplicates.counts,
     }
     bundle = trained_bundle(inputs.initial_bundle, trained, work_dir_run.run_id, lineage)
     lease.confirm()
@@ -178,6 +192,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
     if not config.keep_pixels:
         _remove(join(config.work_folder, "pixels"), inputs.storage)
     _summarize(config, bundle, trained, time.time() - started)
+    _print_duplicates(duplicates)
     return ExitCode.DONE
 
 
@@ -326,7 +341,9 @@ def _hold_out(rows: LabeledRows, config: FinetuneConfig) -> tuple[LabeledRows, L
 
 
 def _divergence_error(divergence: Divergence, inputs: TrainingInputs) -> BatchclsError:
-    ids = _item_ids(inputs.training.manifest, divergence.rows[:_MAX_LISTED_ITEMS], inputs.storage)
+    manifest = inputs.training.manifest
+    rows = np.array(divergence.rows[:_MAX_LISTED_ITEMS], np.int64)
+    ids = values_of_rows(manifest, manifest.columns.item_id, rows, inputs.storage).to_pylist()
     more = (
         f" and {len(divergence.rows) - _MAX_LISTED_ITEMS} more"
         if len(divergence.rows) > _MAX_LISTED_ITEMS
@@ -339,16 +356,8 @@ def _divergence_error(divergence: Divergence, inputs: TrainingInputs) -> Batchcl
     )
     return BatchclsError(
         f"training diverged in step {divergence.step} of epoch {divergence.epoch}: {what}, items "
-        f"{', '.join(ids)}{more}; check these images, or reduce --learning-rate and --head-learning-rate"
+        f"{', '.join(map(str, ids))}{more}; check these images, or reduce --learning-rate and --head-learning-rate"
     )
-
-
-def _item_ids(manifest: Manifest, rows: tuple[int, ...], storage: Storage) -> list[str]:
-    found = []
-    for numbers, values in column_batches(manifest, manifest.columns.item_id, storage):
-        first = int(numbers[0]) if len(numbers) else 0
-        found += [str(values[row - first]) for row in rows if first <= row < first + len(numbers)]
-    return found
 
 
 def _remove(folder: str, storage: Storage) -> None:

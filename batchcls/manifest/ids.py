@@ -131,6 +131,25 @@ def column_batches(
         yield rows, batch[column]
 
 
+def values_of_rows(
+    manifest: Manifest, column: str | None, rows: npt.NDArray[np.int64], storage: Storage
+) -> pa.Array:
+    """Return the strings of a column for n rows, in their order; null if the manifest has no such column.
+
+    Raises:
+        InputError: the column cannot be read, is not text, or contains text that is not valid UTF-8.
+    """
+    if column is None or not len(rows):
+        return pa.nulls(len(rows), pa.string())
+    ascending = np.unique(rows)
+    parts = [
+        values.filter(pa.array(np.isin(numbers, ascending)))
+        for numbers, values in column_batches(manifest, column, storage)
+    ]
+    found = pa.chunked_array(parts, pa.string()).take(pa.array(np.searchsorted(ascending, rows)))
+    return found.combine_chunks()
+
+
 def _batches(
     manifest: Manifest, kinds: Mapping[str, pa.DataType], storage: Storage
 ) -> Iterator[tuple[npt.NDArray[np.int64], Mapping[str, pa.Array]]]:

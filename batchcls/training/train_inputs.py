@@ -86,6 +86,7 @@ class TrainingInputs:
             **({} if self.crop is None else {"crop": self.crop.chosen.model_dump(mode="json")}),
             **({"held out": [config.held_out_fraction, config.patience]} if config.held_out_fraction else {}),
             **({} if config.worker_batch_size == "auto" else {"worker batch size": config.worker_batch_size}),
+            **({} if config.leaks == "report" else {"leaks": config.leaks}),
         }
 
 

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 
+import pyarrow.parquet as pq
 import pytest
 
 from batchcls.cli.app import run
@@ -17,7 +18,14 @@ from batchcls.jobs import bundle, classify, evaluate, finetune
 from batchcls.models.model_bundle import Bundle
 from batchcls.storage.filesystem import Storage
 from batchcls.training.work_dir import locked_work_dir
-from tests.helpers.finetuning import Catalog, assert_same_result, lineage, start, wait_for_line
+from tests.helpers.finetuning import (
+    Catalog,
+    assert_same_result,
+    lineage,
+    start,
+    wait_for_line,
+    write_training_catalog,
+)
 from tests.helpers.image_files import CATEGORIES, write_images
 from tests.integration.conftest import Cluster, run_here
 
@@ -51,6 +59,38 @@ def test_trained_bundle_passes_its_test_and_records_its_lineage(
     state = output.with_name("bundle.training")
     assert list((state / "curves").rglob("events.out.tfevents.*"))
     assert not (state / "pixels").exists()
+    assert set(made.config.lineage["duplicates"].values()) == {0}
+    assert pq.read_table(state / "duplicates.parquet").num_rows == 0
+
+
+@pytest.mark.long
+def test_training_images_that_are_also_in_validation_are_left_out(
+    cluster: Cluster, tmp_path: Path, tiny_bundle: str
+):
+    catalog = write_training_catalog(tmp_path, tiny_bundle)
+    copied = (tmp_path / "validation" / "0005.png").read_bytes()
+    (tmp_path / "training" / "0007.png").write_bytes(copied)
+    arguments = (*catalog.arguments, "--max-workers", "1", "--epochs", "1", "--keep-pixels")
+    work, images = ("--work-dir", str(tmp_path / "work")), []
+    for name, more in (("report", ()), ("remove", ("--leaks", "remove"))):
+        output = tmp_path / name
+        exit_code, printed = run_here(cluster, finetune, *arguments, *work, *more, "--output", str(output))
+        assert exit_code == 0, printed
+        assert "1 training images are also in validation (1 exact, 0 near copies): item-0-7" in printed
+        made = lineage(output)
+        assert made["duplicates"]["leaked_exact_rows"] == 1
+        images.append(made["history"][0]["images"])
+        (leak,) = pq.read_table(tmp_path / "work" / "duplicates.parquet").to_pylist()
+        assert (leak["item_id"], leak["other_item_id"], leak["same_label"]) == (
+            "item-1000-5",
+            "item-0-7",
+            False,
+        )
+    assert images == [60, 59]
+    exit_code, printed = run_here(
+        *(cluster, finetune, *arguments, *work, "--leaks", "remove", "--output", str(tmp_path / "report"))
+    )
+    assert (exit_code, "already contains another bundle" in printed) == (2, True), printed
 
 
 def test_finished_run_is_neither_repeated_nor_overwritten(

@@ -1,8 +1,9 @@
 """Stores the embeddings of a manifest in a memory map on local disk that survives a crash.
 
-A folder contains `values.npy` of shape (V, N, D) (V views per image, N rows, D embedding dimension), `state.npy`
-with one byte per row, and `key.json`, which describes what the values depend on. A row is complete once its byte
-is on disk. The byte is written after the values, so a killed process loses only the rows since the last `flush`.
+A folder contains `values.npy` of shape (V, N, D) (V views per image, N rows, D embedding dimension),
+`fingerprints.npy` of shape (N,), `state.npy` with one byte per row, and `key.json`, which describes what the values
+depend on. A row is complete once its byte is on disk. The byte is written after the values, so a killed process loses
+only the rows since the last `flush`.
 """
 
 import hashlib
@@ -20,11 +21,13 @@ import numpy.typing as npt
 from batchcls.errors import InputError
 from batchcls.schema import REASONS, Reason, Stage
 from batchcls.storage.local_files import file_lock, write_local
+from batchcls.training.duplicates.fingerprints import FINGERPRINT, Fingerprints
 
 FloatName = Literal["float16", "float32"]
 Values = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
-_VALUES, _STATE, _KEY, _LOCK = "values.npy", "state.npy", "key.json", ".lock"
+_VALUES, _FINGERPRINTS, _STATE = "values.npy", "fingerprints.npy", "state.npy"
+_KEY, _LOCK = "key.json", ".lock"
 _REMAINING, _GOOD, _FIRST_REASON = 0, 1, 2
 _REASONS = tuple(sorted(Reason))
 # Failures of storage or network may be temporary; a damaged image remains damaged.
@@ -53,6 +56,7 @@ class EmbeddingStore:
         self.folder = folder
         full_shape = (shape.views, shape.rows, shape.dimension)
         self._values = _open_memmap(folder / _VALUES, full_shape, np.dtype(shape.dtype))
+        self._fingerprints = _open_memmap(folder / _FINGERPRINTS, (shape.rows,), FINGERPRINT)
         self._on_disk = _open_memmap(folder / _STATE, (shape.rows,), np.dtype(np.uint8))
         self._state: npt.NDArray[np.uint8] = np.array(self._on_disk)
         retryable = np.isin(self._state, [index + _FIRST_REASON for index in _RETRYABLE])
@@ -63,6 +67,12 @@ class EmbeddingStore:
         """Embeddings of shape (V, N, D); the values of rows that are not `good` are undefined."""
         values: Values = self._values
         return values
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """Fingerprints of shape (N,); those of rows that are not `good` are undefined."""
+        found: Fingerprints = self._fingerprints
+        return found
 
     @property
     def good(self) -> npt.NDArray[np.bool_]:
@@ -97,6 +107,10 @@ class EmbeddingStore:
             raise InputError("embeddings of this network are too large for float16; store them as float32")
         self._values[view, rows] = stored
 
+    def put_fingerprints(self, rows: npt.NDArray[np.int64], fingerprints: Fingerprints) -> None:
+        """Store the fingerprints of n rows."""
+        self._fingerprints[rows] = fingerprints
+
     def finish(self, rows: npt.NDArray[np.int64]) -> None:
         """Mark rows as complete after all of their views were stored; rows that failed in a view stay failed."""
         self._state[rows[self._state[rows] == _REMAINING]] = _GOOD
@@ -106,8 +120,9 @@ class EmbeddingStore:
         self._state[row] = _REASONS.index(Reason(reason)) + _FIRST_REASON
 
     def flush(self) -> None:
-        """Write values and then states to disk."""
+        """Write values and fingerprints, and then states, to disk."""
         self._values.flush()
+        self._fingerprints.flush()
         self._on_disk[:] = self._state
         self._on_disk.flush()
 
@@ -124,9 +139,11 @@ def open_store(parent: Path, key: Mapping[str, Any], shape: StoreShape) -> Itera
     Raises:
         InputError: the folder cannot be created or written, or its content is damaged.
     """
-    text = json.dumps(
-        {**key, "shape": [shape.views, shape.rows, shape.dimension, shape.dtype]}, sort_keys=True
-    )
+    shapes = {
+        "shape": [shape.views, shape.rows, shape.dimension, shape.dtype],
+        "fingerprint": repr(FINGERPRINT.descr),
+    }
+    text = json.dumps({**key, **shapes}, sort_keys=True)
     name = "".join(letter if letter.isalnum() else "-" for letter in str(key.get("name", "embeddings")))
     folder = parent / f"{name[:60]}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     with _exclusive(folder):

@@ -37,6 +37,7 @@ from batchcls.preprocessing import Preprocessing
 from batchcls.schema import PIXELS, ROW, Reason
 from batchcls.storage.filesystem import Storage, is_remote
 from batchcls.storage.uris import canonical_location
+from batchcls.training.duplicates.fingerprints import Fingerprints, fingerprint_images
 from batchcls.training.linear_probe.embedding_store import (
     EmbeddingStore,
     FloatName,
@@ -97,11 +98,13 @@ class ManifestEmbeddings:
         values: memory-mapped array of shape (V, N, D); V is 1, or 2 with the mirrored images last.
         good: boolean array of shape (N,), true for rows that have embeddings.
         failures: number of other rows by reason.
+        fingerprints: memory-mapped fingerprints of the images, of shape (N,).
     """
 
     values: Values
     good: npt.NDArray[np.bool_]
     failures: dict[str, int]
+    fingerprints: Fingerprints
 
 
 def embed(
@@ -138,7 +141,7 @@ def embed(
                 _fill(store, bundle, manifest, settings, storage)
         else:
             _logger.info("reused the embeddings of %d rows: %s", manifest.rows, store.folder)
-        return ManifestEmbeddings(store.values, store.good, dict(store.failures))
+        return ManifestEmbeddings(store.values, store.good, dict(store.failures), store.fingerprints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +346,7 @@ def _batches(
         if good.num_rows == 0:
             continue
         rows, pixels = good.column(ROW).to_numpy(), stack_pixels(good, preprocessing)
+        store.put_fingerprints(rows, fingerprint_images(pixels))
         for start in range(0, len(rows), batch_size):
             chunk = pixels[start : start + batch_size]
             for view in range(views):

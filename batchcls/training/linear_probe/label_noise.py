@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from batchcls.manifest.ids import column_batches
+from batchcls.manifest.ids import values_of_rows
 from batchcls.manifest.snapshot import Manifest
 from batchcls.schema import ITEM_ID, ROW, URI
 from batchcls.storage.filesystem import Storage
@@ -113,8 +113,8 @@ def noise_table(
     return pa.table(
         {
             ROW: rows[worst],
-            ITEM_ID: _values(manifest, columns.item_id, rows[worst], storage),
-            URI: _values(manifest, columns.uri, rows[worst], storage),
+            ITEM_ID: values_of_rows(manifest, columns.item_id, rows[worst], storage),
+            URI: values_of_rows(manifest, columns.uri, rows[worst], storage),
             "label": names[noise.classes[worst]],
             "suggested": names[noise.suggested[worst]],
             "probability": noise.probability[worst],
@@ -123,17 +123,3 @@ def noise_table(
         },
         schema=NOISE_SCHEMA,
     )
-
-
-def _values(
-    manifest: Manifest, column: str | None, requested: npt.NDArray[np.int64], storage: Storage
-) -> pa.Array:
-    """Values of a column in the order of the requested rows; null if the manifest has no such column."""
-    if column is None or not len(requested):
-        return pa.nulls(len(requested), pa.string())
-    ascending = np.sort(requested)
-    parts = [
-        values.filter(pa.array(np.isin(numbers, ascending)))
-        for numbers, values in column_batches(manifest, column, storage)
-    ]
-    return pa.chunked_array(parts, pa.string()).take(pa.array(np.searchsorted(ascending, requested)))

@@ -14,7 +14,12 @@ from torch import nn
 
 from batchcls.errors import InputError
 from batchcls.inference.golden_record import verified_bundle, with_golden
-from batchcls.manifest.labeled_manifest import UNKNOWN_CLASS, UNLABELED_CLASS, read_label_column
+from batchcls.manifest.labeled_manifest import (
+    UNKNOWN_CLASS,
+    UNLABELED_CLASS,
+    LabelColumn,
+    read_label_column,
+)
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.backbone import Backbone
 from batchcls.models.build import build_backbone, build_model
@@ -30,6 +35,13 @@ from batchcls.training.categories import (
     describe_categories,
     resolve_category_order,
     warn_about_dropped_metadata,
+)
+from batchcls.training.duplicates.duplicate_report import (
+    DuplicateReport,
+    LeakPolicy,
+    SplitImages,
+    kept_rows,
+    report_duplicates,
 )
 from batchcls.training.linear_probe.embedding_store import EmbeddingStore
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings, ManifestEmbeddings, embed
@@ -156,6 +168,8 @@ class ProbeSettings:
         paths: paths of `labels` in the category tree; None: see `complete_category_paths`.
         max_noise_rows: maximum number of rows of the label noise report.
         on_open: see `embeddings.embed`; called for training and for validation rows.
+        work_dir: folder of the report of copies of images; None: no report.
+        leaks: whether training rows that are also in validation are left out; needs `work_dir`.
     """
 
     embedding: EmbeddingSettings
@@ -165,6 +179,8 @@ class ProbeSettings:
     paths: CategoryPaths | None = None
     max_noise_rows: int = 200
     on_open: Callable[[EmbeddingStore], object] | None = None
+    work_dir: str | None = None
+    leaks: LeakPolicy = "report"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +193,7 @@ class LinearProbeResult:
         metrics: metrics as JSON values; also part of the lineage.
         noise: training rows whose label is likely wrong, see `label_noise.NOISE_SCHEMA`.
         probe: the head, and how it was fitted.
+        duplicates: copies of images; None without a report.
     """
 
     bundle: Bundle
@@ -184,6 +201,7 @@ class LinearProbeResult:
     metrics: dict[str, Any]
     noise: pa.Table
     probe: LinearProbe
+    duplicates: DuplicateReport | None = None
 
 
 def linear_probe_bundle(
@@ -224,6 +242,22 @@ def linear_probe_bundle(
     embedded = embed(network, train, settings.embedding, storage, settings.on_open)
     examples = LabeledEmbeddings.of(embedded.values, embedded.good, trained.classes(names), len(labels))
     _require_examples(examples, embedded, "training")
+    held_out, duplicates = None, None
+    if validation is not None and validated is not None:
+        plain = replace(settings.embedding, mirrored=False)
+        held_out = embed(network, validation, plain, storage, settings.on_open)
+        if settings.work_dir is not None:
+            duplicates = report_duplicates(
+                _split_images(train, trained, embedded),
+                _split_images(validation, validated, held_out),
+                settings.work_dir,
+                settings.leaks,
+                storage,
+            )
+            if settings.leaks == "remove":
+                examples = examples.where(
+                    kept_rows(examples.rows, examples.classes, duplicates.leaked, labels)
+                )
     embedded_seconds = time.monotonic() - started
     probe = train_linear_probe(examples, settings.linear)
     metrics: dict[str, Any] = {
@@ -237,10 +271,10 @@ def linear_probe_bundle(
         "embedding_seconds": round(embedded_seconds, 1),
         "fit_seconds": round(time.monotonic() - started - embedded_seconds, 1),
     }
-    if validation is not None and validated is not None:
-        plain = replace(settings.embedding, mirrored=False)
-        unmirrored = embed(network, validation, plain, storage, settings.on_open)
-        metrics["validation"] = evaluate_head(probe.head, unmirrored, validated.classes(names))
+    if held_out is not None and validated is not None:
+        metrics["validation"] = evaluate_head(probe.head, held_out, validated.classes(names))
+    if duplicates is not None:
+        metrics["duplicates"] = duplicates.counts
     label_noise = LabelNoise.of(_training_logits(examples, probe))
     noise = noise_table(label_noise, examples.rows, labels, train, storage, settings.max_noise_rows)
     metrics["confidently_mislabeled"] = int(label_noise.confident.sum())
@@ -257,7 +291,12 @@ def linear_probe_bundle(
         metrics["fit_seconds"],
         _describe_failures(embedded),
     )
-    return LinearProbeResult(new_bundle, categories, metrics, noise, probe)
+    return LinearProbeResult(new_bundle, categories, metrics, noise, probe, duplicates)
+
+
+def _split_images(manifest: Manifest, column: LabelColumn, embedded: ManifestEmbeddings) -> SplitImages:
+    rows = np.flatnonzero(embedded.good & (column.codes != UNLABELED_CLASS))
+    return SplitImages(manifest, rows, embedded.fingerprints[rows])
 
 
 def evaluate_head(head: LinearHead, embeddings: ManifestEmbeddings, classes: Classes) -> dict[str, Any]:
@@ -337,5 +376,6 @@ def _lineage(
         "balance": linear.balance,
         "label_smoothing": linear.label_smoothing,
         "mirrored": settings.embedding.mirrored,
+        "leaks": settings.leaks,
         "versions": {name: version(name) for name in ("batchcls", "torch", "timm", "torchvision")},
     }

@@ -59,6 +59,25 @@ def test_linear_probe_is_a_recipe(arguments: list[str], tmp_path: Path, capsys: 
     assert (tmp_path / "made" / "bundle.json").read_bytes() == before
 
 
+def test_linear_probe_reports_or_removes_images_that_are_also_in_validation(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for number in (3, 4):
+        copied = (tmp_path / "validation" / f"{number:04d}.png").read_bytes()
+        (tmp_path / "training" / f"{number:04d}.png").write_bytes(copied)
+    assert finetuned(arguments, "--recipe", "linear-probe") == 0
+    expected = "2 training images are also in validation (2 exact, 0 near copies): item-0-3, item-0-4"
+    assert expected in " ".join(capsys.readouterr().out.split())
+    metrics = Bundle.load(str(tmp_path / "made"), Storage()).config.lineage["metrics"]
+    assert (metrics["duplicates"]["leaked_rows"], metrics["training_rows"]) == (2, 60)
+    table = pq.read_table(tmp_path / "made.training" / "duplicates.parquet")
+    assert table["item_id"].to_pylist() == ["item-1000-3", "item-1000-4"]
+    more = ("--recipe", "linear-probe", "--leaks", "remove", "--restart")
+    assert finetuned(arguments, *more) == 0
+    lineage = Bundle.load(str(tmp_path / "made"), Storage()).config.lineage
+    assert (lineage["leaks"], lineage["metrics"]["training_rows"]) == ("remove", 58)
+
+
 def test_linear_probe_with_too_many_unreadable_images_fails(arguments: list[str], tmp_path: Path):
     for number in range(5):
         (tmp_path / "training" / f"{number:04d}.png").write_bytes(b"")

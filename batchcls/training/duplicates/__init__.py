@@ -1,0 +1,1 @@
+"""Finds copies of images within and between the training and the validation rows, before training."""
