@@ -1,8 +1,8 @@
 """Computes the fingerprint of a prepared image: a digest of its pixels, and two thumbnails.
 
 Equal digests mean equal pixels, which also finds copies with other metadata or in another lossless format. Thumbnails
-are compared to find copies that were compressed, resized, brightened, flipped or cropped. One shows the whole image, the
-other one its center, because the center of an image equals the whole of its cropped copy.
+are compared to find copies that were compressed, resized, brightened, flipped or cropped. One shows the whole image,
+the other one its center, because the center of an image equals the whole of its cropped copy.
 """
 
 import hashlib
