@@ -64,6 +64,7 @@ def test_trained_bundle_passes_its_test_and_records_its_lineage(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_training_images_that_are_also_in_validation_are_left_out(
     cluster: Cluster, tmp_path: Path, tiny_bundle: str
 ):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from batchcls.errors import InputError
 from batchcls.runs.lease import Lease
 from batchcls.storage.filesystem import Storage, explain
 from batchcls.training.duplicates.duplicate_report import (
@@ -59,10 +60,21 @@ def report_pixel_duplicates(
 def without_leaks(
     settings: TrainingSettings, duplicates: DuplicateReport, labels: tuple[str, ...]
 ) -> TrainingSettings:
-    """Return the settings without the training rows that are also in validation; see `kept_rows`."""
-    rows, targets = settings.training.rows, settings.training.targets
-    kept = kept_rows(rows, targets, duplicates.leaked, labels)
-    return replace(settings, training=LabeledRows(rows[kept], targets[kept]))
+    """Return the settings without the training rows that are also in validation, held out or not; see `kept_rows`.
+
+    Raises:
+        InputError: no training row or no held-out row is left.
+    """
+    training, held_out = settings.training, settings.held_out
+    kept = kept_rows(training.rows, training.targets, duplicates.leaked, labels)
+    if held_out is not None:
+        is_held_out = ~np.isin(held_out.rows, duplicates.leaked)
+        if not is_held_out.any():
+            raise InputError("--leaks remove leaves no held-out image; raise --held-out-fraction, or omit it")
+        held_out = LabeledRows(held_out.rows[is_held_out], held_out.targets[is_held_out])
+    return replace(
+        settings, training=LabeledRows(training.rows[kept], training.targets[kept]), held_out=held_out
+    )
 
 
 def fingerprint_pixels(
