@@ -44,7 +44,7 @@ def fingerprint_images(images: npt.NDArray[np.uint8], size: tuple[int, int] | No
     found = np.empty(len(images), FINGERPRINT)
     for position, image in enumerate(cropped):
         pixels = np.ascontiguousarray(image)
-        digest = hashlib.blake2b(pixels, digest_size=_DIGEST_BYTES).digest()
+        digest = hashlib.blake2b(pixels.data, digest_size=_DIGEST_BYTES).digest()
         found["digest"][position] = int.from_bytes(digest, "little")
         found["thumbnails"][position] = _thumbnails(Image.fromarray(pixels))
     return found
