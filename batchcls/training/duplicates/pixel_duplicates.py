@@ -112,7 +112,7 @@ def fingerprint_part(uri: str, size: tuple[int, int], storage: Storage) -> Finge
     stored = f"{uri}.fingerprints-{size[0]}x{size[1]}.npy"
     with explain(uri):
         if storage.exists(stored):
-            earlier = np.load(io.BytesIO(storage.read_bytes(stored)))
+            earlier: Fingerprints = np.load(io.BytesIO(storage.read_bytes(stored)))
             if earlier.dtype == FINGERPRINT:
                 return earlier
         images = np.load(io.BytesIO(storage.read_bytes(f"{uri}.npy")))
