@@ -52,10 +52,10 @@ class EvaluateConfig(FetchSettings, CacheSettings):
     )
     accuracy_loss_confidence: float = Field(
         default=0.95,
-        ge=0.5,
+        ge=0,
         lt=1,
         description="With --cascade: confidence with which the labeled rows must show that --max-accuracy-loss is met; "
-        "0.5: the loss measured on held-out rows counts as it is. A few hundred rows cannot show a small loss.",
+        "0: the loss measured on held-out rows counts as it is. A few hundred rows cannot show a small loss.",
     )
     price_per_hour: float | None = Field(
         default=None,

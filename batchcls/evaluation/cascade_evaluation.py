@@ -73,7 +73,10 @@ class CascadeEvaluation(Document):
     large: CascadeNetwork
     thresholds: CascadeThresholds
     accuracy: float = Field(description="Top-1 accuracy of the cascade, 0..1.")
-    large_fraction: float = Field(description="Share of the rows that the large network predicts.")
+    large_fraction: float = Field(description="Share of the held-out rows that the large network predicts.")
+    fitted_large_fraction: float = Field(
+        description="Share of all rows that the large network predicts with the thresholds fitted on all rows."
+    )
     from_large: AccuracyDifference
     from_small: AccuracyDifference
     price_per_hour: float | None = None
@@ -114,6 +117,11 @@ class CascadeResult:
     def correct(self) -> Flags:
         """Whether the cascade predicts each of N held-out rows correctly."""
         return np.where(self.kept, self.small.correct, self.large.correct)
+
+    @property
+    def fitted_large_fraction(self) -> float:
+        """Share of the rows that the large network predicts with the thresholds fitted on all of them."""
+        return float((~self.fitted.keeps(PairedRows.of(self.small, self.large))).mean())
 
     @property
     def from_large(self) -> AccuracyDifference:

@@ -137,7 +137,7 @@ def fit_cascade(rows: PairedRows, max_loss: float, confidence: float) -> FittedC
     Args:
         rows: at least one.
         max_loss: largest loss of accuracy, as a fraction of all rows.
-        confidence: with which the rows show that the loss is not larger, 0.5..1; 0.5 takes the loss as it is.
+        confidence: with which the rows show that the loss is not larger, 0..1; 0 takes the measured loss as it is.
     """
     fold = np.random.default_rng(_SEED).permutation(len(rows)) % _FOLDS
     kept = np.zeros((len(_PRICES), len(rows)), bool)
@@ -148,7 +148,8 @@ def fit_cascade(rows: PairedRows, max_loss: float, confidence: float) -> FittedC
         for price, fitted in enumerate(paths):
             kept[price, held_out] = fitted.keeps(part)
     wins, losses = ((kept & (rows.losses == value)).sum(axis=1) for value in (-1, 1))
-    z = NormalDist().inv_cdf(confidence)
+    # The end of a two-sided interval, because the choice of the largest passing price uses up the difference.
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     passing = np.flatnonzero(-_lower(len(rows), wins, losses, z) <= max_loss)
     if not len(passing):
         return _keep_nothing(rows.categories)

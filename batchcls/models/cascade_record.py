@@ -44,7 +44,7 @@ class CascadeRecord(BaseModel):
         description="Largest permitted loss of accuracy against the large network."
     )
     confidence: Share = Field(description="Confidence with which the labeled rows show that it is met.")
-    large_fraction: Share = Field(description="Share of the held-out rows that the large network predicts.")
+    large_fraction: Share = Field(description="Share of the labeled rows below the thresholds.")
     small_accuracy: Share = Field(description="Top-1 accuracy of the small network alone.")
     large_accuracy: Share = Field(description="Top-1 accuracy of the large network alone.")
     cascade_accuracy: Share = Field(description="Top-1 accuracy of the cascade on held-out rows.")

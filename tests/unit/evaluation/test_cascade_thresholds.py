@@ -28,7 +28,7 @@ def test_each_category_keeps_exactly_the_rows_where_its_small_network_is_right()
     predicted = np.repeat([0, 1], 400)
     small = probability >= np.where(predicted == 0, 0.5, 0.8)
     rows = paired(predicted, probability, small, 3)
-    fitted = fit_cascade(rows, max_loss=0.0, confidence=0.5)
+    fitted = fit_cascade(rows, max_loss=0.0, confidence=0.0)
     assert fitted.has_own.tolist() == [True, True, False]
     assert fitted.by_category[:2].tolist() == [
         rows.probability[(predicted == category) & small].min() for category in (0, 1)
@@ -51,7 +51,7 @@ def expected_loss(limits: np.ndarray) -> float:
 
 def test_marginal_loss_is_the_same_in_all_categories():
     """The optimum for a loss of 1% is at 1 - p = 0.089 and at four times as much: the marginal losses are equal."""
-    fitted = fit_cascade(calibrated(60_000, 0), max_loss=0.01, confidence=0.5)
+    fitted = fit_cascade(calibrated(60_000, 0), max_loss=0.01, confidence=0.0)
     best = np.array([1 - 0.0894, 1 - 4 * 0.0894])
     assert expected_loss(best) == pytest.approx(0.01, rel=0.01)
     assert fitted.by_category == pytest.approx(best, abs=0.08)
@@ -73,7 +73,7 @@ def test_categories_with_few_rows_share_the_default():
     predicted = rows.predicted.copy()
     predicted[:few] = 2
     moved = PairedRows(predicted, rows.probability, rows.small, rows.large, 4)
-    fitted = fit_cascade(moved, 0.02, 0.5)
+    fitted = fit_cascade(moved, 0.02, 0.0)
     assert fitted.has_own.tolist() == [True, True, False, False]
     assert fitted.by_category[2] == fitted.by_category[3] == np.float32(fitted.default)
     assert 0 < fitted.default < 1
@@ -91,7 +91,7 @@ def test_few_rows_cannot_show_a_small_loss():
     """Even without any error, 100 rows do not show that at most 0.5% of the accuracy is lost."""
     rows = paired(np.zeros(100), np.linspace(0.5, 0.99, 100), np.ones(100, bool), 1)
     assert not fit_cascade(rows, 0.005, 0.95).keeps(rows).any()
-    assert fit_cascade(rows, 0.005, 0.5).keeps(rows).all()
+    assert fit_cascade(rows, 0.005, 0.0).keeps(rows).all()
     more = paired(np.zeros(2000), np.linspace(0.5, 0.99, 2000), np.ones(2000, bool), 1)
     assert fit_cascade(more, 0.005, 0.95).keeps(more).all()
 
@@ -112,10 +112,10 @@ def test_small_network_that_is_better_keeps_every_row():
 def test_held_out_rows_are_kept_by_thresholds_of_the_other_half():
     rows = calibrated(2000, 2)
     truth = np.where(rows.small, rows.predicted, 1 - rows.predicted).astype(np.int32)
-    kept = keeps_held_out(rows, truth, 0.01, 0.5)
+    kept = keeps_held_out(rows, truth, 0.01, 0.0)
     assert 0.1 < kept.mean() < 0.5
     # Rows of the other half have no influence: other labels there leave the thresholds for this half unchanged.
-    assert not (kept == fit_cascade(rows, 0.01, 0.5).keeps(rows)).all()
+    assert not (kept == fit_cascade(rows, 0.01, 0.0).keeps(rows)).all()
 
 
 @pytest.mark.parametrize(("only_first", "only_second", "p_value"), [(1, 9, 0.0215), (5, 5, 1.0), (0, 0, 1.0)])

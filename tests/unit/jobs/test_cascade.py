@@ -88,7 +88,7 @@ def fitted(folder: Path, alone: dict[str, pa.Table]) -> Path:
         models(folder),
         "--cascade",
     ]
-    arguments += ["--output", str(output), "--max-accuracy-loss", "0.2", "--accuracy-loss-confidence", "0.5"]
+    arguments += ["--output", str(output), "--max-accuracy-loss", "0.2", "--accuracy-loss-confidence", "0"]
     assert run("evaluate", evaluate.COMMANDS, [*arguments, "--write-bundle", str(folder / "fitted")]) == 0
     return output
 
@@ -233,7 +233,8 @@ def test_fitted_thresholds_follow_the_small_bundle(
     threshold = found["thresholds"]["default"]
     networks, expected = cascade_of(alone, np.inf if threshold is None else threshold)
     require_rows(table, networks, expected)
-    assert record["model"]["cascade"]["expected_fraction"] == found["large_fraction"]
+    assert record["model"]["cascade"]["expected_fraction"] == found["fitted_large_fraction"]
+    assert record["counts"]["by_network"].get(LARGE, 0) == round(found["fitted_large_fraction"] * (ROWS - 1))
 
 
 @pytest.mark.parametrize(
