@@ -197,6 +197,15 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         description="Folder for checkpoints, curves and prepared pixels, local and shared by all nodes, or s3://. One "
         "command uses it at a time. After any failure, the same command resumes from it. Default: OUTPUT.training.",
     )
+    mlflow: str | None = Field(
+        default=None,
+        min_length=1,
+        description="MLflow that records settings, metrics of each epoch and the address of the bundle: a local "
+        "folder, or the URI of a tracking server or database. Needs the extra mlflow.",
+    )
+    mlflow_experiment: str = Field(
+        default="batchcls", min_length=1, description="Experiment of the MLflow run."
+    )
     restart: bool = Field(
         default=False,
         description="Discard an unfinished run in the work directory, and start again.",
@@ -254,7 +263,7 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         """Return the settings as JSON values without secrets, for records and logs."""
         values = self.model_dump(mode="json")
         values["storage_options"] = redact_options(self.storage_options)
-        for name in ("manifest", "validation", "output", "model", "weights", "labels", "work_dir"):
+        for name in ("manifest", "validation", "output", "model", "weights", "labels", "work_dir", "mlflow"):
             if values[name] is not None:
                 values[name] = redact_uri(values[name])
         return values

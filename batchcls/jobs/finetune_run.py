@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,7 @@ from batchcls.training.batch_plan import StepPlan, limit_workers, plan_steps
 from batchcls.training.crop_choice import with_chosen_crop
 from batchcls.training.duplicates.duplicate_report import DuplicateReport
 from batchcls.training.duplicates.pixel_duplicates import report_pixel_duplicates, without_leaks
+from batchcls.training.experiment_tracking import require_mlflow, tracked_run
 from batchcls.training.initial_bundle import TrainingExamples, names_architecture, open_frozen_bundle
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 from batchcls.training.linear_probe.fit import LinearSettings
@@ -94,10 +96,16 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
         leaks=config.leaks,
     )
     # The embeddings that were computed are kept. With a bundle in the output, the same command is rejected.
-    with resumes_after_interrupt(lambda: not config.restart):
+    parameters = {"config": config.redacted()}
+    with (
+        tracked_run(config.mlflow, config.mlflow_experiment, settings.name, parameters) as tracked,
+        resumes_after_interrupt(lambda: not config.restart),
+    ):
         result = linear_probe_bundle(bundle, training, validation, settings, storage)
-    _require_budget(result, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
-    result.bundle.save(config.output, storage)
+        _require_budget(result, training.rows, allowed_fraction(config.max_failed_fraction, training.rows))
+        result.bundle.save(config.output, storage)
+        tracked.add_metrics(result.metrics)
+        tracked.finish(result.bundle, config.output)
     sink = pa.BufferOutputStream()
     pq.write_table(result.noise, sink)
     with resumable_errors(config.work_folder):
@@ -144,15 +152,16 @@ _MAX_LISTED_ITEMS = 10
 
 def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
+    require_mlflow(config.mlflow)
     storage = Storage(config.storage_options)
     with locked_work_dir(config.work_folder, storage) as lease:
         if config.recipe == LINEAR_PROBE:
             return linear_probe(config, storage)
-        with resumes_after_interrupt(lambda: not config.restart):
-            return _train(config, lease, console)
+        with resumes_after_interrupt(lambda: not config.restart), ExitStack() as tracking:
+            return _train(config, lease, console, tracking)
 
 
-def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
+def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: ExitStack) -> ExitCode:
     started, recipe = time.time(), resolve_recipe(config)
     prepare_environment()
     with ThreadPoolExecutor(1) as executor:
@@ -163,6 +172,10 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
             if _is_done(config, digest_of(result_settings), inputs.storage):
                 return ExitCode.DONE
             work_dir_run, plan, workers = _begin(config, inputs, result_settings)
+            parameters = {"config": config.redacted(), "recipe": inputs.recipe.model_dump(mode="json")}
+            tracked = tracking.enter_context(
+                tracked_run(config.mlflow, config.mlflow_experiment, work_dir_run.run_id, parameters)
+            )
             pixels = _prepare(config, inputs, lease, console)
             duplicates = report_pixel_duplicates(inputs, pixels, config.work_folder, config.leaks, lease)
             settings = _settings(config, inputs, pixels, workers, plan)
@@ -170,7 +183,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
                 settings = without_leaks(settings, duplicates, inputs.categories.labels)
             rows = len(settings.training.rows)
             workers = limit_workers(config, workers, plan, rows, inputs.min_micro_batch_size)
-            run = TrainingRun(work_dir_run.run_id, inputs.storage, lease, console)
+            run = TrainingRun(work_dir_run.run_id, inputs.storage, lease, console, tracked.add_epochs)
             try:
                 trained = run_training(config, settings, inputs.initial_bundle, pixels, workers, run)
             except TrainingDivergedError as error:
@@ -188,6 +201,9 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console) -> ExitCode:
     bundle = trained_bundle(inputs.initial_bundle, trained, work_dir_run.run_id, lineage)
     lease.confirm()
     bundle.save(config.output, inputs.storage)
+    # Epochs before a failure of the driver or of the server may be missing.
+    tracked.add_epochs(trained.history)
+    tracked.finish(bundle, config.output)
     finish_run(config.work_folder, inputs.storage)
     if not config.keep_pixels:
         _remove(join(config.work_folder, "pixels"), inputs.storage)

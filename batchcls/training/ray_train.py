@@ -42,12 +42,14 @@ class TrainingRun:
         storage: storage that holds the work directory.
         lease: lease of the work directory; training stops if it is lost.
         console: console that shows the progress.
+        on_epochs: called with the records of finished epochs, from any thread.
     """
 
     run_id: str
     storage: Storage
     lease: Lease
     console: Console
+    on_epochs: Callable[[list[Record]], None] = lambda _: None
 
 
 # Every epoch waits until the controller of Ray Train has processed its report. By default the controller polls every
@@ -150,7 +152,7 @@ def run_training(
     total_images = settings.recipe.epochs * len(settings.training.rows)
     try:
         with show_progress(
-            lambda: _poll_progress(progress_actor),
+            lambda: _poll_progress(progress_actor, run.on_epochs),
             total_images,
             console,
             config.log_interval_seconds,
@@ -160,7 +162,7 @@ def run_training(
     finally:
         if assignment.copies:
             remove_node_caches(name)
-    _poll_progress(progress_actor)
+    _poll_progress(progress_actor, run.on_epochs)
     if isinstance(result.return_value, Divergence):
         raise TrainingDivergedError(result.return_value)
     with result.checkpoint.as_directory() as folder:
@@ -258,12 +260,14 @@ def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig
     )
 
 
-def _poll_progress(progress_actor: Any) -> TrainingProgress:
+def _poll_progress(progress_actor: Any, on_epochs: Callable[[list[Record]], None]) -> TrainingProgress:
     progress: TrainingProgress = ray.get(progress_actor.take.remote())
     for note in progress.notes:
         _logger.info("%s", note)
     for record in progress.records:
         _logger.info("%s", epoch_line(record))
+    if progress.records:
+        on_epochs(progress.records)
     return progress
 
 

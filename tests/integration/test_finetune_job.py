@@ -7,6 +7,7 @@ import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -169,6 +170,33 @@ def test_run_of_killed_driver_is_resumed(
     assert f"resuming run {run_id}" in printed
     assert "resuming from the checkpoint of epoch" in printed
     assert_same_result(lineage(output), lineage(undisturbed[0]))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="needs the extra mlflow")
+def test_resumed_run_continues_its_mlflow_run(training_catalog: Catalog, cluster: Cluster, tmp_path: Path):
+    from mlflow.tracking import MlflowClient
+
+    output, folder = tmp_path / "bundle", tmp_path / "mlruns"
+    more = ("--max-workers", "1", "--mlflow", str(folder))
+    process = start(cluster, training_catalog, output, *more)
+    wait_for_line(process, output.with_suffix(".log"), r"epoch 3: ")
+    process.kill()
+    process.wait()
+    exit_code, printed = run_here(
+        cluster, finetune, *training_catalog.arguments, "--output", str(output), *more
+    )
+    assert exit_code == 0, printed
+    client = MlflowClient(tracking_uri=folder.as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("batchcls").experiment_id])
+    assert (found.info.status, found.info.run_name) == ("FINISHED", lineage(output)["run_id"])
+    assert found.data.tags["batchcls.bundle"] == str(output)
+    history = lineage(output)["history"]
+    recorded = client.get_metric_history(found.info.run_id, "validation_top1")
+    assert [(metric.step, metric.value) for metric in recorded] == [
+        (record["epoch"], record["validation_top1"]) for record in history
+    ]
 
 
 @pytest.mark.long

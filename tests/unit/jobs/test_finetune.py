@@ -1,6 +1,7 @@
 """Tests for the training job that need no cluster: the linear probe and rejected commands."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -76,6 +77,24 @@ def test_linear_probe_reports_or_removes_images_that_are_also_in_validation(
     assert finetuned(arguments, *more) == 0
     lineage = Bundle.load(str(tmp_path / "made"), Storage()).config.lineage
     assert (lineage["leaks"], lineage["metrics"]["training_rows"]) == ("remove", 58)
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="needs the extra mlflow")
+def test_linear_probe_is_recorded_in_mlflow(arguments: list[str], tmp_path: Path):
+    from mlflow.tracking import MlflowClient
+
+    folder = tmp_path / "mlruns"
+    more = ("--recipe", "linear-probe", "--mlflow", str(folder), "--mlflow-experiment", "shop")
+    assert finetuned(arguments, *more) == 0
+    made = Bundle.load(str(tmp_path / "made"), Storage())
+    client = MlflowClient(tracking_uri=folder.as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == made.config.weights.name
+    assert found.data.tags["batchcls.bundle"] == str(tmp_path / "made")
+    assert found.data.tags["batchcls.bundle_fingerprint"] == made.fingerprint
+    assert found.data.params["config.recipe"] == "linear-probe"
+    assert found.data.metrics["validation.top1"] == made.config.lineage["metrics"]["validation"]["top1"]
 
 
 def test_linear_probe_with_too_many_unreadable_images_fails(arguments: list[str], tmp_path: Path):
