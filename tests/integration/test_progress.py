@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,10 +29,20 @@ ROWS, FRAGMENT_ROWS, BROKEN = 300, 50, (7, 200)
 
 
 class RepeatingActor(FragmentActor):
-    """An actor whose process crashes after every fragment, as it seems: each is processed twice."""
+    """An actor whose process crashes after every fragment, as it seems: each is processed twice.
+
+    Only the first fragment is processed before the driver has seen its rows, however slow the driver is.
+    """
+
+    seen_file = ""
 
     def process(self, turn: Turn) -> Receipt:
         """Process the fragment twice and return the second receipt."""
+        assert turn.fragment is not None
+        deadline = time.monotonic() + 120
+        while turn.fragment.first_row and not Path(self.seen_file).exists():
+            assert time.monotonic() < deadline, "the driver has not seen the rows of the first fragment"
+            time.sleep(0.05)
         super().process(turn)
         return super().process(turn)
 
@@ -50,6 +61,14 @@ def test_rows_of_a_repeated_fragment_count_once(
     reset_auth_token_state()
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     seen: list[Progress] = []
+    seen_file = tmp_path / "seen"
+    monkeypatch.setattr(RepeatingActor, "seen_file", str(seen_file))
+
+    def on_progress(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.rows:
+            seen_file.touch()
+
     config = ClassifyConfig(
         manifest=write_catalog(tmp_path / "catalog", ROWS, broken=BROKEN),
         model=tiny_bundle,
@@ -69,7 +88,7 @@ def test_rows_of_a_repeated_fragment_count_once(
             pipeline_spec_of(
                 config, inputs, resources, placement, EngineSelection(engines, None, ()), "repeating"
             ),
-            seen.append,
+            on_progress,
         )
         receipts = graph.execute()
         last = graph.progress()
