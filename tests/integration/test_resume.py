@@ -163,6 +163,7 @@ def test_second_run_predicts_only_changed_images(job: Job, tiny_bundle: str, tmp
         "abstained": 0,
         "quarantined": 1,
         "quarantined_by_reason": {"truncated": 1},
+        "by_network": {},
     }
     computed = second.filter(pa.compute.equal(second.column("origin"), "computed"))
     assert computed.column("item_id").to_pylist() == ["item-5"]
