@@ -6,9 +6,9 @@ cross-validated on training images: a linear classifier is fitted to embeddings 
 on images that it was not fitted to. Validation rows are never used.
 
 The candidate with the lowest cross-entropy is chosen, with two exceptions. The crop of the weights is kept if the
-candidate is not better than it by more than the standard error of the difference. And the rectangle is chosen unless it
-is worse by more than twice this error: it shows whole images without a loss of resolution, and a network that was
-trained on squares rates it too low, which training changes.
+candidate is not better than it by more than the standard error of the difference. And if the network itself is trained,
+the rectangle is chosen unless it is worse than the crop of the weights by more than this error: it shows whole images
+without a loss of resolution, and a network that was trained on squares rates it too low, which training changes.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from batchcls.config.finetune_config import FinetuneConfig
+from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.images.load_config import decode_limits, fetch_policy
 from batchcls.inference.golden_record import with_golden
 from batchcls.manifest.labeled_manifest import LabelColumn
@@ -56,7 +56,6 @@ _PENALTY = 0.03
 # factor.
 _SIDE_STEP = 16
 _MAX_AREA_FACTOR = 1.15
-_RECTANGLE_ERRORS = 2.0
 _MIN_ASPECT = 1.1  # a rectangle that is closer to a square is one
 
 _logger = logging.getLogger(__name__)
@@ -136,7 +135,8 @@ def with_chosen_crop(
     settings = EmbeddingSettings(
         fetch_policy(config), decode_limits(config), threads=len(os.sched_getaffinity(0))
     )
-    choice = choose_crop(bundle, examples, settings, join(config.work_folder, CROP_FILE), storage)
+    record, trains_network = join(config.work_folder, CROP_FILE), config.recipe != LINEAR_PROBE
+    choice = choose_crop(bundle, examples, settings, record, storage, trains_network=trains_network)
     return (bundle if choice is None else with_preprocessing(bundle, choice.chosen)), choice
 
 
@@ -148,7 +148,13 @@ def with_preprocessing(bundle: Bundle, preprocessing: Preprocessing) -> Bundle:
 
 
 def choose_crop(
-    bundle: Bundle, examples: TrainingExamples, settings: EmbeddingSettings, record: str, storage: Storage
+    bundle: Bundle,
+    examples: TrainingExamples,
+    settings: EmbeddingSettings,
+    record: str,
+    storage: Storage,
+    *,
+    trains_network: bool = True,
 ) -> CropChoice | None:
     """Choose the crop by the cross-entropy on held-out training images; see the module.
 
@@ -158,6 +164,7 @@ def choose_crop(
         settings: how images are loaded and embedded.
         record: URI of the record of the choice. A record of the same network and manifest is used again.
         storage: storage that holds the manifest and the record.
+        trains_network: whether all layers are trained with the crop, and not only a classifier.
 
     Returns:
         The choice, or None if the sample is too small or the network too slow to choose; the log contains the reason.
@@ -166,7 +173,7 @@ def choose_crop(
         InputError: the network cannot be run.
     """
     manifest, column = examples.manifest, examples.labels
-    text = "\0".join((bundle.fingerprint, manifest.fingerprint, manifest.base))
+    text = "\0".join((bundle.fingerprint, manifest.fingerprint, manifest.base, str(trains_network)))
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     known = _read(record, storage)
     if known is not None and known.key == key:
@@ -226,7 +233,7 @@ def choose_crop(
             )
         )
         _logger.info("crop %s", scores[-1])
-    chosen = _select(scores, losses)
+    chosen = _select(scores, trains_network=trains_network)
     _logger.info("crop: %s; --crop weights keeps that of the weights", _describe(chosen.preprocessing))
     choice = CropChoice(key=key, images=len(images.labels), chosen=chosen.preprocessing, scores=tuple(scores))
     with explain(record):
@@ -234,17 +241,13 @@ def choose_crop(
     return choice
 
 
-def _select(scores: list[CropScore], losses: list[npt.NDArray[np.float32]]) -> CropScore:
+def _select(scores: Sequence[CropScore], *, trains_network: bool) -> CropScore:
     """Select a candidate; see the module. The first one is the crop of the weights, the last one may be a rectangle."""
-    best, last = int(np.argmin([score.loss for score in scores])), len(scores) - 1
-    if scores[best].gain <= scores[best].gain_error:
+    best, last = min(scores, key=lambda score: score.loss), scores[-1]
+    if best.gain <= best.gain_error:
         return scores[0]
-    shape = scores[last].preprocessing
-    if shape.input_height != shape.input_width:
-        excess, error = _difference(losses[last], losses[best])
-        if excess <= _RECTANGLE_ERRORS * error:
-            return scores[last]
-    return scores[best]
+    is_rectangle = last.preprocessing.input_height != last.preprocessing.input_width
+    return last if trains_network and is_rectangle and last.gain >= -last.gain_error else best
 
 
 def _difference(losses: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> tuple[float, float]:

@@ -166,21 +166,26 @@ def scored(losses: list[np.ndarray], last: Preprocessing) -> list[CropScore]:
 
 
 @pytest.mark.parametrize(
-    ("excess_in_errors", "best_gain", "expected"),
-    [(1.5, 0.5, 2), (2.5, 0.5, 1), (-1.0, 0.5, 2), (1.5, 0.0, 0)],
+    ("gain_in_errors", "best_gain", "trains_network", "expected"),
+    [
+        (0.5, 0.5, True, 2),
+        (-0.5, 0.5, True, 2),
+        (-1.5, 0.5, True, 1),
+        (0.5, 0.5, False, 1),
+        (0.5, 0.0, True, 0),
+    ],
 )
-def test_rectangle_is_chosen_unless_it_is_clearly_worse(
-    excess_in_errors: float, best_gain: float, expected: int
+def test_trained_network_gets_the_rectangle_unless_it_is_worse_than_the_crop_of_the_weights(
+    gain_in_errors: float, best_gain: float, trains_network: bool, expected: int
 ):
     """The standard error of a difference is known: half of its values deviate by one in each direction."""
     count = 400
     deviation = np.tile(np.array([1.0, -1.0], np.float32), count // 2)
-    error = 1 / count**0.5
     weights = np.full(count, 2.0, np.float32)
     best = weights - np.float32(best_gain) + 0.1 * deviation
-    rectangle = best + np.float32(excess_in_errors * error) + deviation
-    losses = [weights, best, rectangle]
+    rectangle = weights - np.float32(gain_in_errors / count**0.5) + deviation
     shape = Preprocessing(
         input_height=96, input_width=48, resize_height=96, resize_width=48, mean=(0.5,) * 3, std=(0.5,) * 3
     )
-    assert crop_choice._select(scored(losses, shape), losses).name == str(expected)
+    scores = scored([weights, best, rectangle], shape)
+    assert crop_choice._select(scores, trains_network=trains_network).name == str(expected)
