@@ -7,12 +7,12 @@ did not determine them, stays within a bound.
 Notation: N rows, K categories, P prices.
 """
 
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
 
 from batchcls.evaluation.calibration import split_halves
 from batchcls.evaluation.classification_metrics import Categories, Floats, Outcomes, Rows
@@ -99,13 +99,7 @@ class PairedDifference:
     def p_value(self) -> float:
         """Of the exact McNemar test: how probable a difference of this size is if both are equally accurate."""
         discordant = self.only_first + self.only_second
-        fewer = min(self.only_first, self.only_second)
-        logs = [
-            math.lgamma(discordant + 1) - math.lgamma(k + 1) - math.lgamma(discordant - k + 1)
-            for k in range(fewer + 1)
-        ]
-        tail = sum(math.exp(value - discordant * math.log(2)) for value in logs)
-        return min(1.0, 2 * tail)
+        return float(binomtest(self.only_first, discordant).pvalue) if discordant else 1.0
 
 
 @dataclass(frozen=True, slots=True)
