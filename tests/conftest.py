@@ -38,15 +38,19 @@ def _limit_torch_threads() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // at_once))
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """The log of batchcls, independent of logging set up by earlier jobs in this process."""
+@pytest.fixture(autouse=True)
+def _reset_logging() -> None:
+    """Undo the logging that an earlier job in this process has set up, which would hide the log from `caplog`."""
     logger = logging.getLogger("batchcls")
-    before = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [caplog.handler], False
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log of batchcls from level INFO on."""
     caplog.set_level(logging.INFO, "batchcls")
-    yield caplog
-    logger.handlers, logger.propagate = before
+    return caplog
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,15 +38,6 @@ STYLE = re.compile(r"\x1b\[[\d;]*m")
 def terminal() -> tuple[Console, io.StringIO]:
     file = io.StringIO()
     return PlainConsole(file=file, force_terminal=True, width=400, color_system="truecolor"), file
-
-
-@pytest.fixture
-def loggers() -> Iterator[None]:
-    """Restore the logger of the package."""
-    root = logging.getLogger("batchcls")
-    before = root.handlers, root.level, root.propagate
-    yield
-    root.handlers, root.level, root.propagate = before
 
 
 @pytest.mark.parametrize(
@@ -115,7 +105,6 @@ def test_progress_bar_escapes_descriptions():
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-@pytest.mark.usefixtures("loggers")
 def test_messages_are_one_line_and_tracebacks_are_indented(
     is_terminal: bool, capfd: pytest.CaptureFixture[str]
 ):
@@ -140,7 +129,6 @@ def test_messages_are_one_line_and_tracebacks_are_indented(
     assert all(line.startswith("    ") for line in lines[traceback:] if line)
 
 
-@pytest.mark.usefixtures("loggers")
 def test_escapes_warnings_of_other_libraries(capfd: pytest.CaptureFixture[str]):
     set_up_logging(messages_console())
     handler = logging.lastResort
@@ -149,7 +137,6 @@ def test_escapes_warnings_of_other_libraries(capfd: pytest.CaptureFixture[str]):
     assert not DANGEROUS.search(capfd.readouterr().err.rstrip("\n"))
 
 
-@pytest.mark.usefixtures("loggers")
 def test_truncates_very_long_messages(capfd: pytest.CaptureFixture[str]):
     set_up_logging(messages_console())
     logging.getLogger("batchcls.test").error("no such label: %s; add it", "x" * 2**20)
@@ -167,7 +154,6 @@ EVERY_COMMAND = [(job, command) for job, jobs in ALL.items() for command in jobs
 
 
 @pytest.mark.parametrize(("job", "command"), EVERY_COMMAND, ids=lambda value: getattr(value, "name", value))
-@pytest.mark.usefixtures("loggers")
 def test_every_command_escapes_its_arguments_and_errors(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], job: str, command: Command
 ):

@@ -1,10 +1,8 @@
 """The console script: fast help, lazy imports, one code path with `python -m batchcls.jobs.NAME`."""
 
-import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -19,14 +17,6 @@ from batchcls.errors import BatchclsError, ExitCode
 from tests.conftest import REPOSITORY
 
 HEAVY = ("ray", "torch", "pyarrow", "pydantic", "rich")
-
-
-@pytest.fixture(autouse=True)
-def loggers() -> Iterator[None]:
-    logger = logging.getLogger("batchcls")
-    before = (logger.handlers, logger.level, logger.propagate)
-    yield
-    logger.handlers, logger.level, logger.propagate = before
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -188,10 +188,10 @@ def test_new_head_keeps_the_body_and_is_untrained(weights, labels, tmp_path):
     assert build_backbone(made).classes == 10_000
 
 
-def test_pretrained_weights_are_described_in_the_log(caplog, monkeypatch):
+def test_pretrained_weights_are_described_in_the_log(log, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", "/nowhere")
-    with caplog.at_level("INFO"), pytest.raises(InputError, match="cannot be downloaded"):
+    with log.at_level("INFO"), pytest.raises(InputError, match="cannot be downloaded"):
         resolve_model("resnet50.IMAGENET1K_V1", ModelChoices(), Storage())
-    info, warning = caplog.records
+    info, warning = log.records
     assert "recipe" in info.message
     assert "4.728 pp below IMAGENET1K_V2" in warning.message

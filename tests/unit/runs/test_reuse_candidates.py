@@ -42,18 +42,18 @@ def chosen(output: Path, plan: Plan | None = None) -> str | None:
 
 
 def test_newer_run_that_failed_a_gate_is_preferred_to_the_published_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, log: pytest.LogCaptureFixture
 ):
     assert chosen(tmp_path) is None
     commit(tmp_path, "monday", 23)
     publish(str(tmp_path), "monday", Storage())
     assert chosen(tmp_path) == "monday"
     commit(tmp_path, "tuesday", 24, **REFUSED)
-    with caplog.at_level("INFO", "batchcls"):
+    with log.at_level("INFO", "batchcls"):
         assert chosen(tmp_path) == "tuesday"
     assert (
         "reuse: run tuesday, not published (failed: mean_confidence), 200 predictions; 2 committed runs could be "
-        "used" in caplog.text
+        "used" in log.text
     )
 
 
@@ -87,14 +87,14 @@ def test_quarantined_rows_are_retried_from_the_newest_run_of_the_same_manifest(t
     assert choose(tmp_path, retry_quarantine=True) == PlannedReuse(run_id="tonight", by_row=True)
 
 
-def test_run_with_other_settings_is_named_and_not_reused(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_run_with_other_settings_is_named_and_not_reused(tmp_path: Path, log: pytest.LogCaptureFixture):
     commit(tmp_path, "monday", 23, result_settings={"tta": "hflip"})
     publish(str(tmp_path), "monday", Storage())
     commit(tmp_path, "tuesday", 24, result_settings={"tta": "hflip"}, **REFUSED)
     plan = plan_of(RunDetails("new"), ROWS).model_copy(update={"result_settings": {"tta": "none"}})
-    with caplog.at_level("INFO", "batchcls"):
+    with log.at_level("INFO", "batchcls"):
         assert chosen(tmp_path, plan) is None
-    assert "reuse: nothing, monday was made with a different tta" in caplog.text
+    assert "reuse: nothing, monday was made with a different tta" in log.text
     with pytest.raises(InputError, match="monday was made with a different tta"):
         choose(tmp_path, plan, retry_quarantine=True)
     commit(tmp_path, "sunday", 22, result_settings={"tta": "none"}, **REFUSED)

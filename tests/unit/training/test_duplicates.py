@@ -199,10 +199,10 @@ def test_catalog_without_copies_has_an_empty_table(tmp_path: Path):
     assert report.describe() == "duplicates: none within or between training and validation"
 
 
-def test_removed_rows_are_reported_by_category(caplog: pytest.LogCaptureFixture):
+def test_removed_rows_are_reported_by_category(log: pytest.LogCaptureFixture):
     rows, classes = np.array([3, 5, 8]), np.array([0, 1, 0], np.int32)
     assert kept_rows(rows, classes, np.array([5]), ("bag", "cap")).tolist() == [True, False, True]
-    assert "--leaks remove leaves 1 categories without training images: cap" in caplog.text
+    assert "--leaks remove leaves 1 categories without training images: cap" in log.text
     with pytest.raises(InputError, match="all 3 training images are also in validation"):
         kept_rows(rows, classes, rows, ("bag", "cap"))
 

@@ -66,7 +66,7 @@ def test_resumed_run_continues_its_mlflow_run_without_repeated_epochs(tmp_path: 
 
 
 @needs_mlflow
-def test_store_that_fails_in_mid_run_does_not_stop_training(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_store_that_fails_in_mid_run_does_not_stop_training(tmp_path: Path, log: pytest.LogCaptureFixture):
     folder = tmp_path / "mlruns"
     with tracked_run(str(folder), "shop", "run-1", SETTINGS) as tracked:
         _, run = only_run(folder)
@@ -74,7 +74,7 @@ def test_store_that_fails_in_mid_run_does_not_stop_training(tmp_path: Path, capl
         content = meta.read_text()
         meta.unlink()
         tracked.add_epochs(RECORDS[:2])
-        assert f"MLflow at {folder} does not record the training: " in caplog.text
+        assert f"MLflow at {folder} does not record the training: " in log.text
         meta.write_text(content)
         tracked.add_epochs(RECORDS)
     client, run = only_run(folder)
@@ -92,12 +92,12 @@ def test_unusable_uri_is_rejected_without_credentials(monkeypatch: pytest.Monkey
     assert "secret" not in str(caught.value)
 
 
-def test_without_a_uri_nothing_is_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.DEBUG)
+def test_without_a_uri_nothing_is_recorded(tmp_path: Path, log: pytest.LogCaptureFixture):
+    log.set_level(logging.DEBUG)
     with tracked_run(None, "shop", "run-1", SETTINGS) as tracked:
         tracked.add_epochs(RECORDS)
         tracked.add_metrics({"top1": 0.5})
-    assert caplog.text == ""
+    assert log.text == ""
     require_mlflow(None)
 
 
