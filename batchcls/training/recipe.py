@@ -38,6 +38,13 @@ class Recipe(BaseModel):
         description="Factor on the learning rate of the body from each layer to the layer before it, applied once in "
         "the layer before the classifier.",
     )
+    frozen_fraction: Fraction = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of the layers, counted from the input, that are not trained. It is ignored if the "
+        "bundle names trainable parameters.",
+    )
     weight_decay: float = Field(
         default=0.05,
         ge=0,

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from batchcls.errors import InputError
-from batchcls.models.heads import mark_trainable
 from batchcls.training.augmentation import AugmentedImages, Mixing, TrainingSample, crop_size, image_transform
 from batchcls.training.categories import count_classes
+from batchcls.training.fast_layers import fuse_frozen_norms, use_out_of_place_activations
 from batchcls.training.loss import Divergence, gather_divergence, row_losses, row_weights
 from batchcls.training.optimizer import (
     average_statistics,
     make_optimizer,
+    mark_trained,
     schedule_factor,
     set_learning_rate,
     set_training_mode,
@@ -105,8 +106,12 @@ class Training:
         self._recipe = settings.recipe
         self._classifiers = tuple(classifiers)
         self._model = model.to(context.device).to(memory_format=torch.channels_last)
-        mark_trainable(model, settings.trainable)
+        mark_trained(model, settings.trainable, self._recipe)
         self._optimizer = make_optimizer(model, classifiers, self._recipe)
+        if self._recipe.batch_norm == "frozen":
+            fuse_frozen_norms(model, crop_size(self._recipe, 0, settings.preprocessing))
+        if context.device == "cpu":
+            use_out_of_place_activations(model)
         decay = self._recipe.ema_decay
         self._average = ModelEmaV3(model, decay=decay, use_warmup=True) if decay else None
         self._mixing = Mixing(self._recipe, settings.classes)
@@ -185,7 +190,7 @@ class Training:
                 if is_head_only:
                     train_head_only(self._model, self._classifiers, self._settings.trainable)
                 else:
-                    mark_trainable(self._model, self._settings.trainable)
+                    mark_trained(self._model, self._settings.trainable, self._recipe)
                 network = self._hooks.wrap(self._model)
             set_training_mode(self._model, "frozen" if is_head_only else self._recipe.batch_norm)
             metrics = TrainMetrics(self._context.device)
