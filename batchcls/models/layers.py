@@ -52,8 +52,8 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
         depths = _in_module_order(model)
     if max(depths.values(), default=0) == 0:
         raise InputError(
-            f"the order of the layers of {type(model).__name__} is not known, so layer-wise learning rate decay and "
-            "frozen layers are not possible; use a recipe with layer_decay = 1 and frozen_fraction = 0"
+            f"the order of the layers of {type(model).__name__} is not known, so layer-wise learning rate decay is not "
+            "possible; use a recipe with layer_decay = 1"
         )
     return depths
 

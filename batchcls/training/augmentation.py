@@ -43,7 +43,8 @@ def image_transform(recipe: Recipe, size: tuple[int, int], preprocessing: Prepro
         v2.RandomResizedCrop(
             size,
             scale=recipe.crop_scale,
-            ratio=recipe.crop_ratio,
+            # Relative to the crop, because a crop with another aspect ratio than its output is distorted.
+            ratio=[bound * size[1] / size[0] for bound in recipe.crop_ratio],
             interpolation=_interpolation(preprocessing),
             antialias=True,
         )

@@ -59,26 +59,6 @@ def make_optimizer(model: nn.Module, classifiers: Sequence[str], recipe: Recipe)
     return torch.optim.AdamW(groups.values(), lr=recipe.learning_rate)
 
 
-def mark_trained(model: nn.Module, trainable: Sequence[str], recipe: Recipe) -> Trainable:
-    """Enable gradients for the parameters that are trained, and disable them for all others.
-
-    Args:
-        model: the network.
-        trainable: glob patterns of parameter names. If they match everything, the frozen layers of the recipe are
-            excluded.
-        recipe: recipe with the fraction of frozen layers.
-
-    Raises:
-        InputError: a pattern matches nothing, or layers are frozen and the order of the layers is not known.
-    """
-    marked = mark_trainable(model, trainable)
-    if recipe.frozen_fraction == 0 or len(marked.names) < len(dict(model.named_parameters())):
-        return marked
-    depths = layer_depths(model)
-    first_trained = round(recipe.frozen_fraction * max(depths.values()))
-    return mark_trainable(model, [name for name in marked.names if depths[name] >= first_trained])
-
-
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set the learning rate of every group to this factor of its peak."""
     for group in optimizer.param_groups:

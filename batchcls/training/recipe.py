@@ -38,13 +38,6 @@ class Recipe(BaseModel):
         description="Factor on the learning rate of the body from each layer to the layer before it, applied once in "
         "the layer before the classifier.",
     )
-    frozen_fraction: Fraction = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Fraction of the layers, counted from the input, that are not trained. It is ignored if the "
-        "bundle names trainable parameters.",
-    )
     weight_decay: float = Field(
         default=0.05,
         ge=0,
@@ -92,7 +85,9 @@ class Recipe(BaseModel):
         default=(0.35, 1.0), description="Area of the RandomResizedCrop as a fraction of the image."
     )
     crop_ratio: tuple[float, float] = Field(
-        default=(0.75, 4 / 3), description="Aspect ratio (width / height) of the RandomResizedCrop."
+        default=(0.75, 4 / 3),
+        description="Aspect ratio (width / height) of the RandomResizedCrop, divided by that of its output; 1: the "
+        "image is not distorted.",
     )
     flip: Fraction = Field(default=0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     color_jitter: float = Field(

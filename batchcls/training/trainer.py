@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from batchcls.errors import InputError
+from batchcls.models.heads import mark_trainable
 from batchcls.training.augmentation import AugmentedImages, Mixing, TrainingSample, crop_size, image_transform
 from batchcls.training.categories import count_classes
 from batchcls.training.fast_layers import fuse_frozen_norms, use_out_of_place_activations
@@ -25,7 +26,6 @@ from batchcls.training.loss import Divergence, gather_divergence, row_losses, ro
 from batchcls.training.optimizer import (
     average_statistics,
     make_optimizer,
-    mark_trained,
     schedule_factor,
     set_learning_rate,
     set_training_mode,
@@ -106,7 +106,7 @@ class Training:
         self._recipe = settings.recipe
         self._classifiers = tuple(classifiers)
         self._model = model.to(context.device).to(memory_format=torch.channels_last)
-        mark_trained(model, settings.trainable, self._recipe)
+        mark_trainable(model, settings.trainable)
         self._optimizer = make_optimizer(model, classifiers, self._recipe)
         if self._recipe.batch_norm == "frozen":
             fuse_frozen_norms(model, crop_size(self._recipe, 0, settings.preprocessing))
@@ -190,7 +190,7 @@ class Training:
                 if is_head_only:
                     train_head_only(self._model, self._classifiers, self._settings.trainable)
                 else:
-                    mark_trained(self._model, self._settings.trainable, self._recipe)
+                    mark_trainable(self._model, self._settings.trainable)
                 network = self._hooks.wrap(self._model)
             set_training_mode(self._model, "frozen" if is_head_only else self._recipe.batch_norm)
             metrics = TrainMetrics(self._context.device)

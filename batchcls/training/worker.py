@@ -18,12 +18,13 @@ from torch import distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from batchcls.models.build import build_model
+from batchcls.models.heads import mark_trainable
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.sources import get_library
 from batchcls.storage.filesystem import Storage, is_remote, join, local_path
 from batchcls.training.loss import Divergence
 from batchcls.training.node_cache import NodeCache
-from batchcls.training.optimizer import DDP_ARGUMENTS, describe, mark_trained, set_training_mode
+from batchcls.training.optimizer import DDP_ARGUMENTS, describe, set_training_mode
 from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.train_config import (
     CHECKPOINT,
@@ -115,7 +116,7 @@ def _restore(training: Training, reporter: "_Reporter") -> None:
 
 
 def _description(model: nn.Module, settings: TrainingSettings, context: DistributedContext) -> str:
-    trainable = mark_trained(model, settings.trainable, settings.recipe)
+    trainable = mark_trainable(model, settings.trainable)
     set_training_mode(model, settings.recipe.batch_norm)
     parameters = describe(trainable, model, settings.recipe.batch_norm, context.workers)
     location = f"the first of them is process {os.getpid()} on {socket.gethostname()}"

@@ -14,7 +14,7 @@ from batchcls.models.model_spec import ModelChoices, PreprocessingOverrides
 from batchcls.models.resolve import parse_model_arguments, resolve_model
 from batchcls.models.sources import get_library
 from batchcls.storage.filesystem import Storage
-from batchcls.training.augmentation import adapt_crop_size, crop_size
+from batchcls.training.augmentation import adapt_crop_size, crop_size, image_transform
 from batchcls.training.pixel_cache import PixelStore, uncropped
 from batchcls.training.recipe import Recipe, read_recipe
 from batchcls.training.sampling import LabeledRows
@@ -140,6 +140,21 @@ def test_default_recipe_trains_patch_based_networks(name: str, tmp_path: Path):
     assert steps == [2, 4]
     assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert training.history[0]["validation_rows"] == rows
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 48), (32, 64)])
+def test_crops_with_ratio_one_are_not_distorted(size: tuple[int, int]):
+    """The values of the image are its coordinates, so that their slopes are the magnifications."""
+    rows, columns = np.mgrid[:250, :250].astype(np.uint8)
+    image = torch.from_numpy(np.stack([rows, columns, rows]))
+    recipe = read_recipe("fine-tune").with_changes(crop_ratio=(1.0, 1.0), crop_scale=(0.3, 0.5), flip=0.0)
+    transform = image_transform(recipe, size, start("timm:test_resnet").config.preprocessing)
+    torch.manual_seed(0)
+    for _ in range(5):
+        crop = transform(image).numpy().astype(float)
+        down = np.diff(crop[0, 4:-4], axis=0).mean()
+        right = np.diff(crop[1, :, 4:-4], axis=1).mean()
+        assert right == pytest.approx(down, rel=0.05)
 
 
 def test_training_crops_of_a_rectangle_keep_its_aspect_ratio():

@@ -9,7 +9,6 @@ from batchcls.training.optimizer import (
     batch_norms,
     describe,
     make_optimizer,
-    mark_trained,
     schedule_factor,
     set_learning_rate,
     set_training_mode,
@@ -47,29 +46,6 @@ def test_head_has_its_own_learning_rate_and_the_body_a_decreasing_one():
     assert decays[id(model.fc.weight)] == 0.05
     set_learning_rate(optimizer, 0.5)
     assert all(group["lr"] == group["peak"] / 2 for group in optimizer.param_groups)
-
-
-@pytest.mark.parametrize(
-    ("fraction", "first_trained"),
-    [(0.0, "conv1.0.weight"), (0.25, "layer1.0.conv1.weight"), (0.5, "layer2.0.conv1.weight")],
-)
-def test_first_layers_are_frozen(fraction: float, first_trained: str):
-    model = network()
-    names = mark_trained(model, ["*"], recipe(frozen_fraction=fraction)).names
-    assert names == tuple(name for name, value in model.named_parameters() if value.requires_grad)
-    everything = [name for name, _ in model.named_parameters()]
-    assert list(names) == everything[-len(names) :]
-    assert names[0].startswith(first_trained)
-
-
-def test_parameters_named_by_the_bundle_are_not_frozen():
-    model = network()
-    patterns = ["conv1.*", "fc.*"]
-    assert (
-        mark_trained(model, patterns, recipe(frozen_fraction=0.9)).names
-        == mark_trained(model, patterns, recipe()).names
-    )
-    assert model.conv1[0].weight.requires_grad
 
 
 def test_head_epochs_warm_up_quickly_and_precede_the_schedule():

@@ -39,7 +39,6 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "learning_rate": ({}, 0.005),
     "head_learning_rate": ({}, 0.01),
     "layer_decay": ({}, 0.5),
-    "frozen_fraction": ({}, 0.5),
     "weight_decay": ({}, 0.5),
     "momentum": ({"optimizer": "sgd"}, 0.5),
     "schedule": ({"warmup_fraction": 0.5}, "cosine"),
