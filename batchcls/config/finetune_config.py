@@ -41,6 +41,7 @@ _IGNORED_BY_LINEAR_PROBE = (
         "keep_pixels",
         "max_pixels_gib",
     ),
+    "teacher",
 )
 
 
@@ -69,6 +70,11 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     from_scratch: bool = Field(
         default=False,
         description="Start from random instead of published weights of a named architecture.",
+    )
+    teacher: list[Address] = Field(
+        default_factory=list,
+        description="Bundles of trained networks with all of the categories, separated by commas. Their mean "
+        "probabilities for a training image are targets in addition to its label (distillation_weight of the recipe).",
     )
     crop: Literal["auto", "weights"] = Field(
         default="auto",
@@ -237,6 +243,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
             raise ValueError("--from-scratch and --weights exclude each other; omit one of them")
         if self.batch_size is not None and self.worker_batch_size != "auto":
             raise ValueError("--batch-size and --worker-batch-size exclude each other; omit one of them")
+        if len(set(self.teacher)) != len(self.teacher):
+            raise ValueError("--teacher contains a bundle twice; name each once")
         if self.patience is not None and self.held_out_fraction == 0:
             raise ValueError(
                 "--patience has no effect without --held-out-fraction; add it, or omit --patience"
@@ -248,7 +256,11 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     @model_validator(mode="after")
     def _check_linear_probe_settings(self) -> "FinetuneConfig":
         fields = type(self).model_fields
-        ignored = [name for name in _IGNORED_BY_LINEAR_PROBE if getattr(self, name) != fields[name].default]
+        ignored = [
+            name
+            for name in _IGNORED_BY_LINEAR_PROBE
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
         if self.recipe == LINEAR_PROBE and ignored:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
             raise ValueError(f"with --recipe {LINEAR_PROBE} {flags} would have no effect; omit it")
@@ -266,4 +278,5 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         for name in ("manifest", "validation", "output", "model", "weights", "labels", "work_dir", "mlflow"):
             if values[name] is not None:
                 values[name] = redact_uri(values[name])
+        values["teacher"] = [redact_uri(uri) for uri in self.teacher]
         return values

@@ -16,6 +16,8 @@ _EXAMPLES = """examples:
 
   batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model models/shop-v1 --output models/shop-probe --recipe linear-probe
+  batchcls finetune --manifest train.parquet --validation validation.parquet \\
+      --model mobilenetv2_100 --teacher models/large-v1 --output models/small-v1
 
 The same command resumes an unfinished run.
 exit codes: 0 success; 1 unexpected error, can be resumed; 2 invalid configuration or input;
@@ -25,6 +27,10 @@ exit codes: 0 success; 1 unexpected error, can be resumed; 2 invalid configurati
 
 def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
+    if config.teacher:
+        from batchcls.training.teacher_bundles import check_teachers  # noqa: PLC0415
+
+        check_teachers(config)
     from batchcls.jobs import finetune_run  # noqa: PLC0415 - PyTorch takes seconds to import
 
     return finetune_run.finetune(config, console)

@@ -183,7 +183,9 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: Exi
                 settings = without_leaks(settings, duplicates, inputs.categories.labels)
             rows = len(settings.training.rows)
             workers = limit_workers(config, workers, plan, rows, inputs.min_micro_batch_size)
-            run = TrainingRun(work_dir_run.run_id, inputs.storage, lease, console, tracked.add_epochs)
+            run = TrainingRun(
+                work_dir_run.run_id, inputs.storage, lease, console, tracked.add_epochs, inputs.teachers
+            )
             try:
                 trained = run_training(config, settings, inputs.initial_bundle, pixels, workers, run)
             except TrainingDivergedError as error:
@@ -197,6 +199,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: Exi
         "plan": asdict(plan),
         "crop": None if inputs.crop is None else inputs.crop.model_dump(mode="json"),
         "duplicates": duplicates.counts,
+        "teachers": [teacher.lineage() for teacher in inputs.teachers],
     }
     bundle = trained_bundle(inputs.initial_bundle, trained, work_dir_run.run_id, lineage)
     lease.confirm()
@@ -243,6 +246,8 @@ def _begin(
     verb = "resuming" if work_dir_run.is_resumed else "starting"
     _logger.info("%s run %s in %s", verb, work_dir_run.run_id, redact_uri(config.work_folder))
     _logger.info("%s, initial weights: %s", workers, bundle_line(inputs.initial_bundle))
+    for teacher in inputs.teachers:
+        _logger.info("teacher: %s", bundle_line(teacher.bundle))
     return work_dir_run, plan, workers
 
 

@@ -45,7 +45,7 @@ def image_transform(recipe: Recipe, size: tuple[int, int], preprocessing: Prepro
             scale=recipe.crop_scale,
             # Relative to the crop, because a crop with another aspect ratio than its output is distorted.
             ratio=[bound * size[1] / size[0] for bound in recipe.crop_ratio],
-            interpolation=_interpolation(preprocessing),
+            interpolation=resize_filter(preprocessing),
             antialias=True,
         )
     ]
@@ -61,7 +61,7 @@ def image_transform(recipe: Recipe, size: tuple[int, int], preprocessing: Prepro
     return v2.Compose(steps)
 
 
-def _interpolation(preprocessing: Preprocessing) -> InterpolationMode:
+def resize_filter(preprocessing: Preprocessing) -> InterpolationMode:
     """Return the interpolation of the preprocessing, or bilinear for lanczos, which PyTorch lacks for tensors."""
     name = preprocessing.interpolation
     return InterpolationMode(name) if name != "lanczos" else InterpolationMode.BILINEAR
@@ -155,7 +155,7 @@ def adapt_crop_size(recipe: Recipe, model: nn.Module, config: BundleConfig) -> R
         return recipe
     listing = ", ".join(f"{height} x {width}" for height, width in unsupported)
     _logger.info(
-        "%s does not support images of %s (%s); the training crops are %d x %d, its input size",
+        "%s does not support images of %s (%s); its training crops are %d x %d, its input size",
         config.spec,
         listing,
         next(iter(unsupported.values())),

@@ -27,6 +27,25 @@ def row_losses(logits: Tensor, targets: Tensor, label_smoothing: float, row_weig
     return losses if row_weight is None else losses * row_weight
 
 
+def distillation_losses(
+    logits: Tensor, teacher: Tensor, temperature: float, row_weight: Tensor | None
+) -> Tensor:
+    """Return the weighted divergences of N rows from a teacher: T^2 * KL(teacher || student) at temperature T.
+
+    The factor T^2 keeps the magnitude of the gradient for every temperature (Hinton, Vinyals and Dean 2015).
+
+    Args:
+        logits: float array of shape (N, K), of the student.
+        teacher: log-probabilities of the teacher at this temperature, of shape (N, K).
+        temperature: T, by which the logits of both networks are divided.
+        row_weight: weights of shape (N,), as in `row_losses`.
+    """
+    student = nn.functional.log_softmax(logits / temperature, dim=1)
+    divergences = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    losses = divergences * temperature**2
+    return losses if row_weight is None else losses * row_weight
+
+
 def row_weights(targets: Tensor, class_weights: Tensor) -> Tensor:
     """Return N weights: the weight of the class, or the mean weight of the classes of mixed images.
 

@@ -27,6 +27,7 @@ from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import remove_node_caches
 from batchcls.training.pixel_cache import PreparedPixels
 from batchcls.training.scaling import Workers
+from batchcls.training.teacher_bundles import TeacherBundle
 from batchcls.training.train_config import CHECKPOINT, Assignment, Record, TrainingSettings
 from batchcls.training.trained_bundle import TrainingResult, read_training_result
 from batchcls.training.training_nodes import RESIZE_SECONDS, TrainingNodes
@@ -43,6 +44,7 @@ class TrainingRun:
         lease: lease of the work directory; training stops if it is lost.
         console: console that shows the progress.
         on_epochs: called with the records of finished epochs, from any thread.
+        teachers: teachers of a distillation.
     """
 
     run_id: str
@@ -50,6 +52,7 @@ class TrainingRun:
     lease: Lease
     console: Console
     on_epochs: Callable[[list[Record]], None] = lambda _: None
+    teachers: tuple[TeacherBundle, ...] = ()
 
 
 # Every epoch waits until the controller of Ray Train has processed its report. By default the controller polls every
@@ -93,7 +96,7 @@ def run_training(
         initial_bundle: bundle that training starts from.
         pixels: prepared pixels of training and validation rows.
         workers: number and resources of the workers.
-        run: the run ID, the work directory's storage and lease, and the console for progress.
+        run: the run ID, the work directory's storage and lease, the console for progress, and teachers.
 
     Raises:
         TrainingDivergedError: the gradient of a step is not finite.
@@ -109,6 +112,7 @@ def run_training(
     assignment = Assignment(
         settings=settings,
         bundle=ray.put(initial_bundle),
+        teachers=ray.put(run.teachers),
         training=pixels[0].uris,
         validation=pixels[1].uris,
         storage=storage,

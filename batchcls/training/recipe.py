@@ -16,6 +16,9 @@ from batchcls.storage.uris import local_path, normalize_uri
 _SUFFIX = ".toml"
 Fraction = float
 
+DISTILLATION_FIELDS = ("distillation_weight", "distillation_temperature")
+"""Fields of a recipe that have an effect only with a teacher."""
+
 
 class Recipe(BaseModel):
     """All training hyperparameters except those of the catalog and the network."""
@@ -106,6 +109,19 @@ class Recipe(BaseModel):
         ge=0,
         description="Alpha of CutMix; 0: off. With MixUp and CutMix, each is used for half of the batches.",
     )
+    distillation_weight: Fraction = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="With --teacher: weight of the divergence from the teacher in the loss; the cross-entropy with "
+        "the labels has the rest.",
+    )
+    distillation_temperature: float = Field(
+        default=2.0,
+        gt=0,
+        description="With --teacher: both networks' logits are divided by it in the divergence, whose weight is "
+        "multiplied by its square.",
+    )
 
     @model_validator(mode="after")
     def _epochs_fit(self) -> Self:
@@ -133,6 +149,7 @@ class Recipe(BaseModel):
             ("momentum", self.optimizer == "sgd", 'optimizer = "sgd"'),
             ("milestones", self.schedule == "steps", 'schedule = "steps"'),
             ("final_size_fraction", "final_epochs" in self.model_fields_set, "final_epochs"),
+            ("label_smoothing", self.distillation_weight < 1, "distillation_weight below 1"),
         )
         for name, is_used, requirement in needs:
             if getattr(self, name) != type(self).model_fields[name].default and not is_used:

@@ -72,6 +72,7 @@ class Assignment:
     Attributes:
         settings: settings of the training.
         bundle: Ray reference to the initial bundle.
+        teachers: Ray reference to a tuple of `teacher_bundles.TeacherBundle`; empty: no distillation.
         training: URIs of the pixel parts of the training rows, in row order.
         validation: URIs of the pixel parts of the validation rows, in row order.
         storage: storage that holds the work directory.
@@ -85,6 +86,7 @@ class Assignment:
 
     settings: TrainingSettings
     bundle: Any
+    teachers: Any
     training: tuple[str, ...]
     validation: tuple[str, ...]
     storage: Storage

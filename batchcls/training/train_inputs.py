@@ -31,7 +31,9 @@ from batchcls.training.crop_choice import CropChoice, with_chosen_crop
 from batchcls.training.initial_bundle import TrainingExamples, make_initial_bundle, open_initial_bundle
 from batchcls.training.optimizer import min_micro_batch_size
 from batchcls.training.pixel_cache import uncropped
-from batchcls.training.recipe import Recipe, read_recipe
+from batchcls.training.recipe import DISTILLATION_FIELDS, Recipe, read_recipe
+from batchcls.training.teacher import TeacherEnsemble
+from batchcls.training.teacher_bundles import TeacherBundle, open_teachers
 
 _REMOTE_REQUESTS, _LOCAL_REQUESTS = 32, 4
 _BLOCK_ROWS = 64
@@ -71,6 +73,7 @@ class TrainingInputs:
     start: str
     crop: CropChoice | None
     min_micro_batch_size: int
+    teachers: tuple[TeacherBundle, ...] = ()
 
     def result_settings(self, config: FinetuneConfig) -> Mapping[str, Any]:
         """Return all settings that determine the result, as JSON values. With one worker, it is reproducible."""
@@ -87,6 +90,11 @@ class TrainingInputs:
             **({"held out": [config.held_out_fraction, config.patience]} if config.held_out_fraction else {}),
             **({} if config.worker_batch_size == "auto" else {"worker batch size": config.worker_batch_size}),
             **({} if config.leaks == "report" else {"leaks": config.leaks}),
+            **(
+                {"teacher": [teacher.bundle.fingerprint for teacher in self.teachers]}
+                if self.teachers
+                else {}
+            ),
         }
 
 
@@ -108,6 +116,7 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
         columns[0], given_labels, opened_bundle.config.labels if opened_bundle is not None else ()
     )
     categories = describe_categories(labels, *columns)
+    teachers = open_teachers(config.teacher, labels, storage)
     examples = TrainingExamples(manifests[0], columns[0])
     made_bundle = make_initial_bundle(config, opened_bundle, labels, storage, examples)
     initial_bundle, crop = with_chosen_crop(config, made_bundle, opened_bundle, examples, storage)
@@ -123,16 +132,19 @@ def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
     _logger.info("%d categories", len(labels))
     categories.log_warnings()
     model = build_model(initial_bundle)
+    recipe = adapt_crop_size(recipe, model, initial_bundle.config)
+    TeacherEnsemble(teachers, recipe, preprocessing)  # a teacher that cannot be built is rejected here
     return TrainingInputs(
         storage=storage,
         training=training,
         validation=validation,
         categories=categories,
-        recipe=adapt_crop_size(recipe, model, initial_bundle.config),
+        recipe=recipe,
         initial_bundle=initial_bundle,
         start=(opened_bundle or made_bundle).fingerprint,
         crop=crop,
         min_micro_batch_size=min_micro_batch_size(model, recipe.batch_norm),
+        teachers=teachers,
     )
 
 
@@ -151,6 +163,9 @@ def resolve_recipe(config: FinetuneConfig) -> Recipe:
             f"--recipe {config.recipe} keeps the statistics of BatchNorm, and random weights have none yet; use "
             "--recipe from-scratch or --batch-norm trained"
         )
+    for name in DISTILLATION_FIELDS:
+        if not config.teacher and getattr(recipe, name) != Recipe.model_fields[name].default:
+            raise InputError(f"--recipe {config.recipe}: {name} has no effect without --teacher; omit it")
     return recipe
 
 

@@ -22,7 +22,13 @@ from batchcls.models.heads import mark_trainable
 from batchcls.training.augmentation import AugmentedImages, Mixing, TrainingSample, crop_size, image_transform
 from batchcls.training.categories import count_classes
 from batchcls.training.fast_layers import fuse_frozen_norms, use_out_of_place_activations
-from batchcls.training.loss import Divergence, gather_divergence, row_losses, row_weights
+from batchcls.training.loss import (
+    Divergence,
+    distillation_losses,
+    gather_divergence,
+    row_losses,
+    row_weights,
+)
 from batchcls.training.optimizer import (
     average_statistics,
     make_optimizer,
@@ -43,6 +49,7 @@ from batchcls.training.sampling import (
     worker_share,
 )
 from batchcls.training.seeding import derive_seed, seed_device
+from batchcls.training.teacher import TeacherEnsemble
 from batchcls.training.train_config import DistributedContext, Record, TrainingSettings
 from batchcls.training.train_metrics import TrainMetrics, normalized
 
@@ -100,10 +107,14 @@ class Training:
         settings: TrainingSettings,
         context: DistributedContext,
         hooks: Hooks,
+        teachers: TeacherEnsemble | None = None,
     ) -> None:
-        """Create the training of `model`, (N, 3, H, W) to (N, K); `classifiers` are the paths of its last layers."""
+        """Create the training of `model`, (N, 3, H, W) to (N, K); `classifiers` are the paths of its last layers.
+
+        With `teachers` on the same device, their probabilities are targets in addition to the labels.
+        """
         self._settings, self._context, self._hooks = settings, context, hooks
-        self._recipe = settings.recipe
+        self._recipe, self._teachers = settings.recipe, teachers
         self._classifiers = tuple(classifiers)
         self._model = model.to(context.device).to(memory_format=torch.channels_last)
         mark_trainable(model, settings.trainable)
@@ -308,8 +319,13 @@ class Training:
         seed_device(context.device, derive_seed(_FORWARD, seed, *position, context.rank))
         with self._autocast():
             logits = network(mixed).float()
+            taught = None if self._teachers is None else self._teachers.log_probabilities(mixed, position[0])
         weights = None if self._weights is None else row_weights(shares, self._weights)
         losses = row_losses(logits, shares, self._recipe.label_smoothing, weights)
+        if taught is not None:
+            share, temperature = self._recipe.distillation_weight, self._recipe.distillation_temperature
+            divergences = distillation_losses(logits, taught, temperature, weights)
+            losses = (1 - share) * losses + share * divergences
         # Gradients are averaged over workers, and each worker has a part of the step.
         torch.autograd.backward(losses.sum() * (context.workers / images_in_step))
         metrics.add(logits.detach(), shares)

@@ -26,6 +26,7 @@ from batchcls.training.loss import Divergence
 from batchcls.training.node_cache import NodeCache
 from batchcls.training.optimizer import DDP_ARGUMENTS, describe, set_training_mode
 from batchcls.training.pixel_cache import PixelStore
+from batchcls.training.teacher import open_ensemble
 from batchcls.training.train_config import (
     CHECKPOINT,
     Assignment,
@@ -89,6 +90,7 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
     bundle: Bundle = ray.get(assignment.bundle)
     model = build_model(bundle)
     classifiers = get_library(bundle.config.spec).classifiers(model)
+    teachers = open_ensemble(ray.get(assignment.teachers), settings, context.device)
     cache = NodeCache.of(assignment.run_id, ray.get_runtime_context().get_node_id())
     with cache.in_use() if assignment.copies else nullcontext():
         stores = [
@@ -96,7 +98,7 @@ def train_worker(config: dict[str, Assignment]) -> Divergence | None:
             for uris in (assignment.training, assignment.validation)
         ]
         reporter = _Reporter(assignment, context)
-        training = Training(model, classifiers, settings, context, reporter.hooks())
+        training = Training(model, classifiers, settings, context, reporter.hooks(), teachers)
         _restore(training, reporter)
         reporter.started()
         reporter.note(_description(model, settings, context))

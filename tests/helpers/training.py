@@ -10,16 +10,23 @@ import timm
 import torch
 from torch import nn
 
+from batchcls.models.model_bundle import Bundle, BundleConfig, WeightsOrigin, sha256_hex
+from batchcls.models.model_spec import ArgumentValue
+from batchcls.models.sources import find_model, get_library
+from batchcls.models.weights import to_safetensors
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage
 from batchcls.training.loss import Divergence
 from batchcls.training.pixel_cache import PixelStore
 from batchcls.training.recipe import Recipe, read_recipe
 from batchcls.training.sampling import LabeledRows
+from batchcls.training.teacher import TeacherEnsemble
+from batchcls.training.teacher_bundles import TeacherBundle
 from batchcls.training.train_config import DistributedContext, TrainingSettings
 from batchcls.training.trainer import Hooks, State, Training
 
 ROWS, VALIDATION_ROWS, CLASSES = 26, 11, 3
+LABELS = ("bag", "cap", "mug")
 PREPROCESSING = Preprocessing(
     input_height=32, input_width=32, resize_height=36, resize_width=36, mean=(0.5,) * 3, std=(0.5,) * 3
 )
@@ -83,6 +90,39 @@ def network(**arguments: object) -> nn.Module:
     return timm.create_model("test_resnet", num_classes=CLASSES, **arguments)
 
 
+def teacher(
+    model: str = "timm:test_resnet",
+    labels: tuple[str, ...] = LABELS,
+    preprocessing: Preprocessing = PREPROCESSING,
+    **arguments: ArgumentValue,
+) -> TeacherBundle:
+    """A teacher with reproducible random weights, whose predictions are clearly different from each other.
+
+    Args:
+        model: library and architecture.
+        labels: its classes, among them `LABELS`.
+        preprocessing: its preprocessing.
+        arguments: arguments of the architecture.
+    """
+    spec = find_model(model, arguments)
+    torch.manual_seed(1)
+    built = get_library(spec).build(spec, len(labels), None)
+    with torch.no_grad():
+        for path in get_library(spec).classifiers(built):
+            built.get_submodule(path).weight.mul_(8)
+    weights = to_safetensors(built.state_dict())
+    config = BundleConfig(
+        source=spec.source,
+        architecture=spec.architecture,
+        arguments=dict(spec.arguments),
+        labels=labels,
+        preprocessing=preprocessing,
+        embedding_dimension=1,
+        weights=WeightsOrigin(kind="trained", name="teacher", sha256=sha256_hex(weights)),
+    )
+    return TeacherBundle(Bundle(config, weights), tuple(map(labels.index, LABELS)))
+
+
 class Tiny(nn.Module):
     """A convolution and a classifier; an epoch takes milliseconds."""
 
@@ -126,10 +166,11 @@ def train(
     context: DistributedContext = DistributedContext(),  # noqa: B008
     wrap: Callable[[nn.Module], nn.Module] = identity,
     model: nn.Module | None = None,
+    teachers: TeacherEnsemble | None = None,
 ) -> tuple[Training, Divergence | None, list[State]]:
     """Run a training; returns it, its divergence or None, and the states after each epoch."""
     states: list[State] = []
-    training = Training(model or network(), ["fc"], chosen, context, hooks(wrap, states=states))
+    training = Training(model or network(), ["fc"], chosen, context, hooks(wrap, states=states), teachers)
     return training, training.run(*stores), states
 
 

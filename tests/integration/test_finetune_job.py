@@ -174,6 +174,37 @@ def test_run_of_killed_driver_is_resumed(
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+def test_killed_distillation_resumes_only_with_its_teacher(
+    undisturbed: tuple[Path, str], training_catalog: Catalog, cluster: Cluster, tmp_path: Path
+):
+    output, other = tmp_path / "bundle", tmp_path / "other"
+    taught = Bundle.load(str(undisturbed[0]), Storage())
+    taught.with_weights(taught.weights, lineage={"of": "the test"}).save(str(other), Storage())
+    teacher = ("--max-workers", "1", "--teacher", str(undisturbed[0]))
+    process = start(cluster, training_catalog, output, *teacher)
+    wait_for_line(process, output.with_suffix(".log"), r"teacher: timm:test_resnet, weights trained")
+    wait_for_line(process, output.with_suffix(".log"), r"epoch 3: ")
+    process.kill()
+    process.wait()
+    arguments = (*training_catalog.arguments, "--output", str(output), *teacher)
+    before = arguments[:-2]
+    for changed in ((), ("--teacher", str(other)), ("--teacher", f"{undisturbed[0]},{other}")):
+        exit_code, printed = run_here(cluster, finetune, *before, *changed)
+        assert (exit_code, "differs in teacher;" in printed) == (2, True), printed
+    exit_code, printed = run_here(cluster, finetune, *arguments)
+    assert exit_code == 0, printed
+    assert "resuming from the checkpoint of epoch" in printed
+    made, plain = lineage(output), lineage(undisturbed[0])
+    assert [record["fingerprint"] for record in made["teachers"]] == [taught.fingerprint]
+    assert made["decides"]["teacher"] == [taught.fingerprint]
+    assert plain["teachers"] == []
+    assert "teacher" not in plain["decides"]
+    assert made["history"][-1]["validation_top1"] > 0.9
+    assert made["history"][-1]["loss"] != plain["history"][-1]["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="needs the extra mlflow")
 def test_resumed_run_continues_its_mlflow_run(training_catalog: Catalog, cluster: Cluster, tmp_path: Path):
     from mlflow.tracking import MlflowClient

@@ -112,6 +112,7 @@ TORCH_FREE_MODULES = (
     "training.recipe",
     "training.sampling",
     "training.scaling",
+    "training.teacher_bundles",
     "training.train_config",
     "training.work_dir",
 )

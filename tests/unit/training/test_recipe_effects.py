@@ -14,11 +14,22 @@ from torch import nn
 from batchcls.config.finetune_config import RECIPE_FLAGS, FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.training.augmentation import crop_size
-from batchcls.training.recipe import Recipe, read_recipe
+from batchcls.training.recipe import DISTILLATION_FIELDS, Recipe, read_recipe
+from batchcls.training.teacher import open_ensemble
+from batchcls.training.teacher_bundles import TeacherBundle
 from batchcls.training.train_config import DistributedContext, TrainingSettings
 from batchcls.training.train_inputs import resolve_recipe
 from batchcls.training.trainer import Training
-from tests.helpers.training import CLASSES, PREPROCESSING, Stores, hooks, settings, weights_of, write_stores
+from tests.helpers.training import (
+    CLASSES,
+    PREPROCESSING,
+    Stores,
+    hooks,
+    settings,
+    teacher,
+    weights_of,
+    write_stores,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +71,8 @@ CHANGES: dict[str, tuple[dict[str, Any], Any]] = {
     "random_erasing": ({}, 0.9),
     "mixup": ({}, 0.4),
     "cutmix": ({}, 1.0),
+    "distillation_weight": ({}, 0.9),
+    "distillation_temperature": ({}, 4.0),
 }
 
 
@@ -83,13 +96,16 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
     return write_stores(tmp_path_factory.mktemp("stores"))
 
 
-def end_of(values: dict[str, Any], stores: Stores, **changes: object) -> torch.Tensor:
+def end_of(
+    values: dict[str, Any], stores: Stores, *teachers: TeacherBundle, **changes: object
+) -> torch.Tensor:
     """Weights and statistics after training on 64-pixel crops, whose half is a multiple of 32."""
     large = PREPROCESSING.model_copy(
         update={"input_height": 64, "input_width": 64, "resize_height": 64, "resize_width": 64}
     )
     chosen: TrainingSettings = replace(settings(recipe=Recipe(**values), preprocessing=large), **changes)
-    training = Training(Normed(), ["fc"], chosen, DistributedContext(), hooks())
+    taught = open_ensemble(teachers, chosen, "cpu")
+    training = Training(Normed(), ["fc"], chosen, DistributedContext(), hooks(), taught)
     assert training.run(*stores) is None
     return weights_of(training)
 
@@ -104,13 +120,34 @@ def test_changes_cover_all_fields():
     assert CHANGES.keys() | {"about"} == Recipe.model_fields.keys()
 
 
-@pytest.mark.parametrize("field", sorted(CHANGES.keys() - {"final_size_fraction"}))
+@pytest.mark.parametrize("field", sorted(CHANGES.keys() - {"final_size_fraction"} - set(DISTILLATION_FIELDS)))
 def test_every_recipe_field_changes_the_network(stores: Stores, plain: torch.Tensor, field: str):
     also, value = CHANGES[field]
     before = Recipe(**BASE, **also)
     assert getattr(before, field) != value
     expected = end_of(BASE | also, stores) if also else plain
     assert not torch.equal(expected, end_of(BASE | also | {field: value}, stores))
+
+
+@pytest.mark.parametrize("field", DISTILLATION_FIELDS)
+def test_distillation_fields_change_the_network_only_with_a_teacher(
+    stores: Stores, plain: torch.Tensor, field: str
+):
+    _, value = CHANGES[field]
+    assert torch.equal(plain, end_of(BASE | {field: value}, stores))
+    taught = end_of(BASE, stores, teacher())
+    assert not torch.equal(plain, taught)
+    assert not torch.equal(taught, end_of(BASE | {field: value}, stores, teacher()))
+
+
+@pytest.mark.parametrize("field", DISTILLATION_FIELDS)
+def test_distillation_fields_without_a_teacher_are_rejected(tmp_path: Path, field: str):
+    lines = [f"{name} = {value!r}" for name, value in (BASE | {field: CHANGES[field][1]}).items()]
+    (tmp_path / "mine.toml").write_text("\n".join(lines))
+    required = REQUIRED | {"recipe": str(tmp_path / "mine.toml")}
+    with pytest.raises(InputError, match=rf"{field} has no effect without --teacher; omit it"):
+        resolve_recipe(FinetuneConfig(**required))
+    assert getattr(resolve_recipe(FinetuneConfig(**required, teacher=["t"])), field) == CHANGES[field][1]
 
 
 def test_final_epochs_have_their_own_crop_size():
@@ -162,6 +199,10 @@ def _ends_with_loaders(folder: Path) -> list[list[float]]:
         ({"momentum": 0.5}, r'momentum has no effect without optimizer = "sgd"; omit it'),
         ({"milestones": (0.1,)}, r'milestones has no effect without schedule = "steps"'),
         ({"final_size_fraction": 0.5}, r"final_size_fraction has no effect without final_epochs"),
+        (
+            {"label_smoothing": 0.1, "distillation_weight": 1.0},
+            r"label_smoothing has no effect without distillation_weight below 1; omit it",
+        ),
         ({"final_epochs": 1}, r"final_epochs 1 changes nothing, because size_fraction .* are both 1"),
     ],
 )
@@ -196,11 +237,12 @@ def test_recipe_flags_override_the_recipe(name: str):
         ("max_workers", 2),
         ("cpus_per_worker", 1), ("loader_processes", 2), ("max_failures", 1), ("collective_timeout_seconds", 9.0),
         ("keep_checkpoints", 2), ("keep_pixels", True), ("max_pixels_gib", 1.0),
+        ("teacher", ["d"]),
     ],
 )  # fmt: skip
 def test_linear_probe_rejects_settings_for_epochs_and_workers(name: str, value: object):
     flag = f"--{name.replace('_', '-')}"
     with pytest.raises(ValidationError, match=f"with --recipe linear-probe {flag} would have no effect"):
         FinetuneConfig(**REQUIRED, recipe="linear-probe", **{name: value})
-    given = FinetuneConfig.model_fields[name].default
+    given = FinetuneConfig.model_fields[name].get_default(call_default_factory=True)
     assert FinetuneConfig(**REQUIRED, recipe="linear-probe", **{name: given}).recipe == "linear-probe"
