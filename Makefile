@@ -57,6 +57,7 @@ bench: $(STAMP)  ## compare with Ray's and Daft's examples, a DataLoader script 
 	@$(BIN)/python -c 'import daft' 2>/dev/null \
 		|| $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@$(BIN)/python -m benchmarks.run
+	@$(BIN)/python -m benchmarks.engine_speed
 
 docs: $(STAMP)  ## generate the reference pages and build the documentation into site/
 	@$(BIN)/python docs/generate.py
