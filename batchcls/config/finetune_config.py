@@ -20,6 +20,8 @@ RECIPE_FLAGS = ("epochs", "batch_size", "learning_rate", "head_learning_rate", "
 
 LINEAR_PROBE = "linear-probe"
 
+_TUNING_FRACTION = 0.2
+
 # A linear probe has no steps and no workers, so these settings would have no effect.
 _IGNORED_BY_LINEAR_PROBE = (
     *RECIPE_FLAGS,
@@ -36,6 +38,7 @@ _IGNORED_BY_LINEAR_PROBE = (
     *(
         "held_out_fraction",
         "patience",
+        "tune",
         "collective_timeout_seconds",
         "keep_checkpoints",
         "keep_pixels",
@@ -134,12 +137,22 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
         ge=0,
         le=0.5,
         description="Fraction of the training images of each category that is not trained on. The bundle gets the "
-        "weights of the epoch with the lowest loss on these images. 0: the weights of the last epoch.",
+        "weights of the epoch with the lowest loss on these images. 0: the weights of the last epoch. With --tune: the "
+        "fraction on which recipes are compared, 0.2 by default; the final training uses all images.",
     )
     patience: int | None = Field(
         default=None,
         ge=1,
         description="With --held-out-fraction: end training after this number of epochs without a lower loss.",
+    )
+    tune: int | None = Field(
+        default=None,
+        ge=2,
+        le=1000,
+        description="Before training, compare this number of variants of the recipe, the recipe itself included, with "
+        "Ray Tune on held-out training images: learning rates, epochs, crops, MixUp, color jitter and label smoothing. "
+        "Settings given by their flags are not varied. The best variant is used if it is better by more than one "
+        "standard error.",
     )
     class_balance: Literal["none", "sampling", "loss"] = Field(
         default="none",
@@ -249,6 +262,10 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
             raise ValueError(
                 "--patience has no effect without --held-out-fraction; add it, or omit --patience"
             )
+        if self.patience is not None and self.tune is not None:
+            raise ValueError(
+                "--patience has no effect with --tune, whose final training uses all images; omit it"
+            )
         if self.max_workers != "auto" and self.min_workers != "auto" and self.min_workers > self.max_workers:
             raise ValueError("--min-workers must not be larger than --max-workers")
         return self
@@ -270,6 +287,16 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
     def work_folder(self) -> str:
         """URI of the work directory, which contains checkpoints, curves and prepared pixels."""
         return self.work_dir or f"{self.output}.training"
+
+    @property
+    def tuning_fraction(self) -> float:
+        """Fraction of the training images of each category on which `--tune` compares recipes."""
+        return self.held_out_fraction or _TUNING_FRACTION
+
+    @property
+    def final_held_out_fraction(self) -> float:
+        """Fraction of the training images of each category that the training of the bundle holds out."""
+        return 0.0 if self.tune is not None else self.held_out_fraction
 
     def redacted(self) -> dict[str, Any]:
         """Return the settings as JSON values without secrets, for records and logs."""

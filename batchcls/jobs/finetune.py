@@ -19,6 +19,9 @@ _EXAMPLES = """examples:
   batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model mobilenetv2_100 --teacher models/large-v1 --output models/small-v1
 
+  batchcls finetune --manifest train.parquet --validation validation.parquet \\
+      --model efficientnet_b0 --output models/shop-v1 --tune 12
+
 The same command resumes an unfinished run.
 exit codes: 0 success; 1 unexpected error, can be resumed; 2 invalid configuration or input;
             4 too many images cannot be read
@@ -31,6 +34,10 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
         from batchcls.training.teacher_bundles import check_teachers  # noqa: PLC0415
 
         check_teachers(config)
+    if config.tune is not None:
+        from batchcls.training.held_out import check_tuning  # noqa: PLC0415
+
+        check_tuning(config)
     from batchcls.jobs import finetune_run  # noqa: PLC0415 - PyTorch takes seconds to import
 
     return finetune_run.finetune(config, console)

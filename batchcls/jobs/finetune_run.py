@@ -40,18 +40,19 @@ from batchcls.training.experiment_tracking import require_mlflow, tracked_run
 from batchcls.training.initial_bundle import TrainingExamples, names_architecture, open_frozen_bundle
 from batchcls.training.linear_probe.embeddings import EmbeddingSettings
 from batchcls.training.linear_probe.fit import LinearSettings
-from batchcls.training.linear_probe.labeled_embeddings import split_folds
 from batchcls.training.linear_probe.probe_job import LinearProbeResult, ProbeSettings, linear_probe_bundle
 from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import check_nodes
 from batchcls.training.pixel_cache import PreparedPixels, check_failures, prepare_pixels
 from batchcls.training.ray_train import TrainingDivergedError, TrainingRun, run_training
-from batchcls.training.sampling import LabeledRows
+from batchcls.training.sampling import LabeledRows, hold_out
 from batchcls.training.scaling import Workers, plan_workers
 from batchcls.training.train_config import TrainingSettings
 from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, resolve_recipe
 from batchcls.training.trained_bundle import TrainingResult, trained_bundle
 from batchcls.training.training_progress import TrainingProgress
+from batchcls.training.tuning.search import tuned
+from batchcls.training.tuning.trials import TuningChoice
 from batchcls.training.work_dir import (
     WorkDirRun,
     digest_of,
@@ -186,6 +187,9 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: Exi
             run = TrainingRun(
                 work_dir_run.run_id, inputs.storage, lease, console, tracked.add_epochs, inputs.teachers
             )
+            tuning: TuningChoice | None = None
+            if config.tune is not None:
+                settings, tuning = tuned(config, inputs, settings, pixels[0], workers, run)
             try:
                 trained = run_training(config, settings, inputs.initial_bundle, pixels, workers, run)
             except TrainingDivergedError as error:
@@ -200,6 +204,7 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: Exi
         "crop": None if inputs.crop is None else inputs.crop.model_dump(mode="json"),
         "duplicates": duplicates.counts,
         "teachers": [teacher.lineage() for teacher in inputs.teachers],
+        "tuning": None if tuning is None else tuning.model_dump(mode="json"),
     }
     bundle = trained_bundle(inputs.initial_bundle, trained, work_dir_run.run_id, lineage)
     lease.confirm()
@@ -212,6 +217,8 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: Exi
         _remove(join(config.work_folder, "pixels"), inputs.storage)
     _summarize(config, bundle, trained, time.time() - started)
     _print_duplicates(duplicates)
+    if tuning is not None:
+        results_console().print(f"tuning: {tuning}")
     return ExitCode.DONE
 
 
@@ -318,8 +325,8 @@ def _settings(
     start = inputs.initial_bundle.config
     training = _rows_of(inputs.training, pixels[0], "training")
     held_out = None
-    if config.held_out_fraction:
-        training, held_out = _hold_out(training, config)
+    if config.final_held_out_fraction:
+        training, held_out = hold_out(training, config.final_held_out_fraction, config.seed)
     return TrainingSettings(
         recipe=plan.applied_to(inputs.recipe, config),
         preprocessing=start.preprocessing,
@@ -345,20 +352,6 @@ def _rows_of(labeled: TrainingManifest, pixels: PreparedPixels, which: str) -> L
     if len(rows) == 0:
         raise InputError(f"no {which} row has both a label and a readable image; check the manifest")
     return LabeledRows(rows, labeled.classes[rows])
-
-
-def _hold_out(rows: LabeledRows, config: FinetuneConfig) -> tuple[LabeledRows, LabeledRows]:
-    """Return the rows to train on, and the others: about --held-out-fraction of the rows of each category."""
-    is_held_out = split_folds(rows.targets, round(1 / config.held_out_fraction), config.seed) == 0
-    if not is_held_out.any():
-        raise InputError(
-            f"--held-out-fraction {config.held_out_fraction:g} holds out none of {len(rows.rows)} training images; "
-            "raise it, or omit it"
-        )
-    return (
-        LabeledRows(rows.rows[~is_held_out], rows.targets[~is_held_out]),
-        LabeledRows(rows.rows[is_held_out], rows.targets[is_held_out]),
-    )
 
 
 def _divergence_error(divergence: Divergence, inputs: TrainingInputs) -> BatchclsError:

@@ -65,7 +65,8 @@ _START_TIMEOUT = ("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 # Worker threads sleep after each operation (WORKER_VARIABLES), which costs training a sixth of its time. With this
 # setting they first spin for some microseconds (docs/measurements).
-_SPIN_BEFORE_SLEEP = {"GOMP_SPINCOUNT": "10000"}
+SPIN_BEFORE_SLEEP = {"GOMP_SPINCOUNT": "10000"}
+"""Environment variables of training workers in addition to `WORKER_VARIABLES`."""
 
 _CHECK_SECONDS = 5.0
 
@@ -258,7 +259,7 @@ def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig
         name=name,
         failure_config=FailureConfig(max_failures=0),
         checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-        worker_runtime_env={"env_vars": WORKER_VARIABLES | _SPIN_BEFORE_SLEEP | MALLOC_VARIABLES},
+        worker_runtime_env={"env_vars": WORKER_VARIABLES | SPIN_BEFORE_SLEEP | MALLOC_VARIABLES},
         storage_path=path,
         storage_filesystem=filesystem,
     )

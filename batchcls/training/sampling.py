@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from batchcls.errors import InputError
 from batchcls.training.categories import Classes, Counts, count_classes
+from batchcls.training.held_out import held_out_mask
 
 BalanceName = Literal["none", "sampling", "loss"]
 WeightingName = Literal["inverse", "effective"]
@@ -118,6 +119,23 @@ class LabeledRows:
 
     rows: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int32]
+
+
+def hold_out(rows: LabeledRows, fraction: float, seed: int) -> tuple[LabeledRows, LabeledRows]:
+    """Return the rows to train on, and the others: about `fraction` of the rows of each category.
+
+    Raises:
+        InputError: no row is held out.
+    """
+    is_held_out = held_out_mask(rows.targets, fraction, seed)
+    if not is_held_out.any():
+        raise InputError(
+            f"--held-out-fraction {fraction:g} holds out none of {len(rows.rows)} training images; raise it, or omit it"
+        )
+    return (
+        LabeledRows(rows.rows[~is_held_out], rows.targets[~is_held_out]),
+        LabeledRows(rows.rows[is_held_out], rows.targets[is_held_out]),
+    )
 
 
 def epoch_steps(

@@ -87,7 +87,12 @@ class TrainingInputs:
             "precision": config.precision,
             "seed": config.seed,
             **({} if self.crop is None else {"crop": self.crop.chosen.model_dump(mode="json")}),
-            **({"held out": [config.held_out_fraction, config.patience]} if config.held_out_fraction else {}),
+            **(
+                {"held out": [config.held_out_fraction, config.patience]}
+                if config.final_held_out_fraction
+                else {}
+            ),
+            **({} if config.tune is None else {"tune": [config.tune, config.tuning_fraction]}),
             **({} if config.worker_batch_size == "auto" else {"worker batch size": config.worker_batch_size}),
             **({} if config.leaks == "report" else {"leaks": config.leaks}),
             **(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -395,14 +396,34 @@ class Training:
         own_rows = range(context.rank, len(labeled.rows), context.workers)
         for start in range(0, len(own_rows), _VALIDATION_BATCH):
             indices = list(own_rows[start : start + _VALIDATION_BATCH])
-            pixels = np.stack([center(store[int(row)], shape[:2]) for row in labeled.rows[indices]])
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(context.device)
-            with self._autocast():
-                logits = model(normalized(images, self._mean, self._std))
-            metrics.add(logits.float(), torch.from_numpy(labeled.targets[indices]).long().to(context.device))
+            logits = self._logits(model, store, labeled.rows[indices], shape[:2])
+            metrics.add(logits, torch.from_numpy(labeled.targets[indices]).long().to(context.device))
         results = metrics.result()
         assert results["rows"] == len(labeled.rows), "every row must be evaluated once"
         return results
+
+    @torch.inference_mode()
+    def evaluate_rows(self, store: PixelStore, labeled: LabeledRows) -> npt.NDArray[np.float32]:
+        """Return the cross-entropies of N rows of a store, of shape (N,), in the process that calls it."""
+        model, size = self.trained.eval(), self._settings.preprocessing.shape[:2]
+        losses = []
+        for start in range(0, len(labeled.rows), _VALIDATION_BATCH):
+            part = slice(start, start + _VALIDATION_BATCH)
+            logits = self._logits(model, store, labeled.rows[part], size)
+            targets = torch.from_numpy(labeled.targets[part]).long().to(self._context.device)
+            losses.append(nn.functional.cross_entropy(logits, targets, reduction="none"))
+        values: npt.NDArray[np.float32] = torch.cat(losses).cpu().numpy()
+        return values
+
+    def _logits(
+        self, model: nn.Module, store: PixelStore, rows: npt.NDArray[np.int64], size: tuple[int, int]
+    ) -> Tensor:
+        """Return the logits, (N, K) float32, of the centers of N images of a store, of the given height and width."""
+        pixels = np.stack([center(store[int(row)], size) for row in rows])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._context.device)
+        with self._autocast():
+            logits: Tensor = model(normalized(images, self._mean, self._std))
+        return logits.float()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         device_type = self._context.device.partition(":")[0]

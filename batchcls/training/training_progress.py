@@ -73,3 +73,18 @@ class TrainingProgressActor:
         progress = self._progress
         self._progress = TrainingProgress(progress.rows)
         return progress
+
+
+class TrialsProgressActor:
+    """Collects the progress of the trials of `--tune`."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+
+    def set_rows(self, trial: int, rows: int) -> None:
+        """Set the number of images that a trial has trained on since its first epoch."""
+        self._rows[trial] = rows
+
+    def rows(self) -> dict[int, int]:
+        """Return the number of images by trial."""
+        return self._rows

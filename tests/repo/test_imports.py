@@ -106,6 +106,7 @@ TORCH_FREE_MODULES = (
     "report.thumbnails",
     "training.batch_plan",
     "training.categories",
+    "training.held_out",
     "training.linear_probe.embedding_store",
     "training.node_cache",
     "training.node_storage",
@@ -114,6 +115,9 @@ TORCH_FREE_MODULES = (
     "training.scaling",
     "training.teacher_bundles",
     "training.train_config",
+    "training.tuning.search_space",
+    "training.tuning.trials",
+    "training.tuning.tune_hooks",
     "training.work_dir",
 )
 """Modules of `batchcls` in the other packages that do not import PyTorch."""

@@ -132,20 +132,3 @@ def fit_standardization(examples: LabeledEmbeddings) -> Whitening:
     # A value that varies only by rounding is constant; division by its deviation would amplify the noise.
     constant = deviation <= 1e-6 * (mean + shift.double()).abs()
     return Whitening((mean + shift.double()).float(), torch.where(constant, 1.0, deviation).float())
-
-
-def split_folds(classes: Classes, folds: int, seed: int) -> npt.NDArray[np.int8]:
-    """Assign a stratified fold to each row: 0..folds-1, or -1 for rows that are never held out.
-
-    One random row of every category is never held out, so that the training rows of each fold contain all categories.
-    """
-    rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(classes))
-    grouped = shuffled[np.argsort(classes[shuffled], kind="stable")]
-    sizes = np.bincount(classes)
-    ranks = np.arange(len(classes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    # Categories start at a random fold; otherwise the rows of small categories would all be in the first folds.
-    offsets = rng.integers(0, folds, len(sizes))[classes[grouped]]
-    result = np.empty(len(classes), np.int8)
-    result[grouped] = np.where(ranks == 0, -1, (ranks + offsets) % folds)
-    return result

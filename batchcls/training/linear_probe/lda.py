@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from batchcls.training.held_out import split_folds
 from batchcls.training.linear_probe.labeled_embeddings import (
     LabeledEmbeddings,
     Whitening,
     fit_standardization,
-    split_folds,
 )
 from batchcls.training.linear_probe.logistic import FitCandidate, FittedHead, Objective, evaluate_logits
 from batchcls.training.loss import mean_loss

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from batchcls.training.held_out import split_folds
 from batchcls.training.linear_probe.labeled_embeddings import (
     LabeledEmbeddings,
     Whitening,
     fit_standardization,
-    split_folds,
 )
 from batchcls.training.loss import mean_loss
 

@@ -114,6 +114,16 @@ def test_linear_probe_with_too_many_unreadable_images_fails(arguments: list[str]
         (("--recipe", "linear-probe", "--label-column", "kind"), "has no column kind"),
         (("--from-scratch", "--recipe", "fine-tune"), "random weights have none yet"),
         (("--recipe", "fine-tune", "--batch-size", "1"), "--batch-size"),
+        (("--recipe", "linear-probe", "--tune", "4"), "--tune would have no effect"),
+        (("--tune", "1"), "--tune"),
+        (
+            ("--tune", "4", "--held-out-fraction", "0.1", "--patience", "2"),
+            "--patience has no effect with --tune",
+        ),
+        (
+            ("--tune", "4", "--held-out-fraction", "0.01"),
+            "fewer than the 3 categories; raise --held-out-fraction",
+        ),
     ],
 )
 def test_invalid_configurations_are_rejected(

@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from batchcls.errors import InputError
+from batchcls.training.held_out import split_folds
 from batchcls.training.linear_probe.fit import LinearSettings, train_linear_probe
 from batchcls.training.linear_probe.label_noise import LabelNoise
 from batchcls.training.linear_probe.labeled_embeddings import (
     LabeledEmbeddings,
     fit_standardization,
-    split_folds,
 )
 from batchcls.training.linear_probe.lda import MiniBatchConfig, fit_large_scale
 from batchcls.training.linear_probe.logistic import Objective
