@@ -95,7 +95,7 @@ def run_trial(trial: int, assignment: TrialAssignment) -> None:
     cache = NodeCache.of(assignment.run_id, ray.get_runtime_context().get_node_id())
     with cache.in_use() if assignment.copies else nullcontext():
         store = PixelStore(assignment.pixels, assignment.storage, str(cache.folder))
-        reporter = _Reporter(trial, assignment, store)
+        reporter = _TrialReporter(trial, assignment, store)
         training = Training(
             model,
             get_library(bundle.config.spec).classifiers(model),
@@ -120,7 +120,7 @@ def _metrics(history: list[Record]) -> dict[str, Any]:
     }
 
 
-class _Reporter:
+class _TrialReporter:
     """Writes checkpoints and reports to Ray Tune."""
 
     def __init__(self, trial: int, assignment: TrialAssignment, store: PixelStore) -> None:
