@@ -1,4 +1,4 @@
-"""Measures the engines beside each other on this processor, and what each reaches of its limits.
+"""Measures the engines in turn on this processor, and what each reaches of its limits.
 
     python -m benchmarks.engine_speed --models resnet50,mobilenetv3_large_100 --rounds 3
 
