@@ -39,12 +39,12 @@ _IGNORED_BY_LINEAR_PROBE = (
         "held_out_fraction",
         "patience",
         "tune",
+        "teacher",
         "collective_timeout_seconds",
         "keep_checkpoints",
         "keep_pixels",
         "max_pixels_gib",
     ),
-    "teacher",
 )
 
 

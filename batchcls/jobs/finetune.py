@@ -16,6 +16,7 @@ _EXAMPLES = """examples:
 
   batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model models/shop-v1 --output models/shop-probe --recipe linear-probe
+
   batchcls finetune --manifest train.parquet --validation validation.parquet \\
       --model mobilenetv2_100 --teacher models/large-v1 --output models/small-v1
 

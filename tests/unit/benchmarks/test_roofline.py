@@ -43,12 +43,11 @@ def test_layer_is_bound_by_its_arithmetic_or_by_its_data():
     assert data == pytest.approx(1e3 / (4 * (first_values + values)))
 
 
-def test_measured_limits_are_reached_by_no_convolution():
+def test_measuring_the_limits_restores_the_number_of_threads():
     threads = torch.get_num_threads()
-    limits = measure_limits(1)
+    limits = measure_limits(threads + 1)
     assert torch.get_num_threads() == threads
-    assert 1e8 < limits.flops < 1e13
-    assert 1e8 < limits.bytes_per_second < 1e13
+    assert min(limits.flops, limits.bytes_per_second) > 0
 
 
 def record(**shares: float) -> dict:
