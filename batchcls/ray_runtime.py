@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
-_QUIET_ENVIRONMENT = {
+_JOB_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Suppresses warnings of the core worker about every actor pool (ray issue 53727), and also the log files of the
     # local daemons; set it to "info" to get them back.
@@ -36,10 +36,9 @@ _QUIET_ENVIRONMENT = {
     # The future default of Ray, set here to suppress its warning: workers without a GPU keep CUDA_VISIBLE_DEVICES
     # as it is. Load tasks never use a GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Python's default. `ray.init` replaces it, which adds no variable then (see `prepare_environment`).
+    "PYTHONBREAKPOINT": "pdb.set_trace",
 }
-
-_ADDED_BY_RAY = ("RAY_AUTH_MODE", "PYTHONBREAKPOINT")
-"""Variables that `ray.init` adds to the environment of a driver if they are not set."""
 
 # Without this, idle threads of libgomp spin on cores that other processes need (docs/measurements, "Negative").
 WORKER_VARIABLES = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -71,14 +70,13 @@ def prepare_environment() -> None:
     them, and the reader then crashes the process: glibc before 2.41 has no lock for it.
     """
     # Workers of a Ray that is started here inherit this environment.
-    for name, value in (_QUIET_ENVIRONMENT | MALLOC_VARIABLES).items():
+    for name, value in (_JOB_ENVIRONMENT | MALLOC_VARIABLES).items():
         os.environ.setdefault(name, value)
-    # What Ray adds then fits into the array: glibc keeps the space of up to three variables that were removed.
-    added = [name for name in _ADDED_BY_RAY if name not in os.environ]
-    for name in added:
-        os.environ[name] = ""
-    for name in added:
-        del os.environ[name]
+    # `ray.init` adds this one, if it is not set. The array keeps its size when a variable is removed, so the same
+    # number of variables fits again. Two would not: adding the first one may return the space of the second.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = ""
+        del os.environ["RAY_AUTH_MODE"]
 
 
 @contextmanager

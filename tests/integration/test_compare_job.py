@@ -75,7 +75,7 @@ def compare_job(cluster: Cluster, catalog: str, models: tuple[str, str]) -> Call
         arguments = [
             *("--manifest", catalog, "--models", ",".join(models), "--output", str(output)),
             *("--images", str(IMAGES), "--batch-sizes", "1,4", "--seconds-per-measurement", "0.2"),
-            *("--price-per-hour", "0.4", "--engines", "torch:fp32,torch:bf16"),
+            *("--price-per-hour", "0.4", "--engines", "torch:fp32,openvino:fp32"),
             *("--cache-dir", str(output.parent / "cache")),
         ]
         return Compared(*run_here(cluster, compare, *arguments), output)
@@ -100,7 +100,7 @@ def test_every_candidate_is_measured_on_readable_images(compared, models):
     assert f"{IMAGES - 1} images at 64 x 64 pixels" in first.printed
     assert "1 images of the sample are excluded: truncated=1" in first.printed
     for model in models:
-        for engine in ("torch fp32", "torch bf16"):
+        for engine in ("torch fp32", "openvino fp32"):
             assert f"{model}, {engine} on cpu: p50 " in first.printed
 
 
@@ -108,7 +108,7 @@ def test_measurements_table_is_consistent_in_duckdb(compared, models):
     first, _, _ = compared
     table = f"'{first.output}/measurements.parquet'"
     rows = duckdb.sql(f"select model, engine, count(*), min(batch_size) from {table} group by all").fetchall()
-    assert {(*row[:2],) for row in rows} == {(m, e) for m in models for e in ("torch fp32", "torch bf16")}
+    assert {(*row[:2],) for row in rows} == {(m, e) for m in models for e in ("torch fp32", "openvino fp32")}
     assert all(row[2:] == (2, 1) for row in rows)
     wrong = duckdb.sql(
         f"""select * from {table} where not (p50_ms > 0 and p50_ms <= p95_ms and p95_ms <= p99_ms

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from batchcls.errors import GoldenMismatch, InputError
+from batchcls.hardware import Hardware
 from batchcls.inference import engine_selection
 from batchcls.inference.agreement import AccuracyTolerance
-from batchcls.inference.engine_record import CandidateResult, EngineRequest, EngineSelectionRecord
+from batchcls.inference.engine_record import NO_BF16, CandidateResult, EngineRequest, EngineSelectionRecord
 from batchcls.inference.engine_selection import CalibrationImages, select_candidate, select_engine
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.golden_record import with_golden
@@ -23,6 +24,17 @@ from tests.helpers.engines import only_installed
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGES = 150
+
+
+def _set_features(monkeypatch, *features):
+    """Give this machine's hardware record other instruction sets, on which the candidates depend."""
+    hardware = Hardware.detect().model_copy(update={"features": features})
+    monkeypatch.setattr(engine_selection.Hardware, "detect", lambda: hardware)
+
+
+@pytest.fixture(autouse=True)
+def processor_with_bf16(monkeypatch):
+    _set_features(monkeypatch, "avx2", "avx512f", "avx512_bf16")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +100,13 @@ def test_torch_engines_are_measured_and_one_is_selected(bundle, sample, engine_c
     assert found.hardware
     assert "torch" in found.versions
     assert EngineSelectionRecord.model_validate_json(found.model_dump_json()) == found
+
+
+def test_bf16_is_not_measured_on_a_processor_without_bf16(bundle, sample, engine_config, monkeypatch):
+    _set_features(monkeypatch, "avx2", "avx512f", "avx512_vnni")
+    found = select_engine(bundle, sample, EngineRequest(engine="torch"), engine_config, 1)
+    assert [str(entry.choice) for entry in found.candidates] == ["torch fp32"]
+    assert NO_BF16 in found.notes
 
 
 def test_fp32_is_selected_if_bf16_violates_the_tolerance(bundle, sample, engine_config):
