@@ -90,7 +90,7 @@ def _unexplained_crashes(fragments: Iterable[Fragment]) -> UnexplainedCrashError
     first = min(fragment.first_row for fragment in fragments)
     last = max(fragment.stop for fragment in fragments) - 1
     return UnexplainedCrashError(
-        f"the pipeline failed: {MAX_RETRIES + 1} worker processes crashed on rows {first} to {last}, but none of the "
+        f"the pipeline failed: worker processes crashed repeatedly on rows {first} to {last}, but none of the "
         "images crashes a process on its own; the node may be out of memory, or another program kills the processes"
     )
 

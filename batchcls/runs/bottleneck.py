@@ -155,12 +155,12 @@ def _advise_on_waiting(usage: StageUsage, bottleneck: Resource) -> str:
         f"{bottleneck.name}, the bottleneck resource, were idle {1 - bottleneck.utilization:.0%} of the time"
     )
     loaders = usage.capacity.loaders
-    fragments = math.ceil(usage.rows / usage.fragment_rows) / loaders
-    if fragments < _FEW_FRAGMENTS and usage.fragment_rows > 1:
+    fragments = math.ceil(usage.rows / usage.fragment_rows)
+    if fragments < _FEW_FRAGMENTS * loaders and usage.fragment_rows > 1:
         smaller = max(1, usage.rows // (2 * _FEW_FRAGMENTS * loaders))
         return (
-            f"{idle}: with {fragments:.1f} fragments per loader, most loaders wait for the last fragments; use "
-            f"smaller fragments (--fragment-rows {smaller}) or process more rows per run"
+            f"{idle}: with {fragments:,} fragments for {loaders:,} loaders, most loaders wait for the last fragments; "
+            f"use smaller fragments (--fragment-rows {smaller}) or process more rows per run"
         )
     return (
         f"{idle}: use larger fragments (--fragment-rows {2 * usage.fragment_rows}), and run no other programs on "

@@ -188,7 +188,7 @@ def busy_with(stage: str) -> Busy:
         (
             fused(wall_seconds=44.0, fragment_rows=1024),
             "predict",
-            ["1.0 fragments per loader", "--fragment-rows 125"],
+            ["2 fragments for 2 loaders", "--fragment-rows 125"],
         ),
         (on_gpus(busy=Busy(decode=400.0, predict=95.0)), "predict", ["GPUs are busy 95%", "more GPUs"]),
         (
