@@ -8,6 +8,9 @@ DEMO := demo-output
 # Files of tests at once. Most of a test on Ray is waiting for processes to start; each of these has its own cluster.
 AT_ONCE ?= 3
 
+# Where it is set, every process of a test or a benchmark compiles batchcls again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test gpu long chaos lint format type bench docs dist clean
 
