@@ -10,6 +10,8 @@ The names below are imported on first use, so `import batchcls` takes millisecon
 
 from typing import TYPE_CHECKING, Any
 
+from batchcls.models.deferred_compiler import defer_compiler
+
 if TYPE_CHECKING:
     from batchcls.api import Run, classify, open_run
     from batchcls.errors import BatchclsError, BudgetExceeded, InputError, PublishRefused, StorageStoppedError
@@ -27,6 +29,8 @@ __all__ = [
     "classify",
     "open_run",
 ]
+
+defer_compiler()
 
 
 def __getattr__(name: str) -> Any:

@@ -66,6 +66,7 @@ TORCH_FREE_MODULES = (
     "jobs.manifest",
     "jobs.runs",
     "models.classifier_head",
+    "models.deferred_compiler",
     "models.engines.aot_program",
     "models.engines.batching",
     "models.engines.compile_cache",
