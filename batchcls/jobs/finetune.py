@@ -31,6 +31,9 @@ exit codes: 0 success; 1 unexpected error, can be resumed; 2 invalid configurati
 
 def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
+    from batchcls.training.input_check import check_inputs  # noqa: PLC0415
+
+    check_inputs(config)
     if config.teacher:
         from batchcls.training.teacher_bundles import check_teachers  # noqa: PLC0415
 

@@ -108,6 +108,7 @@ TORCH_FREE_MODULES = (
     "training.batch_plan",
     "training.categories",
     "training.held_out",
+    "training.input_check",
     "training.linear_probe.embedding_store",
     "training.node_cache",
     "training.node_storage",

@@ -1,5 +1,7 @@
 """Errors that need no cluster are reported before connecting to one; no server responds at the given address."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +10,7 @@ import pytest
 
 from batchcls.cli.app import run
 from batchcls.jobs import classify, compare
+from tests.conftest import REPOSITORY
 
 UNREACHABLE = "127.0.0.1:1"
 
@@ -68,3 +71,49 @@ def test_compare_checks_all_names_before_sampling(manifest: str, tmp_path: Path,
     output = capsys.readouterr().err
     assert "did you mean resnet50" in output
     assert "sample" not in output
+
+
+_FINETUNE = """
+import sys
+from batchcls.cli.app import run
+from batchcls.jobs import finetune
+for arguments in sys.stdin.read().splitlines():
+    print("exit code", run("finetune", finetune.COMMANDS, arguments.split("|")), file=sys.stderr)
+    if {"ray", "torch"} & set(sys.modules):
+        sys.exit("Ray or PyTorch has been imported")
+"""
+
+
+def test_finetune_reports_errors_before_ray_and_torch_are_imported(manifest: str, tmp_path: Path):
+    given = {
+        "--manifest": manifest, "--validation": manifest, "--model": "resnet50", "--output": f"{tmp_path}/out",
+        "--ray-address": UNREACHABLE,
+    }  # fmt: skip
+    wrong = [
+        ("--model", "resnet51", "did you mean resnet50"),
+        ("--model", "./no/bundle", "no/bundle does not exist"),
+        ("--model-args", "drop", "key=value"),
+        ("--weights", "nowhere.st", "nowhere.st: there is no such file"),
+        ("--labels", "nowhere.txt", "nowhere.txt: there is no such file"),
+        ("--recipe", "best", "--recipe best: there is no such recipe"),
+        ("--manifest", "nowhere.parquet", "nowhere.parquet does not exist"),
+        ("--validation", "nothing.parquet", "nothing.parquet does not exist"),
+        ("--label-column", "color", "--label-column color is missing"),
+        ("--id-column", "sku", "column sku is missing"),
+    ]
+    commands = ["|".join(sum((given | {flag: value}).items(), ())) for flag, value, _ in wrong]
+    done = subprocess.run(
+        [sys.executable, "-c", _FINETUNE],
+        input="\n".join(commands),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[1::2] == ["exit code 2"] * len(wrong), done.stderr
+    for line, (flag, value, message) in zip(lines[::2], wrong, strict=True):
+        assert message in line, (flag, value, line)
+    assert not list(tmp_path.glob("out*"))

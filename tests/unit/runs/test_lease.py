@@ -277,7 +277,7 @@ def test_clock_differences_do_not_matter_while_the_other_host_renews(
             count += 1
             STORAGE.write_atomic(
                 str(tmp_path / "lease" / "000001.json"),
-                changed(other, heartheartbeat=other.heartbeat + count, pid=count).to_json(),
+                changed(other, heartbeat=other.heartbeat + count, pid=count).to_json(),
             )
 
     thread = threading.Thread(target=beat)
