@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from batchcls.comparison.benchmark import BenchmarkResult
-from batchcls.comparison.candidates import Candidate, check_engines
+from batchcls.comparison.candidates import Candidate
 from batchcls.comparison.recommend import MAX_OTHER_LOAD
 from batchcls.comparison.results import Results, StoredMeasurement
 from batchcls.config.compare_config import CompareConfig
@@ -19,7 +19,7 @@ from batchcls.models.engines.engine import REFERENCE
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_names import is_model_name
 from batchcls.models.model_spec import ModelChoices
-from batchcls.models.resolve import check_model, resolve_model
+from batchcls.models.resolve import resolve_model
 from batchcls.storage.filesystem import Storage, redact_uri
 
 _logger = logging.getLogger(__name__)
@@ -136,9 +136,6 @@ def open_inputs(config: CompareConfig) -> ComparisonInputs:
         InputError: The manifest or a model is missing or invalid; the message states the remedy.
     """
     storage = Storage(config.storage_options)
-    check_engines(config.engines)
-    for model in config.models:
-        check_model(model, _choices(config, model), storage)
     manifest = _open_manifest(config, storage)
     sample = take_sample(manifest, config.images, storage)
     _logger.info(

@@ -20,6 +20,9 @@ exit codes: 0 success; 1 unexpected error, or nothing could be measured; 2 inval
 
 def compare(config: CompareConfig, console: Console) -> ExitCode:
     """Measure all candidates and write all outputs. Raises `BatchclsError` on expected errors."""
+    from batchcls.jobs.input_check import check_compare  # noqa: PLC0415
+
+    check_compare(config)
     from batchcls.jobs import compare_run  # noqa: PLC0415 - PyTorch takes seconds to import
 
     return compare_run.compare(config, console)

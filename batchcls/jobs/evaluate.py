@@ -24,6 +24,9 @@ exit codes: 0 success; 1 unexpected error; 2 invalid configuration or input, not
 
 def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors."""
+    from batchcls.jobs.input_check import check_evaluate  # noqa: PLC0415
+
+    check_evaluate(config)
     # PyTorch takes seconds to import.
     if config.cascade:
         from batchcls.jobs import evaluate_cascade  # noqa: PLC0415

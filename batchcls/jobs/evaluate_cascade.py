@@ -23,7 +23,7 @@ from batchcls.evaluation.labeled_rows import LabeledManifest
 from batchcls.evaluation.model_predictions import LabeledPredictor, allocate_logits
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.throughput import measure_throughput
-from batchcls.jobs.evaluate_run import check_settings, engine_config, load_settings, open_labeled
+from batchcls.jobs.evaluate_run import engine_config, load_settings, open_labeled
 from batchcls.models.cascade_record import CascadeRecord, label_difference
 from batchcls.models.engines.engine import Engine, EngineChoice
 from batchcls.models.engines.factory import describe_engine
@@ -68,7 +68,6 @@ class _PredictedRows:
 def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Fit and evaluate the cascade and write all outputs. Raises `BatchclsError` on expected errors."""
     storage = Storage(config.storage_options)
-    check_settings(config, storage)
     bundles = [Bundle.load(uri, storage) for uri in config.models]
     difference = label_difference(bundles[0].config.labels, bundles[1].config.labels)
     if difference is not None:

@@ -15,7 +15,7 @@ from batchcls.cli.console import results_console, show_progress
 from batchcls.cli.evaluation_tables import metrics_table, worst_categories_table
 from batchcls.cli.tables import bundle_line
 from batchcls.config.evaluate_config import EvaluateConfig
-from batchcls.errors import ExitCode, InputError, stop_run_on_input_error
+from batchcls.errors import ExitCode, stop_run_on_input_error
 from batchcls.evaluation.classification_metrics import Rows
 from batchcls.evaluation.evaluation_outputs import (
     EPOCH,
@@ -41,7 +41,7 @@ from batchcls.models.model_bundle import Bundle, Calibration
 from batchcls.preprocessing import Preprocessing, Views, views_of
 from batchcls.report.evaluate_page import PageParts, evaluate_page, findings
 from batchcls.report.evaluate_plots import Curve
-from batchcls.storage.filesystem import Storage, explain, is_remote, redact_uri
+from batchcls.storage.filesystem import Storage, is_remote, redact_uri
 
 _logger = logging.getLogger("batchcls.jobs.evaluate")
 
@@ -75,7 +75,6 @@ class _Evaluation:
 def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors."""
     storage = Storage(config.storage_options)
-    check_settings(config, storage)
     labeled = open_labeled(config, storage)
     if config.model is not None:
         bundle = Bundle.load(config.model, storage)
@@ -113,26 +112,6 @@ def open_labeled(config: EvaluateConfig, storage: Storage) -> LabeledManifest:
     )
     _logger.info("manifest: %s in column %s", labeled.labels.describe(), config.label_column)
     return labeled
-
-
-def check_settings(config: EvaluateConfig, storage: Storage) -> None:
-    """Reject invalid combinations and unreachable outputs before the expensive work starts."""
-    if config.cascade and config.model is None:
-        raise InputError("--cascade compares two bundles; specify them with --model SMALL,LARGE")
-    if (config.model is None) == (config.run is None):
-        raise InputError("specify what to evaluate, either --model BUNDLE or --run OUTPUT/runs/ID")
-    if config.model is None and config.write_bundle is not None:
-        raise InputError(
-            "--write-bundle: a run stores no logits, so there is no temperature; use --model BUNDLE"
-        )
-    if config.model is None and config.tta != "none":
-        raise InputError(
-            "--tta: the views of a run are already averaged; remove the flag, or use --model BUNDLE"
-        )
-    for uri in (config.output, config.write_bundle):
-        if uri is not None:
-            with explain(uri):
-                storage.list_files(uri)
 
 
 def _evaluate_bundle(

@@ -31,17 +31,9 @@ exit codes: 0 success; 1 unexpected error, can be resumed; 2 invalid configurati
 
 def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
-    from batchcls.training.input_check import check_inputs  # noqa: PLC0415
+    from batchcls.jobs.input_check import check_finetune  # noqa: PLC0415
 
-    check_inputs(config)
-    if config.teacher:
-        from batchcls.training.teacher_bundles import check_teachers  # noqa: PLC0415
-
-        check_teachers(config)
-    if config.tune is not None:
-        from batchcls.training.held_out import check_tuning  # noqa: PLC0415
-
-        check_tuning(config)
+    check_finetune(config)
     from batchcls.jobs import finetune_run  # noqa: PLC0415 - PyTorch takes seconds to import
 
     return finetune_run.finetune(config, console)

@@ -3,10 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
-from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
-from batchcls.storage.filesystem import Storage
 
 
 def split_folds(classes: npt.NDArray[np.int32], folds: int, seed: int) -> npt.NDArray[np.int8]:
@@ -56,17 +53,3 @@ def require_tuning_rows(classes: npt.NDArray[np.int32], fraction: float, seed: i
             f"{categories} categories; raise --held-out-fraction (here {fraction:g}), train on more images, or omit "
             "--tune"
         )
-
-
-def check_tuning(config: FinetuneConfig) -> None:
-    """Check the labels of the training manifest for `--tune`, before anything that takes long.
-
-    Raises:
-        InputError: the manifest cannot be read, or too few of its rows would be held out.
-    """
-    storage = Storage(config.storage_options)
-    manifest = open_labeled_manifest(
-        config.manifest, storage, config.label_column, id_column=config.id_column
-    )
-    codes = read_label_column(manifest, storage).codes
-    require_tuning_rows(codes[codes >= 0], config.tuning_fraction, config.seed)

@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
-from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
-from batchcls.models.labels import Labels, read_labels
+from batchcls.models.labels import Labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle, BundleConfig
-from batchcls.models.model_spec import ModelChoices
-from batchcls.models.resolve import check_model
 from batchcls.storage.filesystem import Storage, explain, join, redact_uri
-from batchcls.training.categories import format_names, resolve_category_order
+from batchcls.training.categories import format_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +45,14 @@ def open_teachers(uris: Sequence[str], labels: Labels, storage: Storage) -> tupl
     return tuple(teachers)
 
 
-def check_teachers(config: FinetuneConfig) -> None:
-    """Check the teachers of a command from records and labels only, before PyTorch and a cluster are started.
+def check_teachers(uris: Sequence[str], labels: Labels, storage: Storage) -> None:
+    """Check the records of teachers, before PyTorch and a cluster are started.
 
     Raises:
-        InputError: as `open_teachers`; or the manifest, --labels or --model is missing or not valid.
+        InputError: as `open_teachers`.
     """
-    storage = Storage(config.storage_options)
-    records = [_read_record(uri, storage) for uri in config.teacher]
-    manifest = open_labeled_manifest(
-        config.manifest, storage, config.label_column, id_column=config.id_column
-    )
-    known = check_model(config.model, ModelChoices(), storage)
-    labels = resolve_category_order(
-        read_label_column(manifest, storage),
-        read_labels(config.labels, storage) if config.labels is not None else None,
-        known.labels if known is not None else (),
-    )
-    for uri, record in zip(config.teacher, records, strict=True):
-        _classes(uri, record, labels)
+    for uri in uris:
+        _classes(uri, _read_record(uri, storage), labels)
 
 
 def _read_record(uri: str, storage: Storage) -> BundleConfig:

@@ -10,7 +10,9 @@ import pytest
 
 from batchcls.cli.app import run
 from batchcls.jobs import classify, compare
+from batchcls.storage.filesystem import Storage
 from tests.conftest import REPOSITORY
+from tests.helpers.training import teacher
 
 UNREACHABLE = "127.0.0.1:1"
 
@@ -73,15 +75,36 @@ def test_compare_checks_all_names_before_sampling(manifest: str, tmp_path: Path,
     assert "sample" not in output
 
 
-_FINETUNE = """
+_REJECTED = """
 import sys
+from importlib import import_module
 from batchcls.cli.app import run
-from batchcls.jobs import finetune
+name = sys.argv[1]
+job = import_module(f"batchcls.jobs.{name}")
 for arguments in sys.stdin.read().splitlines():
-    print("exit code", run("finetune", finetune.COMMANDS, arguments.split("|")), file=sys.stderr)
+    print("exit code", run(name, job.COMMANDS, arguments.split("|")), file=sys.stderr)
     if {"ray", "torch"} & set(sys.modules):
         sys.exit("Ray or PyTorch has been imported")
 """
+
+
+def _check_rejected(job: str, given: dict[str, str], wrong: list[tuple[str, str, str]]) -> None:
+    """Run commands with one wrong value each, (flag, value, part of the message), before Ray and PyTorch."""
+    commands = ["|".join(sum((given | {flag: value}).items(), ())) for flag, value, _ in wrong]
+    done = subprocess.run(
+        [sys.executable, "-c", _REJECTED, job],
+        input="\n".join(commands),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[1::2] == ["exit code 2"] * len(wrong), done.stderr
+    for line, (flag, value, message) in zip(lines[::2], wrong, strict=True):
+        assert message in line, (flag, value, line)
 
 
 def test_finetune_reports_errors_before_ray_and_torch_are_imported(manifest: str, tmp_path: Path):
@@ -101,19 +124,31 @@ def test_finetune_reports_errors_before_ray_and_torch_are_imported(manifest: str
         ("--label-column", "color", "--label-column color is missing"),
         ("--id-column", "sku", "column sku is missing"),
     ]
-    commands = ["|".join(sum((given | {flag: value}).items(), ())) for flag, value, _ in wrong]
-    done = subprocess.run(
-        [sys.executable, "-c", _FINETUNE],
-        input="\n".join(commands),
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
-    assert lines[1::2] == ["exit code 2"] * len(wrong), done.stderr
-    for line, (flag, value, message) in zip(lines[::2], wrong, strict=True):
-        assert message in line, (flag, value, line)
+    _check_rejected("finetune", given, wrong)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_evaluate_reports_errors_before_ray_and_torch_are_imported(manifest: str, tmp_path: Path):
+    bundle = teacher().bundle
+    bundle.save(f"{tmp_path}/bundle", Storage())
+    given = {"--manifest": manifest, "--model": f"{tmp_path}/bundle", "--output": f"{tmp_path}/out"}
+    wrong = [
+        ("--model", "./no/bundle", "no/bundle does not exist"),
+        ("--run", "out/runs/1", "either --model BUNDLE or --run"),
+        ("--manifest", "nowhere.parquet", "nowhere.parquet does not exist"),
+        ("--label-column", "color", "--label-column color is missing"),
+        ("--id-column", "sku", "column sku is missing"),
+    ]
+    _check_rejected("evaluate", given, wrong)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_compare_reports_errors_before_ray_and_torch_are_imported(manifest: str, tmp_path: Path):
+    given = {"--manifest": manifest, "--models": "resnet50", "--output": f"{tmp_path}/out"}
+    wrong = [
+        ("--models", "resnet50,resnet51", "did you mean resnet50"),
+        ("--models", "./no/bundle", "no/bundle does not exist"),
+        ("--engines", "tensorflow:fp32", "tensorflow"),
+    ]
+    _check_rejected("compare", given, wrong)
     assert not list(tmp_path.glob("out*"))

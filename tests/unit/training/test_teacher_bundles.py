@@ -11,9 +11,10 @@ from pydantic import ValidationError
 
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import InputError
+from batchcls.jobs.input_check import check_finetune
 from batchcls.models.model_bundle import Bundle
 from batchcls.storage.filesystem import Storage
-from batchcls.training.teacher_bundles import check_teachers, open_teachers
+from batchcls.training.teacher_bundles import open_teachers
 from tests.conftest import REPOSITORY
 from tests.helpers.training import LABELS, teacher
 
@@ -61,9 +62,9 @@ def test_classes_of_the_teacher_are_in_the_order_of_the_student(tmp_path: Path):
 
 def test_teacher_without_a_category_is_rejected_and_the_category_named(tmp_path: Path, manifest: str):
     complete, lacking = saved(tmp_path / "complete"), without(tmp_path / "lacking", "cap")
-    check_teachers(config(manifest, complete))
+    check_finetune(config(manifest, complete))
     message = rf"--teacher {lacking} lacks 1 of the 3 categories of the student: cap; fine-tune the teacher"
-    for found in (check_teachers, lambda chosen: open_teachers(chosen.teacher, LABELS, Storage())):
+    for found in (check_finetune, lambda chosen: open_teachers(chosen.teacher, LABELS, Storage())):
         with pytest.raises(InputError, match=message):
             found(config(manifest, complete, lacking))
 
@@ -72,19 +73,19 @@ def test_categories_of_the_student_are_those_of_its_bundle_and_of_labels(tmp_pat
     """The categories of the initial bundle are kept, and --labels may name more than the manifest has."""
     complete, larger = saved(tmp_path / "complete"), saved(tmp_path / "larger", "scarf")
     with pytest.raises(InputError, match=r"lacks 1 of the 4 categories of the student: scarf"):
-        check_teachers(config(manifest, complete, model=larger))
-    check_teachers(config(manifest, larger, model=complete))
+        check_finetune(config(manifest, complete, model=larger))
+    check_finetune(config(manifest, larger, model=complete))
     (tmp_path / "labels.txt").write_text("bag\ncap\nmug\nwatch\n")
     with pytest.raises(InputError, match=r"lacks 1 of the 4 categories of the student: watch"):
-        check_teachers(config(manifest, larger, labels=str(tmp_path / "labels.txt")))
+        check_finetune(config(manifest, larger, labels=str(tmp_path / "labels.txt")))
 
 
 def test_missing_and_untrained_teachers_are_rejected(tmp_path: Path, manifest: str):
     with pytest.raises(InputError, match=r"--teacher .*/absent: there is no bundle, .* `batchcls finetune`"):
-        check_teachers(config(manifest, str(tmp_path / "absent")))
+        check_finetune(config(manifest, str(tmp_path / "absent")))
     for name, changes in (("new", {"untrained_head": True}), ("random", {"origin": {"kind": "random"}})):
         with pytest.raises(InputError, match=r"this bundle is not trained; train it"):
-            check_teachers(config(manifest, saved(tmp_path / name, **changes)))
+            check_finetune(config(manifest, saved(tmp_path / name, **changes)))
 
 
 def test_teacher_given_twice_is_rejected(tmp_path: Path):
