@@ -173,7 +173,8 @@ def _init(target: str | None) -> None:
     with _without_native_log_lines():
         ray.init(
             address=target,
-            include_dashboard=False if target == "local" else None,
+            # Its processes take seconds to start. A cluster that is joined keeps its own.
+            include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )

@@ -24,7 +24,7 @@ from batchcls.evaluation.model_predictions import LabeledPredictor, allocate_log
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.throughput import measure_throughput
 from batchcls.jobs.evaluate_run import engine_config, load_settings, open_labeled
-from batchcls.models.cascade_record import CascadeRecord, label_difference
+from batchcls.models.cascade_record import CascadeRecord
 from batchcls.models.engines.engine import Engine, EngineChoice
 from batchcls.models.engines.factory import describe_engine
 from batchcls.models.model_bundle import Bundle
@@ -69,9 +69,6 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Fit and evaluate the cascade and write all outputs. Raises `BatchclsError` on expected errors."""
     storage = Storage(config.storage_options)
     bundles = [Bundle.load(uri, storage) for uri in config.models]
-    difference = label_difference(bundles[0].config.labels, bundles[1].config.labels)
-    if difference is not None:
-        raise InputError(f"--cascade: the models do not have the same labels: {difference}")
     labeled = open_labeled(config, storage)
     small, large = (
         _predict(config, redact_uri(uri), bundle, labeled, console)

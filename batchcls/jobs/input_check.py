@@ -9,6 +9,7 @@ from batchcls.config.evaluate_config import EvaluateConfig
 from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
+from batchcls.models.cascade_record import label_difference
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import Bundle
 from batchcls.models.model_spec import ModelChoices
@@ -67,8 +68,11 @@ def check_evaluate(config: EvaluateConfig) -> None:
         if uri is not None:
             with explain(uri):
                 storage.list_files(uri)
-    for uri in config.models:
-        Bundle.read_config(uri, storage)
+    records = [Bundle.read_config(uri, storage) for uri in config.models]
+    if config.cascade:
+        difference = label_difference(*(record.labels for record in records))
+        if difference is not None:
+            raise InputError(f"--cascade: the models do not have the same labels: {difference}")
     open_labeled_manifest(
         config.manifest, storage, config.label_column, id_column=config.id_column, limit=config.limit
     )
