@@ -17,6 +17,7 @@ def reported(printed: str) -> set[int]:
     return {int(number) for number in re.findall(r"trial (\d+) of \d+: epoch", printed)}
 
 
+@pytest.mark.long
 def test_recipe_that_cannot_be_trained_is_rejected(
     training_catalog: Catalog, cluster: Cluster, tmp_path: Path
 ):

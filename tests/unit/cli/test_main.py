@@ -38,7 +38,7 @@ def test_help_lists_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     text = capsys.readouterr().out
     files = {path.stem for path in (REPOSITORY / "batchcls" / "jobs").glob("*.py")}
     work = {f"{job}_run" for job in ("bundle", "classify", "compare", "evaluate", "finetune")}
-    work |= {"classify_models", "classify_plan", "classify_reuse", "evaluate_cascade"}
+    work |= {"classify_models", "classify_plan", "classify_reuse", "evaluate_cascade", "input_check"}
     assert files - {"__init__"} - work == set(module.JOBS)
     assert all(f"\n  {job} " in text for job in [*module.JOBS, "completion"])
     assert call(monkeypatch) == 0

@@ -58,9 +58,8 @@ def _run(program: str, environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("use", [_ROI_ALIGN, _COMPILE, _DISABLED], ids=["roi_align", "compile", "disable"])
-def test_compiler_is_imported_when_it_is_used(use: str, clean_environment: dict[str, str]):
-    _run(_PREPARE + use, clean_environment)
+def test_compiler_is_imported_when_it_is_used(clean_environment: dict[str, str]):
+    _run(_PREPARE + _ROI_ALIGN + _COMPILE + _DISABLED, clean_environment)
 
 
 def test_other_attributes_import_the_compiler_while_a_library_is_imported(
@@ -84,6 +83,7 @@ def test_other_attributes_import_the_compiler_while_a_library_is_imported(
     )
 
 
+@pytest.mark.long
 def test_compiler_that_is_imported_already_is_used(clean_environment: dict[str, str]):
     _run(
         "import batchcls, sys, torch._dynamo\n"
