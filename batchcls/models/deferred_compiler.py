@@ -2,8 +2,8 @@
 
 Both libraries import `torch._dynamo` when they are imported: torchvision for one function that its RoI align operator
 calls, timm to apply `torch.compiler.disable` to one method. That is a third of the CPU time in which a process of a
-job starts (docs/measurements/startup.md). While they are imported, a module takes its place that imports the real one
-when something in it is used.
+job starts (docs/measurements/startup.md). While they are imported, substitutes for the two functions import the
+compiler when they are called, and everything else of the compiler is imported as usual.
 
 Does not import PyTorch.
 """
@@ -18,7 +18,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_COMPILER = "torch._dynamo"
+_COMPILER, _UTILITIES = "torch._dynamo", "torch._dynamo.utils"
 _LIBRARIES = ("torchvision", "timm")
 
 
@@ -34,6 +34,8 @@ class _LibraryFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if fullname == _COMPILER:
+            _remove_substitute()
         if fullname not in _LIBRARIES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -44,66 +46,63 @@ class _LibraryFinder(MetaPathFinder):
 
 def _without_compiler(exec_module: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
     def execute(module: ModuleType) -> None:
-        with _compiler_deferred():
+        with _substitutes():
             exec_module(module)
 
     return execute
 
 
 @contextmanager
-def _compiler_deferred() -> Iterator[None]:
-    """Put modules that import the compiler on first use in its place, unless it is imported already."""
+def _substitutes() -> Iterator[None]:
+    """Replace the two functions that the libraries need, unless the compiler is imported already."""
     if _COMPILER in sys.modules:
         yield
         return
-    package = _DeferredModule(_COMPILER)
-    package.disable = _disable
-    utils = _DeferredModule(f"{_COMPILER}.utils")
-    utils.is_compile_supported = _is_compile_supported
-    deferred = {module.__name__: module for module in (package, utils)}
-    sys.modules.update(deferred)
+    from torch import compiler  # noqa: PLC0415 - the libraries import PyTorch anyway
+
+    disable = compiler.disable
+    compiler.disable = functools.partial(_deferred, disable)
+    sys.modules[_UTILITIES] = _Utilities(_UTILITIES)
     try:
         yield
     finally:
-        for name, module in deferred.items():
-            if sys.modules.get(name) is module:
-                del sys.modules[name]
+        compiler.disable = disable
+        _remove_substitute()
 
 
-class _DeferredModule(ModuleType):
-    """Has the attributes of the module of the same name, which it imports for them."""
+class _Utilities(ModuleType):
+    """Has the attributes of the module of the same name, which it imports for all but one of them."""
 
-    __path__: list[str] = []  # noqa: RUF012 - a package, as the import system asks
-    disable: Callable[..., Any]
-    is_compile_supported: Callable[[str], bool]
+    def is_compile_supported(self, device_type: str) -> bool:
+        found: bool = _import_utilities().is_compile_supported(device_type)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system asks for such attributes
             raise AttributeError(name)
-        return getattr(_import_compiler(self.__name__), name)
+        return getattr(_import_utilities(), name)
 
 
-def _import_compiler(name: str) -> ModuleType:
-    """Import a module of the compiler, also while a library is imported."""
-    if isinstance(sys.modules.get(_COMPILER), _DeferredModule):
-        for module in (_COMPILER, f"{_COMPILER}.utils"):
-            del sys.modules[module]
-    return importlib.import_module(name)
+def _import_utilities() -> ModuleType:
+    _remove_substitute()
+    return importlib.import_module(_UTILITIES)
 
 
-def _is_compile_supported(device_type: str) -> bool:
-    found: bool = _import_compiler(f"{_COMPILER}.utils").is_compile_supported(device_type)
-    return found
+def _remove_substitute() -> None:
+    if isinstance(sys.modules.get(_UTILITIES), _Utilities):
+        del sys.modules[_UTILITIES]
 
 
-def _disable(fn: Callable[..., Any] | None = None, *arguments: Any, **options: Any) -> Any:
-    """Do what `torch._dynamo.disable` does, for a function when it is called for the first time."""
+def _deferred(
+    disable: Callable[..., Any], fn: Callable[..., Any] | None = None, *arguments: Any, **options: Any
+) -> Any:
+    """Do what `torch.compiler.disable` does, for a function when it is called for the first time."""
     if fn is None or isinstance(fn, type):
-        return _import_compiler(_COMPILER).disable(fn, *arguments, **options)
+        return disable(fn, *arguments, **options)
 
     @functools.cache
     def disabled() -> Callable[..., Any]:
-        result: Callable[..., Any] = _import_compiler(_COMPILER).disable(fn, *arguments, **options)
+        result: Callable[..., Any] = disable(fn, *arguments, **options)
         return result
 
     @functools.wraps(fn)

@@ -29,7 +29,8 @@ _COMPILE = """
 compiled = torch.compile(torch.nn.Linear(3, 2).requires_grad_(False), backend="eager")
 assert compiled(torch.ones(1, 3)).shape == (1, 2)
 assert "torch._dynamo" in sys.modules
-assert type(sys.modules["torch._dynamo"]).__name__ == type(sys).__name__
+assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"]
+assert type(torch._dynamo.utils) is type(sys)
 """
 
 # The methods of timm that are not compiled, found in its source, are called with the compiler and without.
@@ -69,9 +70,10 @@ def test_other_attributes_import_the_compiler_while_a_library_is_imported(
     (tmp_path / "timm.py").write_text(
         "import torch\n"
         "from torch._dynamo.utils import is_compile_supported\n"
-        "from torch._dynamo.utils import same\n"
         "import torch._dynamo.config\n"
+        "from torch._dynamo.utils import same\n"
         "assert torch._dynamo.config.suppress_errors is False\n"
+        "assert torch._dynamo.config is torch._dynamo.convert_frame.config\n"
         "assert same([1], [1])\n"
     )
     environment = clean_environment | {"PYTHONPATH": f"{tmp_path}:{clean_environment['PYTHONPATH']}"}
