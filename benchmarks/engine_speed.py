@@ -14,7 +14,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -130,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = partial(parser.add_argument)
+    add = parser.add_argument
     add("--models", default="resnet50,mobilenetv3_large_100", help="timm architectures, separated by commas")
     add("--rounds", type=int, default=3)
     add("--seconds", type=float, default=5, help="of each measurement")

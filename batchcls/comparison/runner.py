@@ -12,7 +12,6 @@ from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import BatchclsError, InputError
 from batchcls.images.fetch import FetchPolicy
 from batchcls.images.load_config import DecodeLimits, decode_limits, fetch_policy
-from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.manifest.sample import LABEL, RowSample, take_sample
 from batchcls.manifest.snapshot import Manifest
 from batchcls.models.engines.engine import REFERENCE
@@ -129,14 +128,13 @@ class ComparisonInputs:
     limits: DecodeLimits
 
 
-def open_inputs(config: CompareConfig) -> ComparisonInputs:
-    """Open the manifest, draw the sample and resolve the models.
+def open_inputs(config: CompareConfig, manifest: Manifest) -> ComparisonInputs:
+    """Draw the sample from the manifest and resolve the models.
 
     Raises:
-        InputError: The manifest or a model is missing or invalid; the message states the remedy.
+        InputError: The manifest cannot be read, or a model is invalid; the message states the remedy.
     """
     storage = Storage(config.storage_options)
-    manifest = _open_manifest(config, storage)
     sample = take_sample(manifest, config.images, storage)
     _logger.info(
         "sample: %d of %d rows, %s", sample.rows.num_rows, manifest.rows, _describe_labels(sample, config)
@@ -156,17 +154,6 @@ def _describe_labels(sample: RowSample, config: CompareConfig) -> str:
         return "no label column"
     labels = sample.rows.column(LABEL)
     return f"{len(labels) - labels.null_count} with a label in column {config.label_column}"
-
-
-def _open_manifest(config: CompareConfig, storage: Storage) -> Manifest:
-    """Open the manifest with its labels, if any. An explicitly named label column must exist."""
-    return open_labeled_manifest(
-        config.manifest,
-        storage,
-        config.label_column,
-        id_column=config.id_column,
-        optional="label_column" not in config.model_fields_set,
-    )
 
 
 def _choices(config: CompareConfig, model: str) -> ModelChoices:

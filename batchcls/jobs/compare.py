@@ -22,10 +22,10 @@ def compare(config: CompareConfig, console: Console) -> ExitCode:
     """Measure all candidates and write all outputs. Raises `BatchclsError` on expected errors."""
     from batchcls.jobs.input_check import check_compare  # noqa: PLC0415
 
-    check_compare(config)
+    manifest = check_compare(config)
     from batchcls.jobs import compare_run  # noqa: PLC0415 - PyTorch takes seconds to import
 
-    return compare_run.compare(config, console)
+    return compare_run.compare(config, manifest, console)
 
 
 COMMANDS = (Command("compare", CompareConfig, compare, _EXAMPLES),)

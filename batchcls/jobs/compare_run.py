@@ -29,6 +29,7 @@ from batchcls.comparison.sample_pixels import SamplePixels, load_sample_pixels, 
 from batchcls.config.compare_config import CompareConfig
 from batchcls.errors import ExitCode, InputError, InsufficientResourcesError, stop_run_on_input_error
 from batchcls.hardware import Hardware
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.engines.engine import Device
 from batchcls.preprocessing import Preprocessing
 from batchcls.ray_runtime import (
@@ -44,9 +45,9 @@ from batchcls.storage.filesystem import redact_uri
 _logger = logging.getLogger("batchcls.jobs.compare")
 
 
-def compare(config: CompareConfig, console: Console) -> ExitCode:
-    """Measure all candidates and write all outputs. Raises `BatchclsError` on expected errors."""
-    inputs = open_inputs(config)
+def compare(config: CompareConfig, manifest: Manifest, console: Console) -> ExitCode:
+    """Measure all candidates on images of the manifest and write all outputs. Raises `BatchclsError`."""
+    inputs = open_inputs(config, manifest)
     results = Results(config.output, inputs.sample.fingerprint, inputs.storage)
     with ray_session(config.ray_address):
         nodes = _find_nodes(config)

@@ -9,6 +9,7 @@ from batchcls.config.evaluate_config import EvaluateConfig
 from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import InputError
 from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.cascade_record import label_difference
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import Bundle
@@ -78,13 +79,20 @@ def check_evaluate(config: EvaluateConfig) -> None:
     )
 
 
-def check_compare(config: CompareConfig) -> None:
-    """Check the names of engines and models.
+def check_compare(config: CompareConfig) -> Manifest:
+    """Check the names of engines and models, and return the opened manifest.
 
     Raises:
-        InputError: there is no such engine, architecture or bundle.
+        InputError: there is no such engine, architecture, bundle, manifest or column.
     """
     check_engines(config.engines)
     storage = Storage(config.storage_options)
     for model in config.models:
         check_model(model, ModelChoices(), storage)
+    return open_labeled_manifest(
+        config.manifest,
+        storage,
+        config.label_column,
+        id_column=config.id_column,
+        optional="label_column" not in config.model_fields_set,  # a column that is named must exist
+    )

@@ -149,6 +149,9 @@ def test_compare_reports_errors_before_ray_and_torch_are_imported(manifest: str,
         ("--models", "resnet50,resnet51", "did you mean resnet50"),
         ("--models", "./no/bundle", "no/bundle does not exist"),
         ("--engines", "tensorflow:fp32", "tensorflow"),
+        ("--manifest", "nowhere.parquet", "nowhere.parquet does not exist"),
+        ("--label-column", "color", "--label-column color is missing"),
+        ("--id-column", "sku", "column sku is missing"),
     ]
     _check_rejected("compare", given, wrong)
     assert not list(tmp_path.glob("out*"))

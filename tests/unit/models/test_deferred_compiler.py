@@ -33,7 +33,7 @@ assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"]
 assert type(torch._dynamo.utils) is type(sys)
 """
 
-# The methods of timm that are not compiled, found in its source, are called with the compiler and without.
+# The network whose method timm excludes from compilation, compiled and not compiled.
 _DISABLED = """
 from timm.models import naflexvit
 network = timm.create_model("naflexvit_base_patch16_gap", num_classes=2, embed_dim=64, depth=1, num_heads=2)
