@@ -22,6 +22,7 @@ from batchcls.models.model_bundle import Bundle
 from batchcls.ray_runtime import MALLOC_VARIABLES, WORKER_VARIABLES
 from batchcls.runs.lease import Lease
 from batchcls.storage.filesystem import Storage, is_remote, join
+from batchcls.training.checkpoint_recovery import recover_checkpoint_list
 from batchcls.training.failures import one_line, out_of_memory, permanent_failure, worker_failures
 from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import remove_node_caches
@@ -69,6 +70,7 @@ SPIN_BEFORE_SLEEP = {"GOMP_SPINCOUNT": "10000"}
 """Environment variables of training workers in addition to `WORKER_VARIABLES`."""
 
 _CHECK_SECONDS = 5.0
+_CHECKPOINTS = "checkpoints"
 
 _logger = logging.getLogger(__name__)
 
@@ -141,6 +143,7 @@ def run_training(
         nodes.poll()
 
     def trainer() -> TorchTrainer:
+        recover_checkpoint_list(join(config.work_folder, _CHECKPOINTS, name), storage)
         return TorchTrainer(
             train,
             train_loop_config={"assignment": assignment},
@@ -253,7 +256,7 @@ def _fit(trainer: TorchTrainer, check: Callable[[], None]) -> Any:
 
 def run_config(config: FinetuneConfig, name: str, storage: Storage) -> RunConfig:
     """Return the configuration of Ray Train: checkpoints, failures and the environment of workers."""
-    folder = join(config.work_folder, "checkpoints")
+    folder = join(config.work_folder, _CHECKPOINTS)
     filesystem, path = storage.arrow_filesystem(folder)
     return RunConfig(
         name=name,

@@ -18,6 +18,7 @@ from batchcls.cli.app import run
 from batchcls.jobs import bundle, classify, evaluate, finetune
 from batchcls.models.model_bundle import Bundle
 from batchcls.storage.filesystem import Storage
+from batchcls.training.checkpoint_recovery import LIST
 from batchcls.training.work_dir import locked_work_dir
 from tests.helpers.finetuning import (
     Catalog,
@@ -162,12 +163,15 @@ def test_run_of_killed_driver_is_resumed(
     wait_for_line(process, log, r"epoch 4: ")
     process.kill()
     process.wait()
+    # As if the driver had been killed while Ray Train wrote its list of checkpoints.
+    (output.with_name("bundle.training") / "checkpoints" / run_id / LIST).write_bytes(b"")
     arguments = (*training_catalog.arguments, "--output", str(output), "--max-workers", "1")
     exit_code, printed = run_here(cluster, finetune, *arguments, "--seed", "5")
     assert (exit_code, "differs in seed" in printed) == (2, True), printed
     exit_code, printed = run_here(cluster, finetune, *arguments)
     assert exit_code == 0, printed
     assert f"resuming run {run_id}" in printed
+    assert "was truncated, because a process was killed" in printed
     assert "resuming from the checkpoint of epoch" in printed
     assert_same_result(lineage(output), lineage(undisturbed[0]))
 
