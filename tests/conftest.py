@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Ray starts workers with a lower priority (nice 15). While other test processes use all cores, a worker would get a
+# thirtieth of a core where the kernel does not group processes by session, and time limits would fail.
+NORMAL_PRIORITY = {"RAY_worker_niceness": "0"}
+os.environ |= NORMAL_PRIORITY
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -121,4 +126,4 @@ def clean_environment() -> dict[str, str]:
     environment["PYTHONPATH"] = str(REPOSITORY)
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment["RAY_USAGE_STATS_ENABLED"] = "0"
-    return environment
+    return environment | NORMAL_PRIORITY
