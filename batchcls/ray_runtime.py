@@ -183,11 +183,6 @@ def _init(target: str | None) -> None:
     ray._private.worker._worker_logs_enabled = False
 
 
-def node_resources() -> list[NodeResources]:
-    """Return the CPUs and GPUs that Ray may use on each alive node of the cluster."""
-    return [NodeResources(node.cpus, node.gpus) for node in alive_nodes()]
-
-
 @dataclass(frozen=True, slots=True)
 class NodeInfo(NodeResources):
     """A node of the cluster: the CPUs and GPUs that Ray may use, its Ray node id, host name and labels."""

@@ -35,7 +35,8 @@ from batchcls.pipeline.node_engines import EngineSelection
 from batchcls.pipeline.pipeline_spec import Engines, NodeEngine, WorkerSpec
 from batchcls.pipeline.ray_data.fragment_actor import FragmentActor
 from batchcls.pipeline.ray_data.fused_graph import FusedGraph
-from batchcls.ray_runtime import node_resources, ray_session
+from batchcls.ray_runtime import alive_nodes, ray_session
+from batchcls.resources import NodeResources
 from batchcls.runs.bottleneck import find_bottleneck
 from batchcls.runs.commit import reconcile
 from benchmarks.process import REPOSITORY
@@ -92,8 +93,9 @@ def measure(count: int, rate: float, seconds: float, folder: Path) -> dict[str, 
             started, cpu = time.time(), time.process_time()
             receipts = run.execute()
             driver_seconds = time.process_time() - cpu
+            nodes = [NodeResources(node.cpus, node.gpus) for node in alive_nodes()]
             result = PipelineResult(
-                spec, receipts, run.progress(), started, time.time(), driver_seconds, node_resources()
+                spec, receipts, run.progress(), started, time.time(), driver_seconds, nodes
             )
     finally:
         ray.shutdown()

@@ -8,9 +8,9 @@ from batchcls.config.common_config import (
     Address,
     AutoOrCount,
     AutoOrFraction,
-    ClusterSettings,
     FetchSettings,
     ModelAddress,
+    PlacementSettings,
     PreprocessingSettings,
 )
 from batchcls.storage.filesystem import redact_options, redact_uri
@@ -35,6 +35,7 @@ _IGNORED_BY_LINEAR_PROBE = (
         "loader_processes",
         "max_failures",
     ),
+    *("use_head", "node_labels", "require_gpu"),
     *(
         "held_out_fraction",
         "patience",
@@ -48,7 +49,7 @@ _IGNORED_BY_LINEAR_PROBE = (
 )
 
 
-class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
+class FinetuneConfig(FetchSettings, PlacementSettings, PreprocessingSettings):
     """Train a network on labeled images and write a model bundle."""
 
     manifest: Address = Field(
@@ -268,6 +269,8 @@ class FinetuneConfig(FetchSettings, ClusterSettings, PreprocessingSettings):
             )
         if self.max_workers != "auto" and self.min_workers != "auto" and self.min_workers > self.max_workers:
             raise ValueError("--min-workers must not be larger than --max-workers")
+        if self.require_gpu and self.device == "cpu":
+            raise ValueError("--require-gpu and --device cpu contradict each other; leave one of them out")
         return self
 
     @model_validator(mode="after")

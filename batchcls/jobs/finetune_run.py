@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from batchcls.cli.app import resumes_after_interrupt
-from batchcls.cli.console import results_console, show_progress
+from batchcls.cli.console import results_console
 from batchcls.cli.tables import bundle_line
+from batchcls.cluster.job_nodes import JobNodes
+from batchcls.cluster.placement import Placement
 from batchcls.config.finetune_config import LINEAR_PROBE, FinetuneConfig
 from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
 from batchcls.images.load_config import decode_limits, fetch_policy
@@ -26,7 +28,7 @@ from batchcls.manifest.ids import values_of_rows
 from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
-from batchcls.ray_runtime import node_resources, prepare_environment, ray_session, wait_for_cluster
+from batchcls.ray_runtime import prepare_environment, ray_session, wait_for_cluster
 from batchcls.runs.commit import allowed_fraction
 from batchcls.runs.lease import Lease
 from batchcls.runs.paths import new_run_id
@@ -43,14 +45,13 @@ from batchcls.training.linear_probe.fit import LinearSettings
 from batchcls.training.linear_probe.probe_job import LinearProbeResult, ProbeSettings, linear_probe_bundle
 from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import check_nodes
-from batchcls.training.pixel_cache import PreparedPixels, check_failures, prepare_pixels
+from batchcls.training.pixel_preparation import PreparedPixels, prepare_pixels
 from batchcls.training.ray_train import TrainingDivergedError, TrainingRun, run_training
 from batchcls.training.sampling import LabeledRows, hold_out
 from batchcls.training.scaling import Workers, plan_workers
 from batchcls.training.train_config import TrainingSettings
 from batchcls.training.train_inputs import TrainingInputs, TrainingManifest, open_inputs, resolve_recipe
 from batchcls.training.trained_bundle import TrainingResult, trained_bundle
-from batchcls.training.training_progress import TrainingProgress
 from batchcls.training.tuning.search import tuned
 from batchcls.training.tuning.trials import TuningChoice
 from batchcls.training.work_dir import (
@@ -172,20 +173,28 @@ def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: Exi
             result_settings = inputs.result_settings(config)
             if _is_done(config, digest_of(result_settings), inputs.storage):
                 return ExitCode.DONE
-            work_dir_run, plan, workers = _begin(config, inputs, result_settings)
+            work_dir_run, plan, workers, placement = _begin(config, inputs, result_settings)
             parameters = {"config": config.redacted(), "recipe": inputs.recipe.model_dump(mode="json")}
             tracked = tracking.enter_context(
                 tracked_run(config.mlflow, config.mlflow_experiment, work_dir_run.run_id, parameters)
             )
-            pixels = _prepare(config, inputs, lease, console)
-            duplicates = report_pixel_duplicates(inputs, pixels, config.work_folder, config.leaks, lease)
+            pixels = prepare_pixels(config, inputs, placement, lease, console)
+            duplicates = report_pixel_duplicates(
+                inputs, pixels, config.work_folder, config.leaks, placement, lease
+            )
             settings = _settings(config, inputs, pixels, workers, plan)
             if config.leaks == "remove":
                 settings = without_leaks(settings, duplicates, inputs.categories.labels)
             rows = len(settings.training.rows)
             workers = limit_workers(config, workers, plan, rows, inputs.min_micro_batch_size)
             run = TrainingRun(
-                work_dir_run.run_id, inputs.storage, lease, console, tracked.add_epochs, inputs.teachers
+                work_dir_run.run_id,
+                inputs.storage,
+                lease,
+                console,
+                placement,
+                tracked.add_epochs,
+                inputs.teachers,
             )
             tuning: TuningChoice | None = None
             if config.tune is not None:
@@ -236,26 +245,33 @@ def _pixel_bytes(config: FinetuneConfig, inputs: TrainingInputs) -> int:
 
 def _begin(
     config: FinetuneConfig, inputs: TrainingInputs, result_settings: Mapping[str, Any]
-) -> tuple[WorkDirRun, StepPlan, Workers]:
+) -> tuple[WorkDirRun, StepPlan, Workers, Placement]:
     """Validate everything that can be rejected before pixels are prepared, then record the run."""
     rows, needed = len(inputs.training.labeled_rows()), inputs.min_micro_batch_size
     work_dir_run = find_run(config.work_folder, result_settings, inputs.storage, restart=config.restart)
     step_images = config.batch_size or inputs.recipe.batch_size
+    job_nodes = JobNodes(config)
     workers = wait_for_cluster(
-        lambda: plan_workers(config, node_resources(), step_images),
+        lambda: plan_workers(config, job_nodes.find().nodes, step_images),
         config.wait_for_cluster_seconds,
-        label_selector=dict,  # training may run on every node
+        lambda: job_nodes.find().job,
     )
+    placement = job_nodes.find()
+    _logger.info(placement.describe_nodes(placement.nodes))
+    if config.device == "auto" and not workers.use_gpu:
+        job_nodes.warn_about_missing_gpus(placement)
     plan = work_dir_run.plan or plan_steps(config, inputs.recipe, workers, rows, needed)
     workers = limit_workers(config, workers, plan, rows, needed)
-    check_nodes(config.work_folder, work_dir_run.run_id, _pixel_bytes(config, inputs), inputs.storage)
+    check_nodes(
+        config.work_folder, work_dir_run.run_id, _pixel_bytes(config, inputs), inputs.storage, placement
+    )
     record_run(config.work_folder, work_dir_run, result_settings, plan, inputs.storage)
     verb = "resuming" if work_dir_run.is_resumed else "starting"
     _logger.info("%s run %s in %s", verb, work_dir_run.run_id, redact_uri(config.work_folder))
     _logger.info("%s, initial weights: %s", workers, bundle_line(inputs.initial_bundle))
     for teacher in inputs.teachers:
         _logger.info("teacher: %s", bundle_line(teacher.bundle))
-    return work_dir_run, plan, workers
+    return work_dir_run, plan, workers, placement
 
 
 def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
@@ -281,35 +297,6 @@ def _is_done(config: FinetuneConfig, digest: str, storage: Storage) -> bool:
     )
     finish_run(config.work_folder, storage)
     return True
-
-
-def _prepare(
-    config: FinetuneConfig, inputs: TrainingInputs, lease: Lease, console: Console
-) -> tuple[PreparedPixels, PreparedPixels]:
-    """Prepare the pixels of both manifests. Raises BudgetExceeded if too many images fail."""
-    progress = TrainingProgress()
-
-    def prepared(part: TrainingManifest, before: int) -> PreparedPixels:
-        def on_progress(done: int) -> None:
-            lease.check()
-            progress.rows = before + done
-
-        return prepare_pixels(
-            part.manifest, part.invalid_ids, part.load, config.work_folder, inputs.storage, on_progress
-        )
-
-    rows = inputs.training.manifest.rows + inputs.validation.manifest.rows
-    with show_progress(lambda: progress, rows, console, config.log_interval_seconds, "prepare"):
-        training = prepared(inputs.training, 0)
-        validation = prepared(inputs.validation, inputs.training.manifest.rows)
-    max_failed_fraction = config.max_failed_fraction
-    for which, pixels, part in (
-        ("training", training, inputs.training),
-        ("validation", validation, inputs.validation),
-    ):
-        rows = part.manifest.rows
-        check_failures(which, pixels, rows, allowed_fraction(max_failed_fraction, rows))
-    return training, validation
 
 
 def _settings(

@@ -10,7 +10,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from batchcls.cluster.placement import Placement
 from batchcls.errors import InputError
+from batchcls.ray_runtime import alive_nodes
 from batchcls.storage.filesystem import Storage, explain, is_remote, join, local_path, redact_uri
 from batchcls.training.node_cache import NodeCache, NodeView, free_bytes, inspect_node
 
@@ -28,7 +30,9 @@ class Host:
     name: str
 
 
-def check_nodes(work_dir: str, run_id: str, required_bytes: int, storage: Storage) -> None:
+def check_nodes(
+    work_dir: str, run_id: str, required_bytes: int, storage: Storage, placement: Placement
+) -> None:
     """Check that every node has access to and disk space for the prepared images, before they are prepared.
 
     Args:
@@ -37,12 +41,13 @@ def check_nodes(work_dir: str, run_id: str, required_bytes: int, storage: Storag
         run_id: ID of the run, which names the copies.
         required_bytes: total size of the prepared images.
         storage: storage that holds the work directory.
+        placement: nodes that may train.
 
     Raises:
         InputError: a node cannot access the folder, or does not have enough disk space.
     """
     if is_remote(work_dir):
-        views = _inspect_nodes(run_id, "")
+        views = _inspect_nodes(run_id, "", placement)
         for host, view in views.items():
             if view.free < required_bytes:
                 raise InputError(
@@ -68,7 +73,7 @@ def check_nodes(work_dir: str, run_id: str, required_bytes: int, storage: Storag
             f"{redact_uri(work_dir)} has {free / _GIB:.1f} GiB free and needs {required_bytes / _GIB:.1f} GiB for the "
             "prepared pixels; choose another folder with --work-dir, or train on fewer images"
         )
-    nodes = _require_visible(work_dir, run_id, storage)
+    nodes = _require_visible(work_dir, run_id, storage, placement)
     _logger.info(
         "checkpoints: %s; prepared pixels: %s, %.2f GiB; %s",
         redact_uri(join(work_dir, "checkpoints")),
@@ -80,9 +85,9 @@ def check_nodes(work_dir: str, run_id: str, required_bytes: int, storage: Storag
     )
 
 
-def remove_node_caches(run_id: str) -> None:
+def remove_node_caches(run_id: str, placement: Placement) -> None:
     """Remove the copies of a run on all live nodes, after its workers have ended."""
-    hosts = _hosts()
+    hosts = _hosts(placement)
     tasks = _submit_to_each(hosts, _remove, run_id)
     for host, task in zip(hosts, tasks, strict=True):
         try:
@@ -96,17 +101,19 @@ def remove_node_caches(run_id: str) -> None:
             )
 
 
-def _require_visible(work_dir: str, run_id: str, storage: Storage) -> int:
-    """Check that all nodes see a local work directory; return the number of nodes."""
-    nodes = len(_hosts())
-    if nodes < 2:
-        return nodes
+def _require_visible(work_dir: str, run_id: str, storage: Storage, placement: Placement) -> int:
+    """Check that all nodes see the local work directory of the driver; return the number of nodes."""
+    hosts = _hosts(placement)
+    if {host.node_id for host in hosts} == {ray.get_runtime_context().get_node_id()}:
+        return len(hosts)
     mark = join(work_dir, f".seen-{uuid.uuid4().hex}")
     with explain(work_dir):
         storage.write_atomic(mark, b"")
     try:
         missing = [
-            host.name for host, view in _inspect_nodes(run_id, local_path(mark)).items() if not view.sees_mark
+            host.name
+            for host, view in _inspect_nodes(run_id, local_path(mark), placement).items()
+            if not view.sees_mark
         ]
     finally:
         storage.remove([mark])
@@ -117,11 +124,11 @@ def _require_visible(work_dir: str, run_id: str, storage: Storage) -> int:
             f"({', '.join(missing[:3])}); with more than one node it must be a folder that all of them share, or a "
             "remote store such as s3://"
         )
-    return nodes
+    return len(hosts)
 
 
-def _inspect_nodes(run_id: str, mark: str) -> dict[Host, NodeView]:
-    hosts = _hosts()
+def _inspect_nodes(run_id: str, mark: str, placement: Placement) -> dict[Host, NodeView]:
+    hosts = _hosts(placement)
     tasks = _submit_to_each(hosts, inspect_node, run_id, mark)
     views: dict[Host, NodeView] = {}
     for host, task in zip(hosts, tasks, strict=True):
@@ -134,14 +141,14 @@ def _inspect_nodes(run_id: str, mark: str) -> dict[Host, NodeView]:
     return views
 
 
-def _hosts() -> list[Host]:
-    """Return the alive nodes on which tasks and workers can run."""
-    hosts = [
-        Host(node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})")
-        for node in ray.nodes()
-        if node["Alive"] and (node["Resources"].get("CPU", 0) > 0 or node["Resources"].get("GPU", 0) > 0)
+def _hosts(placement: Placement) -> list[Host]:
+    """Return the alive nodes that may train."""
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    return [
+        Host(node.node_id, f"{node.host} ({addresses[node.node_id]})")
+        for node in alive_nodes()
+        if placement.allows(node) and (node.cpus > 0 or node.gpus > 0)
     ]
-    return sorted(hosts, key=lambda host: (host.name, host.node_id))
 
 
 def _submit_to_each(

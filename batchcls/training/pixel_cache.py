@@ -1,36 +1,33 @@
 """Decodes the images of a manifest once into uint8 arrays that training reads in random order.
 
-Ray tasks fetch and decode the images with the same code as `classify`, and write parts to the work directory:
+The images are fetched and decoded with the same code as in `classify`, and written as parts to the work directory:
 PART.npy with an array of shape (N, H, W, 3), and PART.json, written last, with the failed rows. Existing
 parts are not prepared again.
 """
 
 import hashlib
 import io
-import logging
 import os
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray
 
 from batchcls.comparison.sample_pixels import pixels_key
-from batchcls.errors import BudgetExceeded, InputError
+from batchcls.errors import InputError
 from batchcls.images.load_config import LoadSettings
 from batchcls.images.loader import Loader
 from batchcls.manifest.fragment_reader import FragmentReader
-from batchcls.manifest.ids import InvalidIds
 from batchcls.manifest.snapshot import Columns, Fragment, Manifest
 from batchcls.preprocessing import Preprocessing
-from batchcls.schema import PIXELS, REASONS, ROW, Failure, Reason
+from batchcls.schema import PIXELS, ROW, Failure
 from batchcls.storage.documents import Count, Document, DocumentError
-from batchcls.storage.filesystem import Storage, explain, is_remote, join, local_path, redact_uri
+from batchcls.storage.filesystem import Storage, explain, is_remote, join, local_path
 from batchcls.training.node_cache import NodeCache
 
 PART_ROWS = 512
@@ -252,111 +249,3 @@ def _on_disk(uri: str, storage: Storage, cache: NodeCache) -> Path:
             "share, or a remote store such as s3://"
         )
     return path
-
-
-_RETRIES = 3
-_PENDING_TASKS_PER_CPU = 2
-
-_logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedPixels:
-    """Location of the prepared images of a manifest, and the rows that failed.
-
-    Attributes:
-        folder: folder of the parts.
-        uris: URIs of the parts in row order, without suffix.
-        failed: reason and detail of failed rows, by row number.
-    """
-
-    folder: str
-    uris: tuple[str, ...]
-    failed: Mapping[int, tuple[str, str]]
-
-    def has_image(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Return a boolean array that is true for the row numbers that have an image."""
-        return ~np.isin(rows, np.fromiter(self.failed, np.int64, len(self.failed)))
-
-
-def prepare_pixels(
-    manifest: Manifest,
-    invalid_ids: InvalidIds,
-    settings: LoadSettings,
-    work_dir: str,
-    storage: Storage,
-    on_progress: Callable[[int], None],
-) -> PreparedPixels:
-    """Fetch, decode and write all images that are not prepared yet.
-
-    Args:
-        manifest: manifest of the images.
-        invalid_ids: rows with null or duplicate IDs, which are excluded.
-        settings: how images are loaded.
-        work_dir: URI of the work directory.
-        storage: storage that holds the manifest and the work directory.
-        on_progress: called with the number of rows prepared so far.
-    """
-    # Labels were read before.
-    columns = manifest.without_kept().columns
-    folder = pixel_folder(work_dir, manifest, settings)
-    parts = pixel_parts(manifest, folder)
-    shared = ray.put((columns, storage, replace(settings, kept=())))
-    rows_done = 0
-    failed: dict[int, tuple[str, str]] = {}
-    for outcome in _prepare_parts(parts, invalid_ids, shared):
-        rows_done += outcome.rows
-        failed |= outcome.failures
-        on_progress(rows_done)
-    return PreparedPixels(folder, tuple(part.uri for part in parts), failed)
-
-
-def _prepare_parts(
-    parts: Sequence[PixelPart], invalid_ids: InvalidIds, shared: Any
-) -> Iterator[PreparedPart]:
-    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_prepare_part_task)
-    max_pending = max(1, int(ray.cluster_resources().get("CPU", 1))) * _PENDING_TASKS_PER_CPU
-    pending: list[Any] = []
-    for part in parts:
-        first = part.fragment.first_row
-        pending.append(task.remote(part, shared, invalid_ids.between(first, first + part.fragment.rows)))
-        if len(pending) >= max_pending:
-            ready, pending = ray.wait(pending)
-            yield from ray.get(ready)
-    while pending:
-        ready, pending = ray.wait(pending)
-        yield from ray.get(ready)
-
-
-def _prepare_part_task(part: PixelPart, shared: Any, rejected: Mapping[int, Any]) -> PreparedPart:
-    columns, storage, settings = shared
-    return prepare_part(part, columns, storage, settings, rejected)
-
-
-def check_failures(name: str, pixels: PreparedPixels, rows: int, max_fraction: float) -> None:
-    """Log the number of images that cannot be used, with reasons.
-
-    Args:
-        name: name of the manifest in messages, such as "training".
-        pixels: prepared images of the manifest.
-        rows: number of rows of the manifest.
-        max_fraction: maximum fraction of failed images, 0..1.
-
-    Raises:
-        BudgetExceeded: the fraction of failed images is larger than `max_fraction`.
-    """
-    if not pixels.failed:
-        return
-    counts = Counter(reason for reason, _ in pixels.failed.values())
-    reasons = "; ".join(
-        f"{reason}={count} ({REASONS[Reason(reason)].meaning})" for reason, count in counts.most_common()
-    )
-    share = len(pixels.failed) / rows
-    first = ", ".join(f"row {row}" for row in sorted(pixels.failed)[:5])
-    message = f"{len(pixels.failed)} of {rows} {name} images cannot be used ({share:.2%}): {reasons}; {first}"
-    if share > max_fraction:
-        raise BudgetExceeded(
-            f"{message}; more than --max-failed-fraction {max_fraction:g} allows. The prepared images are in "
-            f"{redact_uri(pixels.folder)}"
-        )
-    _logger.warning("%s; they are excluded", message)

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from batchcls.cli.console import show_progress
+from batchcls.cluster.placement import Placement
 from batchcls.config.finetune_config import FinetuneConfig
 from batchcls.errors import BatchclsError, InputError, StorageStoppedError
 from batchcls.models.model_bundle import Bundle
@@ -26,7 +27,7 @@ from batchcls.training.checkpoint_recovery import recover_checkpoint_list
 from batchcls.training.failures import one_line, out_of_memory, permanent_failure, worker_failures
 from batchcls.training.loss import Divergence
 from batchcls.training.node_storage import remove_node_caches
-from batchcls.training.pixel_cache import PreparedPixels
+from batchcls.training.pixel_preparation import PreparedPixels
 from batchcls.training.scaling import Workers
 from batchcls.training.teacher_bundles import TeacherBundle
 from batchcls.training.train_config import CHECKPOINT, Assignment, Record, TrainingSettings
@@ -44,6 +45,7 @@ class TrainingRun:
         storage: storage that holds the work directory.
         lease: lease of the work directory; training stops if it is lost.
         console: console that shows the progress.
+        placement: nodes that train.
         on_epochs: called with the records of finished epochs, from any thread.
         teachers: teachers of a distillation.
     """
@@ -52,6 +54,7 @@ class TrainingRun:
     storage: Storage
     lease: Lease
     console: Console
+    placement: Placement
     on_epochs: Callable[[list[Record]], None] = lambda _: None
     teachers: tuple[TeacherBundle, ...] = ()
 
@@ -136,7 +139,7 @@ def run_training(
     num_workers: int | tuple[int, int] = workers.max_workers
     if workers.min_workers < workers.max_workers:
         num_workers = (workers.min_workers, workers.max_workers)
-    nodes = TrainingNodes(workers, progress_actor)
+    nodes = TrainingNodes(workers, run.placement, progress_actor)
 
     def check() -> None:
         run.lease.check()
@@ -152,6 +155,7 @@ def run_training(
                 num_workers=num_workers,
                 use_gpu=workers.use_gpu,
                 resources_per_worker=workers.resources,
+                label_selector=dict(run.placement.job),
                 elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=run_config(config, name, storage),
@@ -169,7 +173,7 @@ def run_training(
             result = fit_until_done(trainer, config.max_failures, check, nodes.is_node_loss)
     finally:
         if assignment.copies:
-            remove_node_caches(name)
+            remove_node_caches(name, run.placement)
     _poll_progress(progress_actor, run.on_epochs)
     if isinstance(result.return_value, Divergence):
         raise TrainingDivergedError(result.return_value)

@@ -71,9 +71,10 @@ def plan_workers(config: FinetuneConfig, nodes: Sequence[NodeResources], step_im
         InsufficientResourcesError: the minimum number of workers does not fit into the cluster.
     """
     gpus = int(sum(node.gpus for node in nodes))
-    if config.device == "cuda" and gpus == 0:
+    if (config.device == "cuda" or config.require_gpu) and gpus == 0:
+        flag = "--require-gpu" if config.require_gpu else "--device cuda"
         raise InsufficientResourcesError(
-            "--device cuda: the cluster has no GPU; use --device auto or cpu, or add a GPU node",
+            f"{flag}: no node that training may use has a GPU; use --device auto or cpu, or add a GPU node",
             {"GPU": 1},
             _resolve(config.min_workers, 1),
         )
@@ -81,7 +82,8 @@ def plan_workers(config: FinetuneConfig, nodes: Sequence[NodeResources], step_im
     usable = [node for node in nodes if (node.gpus >= 1 if use_gpu else node.cpus >= 1)]
     if not usable:
         raise InsufficientResourcesError(
-            "the cluster has no node with a CPU for workers; start nodes with --num-cpus 1 or more",
+            "the cluster has no node with a CPU that training may use; start nodes with --num-cpus 1 or more, or see "
+            "--use-head and --node-labels",
             {"CPU": _resolve(config.cpus_per_worker, 1)},
             _resolve(config.min_workers, 1),
         )

@@ -11,7 +11,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batchcls.cluster.node_events import NodeEvent, NodeWatch
-from batchcls.ray_runtime import node_resources
+from batchcls.cluster.placement import Placement
+from batchcls.ray_runtime import alive_nodes
 from batchcls.training.scaling import Workers
 from batchcls.training.training_progress import WorkerGroup
 
@@ -27,14 +28,15 @@ _logger = logging.getLogger(__name__)
 class TrainingNodes:
     """Logs which nodes joined or left, and what training does next."""
 
-    def __init__(self, workers: Workers, progress_actor: Any) -> None:
+    def __init__(self, workers: Workers, placement: Placement, progress_actor: Any) -> None:
         """Start to watch.
 
         Args:
             workers: number and resources of the workers.
+            placement: nodes that may run workers.
             progress_actor: handle of the `TrainingProgressActor`.
         """
-        self._workers, self._progress_actor = workers, progress_actor
+        self._workers, self._placement, self._progress_actor = workers, placement, progress_actor
         self._watch = NodeWatch()
         self._checkpoints_at_loss = -1
 
@@ -71,7 +73,8 @@ class TrainingNodes:
         return group
 
     def _possible_workers(self) -> int:
-        return min(self._workers.max_workers, self._workers.capacity(node_resources()))
+        nodes = [node for node in alive_nodes() if self._placement.allows(node)]
+        return min(self._workers.max_workers, self._workers.capacity(nodes))
 
     def _log_left(self, node: NodeEvent, group: WorkerGroup) -> None:
         lost, possible = group.nodes.count(node.node), self._possible_workers()

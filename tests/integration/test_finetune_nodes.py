@@ -80,7 +80,7 @@ def test_training_continues_without_a_lost_node(
     nodes, output = start_nodes(1), tmp_path / "bundle"
     log = output.with_suffix(".log")
     here = Cluster(nodes.address, nodes.environment)
-    process = start(here, training_catalog, output, "--max-workers", "2", "--max-failures", "0")
+    process = start(here, training_catalog, output, "--use-head", "--max-failures", "0")
     wait_for_line(process, log, r"2 worker\(s\) on cpu")
     wait_for_line(process, log, r"epoch 4: ")
     lose(nodes, nodes.others[0])
@@ -106,7 +106,7 @@ def test_training_waits_for_the_replacement_of_a_lost_node(
     nodes, output = start_nodes(1), tmp_path / "bundle"
     log = output.with_suffix(".log")
     here = Cluster(nodes.address, nodes.environment)
-    process = start(here, training_catalog, output, "--min-workers", "2")
+    process = start(here, training_catalog, output, "--use-head", "--min-workers", "2")
     wait_for_line(process, log, r"epoch 4: ")
     lose(nodes, nodes.others[0])
     wait_for_line(
@@ -143,6 +143,34 @@ def test_training_writes_a_checkpoint_and_grows_onto_a_node_that_joins(
     assert process.wait(timeout=60) == 130, tail(log)
     assert "training failed" not in log.read_text()
     assert has_checkpoint_within_an_epoch(output)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_trials_and_training_use_only_nodes_with_the_labels(
+    training_catalog: Catalog, start_nodes: StartNodes, tmp_path: Path
+):
+    nodes, output = start_nodes(0), tmp_path / "bundle"
+    labeled, other = nodes.add("--labels", "tier=training"), nodes.add()
+    nodes.others += [labeled, other]
+    log = output.with_suffix(".log")
+    process = start(
+        *(
+            Cluster(nodes.address, nodes.environment),
+            training_catalog,
+            output,
+            "--node-labels",
+            "tier=training",
+        ),
+        *("--tune", "2", "--epochs", "8"),
+    )
+    wait_for_line(process, log, r"trial \d of 2: epoch 1 of")
+    (trial,) = (pid for pid in nodes.workers("ImplicitFunc") if pid in children_of(labeled.raylet))
+    first = wait_for_line(process, log, r"1 worker\(s\) on cpu, fp32, the first of them is process (\d+) on")
+    assert int(first.group(1)) in children_of(labeled.raylet)
+    assert trial != int(first.group(1))
+    assert process.wait(timeout=400) == 0, tail(log)
+    assert re.search(r"placement: 1 node\(s\) with 1 CPUs \(.*\), head not used", log.read_text())
 
 
 @pytest.mark.long
@@ -194,7 +222,13 @@ def test_training_on_s3_with_two_nodes_survives_a_killed_worker(
         *(here, training_catalog, output, "--output", f"{home}/made", "--model", f"{home}/start"),
         *("--manifest", f"{home}/training/manifest.parquet"),
         *("--validation", f"{home}/validation/manifest.parquet"),
-        *("--storage-options", json.dumps({"endpoint_url": s3.endpoint_url}), "--min-workers", "2"),
+        *(
+            "--storage-options",
+            json.dumps({"endpoint_url": s3.endpoint_url}),
+            "--use-head",
+            "--min-workers",
+            "2",
+        ),
         *("--checkpoint-minutes", "0.001"),
     )
     log = output.with_suffix(".log")

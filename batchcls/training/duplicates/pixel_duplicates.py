@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from batchcls.cluster.placement import Placement
 from batchcls.errors import InputError
 from batchcls.runs.lease import Lease
 from batchcls.storage.filesystem import Storage, explain
@@ -20,7 +21,7 @@ from batchcls.training.duplicates.duplicate_report import (
     report_duplicates,
 )
 from batchcls.training.duplicates.fingerprints import FINGERPRINT, Fingerprints, fingerprint_images
-from batchcls.training.pixel_cache import PreparedPixels
+from batchcls.training.pixel_preparation import PreparedPixels
 from batchcls.training.sampling import LabeledRows
 from batchcls.training.train_config import TrainingSettings
 from batchcls.training.train_inputs import TrainingInputs
@@ -34,6 +35,7 @@ def report_pixel_duplicates(
     pixels: tuple[PreparedPixels, PreparedPixels],
     work_dir: str,
     leaks: LeakPolicy,
+    placement: Placement,
     lease: Lease,
 ) -> DuplicateReport:
     """Find copies among the labeled images of both manifests; see `report_duplicates`.
@@ -43,6 +45,7 @@ def report_pixel_duplicates(
         pixels: prepared pixels of training and validation rows.
         work_dir: URI of the work directory.
         leaks: what the caller does with the training rows that are also in validation.
+        placement: nodes that compute the fingerprints.
         lease: lease of the work directory; the search stops if it is lost.
     """
     height, width, _ = inputs.validation.load.preprocessing.shape
@@ -51,7 +54,7 @@ def report_pixel_duplicates(
         rows = part.labeled_rows()
         rows = rows[prepared.has_image(rows)]
         # Of training images, the part that validation images show is compared.
-        found = fingerprint_pixels(prepared, (height, width), inputs.storage, lease.check)
+        found = fingerprint_pixels(prepared, (height, width), inputs.storage, placement, lease.check)
         splits.append(SplitImages(part.manifest, rows, found[rows]))
     training, validation = splits
     return report_duplicates(training, validation, work_dir, leaks, inputs.storage)
@@ -78,7 +81,11 @@ def without_leaks(
 
 
 def fingerprint_pixels(
-    pixels: PreparedPixels, size: tuple[int, int], storage: Storage, check: Callable[[], object]
+    pixels: PreparedPixels,
+    size: tuple[int, int],
+    storage: Storage,
+    placement: Placement,
+    check: Callable[[], object],
 ) -> Fingerprints:
     """Return the fingerprints of all N rows of a manifest; those of rows without an image are meaningless.
 
@@ -86,9 +93,10 @@ def fingerprint_pixels(
         pixels: prepared pixels of the manifest.
         size: height and width of the center crop that is compared.
         storage: storage that holds the pixels.
+        placement: nodes that compute the fingerprints.
         check: called between parts; an exception stops the computation.
     """
-    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(fingerprint_part)
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES, label_selector=dict(placement.job))(fingerprint_part)
     max_pending = max(1, int(ray.cluster_resources().get("CPU", 1))) * _PENDING_TASKS_PER_CPU
     shared = ray.put(storage)
     pending: deque[Any] = deque()

@@ -32,7 +32,7 @@ from batchcls.storage.store_errors import resumable_errors
 from batchcls.training.failures import one_line
 from batchcls.training.held_out import require_tuning_rows
 from batchcls.training.node_storage import remove_node_caches
-from batchcls.training.pixel_cache import PreparedPixels
+from batchcls.training.pixel_preparation import PreparedPixels
 from batchcls.training.ray_train import SPIN_BEFORE_SLEEP, TrainingRun
 from batchcls.training.sampling import hold_out
 from batchcls.training.scaling import Workers
@@ -197,7 +197,7 @@ class _Search:
             self._require_recipe()
         except BaseException:
             if copies:
-                remove_node_caches(self._run.run_id)
+                remove_node_caches(self._run.run_id, self._run.placement)
             raise
 
     def _numbers(self) -> range:
@@ -278,7 +278,9 @@ class _Search:
 
             run_trial(config["trial"], assignment)
 
-        resources = {name.lower(): amount for name, amount in self._workers.resources.items()}
+        resources = tune.PlacementGroupFactory(
+            [self._workers.resources], bundle_label_selector=[dict(self._run.placement.job)]
+        )
         return tune.Tuner(
             tune.with_resources(tune.with_parameters(trial, assignment=assignment), resources),
             param_space={NUMBER: tune.grid_search(open_trials)},

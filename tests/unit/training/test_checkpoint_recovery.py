@@ -1,7 +1,6 @@
 """Tests for the recovery of Ray Train's list of checkpoints, read by Ray Train's own checkpoint manager."""
 
 import io
-import logging
 from pathlib import Path
 
 import pyarrow.fs
@@ -45,7 +44,7 @@ def manager_of(folder: Path) -> CheckpointManager:
 
 @pytest.mark.parametrize("content", [b"", b'{"ray_version": "2', None])
 def test_truncated_or_missing_list_is_written_again(
-    tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, content: bytes | None, log: pytest.LogCaptureFixture
 ):
     folder = tmp_path / "run-1"
     write_run(str(folder), Storage())
@@ -61,7 +60,7 @@ def test_truncated_or_missing_list_is_written_again(
         SECOND,
     ]
     assert not (folder / THIRD).exists()
-    assert "written again with 2 checkpoint(s)" in caplog.text
+    assert "written again with 2 checkpoint(s)" in log.text
     written = (folder / LIST).read_bytes()
     recover_checkpoint_list(str(folder), Storage())
     assert (folder / LIST).read_bytes() == written
@@ -75,11 +74,10 @@ def test_list_without_a_complete_checkpoint_starts_from_the_first_epoch(tmp_path
     assert manager_of(folder).latest_checkpoint_result is None
 
 
-def test_new_run_has_no_list(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO)
+def test_new_run_has_no_list(tmp_path: Path, log: pytest.LogCaptureFixture):
     recover_checkpoint_list(str(tmp_path / "run-1"), Storage())
     assert not (tmp_path / "run-1").exists()
-    assert caplog.text == ""
+    assert log.text == ""
 
 
 def test_list_in_a_bucket_is_written_again(s3: S3Server):

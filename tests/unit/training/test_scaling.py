@@ -48,7 +48,14 @@ def test_workers_depend_on_the_nodes(nodes, changes, count, cpus, gpu, loaders):
         ([NodeResources(2, 0)], {"min_workers": 3}, "3 worker.* do not fit.*capacity for 2", {"CPU": 1}, 3),
         ([NodeResources(0, 0)], {"max_workers": 4}, "no node with a CPU", {"CPU": 1}, 1),
         ([], {"min_workers": 2, "cpus_per_worker": 4}, "no node with a CPU", {"CPU": 4}, 2),
-        ([NodeResources(2, 0)], {"device": "cuda", "min_workers": 2}, "no GPU", {"GPU": 1}, 2),
+        (
+            [NodeResources(2, 0)],
+            {"device": "cuda", "min_workers": 2},
+            "--device cuda: no node",
+            {"GPU": 1},
+            2,
+        ),
+        ([NodeResources(2, 0)], {"require_gpu": True}, "--require-gpu: no node", {"GPU": 1}, 1),
         ([NodeResources(8, 1)], {"min_workers": 2}, "CPU and a GPU do not fit", {"CPU": 8, "GPU": 1}, 2),
     ],
 )
