@@ -17,7 +17,6 @@ from batchcls.manifest.labeled_manifest import (
     UNKNOWN_CLASS,
     UNLABELED_CLASS,
     LabelColumn,
-    open_labeled_manifest,
     read_label_column,
 )
 from batchcls.manifest.snapshot import Manifest
@@ -69,15 +68,12 @@ class LabeledManifest:
     storage: Storage
 
     @classmethod
-    def open(
-        cls, uri: str, storage: Storage, *, id_column: str, label_column: str, limit: int | None
-    ) -> "LabeledManifest":
-        """Open the manifest, read its labels and check its IDs.
+    def read(cls, manifest: Manifest, storage: Storage) -> "LabeledManifest":
+        """Read the labels and check the IDs of a manifest that was opened with `open_labeled_manifest`.
 
         Raises:
-            InputError: the manifest is not readable, the label column is missing or not text, or no row has a label.
+            InputError: the manifest is not readable, or no row has a label.
         """
-        manifest = open_labeled_manifest(uri, storage, label_column, id_column=id_column, limit=limit)
         labels = read_label_column(manifest, storage)
         manifest = manifest.without_kept()
         return cls(manifest, labels, find_invalid_ids(manifest, storage), storage)

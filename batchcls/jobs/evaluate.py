@@ -26,15 +26,15 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors."""
     from batchcls.jobs.input_check import check_evaluate  # noqa: PLC0415
 
-    check_evaluate(config)
+    manifest = check_evaluate(config)
     # PyTorch takes seconds to import.
     if config.cascade:
         from batchcls.jobs import evaluate_cascade  # noqa: PLC0415
 
-        return evaluate_cascade.evaluate(config, console)
+        return evaluate_cascade.evaluate(config, manifest, console)
     from batchcls.jobs import evaluate_run  # noqa: PLC0415
 
-    return evaluate_run.evaluate(config, console)
+    return evaluate_run.evaluate(config, manifest, console)
 
 
 COMMANDS = (Command("evaluate", EvaluateConfig, evaluate, _EXAMPLES),)

@@ -23,7 +23,8 @@ from batchcls.evaluation.labeled_rows import LabeledManifest
 from batchcls.evaluation.model_predictions import LabeledPredictor, allocate_logits
 from batchcls.inference.engine_startup import start_tested_engine
 from batchcls.inference.throughput import measure_throughput
-from batchcls.jobs.evaluate_run import engine_config, load_settings, open_labeled
+from batchcls.jobs.evaluate_run import engine_config, load_settings, read_labeled
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.cascade_record import CascadeRecord
 from batchcls.models.engines.engine import Engine, EngineChoice
 from batchcls.models.engines.factory import describe_engine
@@ -65,11 +66,17 @@ class _PredictedRows:
         return self.outcomes.take(np.searchsorted(self.rows, rows))
 
 
-def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
-    """Fit and evaluate the cascade and write all outputs. Raises `BatchclsError` on expected errors."""
+def evaluate(config: EvaluateConfig, manifest: Manifest, console: Console) -> ExitCode:
+    """Fit and evaluate the cascade and write all outputs. Raises `BatchclsError` on expected errors.
+
+    Args:
+        config: settings of the command.
+        manifest: the opened manifest, from `input_check.check_evaluate`.
+        console: console that shows the progress.
+    """
     storage = Storage(config.storage_options)
     bundles = [Bundle.load(uri, storage) for uri in config.models]
-    labeled = open_labeled(config, storage)
+    labeled = read_labeled(config, manifest, storage)
     small, large = (
         _predict(config, redact_uri(uri), bundle, labeled, console)
         for uri, bundle in zip(config.models, bundles, strict=True)

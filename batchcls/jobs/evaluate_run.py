@@ -34,6 +34,7 @@ from batchcls.evaluation.model_predictions import LabeledPredictor, allocate_log
 from batchcls.evaluation.run_predictions import open_evaluated_run, read_run_predictions
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
 from batchcls.inference.engine_startup import start_tested_engine
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.engines.compile_cache import CompileCache
 from batchcls.models.engines.engine import Device, EngineChoice, EngineConfig
 from batchcls.models.engines.factory import describe_engine
@@ -72,10 +73,16 @@ class _Evaluation:
     curves: Curves
 
 
-def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
-    """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors."""
+def evaluate(config: EvaluateConfig, manifest: Manifest, console: Console) -> ExitCode:
+    """Evaluate the bundle or the run and write all outputs. Raises `BatchclsError` on expected errors.
+
+    Args:
+        config: settings of the command.
+        manifest: the opened manifest, from `input_check.check_evaluate`.
+        console: console that shows the progress.
+    """
     storage = Storage(config.storage_options)
-    labeled = open_labeled(config, storage)
+    labeled = read_labeled(config, manifest, storage)
     if config.model is not None:
         bundle = Bundle.load(config.model, storage)
         _logger.info("model: %s", bundle_line(bundle))
@@ -101,15 +108,9 @@ def evaluate(config: EvaluateConfig, console: Console) -> ExitCode:
     return ExitCode.DONE
 
 
-def open_labeled(config: EvaluateConfig, storage: Storage) -> LabeledManifest:
-    """Open the labeled manifest of the job. Raises InputError if it cannot be read or has no labels."""
-    labeled = LabeledManifest.open(
-        config.manifest,
-        storage,
-        id_column=config.id_column,
-        label_column=config.label_column,
-        limit=config.limit,
-    )
+def read_labeled(config: EvaluateConfig, manifest: Manifest, storage: Storage) -> LabeledManifest:
+    """Read the labels of the job's manifest. Raises InputError if it cannot be read or has no labels."""
+    labeled = LabeledManifest.read(manifest, storage)
     _logger.info("manifest: %s in column %s", labeled.labels.describe(), config.label_column)
     return labeled
 

@@ -33,10 +33,10 @@ def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
     """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
     from batchcls.jobs.input_check import check_finetune  # noqa: PLC0415
 
-    check_finetune(config)
+    manifests = check_finetune(config)
     from batchcls.jobs import finetune_run  # noqa: PLC0415 - PyTorch takes seconds to import
 
-    return finetune_run.finetune(config, console)
+    return finetune_run.finetune(config, manifests, console)
 
 
 COMMANDS = (Command("finetune", FinetuneConfig, finetune, _EXAMPLES),)

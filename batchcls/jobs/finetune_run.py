@@ -25,7 +25,8 @@ from batchcls.errors import BatchclsError, BudgetExceeded, ExitCode, InputError
 from batchcls.images.load_config import decode_limits, fetch_policy
 from batchcls.inference.golden_record import with_golden
 from batchcls.manifest.ids import values_of_rows
-from batchcls.manifest.labeled_manifest import open_labeled_manifest, read_label_column
+from batchcls.manifest.labeled_manifest import read_label_column
+from batchcls.manifest.snapshot import Manifest
 from batchcls.models.labels import read_labels
 from batchcls.models.model_bundle import CONFIG_FILE, Bundle
 from batchcls.ray_runtime import prepare_environment, ray_session, wait_for_cluster
@@ -68,7 +69,7 @@ NOISE_FILE = "label-noise.parquet"
 _logger = logging.getLogger("batchcls.jobs.finetune")
 
 
-def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
+def linear_probe(config: FinetuneConfig, manifests: tuple[Manifest, Manifest], storage: Storage) -> ExitCode:
     """Train a classifier on embeddings, which are cached on disk for later calls."""
     started = time.time()
     with explain(config.output):
@@ -78,10 +79,7 @@ def linear_probe(config: FinetuneConfig, storage: Storage) -> ExitCode:
             f"--output {redact_uri(config.output)} already contains a bundle; choose another folder, or pass --restart "
             "to replace it"
         )
-    training, validation = (
-        open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
-        for uri in (config.manifest, config.validation)
-    )
+    training, validation = manifests
     examples = TrainingExamples(training, read_label_column(training, storage))
     opened = open_frozen_bundle(config, storage)
     known = None if names_architecture(config) else opened
@@ -152,22 +150,34 @@ def _print_duplicates(report: DuplicateReport) -> None:
 _MAX_LISTED_ITEMS = 10
 
 
-def finetune(config: FinetuneConfig, console: Console) -> ExitCode:
-    """Train a bundle from manifests; errors are raised as `errors.BatchclsError`."""
+def finetune(config: FinetuneConfig, manifests: tuple[Manifest, Manifest], console: Console) -> ExitCode:
+    """Train a bundle; errors are raised as `errors.BatchclsError`.
+
+    Args:
+        config: settings of the command.
+        manifests: the opened manifests of training and validation images, from `input_check.check_finetune`.
+        console: console that shows the progress.
+    """
     require_mlflow(config.mlflow)
     storage = Storage(config.storage_options)
     with locked_work_dir(config.work_folder, storage) as lease:
         if config.recipe == LINEAR_PROBE:
-            return linear_probe(config, storage)
+            return linear_probe(config, manifests, storage)
         with resumes_after_interrupt(lambda: not config.restart), ExitStack() as tracking:
-            return _train(config, lease, console, tracking)
+            return _train(config, manifests, lease, console, tracking)
 
 
-def _train(config: FinetuneConfig, lease: Lease, console: Console, tracking: ExitStack) -> ExitCode:
+def _train(
+    config: FinetuneConfig,
+    manifests: tuple[Manifest, Manifest],
+    lease: Lease,
+    console: Console,
+    tracking: ExitStack,
+) -> ExitCode:
     started, recipe = time.time(), resolve_recipe(config)
     prepare_environment()
     with ThreadPoolExecutor(1) as executor:
-        opening_inputs = executor.submit(open_inputs, config, recipe)
+        opening_inputs = executor.submit(open_inputs, config, recipe, manifests)
         with ray_session(config.ray_address):
             inputs = opening_inputs.result()
             result_settings = inputs.result_settings(config)

@@ -22,8 +22,11 @@ from batchcls.training.recipe import read_recipe
 from batchcls.training.teacher_bundles import check_teachers
 
 
-def check_finetune(config: FinetuneConfig) -> None:
+def check_finetune(config: FinetuneConfig) -> tuple[Manifest, Manifest]:
     """Check recipe, model, labels and manifests, the classes of --teacher, and the number of rows for --tune.
+
+    Returns:
+        The opened manifests of the training and the validation images.
 
     Raises:
         InputError: an input is missing, cannot be read, or does not match the others; the message names the remedy.
@@ -34,7 +37,7 @@ def check_finetune(config: FinetuneConfig) -> None:
     arguments = parse_model_arguments(config.model_args or "")
     known = check_model(config.model, ModelChoices(weights=config.weights, arguments=arguments), storage)
     labels = read_labels(config.labels, storage) if config.labels is not None else None
-    training, _ = (
+    training, validation = (
         open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
         for uri in (config.manifest, config.validation)
     )
@@ -44,10 +47,11 @@ def check_finetune(config: FinetuneConfig) -> None:
         check_teachers(config.teacher, categories, storage)
         if config.tune is not None:
             require_tuning_rows(column.codes[column.codes >= 0], config.tuning_fraction, config.seed)
+    return training, validation
 
 
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Check the settings, the outputs, the bundles and the manifest.
+def check_evaluate(config: EvaluateConfig) -> Manifest:
+    """Check the settings, the outputs and the bundles, and return the opened manifest.
 
     Raises:
         InputError: settings exclude each other, or an input or output is missing or cannot be read.
@@ -74,7 +78,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         difference = label_difference(*(record.labels for record in records))
         if difference is not None:
             raise InputError(f"--cascade: the models do not have the same labels: {difference}")
-    open_labeled_manifest(
+    return open_labeled_manifest(
         config.manifest, storage, config.label_column, id_column=config.id_column, limit=config.limit
     )
 

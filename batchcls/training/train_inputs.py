@@ -16,7 +16,6 @@ from batchcls.manifest.ids import InvalidIds, find_invalid_ids
 from batchcls.manifest.labeled_manifest import (
     UNLABELED_CLASS,
     LabelColumn,
-    open_labeled_manifest,
     read_label_column,
 )
 from batchcls.manifest.snapshot import Manifest
@@ -103,17 +102,20 @@ class TrainingInputs:
         }
 
 
-def open_inputs(config: FinetuneConfig, recipe: Recipe) -> TrainingInputs:
-    """Open and validate the inputs of a training run with this recipe.
+def open_inputs(
+    config: FinetuneConfig, recipe: Recipe, manifests: tuple[Manifest, Manifest]
+) -> TrainingInputs:
+    """Open and validate the inputs of a training run.
+
+    Args:
+        config: settings of the command.
+        recipe: recipe with the changes by flags.
+        manifests: the opened manifests of training and validation images.
 
     Raises:
         InputError: an input is missing, unknown or incompatible; the message names the remedy.
     """
     storage = Storage(config.storage_options)
-    manifests = [
-        open_labeled_manifest(uri, storage, config.label_column, id_column=config.id_column)
-        for uri in (config.manifest, config.validation)
-    ]
     columns = [read_label_column(manifest, storage) for manifest in manifests]
     opened_bundle = open_initial_bundle(config, storage)
     given_labels = read_labels(config.labels, storage) if config.labels is not None else None

@@ -13,6 +13,7 @@ from batchcls.errors import InputError
 from batchcls.evaluation.labeled_rows import LabeledManifest
 from batchcls.evaluation.model_predictions import LabeledPredictor
 from batchcls.images.load_config import LoadSettings, decode_limits, fetch_policy
+from batchcls.manifest.labeled_manifest import open_labeled_manifest
 from batchcls.preprocessing import Preprocessing
 from batchcls.storage.filesystem import Storage
 from tests.helpers.drawing import encode
@@ -31,8 +32,8 @@ def labeled(folder: Path, grays: list[int], labels: list[str | None]) -> Labeled
     ids.append(ids[0])  # the last row repeats an ID
     table = pa.table({"item_id": ids, "image": images, "label": pa.array(labels, pa.string())})
     pq.write_table(table, folder / "m.parquet", row_group_size=4)
-    columns = {"id_column": "item_id", "label_column": "label", "limit": None}
-    return LabeledManifest.open(str(folder / "m.parquet"), Storage(), **columns)
+    storage = Storage()
+    return LabeledManifest.read(open_labeled_manifest(str(folder / "m.parquet"), storage, "label"), storage)
 
 
 def settings(block_rows: int) -> LoadSettings:

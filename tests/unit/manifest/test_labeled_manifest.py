@@ -36,7 +36,7 @@ def for_training(uri: str) -> LabelColumn:
 
 
 def for_evaluation(uri: str) -> LabeledManifest:
-    return LabeledManifest.open(uri, STORAGE, id_column="item_id", label_column="label", limit=None)
+    return LabeledManifest.read(open_labeled_manifest(uri, STORAGE, "label"), STORAGE)
 
 
 def test_training_counts_null_and_blank_labels(tmp_path: Path):
