@@ -19,6 +19,7 @@ from batchcls.models.model_spec import ModelChoices
 from batchcls.models.resolve import resolve_model
 from batchcls.storage.filesystem import Storage
 from tests.contract.test_real_weights import MODELS, Published
+from tests.helpers.tiers import long_except
 
 openvino = pytest.importorskip("openvino")
 pytestmark = pytest.mark.usefixtures("shared")
@@ -51,7 +52,11 @@ def central_pixels(file: Path) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + 224, top + 224)))
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda model: model.name)
+@pytest.fixture(
+    scope="module",
+    params=long_except({"torchvision:squeezenet1_1"}, MODELS),
+    ids=lambda model: model.name,
+)
 def model(request: pytest.FixtureRequest) -> Published:
     return request.param
 

@@ -45,6 +45,8 @@ class Browser:
         self.command("Emulation.setScrollbarsHidden", hidden=True)
         self.requests()
         self.driver.get(page.as_uri())
+        while not self.evaluate("innerWidth"):  # a busy machine applies the size of the window late
+            pass
 
     def emulate(self, *, dark: bool = False, media: str = "") -> None:
         """Emulate the user preferences and the media type."""
@@ -67,8 +69,6 @@ class Browser:
 
     def screenshot(self) -> bytes:
         """Screenshot of the whole page as PNG."""
-        while not self.evaluate("innerWidth"):  # a busy machine applies the size of the window late
-            pass
         result = self.command("Page.captureScreenshot", captureBeyondViewport=True, format="png")
         return base64.b64decode(result["data"])
 

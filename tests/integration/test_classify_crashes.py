@@ -47,12 +47,13 @@ def test_interrupt_exits_130_without_commit(
     assert not list((tmp_path / "out").rglob("run.json"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "killed"),
     [
         ("fused", ("MapBatches(FragmentActor)", "MapBatches(FragmentActor)")),
         # A load task and an actor. That both exist shows that Ray did not fuse the two stages.
-        pytest.param("staged", ("ray::ReadImages", "ray::MapWorker"), marks=pytest.mark.long),
+        ("staged", ("ray::ReadImages", "ray::MapWorker")),
     ],
 )
 def test_no_row_is_lost_when_workers_are_killed(

@@ -115,6 +115,7 @@ def test_cluster_exports_rows_failures_and_seconds_as_metrics(cluster: OwnCluste
     assert seconds == pytest.approx(recorded)
 
 
+@pytest.mark.long
 def test_predictions_do_not_depend_on_batch_size_or_normalization_stage(
     job: Job, finished: Outcome, tiny_bundle: str, catalog: str, cluster: OwnCluster
 ):
@@ -141,7 +142,8 @@ def test_predictions_do_not_depend_on_batch_size_or_normalization_stage(
     assert np.allclose(a, b, atol=2e-3, rtol=2e-3)  # half precision on one side
 
 
-@pytest.mark.parametrize("shape", ["fused", pytest.param("staged", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("shape", ["fused", "staged"])
 def test_rows_below_threshold_have_null_label(
     job: Job, finished: Outcome, tiny_bundle: str, catalog: str, tmp_path: Path, shape: str
 ):
@@ -223,6 +225,7 @@ def test_exceeded_error_budget_exits_4_without_commit(job: Job, tiny_bundle: str
     assert not (outcome.output / "current.json").exists()
 
 
+@pytest.mark.long
 def test_dry_run_with_random_weights_is_committed_but_not_published(job: Job, catalog: str):
     outcome = job(
         *("--manifest", catalog, "--model", "test_resnet", "--allow-random-weights"),
@@ -243,6 +246,7 @@ def test_dry_run_with_random_weights_is_committed_but_not_published(job: Job, ca
     assert "night is committed" in second.log
 
 
+@pytest.mark.long
 def test_actor_with_golden_mismatch_fails_the_run(job: Job, tiny_bundle: str, catalog: str, tmp_path: Path):
     shutil.copytree(tiny_bundle, tmp_path / "edited")
     record = json.loads((tmp_path / "edited" / "bundle.json").read_text())
@@ -291,6 +295,7 @@ def test_invalid_input_exits_2_with_one_line_and_no_output(
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.long
 def test_engine_is_measured_once_and_reused_by_later_runs(
     job: Job, tiny_bundle: str, catalog: str, tmp_path: Path
 ):

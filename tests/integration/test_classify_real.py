@@ -129,9 +129,9 @@ def test_ten_crop_accuracy_is_not_below_single_crop(network, job, manifest, trut
     assert hits["ten-crop"][0] >= hits["none"][0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("images", "damaged_images"),
-    [(700, 41), pytest.param(3409, 200, marks=[pytest.mark.long, pytest.mark.timeout(600)])],
+    ("images", "damaged_images"), [(700, 41), pytest.param(3409, 200, marks=pytest.mark.timeout(600))]
 )
 def test_all_damaged_images_are_quarantined_and_all_others_predicted(
     job: Callable[..., Outcome],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.helpers.drawing import draw, encode
 from tests.integration.conftest import Outcome
@@ -34,6 +35,7 @@ IDS = (
 )
 
 
+@pytest.mark.long
 def test_forbidden_uris_are_quarantined_and_ids_are_unchanged(
     job: Callable[..., Outcome], tiny_bundle: str, tmp_path: Path
 ):

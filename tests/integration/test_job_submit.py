@@ -43,6 +43,7 @@ def test_submitted_job_runs_on_its_cluster(cluster: Cluster, tiny_bundle: str, t
     assert not (tmp_path / "reports").exists()
 
 
+@pytest.mark.long
 def test_submitted_job_with_invalid_input_ends_with_its_exit_code_and_the_cause(
     cluster: Cluster, tiny_bundle: str, tmp_path: Path
 ):

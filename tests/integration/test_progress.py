@@ -53,6 +53,7 @@ class RepeatingGraph(FusedGraph):
     actor_class = RepeatingActor
 
 
+@pytest.mark.long
 def test_rows_of_a_repeated_fragment_count_once(
     cluster: Cluster, tiny_bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

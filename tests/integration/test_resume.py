@@ -77,6 +77,7 @@ def test_run_of_killed_driver_is_resumed(
     # tests/chaos/test_kills.py compares labels and embeddings with those of an undisturbed run.
 
 
+@pytest.mark.long
 def test_run_is_resumed_only_with_the_same_settings(job: Job, tiny_bundle: str, tmp_path: Path):
     """Missing images stop the run; when they are back, the same command retries the failed rows."""
     manifest = write_catalog(tmp_path / "catalog", 600)

@@ -102,6 +102,7 @@ def test_metadata_matches_the_project(wheel: Path):
     assert description.strip() == (REPOSITORY / "README.md").read_text(encoding="utf-8").strip()
 
 
+@pytest.mark.long
 def test_commands_run_from_an_empty_folder(python: Path, environment: dict[str, str], tmp_path: Path):
     location = _run(
         python, "-c", "import batchcls; print(batchcls.__file__)", cwd=tmp_path, environment=environment

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from batchcls.evaluation.calibration import NO_THRESHOLD, fit_thresholds, lowest_threshold, wilson
 from batchcls.evaluation.correctness import fit_correctness
+from tests.helpers.tiers import long_except
 
 Draw = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """Number of rows -> predicted, probability, and the true probability that each prediction is correct."""
@@ -79,9 +80,14 @@ CASES = {
     "1,000 categories of 5 rows": (lambda r: softmax_of(r, 1_000, 4.0), 5_000, 0.85),
     "10,000 categories": (lambda r: uneven(r, 10_000), 50_000, 0.65),
 }
+FAST = {
+    "10 categories, the same with overconfidence",
+    "10 categories, 300 rows",
+    "100 categories, label noise",
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_except(FAST, CASES))
 def test_reaches_the_target_on_new_rows_with_near_optimal_coverage(case: str):
     """Uses the true probabilities of 8,000 new rows; decision 14 has the results of 30 draws."""
     model, rows, min_share = CASES[case]

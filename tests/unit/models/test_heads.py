@@ -6,6 +6,7 @@ from batchcls.errors import InputError
 from batchcls.models.backbone import Backbone
 from batchcls.models.heads import set_dropout, with_new_head
 from batchcls.models.sources import find_model, get_library
+from tests.helpers.tiers import long_except
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
@@ -37,6 +38,10 @@ ARCHITECTURES = [
     ("timm:test_resnet", 64),
     ("timm:test_vit", 160),
 ]
+DIFFERENT = {
+    *("torchvision:alexnet", "torchvision:convnext_tiny", "torchvision:googlenet", "torchvision:resnet18"),
+    *("torchvision:squeezenet1_1", "timm:mobilenetv3_small_050", "timm:test_resnet", "timm:test_vit"),
+}
 
 
 def _build(name: str, dropout: float | None = None, classes: int | None = CLASSES):
@@ -50,7 +55,7 @@ def _images(count: int, side: int) -> torch.Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize(("name", "side"), ARCHITECTURES)
+@pytest.mark.parametrize(("name", "side"), long_except(DIFFERENT, ARCHITECTURES))
 def test_dropout_applies_to_classifier_input_in_training_only(name, side):
     plain, _ = _build(name)
     model, classifiers = _build(name, dropout=1.0)

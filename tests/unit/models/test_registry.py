@@ -21,10 +21,11 @@ from batchcls.models.registry import (
     zoo_records,
 )
 from batchcls.models.sources import find_model, get_library
+from tests.helpers.tiers import zoo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERY = pytest.mark.parametrize("record", zoo_records(), ids=lambda record: record.name)
+EVERY = pytest.mark.parametrize("record", zoo(), ids=lambda record: record.name)
 OF_TORCHVISION = [record for record in zoo_records() if record.source == "torchvision"]
 NAMES = """
     alexnet vgg16 googlenet inception_v3 resnet18 resnet34 resnet50 resnet101 resnet152 densenet121 densenet201

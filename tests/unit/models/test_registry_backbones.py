@@ -6,9 +6,10 @@ import torch
 
 from batchcls.models.backbone import Backbone
 from batchcls.models.classifier_head import ClassifierHead
-from batchcls.models.registry import ZooRecord, zoo_records
+from batchcls.models.registry import ZooRecord
 from batchcls.models.sources import find_model, get_library
 from batchcls.models.weights import to_safetensors
+from tests.helpers.tiers import zoo
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_weights")
 
@@ -16,22 +17,8 @@ CLASSES = 10
 # Input sizes of the backbones that do not accept 64 pixels.
 SIDES = {"alexnet": 96, "vgg16": 96, "inception_v3": 96, "vit_b_16": 224}
 
-# Larger networks of the same class as a smaller one, half of the time of all.
-LARGER = {
-    *("resnet101", "resnet152", "regnet_y_16gf", "convnext_small", "convnext_base", "convnext_large"),
-    *("efficientnet_b4", "efficientnet_b5", "efficientnet_b6", "efficientnet_b7"),
-}
-BACKBONES = [
-    pytest.param(record, id=record.name, marks=[pytest.mark.long] if record.name in LARGER else [])
-    for record in zoo_records()
-]
 
-
-def test_larger_networks_are_in_the_zoo():
-    assert {record.name for record in zoo_records()} > LARGER
-
-
-@pytest.mark.parametrize("record", BACKBONES)
+@pytest.mark.parametrize("record", zoo(), ids=lambda record: record.name)
 def test_logits_are_the_head_of_the_pooled_embedding(record: ZooRecord):
     spec = find_model(record.name, {})
     library = get_library(spec)
