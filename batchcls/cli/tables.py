@@ -62,7 +62,7 @@ def bundle_line(bundle: Bundle) -> str:
 
 
 def bottleneck_table(bottleneck: Bottleneck) -> Table:
-    """Milliseconds per image of each stage, and the combined load of resources that several stages share.
+    """Milliseconds per image of each stage, and the total of each resource that several stages share.
 
     "utilization" is the busy share of the capacity after startup, "max images/s" the throughput that the
     capacity allows for this stage alone. The bottleneck stage is marked.
@@ -85,7 +85,7 @@ def bottleneck_table(bottleneck: Bottleneck) -> Table:
             cells = _bottleneck_cells(
                 resource.milliseconds, resource, bottleneck.images_per_second_after_start
             )
-            table.add_row("combined", *cells, "")
+            table.add_row(resource.name.removeprefix("images "), *cells, "")
     return table
 
 
