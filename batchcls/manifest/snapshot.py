@@ -197,8 +197,7 @@ def _find_files(uri: str, storage: Storage) -> DataFiles:
     skipped = found.skipped.unexpected if found else ""
     if found is None and (missing := missing_path_message(uri, storage)) is not None:
         raise InputError(
-            f"{missing}; correct the path, or create one from images with `python -m "
-            "batchcls.jobs.manifest from-folder`"
+            f"{missing}; correct the path, or create one from images with `batchcls manifest from-folder`"
         )
     if found is None or not found.files:
         others = (
