@@ -32,6 +32,11 @@ class Placement:
     cpu: LabelSelector = field(default_factory=dict)
     unused_head: NodeInfo | None = None
 
+    @property
+    def cpus(self) -> int:
+        """CPUs of the alive nodes, at least 1."""
+        return max(1, int(sum(node.cpus for node in self.nodes)))
+
     def allows(self, node: NodeInfo) -> bool:
         """Return whether the job may use a node, which may have joined after the placement was chosen."""
         return _matches(node, self.job)

@@ -143,12 +143,15 @@ def _inspect_nodes(run_id: str, mark: str, placement: Placement) -> dict[Host, N
 
 def _hosts(placement: Placement) -> list[Host]:
     """Return the alive nodes that may train."""
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    return [
-        Host(node.node_id, f"{node.host} ({addresses[node.node_id]})")
-        for node in alive_nodes()
-        if placement.allows(node) and (node.cpus > 0 or node.gpus > 0)
+    allowed = {
+        node.node_id for node in alive_nodes() if placement.allows(node) and (node.cpus > 0 or node.gpus > 0)
+    }
+    hosts = [
+        Host(node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})")
+        for node in ray.nodes()
+        if node["NodeID"] in allowed
     ]
+    return sorted(hosts, key=lambda host: (host.name, host.node_id))
 
 
 def _submit_to_each(

@@ -126,7 +126,7 @@ def _run_tasks(
     task = ray.remote(num_cpus=1, max_retries=_RETRIES, label_selector=dict(placement.job))(
         _prepare_part_task
     )
-    max_pending = max(1, int(sum(node.cpus for node in placement.nodes))) * _PENDING_TASKS_PER_CPU
+    max_pending = placement.cpus * _PENDING_TASKS_PER_CPU
     pending: list[Any] = []
     for piece, rejected in tasks:
         pending.append(task.remote(piece, shared, rejected))

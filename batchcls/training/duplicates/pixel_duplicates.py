@@ -97,7 +97,7 @@ def fingerprint_pixels(
         check: called between parts; an exception stops the computation.
     """
     task = ray.remote(num_cpus=1, max_retries=_RETRIES, label_selector=dict(placement.job))(fingerprint_part)
-    max_pending = max(1, int(ray.cluster_resources().get("CPU", 1))) * _PENDING_TASKS_PER_CPU
+    max_pending = placement.cpus * _PENDING_TASKS_PER_CPU
     shared = ray.put(storage)
     pending: deque[Any] = deque()
     found: list[Fingerprints] = [np.empty(0, FINGERPRINT)]
