@@ -163,7 +163,7 @@ def _read_references(data: bytes, box: BmffBox, items: _Items) -> None:
     for entry in boxes_within(data, box.start + 4, box.end):
         cursor = Cursor(data, entry)
         item = cursor.integer(id_bytes)
-        others = [cursor.integer(id_bytes) for _ in range(cursor.count(2))]
+        others = cursor.identifiers(cursor.count(2), id_bytes)
         if entry.kind == b"dimg":
             items.parts.setdefault(item, []).extend(others)
         elif entry.kind == b"auxl":

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from batchcls.images.bmff_boxes import BmffBox, Cursor
 from batchcls.images.bmff_frame_size import av1_sizes, hevc_configured_sizes
 from batchcls.images.decode import DecodeError, decode
 from batchcls.images.formats import Format
@@ -187,6 +188,15 @@ def item_boxes(**parts: bytes) -> bytes:
     return box(b"ftyp", b"avif\0\0\0\0avifmif1") + box(b"meta", bytes(4) + meta)
 
 
+@pytest.mark.parametrize(("size", "code"), [(2, "H"), (4, "I")])
+def test_identifiers_of_both_sizes_end_with_their_box(size: int, code: str):
+    data = struct.pack(f">3{code}", 1, 2, 40_000)
+    cursor = Cursor(data, BmffBox(b"dimg", 0, len(data)))
+    assert cursor.identifiers(3, size) == (1, 2, 40_000)
+    with pytest.raises(DecodeError, match="ends before its contents"):
+        Cursor(data, BmffBox(b"dimg", 0, len(data) - 1)).identifiers(3, size)
+
+
 HOSTILE = {
     "65,535 empty extents of 65,535 items": item_boxes(
         iloc=b"\1\0\0\0\0\0\xff\xff" + struct.pack(">HHHH", 1, 0, 0, 65_535) * 60_000
@@ -215,7 +225,7 @@ HOSTILE = {
 def test_hostile_boxes_are_rejected_quickly(name):
     started = time.thread_time()
     assert reason_of(HOSTILE[name]) in (Reason.CORRUPT, Reason.TRUNCATED, Reason.UNSUPPORTED_FORMAT)
-    assert time.thread_time() - started < 10
+    assert time.thread_time() - started < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
